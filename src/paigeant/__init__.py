@@ -1,0 +1,97 @@
+"""Paigeant: durable routing-slip workflows for pydantic-ai agents. The public names, and nothing else."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paigeant.activity import ActivityRegistry
+    from paigeant.app import Paigeant, Run, RunResult
+    from paigeant.context import StepContext
+    from paigeant.errors import (
+        NonRetryableError,
+        PaigeantError,
+        RunConflict,
+        RunNotFound,
+        RunTimeout,
+        UnknownActivity,
+        UnknownWorkflow,
+    )
+    from paigeant.message import PaigeantMessage
+    from paigeant.policy import ItineraryPolicy
+    from paigeant.retry import RetryPolicy
+    from paigeant.security import SecurityContext
+    from paigeant.settings import Settings
+    from paigeant.slip import RoutingSlip, RunStatus, Step, StepStatus
+    from paigeant.store import Store
+    from paigeant.transport import Transport
+    from paigeant.worker import ActivityWorker
+    from paigeant.workflow import Workflow
+
+__all__ = [
+    "ActivityRegistry",
+    "ActivityWorker",
+    "ItineraryPolicy",
+    "NonRetryableError",
+    "Paigeant",
+    "PaigeantError",
+    "PaigeantMessage",
+    "RetryPolicy",
+    "RoutingSlip",
+    "Run",
+    "RunConflict",
+    "RunNotFound",
+    "RunResult",
+    "RunStatus",
+    "RunTimeout",
+    "SecurityContext",
+    "Settings",
+    "Step",
+    "StepContext",
+    "StepStatus",
+    "Store",
+    "Transport",
+    "UnknownActivity",
+    "UnknownWorkflow",
+    "Workflow",
+]
+
+_MODULES = {
+    "activity": ("ActivityRegistry",),
+    "app": ("Paigeant", "Run", "RunResult"),
+    "context": ("StepContext",),
+    "errors": (
+        "NonRetryableError",
+        "PaigeantError",
+        "RunConflict",
+        "RunNotFound",
+        "RunTimeout",
+        "UnknownActivity",
+        "UnknownWorkflow",
+    ),
+    "message": ("PaigeantMessage",),
+    "policy": ("ItineraryPolicy",),
+    "retry": ("RetryPolicy",),
+    "security": ("SecurityContext",),
+    "settings": ("Settings",),
+    "slip": ("RoutingSlip", "RunStatus", "Step", "StepStatus"),
+    "store": ("Store",),
+    "transport": ("Transport",),
+    "worker": ("ActivityWorker",),
+    "workflow": ("Workflow",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used, so that importing the package stays quick."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'paigeant' has no attribute {name!r}")
+    value = getattr(import_module(f"paigeant.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,376 @@
+"""ActivityRegistry, which a user fills: what workers can do, by name, and how arguments and outputs cross the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import inspect
+import typing
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
+
+from paigeant import codec
+from paigeant.context import StepContext
+from paigeant.errors import (
+    ArgumentError,
+    DuplicateActivity,
+    InvalidDefinition,
+    OutputInvalid,
+    UnknownActivity,
+)
+from paigeant.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor as Threads
+
+    from pydantic_ai import Agent
+
+__all__ = ["Activity", "ActivityRegistry", "Parameter", "typed"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Call = Callable[[Mapping[str, Any], StepContext, "Threads | None"], Awaitable[Any]]
+
+MISSING: Any = inspect.Parameter.empty
+
+_WIRE = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="strings")
+
+
+def typed(annotation: Any) -> TypeAdapter[Any]:
+    """Reads and writes values of `annotation` as JSON. Raises InvalidDefinition for what pydantic can't handle."""
+    try:
+        try:
+            return TypeAdapter(annotation, config=_WIRE)
+        except PydanticUserError as exc:
+            if exc.code != "type-adapter-config-unused":
+                raise
+            return TypeAdapter(annotation)  # a model or dataclass has a configuration of its own
+    except (PydanticSchemaGenerationError, PydanticUserError, NameError) as exc:
+        raise InvalidDefinition(f"{annotation!r} can't be read from JSON: {str(exc).splitlines()[0]}") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of an activity. `adapter` is None for one that takes anything as JSON gives it."""
+
+    name: str
+    adapter: TypeAdapter[Any] | None = None
+    default: Any = MISSING
+    is_context: bool = False
+
+    def read(self, activity: str, value: Any) -> Any:
+        """`value`, which came from JSON, as the annotation wants it. Raises ArgumentError."""
+        if self.adapter is None:
+            return value
+        try:
+            return self.adapter.validate_json(codec.dump(value))
+        except ValidationError as exc:
+            first = exc.errors(include_url=False, include_input=False)[0]
+            place = "".join(f".{part}" for part in first["loc"])
+            raise ArgumentError(
+                f"'{self.name}{place}' of activity '{activity}' doesn't fit: {first['msg']}; "
+                f"found {_short(value)}"
+            ) from exc
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What workers do under a name, and how. None of a setting leaves it to the worker's defaults.
+
+    `concurrency` bounds how many of it one worker does at once. `strict_fencing` refuses the late result of an attempt
+    that lost its lease. `compensation` undoes it.
+    """
+
+    name: str
+    call: Call
+    parameters: tuple[Parameter, ...] = ()
+    takes_rest: bool = False
+    output: TypeAdapter[Any] | None = None
+    topic: str = ""
+    retries: RetryPolicy | None = None
+    timeout: float | None = None
+    concurrency: int | None = None
+    strict_fencing: bool = False
+    description: str = ""
+    compensation: Activity | None = None
+
+    def dump(self, value: Any) -> bytes:
+        """What the activity returned, as JSON in the way its annotation wants. Raises OutputInvalid."""
+        try:
+            return codec.dump(value) if self.output is None else codec.dump_as(self.output, value)
+        except codec.JsonInvalid as exc:
+            raise OutputInvalid(
+                f"activity '{self.name}' returned {_short(value)}, which can't be written as JSON: {exc}"
+            ) from exc
+
+
+@dataclass
+class ActivityRegistry:
+    """The activities that a module defines. Nothing is registered anywhere else; a worker is given its registries."""
+
+    _activities: dict[str, _Lazy] = field(default_factory=dict)
+    _compensations: dict[str, _Lazy] = field(default_factory=dict)
+
+    def execute(
+        self,
+        name: str | None = None,
+        *,
+        topic: str | None = None,
+        retries: int | RetryPolicy | None = None,
+        timeout: float | None = None,
+        concurrency: int | None = None,
+        strict_fencing: bool = False,
+    ) -> Callable[[Function], Function]:
+        """Register a function, async or plain (done in a thread), as an activity; gives it back unchanged.
+
+        `name` and `topic` default to the function's name. `timeout` is in seconds, for each attempt. Raises
+        DuplicateActivity, InvalidDefinition.
+        """
+
+        def register(function: Function) -> Function:
+            options = _Options(topic, retries, timeout, concurrency, strict_fencing)
+            self._add(self._activities, _Lazy(_name(name, function), function, options), "activity")
+            return function
+
+        if callable(name):  # written without brackets
+            function, name = name, None
+            return register(function)
+        return register
+
+    def compensate(
+        self,
+        activity: str,
+        *,
+        retries: int | RetryPolicy | None = None,
+        timeout: float | None = None,
+    ) -> Callable[[Function], Function]:
+        """Register what undoes `activity`. Its parameter `output` gets what the undone step returned, the others
+        are resolved like those of an activity. Retries and timeout are its own."""
+
+        def register(function: Function) -> Function:
+            options = _Options(None, retries, timeout, None, False)
+            lazy = _Lazy(activity, function, options)
+            self._add(self._compensations, lazy, "compensation of activity")
+            return function
+
+        if not isinstance(activity, str) or not activity:
+            raise InvalidDefinition(
+                f"compensate takes the name of the activity that it undoes, found {activity!r}: "
+                "@activity.compensate('reserve_stock')"
+            )
+        return register
+
+    def agent(
+        self,
+        agent: Agent[Any, Any],
+        *,
+        prompt: str,
+        name: str | None = None,
+        deps: Any = None,
+        message_history: str | None = None,
+        topic: str | None = None,
+        retries: int | RetryPolicy | None = None,
+        timeout: float | None = None,
+        concurrency: int | None = None,
+    ) -> None:
+        """Register a pydantic-ai agent as an activity called `name`, or like the agent.
+
+        `prompt` is a template over the payload: `{quantity}` and `{reserve_stock.id}` stand for values. `deps` is the
+        agent's deps: a value, a function that makes one (its parameters are resolved like an activity's), or a type,
+        which is read from the payload's field `deps` or from its fields. `message_history` names an earlier agent step
+        whose conversation this one continues. Tokens and requests are recorded with the step.
+        """
+        from paigeant.agents.activity import agent_activity  # here, because it loads pydantic-ai
+
+        options = _Options(topic, retries, timeout, concurrency, False)
+        called = name or getattr(agent, "name", None)
+        if not called:
+            raise InvalidDefinition("the agent has no name; give it one, Agent(..., name='writer'), or pass name=")
+        build = functools.partial(
+            agent_activity, agent, name=called, prompt=prompt, deps=deps, message_history=message_history
+        )
+        self._add(self._activities, _Lazy(called, build, options, builds=True), "activity")
+
+    def _add(self, shelf: dict[str, _Lazy], lazy: _Lazy, what: str) -> None:
+        if lazy.name in shelf:
+            raise DuplicateActivity(
+                f"{what} '{lazy.name}' is defined twice; rename one, or give it another name="
+            )
+        shelf[lazy.name] = lazy
+
+    # -- what workers ask
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._activities
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._activities)
+
+    def __len__(self) -> int:
+        return len(self._activities)
+
+    def get(self, name: str) -> Activity:
+        """The activity. Raises UnknownActivity, and InvalidDefinition for one whose signature can't work."""
+        if name not in self._activities:
+            raise UnknownActivity(name, self._activities)
+        compensation = self._compensations.get(name)
+        return self._activities[name].build(compensation)
+
+    def check(self) -> None:
+        """Raise for the first activity or compensation that can't work."""
+        for name in self._compensations:
+            if name not in self._activities:
+                raise UnknownActivity(name, self._activities)
+        for name in self._activities:
+            self.get(name)
+
+    def adopt(self, other: ActivityRegistry) -> None:
+        """Know what `other` knows as well; what both know stays as it is."""
+        self._activities.update({**other._activities, **self._activities})
+        self._compensations.update({**other._compensations, **self._compensations})
+
+    @classmethod
+    def merged(cls, registries: typing.Iterable[ActivityRegistry]) -> ActivityRegistry:
+        """One registry with all activities of several. Raises DuplicateActivity."""
+        together = cls()
+        seen: set[int] = set()
+        for registry in registries:
+            if id(registry) in seen:
+                continue
+            seen.add(id(registry))
+            for lazy in registry._activities.values():
+                together._add(together._activities, lazy, "activity")
+            for lazy in registry._compensations.values():
+                together._add(together._compensations, lazy, "compensation of activity")
+        return together
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    topic: str | None
+    retries: int | RetryPolicy | None
+    timeout: float | None
+    concurrency: int | None
+    strict_fencing: bool
+
+    def __post_init__(self) -> None:
+        if self.retries is not None:
+            RetryPolicy.of(self.retries)
+        if self.timeout is not None and not self.timeout > 0:
+            raise InvalidDefinition(f"timeout is in seconds and above 0, found {self.timeout!r}")
+        if self.concurrency is not None and self.concurrency < 1:
+            raise InvalidDefinition(f"concurrency is 1 or more, found {self.concurrency!r}")
+
+
+@dataclass(slots=True)
+class _Lazy:
+    """A registration. Its signature is read at first use, when all that its annotations name is defined."""
+
+    name: str
+    function: Callable[..., Any]
+    options: _Options
+    builds: bool = False
+    built: Activity | None = None
+
+    def build(self, compensation: _Lazy | None = None) -> Activity:
+        if self.built is None:
+            activity = self.function() if self.builds else _from_function(self.name, self.function)
+            options = self.options
+            self.built = replace(
+                activity,
+                topic=options.topic or self.name,
+                retries=None if options.retries is None else RetryPolicy.of(options.retries),
+                timeout=options.timeout,
+                concurrency=options.concurrency,
+                strict_fencing=options.strict_fencing,
+            )
+        if compensation is not None and self.built.compensation is None:
+            self.built = replace(self.built, compensation=compensation.build())
+        return self.built
+
+
+def _name(name: str | None, function: Callable[..., Any]) -> str:
+    if not callable(function):
+        raise InvalidDefinition(f"an activity is a function, found {function!r}")
+    called = name or getattr(function, "__name__", "")
+    if not called or called == "<lambda>":
+        raise InvalidDefinition("a function without a name needs one: @activity.execute(name='...')")
+    return called
+
+
+def _from_function(name: str, function: Callable[..., Any]) -> Activity:
+    parameters, takes_rest, output = read_signature(name, function)
+    return Activity(
+        name=name,
+        call=_caller(function),
+        parameters=parameters,
+        takes_rest=takes_rest,
+        output=output,
+        description=inspect.getdoc(function) or "",
+    )
+
+
+def read_signature(
+    name: str, function: Callable[..., Any]
+) -> tuple[tuple[Parameter, ...], bool, TypeAdapter[Any] | None]:
+    """The parameters of an activity's function, whether it takes the rest of the payload, and its output's type.
+
+    Raises InvalidDefinition for what can't be called by name and for annotations that can't be read.
+    """
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except Exception as exc:  # annotations are the user's code and may raise anything
+        raise InvalidDefinition(
+            f"the annotations of activity '{name}' can't be read: {exc}; import what they name"
+        ) from exc
+    parameters: list[Parameter] = []
+    takes_rest = False
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            takes_rest = True
+            continue
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise InvalidDefinition(
+                f"activity '{name}' has the parameter {parameter}; arguments are given by name, "
+                "so * and positional-only parameters can't be"
+            )
+        annotation = hints.get(parameter.name, Any)
+        is_context = annotation is StepContext
+        try:
+            adapter = None if annotation is Any or is_context else typed(annotation)
+        except InvalidDefinition as exc:
+            raise InvalidDefinition(f"parameter '{parameter.name}' of activity '{name}': {exc}") from exc
+        parameters.append(Parameter(parameter.name, adapter, parameter.default, is_context))
+    returned = hints.get("return", Any)
+    try:
+        output = None if returned is Any or returned is None or returned is type(None) else typed(returned)
+    except InvalidDefinition as exc:
+        raise InvalidDefinition(f"the return annotation of activity '{name}': {exc}") from exc
+    return tuple(parameters), takes_rest, output
+
+
+def _caller(function: Callable[..., Any]) -> Call:
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004  # not whether, but how it can be called
+    ):
+
+        async def call(arguments: Mapping[str, Any], _: StepContext, threads: Threads | None) -> Any:
+            return await function(**arguments)
+
+    else:
+
+        async def call(arguments: Mapping[str, Any], _: StepContext, threads: Threads | None) -> Any:
+            # In a thread, with this task's context, so that logs and traces know the step there as well.
+            run = functools.partial(contextvars.copy_context().run, function, **arguments)
+            value = await asyncio.get_running_loop().run_in_executor(threads, run)
+            return await value if inspect.isawaitable(value) else value
+
+    return call
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

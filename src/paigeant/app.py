@@ -1,0 +1,238 @@
+"""Paigeant: opens what the settings name, hands out a dispatcher's and a worker's work; decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic_core import from_json
+
+from paigeant.activity import ActivityRegistry
+from paigeant.clock import Clock
+from paigeant.dispatcher import Dispatcher
+from paigeant.errors import InvalidDefinition, RunTimeout, UnknownWorkflow
+from paigeant.executor import Limits
+from paigeant.forwarder import Forwarder
+from paigeant.observer import Observer, Observers
+from paigeant.settings import Settings
+from paigeant.slip import Phase, RunStatus, StepStatus
+from paigeant.store import RunDetail, Store
+from paigeant.stores import open_store
+from paigeant.transport import Transport
+from paigeant.transports import open_transport
+from paigeant.worker import ActivityWorker
+from paigeant.workflow import Workflow
+
+__all__ = ["Paigeant", "Run", "RunResult"]
+
+logging.getLogger("paigeant").addHandler(logging.NullHandler())
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended. `output` is that of its last step, `outputs` are all by step id, as JSON gives them back."""
+
+    id: str
+    status: RunStatus
+    output: Any = None
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+class Run:
+    """A run, by its id. It may be dispatched, worked on and asked about in different processes."""
+
+    def __init__(self, app: Paigeant, workflow_id: str) -> None:
+        self._app = app
+        self.id = workflow_id
+
+    def __repr__(self) -> str:
+        return f"Run({self.id!r})"
+
+    async def status(self) -> RunStatus:
+        """Where the run is. Raises RunNotFound."""
+        return await self._app.store.run_status(self.id)
+
+    async def wait(self, timeout: float | None = None) -> RunResult:
+        """The result, once the run has ended. Raises RunTimeout after `timeout` seconds, RunNotFound."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._app.store.wait_ended(self.id)
+        except TimeoutError as exc:
+            raise RunTimeout(
+                f"run '{self.id}' has not ended within {timeout:g} s; it goes on: "
+                f"`paigeant runs show {self.id}` tells where it is"
+            ) from exc
+        return result_of(await self.detail())
+
+    async def detail(self) -> RunDetail:
+        """The run with all its steps and variables as they are recorded now. Raises RunNotFound."""
+        return await self._app.store.load_run(self.id)
+
+    async def cancel(self, reason: str = "cancelled") -> RunStatus:
+        """Do nothing more and undo what was done; gives the state from then on. Raises InvalidTransition, RunNotFound."""
+        return await self._app.dispatcher.cancel(self.id, reason)
+
+    async def retry(self) -> RunStatus:
+        """Take a run that ended failed or compensation_failed up where it stopped. Raises InvalidTransition, RunNotFound."""
+        return await self._app.dispatcher.retry(self.id)
+
+    async def signal(self, name: str, value: Any = None) -> None:
+        """Send a named value to the run. Raises RunNotFound, InvalidTransition, InputInvalid."""
+        await self._app.dispatcher.signal(self.id, name, value)
+
+
+class Paigeant:
+    """An application's connection to its store and transport. Use it as an async context manager.
+
+    `activities` and `workflows` are what this process knows: to check dispatches early, and to dispatch by name.
+    `observers` are told what happens here. `clock` and `chance` are for tests.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        activities: ActivityRegistry | Iterable[ActivityRegistry] = (),
+        workflows: Iterable[Workflow] = (),
+        observers: Iterable[Observer] = (),
+        clock: Clock | None = None,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self.settings = settings or Settings()
+        registries = [activities] if isinstance(activities, ActivityRegistry) else list(activities)
+        self.activities = ActivityRegistry.merged(registries)
+        self.workflows = self.settings.defined_workflows()
+        for workflow in workflows:
+            self.workflows[workflow.name] = workflow
+        self.observers = Observers(list(observers))
+        self._chance = chance
+        self.store, self.transport = _open(self.settings, clock)
+        self.forwarder = Forwarder(
+            self.store,
+            self.transport,
+            self.activities,
+            limit_bytes=self.settings.max_message_bytes,
+            inline_bytes=self.settings.inline_bytes,
+        )
+        self.dispatcher = Dispatcher(
+            self.store,
+            self.forwarder,
+            self.activities,
+            observers=self.observers,
+            strict=self.settings.strict,
+        )
+
+    async def __aenter__(self) -> Self:
+        await self.store.connect()
+        try:
+            await self.transport.connect()
+        except BaseException:
+            await self.store.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.transport.close()
+        await self.store.close()
+
+    async def dispatch(
+        self,
+        workflow: Workflow | str,
+        input: Any = None,
+        *,
+        workflow_id: str | None = None,
+        correlation_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Run:
+        """Start a run of `workflow` (or of the one of that name); returns once its start is durable.
+
+        Dispatching the same `workflow_id` with the same input again gives the same run; with another input it raises
+        RunConflict. See `Dispatcher.dispatch` for what else it raises.
+        """
+        if isinstance(workflow, str):
+            if workflow not in self.workflows:
+                raise UnknownWorkflow(workflow, self.workflows)
+            workflow = self.workflows[workflow]
+        elif not isinstance(workflow, Workflow):
+            raise InvalidDefinition(f"dispatch takes a Workflow or the name of one, found {workflow!r}")
+        run_id = await self.dispatcher.dispatch(
+            workflow, input, workflow_id=workflow_id, correlation_id=correlation_id, headers=headers
+        )
+        return Run(self, run_id)
+
+    def run(self, workflow_id: str) -> Run:
+        """The run of this id; whether there is one is found out when it is asked something."""
+        return Run(self, workflow_id)
+
+    def worker(
+        self,
+        *activities: ActivityRegistry,
+        concurrency: int | None = None,
+        topics: Collection[str] | None = None,
+    ) -> ActivityWorker:
+        """A worker for these registries, or for those of the application. Raises InvalidDefinition for what can't work."""
+        registry = ActivityRegistry.merged(activities) if activities else self.activities
+        self.activities.adopt(registry)
+        settings = self.settings
+        return ActivityWorker(
+            self.store,
+            self.transport,
+            registry,
+            self.forwarder,
+            concurrency=settings.concurrency if concurrency is None else concurrency,
+            topics=topics,
+            lease=settings.lease,
+            heartbeat=settings.heartbeat,
+            sweep_interval=settings.sweep_interval,
+            shutdown_grace=settings.shutdown_grace,
+            limits=Limits(
+                retry=settings.retry_policy(),
+                timeout=settings.timeout,
+                local_steps=settings.local_steps,
+                inline_bytes=settings.inline_bytes,
+                persist=settings.lease,
+            ),
+            observers=self.observers,
+            chance=self._chance,
+        )
+
+
+def result_of(detail: RunDetail) -> RunResult:
+    """What the recorded steps of a run amount to."""
+    outputs: dict[str, Any] = {}
+    output = None
+    for row in detail.steps:
+        done = row.phase is Phase.DO and row.status in (
+            StepStatus.COMPLETED,
+            StepStatus.COMPENSATED,
+            StepStatus.COMPENSATION_FAILED,
+        )
+        if done and row.output is not None:
+            output = outputs[row.step] = from_json(row.output)
+    run = detail.run
+    last = output if run.status is RunStatus.COMPLETED else None
+    return RunResult(run.id, run.status, last, outputs, run.error)
+
+
+def _open(settings: Settings, clock: Clock | None) -> tuple[Store, Transport]:
+    """The store and the transport; one database for both where both URLs name it."""
+    store = open_store(settings.store_url, clock=clock, grace=settings.grace, inline_bytes=settings.inline_bytes)
+    database = getattr(store, "database", None) if settings.store_url == settings.transport_url else None
+    transport = open_transport(
+        settings.transport_url, database=database, clock=clock, limit_bytes=settings.max_message_bytes
+    )
+    transport.bury_with(store.bury)
+    if transport.joins(store):
+        store.publish_with(transport)
+    return store, transport

@@ -1,0 +1,98 @@
+"""Which value each parameter of an activity gets: the step's args, then the payload, then the default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic_core import from_json
+
+from paigeant.activity import MISSING, Activity
+from paigeant.context import StepContext
+from paigeant.errors import ArgumentError
+from paigeant.slip import RoutingSlip
+from paigeant.store import Store
+
+__all__ = ["Namespace", "resolve"]
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """The names that a step can use: inputs, variables, outputs of earlier steps under their ids.
+
+    The output of a step goes before a variable, and that before an input of the same name; where nothing has the name,
+    the last output of an activity of that name stands for it. Outputs too large to travel are read from the store.
+    """
+
+    workflow_id: str
+    payload: Mapping[str, Any]
+    slip: RoutingSlip
+    store: Store | None = None
+
+    def names(self) -> list[str]:
+        """All names that `find` knows, sorted."""
+        done = [entry for entry in self.slip.executed if entry.stored or entry.step_id in self.payload]
+        return sorted({*self.payload, *(entry.step_id for entry in done), *(entry.activity for entry in done)})
+
+    async def find(self, name: str) -> Any:
+        """The value of `name`, or MISSING."""
+        done = self.slip.find(name)
+        if done is not None and done.step_id == name and done.stored:
+            return await self.output(name)
+        if name in self.payload:
+            return self.payload[name]
+        if done is None:
+            return MISSING
+        return await self.output(done.step_id) if done.stored else self.payload.get(done.step_id, MISSING)
+
+    async def output(self, step_id: str) -> Any:
+        """The output of a recorded step, from the payload or the store; MISSING when there is none."""
+        if step_id in self.payload:
+            return self.payload[step_id]
+        text = None if self.store is None else await self.store.load_output(self.workflow_id, step_id)
+        return MISSING if text is None else from_json(text)
+
+    async def view(self, names: list[str]) -> dict[str, Any]:
+        """The values of those of `names` that there are."""
+        found = {name: await self.find(name) for name in names}
+        return {name: value for name, value in found.items() if value is not MISSING}
+
+
+async def resolve(
+    activity: Activity,
+    namespace: Namespace,
+    *,
+    args: Mapping[str, Any],
+    context: StepContext | None = None,
+    first: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments for `activity`, validated, and the same as JSON values for the record.
+
+    `first` goes before all others: an undo gets `output` there. Without a `context` its parameter is left out, and
+    what is missing is found out before anything runs. Raises ArgumentError.
+    """
+    arguments: dict[str, Any] = {}
+    shown: dict[str, Any] = {}
+    explicit = {**args, **(first or {})}
+    for parameter in activity.parameters:
+        if parameter.is_context:
+            arguments[parameter.name] = context
+            continue
+        value = explicit.get(parameter.name, MISSING)
+        if value is MISSING:
+            value = await namespace.find(parameter.name)
+        if value is not MISSING:
+            shown[parameter.name] = value
+            arguments[parameter.name] = parameter.read(activity.name, value)
+        elif parameter.default is MISSING:
+            raise ArgumentError(
+                f"activity '{activity.name}' needs '{parameter.name}', which isn't there; "
+                f"there is: {', '.join(sorted({*namespace.names(), *explicit})) or 'nothing'}. "
+                "Put it into the input, give it in the step's args, or give the parameter a default"
+            )
+    if activity.takes_rest:
+        known = {parameter.name for parameter in activity.parameters}
+        rest = {name: value for name, value in {**namespace.payload, **explicit}.items() if name not in known}
+        arguments.update(rest)
+    return arguments, shown

@@ -1,0 +1,132 @@
+"""How values become JSON and back without losing anything: one way for inputs, outputs, arguments and messages.
+
+Floats that JSON can't write (nan, inf) become the texts that pydantic reads back as floats, bytes become base64.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic_core import PydanticSerializationError, from_json, to_json
+
+from paigeant.errors import MessageInvalid
+
+__all__ = ["MAX_DEPTH", "JsonInvalid", "dump", "dump_as", "parse_strict", "plain"]
+
+MAX_DEPTH = 64
+"""How deep lists and objects may be nested in anything that is stored or travels."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class JsonInvalid(ValueError):
+    """A value that can't be written as JSON, with the reason as its message."""
+
+
+def dump(value: Any) -> bytes:
+    """`value` as JSON: anything pydantic knows how to write (models, dataclasses, datetimes, decimals, bytes ...).
+
+    Raises JsonInvalid for a value of an unknown type, one that contains itself, or one nested deeper than MAX_DEPTH.
+    """
+    try:
+        return _bounded(to_json(value, inf_nan_mode="strings", bytes_mode="base64"))
+    except (PydanticSerializationError, ValueError, RecursionError) as exc:
+        raise JsonInvalid(_reason(exc)) from exc
+
+
+def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
+    """`value` as JSON in the way its declared type wants it. Raises JsonInvalid like `dump`."""
+    try:
+        return _bounded(adapter.dump_json(value, warnings="error"))
+    except (PydanticSerializationError, ValueError, RecursionError) as exc:
+        raise JsonInvalid(_reason(exc)) from exc
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON would give it back: dicts, lists, texts, numbers, booleans, None. Raises JsonInvalid."""
+    return from_json(dump(value), allow_inf_nan=False)
+
+
+def _reason(exc: BaseException) -> str:
+    if isinstance(exc, JsonInvalid):
+        return str(exc)
+    if isinstance(exc, RecursionError) or "Circular reference" in str(exc):
+        return "it contains itself, or is nested too deeply"
+    return " ".join(str(exc).split())
+
+
+def _bounded(text: bytes) -> bytes:
+    # A text with few brackets can't be deep; only the others are worth a walk.
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(from_json(text)) > MAX_DEPTH:
+        raise JsonInvalid(f"it is nested deeper than {MAX_DEPTH}")
+    return text
+
+
+def _depth(value: Any) -> int:
+    deepest, level = 0, [value]
+    while level:
+        containers = [item for item in level if isinstance(item, (dict, list))]
+        if not containers:
+            break
+        deepest += 1
+        level = [
+            inner for item in containers for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    return deepest
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise MessageInvalid("duplicate_key", f"the key {twice!r} occurs twice in one object")
+    return found
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise MessageInvalid("number_out_of_range", f"{text[:40]} is not a finite number")
+    return value
+
+
+def _constant(text: str) -> float:
+    raise MessageInvalid("not_a_number", f"{text} is not JSON")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_float=_number, parse_constant=_constant
+)
+
+
+def parse_strict(body: bytes) -> Any:
+    """The JSON value in `body`: UTF-8, no key twice in an object, no NaN or infinity, no lone surrogate, bounded depth.
+
+    Raises MessageInvalid with the reason. Python's and pydantic's own readers let most of these pass, the last of two
+    equal keys winning; two readers that disagree about a message are how checks get bypassed.
+    """
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise MessageInvalid("not_utf8", f"byte {exc.start} is not UTF-8") from exc
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError as exc:
+        raise MessageInvalid("too_deep", f"it is nested deeper than {MAX_DEPTH}") from exc
+    except json.JSONDecodeError as exc:
+        raise MessageInvalid("not_json", f"{exc.msg} at line {exc.lineno}, column {exc.colno}") from exc
+    except ValueError as exc:  # Python's limit on the digits of an integer
+        raise MessageInvalid("number_out_of_range", str(exc).split(";")[0]) from exc
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise MessageInvalid("too_deep", f"it is nested deeper than {MAX_DEPTH}")
+    if _SURROGATE.search(body):
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as exc:
+            raise MessageInvalid("lone_surrogate", "a text holds half of a surrogate pair") from exc
+    return value

@@ -1,0 +1,58 @@
+"""Conditions of steps: CEL expressions, compiled once and evaluated over the payload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from paigeant.errors import InvalidCondition
+
+if TYPE_CHECKING:
+    from cel import Program
+
+__all__ = ["check", "evaluate", "names"]
+
+
+@lru_cache(maxsize=1024)
+def _compiled(expression: str) -> Program:
+    import cel  # here, because importing it takes longer than all of the rest of the core
+
+    try:
+        return cel.compile(expression)
+    except ValueError as exc:
+        reason = " ".join(str(exc).split("\n")[0].split())
+        raise InvalidCondition(f"when={expression!r} is not a CEL expression: {reason}") from exc
+
+
+def check(expression: str) -> None:
+    """Raise InvalidCondition unless `expression` compiles."""
+    if not isinstance(expression, str) or not expression.strip():
+        raise InvalidCondition(f"`when` is a CEL expression such as 'quantity > 1', found {expression!r}")
+    _compiled(expression)
+
+
+def names(expression: str) -> list[str]:
+    """The variables that `expression` refers to, sorted."""
+    return _compiled(expression).variables()
+
+
+def evaluate(expression: str, payload: Mapping[str, Any]) -> bool:
+    """Whether `expression` holds for `payload`.
+
+    Raises InvalidCondition when it names what isn't there, can't be computed, or gives no truth value.
+    """
+    program = _compiled(expression)
+    try:
+        value = program.execute(dict(payload))
+    except KeyError as exc:
+        raise InvalidCondition(f"when={expression!r} asks for {exc}, which isn't there") from exc
+    except Exception as exc:  # the library raises RuntimeError, TypeError and ValueError for what it can't compute
+        missing = [name for name in program.variables() if name not in payload]
+        if missing:
+            there = ", ".join(sorted(payload)) or "nothing"
+            raise InvalidCondition(f"when={expression!r} names '{missing[0]}'; there is {there}") from exc
+        raise InvalidCondition(f"when={expression!r} can't be computed: {exc}") from exc
+    if not isinstance(value, bool):
+        raise InvalidCondition(f"when={expression!r} gives {value!r}, expected true or false")
+    return value

@@ -1,0 +1,229 @@
+"""Dispatcher: builds a slip, records the start of its run, publishes the first step; and what operators ask of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from paigeant import codec, ledger
+from paigeant.activity import ActivityRegistry, typed
+from paigeant.arguments import Namespace, resolve
+from paigeant.errors import InputInvalid, MessageTooLarge, UnknownActivity
+from paigeant.forwarder import Forwarder
+from paigeant.message import PaigeantMessage
+from paigeant.observer import Event, Observers
+from paigeant.slip import RoutingSlip, RunStatus, Step
+from paigeant.store import RunRecord, StepKey, Store
+from paigeant.workflow import Workflow
+
+__all__ = ["Dispatcher"]
+
+log = logging.getLogger("paigeant.dispatcher")
+
+
+class Dispatcher:
+    """Starts runs, and turns them round or takes them up again."""
+
+    def __init__(
+        self,
+        store: Store,
+        forwarder: Forwarder,
+        registry: ActivityRegistry,
+        *,
+        observers: Observers | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.store = store
+        self.forwarder = forwarder
+        self.registry = registry
+        self.observers = observers or Observers()
+        self.strict = strict
+
+    async def dispatch(
+        self,
+        workflow: Workflow,
+        input: Any,
+        *,
+        workflow_id: str | None = None,
+        correlation_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> str:
+        """Start a run; gives its id once the start is durable. The same id with the same input is the same run.
+
+        `input` is a mapping, or a model or dataclass that is written as one. Raises InputInvalid, ArgumentError when
+        the first step can't get its arguments, UnknownActivity when strict, RunConflict, MessageTooLarge.
+        """
+        now = await self.store.now()
+        run_id = _run_id(workflow_id, now)
+        text, payload = self._input(workflow, input)
+        slip = replace(workflow.slip(now=now), itinerary=_plain_steps(workflow))
+        self._check_known(workflow)
+        await self._check_first(run_id, slip.next_step(), payload)
+        trace_id, parent = _trace(headers or {})
+        message = PaigeantMessage(
+            message_id="",
+            workflow_id=run_id,
+            routing_slip=slip,
+            payload=payload,
+            workflow=workflow.name,
+            correlation_id=correlation_id or run_id,
+            trace_id=trace_id,
+            headers={**(headers or {}), "traceparent": parent},
+        )
+        run = RunRecord(
+            id=run_id,
+            workflow=workflow.name,
+            status=RunStatus.PENDING,
+            input=text,
+            input_hash=hashlib.sha256(text).hexdigest(),
+            slip=ledger.pack_slip(slip),
+            correlation_id=message.correlation_id,
+            trace_id=trace_id,
+            headers=message.headers,
+            deadline=slip.deadline,
+        )
+        first = self.forwarder.next_step(run_id, slip)
+        letter = None if first is None else self.forwarder.letter(message, first.topic, epoch=0)
+        posting = None if letter is None else self.forwarder.posting(letter)
+        if await self.store.record_workflow_start(run, first, posting):
+            self.observers.observe(
+                Event("run.dispatched", run_id, workflow.name, trace_id=trace_id, correlation_id=run.correlation_id)
+            )
+            if letter is not None:
+                # A crash before this line: the sweeper publishes.
+                await self.forwarder.send(letter)
+        return run_id
+
+    async def cancel(self, workflow_id: str, reason: str = "cancelled") -> RunStatus:
+        """Turn the run round, see `Store.cancel_run`."""
+        status = await self.store.cancel_run(workflow_id, reason)
+        await self.wake(workflow_id)
+        return status
+
+    async def retry(self, workflow_id: str) -> RunStatus:
+        """Take an ended run up again, see `Store.retry_run`."""
+        status = await self.store.retry_run(workflow_id)
+        await self.wake(workflow_id)
+        return status
+
+    async def signal(self, workflow_id: str, name: str, value: Any) -> None:
+        """Send a named value to the run. Raises RunNotFound, InvalidTransition, InputInvalid."""
+        if not isinstance(name, str) or not name:
+            raise InputInvalid(f"a signal has a non-empty text as its name, found {name!r}")
+        try:
+            text = codec.dump(value)
+        except codec.JsonInvalid as exc:
+            raise InputInvalid(f"signal '{name}' can't be written as JSON: {exc}") from exc
+        await self.store.record_signal(workflow_id, name, text)
+
+    async def wake(self, workflow_id: str) -> None:
+        """Send messages for the steps of the run that are ready."""
+        keys: list[StepKey] = await self.store.open_steps(workflow_id)
+        await self.forwarder.send_again(keys)
+
+    # -- inside
+
+    def _input(self, workflow: Workflow, input: Any) -> tuple[bytes, dict[str, Any]]:
+        """The input as JSON text, with its keys sorted so that equal inputs are equal texts, and as JSON values."""
+        try:
+            payload = codec.plain({} if input is None else input)
+        except codec.JsonInvalid as exc:
+            raise InputInvalid(f"the input of workflow '{workflow.name}' can't be written as JSON: {exc}") from exc
+        if not isinstance(payload, dict):
+            raise InputInvalid(
+                f"the input of workflow '{workflow.name}' is {type(payload).__name__} {_short(payload)}; "
+                'expected an object with a field for each value: {"name": ...}'
+            )
+        if workflow.input_model is not None:
+            payload = _fitted(workflow, payload)
+        text = codec.dump(_sorted(payload))
+        if len(text) > self.forwarder.limit_bytes:
+            raise MessageTooLarge(len(text), self.forwarder.limit_bytes)
+        return text, payload
+
+    def _check_known(self, workflow: Workflow) -> None:
+        if not self.registry and not self.strict:
+            return  # a dispatcher without code: others know the activities
+        for step in workflow.steps:
+            if step.activity not in self.registry:
+                unknown = UnknownActivity(step.activity, self.registry)
+                if self.strict:
+                    raise unknown
+                log.warning("workflow '%s': %s; another service may have it", workflow.name, unknown)
+
+    async def _check_first(self, run_id: str, step: Step | None, payload: dict[str, Any]) -> None:
+        """Nothing can come before the first step, so what it lacks now it will always lack."""
+        if step is None or step.when is not None or step.activity not in self.registry:
+            return
+        namespace = Namespace(run_id, payload, RoutingSlip(itinerary=(step,)))
+        await resolve(self.registry.get(step.activity), namespace, args=step.args)
+
+
+def _run_id(workflow_id: str | None, now: float) -> str:
+    if workflow_id is None:
+        return _new_id(now)
+    if not isinstance(workflow_id, str) or not workflow_id.strip() or len(workflow_id) > 200:
+        raise InputInvalid(f"a run's id is a text of 1 to 200 characters, found {_short(workflow_id)}")
+    if any(ord(character) < 33 for character in workflow_id):
+        raise InputInvalid(f"a run's id has no blanks and no control characters, found {workflow_id!r}")
+    return workflow_id
+
+
+def _new_id(now: float) -> str:
+    """A UUID of version 7 (RFC 9562): ids of later runs sort behind earlier ones, which keeps indexes compact."""
+    value = (int(now * 1000) & (1 << 48) - 1) << 80 | secrets.randbits(80)
+    value = value & ~(0xF << 76) | 0x7 << 76
+    value = value & ~(0x3 << 62) | 0x2 << 62
+    return str(uuid.UUID(int=value))
+
+
+def _trace(headers: Mapping[str, str]) -> tuple[str, str]:
+    """The trace id and the W3C traceparent of the run: the caller's, or new ones."""
+    parent = headers.get("traceparent", "")
+    parts = parent.split("-")
+    if len(parts) == 4 and len(parts[1]) == 32:
+        return parts[1], parent
+    trace_id = secrets.token_hex(16)
+    return trace_id, f"00-{trace_id}-{secrets.token_hex(8)}-01"
+
+
+def _fitted(workflow: Workflow, payload: dict[str, Any]) -> dict[str, Any]:
+    adapter: TypeAdapter[Any] = typed(workflow.input_model)
+    try:
+        model = adapter.validate_json(codec.dump(payload))
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "input"
+        more = f" (and {exc.error_count() - 1} more)" if exc.error_count() > 1 else ""
+        raise InputInvalid(
+            f"the input of workflow '{workflow.name}' doesn't fit: {place}: {first['msg']}{more}"
+        ) from exc
+    fitted: dict[str, Any] = codec.plain(model)
+    return fitted
+
+
+def _plain_steps(workflow: Workflow) -> tuple[Step, ...]:
+    try:
+        return tuple(
+            replace(step, args=codec.plain(dict(step.args))) if step.args else step for step in workflow.steps
+        )
+    except codec.JsonInvalid as exc:
+        raise InputInvalid(f"args in workflow '{workflow.name}' can't be written as JSON: {exc}") from exc
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return [_sorted(item) for item in value] if isinstance(value, list) else value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

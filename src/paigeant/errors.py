@@ -1,0 +1,174 @@
+"""The one tree of errors. A message says what was found, what was expected and what to do; the parts stay attributes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ActivityRejected",
+    "ArgumentError",
+    "ConfigurationError",
+    "DuplicateActivity",
+    "HandlerError",
+    "InputInvalid",
+    "InvalidCondition",
+    "InvalidDefinition",
+    "InvalidTransition",
+    "MessageInvalid",
+    "MessageTooLarge",
+    "NonRetryableError",
+    "OutputInvalid",
+    "PaigeantError",
+    "PolicyViolation",
+    "RunConflict",
+    "RunNotFound",
+    "RunTimeout",
+    "SchemaMismatch",
+    "StoreUnavailable",
+    "TransportUnavailable",
+    "UnknownActivity",
+    "UnknownWorkflow",
+    "UnsupportedVersion",
+    "nearest",
+]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message that helps with a mistyped `name`: the closest known names, or all of them."""
+    names = sorted(known)
+    if not names:
+        return "none is known"
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return f"did you mean '{close[0]}'? known: {shown}" if close else f"known: {shown}"
+
+
+class PaigeantError(Exception):
+    """Anything that Paigeant itself reports."""
+
+
+class ConfigurationError(PaigeantError):
+    """A setting is unknown, misspelt or has a value it can't have."""
+
+
+class HandlerError(PaigeantError):
+    """A handler module can't be found or doesn't load."""
+
+
+class InvalidDefinition(PaigeantError):
+    """A workflow, step or activity is defined in a way that can't work."""
+
+
+class DuplicateActivity(InvalidDefinition):
+    """Two activities, or two compensations of one activity, have the same name."""
+
+
+class InvalidCondition(InvalidDefinition):
+    """A `when` expression doesn't compile, fails, or gives something other than true or false."""
+
+
+class UnknownWorkflow(PaigeantError):
+    """No loaded workflow has this name."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        self.name = name
+        super().__init__(f"no workflow '{name}' is defined here; {nearest(name, known)}")
+
+
+class UnknownActivity(PaigeantError):
+    """No registry at hand knows an activity of this name."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        self.name = name
+        super().__init__(f"no activity '{name}' is registered here; {nearest(name, known)}")
+
+
+class InputInvalid(PaigeantError):
+    """The input of a run isn't what its workflow takes, or isn't JSON."""
+
+
+class NonRetryableError(PaigeantError):
+    """Raised by an activity: this attempt failed and no further one can help."""
+
+
+class ActivityRejected(NonRetryableError):
+    """A step fails for good for a reason that Paigeant found itself."""
+
+
+class ArgumentError(ActivityRejected):
+    """A parameter of an activity can't be resolved or doesn't fit its annotation."""
+
+
+class OutputInvalid(ActivityRejected):
+    """What an activity returned can't be written as JSON."""
+
+
+class PolicyViolation(ActivityRejected):
+    """A revision of the itinerary goes beyond what the policy of the run allows."""
+
+
+class RunConflict(PaigeantError):
+    """A run of this id exists and was started with another workflow or input."""
+
+    def __init__(self, workflow_id: str, found: str) -> None:
+        self.workflow_id = workflow_id
+        super().__init__(
+            f"run '{workflow_id}' already exists with {found}; "
+            "dispatch the same workflow and input again to get that run, or choose another id"
+        )
+
+
+class RunNotFound(PaigeantError):
+    """The store knows no run of this id."""
+
+    def __init__(self, workflow_id: str) -> None:
+        self.workflow_id = workflow_id
+        super().__init__(f"no run '{workflow_id}' in this store; `paigeant runs list` shows what is there")
+
+
+class InvalidTransition(PaigeantError):
+    """A run can't be cancelled, retried or signalled in the state that it is in."""
+
+
+class RunTimeout(PaigeantError, TimeoutError):
+    """The run didn't end within the time that the caller wanted to wait; it goes on."""
+
+
+class MessageInvalid(PaigeantError):
+    """A body is not a message in the one wire format. `reason` is one of a fixed set of words."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason}: {detail}")
+
+
+class UnsupportedVersion(MessageInvalid):
+    """A message of a major version that this code doesn't speak."""
+
+    def __init__(self, found: object, spoken: str) -> None:
+        super().__init__("unsupported_version", f"spec_version is {found!r}, this worker speaks {spoken}")
+
+
+class MessageTooLarge(MessageInvalid):
+    """A message is larger than the limit allows."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        self.size, self.limit = size, limit
+        super().__init__(
+            "too_large",
+            f"the message has {size:,} bytes, the limit is {limit:,}; "
+            "pass a reference instead of the data, or raise max_message_bytes",
+        )
+
+
+class StoreUnavailable(PaigeantError):
+    """The store can't be reached, or can't write now."""
+
+
+class TransportUnavailable(PaigeantError):
+    """The transport can't be reached, or can't take a message now."""
+
+
+class SchemaMismatch(PaigeantError):
+    """The tables of a database don't fit this version of the code."""

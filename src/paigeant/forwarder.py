@@ -1,0 +1,146 @@
+"""Forwarder: puts slips into messages and sends them, within a transaction of the store where that is possible."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from paigeant import ledger
+from paigeant.activity import ActivityRegistry
+from paigeant.errors import MessageTooLarge, PaigeantError, TransportUnavailable
+from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, encode
+from paigeant.slip import Compensation, Phase, RoutingSlip, Step
+from paigeant.store import NextStep, RunDetail, StepKey, Store
+from paigeant.transport import Posting, Transport
+
+__all__ = ["STORED_PAYLOAD", "Forwarder", "Letter"]
+
+STORED_PAYLOAD = "paigeant-payload"
+"""A header: the payload would make the message too large, and is to be read from the store."""
+
+log = logging.getLogger("paigeant.forwarder")
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A message with its address."""
+
+    topic: str
+    message: PaigeantMessage
+    delay: float = 0.0
+
+
+class Forwarder:
+    """Knows where steps go and how to send them there. Losing a letter is harmless: the sweeper sends another."""
+
+    def __init__(
+        self,
+        store: Store,
+        transport: Transport,
+        registry: ActivityRegistry,
+        *,
+        limit_bytes: int = DEFAULT_LIMIT_BYTES,
+        inline_bytes: int = 65536,
+    ) -> None:
+        self.store = store
+        self.transport = transport
+        self.registry = registry
+        self.limit_bytes = limit_bytes
+        self.inline_bytes = inline_bytes
+
+    def topic_of(self, step: Step) -> str:
+        """Where workers wait for this step: its own topic, its activity's, or one called like the activity."""
+        if step.topic is not None:
+            return step.topic
+        return self.registry.get(step.activity).topic if step.activity in self.registry else step.activity
+
+    def next_step(self, workflow_id: str, slip: RoutingSlip) -> NextStep | None:
+        """What is due on `slip`, with its address."""
+        match slip.next_step() or slip.next_undo():
+            case Step() as step:
+                return NextStep(StepKey(workflow_id, step.id), step.activity, self.topic_of(step))
+            case Compensation(step_id=step_id, activity=activity, topic=topic):
+                return NextStep(StepKey(workflow_id, step_id, Phase.UNDO), activity, topic)
+            case None:
+                return None
+
+    def letter(self, message: PaigeantMessage, topic: str, *, epoch: int, delay: float = 0.0) -> Letter:
+        """`message` for whoever claims its step after claim `epoch`. The same letter always has the same message id."""
+        message_id = f"{message.workflow_id}/{message.step_id}/{message.phase}/{epoch}"
+        return Letter(topic, message.evolve(message_id=message_id), delay)
+
+    def posting(self, letter: Letter) -> Posting | None:
+        """`letter` for a transaction of the store; None when the store doesn't publish. Raises MessageTooLarge."""
+        if not self.store.publishes:
+            return None
+        message = letter.message
+        try:
+            body = encode(message, limit_bytes=self.limit_bytes)
+        except MessageTooLarge:
+            body = encode(_without_payload(message), limit_bytes=self.limit_bytes)
+        return Posting(letter.topic, message.message_id, body, letter.delay)
+
+    async def send(self, letter: Letter) -> bool:
+        """Publish `letter`, unless the store has. False when that failed: the sweeper tries again."""
+        return self.store.publishes or await self.publish(letter)
+
+    async def publish(self, letter: Letter) -> bool:
+        """Publish `letter`. False when that failed."""
+        try:
+            try:
+                await self.transport.publish(letter.topic, letter.message, delay=letter.delay)
+            except MessageTooLarge:
+                message = _without_payload(letter.message)
+                await self.transport.publish(letter.topic, message, delay=letter.delay)
+        except (TransportUnavailable, MessageTooLarge) as exc:
+            log.warning("not published to %s, will be sent again: %s", letter.topic, exc)
+            return False
+        return True
+
+    async def send_again(self, keys: Iterable[StepKey]) -> int:
+        """Publish messages for ready steps, made from the store alone. Gives how many were sent."""
+        sent = 0
+        for key in keys:
+            try:
+                detail = await self.store.load_run(key.workflow_id, inline_bytes=self.inline_bytes)
+            except PaigeantError as exc:
+                log.warning("can't make a message for %s: %s", key, exc)
+                continue
+            now = await self.store.now()
+            row = next((row for row in detail.steps if row.key == key), None)
+            message = message_of(detail, inline_bytes=self.inline_bytes)
+            if row is None or (message.step_id, message.phase) != (key.step, key.phase):
+                continue  # it has gone on meanwhile
+            delay = max(row.not_before - now, 0.0)
+            sent += await self.publish(self.letter(message, row.topic, epoch=row.epoch, delay=delay))
+        return sent
+
+    async def payload(self, message: PaigeantMessage) -> PaigeantMessage:
+        """`message` with its payload, read from the store where it was too large to travel. Raises RunNotFound."""
+        if message.headers.get(STORED_PAYLOAD) != "stored":
+            return message
+        detail = await self.store.load_run(message.workflow_id, inline_bytes=self.inline_bytes)
+        return message_of(detail, inline_bytes=self.inline_bytes).evolve(message_id=message.message_id)
+
+
+def message_of(detail: RunDetail, *, inline_bytes: int) -> PaigeantMessage:
+    """The message that a run's rows stand for, yet without an id."""
+    slip, payload = ledger.fold(detail, inline_bytes=inline_bytes)
+    run = detail.run
+    return PaigeantMessage(
+        message_id="",
+        workflow_id=run.id,
+        routing_slip=slip,
+        payload=payload,
+        workflow=run.workflow,
+        correlation_id=run.correlation_id,
+        trace_id=run.trace_id,
+        headers=dict(run.headers),
+    )
+
+
+def _without_payload(message: PaigeantMessage) -> PaigeantMessage:
+    headers: dict[str, Any] = {**message.headers, STORED_PAYLOAD: "stored"}
+    return message.evolve(payload={}, headers=headers)

@@ -1,0 +1,103 @@
+"""Heartbeat: holds a worker's lease, from a thread, so that no activity can hold it up.
+
+It stops beating when the event loop hasn't answered for long: a worker that hangs must not keep its steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection
+
+from paigeant.errors import PaigeantError
+from paigeant.store import StepKey, Store, WorkerRecord
+
+__all__ = ["Heartbeat"]
+
+log = logging.getLogger("paigeant.heartbeat")
+
+Steps = Collection[tuple[StepKey, int]]
+
+
+class Heartbeat:
+    """Beats every `interval` seconds for a lease of `lease` seconds; tells `lose` which steps aren't the worker's any more."""
+
+    def __init__(
+        self,
+        store: Store,
+        worker: WorkerRecord,
+        *,
+        lease: float,
+        interval: float,
+        running: Callable[[], Steps],
+        lose: Callable[[set[tuple[StepKey, int]]], None],
+    ) -> None:
+        self.store = store
+        self.worker = worker
+        self.lease = lease
+        self.interval = interval
+        self._running = running
+        self._lose = lose
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._answered = 0.0
+        self._unlisted: set[tuple[StepKey, int]] = set()
+
+    async def start(self) -> None:
+        """Sign on: once this returns, the worker has a lease."""
+        self._loop = asyncio.get_running_loop()
+        self._answered = time.monotonic()
+        await asyncio.to_thread(self._beat_once, frozenset())
+        self._thread = threading.Thread(target=self._run, name="paigeant-heartbeat", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Beat no more. Stopping twice is harmless."""
+        self._stop.set()
+        self._wake.set()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+
+    def soon(self) -> None:
+        """Beat at once: a run was cancelled, perhaps one that this worker works on."""
+        self._wake.set()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._wake.wait(self.interval)
+            self._wake.clear()
+            if self._stop.is_set():
+                return
+            try:
+                self._ask_loop()
+                silent = time.monotonic() - self._answered
+                if silent > self.lease:
+                    log.error("the event loop has been blocked for %.0f s: the lease is not renewed", silent)
+                    continue
+                self._beat_once(frozenset(self._running()))
+            except PaigeantError as exc:
+                log.warning("heartbeat failed, will be tried again: %s", exc)
+            except Exception:  # the thread must outlive whatever one beat meets, or the worker loses all it does
+                log.exception("heartbeat failed, will be tried again")
+
+    def _beat_once(self, running: Steps) -> None:
+        # What is the worker's in the store but not on its list for two beats in a row has been forgotten.
+        forgotten = self._unlisted - set(running)
+        lost, unlisted = self.store.beat(self.worker, lease=self.lease, running=running, forgotten=forgotten)
+        self._unlisted = unlisted - forgotten
+        if forgotten:
+            log.warning("gave back %d steps that this worker had claimed and forgotten", len(forgotten))
+        if lost and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._lose, lost)
+
+    def _ask_loop(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._answer)
+
+    def _answer(self) -> None:
+        self._answered = time.monotonic()

@@ -1,0 +1,416 @@
+"""What may change in the rows of a run. Pure: rows and a request in, changes or a refusal out.
+
+Both stores lock and load the rows, ask here, and write what they are told, in one transaction. So the guards that keep
+a run correct (compare-and-set on run state, cursor, step state and epoch) stand here once. `fold` gives back the slip
+and the payload of a run from its rows alone: what a message carried is never needed to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic_core import from_json
+
+from paigeant.errors import InvalidTransition
+from paigeant.routing import Finish, Undo, turn_round
+from paigeant.slip import (
+    RUN_ENDED,
+    Compensation,
+    Phase,
+    Revision,
+    RoutingSlip,
+    RunStatus,
+    StepStatus,
+)
+from paigeant.store import (
+    ClaimRequest,
+    Grant,
+    Recorded,
+    Refused,
+    RunDetail,
+    RunRecord,
+    StepKey,
+    StepRecord,
+    StepResult,
+)
+
+__all__ = [
+    "OPEN",
+    "Changes",
+    "Head",
+    "claim",
+    "expire",
+    "fold",
+    "free",
+    "pack_revision",
+    "pack_slip",
+    "postpone",
+    "record",
+    "release",
+    "resume",
+    "stop",
+]
+
+OPEN = frozenset({StepStatus.READY, StepStatus.RUNNING, StepStatus.WAITING})
+"""A step in one of these states is the run's cursor: it has exactly one until it ends."""
+
+Patch = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a decision needs to know of a step and its run."""
+
+    key: StepKey
+    seq: int
+    run: RunStatus
+    status: StepStatus
+    epoch: int
+    attempt: int
+    worker: str | None
+    not_before: float
+
+
+@dataclass(slots=True)
+class Changes:
+    """What is to be written: values of columns for existing rows, rows to add, rows to drop."""
+
+    steps: list[tuple[StepKey, Patch]] = field(default_factory=list)
+    runs: list[tuple[str, Patch]] = field(default_factory=list)
+    added: list[StepRecord] = field(default_factory=list)
+    dropped: list[StepKey] = field(default_factory=list)
+    variables: list[tuple[str, str, bytes]] = field(default_factory=list)
+
+
+def claim(head: Head | None, request: ClaimRequest, changes: Changes, *, now: float) -> Grant | Refused:
+    """T1: a ready step becomes the worker's, counted before it runs."""
+    if head is None:
+        return Refused("unknown")
+    if head.run in RUN_ENDED or head.run is RunStatus.COMPENSATING and head.key.phase is Phase.DO:
+        return Refused("ended")
+    match head.status:
+        case StepStatus.RUNNING | StepStatus.WAITING:
+            return Refused("taken")
+        case StepStatus.READY:
+            pass
+        case _:
+            return Refused("recorded")
+    if head.not_before > now:
+        return Refused("not_due", retry_in=head.not_before - now)
+    exhausted = head.attempt >= request.max_attempts
+    grant = Grant(head.epoch + 1, head.attempt + (not exhausted), now, exhausted)
+    changes.steps.append(
+        (
+            head.key,
+            {
+                "status": StepStatus.RUNNING,
+                "epoch": grant.epoch,
+                "attempt": grant.attempt,
+                "worker": request.worker,
+                "started_at": now,
+            },
+        )
+    )
+    if head.run in (RunStatus.PENDING, RunStatus.WAITING):
+        patch: Patch = {"status": RunStatus.RUNNING}
+        if head.run is RunStatus.PENDING:
+            patch["started_at"] = now
+        changes.runs.append((head.key.workflow_id, patch))
+    return grant
+
+
+def record(
+    head: Head | None, result: StepResult, changes: Changes, *, now: float, grace: float
+) -> Recorded | Refused:
+    """T3: an attempt's end, and what follows, guarded by the state of the run and the epoch."""
+    if head is None:
+        return Refused("unknown")
+    mine = head.epoch == result.epoch and head.worker == result.worker
+    grant = Grant(1, 1, now) if result.take_next else None
+    if head.status not in OPEN:
+        # A commit whose answer was lost is asked for again: it stands, and so does what it took along.
+        return Recorded(grant) if mine and head.status is result.status else Refused("recorded")
+    forward = result.key.phase is Phase.DO
+    if head.run is not (RunStatus.RUNNING if forward else RunStatus.COMPENSATING):
+        return Refused("ended")
+    held = mine and head.status is StepStatus.RUNNING
+    succeeded = result.status in (StepStatus.COMPLETED, StepStatus.SKIPPED, StepStatus.COMPENSATED)
+    if not held and (result.strict or not succeeded):
+        return Refused("stale")
+    if result.status is StepStatus.READY:
+        not_before = now + result.delay
+        changes.steps.append(
+            (
+                head.key,
+                {
+                    "status": StepStatus.READY,
+                    "worker": None,
+                    "not_before": not_before,
+                    "wake_at": not_before + grace,
+                    "error": result.error,
+                },
+            )
+        )
+        return Recorded()
+    changes.steps.append(
+        (
+            head.key,
+            {
+                "status": result.status,
+                "worker": result.worker,
+                "attempt": max(head.attempt, result.attempt) if result.status is not StepStatus.SKIPPED else 0,
+                "input": result.input,
+                "output": result.output,
+                "error": result.error,
+                "revision": result.revision,
+                "undo_topic": result.undo_topic,
+                "usage": result.usage,
+                "completed_at": now,
+            },
+        )
+    )
+    if not forward:
+        changes.steps.append((head.key._replace(phase=Phase.DO), {"status": result.status}))
+    if result.run is not None:
+        patch: Patch = {"status": result.run}
+        if result.ending is not None:
+            patch["ending"] = result.ending
+        if result.run_error is not None:
+            patch["error"] = result.run_error
+        if result.run in RUN_ENDED:
+            patch["completed_at"] = now
+        changes.runs.append((head.key.workflow_id, patch))
+    if result.next is not None:
+        taken = result.take_next
+        changes.added.append(
+            StepRecord(
+                *result.next.key,
+                seq=head.seq + 1,
+                activity=result.next.activity,
+                topic=result.next.topic,
+                status=StepStatus.RUNNING if taken else StepStatus.READY,
+                epoch=1 if taken else 0,
+                attempt=1 if taken else 0,
+                worker=result.worker if taken else None,
+                wake_at=now + grace,
+                created_at=now,
+                started_at=now if taken else None,
+            )
+        )
+    workflow_id = head.key.workflow_id
+    changes.variables.extend((workflow_id, name, value) for name, value in result.variables.items())
+    return Recorded(grant)
+
+
+def release(head: Head | None, worker: str, epoch: int, changes: Changes, *, now: float, grace: float) -> bool:
+    """Give a claimed step back unharmed: the attempt that a shutdown cut short doesn't count."""
+    if head is None or (head.worker, head.epoch, head.status) != (worker, epoch, StepStatus.RUNNING):
+        return False
+    changes.steps.append(
+        (
+            head.key,
+            {
+                "status": StepStatus.READY,
+                "worker": None,
+                "attempt": max(head.attempt - 1, 0),
+                "wake_at": now + grace,
+            },
+        )
+    )
+    return True
+
+
+def free(key: StepKey, changes: Changes, *, now: float) -> None:
+    """A running step whose worker is lost is ready again, and due for a message at once. Its attempt counts."""
+    changes.steps.append((key, {"status": StepStatus.READY, "worker": None, "wake_at": now}))
+
+
+def postpone(key: StepKey, changes: Changes, *, now: float, grace: float) -> None:
+    """A ready step whose message is being sent now: the sweeper looks at it again after the grace time."""
+    changes.steps.append((key, {"wake_at": now + grace}))
+
+
+def stop(
+    detail: RunDetail, ending: RunStatus, error: str, changes: Changes, *, now: float, inline_bytes: int
+) -> RunStatus:
+    """Turn a run round: its open step ends failed, what was recorded is undone, last first. Gives the run's state.
+
+    Raises InvalidTransition when the run has ended. A run that is being undone already goes on being undone.
+    """
+    run = detail.run
+    if run.status in RUN_ENDED:
+        raise InvalidTransition(f"run '{run.id}' has ended {run.status.value}; only an open run can be cancelled")
+    if run.status is RunStatus.COMPENSATING:
+        return run.status
+    slip, _ = fold(detail, inline_bytes=inline_bytes)
+    last = max((row.seq for row in detail.steps), default=-1)
+    for row in detail.steps:
+        if row.status in OPEN:
+            changes.steps.append(
+                (row.key, {"status": StepStatus.FAILED, "error": error, "completed_at": now})
+            )
+    match turn_round(slip, ending):
+        case Undo(undo=undo):
+            status = RunStatus.COMPENSATING
+            changes.added.append(_ready_undo(run.id, undo, seq=last + 1, now=now))
+        case Finish(run=status):
+            pass
+    patch: Patch = {"status": status, "ending": ending.value, "error": error}
+    if status in RUN_ENDED:
+        patch["completed_at"] = now
+    changes.runs.append((run.id, patch))
+    return status
+
+
+def expire(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int) -> bool:
+    """End a run that is over its deadline like one whose step failed. False when that isn't so (any more)."""
+    run = detail.run
+    late = run.deadline is not None and run.deadline <= now
+    if not late or run.status in RUN_ENDED or run.status is RunStatus.COMPENSATING:
+        return False
+    stop(
+        detail,
+        RunStatus.FAILED,
+        "DeadlineExceeded: the run was not done by its deadline",
+        changes,
+        now=now,
+        inline_bytes=inline_bytes,
+    )
+    return True
+
+
+def resume(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int) -> RunStatus:
+    """Take an ended run up again where it stopped, with fresh attempts: an operator's `runs retry`.
+
+    The only exit from an ended state. Raises InvalidTransition unless the run is failed or compensation_failed.
+    """
+    run = detail.run
+    ready: Patch = {
+        "status": StepStatus.READY,
+        "attempt": 0,
+        "worker": None,
+        "not_before": 0.0,
+        "wake_at": now,
+        "error": None,
+        "completed_at": None,
+    }
+    reopened: Patch = {"error": None, "completed_at": None}
+    if run.status is RunStatus.FAILED:
+        failed = [row for row in detail.steps if row.status is StepStatus.FAILED]
+        if not failed:
+            raise InvalidTransition(f"run '{run.id}' failed before its first step; dispatch it again")
+        changes.steps.append((failed[-1].key, ready))
+        # The deadline has had its say; an operator who retries wants the run done.
+        changes.runs.append(
+            (run.id, {**reopened, "status": RunStatus.RUNNING, "ending": None, "deadline": None})
+        )
+        return RunStatus.RUNNING
+    if run.status is RunStatus.COMPENSATION_FAILED:
+        unsettled = {
+            row.step
+            for row in detail.steps
+            if row.phase is Phase.UNDO and row.status is StepStatus.COMPENSATION_FAILED
+        }
+        for step in unsettled:
+            changes.dropped.append(StepKey(run.id, step, Phase.UNDO))
+            changes.steps.append((StepKey(run.id, step, Phase.DO), {"status": StepStatus.COMPLETED}))
+        rows = tuple(
+            replace(row, status=StepStatus.COMPLETED) if row.step in unsettled else row
+            for row in detail.steps
+            if not (row.phase is Phase.UNDO and row.step in unsettled)
+        )
+        slip, _ = fold(replace(detail, steps=rows), inline_bytes=inline_bytes)
+        undo = slip.compensations[-1]
+        last = max(row.seq for row in detail.steps)
+        changes.added.append(_ready_undo(run.id, undo, seq=last + 1, now=now))
+        changes.runs.append((run.id, {**reopened, "status": RunStatus.COMPENSATING}))
+        return RunStatus.COMPENSATING
+    hint = "dispatch it again under another id" if run.status in RUN_ENDED else "it is still open"
+    raise InvalidTransition(
+        f"run '{run.id}' is {run.status.value}; only failed and compensation_failed runs can be retried: {hint}"
+    )
+
+
+def _ready_undo(workflow_id: str, undo: Compensation, *, seq: int, now: float) -> StepRecord:
+    return StepRecord(
+        workflow_id,
+        undo.step_id,
+        Phase.UNDO,
+        seq=seq,
+        activity=undo.activity,
+        topic=undo.topic,
+        status=StepStatus.READY,
+        wake_at=now,
+        created_at=now,
+    )
+
+
+@cache
+def _slips() -> TypeAdapter[RoutingSlip]:
+    return TypeAdapter(RoutingSlip)
+
+
+@cache
+def _revisions() -> TypeAdapter[Revision]:
+    return TypeAdapter(Revision)
+
+
+def pack_slip(slip: RoutingSlip) -> bytes:
+    """The plan of a run as it is stored."""
+    return _slips().dump_json(slip, exclude_defaults=True)
+
+
+def pack_revision(revision: Revision) -> bytes:
+    """What a step decided about the rest of its run, as it is stored."""
+    return _revisions().dump_json(revision, exclude_defaults=True)
+
+
+def fold(detail: RunDetail, *, inline_bytes: int) -> tuple[RoutingSlip, dict[str, Any]]:
+    """The slip and the payload of a run, from its rows. Outputs above `inline_bytes` are left to be read when used."""
+    slip = _slips().validate_json(detail.run.slip)
+    # The row's deadline is the one that counts: a retry by an operator takes it away.
+    slip = replace(slip, deadline=detail.run.deadline)
+    outputs: dict[str, Any] = {}
+    undone: list[StepRecord] = []
+    for row in sorted(detail.steps, key=lambda row: row.seq):
+        if row.phase is Phase.UNDO:
+            undone.append(row)
+        elif row.status not in OPEN and row.status is not StepStatus.FAILED:
+            stored = row.step in detail.stored or len(row.output or b"") > inline_bytes
+            slip = slip.mark_complete(
+                status=StepStatus.SKIPPED if row.status is StepStatus.SKIPPED else StepStatus.COMPLETED,
+                compensation=Compensation(row.step, row.activity, row.undo_topic)
+                if row.undo_topic is not None
+                else None,
+                revision=None if row.revision is None else _revisions().validate_json(row.revision),
+                stored=stored,
+            )
+            if row.output is not None and not stored:
+                outputs[row.step] = from_json(row.output)
+    match detail.run.ending:
+        case "failed" | "cancelled" as ending:
+            slip = slip.begin_undo(ending)
+        case _:
+            pass
+    for row in undone:
+        if row.status not in OPEN:
+            slip = slip.mark_undone(
+                succeeded=row.status is StepStatus.COMPENSATED, step_id=row.step
+            )
+    return slip, merged(from_json(detail.run.input), detail.variables, outputs)
+
+
+def merged(
+    payload: Mapping[str, Any], variables: Mapping[str, bytes], outputs: Mapping[str, Any], taken: Iterable[str] = ()
+) -> dict[str, Any]:
+    """`payload` with variables and outputs of steps put over it; an output stands above a variable of its name.
+
+    `taken`: ids of steps whose outputs are in `payload` already.
+    """
+    kept = set(taken)
+    fresh = {name: from_json(value) for name, value in variables.items() if name not in kept}
+    return {**payload, **fresh, **outputs}

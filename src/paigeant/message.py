@@ -1,0 +1,113 @@
+"""PaigeantMessage, the envelope that travels: encode and decode, the one wire format (JSON, version 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
+
+from paigeant.codec import parse_strict
+from paigeant.errors import InvalidDefinition, MessageInvalid, MessageTooLarge, UnsupportedVersion
+from paigeant.slip import Compensation, Phase, RoutingSlip, Step
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
+
+__all__ = ["DEFAULT_LIMIT_BYTES", "SPEC_VERSION", "PaigeantMessage", "decode", "encode"]
+
+SPEC_VERSION = "1.0"
+"""What this code writes. A reader takes any minor of its major."""
+
+DEFAULT_LIMIT_BYTES = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class PaigeantMessage:
+    """A wake-up plus travel document: it says which step of which run is due, and carries what that step needs.
+
+    Losing, doubling or reordering messages is harmless: the store decides what has happened. `payload` holds the
+    run's input, variables and the outputs of its steps under their ids. `headers` are `traceparent`, `obo_token` and
+    `jws_signature` where they apply.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+
+    message_id: str
+    workflow_id: str
+    routing_slip: RoutingSlip
+    payload: Mapping[str, Any] = field(default_factory=dict)
+    workflow: str = ""
+    correlation_id: str = ""
+    trace_id: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    spec_version: str = SPEC_VERSION
+
+    @property
+    def due(self) -> Step | Compensation | None:
+        """What this message wakes: the next step, or the next undo of a run that is being undone."""
+        return self.routing_slip.next_step() or self.routing_slip.next_undo()
+
+    @property
+    def phase(self) -> Phase:
+        """Whether the step is to be done or undone."""
+        return Phase.DO if self.routing_slip.ending is None else Phase.UNDO
+
+    @property
+    def step_id(self) -> str:
+        """The id of the step that is due; empty when none is."""
+        match self.due:
+            case Step(id=step_id) | Compensation(step_id=step_id):
+                return step_id
+            case None:
+                return ""
+
+    def evolve(self, **changes: Any) -> PaigeantMessage:
+        """A copy with `changes`."""
+        return replace(self, **changes)
+
+
+@cache
+def _adapter() -> TypeAdapter[PaigeantMessage]:
+    return TypeAdapter(PaigeantMessage)
+
+
+def encode(message: PaigeantMessage, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> bytes:
+    """The body of `message`. Raises MessageTooLarge, or MessageInvalid for a value that isn't JSON."""
+    try:
+        body = _adapter().dump_json(message, exclude_defaults=True)
+    except (PydanticSerializationError, ValueError) as exc:
+        raise MessageInvalid("not_json", " ".join(str(exc).split())) from exc
+    if message.spec_version == SPEC_VERSION:  # a default is left out above; this one a reader always needs
+        body = b'{"spec_version":"%s",%s' % (SPEC_VERSION.encode(), body[1:])
+    if len(body) > limit_bytes:
+        raise MessageTooLarge(len(body), limit_bytes)
+    return body
+
+
+def decode(body: bytes, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> PaigeantMessage:
+    """The message in `body`, checked in this order: size, strict JSON, version, every field.
+
+    Raises MessageInvalid; its `reason` is too_large, not_utf8, not_json, duplicate_key, not_a_number,
+    number_out_of_range, lone_surrogate, too_deep, unsupported_version or wrong_shape.
+    """
+    if len(body) > limit_bytes:
+        raise MessageTooLarge(len(body), limit_bytes)
+    value = parse_strict(body)
+    if not isinstance(value, dict):
+        raise MessageInvalid("wrong_shape", f"a message is an object, found {type(value).__name__}")
+    version = value.get("spec_version")
+    major = version.split(".")[0] if isinstance(version, str) else None
+    if major != SPEC_VERSION.split(".")[0]:
+        raise UnsupportedVersion(version, SPEC_VERSION)
+    try:
+        return _adapter().validate_json(body, strict=True)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "message"
+        raise MessageInvalid("wrong_shape", f"{place}: {first['msg']}") from exc
+    except InvalidDefinition as exc:
+        raise MessageInvalid("wrong_shape", str(exc)) from exc

@@ -1,0 +1,50 @@
+"""The Alembic environment: brings a database to the tables of this version of the code, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import Connection
+
+from paigeant.errors import SchemaMismatch
+
+__all__ = ["downgrade", "newest", "upgrade"]
+
+
+def _config(connection: Connection | None = None) -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent))
+    config.attributes["connection"] = connection
+    return config
+
+
+def newest() -> str | None:
+    """The name of the newest migration."""
+    return ScriptDirectory.from_config(_config()).get_current_head()
+
+
+def upgrade(connection: Connection, place: str, to: str = "head") -> None:
+    """Bring the database to the migration `to`. Raises SchemaMismatch when newer code has been there."""
+    try:
+        command.upgrade(_config(connection), to)
+    except CommandError as exc:
+        raise _mismatch(place, exc) from exc
+
+
+def downgrade(connection: Connection, place: str, to: str = "base") -> None:
+    """Take the database back to the migration `to`. Raises SchemaMismatch when newer code has been there."""
+    try:
+        command.downgrade(_config(connection), to)
+    except CommandError as exc:
+        raise _mismatch(place, exc) from exc
+
+
+def _mismatch(place: str, exc: CommandError) -> SchemaMismatch:
+    return SchemaMismatch(
+        f"the tables of {place} were made by another version of Paigeant than this one, which knows migrations "
+        f"up to {newest()}: {exc}. Install the newer version, or name another database"
+    )

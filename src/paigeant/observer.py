@@ -1,0 +1,88 @@
+"""Observer: what may watch a dispatch or a step, and may never change it.
+
+What happens to a run is told once, here, so that logs, traces, metrics and audit agree. The words are fixed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+__all__ = ["CURRENT", "Event", "EventName", "Observer", "Observers"]
+
+EventName = Literal[
+    "run.dispatched",
+    "run.completed",
+    "run.failed",
+    "run.compensated",
+    "run.compensation_failed",
+    "run.cancelled",
+    "run.expired",
+    "delivery.duplicate",
+    "delivery.returned",
+    "delivery.rejected",
+    "step.started",
+    "step.completed",
+    "step.skipped",
+    "step.retrying",
+    "step.failed",
+    "step.compensated",
+    "step.compensation_failed",
+    "step.released",
+    "step.lost",
+    "step.swept",
+    "worker.started",
+    "worker.stopping",
+    "worker.stopped",
+    "worker.lost",
+]
+
+CURRENT: ContextVar[Mapping[str, Any] | None] = ContextVar("paigeant_step", default=None)
+"""The ids of the step that the current task or thread works on: workflow_id, step, attempt, trace_id ..."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that has happened, with the ids it belongs to. `seconds`: how long it took, where that means something."""
+
+    name: EventName
+    workflow_id: str = ""
+    workflow: str = ""
+    step: str = ""
+    activity: str = ""
+    attempt: int = 0
+    trace_id: str = ""
+    correlation_id: str = ""
+    worker: str = ""
+    seconds: float | None = None
+    error: str | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Observer(Protocol):
+    """Is told what happens. It must not block; what it raises is logged and goes no further."""
+
+    def observe(self, event: Event) -> None:
+        """`event` has happened, and is durable where it is about a result."""
+        ...
+
+
+class Observers:
+    """Several observers as one; none of them can disturb the work or the others."""
+
+    def __init__(self, observers: Sequence[Observer] = ()) -> None:
+        self._observers = tuple(observers)
+
+    def __bool__(self) -> bool:
+        return bool(self._observers)
+
+    def observe(self, event: Event) -> None:
+        """Tell all of them."""
+        for observer in self._observers:
+            try:
+                observer.observe(event)
+            except Exception:  # an observer's trouble is never the run's
+                logging.getLogger("paigeant").exception("observer failed at %s", event.name)

@@ -1,0 +1,209 @@
+"""Settings: the one reader of environment and file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from paigeant.errors import ConfigurationError, PaigeantError, nearest
+from paigeant.policy import ItineraryPolicy
+from paigeant.retry import RetryPolicy
+from paigeant.slip import Step
+from paigeant.workflow import Workflow
+
+__all__ = ["CONFIG_FILE", "Settings"]
+
+CONFIG_FILE = "paigeant.yaml"
+_PREFIX = "PAIGEANT_"
+_KNOWN_SCHEMES = ("memory", "sqlite", "postgresql", "redis", "rediss", "amqp", "amqps")
+
+
+class Settings(BaseSettings):
+    """What an application is told from outside: constructor over `PAIGEANT_*` over `paigeant.yaml` over defaults.
+
+    Times are in seconds. Raises ConfigurationError for an unknown key, with the nearest known one, and for a value
+    that can't be.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid")
+
+    transport_url: str = Field("sqlite:///paigeant.db", description="where messages travel")
+    store_url: str = Field("sqlite:///paigeant.db", description="where runs are recorded")
+    handlers: tuple[str, ...] = Field((), description="handler files or modules, for `run` and `dispatch`")
+    workflows: dict[str, Any] = Field(default_factory=dict, description="workflows by name, same fields as in code")
+
+    concurrency: int = Field(100, ge=1, description="steps at once in one worker process")
+    processes: int = Field(1, ge=1, description="worker processes that `paigeant run` starts")
+    retries: int = Field(3, ge=0, description="further attempts after the first")
+    retry_base: float = Field(0.5, ge=0, description="wait before the first further attempt; it doubles")
+    retry_cap: float = Field(60.0, ge=0, description="longest wait between attempts")
+    timeout: float | None = Field(None, gt=0, description="for each attempt; none by default")
+
+    lease: float = Field(30.0, gt=0, description="how long a silent worker keeps its steps")
+    heartbeat: float = Field(5.0, gt=0, description="how often a worker renews its lease")
+    sweep_interval: float = Field(1.0, gt=0, description="how often a worker looks for what others left behind")
+    grace: float = Field(10.0, gt=0, description="how long a sent message has before it is sent again")
+    shutdown_grace: float = Field(30.0, ge=0, description="how long running steps may finish at a shutdown")
+    local_steps: int = Field(50, ge=1, description="steps of one run in a row before others have their turn")
+
+    max_message_bytes: int = Field(1024 * 1024, ge=1024, description="largest message")
+    inline_bytes: int = Field(65536, ge=0, description="outputs above it stay in the store and don't travel")
+
+    strict: bool = Field(False, description="refuse workflows with activities that no loaded registry knows")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level of log lines")
+    log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal")
+
+    _file: ClassVar[Path | None] = None
+
+    def __init__(self, **values: Any) -> None:
+        _check_keys(values, type(self).model_fields, "the settings have")
+        _check_environment(type(self).model_fields)
+        try:
+            super().__init__(**values)
+        except ValidationError as exc:
+            raise ConfigurationError(_explain(exc)) from exc
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Constructor, environment, file, in this order."""
+        path = Path(CONFIG_FILE)
+        if not path.is_file():
+            return init_settings, env_settings
+        check_file(path)
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=path)
+
+    @field_validator("transport_url", "store_url")
+    @classmethod
+    def _known_scheme(cls, url: str) -> str:
+        scheme, found, _ = url.partition("://")
+        if not found or scheme not in _KNOWN_SCHEMES:
+            shown = ", ".join(f"{name}://" for name in _KNOWN_SCHEMES)
+            raise ValueError(f"found {_without_password(url)!r}, expected a URL that starts with one of {shown}")
+        return url
+
+    @field_validator("handlers", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("workflows")
+    @classmethod
+    def _are_workflows(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, fields in value.items():
+            try:
+                workflow_from(name, fields)
+            except PaigeantError as exc:
+                raise ValueError(str(exc)) from exc
+        return value
+
+    def retry_policy(self) -> RetryPolicy:
+        """How often and how long in between, for steps that don't say."""
+        return RetryPolicy(attempts=self.retries + 1, base=self.retry_base, cap=self.retry_cap)
+
+    def defined_workflows(self) -> dict[str, Workflow]:
+        """The workflows that the file defines, by name."""
+        return {name: workflow_from(name, fields) for name, fields in self.workflows.items()}
+
+    def shown(self) -> dict[str, Any]:
+        """All values as they may be printed: without passwords."""
+        values = self.model_dump(mode="json")
+        for name in ("transport_url", "store_url"):
+            values[name] = _without_password(values[name])
+        return values
+
+
+def check_file(path: Path) -> dict[str, Any]:
+    """The values in the configuration file. Raises ConfigurationError for what isn't YAML or has an unknown key."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark is not None else ""
+        raise ConfigurationError(f"{path}{place} is not YAML: {getattr(exc, 'problem', exc)}") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigurationError(f"can't read {path}: {exc}") from exc
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{path} holds {type(values).__name__}; expected `key: value` lines")
+    _check_keys(values, Settings.model_fields, f"{path} has")
+    return values
+
+
+def workflow_from(name: str, fields: Any) -> Workflow:
+    """The workflow that a file describes: a list of steps, or the fields of `Workflow`. Raises InvalidDefinition."""
+    if isinstance(fields, list):
+        fields = {"steps": fields}
+    if not isinstance(fields, Mapping):
+        raise ConfigurationError(f"workflow '{name}' is a list of steps or a mapping with `steps`, found {fields!r}")
+    known = ("steps", "deadline", "policy", "on_compensation_failure", "description")
+    _check_keys(fields, known, f"workflow '{name}' has")
+    values = dict(fields)
+    values["steps"] = [_step_from(name, step) for step in values.get("steps") or ()]
+    if values.get("policy") is not None:
+        _check_keys(values["policy"], ("allowed", "max_added", "max_total"), f"the policy of workflow '{name}' has")
+        values["policy"] = ItineraryPolicy(**values["policy"])
+    return Workflow(name, **values)
+
+
+def _step_from(workflow: str, fields: Any) -> str | Step:
+    if isinstance(fields, str):
+        return fields
+    known = ("activity", "id", "args", "when", "retries", "timeout", "topic")
+    if not isinstance(fields, Mapping) or "activity" not in fields:
+        raise ConfigurationError(
+            f"a step of workflow '{workflow}' is an activity's name or a mapping with `activity`, found {fields!r}"
+        )
+    _check_keys(fields, known, f"a step of workflow '{workflow}' has")
+    return Step(**fields)
+
+
+def _check_keys(values: Mapping[str, Any], known: Any, where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise ConfigurationError(f"{where} an unknown key '{key}'; {nearest(str(key), known)}")
+
+
+def _check_environment(known: Mapping[str, Any]) -> None:
+    for variable in os.environ:
+        if variable.upper().startswith(_PREFIX):
+            key = variable[len(_PREFIX) :].lower()
+            if key not in known:
+                raise ConfigurationError(
+                    f"the environment has {variable}, which is no setting; {nearest(key, known)}"
+                )
+
+
+def _explain(exc: ValidationError) -> str:
+    first = exc.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "settings"
+    message = first["msg"].removeprefix("Value error, ")
+    if message.startswith("found ") or "workflow" in message:
+        return f"{place}: {message}"
+    return f"{place}: {message}, found {first['input']!r}"
+
+
+def _without_password(url: str) -> str:
+    head, at, tail = url.rpartition("@")
+    if not at:
+        return url
+    scheme, _, user = head.partition("://")
+    return f"{scheme}://{user.partition(':')[0]}:***@{tail}" if ":" in user else url

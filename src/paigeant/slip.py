@@ -1,0 +1,348 @@
+"""The routing slip: what is left to do, what is done, how to undo it. Frozen values; every change makes a new one.
+
+Owns the words for the states of runs and steps and the table of their transitions. What follows a step is decided in
+`routing.py`; which rows change with it, in `ledger.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from paigeant import condition
+from paigeant.errors import InvalidDefinition
+from paigeant.policy import ItineraryPolicy
+from paigeant.retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
+
+__all__ = [
+    "RUN_ENDED",
+    "RUN_MOVES",
+    "STEP_MOVES",
+    "Compensation",
+    "Executed",
+    "Phase",
+    "Revision",
+    "RoutingSlip",
+    "RunStatus",
+    "Step",
+    "StepStatus",
+    "identify",
+]
+
+
+class RunStatus(StrEnum):
+    """Where a run is."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    WAITING = "waiting"
+    COMPENSATING = "compensating"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    COMPENSATED = "compensated"
+    COMPENSATION_FAILED = "compensation_failed"
+    CANCELLED = "cancelled"
+
+
+class StepStatus(StrEnum):
+    """Where a step, or the undoing of one, is."""
+
+    READY = "ready"
+    RUNNING = "running"
+    WAITING = "waiting"
+    COMPLETED = "completed"
+    SKIPPED = "skipped"
+    FAILED = "failed"
+    COMPENSATED = "compensated"
+    COMPENSATION_FAILED = "compensation_failed"
+
+
+class Phase(StrEnum):
+    """Whether a step is done or undone."""
+
+    DO = "do"
+    UNDO = "undo"
+
+
+RUN_ENDED = frozenset(
+    {
+        RunStatus.COMPLETED,
+        RunStatus.FAILED,
+        RunStatus.COMPENSATED,
+        RunStatus.COMPENSATION_FAILED,
+        RunStatus.CANCELLED,
+    }
+)
+
+RUN_MOVES: dict[RunStatus, frozenset[RunStatus]] = {
+    RunStatus.PENDING: frozenset(
+        {RunStatus.RUNNING, RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.CANCELLED}
+    ),
+    RunStatus.RUNNING: frozenset(
+        {
+            RunStatus.WAITING,
+            RunStatus.COMPLETED,
+            RunStatus.COMPENSATING,
+            RunStatus.FAILED,
+            RunStatus.CANCELLED,
+        }
+    ),
+    RunStatus.WAITING: frozenset(
+        {RunStatus.RUNNING, RunStatus.COMPENSATING, RunStatus.FAILED, RunStatus.CANCELLED}
+    ),
+    RunStatus.COMPENSATING: frozenset(
+        {RunStatus.COMPENSATED, RunStatus.COMPENSATION_FAILED, RunStatus.CANCELLED}
+    ),
+    # An ended run stays ended. The two exits are an operator's `runs retry`, never the engine's.
+    RunStatus.FAILED: frozenset({RunStatus.RUNNING}),
+    RunStatus.COMPENSATION_FAILED: frozenset({RunStatus.COMPENSATING}),
+    RunStatus.COMPLETED: frozenset(),
+    RunStatus.COMPENSATED: frozenset(),
+    RunStatus.CANCELLED: frozenset(),
+}
+"""The states that may follow each state of a run. `docs/architecture.md` draws this table; a test compares them."""
+
+STEP_MOVES: dict[StepStatus, frozenset[StepStatus]] = {
+    StepStatus.READY: frozenset(
+        {StepStatus.RUNNING, StepStatus.COMPLETED, StepStatus.COMPENSATED, StepStatus.FAILED}
+    ),
+    StepStatus.RUNNING: frozenset(
+        {
+            StepStatus.READY,
+            StepStatus.WAITING,
+            StepStatus.COMPLETED,
+            StepStatus.SKIPPED,
+            StepStatus.FAILED,
+            StepStatus.COMPENSATED,
+            StepStatus.COMPENSATION_FAILED,
+        }
+    ),
+    StepStatus.WAITING: frozenset({StepStatus.READY, StepStatus.FAILED}),
+    StepStatus.COMPLETED: frozenset({StepStatus.COMPENSATED, StepStatus.COMPENSATION_FAILED}),
+    StepStatus.SKIPPED: frozenset(),
+    StepStatus.FAILED: frozenset({StepStatus.READY}),
+    StepStatus.COMPENSATED: frozenset(),
+    StepStatus.COMPENSATION_FAILED: frozenset({StepStatus.READY, StepStatus.COMPENSATED}),
+}
+"""The same for steps. READY to COMPLETED and to COMPENSATED are a late first success after the lease was lost."""
+
+
+
+def _check_name(what: str, value: object) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise InvalidDefinition(f"{what} is a non-empty text, found {value!r}")
+    if len(value) > 200 or any(ord(c) < 32 for c in value):
+        raise InvalidDefinition(f"{what} has at most 200 characters and no control characters, found {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One entry of an itinerary: an activity, and how it is to be done here.
+
+    `id` names the step within its run; a workflow gives it one where it is empty. `args` are arguments that don't come
+    from the payload. `when` is a CEL expression over the payload, evaluated where the step would run; false skips the
+    step. `retries`, `timeout` (seconds, for each attempt) and `topic` override the activity's own.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+
+    activity: str
+    _: KW_ONLY
+    id: str = ""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    when: str | None = None
+    retries: int | RetryPolicy | None = None
+    timeout: float | None = None
+    topic: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_name("the activity of a step", self.activity)
+        if self.id:
+            _check_name("the id of a step", self.id)
+        if not isinstance(self.args, Mapping) or not all(isinstance(key, str) for key in self.args):
+            raise InvalidDefinition(
+                f"args of step '{self.activity}' are a mapping of parameter names, found {self.args!r}"
+            )
+        if self.when is not None:
+            condition.check(self.when)
+        if self.retries is not None:
+            RetryPolicy.of(self.retries)
+        if self.timeout is not None and not (
+            isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool) and self.timeout > 0
+        ):
+            raise InvalidDefinition(
+                f"timeout of step '{self.activity}' is in seconds and above 0, found {self.timeout!r}"
+            )
+        if self.topic is not None:
+            _check_name(f"the topic of step '{self.activity}'", self.topic)
+
+
+@dataclass(frozen=True, slots=True)
+class Executed:
+    """A recorded step. `stored`: its output is too large to travel and is read from the store where it is used."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+
+    step_id: str
+    activity: str
+    status: StepStatus = StepStatus.COMPLETED
+    stored: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Compensation:
+    """How a recorded step is undone: the activity whose compensation runs, and the topic where its workers listen."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+
+    step_id: str
+    activity: str
+    topic: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """What a step decided about the rest of the run: the itinerary after it, and how many steps it added."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+
+    itinerary: tuple[Step, ...]
+    added: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingSlip:
+    """A run's plan and history as it travels.
+
+    Forward, the next step is the first of `itinerary`. Once `ending` is set the run is being undone: the next undo is
+    the last of `compensations`, and `ending` tells what the run is when all is undone. `added` counts the steps that
+    revisions put in, `undone` and `not_undone` the undos recorded so far, by step id. `deadline` is the instant by
+    which the last step must be done.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+
+    itinerary: tuple[Step, ...] = ()
+    executed: tuple[Executed, ...] = ()
+    compensations: tuple[Compensation, ...] = ()
+    policy: ItineraryPolicy = ItineraryPolicy()
+    on_compensation_failure: Literal["continue", "stop"] = "continue"
+    added: int = 0
+    ending: Literal["failed", "cancelled"] | None = None
+    undone: tuple[str, ...] = ()
+    not_undone: tuple[str, ...] = ()
+    deadline: float | None = None
+
+    def next_step(self) -> Step | None:
+        """The step to do next; None when nothing is left or the run is being undone."""
+        return self.itinerary[0] if self.itinerary and self.ending is None else None
+
+    def next_undo(self) -> Compensation | None:
+        """The step to undo next, the last recorded first; None when nothing is left or the run goes forward."""
+        return self.compensations[-1] if self.compensations and self.ending is not None else None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do or to undo."""
+        return self.next_step() is None and self.next_undo() is None
+
+    def mark_complete(
+        self,
+        *,
+        status: StepStatus = StepStatus.COMPLETED,
+        compensation: Compensation | None = None,
+        revision: Revision | None = None,
+        stored: bool = False,
+    ) -> RoutingSlip:
+        """The slip after its next step was recorded: one step fewer to do, one more done, perhaps one more to undo.
+
+        Raises ValueError when there is no next step.
+        """
+        step = self.next_step()
+        if step is None:
+            raise ValueError("there is no step left to complete")
+        done = Executed(step.id, step.activity, status, stored)
+        return replace(
+            self,
+            itinerary=self.itinerary[1:] if revision is None else revision.itinerary,
+            executed=(*self.executed, done),
+            compensations=self.compensations
+            if compensation is None
+            else (*self.compensations, compensation),
+            added=self.added if revision is None else self.added + revision.added,
+        )
+
+    def begin_undo(self, ending: Literal["failed", "cancelled"]) -> RoutingSlip:
+        """The slip of a run that turns round: nothing more is done, what was recorded is undone."""
+        return replace(self, ending=ending)
+
+    def mark_undone(self, *, succeeded: bool, step_id: str | None = None) -> RoutingSlip:
+        """The slip after an undo was recorded, the next one unless `step_id` names another. Raises ValueError for none."""
+        found = [undo for undo in self.compensations if step_id is None or undo.step_id == step_id]
+        if not found:
+            raise ValueError("there is nothing left to undo")
+        undo = found[-1]
+        ids = (undo.step_id,)
+        return replace(
+            self,
+            compensations=tuple(entry for entry in self.compensations if entry is not undo),
+            undone=self.undone + ids if succeeded else self.undone,
+            not_undone=self.not_undone if succeeded else self.not_undone + ids,
+        )
+
+    def step_ids(self) -> set[str]:
+        """The ids of all steps, done and to do."""
+        return {done.step_id for done in self.executed} | {step.id for step in self.itinerary}
+
+    def find(self, name: str) -> Executed | None:
+        """The recorded step of this id, else the last one of this activity, else None. Skipped steps don't count."""
+        done = [entry for entry in self.executed if entry.status is not StepStatus.SKIPPED]
+        for entry in done:
+            if entry.step_id == name:
+                return entry
+        for entry in reversed(done):
+            if entry.activity == name:
+                return entry
+        return None
+
+
+def identify(
+    steps: Iterable[str | Step], *, taken: Collection[str] = (), parent: str | None = None, first: int = 1
+) -> tuple[Step, ...]:
+    """`steps` with an id each, none of them in `taken`.
+
+    Without `parent` a step is called like its activity, and `name_2`, `name_3` where that is taken. Steps that step
+    `parent` adds are `parent.1`, `parent.2`, counted from `first`: the same again when the step is executed again.
+    Raises InvalidDefinition for what is no step and for an id that occurs twice.
+    """
+    entries = [Step(entry) if isinstance(entry, str) else entry for entry in steps]
+    for entry in entries:
+        if not isinstance(entry, Step):
+            raise InvalidDefinition(
+                f"an itinerary holds activity names and Steps, found {entry!r} of type {type(entry).__name__}"
+            )
+    used = set(taken)
+    for entry in entries:
+        if entry.id and entry.id in used:
+            raise InvalidDefinition(f"step id '{entry.id}' occurs twice; give each step its own id")
+        if entry.id:
+            used.add(entry.id)
+    named: list[Step] = []
+    for number, entry in enumerate(entries, first):
+        if entry.id:
+            named.append(entry)
+            continue
+        step_id = entry.activity if parent is None else f"{parent}.{number}"
+        count = 2
+        while parent is None and step_id in used:
+            step_id, count = f"{entry.activity}_{count}", count + 1
+        if step_id in used:
+            raise InvalidDefinition(f"step id '{step_id}' occurs twice; give each step its own id")
+        used.add(step_id)
+        named.append(replace(entry, id=step_id))
+    return tuple(named)

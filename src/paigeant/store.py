@@ -1,0 +1,418 @@
+"""Store: what records runs, and what each method promises. RunHistory: what surfaces read. Adapters: `stores/`.
+
+Every method that changes something is one short transaction; which rows it changes is decided in `ledger.py`, the same
+for every store. Instants are seconds since 1970 (UTC) by the store's own clock, never by a worker's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from paigeant.slip import Phase, RunStatus, StepStatus
+from paigeant.transport import Posting, Transport
+
+__all__ = [
+    "ClaimRequest",
+    "DeadLetter",
+    "Grant",
+    "NextStep",
+    "Recorded",
+    "Refused",
+    "RunDetail",
+    "RunHistory",
+    "RunRecord",
+    "Signal",
+    "StepKey",
+    "StepRecord",
+    "StepResult",
+    "Store",
+    "Swept",
+    "WorkerRecord",
+]
+
+
+class StepKey(NamedTuple):
+    """Names one thing to do: a step of a run, to be done or undone."""
+
+    workflow_id: str
+    step: str
+    phase: Phase = Phase.DO
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A row of `workflow_runs`. `input` and `slip` (the plan at dispatch) are JSON; `headers` travel with messages."""
+
+    id: str
+    workflow: str
+    status: RunStatus
+    input: bytes
+    input_hash: str
+    slip: bytes
+    correlation_id: str
+    trace_id: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    ending: str | None = None
+    error: str | None = None
+    deadline: float | None = None
+    created_at: float = 0.0
+    started_at: float | None = None
+    completed_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A row of `step_executions`: one step, done or undone, from ready to its end.
+
+    `seq` orders the rows of a run. `epoch` rises with each claim, `attempt` counts the tries that may have run. A ready
+    row may start from `not_before` on; the sweeper looks at it from `wake_at` on. `input`, `output`, `revision` (the
+    itinerary that the step left, with the number of added steps) and `usage` are JSON. `undo_topic`: where its
+    compensation runs, None when it has none.
+    """
+
+    workflow_id: str
+    step: str
+    phase: Phase
+    seq: int
+    activity: str
+    topic: str
+    status: StepStatus
+    epoch: int = 0
+    attempt: int = 0
+    worker: str | None = None
+    not_before: float = 0.0
+    wake_at: float = 0.0
+    input: bytes | None = None
+    output: bytes | None = None
+    error: str | None = None
+    revision: bytes | None = None
+    undo_topic: str | None = None
+    usage: bytes | None = None
+    created_at: float = 0.0
+    started_at: float | None = None
+    completed_at: float | None = None
+
+    @property
+    def key(self) -> StepKey:
+        """What names this row."""
+        return StepKey(self.workflow_id, self.step, self.phase)
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimRequest:
+    """A worker asks for a step. After `max_attempts` tries it gets it only to record that they are used up."""
+
+    key: StepKey
+    worker: str
+    max_attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A step is this worker's for as long as its lease holds. `now` is the store's time of the claim.
+
+    `exhausted`: all attempts were used up by workers that died or lost their lease, so that this claim counted none.
+    """
+
+    epoch: int
+    attempt: int
+    now: float
+    exhausted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A change didn't take effect. `reason`: unknown, ended, recorded, taken, not_due or stale.
+
+    `retry_in`: seconds until it may be asked again, where that is known (not_due).
+    """
+
+    reason: str
+    retry_in: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NextStep:
+    """What becomes ready with a result."""
+
+    key: StepKey
+    activity: str
+    topic: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """How an attempt ended and what follows: all that one transaction records.
+
+    `status` READY means another attempt in `delay` seconds. `run` is the run's new state, None where it keeps its own.
+    `take_next`: the same worker goes on with `next` at once, which is claimed in the same transaction.
+    """
+
+    key: StepKey
+    worker: str
+    epoch: int
+    attempt: int
+    status: StepStatus
+    strict: bool = False
+    run: RunStatus | None = None
+    ending: str | None = None
+    run_error: str | None = None
+    delay: float = 0.0
+    error: str | None = None
+    input: bytes | None = None
+    output: bytes | None = None
+    revision: bytes | None = None
+    undo_topic: str | None = None
+    usage: bytes | None = None
+    variables: Mapping[str, bytes] = field(default_factory=dict)
+    next: NextStep | None = None
+    take_next: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The result is durable. `grant` is the claim of the next step, where the worker took it along."""
+
+    grant: Grant | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """A row of `workers`: one worker process. `host` and `process` identify it to others on the same machine."""
+
+    id: str
+    host: str
+    process: str
+    lease_until: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A message that nobody may handle: its reason, at most 64 KiB of its bytes, and the attempts it had."""
+
+    id: str
+    topic: str
+    reason: str
+    detail: str
+    body: bytes
+    attempts: int = 0
+    workflow_id: str | None = None
+    step: str | None = None
+    created_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """A named value that was sent to a run from outside."""
+
+    name: str
+    value: bytes
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one sweep found: steps that need a message, workers whose lease was over, runs that were over time."""
+
+    due: tuple[StepKey, ...] = ()
+    lost: tuple[str, ...] = ()
+    freed: tuple[StepKey, ...] = ()
+    expired: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RunDetail:
+    """A run with its rows. Outputs above the limit that the reader gave are left out (`output` None, in `stored`)."""
+
+    run: RunRecord
+    steps: tuple[StepRecord, ...]
+    variables: Mapping[str, bytes] = field(default_factory=dict)
+    signals: tuple[Signal, ...] = ()
+    stored: frozenset[str] = frozenset()
+
+
+class RunHistory(Protocol):
+    """What surfaces read. Nothing here changes anything."""
+
+    async def list_runs(
+        self,
+        *,
+        status: RunStatus | None = None,
+        workflow: str | None = None,
+        limit: int = 50,
+        before: tuple[float, str] | None = None,
+    ) -> list[RunRecord]:
+        """Runs, the newest first, without input and slip (both empty). `before`: (created_at, id) of the last page's end."""
+        ...
+
+    async def load_run(self, workflow_id: str, *, inline_bytes: int | None = None) -> RunDetail:
+        """The run with all of its rows, steps by `seq`. Raises RunNotFound. Outputs above `inline_bytes` stay out."""
+        ...
+
+    async def run_status(self, workflow_id: str) -> RunStatus:
+        """Where the run is. Raises RunNotFound."""
+        ...
+
+    async def list_variables(self, workflow_id: str) -> dict[str, Any]:
+        """All variables of the run, by name. Raises RunNotFound."""
+        ...
+
+    async def list_workers(self) -> list[WorkerRecord]:
+        """The workers that have signed on and not off."""
+        ...
+
+    async def list_dead_letters(self, *, limit: int = 100) -> list[DeadLetter]:
+        """Dead letters, the newest first, without their bodies."""
+        ...
+
+    async def load_dead_letter(self, letter_id: str) -> DeadLetter | None:
+        """The dead letter, or None."""
+        ...
+
+
+@runtime_checkable
+class Store(RunHistory, Protocol):
+    """Records what happens to runs. Each method is idempotent: doing it again, or not knowing whether it was done, is safe.
+
+    Raises StoreUnavailable when the database can't be reached or can't write; then nothing has changed, or all of it.
+    """
+
+    publishes: bool
+    """Whether postings given to it are sent by its own transactions. Otherwise the caller sends them after the commit."""
+
+    grace: float
+    """Seconds that a published message has before the sweeper sends it again."""
+
+    async def connect(self) -> None:
+        """Open it. Raises StoreUnavailable, SchemaMismatch; connecting twice is harmless."""
+        ...
+
+    async def close(self) -> None:
+        """Close it after what was begun has been committed. Closing twice is harmless."""
+        ...
+
+    async def now(self) -> float:
+        """The store's time."""
+        ...
+
+    async def record_workflow_start(
+        self, run: RunRecord, first: NextStep | None, posting: Posting | None = None
+    ) -> bool:
+        """Record a run with its first step, which is ready. True when it is new, False when this same run exists.
+
+        Without a first step the run is completed at once. Raises RunConflict when the id belongs to another input.
+        """
+        ...
+
+    async def claim_step(self, request: ClaimRequest) -> Grant | Refused:
+        """Give a ready step to a worker: epoch + 1, attempt + 1, counted before the code runs."""
+        ...
+
+    async def record_step_result(
+        self, result: StepResult, posting: Posting | None = None
+    ) -> Recorded | Refused:
+        """Record how an attempt ended, its variables, and what follows, all or nothing.
+
+        A stale failure never takes effect. A stale first success does, unless `strict`. Nothing is recorded for a run
+        that has left the state which the step belongs to.
+        """
+        ...
+
+    async def release_steps(self, worker: str, steps: Collection[tuple[StepKey, int]]) -> list[StepKey]:
+        """Give back claimed steps (key, epoch) that weren't done; the attempt doesn't count. Returns those given back."""
+        ...
+
+    def beat(
+        self,
+        worker: WorkerRecord,
+        *,
+        lease: float,
+        running: Collection[tuple[StepKey, int]],
+        forgotten: Collection[tuple[StepKey, int]] = (),
+    ) -> tuple[set[tuple[StepKey, int]], set[tuple[StepKey, int]]]:
+        """Hold the worker's lease for `lease` seconds from now and free what it has `forgotten`.
+
+        Gives (lost, unlisted): of `running` what isn't the worker's any more, and what is the worker's but isn't in
+        `running`. Blocks, and is called from a thread of its own, so that no activity can hold it up.
+        """
+        ...
+
+    async def sign_off(self, worker_id: str) -> None:
+        """The worker is gone; what it still held is free at the next sweep."""
+        ...
+
+    async def sweep(self, *, gone: Collection[str] = (), limit: int = 500) -> Swept:
+        """Free what belongs to workers whose lease is over, or that are `gone`; find ready steps that wait too long.
+
+        Each step in `due` is looked at again only after the grace time: its message is to be sent now. Runs over
+        their deadline are ended like failed ones. All workers may sweep at once.
+        """
+        ...
+
+    async def cancel_run(self, workflow_id: str, reason: str) -> RunStatus:
+        """Turn the run round: nothing more is done, what was recorded is undone. Returns its state from then on.
+
+        Cancelling a run that is being cancelled changes nothing. Raises RunNotFound, InvalidTransition when it ended.
+        """
+        ...
+
+    async def retry_run(self, workflow_id: str) -> RunStatus:
+        """Take up a run that ended failed or compensation_failed where it stopped, with fresh attempts.
+
+        Raises RunNotFound, and InvalidTransition for a run in any other state.
+        """
+        ...
+
+    async def open_steps(self, workflow_id: str) -> list[StepKey]:
+        """The steps of the run that are ready now, for whom a message may be due."""
+        ...
+
+    async def has_open(self, topics: Collection[str]) -> bool:
+        """Whether a step waits or is being done in one of `topics`."""
+        ...
+
+    def on_turn(self, heard: Callable[[], None]) -> Callable[[], None]:
+        """Call `heard` in the event loop when a run was cancelled or retried, as far as one hears it. Gives what ends it."""
+        ...
+
+    def publish_with(self, transport: Transport) -> None:
+        """Send postings inside its own transactions, with a transport that `joins` it."""
+        ...
+
+    async def load_output(self, workflow_id: str, step: str) -> bytes | None:
+        """The recorded output of a step as JSON; None when there is none."""
+        ...
+
+    async def save_variable(self, workflow_id: str, key: str, value: Any) -> None:
+        """Set a variable of the run to a value that JSON can hold. Raises RunNotFound, InputInvalid."""
+        ...
+
+    async def load_variable(self, workflow_id: str, key: str, default: Any = None) -> Any:
+        """The variable's value as JSON gives it back; `default` when there is none."""
+        ...
+
+    async def save_unit(self, key: StepKey, name: str, value: bytes) -> bytes:
+        """Record the value of a unit of work inside a step. The first one stands; gives the one that stands."""
+        ...
+
+    async def load_unit(self, key: StepKey, name: str) -> bytes | None:
+        """The recorded value of a unit; None when there is none."""
+        ...
+
+    async def record_signal(self, workflow_id: str, name: str, value: bytes) -> None:
+        """Keep a value for the run. Raises RunNotFound, InvalidTransition when the run has ended."""
+        ...
+
+    async def wait_ended(self, workflow_id: str) -> RunStatus:
+        """The final state of the run, once it has ended. Raises RunNotFound."""
+        ...
+
+    async def bury(self, letter: DeadLetter) -> None:
+        """Keep a dead letter. One of the same id stays as it is."""
+        ...
+
+    async def delete_dead_letter(self, letter_id: str) -> bool:
+        """Forget a dead letter. False when there was none."""
+        ...

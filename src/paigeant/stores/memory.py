@@ -1,0 +1,350 @@
+"""Runs in the memory of this process: for tests, and for work that may be lost with the process.
+
+It loads and writes values in dicts; what may change is decided in `ledger.py`, the same as for SQL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+from pydantic_core import from_json
+
+from paigeant import codec, ledger
+from paigeant.clock import Clock, SystemClock
+from paigeant.errors import InputInvalid, InvalidTransition, RunConflict, RunNotFound
+from paigeant.ledger import OPEN, Changes, Head
+from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
+from paigeant.store import (
+    ClaimRequest,
+    DeadLetter,
+    Grant,
+    NextStep,
+    Recorded,
+    Refused,
+    RunDetail,
+    RunRecord,
+    Signal,
+    StepKey,
+    StepRecord,
+    StepResult,
+    Swept,
+    WorkerRecord,
+)
+from paigeant.transport import Posting, Transport
+
+__all__ = ["MemoryStore"]
+
+Running = Collection[tuple[StepKey, int]]
+
+
+class MemoryStore:
+    """Records runs in this object. Each method is atomic, since none of them awaits while it works."""
+
+    publishes = False
+
+    def __init__(
+        self, *, clock: Clock | None = None, grace: float = 10.0, inline_bytes: int = 65536
+    ) -> None:
+        self.clock = clock or SystemClock()
+        self.grace = grace
+        self.inline_bytes = inline_bytes
+        self._runs: dict[str, RunRecord] = {}
+        self._steps: dict[str, dict[StepKey, StepRecord]] = {}
+        self._variables: dict[str, dict[str, bytes]] = {}
+        self._signals: dict[str, list[Signal]] = {}
+        self._units: dict[tuple[StepKey, str], bytes] = {}
+        self._workers: dict[str, WorkerRecord] = {}
+        self._letters: dict[str, DeadLetter] = {}
+        self._ended: dict[str, asyncio.Event] = {}
+        self._turned: list[Callable[[], None]] = []
+
+    async def connect(self) -> None:
+        """Nothing to open."""
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    async def now(self) -> float:
+        return self.clock.now()
+
+    # -- a run's life
+
+    async def record_workflow_start(
+        self, run: RunRecord, first: NextStep | None, posting: Posting | None = None
+    ) -> bool:
+        there = self._runs.get(run.id)
+        if there is not None:
+            if (there.workflow, there.input_hash) == (run.workflow, run.input_hash):
+                return False
+            same = there.workflow == run.workflow
+            raise RunConflict(run.id, "another input" if same else f"workflow '{there.workflow}'")
+        now = self.clock.now()
+        self._runs[run.id] = replace(run, created_at=now)
+        self._steps[run.id] = {}
+        self._variables[run.id] = {}
+        if first is None:
+            patch = {"status": RunStatus.COMPLETED, "started_at": now, "completed_at": now}
+            self._write(Changes(runs=[(run.id, patch)]))
+            return True
+        row = StepRecord(
+            *first.key,
+            seq=0,
+            activity=first.activity,
+            topic=first.topic,
+            status=StepStatus.READY,
+            wake_at=now + self.grace,
+            created_at=now,
+        )
+        self._write(Changes(added=[row]))
+        return True
+
+    async def claim_step(self, request: ClaimRequest) -> Grant | Refused:
+        changes = Changes()
+        answer = ledger.claim(self._head(request.key), request, changes, now=self.clock.now())
+        self._write(changes)
+        return answer
+
+    async def record_step_result(
+        self, result: StepResult, posting: Posting | None = None
+    ) -> Recorded | Refused:
+        changes = Changes()
+        head = self._head(result.key)
+        answer = ledger.record(head, result, changes, now=self.clock.now(), grace=self.grace)
+        self._write(changes)
+        return answer
+
+    async def release_steps(self, worker: str, steps: Running) -> list[StepKey]:
+        changes = Changes()
+        now = self.clock.now()
+        released = [
+            key
+            for key, epoch in steps
+            if ledger.release(self._head(key), worker, epoch, changes, now=now, grace=self.grace)
+        ]
+        self._write(changes)
+        return released
+
+    # -- leases
+
+    def beat(
+        self, worker: WorkerRecord, *, lease: float, running: Running, forgotten: Running = ()
+    ) -> tuple[set[tuple[StepKey, int]], set[tuple[StepKey, int]]]:
+        now = self.clock.now()
+        self._workers[worker.id] = replace(worker, lease_until=now + lease)
+        held = {
+            (row.key, row.epoch)
+            for row in self._rows(StepStatus.RUNNING)
+            if row.worker == worker.id
+        }
+        changes = Changes()
+        for step in set(forgotten) & held:
+            ledger.free(step[0], changes, now=now)
+            held.discard(step)
+        self._write(changes)
+        return set(running) - held, held - set(running)
+
+    async def sign_off(self, worker_id: str) -> None:
+        self._workers.pop(worker_id, None)
+
+    async def sweep(self, *, gone: Collection[str] = (), limit: int = 500) -> Swept:
+        now = self.clock.now()
+        lost = [
+            worker.id for worker in self._workers.values() if worker.lease_until <= now or worker.id in gone
+        ]
+        for worker_id in lost:
+            del self._workers[worker_id]
+        changes = Changes()
+        freed = [row.key for row in self._rows(StepStatus.RUNNING) if row.worker not in self._workers]
+        for key in freed[:limit]:
+            ledger.free(key, changes, now=now)
+        self._write(changes)
+        expired = []
+        for run_id in list(self._runs):
+            changes = Changes()
+            if ledger.expire(self._detail(run_id), changes, now=now, inline_bytes=self.inline_bytes):
+                expired.append(run_id)
+                self._write(changes)
+        changes = Changes()
+        due = [row.key for row in self._rows(StepStatus.READY) if row.wake_at <= now][:limit]
+        for key in due:
+            ledger.postpone(key, changes, now=now, grace=self.grace)
+        self._write(changes)
+        return Swept(tuple(due), tuple(lost), tuple(freed[:limit]), tuple(expired))
+
+    # -- operators
+
+    async def cancel_run(self, workflow_id: str, reason: str) -> RunStatus:
+        changes = Changes()
+        status = ledger.stop(
+            self._detail(workflow_id),
+            RunStatus.CANCELLED,
+            reason,
+            changes,
+            now=self.clock.now(),
+            inline_bytes=self.inline_bytes,
+        )
+        self._write(changes)
+        for heard in tuple(self._turned):
+            heard()
+        return status
+
+    async def retry_run(self, workflow_id: str) -> RunStatus:
+        changes = Changes()
+        detail = self._detail(workflow_id)
+        status = ledger.resume(detail, changes, now=self.clock.now(), inline_bytes=self.inline_bytes)
+        self._write(changes)
+        self._ended.pop(workflow_id, None)
+        return status
+
+    async def open_steps(self, workflow_id: str) -> list[StepKey]:
+        rows = self._steps.get(workflow_id, {}).values()
+        return [row.key for row in rows if row.status is StepStatus.READY]
+
+    async def has_open(self, topics: Collection[str]) -> bool:
+        rows = (row for steps in self._steps.values() for row in steps.values())
+        return any(row.status in OPEN and row.topic in topics for row in rows)
+
+    def on_turn(self, heard: Callable[[], None]) -> Callable[[], None]:
+        self._turned.append(heard)
+        return lambda: self._turned.remove(heard)
+
+    def publish_with(self, transport: Transport) -> None:
+        raise NotImplementedError("no transport joins a store in memory")
+
+    # -- values of a run
+
+    async def load_output(self, workflow_id: str, step: str) -> bytes | None:
+        row = self._steps.get(workflow_id, {}).get(StepKey(workflow_id, step, Phase.DO))
+        return None if row is None else row.output
+
+    async def save_variable(self, workflow_id: str, key: str, value: Any) -> None:
+        try:
+            text = codec.dump(value)
+        except codec.JsonInvalid as exc:
+            raise InputInvalid(f"variable '{key}' can't be written as JSON: {exc}") from exc
+        self._run(workflow_id)
+        self._variables[workflow_id][key] = text
+
+    async def load_variable(self, workflow_id: str, key: str, default: Any = None) -> Any:
+        text = self._variables.get(workflow_id, {}).get(key)
+        return default if text is None else from_json(text)
+
+    async def save_unit(self, key: StepKey, name: str, value: bytes) -> bytes:
+        return self._units.setdefault((key, name), value)
+
+    async def load_unit(self, key: StepKey, name: str) -> bytes | None:
+        return self._units.get((key, name))
+
+    async def record_signal(self, workflow_id: str, name: str, value: bytes) -> None:
+        run = self._run(workflow_id)
+        if run.status in RUN_ENDED:
+            raise InvalidTransition(f"run '{workflow_id}' has ended {run.status.value}; it takes no signals")
+        signals = self._signals.setdefault(workflow_id, [])
+        signals.append(Signal(name, value, self.clock.now()))
+
+    # -- history
+
+    async def wait_ended(self, workflow_id: str) -> RunStatus:
+        while (status := self._run(workflow_id).status) not in RUN_ENDED:
+            await self._ended.setdefault(workflow_id, asyncio.Event()).wait()
+        return status
+
+    async def run_status(self, workflow_id: str) -> RunStatus:
+        return self._run(workflow_id).status
+
+    async def load_run(self, workflow_id: str, *, inline_bytes: int | None = None) -> RunDetail:
+        detail = self._detail(workflow_id)
+        if inline_bytes is None:
+            return detail
+        large = {row.step for row in detail.steps if len(row.output or b"") > inline_bytes}
+        steps = tuple(replace(row, output=None) if row.step in large else row for row in detail.steps)
+        return replace(detail, steps=steps, stored=frozenset(large))
+
+    async def list_runs(
+        self,
+        *,
+        status: RunStatus | None = None,
+        workflow: str | None = None,
+        limit: int = 50,
+        before: tuple[float, str] | None = None,
+    ) -> list[RunRecord]:
+        found = [
+            replace(run, input=b"", slip=b"")
+            for run in self._runs.values()
+            if (status is None or run.status is status)
+            and (workflow is None or run.workflow == workflow)
+            and (before is None or (run.created_at, run.id) < before)
+        ]
+        return sorted(found, key=lambda run: (run.created_at, run.id), reverse=True)[:limit]
+
+    async def list_variables(self, workflow_id: str) -> dict[str, Any]:
+        return {name: from_json(value) for name, value in self._detail(workflow_id).variables.items()}
+
+    async def list_workers(self) -> list[WorkerRecord]:
+        return list(self._workers.values())
+
+    # -- dead letters
+
+    async def bury(self, letter: DeadLetter) -> None:
+        created = letter.created_at or self.clock.now()
+        self._letters.setdefault(letter.id, replace(letter, created_at=created))
+
+    async def list_dead_letters(self, *, limit: int = 100) -> list[DeadLetter]:
+        letters = sorted(self._letters.values(), key=lambda letter: letter.created_at, reverse=True)
+        return [replace(letter, body=b"") for letter in letters[:limit]]
+
+    async def load_dead_letter(self, letter_id: str) -> DeadLetter | None:
+        return self._letters.get(letter_id)
+
+    async def delete_dead_letter(self, letter_id: str) -> bool:
+        return self._letters.pop(letter_id, None) is not None
+
+    # -- rows
+
+    def _run(self, workflow_id: str) -> RunRecord:
+        if workflow_id not in self._runs:
+            raise RunNotFound(workflow_id)
+        return self._runs[workflow_id]
+
+    def _rows(self, status: StepStatus) -> list[StepRecord]:
+        return [row for steps in self._steps.values() for row in steps.values() if row.status is status]
+
+    def _head(self, key: StepKey) -> Head | None:
+        row = self._steps.get(key.workflow_id, {}).get(key)
+        if row is None:
+            return None
+        run = self._runs[key.workflow_id].status
+        return Head(key, row.seq, run, row.status, row.epoch, row.attempt, row.worker, row.not_before)
+
+    def _detail(self, workflow_id: str) -> RunDetail:
+        run = self._run(workflow_id)
+        steps = sorted(self._steps[workflow_id].values(), key=lambda row: row.seq)
+        signals = tuple(self._signals.get(workflow_id, ()))
+        return RunDetail(run, tuple(steps), dict(self._variables[workflow_id]), signals)
+
+    def _write(self, changes: Changes) -> None:
+        for key in changes.dropped:
+            del self._steps[key.workflow_id][key]
+        for key, patch in changes.steps:
+            rows = self._steps[key.workflow_id]
+            rows[key] = replace(rows[key], **patch)
+        for row in changes.added:
+            assert row.key not in self._steps[row.workflow_id], f"{row.key} is there already"
+            self._steps[row.workflow_id][row.key] = row
+        for workflow_id, patch in changes.runs:
+            run = replace(self._runs[workflow_id], **patch)
+            self._runs[workflow_id] = run
+            if run.status in RUN_ENDED and workflow_id in self._ended:
+                self._ended[workflow_id].set()
+        for workflow_id, name, value in changes.variables:
+            self._variables[workflow_id][name] = value
+        open_rows = [
+            row
+            for workflow_id in {key.workflow_id for key, _ in changes.steps}
+            for row in self._steps[workflow_id].values()
+            if row.status in OPEN
+        ]
+        assert len({row.workflow_id for row in open_rows}) == len(open_rows), "a run has one cursor"

@@ -1,0 +1,69 @@
+"""Sweeper: what nobody is working on is put back to work. Every worker runs one; no leader is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+
+from paigeant import host
+from paigeant.errors import PaigeantError
+from paigeant.forwarder import Forwarder
+from paigeant.observer import Event, Observers
+from paigeant.store import Store, Swept, WorkerRecord
+
+__all__ = ["Sweeper"]
+
+log = logging.getLogger("paigeant.sweeper")
+
+
+class Sweeper:
+    """Frees what dead workers held, sends messages again that nobody got, ends runs that are over their deadline."""
+
+    def __init__(
+        self,
+        store: Store,
+        forwarder: Forwarder,
+        *,
+        worker: WorkerRecord,
+        interval: float,
+        observers: Observers | None = None,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self.store = store
+        self.forwarder = forwarder
+        self.worker = worker
+        self.interval = interval
+        self.observers = observers or Observers()
+        self._chance = chance
+
+    async def run(self) -> None:
+        """Sweep for ever, about every `interval` seconds. A sweep that fails is logged; the next one tries again."""
+        while True:
+            try:
+                await self.sweep()
+            except PaigeantError as exc:
+                log.warning("sweep failed, will be tried again: %s", exc)
+            # Jitter keeps the workers from sweeping all at the same moment.
+            await asyncio.sleep(self.interval * (0.5 + self._chance()))
+
+    async def sweep(self) -> Swept:
+        """Sweep once; gives what was found."""
+        swept = await self.store.sweep(gone=await self._gone())
+        for worker_id in swept.lost:
+            self.observers.observe(Event("worker.lost", worker=worker_id))
+        for workflow_id in swept.expired:
+            self.observers.observe(Event("run.expired", workflow_id))
+        for key in swept.freed:
+            self.observers.observe(Event("step.swept", key.workflow_id, step=key.step, worker=self.worker.id))
+        await self.forwarder.send_again(swept.due)
+        return swept
+
+    async def _gone(self) -> list[str]:
+        """Workers of this host whose process has ended: no need to wait for their lease."""
+        return [
+            worker.id
+            for worker in await self.store.list_workers()
+            if worker.host == self.worker.host and worker.id != self.worker.id and host.is_gone(worker.process)
+        ]

@@ -1,0 +1,42 @@
+"""The transports, one file each. `open_transport` gives the one that a URL names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from paigeant.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from paigeant.clock import Clock
+    from paigeant.database import Database
+    from paigeant.transport import Transport
+
+__all__ = ["SCHEMES", "open_transport"]
+
+SCHEMES = ("memory", "sqlite")
+
+
+def open_transport(
+    url: str, *, database: Database | None = None, clock: Clock | None = None, limit_bytes: int | None = None
+) -> Transport:
+    """The transport that `url` names, yet to be connected. `database`: the open file to share with a store.
+
+    `limit_bytes` bounds the size of a message. Raises ConfigurationError for a URL of an unknown scheme.
+    """
+    from paigeant.message import DEFAULT_LIMIT_BYTES
+
+    limit = limit_bytes or DEFAULT_LIMIT_BYTES
+    scheme = url.partition("://")[0]
+    if scheme == "memory":
+        from paigeant.transports.memory import MemoryTransport
+
+        return MemoryTransport(clock=clock, limit_bytes=limit)
+    if scheme == "sqlite":
+        from paigeant.database import Database
+        from paigeant.transports.sqlite import SqliteTransport
+
+        return SqliteTransport(database or Database(url, clock=clock), limit_bytes=limit)
+    raise ConfigurationError(
+        f"transport_url={url!r} has no known scheme; expected one of "
+        + ", ".join(f"{name}://" for name in SCHEMES)
+    )

@@ -1,0 +1,227 @@
+"""ActivityWorker: how many steps at once, which topics, and how to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import platform
+import random
+import os
+import secrets
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+
+from paigeant import host
+from paigeant.activity import ActivityRegistry
+from paigeant.errors import InvalidDefinition, PaigeantError, TransportUnavailable
+from paigeant.executor import Executor, Limits
+from paigeant.forwarder import Forwarder
+from paigeant.heartbeat import Heartbeat
+from paigeant.message import PaigeantMessage
+from paigeant.observer import Event, Observers
+from paigeant.store import Store, WorkerRecord
+from paigeant.sweeper import Sweeper
+from paigeant.transport import Transport
+
+__all__ = ["ActivityWorker"]
+
+log = logging.getLogger("paigeant.worker")
+
+_MOST_AHEAD = 500
+_IDLE_LOOK_SECONDS = 0.05
+
+
+class ActivityWorker:
+    """Does the steps of the activities in `registry`, up to `concurrency` of them at once.
+
+    `topics` limits it to some of their topics. `lease` is how long its steps are safe from others should it fall
+    silent, `heartbeat` how often it renews that, `sweep_interval` how often it looks for what others left behind; all
+    in seconds.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        transport: Transport,
+        registry: ActivityRegistry,
+        forwarder: Forwarder,
+        *,
+        concurrency: int = 100,
+        topics: Collection[str] | None = None,
+        lease: float = 30.0,
+        heartbeat: float = 5.0,
+        sweep_interval: float = 1.0,
+        shutdown_grace: float = 30.0,
+        limits: Limits | None = None,
+        observers: Observers | None = None,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise InvalidDefinition(f"concurrency is a number of 1 or more, found {concurrency!r}")
+        registry.check()
+        self.id = f"{platform.node()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.store = store
+        self.transport = transport
+        self.concurrency = concurrency
+        self.topics = sorted(_topics(registry) if topics is None else topics)
+        self.shutdown_grace = shutdown_grace
+        self.observers = observers or Observers()
+        self._threads = ThreadPoolExecutor(min(concurrency, 64), thread_name_prefix="paigeant-step")
+        self.executor = Executor(
+            store,
+            transport,
+            registry,
+            forwarder,
+            worker_id=self.id,
+            limits=limits,
+            observers=self.observers,
+            threads=self._threads,
+            chance=chance,
+        )
+        record = WorkerRecord(self.id, host.host_id(), host.process_id())
+        self.forwarder = forwarder
+        self.heartbeat = Heartbeat(
+            store,
+            record,
+            lease=lease,
+            interval=heartbeat,
+            running=lambda: list(self.executor.running),
+            lose=self.executor.lose,
+        )
+        self.sweeper = Sweeper(
+            store,
+            forwarder,
+            worker=record,
+            interval=sweep_interval,
+            observers=self.observers,
+            chance=chance,
+        )
+        self._slots = asyncio.Semaphore(concurrency)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._wanted = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._grace: float | None = None
+        self._hurry = asyncio.Event()
+
+    async def run(self, *, until_idle: bool = False) -> None:
+        """Work until `stop` is called, or, `until_idle`, until no step waits in its topics. Returns when all is put away."""
+        await self.heartbeat.start()
+        self.observers.observe(Event("worker.started", worker=self.id, more={"topics": self.topics}))
+        forget = self.store.on_turn(self.heartbeat.soon)
+        background = [asyncio.create_task(self.sweeper.run())]
+        consumers = [asyncio.create_task(self._consume(topic)) for topic in self.topics]
+        if until_idle:
+            background.append(asyncio.create_task(self._stop_when_idle()))
+        try:
+            await self._wanted.wait()
+        finally:
+            self.executor.stopping = True
+            await _cancel(consumers)
+            await self._finish_running()
+            await _cancel(background)
+            forget()
+            await self._put_away()
+            self._stopped.set()
+            self.observers.observe(Event("worker.stopped", worker=self.id))
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Take nothing more; let running steps finish within `grace` seconds, cancel the rest and give them back.
+
+        Returns once `run` has put everything away. Calling it again shortens the grace; a third time is harmless.
+        """
+        if not self._wanted.is_set():
+            self.observers.observe(Event("worker.stopping", worker=self.id))
+        self._grace = self.shutdown_grace if grace is None else grace
+        self._wanted.set()
+        self._hurry.set()
+        await self._stopped.wait()
+
+    # -- taking
+
+    async def _consume(self, topic: str) -> None:
+        prefetch = min(self.concurrency, _MOST_AHEAD)
+        while True:
+            try:
+                async with contextlib.aclosing(self.transport.subscribe(topic, prefetch=prefetch)) as messages:  # type: ignore[type-var]  # an async generator in every adapter
+                    async for message in messages:
+                        await self._take(message)
+            except TransportUnavailable as exc:
+                log.warning("can't receive from %s, will try again: %s", topic, exc)
+                await asyncio.sleep(random.uniform(0.5, 1.5))
+
+    async def _take(self, message: PaigeantMessage) -> None:
+        due = message.due
+        # The activity's own bound first: waiting for it must not take up a place that others could use.
+        bound = None if due is None else await self.executor.slot(due.activity)
+        try:
+            await self._slots.acquire()
+        except asyncio.CancelledError:
+            if bound is not None:
+                bound.release()
+            await self.transport.nack(message.message_id)
+            raise
+        task = asyncio.create_task(self._handle(message, bound))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _handle(self, message: PaigeantMessage, bound: asyncio.Semaphore | None) -> None:
+        try:
+            await self.executor.handle(message)
+        except Exception:  # one bad message must not stop the others; the sweeper takes care of its step
+            log.exception("message %s could not be handled", message.message_id)
+        finally:
+            if bound is not None:
+                bound.release()
+            self._slots.release()
+
+    # -- stopping
+
+    async def _stop_when_idle(self) -> None:
+        while True:
+            await asyncio.sleep(_IDLE_LOOK_SECONDS)
+            if not self.executor.running and not self._tasks and not await self.store.has_open(self.topics):
+                self._grace = 0.0
+                self._wanted.set()
+                return
+
+    async def _finish_running(self) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while self._tasks:
+            self._hurry.clear()
+            grace = self.shutdown_grace if self._grace is None else self._grace
+            left = began + grace - loop.time()
+            if left <= 0:
+                break
+            hurry = asyncio.create_task(self._hurry.wait())
+            await asyncio.wait({*self._tasks, hurry}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            await _cancel([hurry])
+        await _cancel(list(self._tasks))
+
+    async def _put_away(self) -> None:
+        await self.heartbeat.stop()
+        try:
+            # A shutdown is not a failure: what was cut short is free for others now, with its attempts uncounted.
+            running = list(self.executor.running)
+            if running:
+                released = await self.store.release_steps(self.id, running)
+                for key in released:
+                    event = Event("step.released", key.workflow_id, step=key.step, worker=self.id)
+                    self.observers.observe(event)
+                await self.forwarder.send_again(released)
+            await self.store.sign_off(self.id)
+        except PaigeantError as exc:
+            log.warning("could not sign off, others will find out: %s", exc)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _topics(registry: ActivityRegistry) -> set[str]:
+    # Also those called like the activities: a dispatcher without code can't know an activity's own topic.
+    return {registry.get(name).topic for name in registry} | set(registry)
+
+
+async def _cancel(tasks: Collection[asyncio.Task[None] | asyncio.Task[bool]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
