@@ -6,6 +6,7 @@ It loads and writes values in dicts; what may change is decided in `ledger.py`, 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
@@ -41,13 +42,11 @@ Running = Collection[tuple[StepKey, int]]
 
 
 class MemoryStore:
-    """Records runs in this object. Each method is atomic, since none of them awaits while it works."""
+    """Records runs in this object. No method awaits while it works, and one at a time changes anything."""
 
     publishes = False
 
-    def __init__(
-        self, *, clock: Clock | None = None, grace: float = 10.0, inline_bytes: int = 65536
-    ) -> None:
+    def __init__(self, *, clock: Clock | None = None, grace: float = 10.0, inline_bytes: int = 65536) -> None:
         self.clock = clock or SystemClock()
         self.grace = grace
         self.inline_bytes = inline_bytes
@@ -60,6 +59,9 @@ class MemoryStore:
         self._letters: dict[str, DeadLetter] = {}
         self._ended: dict[str, asyncio.Event] = {}
         self._turned: list[Callable[[], None]] = []
+        self._open: dict[StepKey, StepRecord] = {}
+        # `beat` comes from a thread of its own, all else from the event loop.
+        self._lock = threading.RLock()
 
     async def connect(self) -> None:
         """Nothing to open."""
@@ -75,137 +77,145 @@ class MemoryStore:
     async def record_workflow_start(
         self, run: RunRecord, first: NextStep | None, posting: Posting | None = None
     ) -> bool:
-        there = self._runs.get(run.id)
-        if there is not None:
-            if (there.workflow, there.input_hash) == (run.workflow, run.input_hash):
-                return False
-            same = there.workflow == run.workflow
-            raise RunConflict(run.id, "another input" if same else f"workflow '{there.workflow}'")
-        now = self.clock.now()
-        self._runs[run.id] = replace(run, created_at=now)
-        self._steps[run.id] = {}
-        self._variables[run.id] = {}
-        if first is None:
-            patch = {"status": RunStatus.COMPLETED, "started_at": now, "completed_at": now}
-            self._write(Changes(runs=[(run.id, patch)]))
+        with self._lock:
+            there = self._runs.get(run.id)
+            if there is not None:
+                if (there.workflow, there.input_hash) == (run.workflow, run.input_hash):
+                    return False
+                same = there.workflow == run.workflow
+                raise RunConflict(run.id, "another input" if same else f"workflow '{there.workflow}'")
+            now = self.clock.now()
+            self._runs[run.id] = replace(run, created_at=now)
+            self._steps[run.id] = {}
+            self._variables[run.id] = {}
+            if first is None:
+                patch = {"status": RunStatus.COMPLETED, "started_at": now, "completed_at": now}
+                self._write(Changes(runs=[(run.id, patch)]))
+                return True
+            row = StepRecord(
+                *first.key,
+                seq=0,
+                activity=first.activity,
+                topic=first.topic,
+                status=StepStatus.READY,
+                wake_at=now + self.grace,
+                created_at=now,
+            )
+            self._write(Changes(added=[row]))
             return True
-        row = StepRecord(
-            *first.key,
-            seq=0,
-            activity=first.activity,
-            topic=first.topic,
-            status=StepStatus.READY,
-            wake_at=now + self.grace,
-            created_at=now,
-        )
-        self._write(Changes(added=[row]))
-        return True
 
     async def claim_step(self, request: ClaimRequest) -> Grant | Refused:
-        changes = Changes()
-        answer = ledger.claim(self._head(request.key), request, changes, now=self.clock.now())
-        self._write(changes)
-        return answer
+        with self._lock:
+            changes = Changes()
+            answer = ledger.claim(self._head(request.key), request, changes, now=self.clock.now())
+            self._write(changes)
+            return answer
 
     async def record_step_result(
         self, result: StepResult, posting: Posting | None = None
     ) -> Recorded | Refused:
-        changes = Changes()
-        head = self._head(result.key)
-        answer = ledger.record(head, result, changes, now=self.clock.now(), grace=self.grace)
-        self._write(changes)
-        return answer
+        with self._lock:
+            changes = Changes()
+            head = self._head(result.key)
+            answer = ledger.record(head, result, changes, now=self.clock.now(), grace=self.grace)
+            self._write(changes)
+            return answer
 
     async def release_steps(self, worker: str, steps: Running) -> list[StepKey]:
-        changes = Changes()
-        now = self.clock.now()
-        released = [
-            key
-            for key, epoch in steps
-            if ledger.release(self._head(key), worker, epoch, changes, now=now, grace=self.grace)
-        ]
-        self._write(changes)
-        return released
+        with self._lock:
+            changes = Changes()
+            now = self.clock.now()
+            released = [
+                key
+                for key, epoch in steps
+                if ledger.release(self._head(key), worker, epoch, changes, now=now, grace=self.grace)
+            ]
+            self._write(changes)
+            return released
 
     # -- leases
 
     def beat(
         self, worker: WorkerRecord, *, lease: float, running: Running, forgotten: Running = ()
     ) -> tuple[set[tuple[StepKey, int]], set[tuple[StepKey, int]]]:
-        now = self.clock.now()
-        self._workers[worker.id] = replace(worker, lease_until=now + lease)
-        held = {
-            (row.key, row.epoch)
-            for row in self._rows(StepStatus.RUNNING)
-            if row.worker == worker.id
-        }
-        changes = Changes()
-        for step in set(forgotten) & held:
-            ledger.free(step[0], changes, now=now)
-            held.discard(step)
-        self._write(changes)
-        return set(running) - held, held - set(running)
+        with self._lock:
+            now = self.clock.now()
+            self._workers[worker.id] = replace(worker, lease_until=now + lease)
+            held = {(row.key, row.epoch) for row in self.rows(StepStatus.RUNNING) if row.worker == worker.id}
+            changes = Changes()
+            for step in set(forgotten) & held:
+                ledger.free(step[0], changes, now=now)
+                held.discard(step)
+            self._write(changes)
+            return set(running) - held, held - set(running)
 
     async def sign_off(self, worker_id: str) -> None:
-        self._workers.pop(worker_id, None)
+        with self._lock:
+            self._workers.pop(worker_id, None)
 
     async def sweep(self, *, gone: Collection[str] = (), limit: int = 500) -> Swept:
-        now = self.clock.now()
-        lost = [
-            worker.id for worker in self._workers.values() if worker.lease_until <= now or worker.id in gone
-        ]
-        for worker_id in lost:
-            del self._workers[worker_id]
-        changes = Changes()
-        freed = [row.key for row in self._rows(StepStatus.RUNNING) if row.worker not in self._workers]
-        for key in freed[:limit]:
-            ledger.free(key, changes, now=now)
-        self._write(changes)
-        expired = []
-        for run_id in list(self._runs):
+        with self._lock:
+            now = self.clock.now()
+            lost = [
+                worker.id
+                for worker in self._workers.values()
+                if worker.lease_until <= now or worker.id in gone
+            ]
+            for worker_id in lost:
+                del self._workers[worker_id]
             changes = Changes()
-            if ledger.expire(self._detail(run_id), changes, now=now, inline_bytes=self.inline_bytes):
-                expired.append(run_id)
-                self._write(changes)
-        changes = Changes()
-        due = [row.key for row in self._rows(StepStatus.READY) if row.wake_at <= now][:limit]
-        for key in due:
-            ledger.postpone(key, changes, now=now, grace=self.grace)
-        self._write(changes)
-        return Swept(tuple(due), tuple(lost), tuple(freed[:limit]), tuple(expired))
+            freed = [row.key for row in self.rows(StepStatus.RUNNING) if row.worker not in self._workers]
+            for key in freed[:limit]:
+                ledger.free(key, changes, now=now)
+            self._write(changes)
+            expired = []
+            late = [run.id for run in self._runs.values() if run.deadline is not None and run.deadline <= now]
+            for run_id in late[:limit]:
+                changes = Changes()
+                if ledger.expire(self._detail(run_id), changes, now=now, inline_bytes=self.inline_bytes):
+                    expired.append(run_id)
+                    self._write(changes)
+            changes = Changes()
+            due = [row.key for row in self.rows(StepStatus.READY) if row.wake_at <= now][:limit]
+            for key in due:
+                ledger.postpone(key, changes, now=now, grace=self.grace)
+            self._write(changes)
+            return Swept(tuple(due), tuple(lost), tuple(freed[:limit]), tuple(expired))
 
     # -- operators
 
     async def cancel_run(self, workflow_id: str, reason: str) -> RunStatus:
-        changes = Changes()
-        status = ledger.stop(
-            self._detail(workflow_id),
-            RunStatus.CANCELLED,
-            reason,
-            changes,
-            now=self.clock.now(),
-            inline_bytes=self.inline_bytes,
-        )
-        self._write(changes)
-        for heard in tuple(self._turned):
-            heard()
-        return status
+        with self._lock:
+            changes = Changes()
+            status = ledger.stop(
+                self._detail(workflow_id),
+                RunStatus.CANCELLED,
+                reason,
+                changes,
+                now=self.clock.now(),
+                inline_bytes=self.inline_bytes,
+            )
+            self._write(changes)
+            for heard in tuple(self._turned):
+                heard()
+            return status
 
     async def retry_run(self, workflow_id: str) -> RunStatus:
-        changes = Changes()
-        detail = self._detail(workflow_id)
-        status = ledger.resume(detail, changes, now=self.clock.now(), inline_bytes=self.inline_bytes)
-        self._write(changes)
-        self._ended.pop(workflow_id, None)
-        return status
+        with self._lock:
+            changes = Changes()
+            detail = self._detail(workflow_id)
+            status = ledger.resume(detail, changes, now=self.clock.now(), inline_bytes=self.inline_bytes)
+            self._write(changes)
+            self._ended.pop(workflow_id, None)
+            return status
 
     async def open_steps(self, workflow_id: str) -> list[StepKey]:
         rows = self._steps.get(workflow_id, {}).values()
         return [row.key for row in rows if row.status is StepStatus.READY]
 
     async def has_open(self, topics: Collection[str]) -> bool:
-        rows = (row for steps in self._steps.values() for row in steps.values())
-        return any(row.status in OPEN and row.topic in topics for row in rows)
+        with self._lock:
+            return any(row.topic in topics for row in self._open.values())
 
     def on_turn(self, heard: Callable[[], None]) -> Callable[[], None]:
         self._turned.append(heard)
@@ -304,6 +314,11 @@ class MemoryStore:
 
     # -- rows
 
+    def rows(self, status: StepStatus) -> list[StepRecord]:
+        """The open steps in this state."""
+        with self._lock:
+            return [row for row in self._open.values() if row.status is status]
+
     def _run(self, workflow_id: str) -> RunRecord:
         if workflow_id not in self._runs:
             raise RunNotFound(workflow_id)
@@ -329,11 +344,10 @@ class MemoryStore:
         for key in changes.dropped:
             del self._steps[key.workflow_id][key]
         for key, patch in changes.steps:
-            rows = self._steps[key.workflow_id]
-            rows[key] = replace(rows[key], **patch)
+            self._put(replace(self._steps[key.workflow_id][key], **patch))
         for row in changes.added:
             assert row.key not in self._steps[row.workflow_id], f"{row.key} is there already"
-            self._steps[row.workflow_id][row.key] = row
+            self._put(row)
         for workflow_id, patch in changes.runs:
             run = replace(self._runs[workflow_id], **patch)
             self._runs[workflow_id] = run
@@ -341,10 +355,13 @@ class MemoryStore:
                 self._ended[workflow_id].set()
         for workflow_id, name, value in changes.variables:
             self._variables[workflow_id][name] = value
-        open_rows = [
-            row
-            for workflow_id in {key.workflow_id for key, _ in changes.steps}
-            for row in self._steps[workflow_id].values()
-            if row.status in OPEN
-        ]
-        assert len({row.workflow_id for row in open_rows}) == len(open_rows), "a run has one cursor"
+        for workflow_id in {key.workflow_id for key, _ in changes.steps}:
+            cursors = [row.key for row in self._steps[workflow_id].values() if row.status in OPEN]
+            assert len(cursors) <= 1, f"a run has one cursor, found {cursors}"
+
+    def _put(self, row: StepRecord) -> None:
+        self._steps[row.workflow_id][row.key] = row
+        if row.status in OPEN:
+            self._open[row.key] = row
+        else:
+            self._open.pop(row.key, None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import heapq
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 
 from paigeant.clock import Clock, SystemClock
@@ -14,6 +15,9 @@ from paigeant.transport import BODY_KEPT_BYTES, Bury, TopicDepth
 
 __all__ = ["MemoryTransport"]
 
+_HOLD_SECONDS = 30.0
+"""How long a delivered message is kept from others. A claim acks it within milliseconds."""
+
 _LOOK_SECONDS = 0.05
 
 
@@ -23,34 +27,48 @@ class _Held:
     body: bytes
     visible_at: float
     created_at: float
+    number: int
     deliveries: int = 0
-    holder: int | None = None
+    taken: bool = False
 
 
 class MemoryTransport:
-    """Moves messages within one process. Bodies are encoded like everywhere, so that what works here travels elsewhere."""
+    """Moves messages within one process. Bodies are encoded like everywhere, so that what works here travels elsewhere.
+
+    Whoever sets `clock` calls `wake` after it, so that what is due by then is delivered at once.
+    """
 
     def __init__(self, *, clock: Clock | None = None, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
         self.clock = clock or SystemClock()
         self.limit_bytes = limit_bytes
         self.dead_letters: list[DeadLetter] = []
         self._messages: dict[str, _Held] = {}
+        # For each topic when its messages are due, the next one first. Entries of messages that have moved or gone
+        # since are passed over when they come up.
+        self._due: dict[str, list[tuple[float, int, str]]] = {}
         self._wakers: dict[str, set[asyncio.Event]] = {}
+        self._listeners: list[Callable[[], None]] = []
         self._bury: Bury | None = None
-        self._subscribers = 0
+        self._published = 0
+        self._closings = 0
 
     async def connect(self) -> None:
         """Nothing to open."""
 
     async def close(self) -> None:
-        for message in self._messages.values():
-            message.holder = None
+        self._closings += 1
+        for message_id, held in self._messages.items():
+            if held.taken:
+                self._give_back(message_id, held, self.clock.now())
+        self.wake()
 
     def joins(self, store: Store) -> bool:
         return False
 
     def bury_with(self, bury: Bury) -> None:
         self._bury = bury
+
+    # -- sending
 
     async def publish(self, topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
         self.put(topic, message.message_id, encode(message, limit_bytes=self.limit_bytes), delay=delay)
@@ -60,10 +78,11 @@ class MemoryTransport:
         now = self.clock.now()
         there = self._messages.get(message_id)
         if there is None:
-            self._messages[message_id] = _Held(topic, body, now + delay, now)
+            self._published += 1
+            there = self._messages[message_id] = _Held(topic, body, now + delay, now, self._published)
+            self._schedule(message_id, there)
         else:
-            there.visible_at = min(there.visible_at, now + delay)
-            there.holder = None
+            self._give_back(message_id, there, min(there.visible_at, now + delay))
         self.wake(topic)
 
     def wake(self, topic: str | None = None) -> None:
@@ -72,16 +91,20 @@ class MemoryTransport:
             if topic is None or name == topic:
                 for waker in wakers:
                     waker.set()
+        for heard in tuple(self._listeners):
+            heard()
+
+    # -- receiving
 
     async def subscribe(self, topic: str, *, prefetch: int = 1) -> AsyncIterator[PaigeantMessage]:
-        self._subscribers += 1
-        holder = self._subscribers
         waker = asyncio.Event()
         self._wakers.setdefault(topic, set()).add(waker)
+        closings = self._closings
         try:
-            while True:
+            while closings == self._closings:
+                # Clear before looking: a message that comes in between is not slept over.
                 waker.clear()
-                message_id = self._take(topic, holder)
+                message_id = self._take(topic)
                 if message_id is None:
                     await self._sleep(topic, waker)
                     continue
@@ -91,19 +114,22 @@ class MemoryTransport:
         finally:
             self._wakers[topic].discard(waker)
 
-    def _take(self, topic: str, holder: int) -> str | None:
+    def _take(self, topic: str) -> str | None:
         now = self.clock.now()
-        for message_id, held in self._messages.items():
-            if held.topic == topic and held.holder is None and held.visible_at <= now:
-                held.holder = holder
-                held.deliveries += 1
-                return message_id
-        return None
+        entry = self._next(topic)
+        if entry is None or entry[0] > now:
+            return None
+        message_id = entry[2]
+        held = self._messages[message_id]
+        held.taken = True
+        held.deliveries += 1
+        held.visible_at = now + _HOLD_SECONDS
+        self._schedule(message_id, held)
+        return message_id
 
     async def _sleep(self, topic: str, waker: asyncio.Event) -> None:
-        later = any(held.topic == topic and held.holder is None for held in self._messages.values())
         try:
-            async with asyncio.timeout(_LOOK_SECONDS if later else None):
+            async with asyncio.timeout(None if self._next(topic) is None else _LOOK_SECONDS):
                 await waker.wait()
         except TimeoutError:
             pass
@@ -113,34 +139,36 @@ class MemoryTransport:
         try:
             return decode(held.body, limit_bytes=self.limit_bytes)
         except MessageInvalid as exc:
-            await self._reject(message_id, exc.reason, str(exc))
+            await self._reject(message_id, held, exc.reason, str(exc))
             return None
 
+    # -- settling
+
     async def ack(self, message_id: str) -> None:
-        held = self._messages.get(message_id)
-        if held is not None and held.holder is not None:
-            del self._messages[message_id]
+        if self._taken(message_id) is not None:
+            self._forget(message_id)
 
     async def nack(self, message_id: str, *, delay: float = 0) -> None:
-        held = self._messages.get(message_id)
-        if held is not None and held.holder is not None:
-            held.holder = None
-            held.visible_at = self.clock.now() + delay
+        held = self._taken(message_id)
+        if held is not None:
+            self._give_back(message_id, held, self.clock.now() + delay)
             self.wake(held.topic)
 
     async def dead_letter(self, message_id: str, reason: str) -> None:
-        if message_id in self._messages:
-            await self._reject(message_id, reason, reason)
+        held = self._taken(message_id)
+        if held is not None:
+            await self._reject(message_id, held, reason, reason)
 
-    async def _reject(self, message_id: str, reason: str, detail: str) -> None:
-        held = self._messages[message_id]
+    async def _reject(self, message_id: str, held: _Held, reason: str, detail: str) -> None:
         body = held.body[:BODY_KEPT_BYTES]
         letter = DeadLetter(message_id, held.topic, reason, detail, body, held.deliveries)
         if self._bury is None:
             self.dead_letters.append(letter)
         else:
             await self._bury(letter)
-        self._messages.pop(message_id, None)
+        self._forget(message_id)
+
+    # -- what waits
 
     async def topics(self) -> list[TopicDepth]:
         now = self.clock.now()
@@ -148,8 +176,55 @@ class MemoryTransport:
         depths = []
         for name in names:
             there = [held for held in self._messages.values() if held.topic == name]
-            taken = sum(held.holder is not None for held in there)
-            depths.append(
-                TopicDepth(name, len(there) - taken, taken, now - min(held.created_at for held in there))
-            )
+            taken = sum(held.taken for held in there)
+            oldest = now - min(held.created_at for held in there)
+            depths.append(TopicDepth(name, len(there) - taken, taken, oldest))
         return depths
+
+    def is_busy(self, topics: Collection[str]) -> bool:
+        """Whether a message of one of `topics` has been delivered and not settled, or can be delivered now."""
+        now = self.clock.now()
+        return any(
+            held.topic in topics and (held.taken or held.visible_at <= now)
+            for held in self._messages.values()
+        )
+
+    def next_delivery(self, topics: Collection[str]) -> float | None:
+        """When the next message of one of `topics` is due; None when there is none."""
+        entries = [entry for entry in map(self._next, topics) if entry is not None]
+        return min(entries)[0] if entries else None
+
+    def on_change(self, heard: Callable[[], None]) -> Callable[[], None]:
+        """Call `heard` when messages come, go, or change hands. Gives what ends that."""
+        self._listeners.append(heard)
+        return lambda: self._listeners.remove(heard)
+
+    # -- inside
+
+    def _taken(self, message_id: str) -> _Held | None:
+        held = self._messages.get(message_id)
+        return held if held is not None and held.taken else None
+
+    def _give_back(self, message_id: str, held: _Held, visible_at: float) -> None:
+        held.taken = False
+        held.visible_at = visible_at
+        self._schedule(message_id, held)
+
+    def _forget(self, message_id: str) -> None:
+        self._messages.pop(message_id, None)
+        for heard in tuple(self._listeners):
+            heard()
+
+    def _schedule(self, message_id: str, held: _Held) -> None:
+        entry = (held.visible_at, held.number, message_id)
+        heapq.heappush(self._due.setdefault(held.topic, []), entry)
+
+    def _next(self, topic: str) -> tuple[float, int, str] | None:
+        due = self._due.get(topic, [])
+        while due:
+            visible_at, number, message_id = due[0]
+            held = self._messages.get(message_id)
+            if held is not None and (held.visible_at, held.number) == (visible_at, number):
+                return due[0]
+            heapq.heappop(due)
+        return None
