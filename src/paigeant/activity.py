@@ -183,10 +183,11 @@ class ActivityRegistry:
         which is read from the payload's field `deps` or from its fields. `message_history` names an earlier agent step
         whose conversation this one continues. Tokens and requests are recorded with the step.
         """
-        from paigeant.agents.activity import agent_activity  # here, because it loads pydantic-ai
+        from paigeant.agents.activity import agent_activity, check_agent  # here, because it loads pydantic-ai
 
         options = _Options(topic, retries, timeout, concurrency, False)
         called = name or getattr(agent, "name", None)
+        check_agent(agent, name=called or "", prompt=prompt, message_history=message_history)
         if not called:
             raise InvalidDefinition("the agent has no name; give it one, Agent(..., name='writer'), or pass name=")
         build = functools.partial(
@@ -320,12 +321,21 @@ def read_signature(
 
     Raises InvalidDefinition for what can't be called by name and for annotations that can't be read.
     """
+    parameters, takes_rest = read_parameters(name, function)
+    returned = _hints(name, function).get("return", Any)
     try:
-        hints = typing.get_type_hints(function, include_extras=True)
-    except Exception as exc:  # annotations are the user's code and may raise anything
-        raise InvalidDefinition(
-            f"the annotations of activity '{name}' can't be read: {exc}; import what they name"
-        ) from exc
+        output = None if returned is Any or returned is None or returned is type(None) else typed(returned)
+    except InvalidDefinition as exc:
+        raise InvalidDefinition(f"the return annotation of activity '{name}': {exc}") from exc
+    return parameters, takes_rest, output
+
+
+def read_parameters(name: str, function: Callable[..., Any]) -> tuple[tuple[Parameter, ...], bool]:
+    """The parameters of a function that is called by name, and whether it takes the rest of the payload.
+
+    Raises InvalidDefinition like `read_signature`.
+    """
+    hints = _hints(name, function)
     parameters: list[Parameter] = []
     takes_rest = False
     for parameter in inspect.signature(function).parameters.values():
@@ -344,12 +354,16 @@ def read_signature(
         except InvalidDefinition as exc:
             raise InvalidDefinition(f"parameter '{parameter.name}' of activity '{name}': {exc}") from exc
         parameters.append(Parameter(parameter.name, adapter, parameter.default, is_context))
-    returned = hints.get("return", Any)
+    return tuple(parameters), takes_rest
+
+
+def _hints(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     try:
-        output = None if returned is Any or returned is None or returned is type(None) else typed(returned)
-    except InvalidDefinition as exc:
-        raise InvalidDefinition(f"the return annotation of activity '{name}': {exc}") from exc
-    return tuple(parameters), takes_rest, output
+        return typing.get_type_hints(function, include_extras=True)
+    except Exception as exc:  # annotations are the user's code and may raise anything
+        raise InvalidDefinition(
+            f"the annotations of activity '{name}' can't be read: {exc}; import what they name"
+        ) from exc
 
 
 def _caller(function: Callable[..., Any]) -> Call:

@@ -1,0 +1,277 @@
+"""An agent as an activity: its prompt and deps come from the payload, its output is the step's.
+
+**Conversations.** An activity with `message_history="outline"` goes on where the agent of step `outline` stopped, in
+any process. So each agent step that has steps after it keeps its messages, as a unit of the step in the store: they
+don't travel, and only the step that continues them reads them. The unit is named after a digest of the step's output.
+That is what ties it to the attempt whose result was recorded: messages of an attempt that failed, lost its lease or
+died before its result was durable are under a name that no recorded output leads to. (One and the same name would not
+do: the first value of a unit stands, and the first attempt may be one that left no result.) It costs one small commit
+a step, beside the seconds that a model takes.
+
+**Failures.** What a model or a tool raises is the failure of an attempt, and retried by the step's policy. A usage
+limit that was reached, and a wrong use of pydantic-ai, stay what they are however often they are tried:
+NonRetryableError.
+
+**Usage** (requests, tool calls, tokens) is recorded with the step: that of the attempt which ended it.
+
+A durable engine records each model request inside the step. It needs nothing of this module but its place: the agent
+brings it along as a capability, and finds the step that it works for in a context variable set around `agent.run`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import hashlib
+import inspect
+import json
+import types
+import typing
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import Executor as Threads
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_ai import ModelMessage, ModelMessagesTypeAdapter, RunUsage
+from pydantic_ai.agent import AbstractAgent
+from pydantic_ai.exceptions import UsageLimitExceeded, UserError
+from pydantic_core import from_json
+
+from paigeant import codec
+from paigeant.activity import Activity, Parameter, read_parameters, typed
+from paigeant.agents.prompt import Prompt
+from paigeant.context import StepContext
+from paigeant.errors import ArgumentError, InvalidDefinition, NonRetryableError
+from paigeant.slip import Phase, StepStatus
+from paigeant.store import StepKey
+
+__all__ = ["agent_activity", "check_agent"]
+
+AnyAgent = AbstractAgent[Any, Any]
+
+_UNIT = "paigeant.messages:"
+_UNIONS = (typing.Union, types.UnionType)
+
+
+def check_agent(agent: AnyAgent, *, name: str, prompt: str, message_history: str | None) -> None:
+    """Raise InvalidDefinition for what can be seen to be wrong before anything that annotations name is defined."""
+    if not isinstance(agent, AbstractAgent):
+        raise InvalidDefinition(f"activity.agent takes a pydantic_ai.Agent, found {agent!r}")
+    if message_history is not None and (not isinstance(message_history, str) or not message_history):
+        raise InvalidDefinition(
+            f"message_history of activity '{name}' is the name of an earlier agent step, found {message_history!r}"
+        )
+    try:
+        Prompt.parse(prompt)
+    except InvalidDefinition as exc:
+        raise InvalidDefinition(f"activity '{name}': {exc}") from exc
+
+
+def agent_activity(
+    agent: AnyAgent, *, name: str, prompt: str, deps: Any = None, message_history: str | None = None
+) -> Activity:
+    """The activity `name`, which runs `agent`. See `ActivityRegistry.agent` for what the others mean.
+
+    Raises InvalidDefinition for a prompt that is no template, and deps that can't be made from a payload.
+    """
+    check_agent(agent, name=name, prompt=prompt, message_history=message_history)
+    template = Prompt.parse(prompt)
+    source = _source_of(name, deps, template.names)
+    output = _output_of(agent)
+
+    async def call(arguments: Mapping[str, Any], context: StepContext, threads: Threads | None) -> Any:
+        text = template.render(name, arguments)
+        history = None if message_history is None else await _continued(name, message_history, context)
+        given = await source.make(arguments, threads)
+        usage = RunUsage()
+        try:
+            result = await agent.run(text, deps=given, message_history=history, usage=usage, infer_name=False)
+        except (UsageLimitExceeded, UserError) as exc:
+            raise NonRetryableError(f"{type(exc).__name__}: {exc}") from exc
+        finally:
+            context._usage = _counted(usage)
+        if context.remaining:
+            await _keep(context, output, result.output, result.all_messages())
+        return result.output
+
+    return Activity(
+        name=name,
+        call=call,
+        parameters=_joined(name, template, source),
+        takes_rest=source.takes_rest,
+        output=output,
+        description=f"the agent '{agent.name or name}'",
+    )
+
+
+# -- conversations
+
+
+async def _keep(
+    context: StepContext, output: TypeAdapter[Any] | None, value: Any, messages: Sequence[ModelMessage]
+) -> None:
+    """Record the messages that led to this output, before the output itself is recorded."""
+    try:
+        text = codec.dump(value) if output is None else codec.dump_as(output, value)
+    except codec.JsonInvalid:
+        return  # the step fails for its output, with a message that says so
+    await context._store.save_unit(
+        context._key, _unit_of(text), ModelMessagesTypeAdapter.dump_json(list(messages))
+    )
+
+
+async def _continued(name: str, earlier: str, context: StepContext) -> list[ModelMessage] | None:
+    """The messages of the recorded step `earlier`; None when its `when` skipped it: a new conversation begins."""
+    slip = context._slip
+    done = slip.find(earlier)
+    if done is None:
+        skipped = [entry for entry in slip.executed if entry.status is StepStatus.SKIPPED]
+        if any(earlier in (entry.step_id, entry.activity) for entry in skipped):
+            return None
+        there = ", ".join(entry.step_id for entry in slip.executed) or "none"
+        raise ArgumentError(
+            f"activity '{name}' continues the conversation of '{earlier}', but no such step was done before it; "
+            f"done: {there}"
+        )
+    recorded = await context._store.load_output(context.workflow_id, done.step_id)
+    key = StepKey(context.workflow_id, done.step_id, Phase.DO)
+    messages = None if recorded is None else await context._store.load_unit(key, _unit_of(recorded))
+    if messages is None:
+        raise ArgumentError(
+            f"activity '{name}' continues the conversation of '{earlier}', but step '{done.step_id}' "
+            f"(activity '{done.activity}') was not done by an agent, so that there is none"
+        )
+    return ModelMessagesTypeAdapter.validate_json(messages)
+
+
+def _unit_of(output: bytes) -> str:
+    """The unit that holds the messages which led to `output`, however a store may have laid out its JSON."""
+    canonical = json.dumps(from_json(output), sort_keys=True, separators=(",", ":"))
+    return _UNIT + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _counted(usage: RunUsage) -> bytes:
+    counts = {
+        "requests": usage.requests,
+        "tool_calls": usage.tool_calls,
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+    }
+    more = ("cache_read_tokens", "cache_write_tokens", "input_audio_tokens", "output_audio_tokens")
+    counts.update({key: value for key in more if (value := getattr(usage, key, 0))})
+    return codec.dump(counts)
+
+
+# -- deps
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where deps come from: the parameters that `make` needs, and what it makes of their values."""
+
+    make: Callable[[Mapping[str, Any], Threads | None], Awaitable[Any]]
+    parameters: tuple[Parameter, ...] = ()
+    takes_rest: bool = False
+
+
+def _source_of(name: str, deps: Any, prompted: Collection[str]) -> _Source:
+    if isinstance(deps, type) or typing.get_origin(deps) is not None:
+        return _from_payload(name, deps)
+    if callable(deps):
+        return _from_factory(name, deps, prompted)
+
+    async def same(_: Mapping[str, Any], __: Threads | None) -> Any:
+        return deps
+
+    return _Source(same)
+
+
+def _from_factory(name: str, factory: Callable[..., Any], prompted: Collection[str]) -> _Source:
+    parameters, takes_rest = read_parameters(f"{name} (its deps)", factory)
+    own = {parameter.name: parameter for parameter in parameters}
+    shared = [own[field] for field in prompted if field in own and not own[field].is_context]
+
+    async def make(arguments: Mapping[str, Any], threads: Threads | None) -> Any:
+        taken = {key: value for key, value in arguments.items() if takes_rest or key in own}
+        taken.update({parameter.name: parameter.read(name, taken[parameter.name]) for parameter in shared})
+        if inspect.iscoroutinefunction(factory):
+            return await factory(**taken)
+        # Like an activity that is a plain function: in a thread, since it may open files or connections.
+        run = functools.partial(contextvars.copy_context().run, factory, **taken)
+        value = await asyncio.get_running_loop().run_in_executor(threads, run)
+        return await value if inspect.isawaitable(value) else value
+
+    return _Source(make, parameters, takes_rest)
+
+
+def _from_payload(name: str, kind: Any) -> _Source:
+    try:
+        adapter = typed(kind)
+    except InvalidDefinition as exc:
+        raise InvalidDefinition(
+            f"deps of activity '{name}': {exc}; for an object that isn't data give a function that makes it"
+        ) from exc
+    names = _field_names(kind)
+    whole = Parameter("deps", adapter)
+
+    async def make(arguments: Mapping[str, Any], _: Threads | None) -> Any:
+        if "deps" in arguments:
+            return whole.read(name, arguments["deps"])
+        found = {field: arguments[field] for field in names if field in arguments}
+        try:
+            return adapter.validate_json(codec.dump(found))
+        except ValidationError as exc:
+            first = exc.errors(include_url=False, include_input=False)[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise ArgumentError(
+                f"deps of activity '{name}' are a {_called(kind)}, which can't be made from the payload: "
+                f"{place + ': ' if place else ''}{first['msg']}; give the field 'deps', or its fields by name"
+            ) from exc
+
+    # All of them may be missing: what the type itself insists on is found out when it is made.
+    optional = [Parameter(field, default=None) for field in dict.fromkeys(("deps", *names))]
+    return _Source(make, tuple(optional))
+
+
+def _field_names(kind: Any) -> tuple[str, ...]:
+    origin = typing.get_origin(kind) or kind
+    if isinstance(origin, type) and issubclass(origin, BaseModel):
+        aliases = (field.validation_alias or field.alias for field in origin.model_fields.values())
+        return (*origin.model_fields, *(alias for alias in aliases if isinstance(alias, str)))
+    if is_dataclass(origin):
+        return tuple(field.name for field in fields(origin) if field.init)
+    return tuple(typing.get_type_hints(origin)) if typing.is_typeddict(origin) else ()
+
+
+def _called(kind: Any) -> str:
+    return getattr(kind, "__name__", None) or str(kind)
+
+
+def _joined(name: str, template: Prompt, source: _Source) -> tuple[Parameter, ...]:
+    """What the prompt and the deps name, each once."""
+    own = {parameter.name: parameter for parameter in source.parameters}
+    for field in template.names:
+        if field in own and own[field].is_context:
+            raise InvalidDefinition(
+                f"the prompt of activity '{name}' has the field {{{field}}}, which is the context in its deps "
+                "function; rename one of them"
+            )
+        own[field] = Parameter(field)  # as JSON gives it; deps that want it as a type read it themselves
+    return tuple(own.values())
+
+
+# -- outputs
+
+
+def _output_of(agent: AnyAgent) -> TypeAdapter[Any] | None:
+    """Writes the agent's output by its declared type; None for what is no single type (several, functions, markers)."""
+    declared = agent.output_type
+    origin = typing.get_origin(declared)
+    if declared is str or not (isinstance(declared, type) or origin is not None) or origin in _UNIONS:
+        return None
+    try:
+        return typed(declared)
+    except InvalidDefinition:
+        return None
