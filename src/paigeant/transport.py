@@ -57,8 +57,9 @@ class Transport(Protocol):
     async def publish(self, topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
         """Send `message` to one subscriber of `topic`, no earlier than `delay` seconds from now.
 
-        Once this returns, the message is as durable as the transport is. Publishing a message whose id still waits
-        in the topic changes nothing, where the transport can tell. Raises TransportUnavailable, MessageTooLarge.
+        Once this returns, the message is as durable as the transport is. Publishing a message whose id is still there
+        adds none, where the transport can tell: it is due at the earlier of the two instants, for whoever asks then.
+        Raises TransportUnavailable, MessageTooLarge.
         """
         ...
 
@@ -79,11 +80,17 @@ class Transport(Protocol):
         ...
 
     async def nack(self, message_id: str, *, delay: float = 0) -> None:
-        """Give the message back, to be delivered again no earlier than `delay` seconds from now."""
+        """Give the message back, to be delivered again no earlier than `delay` seconds from now.
+
+        Like an ack it changes nothing for a message that this transport doesn't hold.
+        """
         ...
 
     async def dead_letter(self, message_id: str, reason: str) -> None:
-        """Take the message out of its topic for good and keep it as a dead letter with `reason` and its bytes."""
+        """Take the message out of its topic for good and keep it as a dead letter with `reason` and its bytes.
+
+        Like an ack it changes nothing for a message that this transport doesn't hold.
+        """
         ...
 
     async def topics(self) -> list[TopicDepth]:

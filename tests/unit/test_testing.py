@@ -123,7 +123,7 @@ async def test_drain_names_a_step_that_nobody_can_do() -> None:
     async with MemoryApp(activity) as app:
         await app.dispatch(Workflow("pay", [Step("chrage", id="first")]), workflow_id="order-1")
         with pytest.raises(
-            NotDrained, match="step 'first' of run 'order-1'.*'chrage'.*did you mean 'charge'"
+            NotDrained, match=r"step 'first' of run 'order-1'.*'chrage'.*did you mean 'charge'"
         ):
             await app.drain()
 
@@ -133,7 +133,7 @@ async def test_drain_names_a_step_in_a_topic_where_nobody_listens() -> None:
     activity, _ = failing(times=0)
     async with MemoryApp(activity) as app:
         await app.dispatch(Workflow("pay", [Step("charge", topic="billing")]))
-        with pytest.raises(NotDrained, match="'charge'.*topic 'billing', where nobody listens"):
+        with pytest.raises(NotDrained, match=r"'charge'.*topic 'billing', where nobody listens"):
             await app.drain()
 
 

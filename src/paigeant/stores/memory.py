@@ -151,6 +151,11 @@ class MemoryStore:
 
     async def sign_off(self, worker_id: str) -> None:
         with self._lock:
+            changes = Changes()
+            now = self.clock.now()
+            for row in self.rows(StepStatus.RUNNING):
+                ledger.release(self._head(row.key), worker_id, row.epoch, changes, now=now, grace=0.0)
+            self._write(changes)
             self._workers.pop(worker_id, None)
 
     async def sweep(self, *, gone: Collection[str] = (), limit: int = 500) -> Swept:
