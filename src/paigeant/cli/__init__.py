@@ -1,0 +1,12 @@
+"""The command line, one file a group of commands. What takes long to import is imported when a command runs."""
+
+from __future__ import annotations
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Do what the command line asks for, and end the process with the exit code that says how it went."""
+    from paigeant.cli.program import app
+
+    app(prog_name="paigeant")

@@ -1,0 +1,165 @@
+"""What commands write: results to standard output, messages to standard error, so that results can be piped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+__all__ = [
+    "error",
+    "errors",
+    "instant",
+    "local",
+    "note",
+    "out",
+    "plain",
+    "result",
+    "seconds",
+    "shown",
+    "status",
+    "table",
+    "value",
+    "warn",
+]
+
+_WIDE = 400
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    # Made anew each time, for the stream that is the standard one now. What goes into a pipe isn't cut to a width.
+    console = Console(file=stream, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=stream, highlight=False, width=_WIDE)
+    return console
+
+
+def out() -> Console:
+    """The console for results."""
+    return _console(sys.stdout)
+
+
+def errors() -> Console:
+    """The console for messages."""
+    return _console(sys.stderr)
+
+
+def result(text: str) -> None:
+    """Write a line of the result as it is."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def value(found: Any) -> None:
+    """Write the result as JSON."""
+    plain = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    result(json.dumps(found, indent=2, ensure_ascii=not plain))
+
+
+def note(text: str, *, markup: bool = True) -> None:
+    """Tell the user something that is no result. `markup`: whether it holds rich's tags."""
+    errors().print(text, markup=markup, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Tell the user of something that may be wrong."""
+    _labelled("warning", "yellow", text)
+
+
+def error(text: str) -> None:
+    """Tell the user what went wrong, on one line."""
+    _labelled("error", "red", " ".join(text.split("\n")))
+
+
+def _labelled(label: str, style: str, text: str) -> None:
+    from rich.text import Text
+
+    errors().print(Text.assemble((f"{label}: ", f"bold {style}"), text), soft_wrap=True)
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, keep: Sequence[str] = ()
+) -> Table:
+    """A table without frames. The columns in `keep` are never cut: ids are for copying."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        kept = column in keep
+        made.add_column(column, no_wrap=True, overflow="fold" if kept else "ellipsis", min_width=None)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+# -- values for people
+
+
+STYLES = {
+    "completed": "green",
+    "failed": "red",
+    "compensation_failed": "red",
+    "compensated": "magenta",
+    "compensating": "magenta",
+    "cancelled": "yellow",
+    "running": "cyan",
+    "waiting": "cyan",
+    "skipped": "dim",
+}
+
+
+def status(word: str) -> RenderableType:
+    """A status in its colour."""
+    from rich.text import Text
+
+    return Text(word, style=STYLES.get(word, ""))
+
+
+def plain(text: str | None, style: str = "") -> RenderableType:
+    """A text that isn't markup, on one line."""
+    from rich.text import Text
+
+    return Text(" ".join((text or "").split()), style=style)
+
+
+def instant(at: float | None) -> str | None:
+    """An instant as ISO 8601 in UTC, with milliseconds; None for none."""
+    from paigeant.clock import as_datetime
+
+    moment = as_datetime(at)
+    return None if moment is None else moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def local(at: float | None) -> str:
+    """An instant as a person at this place reads it."""
+    from paigeant.clock import as_datetime
+
+    moment = as_datetime(at)
+    return "" if moment is None else moment.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def seconds(took: float | None) -> str:
+    """A time span as a person reads it."""
+    if took is None:
+        return ""
+    took = max(took, 0.0)
+    if took < 1:
+        return f"{took * 1000:.0f} ms"
+    if took < 120:
+        return f"{took:.1f} s"
+    minutes, rest = divmod(round(took), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def shown(found: Any, most: int = 60) -> str:
+    """A JSON value on one line, cut where it is long."""
+    text = json.dumps(found, ensure_ascii=False)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -1,0 +1,213 @@
+"""`paigeant dispatch`: starts a run, and waits for it when asked to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paigeant.cli import console, session
+from paigeant.errors import ConfigurationError, InputInvalid, MessageTooLarge, RunTimeout, nearest
+
+if TYPE_CHECKING:
+    from paigeant.app import Paigeant, Run
+    from paigeant.loading import Handlers
+    from paigeant.settings import Settings
+
+__all__ = ["read_input", "register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add `dispatch` to the program."""
+    app.command(
+        epilog=session.examples(
+            "paigeant dispatch fulfil_order input.json --wait",
+            "paigeant dispatch fulfil_order input.json --id order-42 --wait --timeout 60 --json",
+            'echo \'{"sku": "A-1"}\' | paigeant dispatch fulfil_order - --handlers shop/orders.py',
+        )
+    )(dispatch)
+
+
+def dispatch(
+    workflow: Annotated[str, typer.Argument(help="The workflow's name.", metavar="WORKFLOW")],
+    input: Annotated[
+        str,
+        typer.Argument(
+            help="A file with the input as a JSON object; - reads it from standard input.",
+            metavar="INPUT.json|-",
+            autocompletion=session.complete("*.json"),
+        ),
+    ],
+    handlers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="File or module that defines the workflow; default: `handlers` of paigeant.yaml.",
+            autocompletion=session.complete("*.py"),
+        ),
+    ] = None,
+    id: Annotated[
+        str | None,
+        typer.Option(help="The run's id. The same id and input again is the same run.", metavar="ID"),
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait until the run has ended; exit code 1 if it failed.")
+    ] = False,
+    timeout: Annotated[
+        float | None, typer.Option(min=0, help="Seconds to wait at most; the run goes on.")
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: the id, or with --wait the whole run.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse a workflow with activities that no handler defines.")
+    ] = False,
+) -> None:
+    """Start a run of WORKFLOW with the input in INPUT.json, and print its id."""
+    if timeout is not None and not wait:
+        raise ConfigurationError("--timeout says how long to wait; it needs --wait")
+    settings = session.read_settings(strict=strict or None)
+    payload = read_input(input, settings.max_message_bytes)
+    loaded = session.handlers_of(settings, handlers or ())
+    _check_known(workflow, settings, loaded)
+    code = session.wait_for(_dispatch(settings, loaded, workflow, payload, id, wait, timeout, json))
+    if code:
+        raise typer.Exit(code)
+
+
+def read_input(name: str, limit_bytes: int) -> Any:
+    """The JSON value in the file of this name, or in standard input for `-`.
+
+    Raises InputInvalid for what can't be read or isn't JSON, MessageTooLarge.
+    """
+    from paigeant.codec import parse_strict
+    from paigeant.errors import MessageInvalid
+
+    shown = "standard input" if name == "-" else name
+    body = (_read_stdin if name == "-" else _read_file)(name, limit_bytes)
+    if len(body) > limit_bytes:
+        raise MessageTooLarge(len(body), limit_bytes)
+    if not body.strip():
+        raise InputInvalid(f"{shown} is empty; expected a JSON object, at least {{}}")
+    try:
+        return parse_strict(body.removeprefix(b"\xef\xbb\xbf"))
+    except MessageInvalid as exc:
+        raise InputInvalid(f"{shown} is not JSON: {str(exc).removeprefix(f'{exc.reason}: ')}") from exc
+
+
+def _read_stdin(_: str, limit_bytes: int) -> bytes:
+    if sys.stdin.isatty():
+        console.note("[dim]type the input as JSON, then Ctrl-D[/]")
+    return sys.stdin.buffer.read(limit_bytes + 1)
+
+
+def _read_file(name: str, limit_bytes: int) -> bytes:
+    path = Path(name)
+    if name.lstrip().startswith("{"):
+        raise InputInvalid(
+            f"expected a file with the input, found JSON: echo '{name}' | paigeant dispatch WORKFLOW -"
+        )
+    try:
+        if path.is_file() and path.stat().st_size > limit_bytes:
+            raise MessageTooLarge(path.stat().st_size, limit_bytes)
+        return path.read_bytes()
+    except FileNotFoundError as exc:
+        there = [str(path.parent / entry.name) for entry in path.parent.glob("*.json")]
+        hint = (
+            nearest(name, there) if there else "expected a file with a JSON object, or - for standard input"
+        )
+        raise InputInvalid(f"there is no file {name}; {hint}") from exc
+    except IsADirectoryError as exc:
+        raise InputInvalid(f"{name} is a folder; expected a file with a JSON object") from exc
+    except (OSError, ValueError) as exc:
+        raise InputInvalid(f"can't read {name}: {getattr(exc, 'strerror', None) or exc}") from exc
+
+
+def _check_known(workflow: str, settings: Settings, loaded: Handlers) -> None:
+    if loaded.names or settings.workflows:
+        return  # the application itself says which workflows there are
+    hint = "--handlers handlers.py" if Path("handlers.py").is_file() else "--handlers FILE"
+    raise ConfigurationError(
+        f"no handlers are named, so that workflow '{workflow}' isn't known; give {hint}, "
+        "or `handlers:` or `workflows:` in paigeant.yaml"
+    )
+
+
+async def _dispatch(
+    settings: Settings,
+    loaded: Handlers,
+    workflow: str,
+    payload: Any,
+    workflow_id: str | None,
+    wait: bool,
+    timeout: float | None,
+    as_json: bool,
+) -> int:
+    async with session.opened(settings, loaded, makes=True) as app:
+        run = await app.dispatch(workflow, payload, workflow_id=workflow_id)
+        if not wait:
+            console.value({"id": run.id}) if as_json else console.result(run.id)
+            if session.is_interactive():
+                console.note(f"[dim]dispatched; `paigeant runs show {run.id}` tells where it is[/]")
+            return 0
+        return await _wait(app, run, timeout, as_json)
+
+
+async def _wait(app: Paigeant, run: Run, timeout: float | None, as_json: bool) -> int:
+    """Wait for the run and print it; gives the exit code. Stopping to wait never stops the run."""
+    from paigeant.cli import report
+    from paigeant.slip import RunStatus
+
+    late: RunTimeout | None = None
+    await _look_for_workers(app)
+    try:
+        async with _progress(app, run):
+            await run.wait(timeout)
+    except RunTimeout as exc:
+        late = exc
+    except asyncio.CancelledError:
+        console.note(f"waits no longer; run '{run.id}' goes on: `paigeant runs show {run.id}`", markup=False)
+        raise
+    detail = await run.detail()
+    if as_json:
+        console.value(report.as_json(detail))
+    else:
+        console.out().print(report.as_tables(detail, now=await app.store.now()))
+    if late is not None:
+        raise late
+    return 0 if detail.run.status is RunStatus.COMPLETED else 1
+
+
+async def _look_for_workers(app: Paigeant) -> None:
+    now = await app.store.now()
+    if not any(worker.lease_until > now for worker in await app.store.list_workers()):
+        console.warn(
+            "no worker is running on this store; start one in another terminal: paigeant run HANDLERS"
+        )
+
+
+@contextlib.asynccontextmanager
+async def _progress(app: Paigeant, run: Run) -> Any:
+    """Show the run as it goes, where a person looks on."""
+    if not session.is_interactive():
+        yield
+        return
+    from rich.live import Live
+
+    from paigeant.cli import report
+
+    async def show(live: Live) -> None:
+        while True:
+            live.update(report.as_tables(await run.detail(), now=await app.store.now()), refresh=True)
+            await asyncio.sleep(0.2)
+
+    with Live(console=console.errors(), auto_refresh=False, transient=True) as live:
+        showing = asyncio.create_task(show(live))
+        try:
+            yield
+        finally:
+            showing.cancel()
+            await asyncio.gather(showing, return_exceptions=True)

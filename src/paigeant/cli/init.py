@@ -1,0 +1,51 @@
+"""`paigeant init`: a small project that runs as it is."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from paigeant.cli import console, session
+from paigeant.errors import ConfigurationError
+
+__all__ = ["FILES", "register"]
+
+FILES = ("paigeant.yaml", "handlers.py", "input.json")
+
+_SCAFFOLD = Path(__file__).parent / "scaffold"
+
+
+def register(app: typer.Typer) -> None:
+    """Add `init` to the program."""
+    app.command(epilog=session.examples("paigeant init", "paigeant init shop"))(init)
+
+
+def init(
+    folder: Annotated[
+        Path, typer.Argument(help="Where; it is made if it isn't there.", metavar="[DIR]")
+    ] = Path(),
+) -> None:
+    """Write paigeant.yaml, handlers.py and input.json, which run as they are. Nothing is overwritten."""
+    there = [name for name in FILES if (folder / name).exists() or (folder / name).is_symlink()]
+    if there:
+        raise ConfigurationError(
+            f"{', '.join(str(folder / name) for name in there)} {'is' if len(there) == 1 else 'are'} there already, "
+            "and nothing was written; name another folder: paigeant init DIR"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            with (folder / name).open("x", encoding="utf-8") as file:
+                file.write((_SCAFFOLD / name).read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigurationError(f"can't write to {folder}: {exc.strerror}") from exc
+    console.note(f"wrote {', '.join(str(folder / name) for name in FILES)}\n", markup=False)
+    steps = [] if folder.resolve() == Path.cwd() else [f"cd {shlex.quote(str(folder))}"]
+    console.note("Next:")
+    for line in [*steps, "paigeant run"]:
+        console.note(f"  [bold cyan]{line}[/]")
+    console.note("and in another terminal" + (", there too:" if steps else ":"))
+    console.note("  [bold cyan]paigeant dispatch fulfil_order input.json --wait[/]")

@@ -1,0 +1,133 @@
+"""The program: its commands put together, and the one place where an error becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.exceptions import Abort, Exit, TyperException
+
+from paigeant.cli import (
+    config,
+    console,
+    db,
+    dead_letters,
+    demo,
+    dispatch,
+    init,
+    keys,
+    run,
+    runs,
+    topics,
+    variables,
+)
+from paigeant.errors import PaigeantError, RunTimeout, StoreUnavailable, TransportUnavailable
+
+__all__ = ["app", "exit_code"]
+
+FAILED, WRONG_USE, UNREACHABLE = 1, 2, 3
+
+
+def exit_code(error: PaigeantError) -> int:
+    """1: the run failed, or isn't done; 2: wrong use or configuration; 3: a server or database can't be reached."""
+    match error:
+        case StoreUnavailable() | TransportUnavailable():
+            return UNREACHABLE
+        case RunTimeout():
+            return FAILED
+        case _:
+            return WRONG_USE
+
+
+class _Program(TyperGroup):
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Do what `args` ask for. Standing alone, end the process with the exit code that says how it went."""
+        parse = functools.partial(
+            super().main, args, prog_name, complete_var, False, windows_expand_args, **extra
+        )
+        if not standalone_mode:
+            return parse()
+        try:
+            code = parse()
+        except PaigeantError as exc:
+            console.error(str(exc))
+            code = exit_code(exc)
+        except Abort:
+            console.note("stopped")
+            code = 130
+        except TyperException as exc:
+            code = _explain(exc)
+        raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _explain(exc: TyperException) -> int:
+    """One line on a wrong use of the command line, with where to read how it is meant."""
+    context = getattr(exc, "ctx", None)
+    if type(exc).__name__ == "NoArgsIsHelpError":
+        return WRONG_USE  # making it has printed the help
+    where = f"; see `{context.command_path} --help`" if context is not None else ""
+    console.error(f"{_message(exc).rstrip('.')}{where}")
+    return int(getattr(exc, "exit_code", WRONG_USE))
+
+
+def _message(exc: TyperException) -> str:
+    format_message = getattr(exc, "format_message", None)
+    return str(exc) if format_message is None else str(format_message())
+
+
+app = typer.Typer(
+    name="paigeant",
+    cls=_Program,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with [bold]paigeant init[/], see it at work with [bold]paigeant demo[/].",
+)
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=lambda on: _version(on)
+        ),
+    ] = False,
+) -> None:
+    """Durable workflows for pydantic-ai agents: a routing slip travels from worker to worker.
+
+    Exit codes: 0 done, 1 the run failed, 2 wrong use or configuration, 3 a server or database can't be reached.
+    """
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        console.result(f"paigeant {version('paigeant')}")
+        raise Exit(0)
+
+
+init.register(app)
+run.register(app)
+dispatch.register(app)
+demo.register(app)
+app.add_typer(runs.app, name="runs")
+app.add_typer(variables.app, name="variables")
+app.add_typer(topics.app, name="topics")
+app.add_typer(dead_letters.app, name="dead-letters")
+app.add_typer(db.app, name="db")
+app.add_typer(config.app, name="config")
+app.add_typer(keys.app, name="keys")

@@ -1,0 +1,183 @@
+"""A run as commands show it: as one JSON object, and as tables for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic_core import from_json
+
+from paigeant import ledger
+from paigeant.app import result_of
+from paigeant.cli import console
+from paigeant.slip import Phase
+from paigeant.store import RunDetail, RunRecord, StepRecord
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["as_json", "as_row", "as_tables", "summary"]
+
+
+def as_json(detail: RunDetail) -> dict[str, Any]:
+    """The run with its steps, undos and variables. A step that is still to come isn't among them."""
+    run = detail.run
+    return {
+        "id": run.id,
+        "workflow": run.workflow,
+        "status": run.status.value,
+        "input": from_json(run.input),
+        "output": result_of(detail).output,
+        "error": run.error,
+        "trace_id": run.trace_id,
+        "steps": [_step(row) for row in detail.steps if row.phase is Phase.DO],
+        "compensations": [_undo(row) for row in detail.steps if row.phase is Phase.UNDO],
+        "variables": {name: from_json(value) for name, value in detail.variables.items()},
+        "signals": [
+            {
+                "name": signal.name,
+                "value": from_json(signal.value),
+                "created_at": console.instant(signal.created_at),
+            }
+            for signal in detail.signals
+        ],
+        "correlation_id": run.correlation_id,
+        "deadline": console.instant(run.deadline),
+        "created_at": console.instant(run.created_at),
+        "started_at": console.instant(run.started_at),
+        "completed_at": console.instant(run.completed_at),
+    }
+
+
+def summary(run: RunRecord) -> dict[str, Any]:
+    """The run without its steps, input and output, for listings."""
+    return {
+        "id": run.id,
+        "workflow": run.workflow,
+        "status": run.status.value,
+        "error": run.error,
+        "trace_id": run.trace_id,
+        "correlation_id": run.correlation_id,
+        "created_at": console.instant(run.created_at),
+        "started_at": console.instant(run.started_at),
+        "completed_at": console.instant(run.completed_at),
+    }
+
+
+def as_row(run: RunRecord) -> list[RenderableType]:
+    """The run as a row of a listing: id, workflow, status, when it was created, how long it took, error."""
+    took = None if run.completed_at is None else run.completed_at - run.created_at
+    return [
+        console.plain(run.id),
+        console.plain(run.workflow),
+        console.status(run.status),
+        console.local(run.created_at),
+        console.seconds(took),
+        console.plain(run.error),
+    ]
+
+
+def as_tables(detail: RunDetail, *, now: float) -> RenderableType:
+    """The run for a person: what it is, its steps with attempts and times, what is to come, its variables."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    run = detail.run
+    facts = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    took = (run.completed_at or now) - run.created_at
+    facts.add_row("run", console.plain(run.id))
+    facts.add_row("workflow", console.plain(run.workflow))
+    facts.add_row("status", console.status(run.status))
+    facts.add_row("created", f"{console.local(run.created_at)}, {console.seconds(took)}" + _so_far(run))
+    facts.add_row("input", console.plain(console.shown(from_json(run.input), 200)))
+    output = result_of(detail).output
+    if output is not None:
+        facts.add_row("output", console.plain(console.shown(output, 200)))
+    if run.error:
+        facts.add_row("error", console.plain(run.error, "red"))
+    parts: list[RenderableType] = [facts, Text()]
+    parts.append(
+        console.table(
+            ["step", "activity", "status", "attempts", "took", "result"],
+            [*(_row(row, now) for row in detail.steps), *_to_come(detail)],
+            keep=["step"],
+        )
+    )
+    if detail.variables:
+        parts.append(Text())
+        rows = [
+            [console.plain(name), console.plain(console.shown(from_json(value), 120))]
+            for name, value in sorted(detail.variables.items())
+        ]
+        parts.append(console.table(["variable", "value"], rows, keep=["variable"]))
+    return Group(*parts)
+
+
+def _so_far(run: RunRecord) -> str:
+    return "" if run.completed_at is not None else " so far"
+
+
+def _step(row: StepRecord) -> dict[str, Any]:
+    return {
+        "id": row.step,
+        "activity": row.activity,
+        "status": row.status.value,
+        "attempts": row.attempt,
+        "output": None if row.output is None else from_json(row.output),
+        "error": row.error,
+        "started_at": console.instant(row.started_at),
+        "completed_at": console.instant(row.completed_at),
+        "input": None if row.input is None else from_json(row.input),
+        "usage": None if row.usage is None else from_json(row.usage),
+        "worker": row.worker,
+    }
+
+
+def _undo(row: StepRecord) -> dict[str, Any]:
+    return {
+        "id": row.step,
+        "activity": row.activity,
+        "status": row.status.value,
+        "attempts": row.attempt,
+        "error": row.error,
+        "started_at": console.instant(row.started_at),
+        "completed_at": console.instant(row.completed_at),
+    }
+
+
+def _row(row: StepRecord, now: float) -> list[RenderableType]:
+    undo = row.phase is Phase.UNDO
+    took = None if row.started_at is None else (row.completed_at or now) - row.started_at
+    if row.error:
+        found = console.plain(row.error, "red")
+    else:
+        found = console.plain("" if row.output is None else console.shown(from_json(row.output)))
+    return [
+        console.plain(f"undo {row.step}" if undo else row.step, "magenta" if undo else ""),
+        console.plain(row.activity),
+        console.status(row.status),
+        str(row.attempt) if row.attempt else "",
+        console.seconds(took),
+        found,
+    ]
+
+
+def _to_come(detail: RunDetail) -> list[list[RenderableType]]:
+    if detail.run.completed_at is not None:
+        return []
+    slip, _ = ledger.fold(detail, inline_bytes=0)
+    there = {row.step for row in detail.steps if row.phase is Phase.DO}
+    left = [step for step in slip.itinerary if step.id not in there] if slip.ending is None else []
+    return [
+        [
+            console.plain(step.id, "dim"),
+            console.plain(step.activity, "dim"),
+            console.plain("to come", "dim"),
+            "",
+            "",
+            "",
+        ]
+        for step in left
+    ]

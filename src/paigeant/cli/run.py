@@ -1,0 +1,246 @@
+"""`paigeant run`: a worker, or several worker processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from paigeant.cli import console, session
+from paigeant.errors import ConfigurationError, UnknownActivity
+
+if TYPE_CHECKING:
+    from paigeant.app import Paigeant
+    from paigeant.loading import Handlers
+    from paigeant.observer import Observer
+    from paigeant.settings import Settings
+    from paigeant.worker import ActivityWorker
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add `run` to the program."""
+    app.command(
+        epilog=session.examples(
+            "paigeant run handlers.py",
+            "paigeant run shop.orders shop.billing --processes 4",
+            "paigeant run handlers.py --topics charge_card --concurrency 10",
+            "paigeant run handlers.py --until-idle",
+        )
+    )(run)
+
+
+def run(
+    handlers: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Files or modules that define activities; default: `handlers` of paigeant.yaml.",
+            metavar="HANDLERS",
+            autocompletion=session.complete("*.py"),
+        ),
+    ] = None,
+    topics: Annotated[
+        list[str] | None,
+        typer.Option(help="Serve only these topics (several with commas, or the option again)."),
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Steps at once in each process.")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Worker processes.")] = None,
+    until_idle: Annotated[bool, typer.Option("--until-idle", help="End when no step is left to do.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse workflows with activities that no handler defines.")
+    ] = False,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
+) -> None:
+    """Run a worker that does the steps of the activities in HANDLERS.
+
+    Ctrl-C or SIGTERM lets running steps finish, then ends the worker.
+    A second time ends it at once; what it was doing is free for other workers.
+    """
+    settings = session.read_settings(
+        concurrency=concurrency,
+        processes=processes,
+        strict=strict or None,
+        handlers=tuple(handlers or ()) or None,
+    )
+    loaded = _loaded(settings)
+    wanted = _wanted(topics)
+    as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
+
+    from paigeant.observers.logs import configure
+
+    logs = configure(level=settings.log_level, format="json" if as_json else "console")
+    if not supervised:
+        _check(settings, loaded, wanted)
+    if settings.processes > 1 and not supervised:
+        from paigeant.cli.processes import supervise
+
+        command = _command(settings, wanted, until_idle=until_idle)
+        code = asyncio.run(supervise(command, settings, until_idle=until_idle))
+    else:
+        banner = None if supervised else _banner(as_json)
+        asyncio.run(_work(settings, loaded, wanted, logs, until_idle, supervised, banner))
+        code = 0
+    _leave(code)
+
+
+def _loaded(settings: Settings) -> Handlers:
+    if not settings.handlers:
+        raise ConfigurationError(
+            "no handlers are named; give a file or module (`paigeant run handlers.py`), "
+            "or `handlers:` in paigeant.yaml; `paigeant init` makes an example of both"
+        )
+    loaded = session.handlers_of(settings, ())
+    if not loaded.activities:
+        raise ConfigurationError(
+            f"{', '.join(loaded.names)} defines no activity, so that a worker has nothing to do; "
+            "decorate functions with @activity.execute()"
+        )
+    return loaded
+
+
+def _wanted(topics: Sequence[str] | None) -> list[str] | None:
+    if topics is None:
+        return None
+    wanted = [topic.strip() for given in topics for topic in given.split(",") if topic.strip()]
+    if not wanted:
+        raise ConfigurationError("--topics names no topic; expected names with commas in between")
+    return list(dict.fromkeys(wanted))
+
+
+def _check(settings: Settings, loaded: Handlers, wanted: list[str] | None) -> None:
+    """Tell what can't be meant: steps that this worker can't do, or that go to topics which it doesn't serve."""
+    from paigeant.errors import nearest
+    from paigeant.loading import unknown_activities
+
+    workflows = {**settings.defined_workflows(), **{workflow.name: workflow for workflow in loaded.workflows}}
+    for workflow, unknown in unknown_activities(workflows.values(), loaded.activities):
+        if settings.strict:
+            raise UnknownActivity(unknown.name, loaded.activities)
+        console.warn(f"workflow '{workflow.name}': {unknown}; another service may have it")
+    activities = loaded.activities
+    known = {activities.get(name).topic for name in activities} | set(activities)
+    extra = {
+        step.topic for workflow in workflows.values() for step in workflow.steps if step.topic is not None
+    }
+    for topic in wanted or ():
+        if topic not in known | extra:
+            console.warn(f"no activity here has the topic '{topic}'; {nearest(topic, known | extra)}")
+    for topic in sorted(extra - set(known if wanted is None else wanted)):
+        if wanted is None:
+            console.warn(
+                f"some steps go to topic '{topic}', which this worker doesn't serve; --topics would name it"
+            )
+
+
+def _command(settings: Settings, wanted: list[str] | None, *, until_idle: bool) -> list[str]:
+    """The command line of one of several worker processes."""
+    # -P: a file of the working directory must not stand in for a module of ours.
+    command = [sys.executable, "-P", "-m", "paigeant.cli", "run", *settings.handlers, "--supervised"]
+    command += ["--processes", "1", "--concurrency", str(settings.concurrency)]
+    command += ["--topics", ",".join(wanted)] if wanted is not None else []
+    return command + ["--until-idle"] * until_idle
+
+
+async def _work(
+    settings: Settings,
+    loaded: Handlers,
+    wanted: list[str] | None,
+    logs: Observer,
+    until_idle: bool,
+    supervised: bool,
+    banner: Callable[[Paigeant, ActivityWorker], None] | None,
+) -> None:
+    async with session.opened(settings, loaded, makes=True, observers=[logs]) as app:
+        worker = app.worker(topics=wanted)
+        if banner is not None:
+            banner(app, worker)
+        with _stopping(worker), _parent(worker) if supervised else contextlib.nullcontext():
+            await worker.run(until_idle=until_idle)
+
+
+@contextlib.contextmanager
+def _stopping(worker: ActivityWorker) -> Any:
+    """A first signal stops the worker gracefully, a second one at once."""
+    loop = asyncio.get_running_loop()
+    stops: set[asyncio.Task[None]] = set()
+
+    def stop() -> None:
+        stops.add(asyncio.create_task(worker.stop(grace=0 if stops else None)))
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def _parent(worker: ActivityWorker) -> Any:
+    """Stops the worker when its standard input ends: then the process that supervises it is gone."""
+    loop = asyncio.get_running_loop()
+    stops: set[asyncio.Task[None]] = set()
+
+    def read() -> None:
+        if not os.read(0, 1024):
+            loop.remove_reader(0)
+            stops.add(asyncio.create_task(worker.stop()))
+
+    loop.add_reader(0, read)
+    try:
+        yield
+    finally:
+        loop.remove_reader(0)
+
+
+def _banner(as_json: bool) -> Callable[[Paigeant, ActivityWorker], None]:
+    def tell(app: Paigeant, worker: ActivityWorker) -> None:
+        shown = app.settings.shown()
+        facts = {
+            "activities": ", ".join(sorted(app.activities)),
+            "topics": ", ".join(worker.topics),
+            "transport": shown["transport_url"],
+            "store": shown["store_url"],
+        }
+        if as_json:
+            logging.getLogger("paigeant.worker").info("worker.serving", extra={**facts, "worker": worker.id})
+            return
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in {"worker": worker.id, **facts}.items():
+            if name != "topics" or value != facts["activities"]:
+                table.add_row(name, console.plain(value))
+        console.errors().print(table)
+        console.note("[dim]Ctrl-C lets running steps finish and ends the worker; twice: at once[/]\n")
+
+    return tell
+
+
+def _leave(code: int) -> None:
+    """End the process, even while a plain function that can't be interrupted still runs in a thread.
+
+    Its step has been given back, and nothing that it does from now on is recorded. Python itself would wait for it.
+    """
+    for thread in threading.enumerate():
+        if thread.name.startswith("paigeant-step"):
+            thread.join(0.2)
+            if thread.is_alive():
+                logging.shutdown()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+    if code:
+        raise typer.Exit(code)

@@ -1,0 +1,127 @@
+"""How a command comes to its settings, its handlers, its values and an open application."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from paigeant.cli import console
+from paigeant.errors import ConfigurationError, InputInvalid
+
+if TYPE_CHECKING:
+    from paigeant.app import Paigeant
+    from paigeant.loading import Handlers
+    from paigeant.settings import Settings
+
+__all__ = ["complete", "examples", "handlers_of", "json_value", "opened", "read_settings", "wait_for"]
+
+Result = TypeVar("Result")
+
+
+def read_settings(**given: Any) -> Settings:
+    """The settings, with what the command line gives (None: nothing) above all else. Raises ConfigurationError."""
+    from paigeant.settings import Settings
+
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+def handlers_of(settings: Settings, given: Sequence[str]) -> Handlers:
+    """The handlers that the command line names, else those of the settings. Raises HandlerError."""
+    from paigeant.loading import load
+
+    return load(given or settings.handlers)
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    settings: Settings, handlers: Handlers | None = None, *, makes: bool = False, **more: Any
+) -> AsyncIterator[Paigeant]:
+    """The application, open. `makes`: an embedded database that isn't there yet is made; else it counts as empty.
+
+    Raises ConfigurationError for a store or transport in memory: no other process would ever see what is in it.
+    """
+    from paigeant.app import Paigeant
+
+    for name in ("store_url", "transport_url"):
+        if getattr(settings, name).startswith("memory:"):
+            raise ConfigurationError(
+                f"{name} is memory://, which lives in one process, so that no other command would see it; "
+                "expected sqlite:///paigeant.db or a server"
+            )
+    if not makes and (missing := _missing_file(settings)) is not None:
+        console.note(
+            f"there is no {missing} here yet; `paigeant run` or `paigeant dispatch` makes it", markup=False
+        )
+        settings = settings.model_copy(update={"store_url": "memory://", "transport_url": "memory://"})
+    if handlers is not None:
+        more = {**more, "activities": handlers.activities, "workflows": handlers.workflows}
+    async with Paigeant(settings, **more) as app:
+        yield app
+
+
+def _missing_file(settings: Settings) -> Path | None:
+    if not settings.store_url.startswith("sqlite:"):
+        return None
+    from paigeant.database import database_path
+
+    path = database_path(settings.store_url)
+    return path if path.parent.is_dir() and not path.exists() else None
+
+
+def wait_for(command: Coroutine[Any, Any, Result]) -> Result:
+    """What `command` gives. Warnings of Paigeant's own parts go to standard error meanwhile."""
+    own = logging.getLogger("paigeant")
+    handler = _Warnings(logging.WARNING)
+    own.addHandler(handler)
+    try:
+        return asyncio.run(command)
+    finally:
+        own.removeHandler(handler)
+
+
+class _Warnings(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        console.warn(record.getMessage())
+
+
+def json_value(text: str, what: str) -> Any:
+    """The JSON value in `text`. Raises InputInvalid with the reason."""
+    from paigeant.codec import parse_strict
+    from paigeant.errors import MessageInvalid
+
+    try:
+        return parse_strict(text.encode("utf-8", "surrogateescape"))
+    except MessageInvalid as exc:
+        reason = str(exc).removeprefix(f"{exc.reason}: ")
+        hint = "" if text[:1] in '[{"' else f"; a text needs quotes of its own: '\"{text}\"'"
+        raise InputInvalid(f"{what} is not JSON: {reason}{hint}") from exc
+
+
+def examples(*lines: str) -> str:
+    """The end of a help text: commands to copy."""
+    return "\n".join(["[bold]Examples[/]", *(f"[cyan]{line}[/]" for line in lines)])
+
+
+def complete(*patterns: str) -> Any:
+    """Completes the names of files that fit, and of folders on the way to them."""
+
+    def names(incomplete: str) -> list[str]:
+        folder = incomplete.rpartition("/")[0] + "/" if "/" in incomplete else ""
+        found = [
+            f"{folder}{entry.name}{'/' if entry.is_dir() else ''}"
+            for entry in Path(folder or ".").glob("*")
+            if not entry.name.startswith(".") and (entry.is_dir() or any(map(entry.match, patterns)))
+        ]
+        return sorted(name for name in found if name.startswith(incomplete))
+
+    return names
+
+
+def is_interactive() -> bool:
+    """Whether a person reads the messages as they come."""
+    return sys.stderr.isatty()

@@ -1,0 +1,1 @@
+"""The observers, one file each."""

@@ -1,0 +1,91 @@
+"""Keys and key rings."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from joserfc.jwk import OKPKey
+
+from paigeant.errors import ConfigurationError
+from paigeant.security import Key, KeyRing
+
+
+def ring(keys: int = 1) -> KeyRing:
+    made = KeyRing()
+    for number in range(keys):
+        made = made.rotate(Key.generate(now=float(number)))
+    return made
+
+
+def test_a_key_is_named_by_its_thumbprint() -> None:
+    """The id of a key follows from its public part alone (RFC 7638)."""
+    key = Key.generate(now=1.0)
+    assert OKPKey.import_key({**key.public}).thumbprint() == key.kid
+
+
+def test_the_public_part_has_nothing_private() -> None:
+    """What others may know doesn't hold `d`."""
+    assert set(Key.generate(now=1.0).public) == {"kty", "crv", "x", "kid"}
+
+
+def test_a_key_does_not_show_its_private_part() -> None:
+    """Printing a key, or a ring, in a log gives nothing away."""
+    made = ring()
+    private = made.as_dict()["keys"][0]["jwk"]["d"]
+    assert private not in repr(made)
+
+
+def test_rotating_keeps_the_old_key() -> None:
+    """The new key is active, the old one can still be found."""
+    old = ring()
+    new = old.rotate(Key.generate(now=2.0))
+    assert new.find(old.active.kid) is old.active
+    assert new.active is not old.active
+
+
+def test_a_ring_comes_back_from_json_as_it_was() -> None:
+    """Writing and reading a ring changes nothing."""
+    made = ring(3)
+    assert KeyRing.from_dict(json.loads(json.dumps(made.as_dict()))) == made
+
+
+def test_an_empty_ring_has_no_active_key() -> None:
+    """Asking an empty ring says what to do."""
+    with pytest.raises(ConfigurationError, match="paigeant keys generate"):
+        _ = KeyRing().active
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        [],
+        {},
+        {"version": 2, "keys": []},
+        {"version": 1, "keys": {}},
+        {"version": 1, "keys": [1]},
+        {"version": 1, "keys": [{"kid": "a"}]},
+        {"version": 1, "keys": [{"kid": "a", "created_at": 1, "jwk": {"kty": "oct", "k": "AAAA"}}]},
+    ],
+)
+def test_something_else_is_no_ring(value: object) -> None:
+    """What isn't a key ring is refused, however it is wrong."""
+    with pytest.raises(ConfigurationError):
+        KeyRing.from_dict(value)
+
+
+def test_a_key_under_a_wrong_name_is_refused() -> None:
+    """A ring in which a key has the id of another one was tampered with."""
+    value = ring().as_dict()
+    value["keys"][0]["kid"] = "another"
+    with pytest.raises(ConfigurationError, match="another thumbprint"):
+        KeyRing.from_dict(value)
+
+
+def test_a_public_key_cannot_be_in_a_ring() -> None:
+    """A ring is of key pairs: without the private part nothing can be signed."""
+    value = ring().as_dict()
+    del value["keys"][0]["jwk"]["d"]
+    with pytest.raises(ConfigurationError, match="not a private Ed25519 key"):
+        KeyRing.from_dict(value)
