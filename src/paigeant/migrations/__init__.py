@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from paigeant.errors import SchemaMismatch
 
-__all__ = ["downgrade", "newest", "upgrade"]
+__all__ = ["downgrade", "known", "newest", "upgrade"]
 
 
 def _config(connection: Connection | None = None) -> Config:
@@ -48,3 +48,9 @@ def _mismatch(place: str, exc: CommandError) -> SchemaMismatch:
         f"the tables of {place} were made by another version of Paigeant than this one, which knows migrations "
         f"up to {newest()}: {exc}. Install the newer version, or name another database"
     )
+
+
+def known() -> list[str]:
+    """The names of the migrations, the oldest first."""
+    script = ScriptDirectory.from_config(_config())
+    return [revision.revision for revision in script.walk_revisions()][::-1]

@@ -1,22 +1,22 @@
-"""${message}
-
-Revision: ${up_revision}, after ${down_revision | comma,n}.
+"""${message}.
 """
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 from alembic import op
-${imports if imports else ""}
-revision = ${repr(up_revision)}
-down_revision = ${repr(down_revision)}
-branch_labels = ${repr(branch_labels)}
-depends_on = ${repr(depends_on)}
+
+revision: str = ${repr(up_revision)}
+down_revision: str | None = ${repr(down_revision)}
+branch_labels: None = ${repr(branch_labels)}
+depends_on: None = ${repr(depends_on)}
 
 
 def upgrade() -> None:
+    """Say what it makes."""
     ${upgrades if upgrades else "pass"}
 
 
 def downgrade() -> None:
+    """Say what it takes back."""
     ${downgrades if downgrades else "pass"}
