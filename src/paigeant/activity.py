@@ -11,7 +11,13 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    PydanticSchemaGenerationError,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+)
 
 from paigeant import codec
 from paigeant.context import StepContext
@@ -49,7 +55,9 @@ def typed(annotation: Any) -> TypeAdapter[Any]:
                 raise
             return TypeAdapter(annotation)  # a model or dataclass has a configuration of its own
     except (PydanticSchemaGenerationError, PydanticUserError, NameError) as exc:
-        raise InvalidDefinition(f"{annotation!r} can't be read from JSON: {str(exc).splitlines()[0]}") from exc
+        raise InvalidDefinition(
+            f"{annotation!r} can't be read from JSON: {str(exc).splitlines()[0]}"
+        ) from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +197,9 @@ class ActivityRegistry:
         called = name or getattr(agent, "name", None)
         check_agent(agent, name=called or "", prompt=prompt, message_history=message_history)
         if not called:
-            raise InvalidDefinition("the agent has no name; give it one, Agent(..., name='writer'), or pass name=")
+            raise InvalidDefinition(
+                "the agent has no name; give it one, Agent(..., name='writer'), or pass name="
+            )
         build = functools.partial(
             agent_activity, agent, name=called, prompt=prompt, deps=deps, message_history=message_history
         )

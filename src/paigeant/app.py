@@ -75,11 +75,11 @@ class Run:
         return await self._app.store.load_run(self.id)
 
     async def cancel(self, reason: str = "cancelled") -> RunStatus:
-        """Do nothing more and undo what was done; gives the state from then on. Raises InvalidTransition, RunNotFound."""
+        """Do nothing more and undo what was done; gives the run's state. Raises InvalidTransition, RunNotFound."""
         return await self._app.dispatcher.cancel(self.id, reason)
 
     async def retry(self) -> RunStatus:
-        """Take a run that ended failed or compensation_failed up where it stopped. Raises InvalidTransition, RunNotFound."""
+        """Take up a failed or compensation_failed run where it stopped. Raises InvalidTransition, RunNotFound."""
         return await self._app.dispatcher.retry(self.id)
 
     async def signal(self, name: str, value: Any = None) -> None:
@@ -181,7 +181,7 @@ class Paigeant:
         concurrency: int | None = None,
         topics: Collection[str] | None = None,
     ) -> ActivityWorker:
-        """A worker for these registries, or for those of the application. Raises InvalidDefinition for what can't work."""
+        """A worker for these registries, or the application's. Raises InvalidDefinition for what can't work."""
         registry = ActivityRegistry.merged(activities) if activities else self.activities
         self.activities.adopt(registry)
         settings = self.settings
@@ -227,7 +227,9 @@ def result_of(detail: RunDetail) -> RunResult:
 
 def _open(settings: Settings, clock: Clock | None) -> tuple[Store, Transport]:
     """The store and the transport; one database for both where both URLs name it."""
-    store = open_store(settings.store_url, clock=clock, grace=settings.grace, inline_bytes=settings.inline_bytes)
+    store = open_store(
+        settings.store_url, clock=clock, grace=settings.grace, inline_bytes=settings.inline_bytes
+    )
     database = getattr(store, "database", None) if settings.store_url == settings.transport_url else None
     transport = open_transport(
         settings.transport_url, database=database, clock=clock, limit_bytes=settings.max_message_bytes

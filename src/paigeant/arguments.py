@@ -33,7 +33,9 @@ class Namespace:
     def names(self) -> list[str]:
         """All names that `find` knows, sorted."""
         done = [entry for entry in self.slip.executed if entry.stored or entry.step_id in self.payload]
-        return sorted({*self.payload, *(entry.step_id for entry in done), *(entry.activity for entry in done)})
+        return sorted(
+            {*self.payload, *(entry.step_id for entry in done), *(entry.activity for entry in done)}
+        )
 
     async def find(self, name: str) -> Any:
         """The value of `name`, or MISSING."""

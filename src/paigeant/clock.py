@@ -1,4 +1,7 @@
-"""The one place that reads the wall clock. Instants are seconds since 1970 (UTC) as floats, until a surface shows them."""
+"""The one place that reads the wall clock.
+
+Instants are seconds since 1970 (UTC) as floats, until a surface shows them.
+"""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class StepContext:
             raise OutputInvalid(f"variable '{key}' can't be written as JSON: {exc}") from exc
 
     async def load_variable(self, key: str, default: Any = None) -> Any:
-        """The variable as this attempt or an earlier step left it, as JSON gives it back; `default` when there is none."""
+        """The variable as this attempt or an earlier step left it, as JSON gives it back, or `default`."""
         if key in self._variables:
             return from_json(self._variables[key])
         return await self._store.load_variable(self.workflow_id, key, default)

@@ -1,67 +1,81 @@
-"""One SQLite file as the adapters see it: short transactions, shared by whoever commits at the same moment.
+"""One SQLite file as the adapters see it: its tables, its transactions, and word of what other processes commit.
 
-Each transaction is one hop to a thread that owns the writing connection, however many statements it has; awaiting each
-statement through an async driver costs a hop apiece, which is most of the time of a small commit. Requests that arrive
-while a commit is under way gather and become the next transaction (group commit): one multi-row statement for each kind
-of change, one fsync for all. A server database takes the same handlers through `AsyncConnection.run_sync`.
+Transactions pass through two lanes (`lane.py`), one that writes and one that reads. Awaiting each statement through an
+async driver would cost a hop to a thread apiece, which is most of the time of a small commit; here a whole transaction
+is one hop. A server database takes the same handlers through `AsyncConnection.run_sync`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-import queue
 import sqlite3
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
-from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
+from sqlalchemy import ClauseElement, Connection, Engine, Insert, create_engine, event, inspect, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock, SystemClock
 from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreUnavailable
+from paigeant.lane import Lane, Tx, transact
 from paigeant.tables import SCHEMA_VERSION, metadata
 from paigeant.wakeup import Bell
 
-__all__ = ["Database", "Tx", "database_path"]
+__all__ = ["Database", "Prepared", "Tx", "as_it_is", "database_path"]
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
-_BATCH = 1000
-"""Requests in one transaction at the most: it bounds how long others wait for the file."""
+WRITER, READER = "paigeant-writer", "paigeant-reader"
 
-_CHECKPOINT_BYTES = 8 * 1024 * 1024
+_CHECKPOINT_BYTES = 16 * 1024 * 1024
 _BUSY_SECONDS = 15.0
-_LAZY_SECONDS = 0.02
 
 
-class Tx:
-    """A transaction in progress: its connection, its instant, and what other processes shall hear once it is durable."""
+class Prepared:
+    """A statement that is compiled once and then run with plain tuples, in the order of its parameters.
 
-    __slots__ = ("connection", "now", "rings")
+    SQLAlchemy's own execution handles types, defaults and naming anew for each row; here all of that is known.
+    """
 
-    def __init__(self, connection: Connection, now: float) -> None:
-        self.connection = connection
-        self.now = now
-        self.rings: set[str] = set()
+    def __init__(self, statement: ClauseElement, parameters: Sequence[str] = ()) -> None:
+        self._statement = statement
+        self._parameters = list(parameters)
+        self._texts: dict[str, str] = {}
+
+    def rows(self, connection: Connection, *values: Any) -> list[tuple[Any, ...]]:
+        """What the statement gives for one set of `values`."""
+        rows: list[tuple[Any, ...]] = _driver(connection).execute(self._text(connection), values).fetchall()
+        return rows
+
+    def each(self, connection: Connection, rows: list[tuple[Any, ...]]) -> None:
+        """Run it for each of `rows`; none at all is harmless."""
+        if rows:
+            _driver(connection).executemany(self._text(connection), rows)
+
+    def _text(self, connection: Connection) -> str:
+        dialect = connection.dialect
+        text = self._texts.get(dialect.name)
+        if text is None:
+            columns = self._parameters if isinstance(self._statement, Insert) else None
+            compiled: Any = self._statement.compile(dialect=dialect, column_keys=columns)
+            order = list(compiled.positiontup or ())
+            if order != self._parameters:
+                raise AssertionError(f"parameters are in the order {order}, not {self._parameters}")
+            text = self._texts[dialect.name] = str(compiled)
+        return text
 
 
-Handler = Callable[[Tx, Sequence[Any]], Sequence[Any]]
-"""Does the requests of one kind within a transaction and gives a result for each, in their order."""
-
-
-class _Op:
-    __slots__ = ("future", "handler", "request")
-
-    def __init__(self, handler: Handler, request: Any, future: asyncio.Future[Any] | None) -> None:
-        self.handler = handler
-        self.request = request
-        self.future = future
+def _driver(connection: Connection) -> sqlite3.Connection:
+    """The driver's own connection: a small statement through SQLAlchemy takes several times as long."""
+    driver: Any = connection.connection.dbapi_connection
+    assert isinstance(driver, sqlite3.Connection)
+    return driver
 
 
 def database_path(url: str) -> Path:
@@ -84,15 +98,13 @@ class Database:
         self.clock = clock or SystemClock()
         self._engine: Engine | None = None
         self._users = 0
-        self._waiting: list[_Op] = []
-        self._lazy: list[_Op] = []
-        self._busy = False
-        self._writer: _Thread | None = None
-        self._reader: _Thread | None = None
+        self._writer: Lane | None = None
+        self._reader: Lane | None = None
         self._beater: Connection | None = None
         self._listeners: list[Callable[[frozenset[str]], None]] = []
         self._bell = Bell(self.path, self._heard)
         self._commits = 0
+        self._durable = True
 
     @property
     def hears_others(self) -> bool:
@@ -106,11 +118,24 @@ class Database:
         self._users += 1
         if self._users > 1:
             return
+        self._durable = True
         try:
-            self._engine = _engine(self.path)
-            self._writer = _Thread("paigeant-writer", self._engine)
-            self._reader = _Thread("paigeant-reader", self._engine)
-            await self._writer.call(lambda connection: prepare(connection, self.path))
+            engine = self._engine = _engine(self.path)
+            self._writer = Lane(
+                WRITER,
+                engine,
+                self.clock,
+                guard=self._guard,
+                begin=begun,
+                begins=self._set_durability,
+                committed=self._bell.ring,
+                heard=self._heard,
+                tidy=self._checkpoint,
+            )
+            self._reader = Lane(
+                READER, engine, self.clock, guard=self._guard, begin=partial(begun, reads_only=True)
+            )
+            await self._writer.submit(self._prepare, None)
         except BaseException:
             await self._shut()
             self._users = 0
@@ -120,19 +145,15 @@ class Database:
     async def close(self) -> None:
         """Commit what was begun and close it, once its last user does so."""
         self._users = max(self._users - 1, 0)
-        if self._users or self._engine is None:
-            return
-        while self._busy or self._waiting or self._lazy:
-            self._pump(lazily=True)
-            await asyncio.sleep(0.001)
-        await self._shut()
+        if not self._users and self._engine is not None:
+            await self._shut()
 
     async def _shut(self) -> None:
-        self._bell.close()
-        for thread in (self._writer, self._reader):
-            if thread is not None:
-                await thread.stop()
+        for lane in (self._writer, self._reader):
+            if lane is not None:
+                await lane.stop()
         self._writer = self._reader = None
+        self._bell.close()
         if self._beater is not None:
             self._beater.close()
             self._beater = None
@@ -142,38 +163,55 @@ class Database:
 
     # -- transactions
 
-    async def write(self, handler: Callable[[Tx, Sequence[Request]], Sequence[Result]], request: Request) -> Result:
-        """Have `handler` do `request` in a transaction, with others of its kind; gives its result once it is durable.
+    async def write(
+        self,
+        handler: Callable[[Tx, Sequence[Request]], Sequence[Result]],
+        request: Request,
+        *,
+        durable: bool = True,
+    ) -> Result:
+        """Have `handler` do `request` in a transaction, with others of its kind; gives its result once it is committed.
 
-        Raises StoreUnavailable when the transaction couldn't be written: then nothing of it has been, unless the
-        answer to the commit itself was lost.
+        What isn't `durable` survives the death of this process, but perhaps not a loss of power: for what may be done
+        again, such as a claim. Raises StoreUnavailable when the transaction couldn't be written: then nothing of it
+        has been, unless the answer to the commit itself was lost.
         """
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Op(handler, request, future))
-        self._pump()
-        return await future
+        result: Result = await self._lane(self._writer).submit(handler, request, durable=durable)
+        return result
 
-    def write_lazily(self, handler: Callable[[Tx, Sequence[Request]], Sequence[Any]], request: Request) -> None:
+    def write_lazily(
+        self, handler: Callable[[Tx, Sequence[Request]], Sequence[Any]], request: Request
+    ) -> None:
         """Have `handler` do `request` along with the next transaction, or soon. For what may be lost in a crash."""
-        self._lazy.append(_Op(handler, request, None))
-        if len(self._lazy) == 1:
-            asyncio.get_running_loop().call_later(_LAZY_SECONDS, self._pump, True)
+        if self._writer is not None:
+            self._writer.submit_lazily(handler, request)
 
-    async def read(self, query: Callable[[Connection], Result]) -> Result:
-        """What `query` gives, from one consistent state, beside the writer. Raises StoreUnavailable."""
-        if self._reader is None:
-            raise StoreUnavailable(f"{self.path} is not open")
-        return await self._reader.call(query)
+    async def read(
+        self, handler: Callable[[Tx, Sequence[Request]], Sequence[Result]], request: Request
+    ) -> Result:
+        """What `handler` finds for `request`, with others of its kind, from one consistent state, beside the writer.
 
-    def write_now(self, handler: Callable[[Tx, Sequence[Request]], Sequence[Result]], request: Request) -> Result:
+        Raises StoreUnavailable.
+        """
+        result: Result = await self._lane(self._reader).submit(handler, request)
+        return result
+
+    async def ask(self, query: Callable[[Connection], Result]) -> Result:
+        """What `query` gives, from one consistent state: a `read` of a kind of its own."""
+        return await self.read(lambda tx, _: [query(tx.connection)], None)
+
+    def write_now(
+        self, handler: Callable[[Tx, Sequence[Request]], Sequence[Result]], request: Request
+    ) -> Result:
         """Like `write`, blocking and alone, on a connection of the calling thread: always the same one."""
         if self._engine is None:
             raise StoreUnavailable(f"{self.path} is not open")
-        if self._beater is None:
-            with _translated(self.path):
+        with self._guard():
+            if self._beater is None:
                 self._beater = self._engine.connect()
-        tx = self._transact(self._beater, [_Op(handler, request, None)], results := [])
-        self._bell.ring(tx.rings)
+            results, rings = transact(self._beater, self.clock, [(handler, request)], begin=begun)
+        if rings:
+            self._bell.ring(rings)
         result: Result = results[0]
         return result
 
@@ -188,84 +226,23 @@ class Database:
         for listener in tuple(self._listeners):
             listener(names)
 
-    def _pump(self, lazily: bool = False) -> None:
-        if self._busy or not (self._waiting or (lazily and self._lazy)):
-            return
-        if self._writer is None:
-            stopped = StoreUnavailable(f"{self.path} is not open")
-            self._settle(self._waiting, None, stopped)
-            self._waiting = []
-            return
-        batch = self._lazy + self._waiting[:_BATCH]
-        self._waiting = self._waiting[_BATCH:]
-        self._lazy = []
-        self._busy = True
-        loop = asyncio.get_running_loop()
-        self._writer.put(lambda connection: self._commit(connection, batch, loop))
+    def _lane(self, lane: Lane | None) -> Lane:
+        if lane is None:
+            raise StoreUnavailable(f"{self.path} is not open")
+        return lane
 
-    def _commit(self, connection: Connection, batch: list[_Op], loop: asyncio.AbstractEventLoop) -> None:
-        results: list[Any] = []
-        rings: set[str] = set()
-        error: BaseException | None = None
-        try:
-            rings = self._transact(connection, batch, results).rings
-        except StoreUnavailable as exc:
-            error = exc
-        except BaseException as exc:
-            if len(batch) == 1:
-                error = exc
-            else:
-                results, rings = self._one_by_one(connection, batch)
-        if rings:
-            self._bell.ring(rings)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(self._committed, batch, results, rings, error)
-        self._checkpoint(connection)
+    def _guard(self) -> AbstractContextManager[None]:
+        return _translated(self.path)
 
-    def _one_by_one(self, connection: Connection, batch: list[_Op]) -> tuple[list[Any], set[str]]:
-        # One request that can't be done must not fail those that happened to share its transaction.
-        results: list[Any] = []
-        rings: set[str] = set()
-        for op in batch:
-            try:
-                rings |= self._transact(connection, [op], results).rings
-            except BaseException as exc:
-                results.append(exc)
-        return results, rings
+    def _set_durability(self, connection: Connection, durable: bool) -> None:
+        # A NORMAL commit is written but not synced; the next FULL one syncs it as well.
+        if durable != self._durable:
+            _driver(connection).execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
 
-    def _transact(self, connection: Connection, batch: Sequence[_Op], results: list[Any]) -> Tx:
-        kinds: dict[Handler, list[int]] = {}
-        for position, op in enumerate(batch):
-            kinds.setdefault(op.handler, []).append(position)
-        done: list[Any] = [None] * len(batch)
-        with _translated(self.path), connection.begin():
-            tx = Tx(connection, self.clock.now())
-            for handler, positions in kinds.items():
-                answers = handler(tx, [batch[position].request for position in positions])
-                for position, answer in zip(positions, answers, strict=True):
-                    done[position] = answer
-        results.extend(done)
-        return tx
-
-    def _committed(
-        self, batch: list[_Op], results: list[Any], rings: set[str], error: BaseException | None
-    ) -> None:
-        self._busy = False
-        self._settle(batch, results, error)
-        if rings:
-            self._heard(frozenset(rings))
-        self._pump()
-
-    @staticmethod
-    def _settle(batch: Iterable[_Op], results: list[Any] | None, error: BaseException | None) -> None:
-        for position, op in enumerate(batch):
-            if op.future is None or op.future.done():
-                continue
-            outcome = error if results is None or error is not None else results[position]
-            if isinstance(outcome, BaseException):
-                op.future.set_exception(outcome)
-            else:
-                op.future.set_result(outcome)
+    def _prepare(self, tx: Tx, requests: Sequence[None]) -> list[None]:
+        prepare(tx.connection, self.path)
+        return [None] * len(requests)
 
     def _checkpoint(self, connection: Connection) -> None:
         # Nobody checkpoints by itself (wal_autocheckpoint=0): SQLite before 3.51.3 may corrupt the file when a
@@ -274,72 +251,20 @@ class Database:
         self._commits += 1
         if self._commits % 16:
             return
-        with contextlib.suppress(OSError, DBAPIError):
+        with contextlib.suppress(OSError, sqlite3.Error):
             if os.path.getsize(f"{self.path}-wal") > _CHECKPOINT_BYTES:
-                raw: Any = connection.connection.dbapi_connection
+                raw = _driver(connection)
                 raw.execute("PRAGMA busy_timeout=250")
                 raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 raw.execute(f"PRAGMA busy_timeout={int(_BUSY_SECONDS * 1000)}")
 
 
-class _Thread:
-    """A thread with a connection of its own that does one thing after the other."""
-
-    def __init__(self, name: str, engine: Engine) -> None:
-        self._engine = engine
-        self._jobs: queue.SimpleQueue[Callable[[Connection], None] | None] = queue.SimpleQueue()
-        self._connection: Connection | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def put(self, job: Callable[[Connection], None]) -> None:
-        """Have `job` done; it must not raise."""
-        self._jobs.put(job)
-
-    async def call(self, query: Callable[[Connection], Result]) -> Result:
-        """What `query` gives, or its error."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Result] = loop.create_future()
-
-        def settle(result: Any, error: BaseException | None) -> None:
-            if not future.done():
-                future.set_result(result) if error is None else future.set_exception(error)
-
-        def job(connection: Connection) -> None:
-            result: Any = None
-            error: BaseException | None = None
-            try:
-                with _translated(self._path(connection)), connection.begin():
-                    result = query(connection)
-            except BaseException as exc:
-                error = exc
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(settle, result, error)
-
-        self.put(job)
-        return await future
-
-    @staticmethod
-    def _path(connection: Connection) -> Path:
-        return Path(connection.engine.url.database or "")
-
-    async def stop(self) -> None:
-        self._jobs.put(None)
-        await asyncio.to_thread(self._thread.join)
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            if self._connection is None:
-                self._connection = self._engine.connect()
-            job(self._connection)
-        if self._connection is not None:
-            self._connection.close()
-
-
 def _engine(path: Path) -> Engine:
     folder = path.parent
     if not folder.is_dir():
-        raise ConfigurationError(f"the folder {folder} of the database {path.name} doesn't exist; make it first")
+        raise ConfigurationError(
+            f"the folder {folder} of the database {path.name} doesn't exist; make it first"
+        )
     if path.exists():
         _check_is_database(path)
     elif not os.access(folder, os.W_OK):
@@ -357,17 +282,28 @@ def _engine(path: Path) -> Engine:
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=OFF"):
             connection.execute(f"PRAGMA {pragma}")
 
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        # A deferred transaction that turns into a writing one after another commit fails at once, whatever the busy
-        # timeout is; an immediate one waits for its turn.
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if not _reads_only() else "BEGIN")
-
     return engine
 
 
-def _reads_only() -> bool:
-    return threading.current_thread().name == "paigeant-reader"
+@contextlib.contextmanager
+def begun(connection: Connection, *, reads_only: bool = False) -> Iterator[None]:
+    """A transaction that is committed at the end, or rolled back by an error.
+
+    One that writes takes its turn at once: a deferred transaction that turns into a writing one after another commit
+    fails immediately, whatever the busy timeout is.
+    """
+    driver = _driver(connection)
+    driver.execute("BEGIN" if reads_only else "BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.commit()
+        if driver.in_transaction:  # nothing went through SQLAlchemy
+            driver.commit()
+    except BaseException:
+        connection.rollback()
+        if driver.in_transaction:
+            driver.rollback()
+        raise
 
 
 def _check_is_database(path: Path) -> None:
@@ -385,17 +321,20 @@ def _check_is_database(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _translated(path: Path) -> Any:
+def _translated(path: Path) -> Iterator[None]:
     """Turns what the driver reports into errors of ours."""
     try:
         yield
     except PaigeantError:
         raise
-    except OperationalError as exc:
-        raise StoreUnavailable(f"can't use {path}: {exc.orig}") from exc
-    except DatabaseError as exc:
-        if isinstance(exc.orig, sqlite3.DatabaseError) and "not a database" in str(exc.orig):
-            raise ConfigurationError(f"{path} is not an SQLite database; name another file in the URL") from exc
+    except (DBAPIError, sqlite3.DatabaseError) as exc:
+        cause = exc.orig if isinstance(exc, DBAPIError) else exc
+        if "not a database" in str(cause):
+            raise ConfigurationError(
+                f"{path} is not an SQLite database; name another file in the URL"
+            ) from exc
+        if isinstance(cause, sqlite3.OperationalError):
+            raise StoreUnavailable(f"can't use {path}: {cause}") from exc
         raise
 
 
@@ -414,7 +353,9 @@ def prepare(connection: Connection, path: Path) -> None:
                 f"{path} has a table '{foreign[0]}' that Paigeant did not make; name another file in the URL"
             )
         metadata.create_all(connection)
-        connection.execute(text("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"))
+        connection.execute(
+            text("CREATE TABLE IF NOT EXISTS alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
+        )
         connection.execute(text("INSERT INTO alembic_version VALUES (:version)"), {"version": SCHEMA_VERSION})
         return
     from paigeant.migrations import upgrade  # here, because it loads Alembic, which only an old file needs
@@ -427,3 +368,17 @@ def current_version(connection: Connection) -> str | None:
     if not inspect(connection).has_table("alembic_version"):
         return None
     return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+
+
+@contextlib.contextmanager
+def as_it_is(path: Path) -> Iterator[Connection]:
+    """A transaction on the file as it is: its tables aren't brought to this version first. Committed at the end.
+
+    Raises ConfigurationError, StoreUnavailable.
+    """
+    engine = _engine(path)
+    try:
+        with _translated(path), engine.connect() as connection, connection.begin():
+            yield connection
+    finally:
+        engine.dispose()

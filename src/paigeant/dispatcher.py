@@ -1,4 +1,4 @@
-"""Dispatcher: builds a slip, records the start of its run, publishes the first step; and what operators ask of a run."""
+"""Dispatcher: builds a slip, records the start of its run, publishes the first step; does what operators ask."""
 
 from __future__ import annotations
 
@@ -94,7 +94,13 @@ class Dispatcher:
         posting = None if letter is None else self.forwarder.posting(letter)
         if await self.store.record_workflow_start(run, first, posting):
             self.observers.observe(
-                Event("run.dispatched", run_id, workflow.name, trace_id=trace_id, correlation_id=run.correlation_id)
+                Event(
+                    "run.dispatched",
+                    run_id,
+                    workflow.name,
+                    trace_id=trace_id,
+                    correlation_id=run.correlation_id,
+                )
             )
             if letter is not None:
                 # A crash before this line: the sweeper publishes.
@@ -135,7 +141,9 @@ class Dispatcher:
         try:
             payload = codec.plain({} if input is None else input)
         except codec.JsonInvalid as exc:
-            raise InputInvalid(f"the input of workflow '{workflow.name}' can't be written as JSON: {exc}") from exc
+            raise InputInvalid(
+                f"the input of workflow '{workflow.name}' can't be written as JSON: {exc}"
+            ) from exc
         if not isinstance(payload, dict):
             raise InputInvalid(
                 f"the input of workflow '{workflow.name}' is {type(payload).__name__} {_short(payload)}; "

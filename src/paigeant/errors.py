@@ -1,4 +1,7 @@
-"""The one tree of errors. A message says what was found, what was expected and what to do; the parts stay attributes."""
+"""The one tree of errors.
+
+A message says what was found, what was expected and what to do; the parts stay attributes.
+"""
 
 from __future__ import annotations
 

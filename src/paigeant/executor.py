@@ -66,16 +66,12 @@ class Limits:
 class Claim:
     """A step that is this worker's: the store's grant, the message it belongs to, and its activity."""
 
+    key: StepKey
     grant: Grant
     message: PaigeantMessage
     activity: Activity
     claimed_at: float
     local: int = 0
-
-    @property
-    def key(self) -> StepKey:
-        """What names the step."""
-        return StepKey(self.message.workflow_id, self.message.step_id, self.message.phase)
 
     @property
     def work(self) -> Activity:
@@ -149,6 +145,7 @@ class Executor:
         self.stopping = False
         self._chance = chance
         self._lost: set[tuple[StepKey, int]] = set()
+        self._recording: set[tuple[StepKey, int]] = set()
         self._slots: dict[str, asyncio.Semaphore] = {}
 
     # -- the path of a message
@@ -162,8 +159,12 @@ class Executor:
     async def _do(self, claim: Claim) -> Claim | None:
         step = (claim.key, claim.grant.epoch)
         self._register(claim)
-        bound = await self.slot(claim.activity.name) if claim.local else None
+        bound = None
         try:
+            if claim.local:
+                bound = await self.slot(claim.activity.name)
+            else:
+                claim = await self._accept(claim)
             outcome, produced = await self.perform(claim)
             move = route(claim.message.routing_slip, outcome, claim.now)
             following = await self.record(claim, outcome, produced, move)
@@ -173,41 +174,64 @@ class Executor:
             _uncancel()
             self._tell("step.lost", claim, error="its lease was lost, or its run was cancelled")
             following = None
+        except Exception:
+            # Nobody works on it any more; off the list, so that the heartbeat frees it.
+            self.running.pop(step, None)
+            raise
         finally:
             if bound is not None:
                 bound.release()
             self._lost.discard(step)
+            self._recording.discard(step)
         self.running.pop(step, None)
         return following
 
     async def claim(self, message: PaigeantMessage) -> Claim | None:
-        """Lease the step and count the attempt; only then ack. None when there is nothing to do here."""
+        """Lease the step and count the attempt; only then may it be acked. None when there is nothing to do here."""
         due = message.due
         if due is None:
-            return await self._drop(message, "ended")
+            await self._drop(message, "ended")
+            return None
         if due.activity not in self.registry:
-            return await self._return(message, f"no activity '{due.activity}' here", _UNKNOWN_ACTIVITY_PAUSE)
+            await self._return(message, f"no activity '{due.activity}' here", _UNKNOWN_ACTIVITY_PAUSE)
+            return None
         try:
             message = await self.forwarder.payload(message)
             activity = self.registry.get(due.activity)
-            claim = Claim(Grant(0, 0, 0.0), message, activity, time.monotonic())
+            key = StepKey(message.workflow_id, message.step_id, message.phase)
+            claim = Claim(key, Grant(0, 0, 0.0), message, activity, time.monotonic())
             request = ClaimRequest(claim.key, self.worker_id, claim.retry(self.limits).attempts)
             answer = await self.store.claim_step(request)
         except StoreUnavailable as exc:
-            return await self._return(message, str(exc), 1.0)
+            await self._return(message, str(exc), 1.0)
+            return None
         except PaigeantError as exc:
-            return await self._drop(message, str(exc))
+            await self._drop(message, str(exc))
+            return None
         if isinstance(answer, Refused):
             if answer.retry_in is not None:
-                return await self._return(message, answer.reason, answer.retry_in)
-            return await self._drop(message, answer.reason)
-        claim = replace(claim, grant=answer, claimed_at=time.monotonic())
-        self._register(claim)
+                await self._return(message, answer.reason, answer.retry_in)
+            else:
+                await self._drop(message, answer.reason)
+            return None
+        return replace(claim, grant=answer, claimed_at=time.monotonic())
+
+    async def _accept(self, claim: Claim) -> Claim:
         # Ack once the claim has committed: before that a crash would lose the wake-up, after it the lease protects
         # the step. An ack that fails brings a duplicate.
         with contextlib.suppress(TransportUnavailable):
-            await self.transport.ack(message.message_id)
-        return claim
+            await self.transport.ack(claim.message.message_id)
+        if self.forwarder.is_for(claim.message, claim.grant.epoch):
+            return claim
+        # Written for an earlier claim of the step: an operator may have taken the run up again since.
+        until = time.monotonic() + self.limits.persist
+        while True:
+            try:
+                return replace(claim, message=await self.forwarder.renewed(claim.message))
+            except StoreUnavailable:
+                if time.monotonic() > until:
+                    raise
+            await asyncio.sleep(0.2 * (0.5 + self._chance()))
 
     async def perform(self, claim: Claim) -> tuple[Outcome, _Produced]:
         """Run the activity, or its compensation, under its timeout. What it does wrong is an outcome, not an error."""
@@ -249,22 +273,24 @@ class Executor:
             step_log.info("%s: attempt %d failed", claim.key.step, claim.grant.attempt, exc_info=error)
         return Failed(_text(error), claim.grant.attempt, retry, permanent, self._chance()), produced
 
-    async def record(
-        self, claim: Claim, outcome: Outcome, produced: _Produced, move: Move
-    ) -> Claim | None:
-        """Make result, variables, revision and what follows durable; gives the next step's claim, if it goes on here."""
+    async def record(self, claim: Claim, outcome: Outcome, produced: _Produced, move: Move) -> Claim | None:
+        """Make the result and what follows durable; gives the next step's claim, if the run goes on here."""
         following = self._following(claim, produced, move)
         next_step = None if following is None else self.forwarder.next_step(claim.key.workflow_id, move.slip)
         activity = self._goes_on_here(claim, next_step)
-        letter = self._letter(claim, move, following, next_step)
+        letter = None if activity is not None else self._letter(claim, move, following, next_step)
         result = self._result(claim, outcome, produced, move, next_step, take_next=activity is not None)
-        answer = await self._persist(result, letter if activity is None else None)
+        # From here on the store decides: were this cut off while the commit is under way, a result that stands, and
+        # the next step with it, would be in nobody's hands.
+        self._recording.add((claim.key, claim.grant.epoch))
+        answer = await self._persist(result, letter)
         if isinstance(answer, Refused):
             self._tell("step.lost", claim, error=answer.reason)
             return None
         self._tell_recorded(claim, result, move)
-        if activity is not None and answer.grant is not None and following is not None:
-            return Claim(answer.grant, following, activity, time.monotonic(), claim.local + 1)
+        if activity is not None and answer.grant and following is not None and next_step is not None:
+            key = next_step.key
+            return Claim(key, answer.grant, following, activity, time.monotonic(), claim.local + 1)
         if letter is not None:
             # A crash before this line: the sweeper publishes.
             await self.forwarder.send(letter)
@@ -276,7 +302,7 @@ class Executor:
         """The lease of these steps is lost, or their run was cancelled: stop doing them, and record nothing."""
         for step in steps:
             task = self.running.get(step)
-            if task is not None and step not in self._lost:
+            if task is not None and step not in self._lost and step not in self._recording:
                 self._lost.add(step)
                 task.cancel()
 
@@ -401,7 +427,7 @@ class Executor:
             return self.forwarder.letter(
                 following, next_step.topic, epoch=claim.grant.epoch, delay=move.delay
             )
-        return self.forwarder.letter(following, next_step.topic, epoch=0)
+        return self.forwarder.letter(following, next_step.topic, epoch=ledger.life(claim.grant.epoch))
 
     def _result(
         self,
@@ -435,7 +461,9 @@ class Executor:
             result,
             run=_run_status(move, forward=forward),
             ending="failed" if forward and isinstance(outcome, Failed) else None,
-            run_error=f"{claim.key.step}: {outcome.error}" if forward and isinstance(outcome, Failed) else None,
+            run_error=f"{claim.key.step}: {outcome.error}"
+            if forward and isinstance(outcome, Failed)
+            else None,
             output=produced.output if succeeded and forward else None,
             revision=None if revision is None else ledger.pack_revision(revision),
             undo_topic=None if compensation is None else compensation.topic,

@@ -121,6 +121,14 @@ class Forwarder:
         """`message` with its payload, read from the store where it was too large to travel. Raises RunNotFound."""
         if message.headers.get(STORED_PAYLOAD) != "stored":
             return message
+        return await self.renewed(message)
+
+    def is_for(self, message: PaigeantMessage, epoch: int) -> bool:
+        """Whether `message` was written for claim `epoch` of its step: then it says how things stand."""
+        return message.message_id.rpartition("/")[2] == str(epoch - 1)
+
+    async def renewed(self, message: PaigeantMessage) -> PaigeantMessage:
+        """`message` as the rows of its run have it now. Raises RunNotFound, StoreUnavailable."""
         detail = await self.store.load_run(message.workflow_id, inline_bytes=self.inline_bytes)
         return message_of(detail, inline_bytes=self.inline_bytes).evolve(message_id=message.message_id)
 

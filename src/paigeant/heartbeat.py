@@ -22,7 +22,7 @@ Steps = Collection[tuple[StepKey, int]]
 
 
 class Heartbeat:
-    """Beats every `interval` seconds for a lease of `lease` seconds; tells `lose` which steps aren't the worker's any more."""
+    """Beats every `interval` seconds for a lease of `lease` seconds; tells `lose` which steps were lost."""
 
     def __init__(
         self,
@@ -45,7 +45,8 @@ class Heartbeat:
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._answered = 0.0
-        self._unlisted: set[tuple[StepKey, int]] = set()
+        self._heard = 0.0
+        self._unlisted: dict[tuple[StepKey, int], float] = {}
 
     async def start(self) -> None:
         """Sign on: once this returns, the worker has a lease."""
@@ -86,10 +87,18 @@ class Heartbeat:
                 log.exception("heartbeat failed, will be tried again")
 
     def _beat_once(self, running: Steps) -> None:
-        # What is the worker's in the store but not on its list for two beats in a row has been forgotten.
-        forgotten = self._unlisted - set(running)
+        # What is the worker's in the store but not on its list has been forgotten, unless the answer to its claim is
+        # still on the way: so not by two beats in quick succession, nor before the loop has answered a question
+        # asked since.
+        now = time.monotonic()
+        forgotten = {
+            step
+            for step, seen in self._unlisted.items()
+            if now - seen >= self.interval / 2 and self._heard > seen and step not in running
+        }
         lost, unlisted = self.store.beat(self.worker, lease=self.lease, running=running, forgotten=forgotten)
-        self._unlisted = unlisted - forgotten
+        now = time.monotonic()
+        self._unlisted = {step: self._unlisted.get(step, now) for step in unlisted - forgotten}
         if forgotten:
             log.warning("gave back %d steps that this worker had claimed and forgotten", len(forgotten))
         if lost and self._loop is not None:
@@ -97,7 +106,8 @@ class Heartbeat:
 
     def _ask_loop(self) -> None:
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._answer)
+            self._loop.call_soon_threadsafe(self._answer, time.monotonic())
 
-    def _answer(self) -> None:
+    def _answer(self, asked: float) -> None:
         self._answered = time.monotonic()
+        self._heard = asked

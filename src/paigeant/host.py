@@ -12,7 +12,7 @@ __all__ = ["host_id", "is_gone", "process_id"]
 
 @cache
 def host_id() -> str:
-    """Names this host until its next boot. Processes that can't see each other's ids (containers) get different names."""
+    """Names this host until its next boot. Processes that can't see each other (containers) get different names."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{platform.node()}/{boot}/{os.readlink('/proc/self/ns/pid')}"

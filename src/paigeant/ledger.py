@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from pydantic_core import from_json
 
 from paigeant.errors import InvalidTransition
-from paigeant.routing import Finish, Undo, turn_round
+from paigeant.routing import Undo, turn_round
 from paigeant.slip import (
     RUN_ENDED,
     Compensation,
@@ -32,7 +32,6 @@ from paigeant.store import (
     Recorded,
     Refused,
     RunDetail,
-    RunRecord,
     StepKey,
     StepRecord,
     StepResult,
@@ -46,6 +45,7 @@ __all__ = [
     "expire",
     "fold",
     "free",
+    "life",
     "pack_revision",
     "pack_slip",
     "postpone",
@@ -59,6 +59,10 @@ OPEN = frozenset({StepStatus.READY, StepStatus.RUNNING, StepStatus.WAITING})
 """A step in one of these states is the run's cursor: it has exactly one until it ends."""
 
 Patch = dict[str, Any]
+
+_LIFE = 1_000_000
+"""Epochs of undos that a retry by an operator begins anew start at the next multiple of it: what was sent or claimed
+before the retry can't be taken for what comes after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ def claim(head: Head | None, request: ClaimRequest, changes: Changes, *, now: fl
     """T1: a ready step becomes the worker's, counted before it runs."""
     if head is None:
         return Refused("unknown")
-    if head.run in RUN_ENDED or head.run is RunStatus.COMPENSATING and head.key.phase is Phase.DO:
+    if head.run in RUN_ENDED or (head.run is RunStatus.COMPENSATING and head.key.phase is Phase.DO):
         return Refused("ended")
     match head.status:
         case StepStatus.RUNNING | StepStatus.WAITING:
@@ -130,7 +134,8 @@ def record(
     if head is None:
         return Refused("unknown")
     mine = head.epoch == result.epoch and head.worker == result.worker
-    grant = Grant(1, 1, now) if result.take_next else None
+    first = life(head.epoch)
+    grant = Grant(first + 1, 1, now) if result.take_next else None
     if head.status not in OPEN:
         # A commit whose answer was lost is asked for again: it stands, and so does what it took along.
         return Recorded(grant) if mine and head.status is result.status else Refused("recorded")
@@ -162,9 +167,14 @@ def record(
             {
                 "status": result.status,
                 "worker": result.worker,
-                "attempt": max(head.attempt, result.attempt) if result.status is not StepStatus.SKIPPED else 0,
+                "attempt": max(head.attempt, result.attempt)
+                if result.status is not StepStatus.SKIPPED
+                else 0,
                 "input": result.input,
                 "output": result.output,
+                # A late result ends whatever claim holds the step now: without a new epoch that claim, when it is the
+                # same worker's, would take this result for its own.
+                "epoch": head.epoch if held else head.epoch + 1,
                 "error": result.error,
                 "revision": result.revision,
                 "undo_topic": result.undo_topic,
@@ -193,7 +203,7 @@ def record(
                 activity=result.next.activity,
                 topic=result.next.topic,
                 status=StepStatus.RUNNING if taken else StepStatus.READY,
-                epoch=1 if taken else 0,
+                epoch=first + taken,
                 attempt=1 if taken else 0,
                 worker=result.worker if taken else None,
                 wake_at=now + grace,
@@ -206,7 +216,9 @@ def record(
     return Recorded(grant)
 
 
-def release(head: Head | None, worker: str, epoch: int, changes: Changes, *, now: float, grace: float) -> bool:
+def release(
+    head: Head | None, worker: str, epoch: int, changes: Changes, *, now: float, grace: float
+) -> bool:
     """Give a claimed step back unharmed: the attempt that a shutdown cut short doesn't count."""
     if head is None or (head.worker, head.epoch, head.status) != (worker, epoch, StepStatus.RUNNING):
         return False
@@ -243,7 +255,9 @@ def stop(
     """
     run = detail.run
     if run.status in RUN_ENDED:
-        raise InvalidTransition(f"run '{run.id}' has ended {run.status.value}; only an open run can be cancelled")
+        raise InvalidTransition(
+            f"run '{run.id}' has ended {run.status.value}; only an open run can be cancelled"
+        )
     if run.status is RunStatus.COMPENSATING:
         return run.status
     slip, _ = fold(detail, inline_bytes=inline_bytes)
@@ -251,14 +265,23 @@ def stop(
     for row in detail.steps:
         if row.status in OPEN:
             changes.steps.append(
-                (row.key, {"status": StepStatus.FAILED, "error": error, "completed_at": now})
+                (
+                    row.key,
+                    # A new epoch: the worker that holds the step must not take this end for its own.
+                    {
+                        "status": StepStatus.FAILED,
+                        "epoch": row.epoch + 1,
+                        "error": error,
+                        "completed_at": now,
+                    },
+                )
             )
-    match turn_round(slip, ending):
-        case Undo(undo=undo):
-            status = RunStatus.COMPENSATING
-            changes.added.append(_ready_undo(run.id, undo, seq=last + 1, now=now))
-        case Finish(run=status):
-            pass
+    move = turn_round(slip, ending)
+    if isinstance(move, Undo):
+        status = RunStatus.COMPENSATING
+        changes.added.append(_ready_undo(run.id, move.undo, seq=last + 1, now=now))
+    else:
+        status = move.run
     patch: Patch = {"status": status, "ending": ending.value, "error": error}
     if status in RUN_ENDED:
         patch["completed_at"] = now
@@ -326,7 +349,8 @@ def resume(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int
         slip, _ = fold(replace(detail, steps=rows), inline_bytes=inline_bytes)
         undo = slip.compensations[-1]
         last = max(row.seq for row in detail.steps)
-        changes.added.append(_ready_undo(run.id, undo, seq=last + 1, now=now))
+        epoch = life(max(row.epoch for row in detail.steps)) + _LIFE
+        changes.added.append(_ready_undo(run.id, undo, seq=last + 1, now=now, epoch=epoch))
         changes.runs.append((run.id, {**reopened, "status": RunStatus.COMPENSATING}))
         return RunStatus.COMPENSATING
     hint = "dispatch it again under another id" if run.status in RUN_ENDED else "it is still open"
@@ -335,7 +359,12 @@ def resume(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int
     )
 
 
-def _ready_undo(workflow_id: str, undo: Compensation, *, seq: int, now: float) -> StepRecord:
+def life(epoch: int) -> int:
+    """The epoch at which steps start that follow one with `epoch`."""
+    return epoch - epoch % _LIFE
+
+
+def _ready_undo(workflow_id: str, undo: Compensation, *, seq: int, now: float, epoch: int = 0) -> StepRecord:
     return StepRecord(
         workflow_id,
         undo.step_id,
@@ -344,6 +373,7 @@ def _ready_undo(workflow_id: str, undo: Compensation, *, seq: int, now: float) -
         activity=undo.activity,
         topic=undo.topic,
         status=StepStatus.READY,
+        epoch=epoch,
         wake_at=now,
         created_at=now,
     )
@@ -398,14 +428,15 @@ def fold(detail: RunDetail, *, inline_bytes: int) -> tuple[RoutingSlip, dict[str
             pass
     for row in undone:
         if row.status not in OPEN:
-            slip = slip.mark_undone(
-                succeeded=row.status is StepStatus.COMPENSATED, step_id=row.step
-            )
+            slip = slip.mark_undone(succeeded=row.status is StepStatus.COMPENSATED, step_id=row.step)
     return slip, merged(from_json(detail.run.input), detail.variables, outputs)
 
 
 def merged(
-    payload: Mapping[str, Any], variables: Mapping[str, bytes], outputs: Mapping[str, Any], taken: Iterable[str] = ()
+    payload: Mapping[str, Any],
+    variables: Mapping[str, bytes],
+    outputs: Mapping[str, Any],
+    taken: Iterable[str] = (),
 ) -> dict[str, Any]:
     """`payload` with variables and outputs of steps put over it; an output stands above a variable of its name.
 

@@ -46,7 +46,7 @@ CURRENT: ContextVar[Mapping[str, Any] | None] = ContextVar("paigeant_step", defa
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that has happened, with the ids it belongs to. `seconds`: how long it took, where that means something."""
+    """Something that has happened, with the ids it belongs to, and the seconds it took where that means something."""
 
     name: EventName
     workflow_id: str = ""

@@ -41,7 +41,9 @@ class Settings(BaseSettings):
     transport_url: str = Field("sqlite:///paigeant.db", description="where messages travel")
     store_url: str = Field("sqlite:///paigeant.db", description="where runs are recorded")
     handlers: tuple[str, ...] = Field((), description="handler files or modules, for `run` and `dispatch`")
-    workflows: dict[str, Any] = Field(default_factory=dict, description="workflows by name, same fields as in code")
+    workflows: dict[str, Any] = Field(
+        default_factory=dict, description="workflows by name, same fields as in code"
+    )
 
     concurrency: int = Field(100, ge=1, description="steps at once in one worker process")
     processes: int = Field(1, ge=1, description="worker processes that `paigeant run` starts")
@@ -52,7 +54,9 @@ class Settings(BaseSettings):
 
     lease: float = Field(30.0, gt=0, description="how long a silent worker keeps its steps")
     heartbeat: float = Field(5.0, gt=0, description="how often a worker renews its lease")
-    sweep_interval: float = Field(1.0, gt=0, description="how often a worker looks for what others left behind")
+    sweep_interval: float = Field(
+        1.0, gt=0, description="how often a worker looks for what others left behind"
+    )
     grace: float = Field(10.0, gt=0, description="how long a sent message has before it is sent again")
     shutdown_grace: float = Field(30.0, ge=0, description="how long running steps may finish at a shutdown")
     local_steps: int = Field(50, ge=1, description="steps of one run in a row before others have their turn")
@@ -61,7 +65,9 @@ class Settings(BaseSettings):
     inline_bytes: int = Field(65536, ge=0, description="outputs above it stay in the store and don't travel")
 
     strict: bool = Field(False, description="refuse workflows with activities that no loaded registry knows")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level of log lines")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level of log lines"
+    )
     log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal")
 
     _file: ClassVar[Path | None] = None
@@ -96,7 +102,9 @@ class Settings(BaseSettings):
         scheme, found, _ = url.partition("://")
         if not found or scheme not in _KNOWN_SCHEMES:
             shown = ", ".join(f"{name}://" for name in _KNOWN_SCHEMES)
-            raise ValueError(f"found {_without_password(url)!r}, expected a URL that starts with one of {shown}")
+            raise ValueError(
+                f"found {_without_password(url)!r}, expected a URL that starts with one of {shown}"
+            )
         return url
 
     @field_validator("handlers", mode="before")
@@ -153,13 +161,17 @@ def workflow_from(name: str, fields: Any) -> Workflow:
     if isinstance(fields, list):
         fields = {"steps": fields}
     if not isinstance(fields, Mapping):
-        raise ConfigurationError(f"workflow '{name}' is a list of steps or a mapping with `steps`, found {fields!r}")
+        raise ConfigurationError(
+            f"workflow '{name}' is a list of steps or a mapping with `steps`, found {fields!r}"
+        )
     known = ("steps", "deadline", "policy", "on_compensation_failure", "description")
     _check_keys(fields, known, f"workflow '{name}' has")
     values = dict(fields)
     values["steps"] = [_step_from(name, step) for step in values.get("steps") or ()]
     if values.get("policy") is not None:
-        _check_keys(values["policy"], ("allowed", "max_added", "max_total"), f"the policy of workflow '{name}' has")
+        _check_keys(
+            values["policy"], ("allowed", "max_added", "max_total"), f"the policy of workflow '{name}' has"
+        )
         values["policy"] = ItineraryPolicy(**values["policy"])
     return Workflow(name, **values)
 

@@ -109,7 +109,13 @@ RUN_MOVES: dict[RunStatus, frozenset[RunStatus]] = {
 
 STEP_MOVES: dict[StepStatus, frozenset[StepStatus]] = {
     StepStatus.READY: frozenset(
-        {StepStatus.RUNNING, StepStatus.COMPLETED, StepStatus.COMPENSATED, StepStatus.FAILED}
+        {
+            StepStatus.RUNNING,
+            StepStatus.COMPLETED,
+            StepStatus.SKIPPED,
+            StepStatus.COMPENSATED,
+            StepStatus.FAILED,
+        }
     ),
     StepStatus.RUNNING: frozenset(
         {
@@ -129,7 +135,7 @@ STEP_MOVES: dict[StepStatus, frozenset[StepStatus]] = {
     StepStatus.COMPENSATED: frozenset(),
     StepStatus.COMPENSATION_FAILED: frozenset({StepStatus.READY, StepStatus.COMPENSATED}),
 }
-"""The same for steps. READY to COMPLETED and to COMPENSATED are a late first success after the lease was lost."""
+"""The same for steps. READY to COMPLETED, SKIPPED and COMPENSATED are a late first success after the lease was lost."""
 
 
 
@@ -282,7 +288,7 @@ class RoutingSlip:
         return replace(self, ending=ending)
 
     def mark_undone(self, *, succeeded: bool, step_id: str | None = None) -> RoutingSlip:
-        """The slip after an undo was recorded, the next one unless `step_id` names another. Raises ValueError for none."""
+        """The slip after an undo was recorded, the next one or that of `step_id`. Raises ValueError for none."""
         found = [undo for undo in self.compensations if step_id is None or undo.step_id == step_id]
         if not found:
             raise ValueError("there is nothing left to undo")

@@ -244,7 +244,7 @@ class RunHistory(Protocol):
         limit: int = 50,
         before: tuple[float, str] | None = None,
     ) -> list[RunRecord]:
-        """Runs, the newest first, without input and slip (both empty). `before`: (created_at, id) of the last page's end."""
+        """Runs, the newest first, without input and slip. `before`: (created_at, id) where the last page ended."""
         ...
 
     async def load_run(self, workflow_id: str, *, inline_bytes: int | None = None) -> RunDetail:
@@ -274,13 +274,15 @@ class RunHistory(Protocol):
 
 @runtime_checkable
 class Store(RunHistory, Protocol):
-    """Records what happens to runs. Each method is idempotent: doing it again, or not knowing whether it was done, is safe.
+    """Records what happens to runs. Each method is idempotent: doing it again, uncertain whether it was done, is safe.
 
     Raises StoreUnavailable when the database can't be reached or can't write; then nothing has changed, or all of it.
     """
 
-    publishes: bool
-    """Whether postings given to it are sent by its own transactions. Otherwise the caller sends them after the commit."""
+    @property
+    def publishes(self) -> bool:
+        """Whether its own transactions send the postings given to it. Otherwise the caller does, after the commit."""
+        ...
 
     grace: float
     """Seconds that a published message has before the sweeper sends it again."""
@@ -321,7 +323,7 @@ class Store(RunHistory, Protocol):
         ...
 
     async def release_steps(self, worker: str, steps: Collection[tuple[StepKey, int]]) -> list[StepKey]:
-        """Give back claimed steps (key, epoch) that weren't done; the attempt doesn't count. Returns those given back."""
+        """Give back claimed steps (key, epoch) that weren't done, uncounted. Returns those that were given back."""
         ...
 
     def beat(
@@ -340,7 +342,7 @@ class Store(RunHistory, Protocol):
         ...
 
     async def sign_off(self, worker_id: str) -> None:
-        """The worker is gone; what it still held is free at the next sweep."""
+        """The worker goes by its own will; what it still held is given back, uncounted, and sent at the next sweep."""
         ...
 
     async def sweep(self, *, gone: Collection[str] = (), limit: int = 500) -> Swept:
@@ -374,7 +376,7 @@ class Store(RunHistory, Protocol):
         ...
 
     def on_turn(self, heard: Callable[[], None]) -> Callable[[], None]:
-        """Call `heard` in the event loop when a run was cancelled or retried, as far as one hears it. Gives what ends it."""
+        """Call `heard` in the event loop when a run was cancelled or retried. Gives what ends that."""
         ...
 
     def publish_with(self, transport: Transport) -> None:

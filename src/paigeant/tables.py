@@ -1,5 +1,6 @@
-"""Every SQL table, for stores, SQL transports and migrations alike. What the columns mean stands with the records in `store.py`.
+"""Every SQL table, for stores, SQL transports and migrations alike.
 
+What the columns mean stands with the records in `store.py`.
 JSON is kept as text exactly as it was written: what was recorded comes back byte for byte.
 """
 

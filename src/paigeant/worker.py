@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import platform
 import random
-import os
 import secrets
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -105,7 +105,7 @@ class ActivityWorker:
         self._hurry = asyncio.Event()
 
     async def run(self, *, until_idle: bool = False) -> None:
-        """Work until `stop` is called, or, `until_idle`, until no step waits in its topics. Returns when all is put away."""
+        """Work until `stop` is called, or, `until_idle`, no step waits in its topics; then put everything away."""
         await self.heartbeat.start()
         self.observers.observe(Event("worker.started", worker=self.id, more={"topics": self.topics}))
         forget = self.store.on_turn(self.heartbeat.soon)
@@ -143,12 +143,16 @@ class ActivityWorker:
         prefetch = min(self.concurrency, _MOST_AHEAD)
         while True:
             try:
-                async with contextlib.aclosing(self.transport.subscribe(topic, prefetch=prefetch)) as messages:  # type: ignore[type-var]  # an async generator in every adapter
+                async with contextlib.aclosing(
+                    self.transport.subscribe(topic, prefetch=prefetch)
+                ) as messages:  # type: ignore[type-var]  # an async generator in every adapter
                     async for message in messages:
                         await self._take(message)
             except TransportUnavailable as exc:
                 log.warning("can't receive from %s, will try again: %s", topic, exc)
-                await asyncio.sleep(random.uniform(0.5, 1.5))
+            except Exception:  # whatever ends a subscription, the topic must not be left unserved
+                log.exception("the subscription to %s has ended, will try again", topic)
+            await asyncio.sleep(random.uniform(0.5, 1.5))
 
     async def _take(self, message: PaigeantMessage) -> None:
         due = message.due

@@ -34,5 +34,6 @@ def open_store(
 
         return SqlStore(Database(url, clock=clock), grace=grace, inline_bytes=inline_bytes)
     raise ConfigurationError(
-        f"store_url={url!r} has no known scheme; expected one of " + ", ".join(f"{name}://" for name in SCHEMES)
+        f"store_url={url!r} has no known scheme; expected one of "
+        + ", ".join(f"{name}://" for name in SCHEMES)
     )

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from enum import StrEnum
+from functools import lru_cache, partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from pydantic_core import from_json
 from sqlalchemy import (
+    ColumnElement,
     Connection,
-    Row,
+    LargeBinary,
     Select,
     Table,
-    Update,
     and_,
     bindparam,
     case,
+    cast,
     delete,
     func,
     insert,
+    literal_column,
     null,
     or_,
     select,
@@ -35,8 +40,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from paigeant import codec, ledger
-from paigeant.database import Database, Tx
+from paigeant.database import Database, Prepared
 from paigeant.errors import InputInvalid, InvalidTransition, PaigeantError, RunConflict, RunNotFound
+from paigeant.lane import Tx
 from paigeant.ledger import Changes, Head
 from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
 from paigeant.store import (
@@ -136,14 +142,10 @@ class SqlStore:
         return new
 
     def _start(self, tx: Tx, requests: Sequence[_Start]) -> list[bool | PaigeantError]:
-        ids = [request.run.id for request in requests]
-        query = select(workflow_runs.c.id, workflow_runs.c.workflow, workflow_runs.c.input_hash)
-        there = {
-            row.id: (row.workflow, row.input_hash)
-            for row in tx.connection.execute(query.where(workflow_runs.c.id.in_(ids)))
-        }
+        ids = json.dumps([request.run.id for request in requests])
+        there = {run_id: (name, digest) for run_id, name, digest in _STARTED.rows(tx.connection, ids)}
         answers: list[bool | PaigeantError] = []
-        runs: list[dict[str, Any]] = []
+        runs: list[tuple[Any, ...]] = []
         changes = Changes()
         postings: list[Posting] = []
         for run, first, posting in requests:
@@ -153,7 +155,7 @@ class SqlStore:
                 answers.append(_conflict(run, found[0]) if found != mine else False)
                 continue
             answers.append(True)
-            runs.append(_run_row(run, now=tx.now, ended=first is None))
+            runs.append(_new_run(run, now=tx.now, ended=first is None))
             if first is None:
                 tx.rings.add(_ended(run.id, RunStatus.COMPLETED))
                 continue
@@ -170,13 +172,13 @@ class SqlStore:
             )
             if posting is not None:
                 postings.append(posting)
-        if runs:
-            tx.connection.execute(insert(workflow_runs), runs)
+        _NEW_RUN.each(tx.connection, runs)
         self._write(tx, changes, postings)
         return answers
 
     async def claim_step(self, request: ClaimRequest) -> Grant | Refused:
-        return await self.database.write(self._claim, request)
+        # Lost with the power, it is claimed again; its result brings the fsync.
+        return await self.database.write(self._claim, request, durable=False)
 
     def _claim(self, tx: Tx, requests: Sequence[ClaimRequest]) -> list[Grant | Refused]:
         heads = _heads(tx.connection, [request.key for request in requests])
@@ -268,11 +270,20 @@ class SqlStore:
         await self.database.write(self._sign_off, worker_id)
 
     def _sign_off(self, tx: Tx, requests: Sequence[str]) -> list[None]:
+        query = select(*_KEY, step_executions.c.epoch, step_executions.c.worker).where(
+            step_executions.c.status == StepStatus.RUNNING, step_executions.c.worker.in_(requests)
+        )
+        held = [(_key(row), row.worker, row.epoch) for row in tx.connection.execute(query)]
+        heads = _heads(tx.connection, [key for key, _, _ in held])
+        changes = Changes()
+        for key, worker, epoch in held:
+            ledger.release(heads.get(key), worker, epoch, changes, now=tx.now, grace=0.0)
+        self._write(tx, changes)
         tx.connection.execute(delete(workers).where(workers.c.id.in_(requests)))
         return [None] * len(requests)
 
     async def sweep(self, *, gone: Collection[str] = (), limit: int = 500) -> Swept:
-        if not await self.database.read(lambda connection: self._has_work(connection, gone)):
+        if not await self.database.ask(lambda connection: self._has_work(connection, gone)):
             return Swept()
         return await self.database.write(self._sweep, (gone, limit))
 
@@ -302,7 +313,7 @@ class SqlStore:
             ledger.free(key, changes, now=tx.now)
         self._write(tx, changes)
         changes = Changes()
-        expired = [run_id for run_id in execute(_late(tx.now).limit(limit)).scalars()]
+        expired = list(execute(_late(tx.now).limit(limit)).scalars())
         for run_id in expired:
             detail = _detail(tx.connection, run_id, self.inline_bytes)
             ledger.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes)
@@ -321,32 +332,19 @@ class SqlStore:
         return status
 
     def _cancel(self, tx: Tx, requests: Sequence[tuple[str, str]]) -> list[RunStatus | PaigeantError]:
-        return [
-            self._turn(
-                tx,
-                run_id,
-                lambda detail, changes, reason=reason: ledger.stop(
-                    detail, RunStatus.CANCELLED, reason, changes, now=tx.now, inline_bytes=self.inline_bytes
-                ),
-            )
-            for run_id, reason in requests
-        ]
+        def stop(reason: str, detail: RunDetail, changes: Changes) -> RunStatus:
+            limit = self.inline_bytes
+            return ledger.stop(detail, RunStatus.CANCELLED, reason, changes, now=tx.now, inline_bytes=limit)
+
+        return [self._turn(tx, run_id, partial(stop, reason)) for run_id, reason in requests]
 
     async def retry_run(self, workflow_id: str) -> RunStatus:
         status: RunStatus = _unwrap(await self.database.write(self._retry, workflow_id))
         return status
 
     def _retry(self, tx: Tx, requests: Sequence[str]) -> list[RunStatus | PaigeantError]:
-        return [
-            self._turn(
-                tx,
-                run_id,
-                lambda detail, changes: ledger.resume(
-                    detail, changes, now=tx.now, inline_bytes=self.inline_bytes
-                ),
-            )
-            for run_id in requests
-        ]
+        resume = partial(ledger.resume, now=tx.now, inline_bytes=self.inline_bytes)
+        return [self._turn(tx, run_id, resume) for run_id in requests]
 
     def _turn(
         self, tx: Tx, run_id: str, decide: Callable[[RunDetail, Changes], RunStatus]
@@ -364,14 +362,12 @@ class SqlStore:
         query = select(*_KEY).where(
             step_executions.c.workflow_id == workflow_id, step_executions.c.status == StepStatus.READY
         )
-        return await self.database.read(
-            lambda connection: [_key(row) for row in connection.execute(query)]
-        )
+        return await self.database.ask(lambda connection: [_key(row) for row in connection.execute(query)])
 
     async def has_open(self, topics: Collection[str]) -> bool:
         steps = step_executions.c
         query = select(steps.step).where(steps.status.in_(sorted(ledger.OPEN)), steps.topic.in_(list(topics)))
-        row = await self.database.read(lambda connection: connection.execute(query.limit(1)).first())
+        row = await self.database.ask(lambda connection: connection.execute(query.limit(1)).first())
         return row is not None
 
     def on_turn(self, heard: Callable[[], None]) -> Callable[[], None]:
@@ -392,7 +388,7 @@ class SqlStore:
             step_executions.c.step == step,
             step_executions.c.phase == Phase.DO,
         )
-        return _encoded(await self.database.read(lambda connection: connection.execute(query).scalar()))
+        return _encoded(await self.database.ask(lambda connection: connection.execute(query).scalar()))
 
     async def save_variable(self, workflow_id: str, key: str, value: Any) -> None:
         try:
@@ -411,16 +407,14 @@ class SqlStore:
         query = select(workflow_variables.c.value).where(
             workflow_variables.c.workflow_id == workflow_id, workflow_variables.c.key == key
         )
-        text = await self.database.read(lambda connection: connection.execute(query).scalar())
+        text = await self.database.ask(lambda connection: connection.execute(query).scalar())
         return default if text is None else from_json(text)
 
     async def save_unit(self, key: StepKey, name: str, value: bytes) -> bytes:
         return await self.database.write(self._save_unit, (key, name, value))
 
     def _save_unit(self, tx: Tx, requests: Sequence[tuple[StepKey, str, bytes]]) -> list[bytes]:
-        rows = [
-            {**key._asdict(), "name": name, "value": value.decode()} for key, name, value in requests
-        ]
+        rows = [{**key._asdict(), "name": name, "value": value.decode()} for key, name, value in requests]
         tx.connection.execute(upsert(step_units).on_conflict_do_nothing(), rows)
         return [
             found if (found := _unit(tx.connection, key, name)) is not None else value
@@ -428,7 +422,7 @@ class SqlStore:
         ]
 
     async def load_unit(self, key: StepKey, name: str) -> bytes | None:
-        return await self.database.read(lambda connection: _unit(connection, key, name))
+        return await self.database.ask(lambda connection: _unit(connection, key, name))
 
     async def record_signal(self, workflow_id: str, name: str, value: bytes) -> None:
         _unwrap(await self.database.write(self._signal, (workflow_id, name, value)))
@@ -464,10 +458,24 @@ class SqlStore:
 
     async def statuses(self, workflow_ids: Collection[str]) -> dict[str, RunStatus]:
         """The states of those of the runs that exist."""
-        return await self.database.read(lambda connection: _statuses(connection, workflow_ids))
+        return await self.database.read(self._find_statuses, workflow_ids)
+
+    def _find_statuses(self, tx: Tx, requests: Sequence[Collection[str]]) -> list[dict[str, RunStatus]]:
+        found = _statuses(tx.connection, {run_id for ids in requests for run_id in ids})
+        return [{run_id: found[run_id] for run_id in ids if run_id in found} for ids in requests]
 
     async def load_run(self, workflow_id: str, *, inline_bytes: int | None = None) -> RunDetail:
-        return await self.database.read(lambda connection: _detail(connection, workflow_id, inline_bytes))
+        answer = await self.database.read(self._load, (workflow_id, inline_bytes))
+        detail: RunDetail = _unwrap(answer)
+        return detail
+
+    def _load(self, tx: Tx, requests: Sequence[tuple[str, int | None]]) -> list[RunDetail | RunNotFound]:
+        answers: dict[tuple[str, int | None], RunDetail] = {}
+        for limit in {limit for _, limit in requests}:
+            ids = {run_id for run_id, wanted in requests if wanted == limit}
+            found = _details(tx.connection, ids, limit)
+            answers.update(((run_id, limit), detail) for run_id, detail in found.items())
+        return [answers.get(request) or RunNotFound(request[0]) for request in requests]
 
     async def list_runs(
         self,
@@ -485,8 +493,8 @@ class SqlStore:
             query = query.where(workflow_runs.c.workflow == workflow)
         if before is not None:
             query = query.where(tuple_(workflow_runs.c.created_at, workflow_runs.c.id) < before)
-        return await self.database.read(
-            lambda connection: [_run(row) for row in connection.execute(query.limit(limit))]
+        return await self.database.ask(
+            lambda connection: [_run(row._asdict()) for row in connection.execute(query.limit(limit))]
         )
 
     async def list_variables(self, workflow_id: str) -> dict[str, Any]:
@@ -494,7 +502,7 @@ class SqlStore:
         return {name: from_json(value) for name, value in detail.variables.items()}
 
     async def list_workers(self) -> list[WorkerRecord]:
-        return await self.database.read(
+        return await self.database.ask(
             lambda connection: [WorkerRecord(**row._mapping) for row in connection.execute(select(workers))]
         )
 
@@ -515,15 +523,13 @@ class SqlStore:
     async def list_dead_letters(self, *, limit: int = 100) -> list[DeadLetter]:
         columns = [column for column in dead_letters.c if column.name != "body"]
         query = select(*columns).order_by(dead_letters.c.created_at.desc()).limit(limit)
-        return await self.database.read(
-            lambda connection: [
-                DeadLetter(**row._mapping, body=b"") for row in connection.execute(query)
-            ]
+        return await self.database.ask(
+            lambda connection: [DeadLetter(**row._mapping, body=b"") for row in connection.execute(query)]
         )
 
     async def load_dead_letter(self, letter_id: str) -> DeadLetter | None:
         query = select(dead_letters).where(dead_letters.c.id == letter_id)
-        row = await self.database.read(lambda connection: connection.execute(query).first())
+        row = await self.database.ask(lambda connection: connection.execute(query).first())
         return None if row is None else DeadLetter(**row._mapping)
 
     async def delete_dead_letter(self, letter_id: str) -> bool:
@@ -544,7 +550,7 @@ class SqlStore:
             execute(delete(step_executions).where(*(c == v for c, v in zip(_KEY, key, strict=True))))
         _patch(tx.connection, step_executions, changes.steps)
         if changes.added:
-            execute(insert(step_executions), [_step_row(row) for row in changes.added])
+            _NEW_STEP.each(tx.connection, [_new_step(row) for row in changes.added])
         _patch(tx.connection, workflow_runs, [((run_id,), patch) for run_id, patch in changes.runs])
         for run_id, patch in changes.runs:
             if patch.get("status") in RUN_ENDED:
@@ -631,38 +637,69 @@ def _encoded(text: str | None) -> bytes | None:
     return None if text is None else text.encode()
 
 
-def _text(value: Any) -> Any:
-    return value.decode() if isinstance(value, bytes) else value
+def _plain(value: Any) -> Any:
+    """`value` as the driver takes it without a detour: texts for JSON and for states."""
+    if isinstance(value, bytes):
+        return value.decode()
+    return value.value if isinstance(value, StrEnum) else value
 
 
-def _key(row: Row[Any]) -> StepKey:
+def _key(row: Any) -> StepKey:
     return StepKey(row.workflow_id, row.step, Phase(row.phase))
 
 
 # -- statements
 
 
-def _heads(connection: Connection, keys: Sequence[StepKey]) -> dict[StepKey, Head]:
-    query = (
+def _head_query() -> Select[Any]:
+    # A join with the keys as a table: SQLite answers `(a, b, c) IN (...)` with a scan of the whole index.
+    keys = func.json_each(bindparam("keys")).table_valued("value")
+    steps = step_executions.c
+    places = ("$[0]", "$[1]", "$[2]")
+    same = (
+        column == func.json_extract(keys.c.value, literal_column(f"'{place}'"))
+        for place, column in zip(places, _KEY, strict=True)
+    )
+    return (
         select(
             *_KEY,
-            step_executions.c.seq,
-            workflow_runs.c.status.label("run"),
-            step_executions.c.status,
-            step_executions.c.epoch,
-            step_executions.c.attempt,
-            step_executions.c.worker,
-            step_executions.c.not_before,
+            steps.seq,
+            workflow_runs.c.status,
+            steps.status,
+            steps.epoch,
+            steps.attempt,
+            steps.worker,
+            steps.not_before,
         )
-        .join(workflow_runs, workflow_runs.c.id == step_executions.c.workflow_id)
-        .where(tuple_(*_KEY).in_([tuple(key) for key in keys]))
+        .select_from(keys)
+        .join(step_executions, and_(*same))
+        .join(workflow_runs, workflow_runs.c.id == steps.workflow_id)
     )
+
+
+_ids = func.json_each(bindparam("ids")).table_valued("value")
+_STARTED = Prepared(
+    select(workflow_runs.c.id, workflow_runs.c.workflow, workflow_runs.c.input_hash).join(
+        _ids, workflow_runs.c.id == _ids.c.value
+    ),
+    ["ids"],
+)
+_HEADS = Prepared(_head_query(), ["keys"])
+
+
+def _heads(connection: Connection, keys: Sequence[StepKey]) -> dict[StepKey, Head]:
     heads = {}
-    for row in connection.execute(query):
-        key = _key(row)
-        run, status = RunStatus(row.run), StepStatus(row.status)
-        heads[key] = Head(key, row.seq, run, status, row.epoch, row.attempt, row.worker, row.not_before)
+    for workflow_id, step, phase, seq, run, status, epoch, attempt, worker, not_before in _HEADS.rows(
+        connection, json.dumps(keys)
+    ):
+        key = StepKey(workflow_id, step, _PHASES[phase])
+        heads[key] = Head(key, seq, _RUNS[run], _STEPS[status], epoch, attempt, worker, not_before)
     return heads
+
+
+_PHASES = {phase.value: phase for phase in Phase}
+_RUNS = {status.value: status for status in RunStatus}
+_STEPS = {status.value: status for status in StepStatus}
 
 
 def _orphans() -> Select[Any]:
@@ -690,22 +727,39 @@ def _late(now: float) -> Select[Any]:
 
 
 @lru_cache(maxsize=64)
-def _update(table: Table, columns: tuple[str, ...]) -> Update:
-    keys = [column == bindparam(f"_key{n}") for n, column in enumerate(table.primary_key)]
-    return update(table).where(and_(*keys)).values({name: bindparam(f"_{name}") for name in columns})
+def _update(table: Table, columns: tuple[str, ...]) -> Prepared:
+    keys = list(table.primary_key)
+    places = [f"_key{place}" for place in range(len(keys))]
+    statement = (
+        update(table)
+        .where(and_(*(column == bindparam(place) for column, place in zip(keys, places, strict=True))))
+        .values({table.c[name]: bindparam(f"_{name}") for name in columns})
+    )
+    # The statement names its columns in the order of the table.
+    ordered = [f"_{column.name}" for column in table.c if column.name in columns]
+    return Prepared(statement, [*ordered, *places])
+
+
+@lru_cache(maxsize=64)
+def _order(table: Table, columns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(column.name for column in table.c if column.name in columns)
 
 
 def _patch(
     connection: Connection, table: Table, patches: Iterable[tuple[Sequence[str], dict[str, Any]]]
 ) -> None:
-    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    kinds: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
     for key, patch in patches:
-        row = {f"_{name}": _text(value) for name, value in patch.items()}
-        for n, part in enumerate(key):
-            row[f"_key{n}"] = part
-        kinds.setdefault(tuple(patch), []).append(row)
+        columns = _order(table, tuple(patch))
+        values = (*[_plain(patch[name]) for name in columns], *map(_plain, key))
+        kinds.setdefault(columns, []).append(values)
     for columns, rows in kinds.items():
-        connection.execute(_update(table, columns), rows)
+        _update(table, columns).each(connection, rows)
+
+
+def _insert(table: Table, columns: Sequence[str]) -> Prepared:
+    ordered = [column.name for column in table.c if column.name in columns]
+    return Prepared(insert(table), ordered)
 
 
 def _save_variables(connection: Connection, rows: Sequence[tuple[str, str, str]]) -> None:
@@ -720,14 +774,14 @@ def _save_variables(connection: Connection, rows: Sequence[tuple[str, str, str]]
     )
 
 
+_STATUSES = Prepared(
+    select(workflow_runs.c.id, workflow_runs.c.status).join(_ids, workflow_runs.c.id == _ids.c.value), ["ids"]
+)
+
+
 def _statuses(connection: Connection, workflow_ids: Collection[str]) -> dict[str, RunStatus]:
-    query = select(workflow_runs.c.id, workflow_runs.c.status)
-    found: dict[str, RunStatus] = {}
-    ids = list(workflow_ids)
-    for start in range(0, len(ids), 1000):
-        part = query.where(workflow_runs.c.id.in_(ids[start : start + 1000]))
-        found.update((row.id, RunStatus(row.status)) for row in connection.execute(part))
-    return found
+    rows = _STATUSES.rows(connection, json.dumps(list(workflow_ids)))
+    return {run_id: _RUNS[status] for run_id, status in rows}
 
 
 def _unit(connection: Connection, key: StepKey, name: str) -> bytes | None:
@@ -743,17 +797,23 @@ def _unit(connection: Connection, key: StepKey, name: str) -> bytes | None:
 # -- rows
 
 
-def _run_row(run: RunRecord, *, now: float, ended: bool) -> dict[str, Any]:
-    row = {name: _text(getattr(run, name)) for name in RunRecord.__slots__}
-    row["headers"] = json.dumps(dict(run.headers))
-    row["created_at"] = now
+_NEW_RUN = _insert(workflow_runs, [column.name for column in workflow_runs.c])
+
+
+def _new_run(run: RunRecord, *, now: float, ended: bool) -> tuple[Any, ...]:
+    run = replace(run, created_at=now)
     if ended:
-        row.update(status=RunStatus.COMPLETED, started_at=now, completed_at=now)
-    return row
+        run = replace(run, status=RunStatus.COMPLETED, started_at=now, completed_at=now)
+    values = [_plain(getattr(run, column.name)) for column in workflow_runs.c]
+    values[_HEADERS] = json.dumps(dict(run.headers))
+    return tuple(values)
 
 
-def _run(row: Row[Any]) -> RunRecord:
-    values = dict(row._mapping)
+_HEADERS = [column.name for column in workflow_runs.c].index("headers")
+
+
+def _run(row: Mapping[str, Any]) -> RunRecord:
+    values = dict(row)
     values["status"] = RunStatus(values["status"])
     values["headers"] = json.loads(values["headers"])
     values["input"] = (values.get("input") or "").encode()
@@ -761,46 +821,96 @@ def _run(row: Row[Any]) -> RunRecord:
     return RunRecord(**values)
 
 
-def _step_row(step: StepRecord) -> dict[str, Any]:
-    return {name: _text(getattr(step, name)) for name in StepRecord.__slots__}
+_NEW_STEP_COLUMNS = (
+    "workflow_id",
+    "step",
+    "phase",
+    "seq",
+    "activity",
+    "topic",
+    "status",
+    "epoch",
+    "attempt",
+    "worker",
+    "not_before",
+    "wake_at",
+    "created_at",
+    "started_at",
+)
+_NEW_STEP = _insert(step_executions, _NEW_STEP_COLUMNS)
+_new_step_values = attrgetter(*_NEW_STEP_COLUMNS)
 
 
-def _step(row: Row[Any]) -> StepRecord:
-    values = dict(row._mapping)
-    values.pop("too_large", None)
-    values["phase"], values["status"] = Phase(values["phase"]), StepStatus(values["status"])
+def _new_step(step: StepRecord) -> tuple[Any, ...]:
+    return tuple(map(_plain, _new_step_values(step)))
+
+
+def _step(values: dict[str, Any]) -> StepRecord:
+    values["phase"], values["status"] = _PHASES[values["phase"]], _STEPS[values["status"]]
     for name in ("input", "output", "revision", "usage"):
         values[name] = _encoded(values[name])
     return StepRecord(**values)
 
 
+def _of_runs(table: Table, *columns: ColumnElement[Any]) -> Select[Any]:
+    """The rows of `table` that belong to the runs asked for."""
+    own = table.c.id if table is workflow_runs else table.c.workflow_id
+    return select(*(columns or table.c)).join_from(_ids, table, own == _ids.c.value)
+
+
+_DETAIL_RUNS = Prepared(_of_runs(workflow_runs), ["ids"])
+# Of a text SQLite counts characters.
+_output_bytes = func.length(cast(step_executions.c.output, LargeBinary))
+_too_large = _output_bytes > bindparam("limit")
+_DETAIL_STEPS = Prepared(
+    _of_runs(
+        step_executions,
+        _too_large.label("too_large"),
+        case((_output_bytes > bindparam("same"), null()), else_=step_executions.c.output),
+        *(column for column in step_executions.c if column.name != "output"),
+    ).order_by(step_executions.c.seq),
+    ["limit", "same", "ids"],
+)
+_DETAIL_STEP_FIELDS = ("output", *(column.name for column in step_executions.c if column.name != "output"))
+_RUN_FIELDS = [column.name for column in workflow_runs.c]
+_DETAIL_VARIABLES = Prepared(_of_runs(workflow_variables), ["ids"])
+_DETAIL_SIGNALS = Prepared(_of_runs(workflow_signals).order_by(workflow_signals.c.id), ["ids"])
+
+
+def _details(
+    connection: Connection, workflow_ids: Collection[str], inline_bytes: int | None
+) -> dict[str, RunDetail]:
+    """The runs that there are, with all of their rows."""
+    ids = json.dumps(list(workflow_ids))
+    limit = sys.maxsize if inline_bytes is None else inline_bytes
+    steps: dict[str, list[StepRecord]] = {}
+    stored: dict[str, set[str]] = {}
+    for too_large, *values in _DETAIL_STEPS.rows(connection, limit, limit, ids):
+        step = _step(dict(zip(_DETAIL_STEP_FIELDS, values, strict=True)))
+        steps.setdefault(step.workflow_id, []).append(step)
+        if too_large:
+            stored.setdefault(step.workflow_id, set()).add(step.step)
+    variables: dict[str, dict[str, bytes]] = {}
+    for run_id, name, value in _DETAIL_VARIABLES.rows(connection, ids):
+        variables.setdefault(run_id, {})[name] = value.encode()
+    signals: dict[str, list[Signal]] = {}
+    for _, run_id, name, value, created_at in _DETAIL_SIGNALS.rows(connection, ids):
+        signals.setdefault(run_id, []).append(Signal(name, value.encode(), created_at))
+    runs = [_run(dict(zip(_RUN_FIELDS, row, strict=True))) for row in _DETAIL_RUNS.rows(connection, ids)]
+    return {
+        run.id: RunDetail(
+            run,
+            tuple(steps.get(run.id, ())),
+            variables.get(run.id, {}),
+            tuple(signals.get(run.id, ())),
+            frozenset(stored.get(run.id, ())),
+        )
+        for run in runs
+    }
+
+
 def _detail(connection: Connection, workflow_id: str, inline_bytes: int | None) -> RunDetail:
-    run = connection.execute(select(workflow_runs).where(workflow_runs.c.id == workflow_id)).first()
-    if run is None:
+    found = _details(connection, [workflow_id], inline_bytes)
+    if workflow_id not in found:
         raise RunNotFound(workflow_id)
-    steps = step_executions.c
-    query = select(step_executions)
-    if inline_bytes is not None:
-        too_large = func.length(steps.output) > inline_bytes
-        kept = case((too_large, null()), else_=steps.output).label("output")
-        others = [column for column in steps if column.name != "output"]
-        query = select(*others, kept, func.coalesce(too_large, False).label("too_large"))
-    query = query.where(steps.workflow_id == workflow_id).order_by(steps.seq)
-    rows = connection.execute(query).all()
-    variables = select(workflow_variables.c.key, workflow_variables.c.value)
-    signals = select(workflow_signals.c.name, workflow_signals.c.value, workflow_signals.c.created_at)
-    return RunDetail(
-        _run(run),
-        tuple(_step(row) for row in rows),
-        {
-            row.key: row.value.encode()
-            for row in connection.execute(variables.where(workflow_variables.c.workflow_id == workflow_id))
-        },
-        tuple(
-            Signal(row.name, row.value.encode(), row.created_at)
-            for row in connection.execute(
-                signals.where(workflow_signals.c.workflow_id == workflow_id).order_by(workflow_signals.c.id)
-            )
-        ),
-        frozenset(row.step for row in rows if getattr(row, "too_large", False)),
-    )
+    return found[workflow_id]

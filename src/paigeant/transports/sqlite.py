@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, case, delete, func, select, update
+from sqlalchemy import bindparam, case, delete, func, literal_column, null, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from paigeant import host
-from paigeant.database import Database, Tx
+from paigeant.database import Database, Prepared
 from paigeant.errors import MessageInvalid, StoreUnavailable, TransportUnavailable
+from paigeant.lane import Tx
 from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encode
 from paigeant.store import DeadLetter, Store
 from paigeant.tables import dead_letters, messages
@@ -51,6 +53,7 @@ class SqliteTransport:
         self._wakers: dict[str, set[asyncio.Event]] = {}
         self._bury: Bury | None = None
         self._forget: Callable[[], None] | None = None
+        self._closings = 0
 
     async def connect(self) -> None:
         if self._forget is None:
@@ -64,7 +67,10 @@ class SqliteTransport:
         if self._forget is not None:
             self._forget()
             self._forget = None
-            await self.database.write(self._give_back, None)
+            self._closings += 1  # which ends the subscriptions
+            self._wake(frozenset({"*"}))
+            with contextlib.suppress(StoreUnavailable):  # what it held comes back by itself, only later
+                await self.database.write(self._give_back, None)
             await self.database.close()
 
     def joins(self, store: Store) -> bool:
@@ -85,19 +91,11 @@ class SqliteTransport:
 
     def post(self, tx: Tx, postings: Sequence[Posting]) -> None:
         """Write messages within a transaction that somebody else has begun."""
-        statement = insert_or_wake()
         rows = [
-            {
-                "message_id": posting.message_id,
-                "topic": posting.topic,
-                "body": posting.body,
-                "visible_at": tx.now + posting.delay,
-                "created_at": tx.now,
-                "deliveries": 0,
-            }
+            (posting.message_id, posting.topic, posting.body, tx.now + posting.delay, tx.now, 0)
             for posting in postings
         ]
-        tx.connection.execute(statement, rows)
+        _POST.each(tx.connection, rows)
         tx.rings.update(f"topic {posting.topic}" for posting in postings)
 
     # -- receiving
@@ -107,8 +105,9 @@ class SqliteTransport:
         self._wakers.setdefault(topic, set()).add(waker)
         gone: tuple[str, ...] = ()
         held: list[_Fetched] = []
+        closings = self._closings
         try:
-            while True:
+            while closings == self._closings:
                 # Clear before fetching: a message that comes in between is not slept over.
                 waker.clear()
                 held, next_at, until = await self._fetched(_Fetch(topic, prefetch, gone))
@@ -133,47 +132,25 @@ class SqliteTransport:
 
     async def _fetched(self, request: _Fetch) -> tuple[list[_Fetched], float | None, float]:
         try:
-            return await self._write(self._fetch, request)
-        except TransportUnavailable:
+            return await self.database.write(self._fetch, request, durable=False)
+        except StoreUnavailable:
             await asyncio.sleep(_LOOK_SECONDS * random.uniform(0.5, 1.5))  # locked or full for now: try again
             return [], None, 0.0
 
-    def _fetch(
-        self, tx: Tx, requests: Sequence[_Fetch]
-    ) -> list[tuple[list[_Fetched], float | None, float]]:
+    def _fetch(self, tx: Tx, requests: Sequence[_Fetch]) -> list[tuple[list[_Fetched], float | None, float]]:
         return [self._fetch_topic(tx, request) for request in requests]
 
     def _fetch_topic(self, tx: Tx, request: _Fetch) -> tuple[list[_Fetched], float | None, float]:
-        execute = tx.connection.execute
-        columns = messages.c
-        if request.gone:
-            dead = update(messages).where(columns.holder.in_(request.gone))
-            execute(dead.values(holder=None, visible_at=tx.now))
-        waiting = (
-            select(columns.id)
-            .where(columns.topic == request.topic, columns.visible_at <= tx.now)
-            .order_by(columns.visible_at)
-            .limit(request.most)
-        )
+        connection = tx.connection
+        for holder in request.gone:
+            _FREE.each(connection, [(tx.now, holder)])
         until = tx.now + _HOLD_SECONDS
-        ids = execute(waiting).scalars().all()
-        fetched: list[_Fetched] = []
-        if ids:
-            take = (
-                update(messages)
-                .where(columns.id.in_(ids))
-                .values(visible_at=until, holder=self._holder, deliveries=columns.deliveries + 1)
-                .returning(columns.id, columns.message_id, columns.body, columns.deliveries)
-            )
-            place = {row_id: n for n, row_id in enumerate(ids)}
-            rows = sorted(execute(take), key=lambda row: place[row.id])
-            fetched = [_Fetched(row.message_id, row.body, row.deliveries) for row in rows]
+        rows = _TAKE.rows(connection, until, self._holder, request.topic, tx.now, request.most)
+        # The rows come in no order of their own; ids rise as messages do.
+        fetched = [_Fetched(message_id, body, deliveries) for _, message_id, body, deliveries in sorted(rows)]
         next_at = None
         if len(fetched) < request.most:
-            later = select(func.min(columns.visible_at)).where(
-                columns.topic == request.topic, columns.visible_at > tx.now
-            )
-            next_at = execute(later).scalar()
+            [(next_at,)] = _NEXT.rows(connection, request.topic, tx.now)
         return fetched, next_at, until - 1.0
 
     async def _opened(self, topic: str, item: _Fetched) -> PaigeantMessage | None:
@@ -207,7 +184,10 @@ class SqliteTransport:
     async def _gone(self) -> tuple[str, ...]:
         """Holders on this host whose process has ended: what they held is free at once."""
         query = select(messages.c.holder).where(messages.c.holder.is_not(None)).distinct()
-        holders = await self.database.read(lambda connection: connection.execute(query).scalars().all())
+        try:
+            holders = await self.database.ask(lambda connection: connection.execute(query).scalars().all())
+        except StoreUnavailable:
+            return ()  # locked, or closed meanwhile: their hold runs out by itself
         return tuple(holder for holder in holders if holder and _is_gone(holder))
 
     # -- settling
@@ -217,7 +197,7 @@ class SqliteTransport:
         self.database.write_lazily(self._ack, message_id)
 
     def _ack(self, tx: Tx, requests: Sequence[str]) -> list[None]:
-        self._own(tx.connection, requests, delete(messages))
+        _ACK.each(tx.connection, [(message_id, self._holder) for message_id in requests])
         return [None] * len(requests)
 
     async def nack(self, message_id: str, *, delay: float = 0) -> None:
@@ -225,10 +205,8 @@ class SqliteTransport:
 
     def _return(self, tx: Tx, requests: Sequence[tuple[str, float]]) -> list[None]:
         for message_id, delay in requests:
-            values = {"visible_at": tx.now + delay, "holder": None}
-            self._own(tx.connection, [message_id], update(messages).values(values))
-        topics = select(messages.c.topic).where(messages.c.message_id.in_([m for m, _ in requests]))
-        tx.rings.update(f"topic {topic}" for topic in tx.connection.execute(topics).scalars())
+            for (topic,) in _RETURN.rows(tx.connection, tx.now + delay, message_id, self._holder):
+                tx.rings.add(f"topic {topic}")
         return [None] * len(requests)
 
     def _give_back(self, tx: Tx, requests: Sequence[None]) -> list[None]:
@@ -238,14 +216,9 @@ class SqliteTransport:
         tx.rings.update(f"topic {topic}" for topic in topics)
         return [None] * len(requests)
 
-    def _own(self, connection: Connection, message_ids: Sequence[str], statement: Any) -> None:
-        connection.execute(
-            statement.where(messages.c.message_id.in_(message_ids), messages.c.holder == self._holder)
-        )
-
     async def dead_letter(self, message_id: str, reason: str) -> None:
         query = select(messages).where(messages.c.message_id == message_id)
-        row = await self.database.read(lambda connection: connection.execute(query).first())
+        row = await self.database.ask(lambda connection: connection.execute(query).first())
         if row is None or row.holder != self._holder:
             return
         body = row.body[:BODY_KEPT_BYTES]
@@ -277,23 +250,75 @@ class SqliteTransport:
             .group_by(messages.c.topic)
             .order_by(messages.c.topic)
         )
-        rows = await self.database.read(lambda connection: connection.execute(query).all())
+        rows = await self.database.ask(lambda connection: connection.execute(query).all())
         return [TopicDepth(topic, count - held, held, now - oldest) for topic, count, held, oldest in rows]
 
-    async def _write(self, handler: Callable[[Tx, Sequence[Any]], Sequence[Any]], request: Any) -> Any:
+    async def _write(
+        self, handler: Callable[[Tx, Sequence[Any]], Sequence[Any]], request: Any, *, durable: bool = True
+    ) -> Any:
         try:
-            return await self.database.write(handler, request)
+            return await self.database.write(handler, request, durable=durable)
         except StoreUnavailable as exc:
             raise TransportUnavailable(str(exc)) from exc
 
 
-def insert_or_wake() -> Any:
+def _post() -> Prepared:
     """Inserts a message; one of the same id that still waits is only made due again."""
+    columns = ("message_id", "topic", "body", "visible_at", "created_at", "deliveries")
     statement = upsert(messages)
     due = func.min(messages.c.visible_at, statement.excluded.visible_at)
-    return statement.on_conflict_do_update(
-        index_elements=["message_id"], set_={"visible_at": due, "holder": None}
+    again = {"visible_at": due, "holder": null()}
+    return Prepared(statement.on_conflict_do_update(index_elements=["message_id"], set_=again), columns)
+
+
+def _take() -> Prepared:
+    """Holds the next messages of a topic, those that have waited longest first."""
+    columns = messages.c
+    waiting = (
+        select(columns.id)
+        .where(columns.topic == bindparam("topic"), columns.visible_at <= bindparam("now"))
+        .order_by(columns.visible_at)
+        .limit(bindparam("most"))
+        .offset(literal_column("0"))  # else the dialect adds a parameter of its own
     )
+    return Prepared(
+        update(messages)
+        .where(columns.id.in_(waiting))
+        .values(
+            visible_at=bindparam("until"),
+            deliveries=columns.deliveries + literal_column("1"),
+            holder=bindparam("by"),
+        )
+        .returning(columns.id, columns.message_id, columns.body, columns.deliveries),
+        ["until", "by", "topic", "now", "most"],
+    )
+
+
+_POST = _post()
+_TAKE = _take()
+_NEXT = Prepared(
+    select(func.min(messages.c.visible_at)).where(
+        messages.c.topic == bindparam("topic"), messages.c.visible_at > bindparam("now")
+    ),
+    ["topic", "now"],
+)
+_FREE = Prepared(
+    update(messages)
+    .where(messages.c.holder == bindparam("by"))
+    .values(visible_at=bindparam("now"), holder=null()),
+    ["now", "by"],
+)
+_ACK = Prepared(
+    delete(messages).where(messages.c.message_id == bindparam("id_"), messages.c.holder == bindparam("by")),
+    ["id_", "by"],
+)
+_RETURN = Prepared(
+    update(messages)
+    .where(messages.c.message_id == bindparam("id_"), messages.c.holder == bindparam("by"))
+    .values(visible_at=bindparam("at"), holder=null())
+    .returning(messages.c.topic),
+    ["at", "id_", "by"],
+)
 
 
 def _is_gone(holder: str) -> bool:
