@@ -5,11 +5,12 @@ Instants are seconds since 1970 (UTC) as floats, until a surface shows them.
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import UTC, datetime
 from typing import Protocol
 
-__all__ = ["Clock", "SystemClock", "as_datetime"]
+__all__ = ["Clock", "SystemClock", "as_datetime", "is_duration"]
 
 
 class Clock(Protocol):
@@ -26,6 +27,11 @@ class SystemClock:
     def now(self) -> float:
         """Seconds since 1970-01-01 UTC."""
         return time.time()
+
+
+def is_duration(value: object) -> bool:
+    """Whether `value` is a time in seconds: a finite number above 0. JSON can't hold an infinite one."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def as_datetime(instant: float | None) -> datetime | None:

@@ -35,13 +35,15 @@ class ItineraryPolicy:
 
     def __post_init__(self) -> None:
         if self.allowed is not None:
-            if isinstance(self.allowed, str):
-                raise InvalidDefinition(f"allowed is a list of activity names, found the text {self.allowed!r}")
-            object.__setattr__(self, "allowed", tuple(self.allowed))
-        if self.max_added is not None and self.max_added < 0:
-            raise InvalidDefinition(f"max_added is 0 or more, found {self.max_added}")
-        if self.max_total < 1:
-            raise InvalidDefinition(f"max_total is 1 or more, found {self.max_total}")
+            is_list = isinstance(self.allowed, Iterable) and not isinstance(self.allowed, (str, bytes))
+            allowed = tuple(self.allowed) if is_list else (None,)
+            if not all(isinstance(name, str) for name in allowed):
+                raise InvalidDefinition(f"allowed is a list of activity names, found {self.allowed!r}")
+            object.__setattr__(self, "allowed", allowed)
+        if self.max_added is not None and not _is_count(self.max_added, 0):
+            raise InvalidDefinition(f"max_added is a number of 0 or more, found {self.max_added!r}")
+        if not _is_count(self.max_total, 1):
+            raise InvalidDefinition(f"max_total is a number of 1 or more, found {self.max_total!r}")
 
     def check(self, slip: RoutingSlip, added: Iterable[Step], remaining: tuple[Step, ...]) -> None:
         """Raise PolicyViolation unless `slip` may have `added` put in and go on with `remaining` after this step."""
@@ -57,3 +59,7 @@ class ItineraryPolicy:
         total = len(slip.executed) + 1 + len(remaining)
         if new and total > self.max_total:
             raise PolicyViolation(f"this would make {total} steps in all, the policy allows {self.max_total}")
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

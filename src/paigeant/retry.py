@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tenacity import RetryCallState, wait_exponential
 
+from paigeant.clock import is_duration
 from paigeant.errors import InvalidDefinition
 
 if TYPE_CHECKING:
@@ -47,10 +48,13 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:
             raise InvalidDefinition(f"a RetryPolicy needs attempts of 1 or more, found {self.attempts!r}")
-        if self.base < 0 or self.cap < 0:
-            raise InvalidDefinition(f"base and cap are seconds, 0 or more; found base={self.base}, cap={self.cap}")
-        if not 0 <= self.jitter <= 1:
-            raise InvalidDefinition(f"jitter is a share between 0 and 1, found {self.jitter}")
+        for value in (self.base, self.cap):
+            if value != 0 and not is_duration(value):
+                raise InvalidDefinition(
+                    f"base and cap are seconds, 0 or more; found base={self.base!r}, cap={self.cap!r}"
+                )
+        if self.jitter != 0 and not (is_duration(self.jitter) and self.jitter <= 1):
+            raise InvalidDefinition(f"jitter is a share between 0 and 1, found {self.jitter!r}")
 
     @classmethod
     def of(cls, retries: int | RetryPolicy) -> RetryPolicy:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from paigeant.clock import is_duration
 from paigeant.errors import InvalidDefinition, PolicyViolation
 from paigeant.policy import ItineraryPolicy
 from paigeant.slip import RoutingSlip, Step, identify
@@ -43,13 +44,14 @@ class Workflow:
         on_compensation_failure: Literal["continue", "stop"] = "continue",
         description: str = "",
     ) -> None:
-        if not isinstance(name, str) or not name.strip() or len(name) > 200:
+        if not isinstance(name, str) or not name.strip() or len(name) > 200 or any(ord(c) < 32 for c in name):
             raise InvalidDefinition(
-                f"a workflow needs a name of 1 to 200 characters, found {name!r}: Workflow('name', ['activity', ...])"
+                "a workflow needs a name of 1 to 200 characters without control characters, "
+                f"found {name!r}: Workflow('name', ['activity', ...])"
             )
         if isinstance(steps, (str, bytes)) or not isinstance(steps, Iterable):
             raise InvalidDefinition(f"steps of workflow '{name}' are a list, found {steps!r}")
-        if deadline is not None and not (isinstance(deadline, (int, float)) and deadline > 0):
+        if deadline is not None and not is_duration(deadline):
             raise InvalidDefinition(
                 f"deadline of workflow '{name}' is in seconds and above 0, found {deadline!r}"
             )
