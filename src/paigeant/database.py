@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -285,6 +287,22 @@ def _engine(path: Path) -> Engine:
     return engine
 
 
+def _take_turn(driver: sqlite3.Connection) -> None:
+    # SQLite's own waiting sleeps 1, 2, 5, 10, 15 ms and more between its looks, while others hold the lock for less
+    # than one: two workers on a file would spend most of their time asleep.
+    until = time.monotonic() + _BUSY_SECONDS
+    pause = 0.0001
+    while True:
+        try:
+            driver.execute("BEGIN IMMEDIATE")
+            return
+        except sqlite3.OperationalError as exc:
+            if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(pause * random.uniform(0.5, 1.5))
+        pause = min(pause * 1.5, 0.01)
+
+
 @contextlib.contextmanager
 def begun(connection: Connection, *, reads_only: bool = False) -> Iterator[None]:
     """A transaction that is committed at the end, or rolled back by an error.
@@ -293,7 +311,10 @@ def begun(connection: Connection, *, reads_only: bool = False) -> Iterator[None]
     fails immediately, whatever the busy timeout is.
     """
     driver = _driver(connection)
-    driver.execute("BEGIN" if reads_only else "BEGIN IMMEDIATE")
+    if reads_only:
+        driver.execute("BEGIN")
+    else:
+        _take_turn(driver)
     try:
         yield
         connection.commit()
@@ -333,7 +354,8 @@ def _translated(path: Path) -> Iterator[None]:
             raise ConfigurationError(
                 f"{path} is not an SQLite database; name another file in the URL"
             ) from exc
-        if isinstance(cause, sqlite3.OperationalError):
+        # A damaged file is plainly a DatabaseError; the other kinds below it are mistakes in a statement.
+        if isinstance(cause, sqlite3.OperationalError) or type(cause) is sqlite3.DatabaseError:
             raise StoreUnavailable(f"can't use {path}: {cause}") from exc
         raise
 

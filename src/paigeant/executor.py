@@ -270,7 +270,8 @@ class Executor:
         assert error is not None
         permanent = isinstance(error, NonRetryableError)
         if not isinstance(error, ActivityRejected):
-            step_log.info("%s: attempt %d failed", claim.key.step, claim.grant.attempt, exc_info=error)
+            ids = _ids(claim, self.worker_id)  # they are no longer those of the current step
+            step_log.info("attempt failed", exc_info=error, extra=ids)
         return Failed(_text(error), claim.grant.attempt, retry, permanent, self._chance()), produced
 
     async def record(self, claim: Claim, outcome: Outcome, produced: _Produced, move: Move) -> Claim | None:

@@ -31,6 +31,7 @@ def _fresh_imports() -> Iterator[None]:
 
 
 def write(name: str, text: str) -> str:
+    """Write a file, with its folders; gives its name."""
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -164,7 +165,7 @@ def test_what_cannot_be_used_is_said_on_one_line(name: str, text: str | None, sa
 def test_a_missing_file_is_compared_with_its_neighbours() -> None:
     """A mistyped path is answered with the nearest file."""
     write("handlers.py", ONE)
-    with pytest.raises(HandlerError, match="did you mean 'handlers.py'"):
+    with pytest.raises(HandlerError, match=r"did you mean 'handlers.py'"):
         load(["handler.py"])
 
 
@@ -187,7 +188,7 @@ def test_equal_workflows_of_two_files_are_named() -> None:
     """Two files that define one workflow are both in the message."""
     write("shop.py", ONE)
     write("bank.py", ONE.replace("greet", "pay"))
-    with pytest.raises(HandlerError, match="workflow 'hello' is defined in shop.py and in bank.py"):
+    with pytest.raises(HandlerError, match=r"workflow 'hello' is defined in shop.py and in bank.py"):
         load(["shop.py", "bank.py"])
 
 

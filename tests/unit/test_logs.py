@@ -40,10 +40,12 @@ def configured(stream: io.StringIO) -> LogObserver:
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:
+    """What was written, line by line."""
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
 def step_event(name: EventName = "step.completed", **more: Any) -> Event:
+    """An event of a step with all ids."""
     return Event(
         name, "order-1", "fulfil", "reserve", "reserve_stock", 2, "trace", "corr", "worker-1", **more
     )
@@ -214,3 +216,21 @@ async def test_each_line_of_a_real_step_has_the_ids_of_its_run() -> None:
     }
     assert [line for line in of_steps if not set(line) >= IDS] == []
     assert len({line["trace_id"] for line in of_steps}) == 1
+
+
+async def test_the_traceback_of_an_attempt_has_the_ids_of_its_step() -> None:
+    """Why an attempt failed is logged with its traceback and the step that it belongs to."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def break_down() -> None:
+        raise RuntimeError("no steam")
+
+    stream = io.StringIO()
+    configured(stream)
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("engine", ["break_down"]))
+        await app.drain()
+    (line,) = [line for line in lines(stream) if "exception" in line]
+    assert line["exception"].endswith("RuntimeError: no steam")
+    assert (line["workflow_id"], line["step"], line["attempt"]) == (run.id, "break_down", 1)

@@ -12,6 +12,7 @@ from paigeant.security import Key, KeyRing
 
 
 def ring(keys: int = 1) -> KeyRing:
+    """A ring of so many new keys."""
     made = KeyRing()
     for number in range(keys):
         made = made.rotate(Key.generate(now=float(number)))

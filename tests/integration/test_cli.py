@@ -1,0 +1,865 @@
+"""The commands, called in this process; `test_cli_worker.py` has those that need processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sqlite3
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from typer.testing import CliRunner, Result
+
+from paigeant import Paigeant, PaigeantMessage, RoutingSlip, Step
+from paigeant.cli.program import app, exit_code
+from paigeant.errors import InputInvalid, RunTimeout, StoreUnavailable, TransportUnavailable
+from paigeant.message import encode
+from paigeant.store import DeadLetter
+
+HANDLERS = """
+from paigeant import ActivityRegistry, NonRetryableError, Step, StepContext, Workflow
+activity = ActivityRegistry()
+
+@activity.execute(retries=0)
+async def reserve(sku: str, ctx: StepContext) -> dict:
+    await ctx.save_variable("shelf", "B-7")
+    return {"reserved": sku}
+
+@activity.compensate("reserve")
+async def release(output: dict) -> None: ...
+
+@activity.execute(retries=0)
+async def charge(card: str) -> str:
+    if card == "declined":
+        raise NonRetryableError("the card was declined")
+    return "paid"
+
+order = Workflow("order", ["reserve", "charge"])
+pay = Workflow("pay", ["charge"])
+abroad = Workflow("abroad", ["reserve", "ship_abroad"])
+"""
+
+GOOD = {"sku": "A-1", "card": "4242"}
+BAD = {"sku": "A-1", "card": "declined"}
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was() -> Iterator[None]:
+    modules, path, root = set(sys.modules), list(sys.path), logging.getLogger()
+    own, level = logging.getLogger("paigeant"), root.level
+    Path("handlers.py").write_text(HANDLERS)
+    yield
+    for name in set(sys.modules) - modules:
+        if getattr(sys.modules[name], "__file__", None) == str(Path("handlers.py").resolve()):
+            del sys.modules[name]
+    sys.path[:] = path
+    for logger in (root, own):
+        logger.handlers[:] = [handler for handler in logger.handlers if not hasattr(handler, "_is_paigeant")]
+    own.propagate = True
+    root.setLevel(level)
+    own.setLevel(logging.NOTSET)
+    structlog.reset_defaults()
+
+
+def paigeant(*args: str, input: str | bytes | None = None, code: int = 0) -> Result:
+    """What a command gave, which ended with exit code `code` and without a traceback."""
+    result = CliRunner().invoke(app, list(args), input=input)
+    assert (result.exit_code, "\nTraceback" in result.output) == (code, False), result.output
+    return result
+
+
+def as_json(*args: str, **more: Any) -> Any:
+    """The JSON that a command wrote to standard output, and nothing else."""
+    return json.loads(paigeant(*args, "--json", **more).stdout)
+
+
+def refused(*args: str, input: str | bytes | None = None, code: int = 2) -> str:
+    """The one line on standard error with which a command was refused."""
+    result = paigeant(*args, input=input, code=code)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.stdout == ""
+    return line.removeprefix("error: ")
+
+
+def dispatched(workflow: str, payload: dict[str, Any], id: str) -> None:
+    """Start a run and do its steps."""
+    paigeant("dispatch", workflow, "-", "--handlers", "handlers.py", "--id", id, input=json.dumps(payload))
+    paigeant("run", "handlers.py", "--until-idle")
+
+
+# -- dispatch
+
+
+def test_dispatch_prints_the_id_alone() -> None:
+    """Standard output is the id and nothing else, for `ID=$(paigeant dispatch ...)`."""
+    result = paigeant(
+        "dispatch", "order", "-", "--handlers", "handlers.py", "--id", "o-1", input=json.dumps(GOOD)
+    )
+    assert result.stdout == "o-1\n"
+
+
+def test_dispatch_as_json_is_the_id() -> None:
+    """--json without --wait is an object with the id."""
+    given = json.dumps(GOOD)
+    assert as_json("dispatch", "order", "-", "--handlers", "handlers.py", "--id", "o-1", input=given) == {
+        "id": "o-1"
+    }
+
+
+def test_dispatching_again_gives_the_same_run() -> None:
+    """The same id, workflow and input is the same run."""
+    for _ in range(2):
+        paigeant("dispatch", "order", "-", "--handlers", "handlers.py", "--id", "o-1", input=json.dumps(GOOD))
+    assert len(as_json("runs", "list")) == 1
+
+
+def test_the_same_id_with_other_input_is_refused() -> None:
+    """An id belongs to one input."""
+    dispatched("order", GOOD, "o-1")
+    said = refused(
+        "dispatch", "order", "-", "--handlers", "handlers.py", "--id", "o-1", input=json.dumps(BAD)
+    )
+    assert "run 'o-1' already exists with another input" in said
+
+
+def test_wait_gives_the_object_of_runs_show() -> None:
+    """`dispatch --wait --json` and `runs show --json` are the same object."""
+    dispatched("order", GOOD, "o-1")
+    waited = as_json(
+        "dispatch", "order", "-", "--handlers", "handlers.py", "--id", "o-1", "--wait", input=json.dumps(GOOD)
+    )
+    assert waited == as_json("runs", "show", "o-1")
+
+
+def test_waiting_for_a_run_that_fails_ends_with_1() -> None:
+    """A run that ends otherwise than completed is exit code 1, and is printed."""
+    dispatched("order", BAD, "o-1")
+    given = json.dumps(BAD)
+    result = paigeant(
+        "dispatch",
+        "order",
+        "-",
+        "--handlers",
+        "handlers.py",
+        "--id",
+        "o-1",
+        "--wait",
+        "--json",
+        input=given,
+        code=1,
+    )
+    assert json.loads(result.stdout)["status"] == "compensated"
+
+
+def test_waiting_too_long_ends_with_1_and_says_that_the_run_goes_on() -> None:
+    """Without a worker the time runs out; the run is printed as it is."""
+    args = (
+        "dispatch",
+        "order",
+        "-",
+        "--handlers",
+        "handlers.py",
+        "--id",
+        "o-1",
+        "--wait",
+        "--timeout",
+        "0.01",
+        "--json",
+    )
+    result = paigeant(*args, input=json.dumps(GOOD), code=1)
+    assert json.loads(result.stdout)["status"] == "pending"
+    assert "error: run 'o-1' has not ended within 0.01 s; it goes on" in result.stderr
+
+
+def test_waiting_without_a_worker_is_warned_of() -> None:
+    """Who waits where nobody works is told so."""
+    args = ("dispatch", "order", "-", "--handlers", "handlers.py", "--wait", "--timeout", "0.01")
+    assert "no worker is running on this store" in paigeant(*args, input=json.dumps(GOOD), code=1).stderr
+
+
+def test_input_comes_from_a_file() -> None:
+    """INPUT.json is the name of a file."""
+    Path("input.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    paigeant("dispatch", "order", "input.json", "--handlers", "handlers.py", "--id", "o-1")
+    assert as_json("runs", "show", "o-1")["input"] == GOOD
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "in.json is empty; expected a JSON object"),
+        (b'{"a": 1,\n "b" 2}', "in.json is not JSON: Expecting ':' delimiter at line 2, column 6"),
+        (b'{"a": 1, "a": 2}', "in.json is not JSON: the key 'a' occurs twice in one object"),
+        (b'{"a": NaN}', "in.json is not JSON: NaN is not JSON"),
+        (b'{"a": 1e999}', "in.json is not JSON: 1e999 is not a finite number"),
+        (b'{"a": "\xff"}', "in.json is not JSON: byte 7 is not UTF-8"),
+        (b"[1]", "the input of workflow 'order' is list [1]; expected an object"),
+        (b"[" * 100000, "nested deeper than"),
+        (b'{"sku": "A-1"}', "'card'"),
+        (b'{"sku": 5, "card": "4"}', "'sku' of activity 'reserve' doesn't fit"),
+        (b'{"a": "' + b"x" * 1048576 + b'"}', "the message has 1,048,585 bytes, the limit is 1,048,576"),
+    ],
+)
+def test_input_that_cannot_be_is_refused(body: bytes, said: str) -> None:
+    """Each says what is wrong and where, on one line, and nothing is recorded."""
+    Path("in.json").write_bytes(body)
+    workflow = "order"
+    if said == "'card'":
+        Path("handlers.py").write_text(HANDLERS.replace('["charge"]', '["charge"]'))
+        workflow = "pay"
+    assert said in refused("dispatch", workflow, "in.json", "--handlers", "handlers.py")
+    assert as_json("runs", "list") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("inptu.json", "there is no file inptu.json; did you mean 'input.json'?"),
+        (".", ". is a folder"),
+        ('{"a": 1}', "expected a file with the input, found JSON"),
+        ("a\0b", "can't read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused(name: str, said: str) -> None:
+    """Each says what was found instead of a file with the input."""
+    Path("input.json").write_text("{}")
+    assert said in refused("dispatch", "order", name, "--handlers", "handlers.py")
+
+
+def test_an_unknown_workflow_is_answered_with_the_nearest() -> None:
+    """A mistyped workflow is answered with what there is."""
+    said = refused("dispatch", "ordr", "-", "--handlers", "handlers.py", input="{}")
+    assert "no workflow 'ordr' is defined here; did you mean 'order'?" in said
+
+
+def test_dispatch_without_handlers_says_where_to_name_them() -> None:
+    """No handlers anywhere is another mistake than a wrong name."""
+    assert "give --handlers handlers.py" in refused("dispatch", "order", "-", input="{}")
+
+
+def test_a_workflow_in_the_file_needs_no_code() -> None:
+    """`workflows:` in paigeant.yaml is enough for a dispatcher."""
+    Path("paigeant.yaml").write_text("workflows:\n  remote:\n    - far_away\n")
+    assert paigeant("dispatch", "remote", "-", "--id", "r-1", input="{}").stdout == "r-1\n"
+
+
+def test_an_activity_that_nobody_here_knows_is_a_warning() -> None:
+    """Another service may have it: the run is dispatched all the same."""
+    result = paigeant("dispatch", "abroad", "-", "--handlers", "handlers.py", input=json.dumps(GOOD))
+    assert "warning: workflow 'abroad': no activity 'ship_abroad' is registered here" in result.stderr
+
+
+def test_strict_makes_it_an_error() -> None:
+    """With --strict nothing is dispatched that this process doesn't know."""
+    said = refused("dispatch", "abroad", "-", "--handlers", "handlers.py", "--strict", input=json.dumps(GOOD))
+    assert "no activity 'ship_abroad' is registered here" in said
+
+
+def test_a_timeout_needs_wait() -> None:
+    """--timeout alone can't be meant."""
+    assert "--timeout says how long to wait" in refused(
+        "dispatch", "order", "-", "--timeout", "1", input="{}"
+    )
+
+
+# -- run
+
+
+def test_run_needs_handlers() -> None:
+    """Without handlers there is nothing to run."""
+    assert "no handlers are named" in refused("run")
+
+
+def test_handlers_come_from_the_file() -> None:
+    """`handlers:` in paigeant.yaml is the default of run and dispatch."""
+    Path("paigeant.yaml").write_text("handlers: handlers.py\n")
+    paigeant("dispatch", "order", "-", "--id", "o-1", input=json.dumps(GOOD))
+    paigeant("run", "--until-idle")
+    assert as_json("runs", "show", "o-1")["status"] == "completed"
+
+
+def test_run_says_what_it_serves() -> None:
+    """A worker's first line names its activities, topics, transport and store."""
+    lines = [
+        json.loads(line)
+        for line in paigeant("run", "handlers.py", "--until-idle").stderr.splitlines()
+        if line[0] == "{"
+    ]
+    facts = {name: lines[0][name] for name in ("event", "activities", "topics", "transport", "store")}
+    assert facts == {
+        "event": "worker.serving",
+        "activities": "charge, reserve",
+        "topics": "charge, reserve",
+        "transport": "sqlite:///paigeant.db",
+        "store": "sqlite:///paigeant.db",
+    }
+
+
+def test_run_logs_to_standard_error_alone() -> None:
+    """A worker has no result, so that standard output stays empty."""
+    dispatched("order", GOOD, "o-1")
+    assert paigeant("run", "handlers.py", "--until-idle").stdout == ""
+
+
+def test_run_does_only_its_topics() -> None:
+    """--topics leaves what waits elsewhere alone."""
+    paigeant("dispatch", "order", "-", "--handlers", "handlers.py", "--id", "o-1", input=json.dumps(GOOD))
+    paigeant("run", "handlers.py", "--topics", "charge", "--until-idle")
+    assert as_json("runs", "show", "o-1")["steps"][0]["status"] == "ready"
+
+
+def test_run_warns_of_unknown_activities_and_topics() -> None:
+    """What another service may have, and what can only be a slip of the pen, is said before the work begins."""
+    said = paigeant("run", "handlers.py", "--topics", "charge,resrve", "--until-idle").stderr
+    assert "warning: workflow 'abroad': no activity 'ship_abroad'" in said
+    assert "no activity here has the topic 'resrve'; did you mean 'reserve'?" in said
+
+
+def test_a_strict_worker_refuses_unknown_activities() -> None:
+    """With --strict it is an error."""
+    assert "no activity 'ship_abroad' is registered here" in refused("run", "handlers.py", "--strict")
+
+
+def test_a_worker_without_activities_is_refused() -> None:
+    """Handlers that only define workflows give a worker nothing to do."""
+    Path("only.py").write_text("from paigeant import Workflow\nw = Workflow('w', ['a'])\n")
+    assert "only.py defines no activity" in refused("run", "only.py")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["run", "gone.py"], "there is no file gone.py"),
+        (["run", "handlers.py", "--concurrency", "0"], "Invalid value for '--concurrency'"),
+        (["run", "handlers.py", "--processes", "0"], "Invalid value for '--processes'"),
+        (["run", "handlers.py", "--topics", ","], "--topics names no topic"),
+        (["rn"], "No such command 'rn'. Did you mean 'run', 'runs'?; see `paigeant --help`"),
+        (["runs", "lst"], "No such command 'lst'"),
+        (["runs", "show"], "Missing argument 'ID'; see `paigeant runs show --help`"),
+        (["runs", "list", "--limit", "x"], "Invalid value for '--limit'"),
+        (["runs", "list", "--limit", "0"], "Invalid value for '--limit'"),
+        (["runs", "list", "--status", "complete"], "did you mean 'completed'?"),
+        (["runs", "list", "--stat", "failed"], "No such option: --stat"),
+    ],
+)
+def test_wrong_use_is_said_on_one_line(args: list[str], said: str) -> None:
+    """Exit code 2, what is wrong, and where help is."""
+    assert said in refused(*args)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["runs", "list"], ["run", "handlers.py"], ["dispatch", "order", "-", "--handlers", "handlers.py"]],
+)
+def test_a_store_in_memory_is_refused(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """memory:// lives in one process, where no other command would see anything."""
+    monkeypatch.setenv("PAIGEANT_STORE_URL", "memory://")
+    assert "store_url is memory://, which lives in one process" in refused(*command, input="{}")
+
+
+# -- errors and exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputInvalid("x"), 2),
+        (RunTimeout("x"), 1),
+        (StoreUnavailable("x"), 3),
+        (TransportUnavailable("x"), 3),
+    ],
+)
+def test_each_error_has_an_exit_code(error: Any, code: int) -> None:
+    """1 the run isn't done, 2 wrong use, 3 what can't be reached."""
+    assert exit_code(error) == code
+
+
+def test_a_damaged_database_is_out_of_reach() -> None:
+    """Exit code 3: neither the command nor the settings are wrong."""
+    dispatched("order", GOOD, "o-1")
+    body = Path("paigeant.db").read_bytes()
+    Path("paigeant.db").write_bytes(body[:100] + b"\xff" * (len(body) - 100))
+    assert "can't use paigeant.db: database disk image is malformed" in refused("runs", "list", code=3)
+
+
+def test_a_file_that_is_no_database_is_refused() -> None:
+    """What isn't a database is left as it is."""
+    Path("paigeant.db").write_text("shopping list")
+    assert "paigeant.db is not an SQLite database" in refused("runs", "list")
+
+
+def test_nothing_is_made_by_looking() -> None:
+    """Listing in a folder without a database makes none."""
+    assert as_json("runs", "list") == []
+    assert not Path("paigeant.db").exists()
+
+
+# -- runs
+
+
+def test_runs_show_has_what_a_script_needs() -> None:
+    """The object of a run has the fields that are promised, and its times are ISO 8601 in UTC."""
+    dispatched("order", GOOD, "o-1")
+    run = as_json("runs", "show", "o-1")
+    steps = run.pop("steps")
+    times = [steps[0].pop(name) for name in ("started_at", "completed_at")]
+    assert {
+        name: run[name] for name in ("id", "workflow", "status", "input", "output", "error", "variables")
+    } == {
+        "id": "o-1",
+        "workflow": "order",
+        "status": "completed",
+        "input": GOOD,
+        "output": "paid",
+        "error": None,
+        "variables": {"shelf": "B-7"},
+    }
+    assert len(run["trace_id"]) == 32
+    assert {name: steps[0][name] for name in ("id", "activity", "status", "attempts", "output", "error")} == {
+        "id": "reserve",
+        "activity": "reserve",
+        "status": "completed",
+        "attempts": 1,
+        "output": {"reserved": "A-1"},
+        "error": None,
+    }
+    assert [time[10] + time[-1] for time in times] == ["TZ", "TZ"]
+
+
+def test_runs_show_has_undos_apart() -> None:
+    """A step that was undone says so, and its undo stands in `compensations`."""
+    dispatched("order", BAD, "o-1")
+    run = as_json("runs", "show", "o-1")
+    assert [(step["id"], step["status"]) for step in run["steps"]] == [
+        ("reserve", "compensated"),
+        ("charge", "failed"),
+    ]
+    assert [(undo["id"], undo["status"]) for undo in run["compensations"]] == [("reserve", "compensated")]
+
+
+def test_runs_show_for_people_tells_all_steps() -> None:
+    """Each step has a row, also those still to come."""
+    paigeant("dispatch", "order", "-", "--handlers", "handlers.py", "--id", "o-1", input=json.dumps(GOOD))
+    rows = [line.split()[:3] for line in paigeant("runs", "show", "o-1").stdout.splitlines() if line]
+    assert ["reserve", "reserve", "ready"] in rows
+    assert ["charge", "charge", "to"] in rows
+
+
+def test_an_unknown_run_is_refused() -> None:
+    """An id that isn't there is exit code 2."""
+    dispatched("order", GOOD, "o-1")
+    assert "no run 'o-2' in this store" in refused("runs", "show", "o-2")
+
+
+def test_runs_list_is_filtered() -> None:
+    """By status, workflow and number; the newest first."""
+    dispatched("order", GOOD, "o-1")
+    dispatched("order", BAD, "o-2")
+    dispatched("pay", GOOD, "p-1")
+    listed = {
+        "all": [run["id"] for run in as_json("runs", "list")],
+        "completed": [run["id"] for run in as_json("runs", "list", "--status", "completed")],
+        "order": [run["id"] for run in as_json("runs", "list", "--workflow", "order")],
+        "one": [run["id"] for run in as_json("runs", "list", "--limit", "1")],
+    }
+    assert listed == {
+        "all": ["p-1", "o-2", "o-1"],
+        "completed": ["p-1", "o-1"],
+        "order": ["o-2", "o-1"],
+        "one": ["p-1"],
+    }
+
+
+def test_markup_in_values_is_shown_as_it_is() -> None:
+    """An id with brackets in it is an id, not a style."""
+    dispatched("order", GOOD, "[red]o-1[/red]")
+    assert "[red]o-1[/red]" in paigeant("runs", "list").stdout
+    assert "[red]o-1[/red]" in paigeant("runs", "show", "[red]o-1[/red]").stdout
+
+
+def test_a_run_is_cancelled() -> None:
+    """Cancelling prints the state from then on; what was done is undone by a worker."""
+    paigeant("dispatch", "order", "-", "--handlers", "handlers.py", "--id", "o-1", input=json.dumps(GOOD))
+    assert as_json("runs", "cancel", "o-1", "--reason", "ordered twice") == {
+        "id": "o-1",
+        "status": "cancelled",
+    }
+    assert as_json("runs", "show", "o-1")["error"] == "ordered twice"
+
+
+def test_an_ended_run_cannot_be_cancelled() -> None:
+    """What has ended stays ended."""
+    dispatched("order", GOOD, "o-1")
+    assert "only an open run can be cancelled" in refused("runs", "cancel", "o-1")
+
+
+def test_a_failed_run_is_taken_up_again() -> None:
+    """After `runs retry` a worker goes on where the run stopped."""
+    dispatched("pay", BAD, "p-1")
+    assert as_json("runs", "retry", "p-1") == {"id": "p-1", "status": "running"}
+    Path("handlers.py").write_text(HANDLERS.replace('== "declined"', '== "stolen"'))
+    sys.modules.pop("handlers", None)
+    paigeant("run", "handlers.py", "--until-idle")
+    assert as_json("runs", "show", "p-1")["output"] == "paid"
+
+
+def test_a_completed_run_cannot_be_retried() -> None:
+    """Only what failed can be taken up again."""
+    dispatched("pay", GOOD, "p-1")
+    assert "only failed and compensation_failed runs can be retried" in refused("runs", "retry", "p-1")
+
+
+def test_a_signal_is_kept_with_the_run() -> None:
+    """Name and value of a signal are recorded, negative numbers included."""
+    paigeant("dispatch", "order", "-", "--handlers", "handlers.py", "--id", "o-1", input=json.dumps(GOOD))
+    paigeant("runs", "signal", "o-1", "approved", "true")
+    paigeant("runs", "signal", "o-1", "correction", "-5")
+    found = [(signal["name"], signal["value"]) for signal in as_json("runs", "show", "o-1")["signals"]]
+    assert found == [("approved", True), ("correction", -5)]
+
+
+def test_a_signal_that_is_not_json_is_refused() -> None:
+    """A bare word is answered with how to write a text."""
+    said = refused("runs", "signal", "o-1", "comment", "hello")
+    assert "VALUE is not JSON" in said
+    assert "'\"hello\"'" in said
+
+
+# -- variables
+
+
+def test_variables_are_listed_read_and_set() -> None:
+    """What was set is what is read; texts are printed as they are, all else as JSON."""
+    dispatched("order", GOOD, "o-1")
+    paigeant("variables", "set", "o-1", "limit", "-250")
+    paigeant("variables", "set", "o-1", "who", '"Ada"')
+    assert as_json("variables", "list", "o-1") == {"shelf": "B-7", "limit": -250, "who": "Ada"}
+    assert paigeant("variables", "get", "o-1", "who").stdout == "Ada\n"
+    assert paigeant("variables", "get", "o-1", "limit").stdout == "-250\n"
+    assert as_json("variables", "get", "o-1", "who") == "Ada"
+    assert "shelf" in paigeant("variables", "list", "o-1").stdout
+
+
+def test_an_unknown_variable_is_answered_with_the_nearest() -> None:
+    """A mistyped name is answered with what there is."""
+    dispatched("order", GOOD, "o-1")
+    assert "no variable 'shlf'; did you mean 'shelf'?" in refused("variables", "get", "o-1", "shlf")
+
+
+@pytest.mark.parametrize("args", [["list", "o-9"], ["get", "o-9", "k"], ["set", "o-9", "k", "1"]])
+def test_variables_of_an_unknown_run_are_refused(args: list[str]) -> None:
+    """A variable belongs to a run that is there."""
+    dispatched("order", GOOD, "o-1")
+    assert "no run 'o-9'" in refused("variables", *args)
+
+
+# -- topics
+
+
+def test_topics_tell_what_waits() -> None:
+    """A dispatched step waits in the topic of its activity."""
+    assert as_json("topics", "list") == []
+    paigeant("dispatch", "order", "-", "--handlers", "handlers.py", input=json.dumps(GOOD))
+    (topic,) = as_json("topics", "list")
+    assert (topic["topic"], topic["waiting"], topic["taken"]) == ("reserve", 1, 0)
+    assert "reserve" in paigeant("topics", "list").stdout
+
+
+# -- dead letters
+
+
+def bury(id: str, body: bytes) -> None:
+    """Put a dead letter into the store."""
+
+    async def command() -> None:
+        async with Paigeant() as app:
+            await app.store.bury(DeadLetter(id, "reserve", "not_json", "not_json: nothing", body, 1))
+
+    asyncio.run(command())
+
+
+def message(workflow_id: str) -> bytes:
+    """The message that wakes the first step of a run."""
+    slip = RoutingSlip(itinerary=(Step("reserve", id="reserve"),))
+    return encode(PaigeantMessage("m-1", workflow_id, slip))
+
+
+def test_dead_letters_are_listed_and_shown() -> None:
+    """The listing has reason and topic, the letter itself its body too."""
+    bury("m-1", b"not [json]")
+    (letter,) = as_json("dead-letters", "list")
+    assert (letter["id"], letter["topic"], letter["reason"]) == ("m-1", "reserve", "not_json")
+    assert as_json("dead-letters", "show", "m-1")["body"] == "not [json]"
+    assert "not [json]" in paigeant("dead-letters", "show", "m-1").stdout
+    assert "m-1" in paigeant("dead-letters", "list").stdout
+
+
+def test_a_body_that_is_no_text_is_shown_all_the_same() -> None:
+    """Bytes that aren't UTF-8 come as base64 in JSON, and escaped for people."""
+    bury("m-1", b"\xff\x00")
+    assert as_json("dead-letters", "show", "m-1")["body_base64"] == "/wA="
+    assert "\\xff" in paigeant("dead-letters", "show", "m-1").stdout
+
+
+def test_requeueing_sends_the_message_again_and_forgets_the_letter() -> None:
+    """A run whose message was lost goes on; the message is the store's, so that it is sent once."""
+    paigeant("dispatch", "order", "-", "--handlers", "handlers.py", "--id", "o-1", input=json.dumps(GOOD))
+    with sqlite3.connect("paigeant.db") as connection:
+        connection.execute("DELETE FROM messages")
+    bury("m-1", message("o-1"))
+    assert as_json("dead-letters", "requeue", "m-1")["workflow_id"] == "o-1"
+    assert (as_json("dead-letters", "list"), as_json("topics", "list")[0]["waiting"]) == ([], 1)
+
+
+def test_a_letter_whose_run_went_on_is_not_requeued() -> None:
+    """There is nothing to send for a step that is recorded; the letter stays."""
+    dispatched("order", GOOD, "o-1")
+    bury("m-1", message("o-1"))
+    assert "doesn't wait any more (the run is completed)" in refused("dead-letters", "requeue", "m-1")
+    assert len(as_json("dead-letters", "list")) == 1
+
+
+def test_a_letter_of_an_unknown_run_is_not_requeued() -> None:
+    """A message of another store belongs to no run here."""
+    bury("m-1", message("elsewhere"))
+    assert "no run 'elsewhere'" in refused("dead-letters", "requeue", "m-1")
+
+
+def test_a_letter_without_a_message_cannot_be_requeued() -> None:
+    """What is no message now won't be one when it is sent again."""
+    bury("m-1", b"not json")
+    assert "its body is no message" in refused("dead-letters", "requeue", "m-1")
+
+
+def test_a_letter_is_deleted() -> None:
+    """Once deleted it is unknown."""
+    bury("m-1", b"x")
+    paigeant("dead-letters", "delete", "m-1")
+    for command in ("show", "requeue", "delete"):
+        assert "there is no dead letter 'm-1'" in refused("dead-letters", command, "m-1")
+
+
+# -- db
+
+
+def test_an_upgrade_makes_the_tables() -> None:
+    """`db upgrade` brings a database to the newest version, and a second time changes nothing."""
+    newest = as_json("db", "current")["newest"]
+    assert as_json("db", "current")["current"] is None
+    assert as_json("db", "upgrade")["current"] == newest
+    assert as_json("db", "upgrade") == {"database": "paigeant.db", "before": newest, "current": newest}
+    assert paigeant("db", "current").stdout == f"{newest} (newest)\n"
+
+
+def test_a_downgrade_takes_the_tables_away() -> None:
+    """Before the first migration there are no tables; using the file again makes them."""
+    paigeant("db", "upgrade")
+    assert as_json("db", "downgrade", "base")["current"] is None
+    dispatched("order", GOOD, "o-1")
+    assert as_json("runs", "show", "o-1")["status"] == "completed"
+
+
+def test_a_downgrade_does_not_delete_runs_unasked() -> None:
+    """Without --yes a script can't lose its runs."""
+    dispatched("order", GOOD, "o-1")
+    assert "deletes the tables with all 1 recorded runs; add --yes" in refused("db", "downgrade", "base")
+    assert len(as_json("runs", "list")) == 1
+    paigeant("db", "downgrade", "base", "--yes")
+    assert as_json("runs", "list") == []
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["upgrade", "0999"], "no migration is called '0999'"),
+        (["downgrade", "x"], "no migration is called 'x'"),
+        (["downgrade", "-99"], "-99 goes beyond the first migration"),
+    ],
+)
+def test_a_migration_that_is_not_there_is_refused(args: list[str], said: str) -> None:
+    """A mistyped migration is answered with what there is."""
+    paigeant("db", "upgrade")
+    assert said in refused("db", *args)
+
+
+def test_nothing_is_taken_back_where_nothing_is() -> None:
+    """No database, and a database without our tables, have nothing to downgrade."""
+    assert "there is no database paigeant.db" in refused("db", "downgrade")
+    sqlite3.connect("paigeant.db").close()
+    Path("paigeant.db").write_bytes(b"")
+    assert "has no tables of Paigeant" in refused("db", "downgrade")
+
+
+# -- config
+
+
+def test_config_show_hides_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is printed may be pasted into a ticket."""
+    monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", "redis://ada:secret@localhost")
+    for shown in (paigeant("config", "show").stdout, json.dumps(as_json("config", "show"))):
+        assert "redis://ada:***@localhost" in shown
+        assert "secret" not in shown
+
+
+def test_config_show_tells_where_a_value_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Environment, file or default."""
+    monkeypatch.setenv("PAIGEANT_RETRIES", "7")
+    Path("paigeant.yaml").write_text("lease: 60\n")
+    rows = {line.split()[0]: line.split()[1:3] for line in paigeant("config", "show").stdout.splitlines()}
+    assert (rows["retries"], rows["lease"], rows["grace"]) == (
+        ["7", "environment"],
+        ["60.0", "paigeant.yaml"],
+        ["10.0", "default"],
+    )
+
+
+def test_config_check_passes_what_works() -> None:
+    """Handlers, store and transport are each said to be well; nothing is made by checking."""
+    Path("paigeant.yaml").write_text("handlers: handlers.py\n")
+    assert {part["part"]: part["ok"] for part in as_json("config", "check")} == {
+        "handlers": True,
+        "store": True,
+        "transport": True,
+    }
+    assert not Path("paigeant.db").exists()
+    paigeant("db", "upgrade")
+    assert "reachable" in paigeant("config", "check").stdout
+
+
+def test_config_check_says_what_is_wrong() -> None:
+    """Each trouble is told with its part, and the exit code is 2."""
+    Path("paigeant.yaml").write_text("handlers: gone.py\nstore_url: sqlite:///no/such/folder/x.db\n")
+    found = {part["part"]: part["message"] for part in as_json("config", "check", code=2) if not part["ok"]}
+    assert "there is no file gone.py" in found["handlers"]
+    assert "the folder no/such/folder of the database x.db doesn't exist" in found["store"]
+
+
+def test_an_unknown_setting_is_refused_by_every_command() -> None:
+    """A mistyped key in the file is answered with the nearest one."""
+    Path("paigeant.yaml").write_text("concurency: 5\n")
+    assert "did you mean 'concurrency'?" in refused("runs", "list")
+
+
+# -- keys
+
+
+def test_keys_are_made_rotated_and_listed() -> None:
+    """The newest key is active, the old one is still there, and no private part is printed."""
+    first = paigeant("keys", "generate").stdout.strip()
+    second = paigeant("keys", "rotate").stdout.strip()
+    listed = as_json("keys", "list")
+    assert [(key["kid"], key["active"]) for key in listed] == [(second, True), (first, False)]
+    assert {name for key in listed for name in key["public"]} == {"kty", "crv", "x", "kid"}
+    assert first in paigeant("keys", "list").stdout
+
+
+def test_a_key_ring_is_its_owners_alone() -> None:
+    """The file can be read by nobody else from the beginning, and is refused when it can."""
+    paigeant("keys", "generate", "--file", "ring.json")
+    assert stat.S_IMODE(Path("ring.json").stat().st_mode) == 0o600
+    Path("ring.json").chmod(0o640)
+    assert "others can read ring.json (mode 0640), expected 0600; do: chmod 600" in refused(
+        "keys", "list", "--file", "ring.json"
+    )
+
+
+def test_a_key_ring_is_never_overwritten() -> None:
+    """Making a ring where one is changes nothing."""
+    paigeant("keys", "generate")
+    before = Path("paigeant-keys.json").read_bytes()
+    assert "is there already" in refused("keys", "generate")
+    assert Path("paigeant-keys.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["list", "rotate"])
+def test_a_key_ring_that_is_none_is_refused(command: str) -> None:
+    """Neither a missing file nor another one is a ring."""
+    assert "`paigeant keys generate` makes one" in refused("keys", command)
+    Path("paigeant-keys.json").write_text('{"version": 1}')
+    Path("paigeant-keys.json").chmod(0o600)
+    assert "a key ring is" in refused("keys", command)
+
+
+def test_a_folder_that_is_not_there_takes_no_keys() -> None:
+    """Where nothing can be written is said with the reason."""
+    assert "can't write no/keys.json: No such file or directory" in refused(
+        "keys", "generate", "--file", "no/keys.json"
+    )
+
+
+# -- init, help, version
+
+
+def test_init_writes_three_files_and_says_how_to_go_on() -> None:
+    """The next two commands are told, with the folder to go to first."""
+    said = paigeant("init", "shop").stderr
+    assert sorted(path.name for path in Path("shop").iterdir()) == [
+        "handlers.py",
+        "input.json",
+        "paigeant.yaml",
+    ]
+    assert [line.strip() for line in said.splitlines() if line.startswith("  ")] == [
+        "cd shop",
+        "paigeant run",
+        "paigeant dispatch fulfil_order input.json --wait",
+    ]
+
+
+def test_init_never_overwrites() -> None:
+    """One file that is there already is enough to write none."""
+    assert "handlers.py is there already, and nothing was written" in refused("init")
+    assert Path("handlers.py").read_text() == HANDLERS
+    assert not Path("input.json").exists()
+
+
+def test_init_says_when_it_cannot_write() -> None:
+    """A file where a folder should be is told."""
+    Path("taken").write_text("")
+    assert "can't write to taken" in refused("init", "taken")
+
+
+def test_version_is_printed() -> None:
+    """One line, for reports of bugs."""
+    assert paigeant("--version").stdout.startswith("paigeant 0.")
+
+
+def commands() -> list[tuple[str, ...]]:
+    """All commands, by the words that call them."""
+    from typer.main import get_command
+
+    found: list[tuple[str, ...]] = []
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]  # the program is a group
+        inner = getattr(command, "commands", None)
+        found += [(name,)] if inner is None else [(name, each) for each in inner]
+    return found
+
+
+def test_the_commands_are_those_of_the_design() -> None:
+    """Exactly these names: scripts call them."""
+    assert {" ".join(words) for words in commands()} == {
+        "init", "run", "dispatch", "demo",
+        "runs list", "runs show", "runs cancel", "runs retry", "runs signal",
+        "variables list", "variables get", "variables set", "topics list",
+        "dead-letters list", "dead-letters show", "dead-letters requeue", "dead-letters delete",
+        "db upgrade", "db downgrade", "db current", "config show", "config check",
+        "keys generate", "keys rotate", "keys list",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_help_has_an_example(words: tuple[str, ...]) -> None:
+    """What a command looks like in use stands at the end of its help."""
+    said = paigeant(*words, "--help").stdout
+    assert f"paigeant {' '.join(words)}" in said.partition("Examples")[2]
+
+
+@pytest.mark.parametrize("group", ["runs", "variables", "topics", "dead-letters", "db", "config", "keys"])
+def test_a_group_alone_shows_its_help(group: str) -> None:
+    """Calling a group without a command tells which there are, once."""
+    assert CliRunner().invoke(app, [group]).stdout.count("Usage:") == 1
