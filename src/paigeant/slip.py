@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from paigeant import condition
+from paigeant.clock import is_duration
 from paigeant.errors import InvalidDefinition
 from paigeant.policy import ItineraryPolicy
 from paigeant.retry import RetryPolicy
@@ -133,17 +134,19 @@ STEP_MOVES: dict[StepStatus, frozenset[StepStatus]] = {
     StepStatus.SKIPPED: frozenset(),
     StepStatus.FAILED: frozenset({StepStatus.READY}),
     StepStatus.COMPENSATED: frozenset(),
-    StepStatus.COMPENSATION_FAILED: frozenset({StepStatus.READY, StepStatus.COMPENSATED}),
+    # An operator's `runs retry`: the undo is ready again, and what it undoes counts as done until it is undone.
+    StepStatus.COMPENSATION_FAILED: frozenset({StepStatus.READY, StepStatus.COMPLETED}),
 }
 """The same for steps. READY to COMPLETED, SKIPPED and COMPENSATED are a late first success after the lease was lost."""
-
 
 
 def _check_name(what: str, value: object) -> None:
     if not isinstance(value, str) or not value.strip():
         raise InvalidDefinition(f"{what} is a non-empty text, found {value!r}")
     if len(value) > 200 or any(ord(c) < 32 for c in value):
-        raise InvalidDefinition(f"{what} has at most 200 characters and no control characters, found {value!r}")
+        raise InvalidDefinition(
+            f"{what} has at most 200 characters and no control characters, found {value!r}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +181,7 @@ class Step:
             condition.check(self.when)
         if self.retries is not None:
             RetryPolicy.of(self.retries)
-        if self.timeout is not None and not (
-            isinstance(self.timeout, (int, float)) and not isinstance(self.timeout, bool) and self.timeout > 0
-        ):
+        if self.timeout is not None and not is_duration(self.timeout):
             raise InvalidDefinition(
                 f"timeout of step '{self.activity}' is in seconds and above 0, found {self.timeout!r}"
             )
@@ -277,9 +278,7 @@ class RoutingSlip:
             self,
             itinerary=self.itinerary[1:] if revision is None else revision.itinerary,
             executed=(*self.executed, done),
-            compensations=self.compensations
-            if compensation is None
-            else (*self.compensations, compensation),
+            compensations=self.compensations if compensation is None else (*self.compensations, compensation),
             added=self.added if revision is None else self.added + revision.added,
         )
 
