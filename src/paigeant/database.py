@@ -135,7 +135,11 @@ class Database:
                 tidy=self._checkpoint,
             )
             self._reader = Lane(
-                READER, engine, self.clock, guard=self._guard, begin=partial(begun, reads_only=True)
+                READER,
+                _engine(self.path, reads_only=True),
+                self.clock,
+                guard=self._guard,
+                begin=partial(begun, reads_only=True),
             )
             await self._writer.submit(self._prepare, None)
         except BaseException:
@@ -258,10 +262,10 @@ class Database:
                 raw = _driver(connection)
                 raw.execute("PRAGMA busy_timeout=250")
                 raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                raw.execute(f"PRAGMA busy_timeout={int(_BUSY_SECONDS * 1000)}")
+                raw.execute("PRAGMA busy_timeout=0")
 
 
-def _engine(path: Path) -> Engine:
+def _engine(path: Path, *, reads_only: bool = False) -> Engine:
     folder = path.parent
     if not folder.is_dir():
         raise ConfigurationError(
@@ -283,6 +287,8 @@ def _engine(path: Path) -> Engine:
     def configure(connection: sqlite3.Connection, _: object) -> None:
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=OFF"):
             connection.execute(f"PRAGMA {pragma}")
+        if not reads_only:
+            connection.execute("PRAGMA busy_timeout=0")  # it waits for its turn by itself, see below
 
     return engine
 

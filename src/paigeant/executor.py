@@ -11,7 +11,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor as Threads
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -72,6 +72,8 @@ class Claim:
     activity: Activity
     claimed_at: float
     local: int = 0
+    bound: asyncio.Semaphore | None = None
+    """The activity's own bound, taken for this step already; None where it has none, or the worker took it."""
 
     @property
     def work(self) -> Activity:
@@ -127,6 +129,7 @@ class Executor:
         forwarder: Forwarder,
         *,
         worker_id: str,
+        topics: Collection[str],
         limits: Limits | None = None,
         observers: Observers | None = None,
         threads: Threads | None = None,
@@ -137,6 +140,7 @@ class Executor:
         self.registry = registry
         self.forwarder = forwarder
         self.worker_id = worker_id
+        self.topics = frozenset(topics)
         self.limits = limits or Limits()
         self.observers = observers or Observers()
         self.threads = threads
@@ -159,11 +163,9 @@ class Executor:
     async def _do(self, claim: Claim) -> Claim | None:
         step = (claim.key, claim.grant.epoch)
         self._register(claim)
-        bound = None
+        bound = claim.bound
         try:
-            if claim.local:
-                bound = await self.slot(claim.activity.name)
-            else:
+            if not claim.local:
                 claim = await self._accept(claim)
             outcome, produced = await self.perform(claim)
             move = route(claim.message.routing_slip, outcome, claim.now)
@@ -284,14 +286,23 @@ class Executor:
         # From here on the store decides: were this cut off while the commit is under way, a result that stands, and
         # the next step with it, would be in nobody's hands.
         self._recording.add((claim.key, claim.grant.epoch))
-        answer = await self._persist(result, letter)
-        if isinstance(answer, Refused):
-            self._tell("step.lost", claim, error=answer.reason)
-            return None
-        self._tell_recorded(claim, result, move)
-        if activity is not None and answer.grant and following is not None and next_step is not None:
-            key = next_step.key
-            return Claim(key, answer.grant, following, activity, time.monotonic(), claim.local + 1)
+        # Free when last looked at, so this doesn't wait. A step that waited for it while it keeps a place of the worker
+        # would wait for ever for one that has it and waits for a place.
+        bound = None if activity is None else await self.slot(activity.name)
+        try:
+            answer = await self._persist(result, letter)
+            if isinstance(answer, Refused):
+                self._tell("step.lost", claim, error=answer.reason)
+                return None
+            self._tell_recorded(claim, result, move)
+            if activity is not None and answer.grant and following is not None and next_step is not None:
+                key, local = next_step.key, claim.local + 1
+                taken = Claim(key, answer.grant, following, activity, time.monotonic(), local, bound)
+                bound = None
+                return taken
+        finally:
+            if bound is not None:
+                bound.release()
         if letter is not None:
             # A crash before this line: the sweeper publishes.
             await self.forwarder.send(letter)
@@ -414,7 +425,9 @@ class Executor:
         """The next step's activity, when this worker can do it at once: no message travels then."""
         if next_step is None or next_step.key == claim.key or self.stopping:
             return None
-        if claim.local + 1 >= self.limits.local_steps or next_step.activity not in self.registry:
+        if claim.local + 1 >= self.limits.local_steps or next_step.topic not in self.topics:
+            return None
+        if next_step.activity not in self.registry:
             return None
         bound = self._bound(next_step.activity)
         return None if bound is not None and bound.locked() else self.registry.get(next_step.activity)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -121,6 +121,15 @@ class Settings(BaseSettings):
             except PaigeantError as exc:
                 raise ValueError(str(exc)) from exc
         return value
+
+    @model_validator(mode="after")
+    def _beats_in_time(self) -> Self:
+        if self.heartbeat >= self.lease:
+            raise ValueError(
+                f"found heartbeat={self.heartbeat:g} and lease={self.lease:g}; a worker must beat more often than "
+                "its lease ends, best at least three times"
+            )
+        return self
 
     def retry_policy(self) -> RetryPolicy:
         """How often and how long in between, for steps that don't say."""

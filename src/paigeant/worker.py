@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from paigeant import host
 from paigeant.activity import ActivityRegistry
-from paigeant.errors import InvalidDefinition, PaigeantError, TransportUnavailable
+from paigeant.errors import InvalidDefinition, InvalidTransition, PaigeantError, TransportUnavailable
 from paigeant.executor import Executor, Limits
 from paigeant.forwarder import Forwarder
 from paigeant.heartbeat import Heartbeat
@@ -74,6 +74,7 @@ class ActivityWorker:
             registry,
             forwarder,
             worker_id=self.id,
+            topics=self.topics,
             limits=limits,
             observers=self.observers,
             threads=self._threads,
@@ -101,11 +102,18 @@ class ActivityWorker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._wanted = asyncio.Event()
         self._stopped = asyncio.Event()
+        self._began = False
         self._grace: float | None = None
         self._hurry = asyncio.Event()
 
     async def run(self, *, until_idle: bool = False) -> None:
-        """Work until `stop` is called, or, `until_idle`, no step waits in its topics; then put everything away."""
+        """Work until `stop` is called, or, `until_idle`, no step waits in its topics; then put everything away.
+
+        A worker runs once; raises InvalidTransition the second time.
+        """
+        if self._began:
+            raise InvalidTransition(f"worker {self.id} has run already; make another one")
+        self._began = True
         await self.heartbeat.start()
         self.observers.observe(Event("worker.started", worker=self.id, more={"topics": self.topics}))
         forget = self.store.on_turn(self.heartbeat.soon)
@@ -135,7 +143,8 @@ class ActivityWorker:
         self._grace = self.shutdown_grace if grace is None else grace
         self._wanted.set()
         self._hurry.set()
-        await self._stopped.wait()
+        if self._began:
+            await self._stopped.wait()
 
     # -- taking
 
