@@ -1,0 +1,224 @@
+"""The one way in which values become JSON and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, timezone
+from decimal import Decimal
+from enum import Enum
+from typing import Any
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from paigeant import codec
+from paigeant.codec import MAX_DEPTH, JsonInvalid, dump, parse_strict, plain
+from paigeant.errors import MessageInvalid
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**40), 10**40)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+class Model(BaseModel):
+    n: int
+    at: datetime
+
+
+@dataclass
+class Point:
+    x: float
+
+
+class Node:
+    pass
+
+
+@given(JSON)
+def test_json_values_come_back(value: Any) -> None:
+    """Whatever JSON can hold comes back equal and of the same type, numbers of any size and precision too."""
+    text = dump(value)
+    back = parse_strict(text)
+    assert back == value == plain(value)
+    assert repr(back) == repr(value) or _has_negative_zero(value)
+
+
+def _has_negative_zero(value: Any) -> bool:
+    return "-0.0" in repr(value)
+
+
+@given(
+    st.binary(max_size=60) | st.text(max_size=40).map(str.encode) | JSON.map(lambda v: json.dumps(v).encode())
+)
+def test_parsing_anything_gives_a_value_or_one_error(body: bytes) -> None:
+    """No body makes the parser fail in any other way than MessageInvalid, and what it takes Python agrees with."""
+    try:
+        value = parse_strict(body)
+    except MessageInvalid:
+        return
+    assert value == json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2**100, str(2**100)),
+        (-(2**63) - 1, str(-(2**63) - 1)),
+        (0.1, "0.1"),
+        (1e300, "1e+300"),
+        (math.nan, '"NaN"'),
+        (math.inf, '"Infinity"'),
+        (-math.inf, '"-Infinity"'),
+        (Decimal("1.10"), '"1.10"'),
+        (Decimal("123456789012345678901234567890.12"), '"123456789012345678901234567890.12"'),
+        (b"\x00\xff", '"AP8="'),
+        (datetime(2026, 1, 1, tzinfo=UTC), '"2026-01-01T00:00:00Z"'),
+        (datetime(2026, 1, 1, tzinfo=timezone(timedelta(hours=2))), '"2026-01-01T00:00:00+02:00"'),
+        (timedelta(seconds=90), '"PT1M30S"'),
+        (UUID(int=1), '"00000000-0000-0000-0000-000000000001"'),
+        (Colour.RED, '"red"'),
+        ({1: "int", None: "none"}, '{"1":"int","None":"none"}'),
+        ({"": 1, " ": 2, "ä": 3, "a.b": 4}, '{"":1," ":2,"ä":3,"a.b":4}'),
+        ((1, 2), "[1,2]"),
+        ({3}, "[3]"),
+        (Model(n=1, at=datetime(2026, 1, 1, tzinfo=UTC)), '{"n":1,"at":"2026-01-01T00:00:00Z"}'),
+        (Point(0.5), '{"x":0.5}'),
+        (None, "null"),
+    ],
+)
+def test_values_have_one_text(value: Any, text: str) -> None:
+    """Each kind of value is written in one way that loses nothing of it."""
+    assert dump(value).decode() == text
+
+
+def _cycle() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+def _deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Node(),
+        {"a": [Node()]},
+        lambda: 1,
+        _cycle(),
+        _deep(MAX_DEPTH + 1),
+        _deep(5000),
+        "\ud800",
+        {"\udfff": 1},
+    ],
+    ids=["object", "inside", "function", "cycle", "deep", "very deep", "surrogate", "surrogate key"],
+)
+def test_what_json_can_t_hold_is_refused(value: Any) -> None:
+    """Unknown types, cycles, endless depth and broken texts are one error with a one-line reason."""
+    with pytest.raises(JsonInvalid) as caught:
+        dump(value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_deepest_value_is_allowed() -> None:
+    """MAX_DEPTH levels are fine on both ways, with many brackets side by side too."""
+    assert parse_strict(dump(_deep(MAX_DEPTH))) == _deep(MAX_DEPTH)
+    wide = [[n] for n in range(MAX_DEPTH * 3)]
+    assert parse_strict(dump(wide)) == wide
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "not_json"),
+        (b" ", "not_json"),
+        (b"{", "not_json"),
+        (b"{}{}", "not_json"),
+        (b"{'a':1}", "not_json"),
+        (b'{"a":1,}', "not_json"),
+        (b"[1,]", "not_json"),
+        (b"// c\n1", "not_json"),
+        (b"01", "not_json"),
+        (b"1.", "not_json"),
+        (b".5", "not_json"),
+        (b"+1", "not_json"),
+        (b"0x10", "not_json"),
+        (b"True", "not_json"),
+        (b"undefined", "not_json"),
+        (b'"a\nb"', "not_json"),
+        (b'"\\x41"', "not_json"),
+        (b'"\\u12"', "not_json"),
+        (b'"open', "not_json"),
+        (b"\xef\xbb\xbf{}", "not_json"),
+        (b"\xff", "not_utf8"),
+        (b'"\xc3\x28"', "not_utf8"),
+        (b'"\xed\xa0\x80"', "not_utf8"),
+        ('"a"'.encode("utf-16"), "not_utf8"),
+        (b'{"a":1,"a":1}', "duplicate_key"),
+        (b'{"a":1,"\\u0061":2}', "duplicate_key"),
+        (b'[{"x":{"k":1,"k":2}}]', "duplicate_key"),
+        (b"NaN", "not_a_number"),
+        (b"[Infinity]", "not_a_number"),
+        (b"-Infinity", "not_a_number"),
+        (b"1e400", "number_out_of_range"),
+        (b"-1e999", "number_out_of_range"),
+        (b"1" * 5000, "number_out_of_range"),
+        (b'"\\ud800"', "lone_surrogate"),
+        (b'{"\\udc00":1}', "lone_surrogate"),
+        (b'"\\ud800\\ud800"', "lone_surrogate"),
+        (b"[" * 65 + b"]" * 65, "too_deep"),
+        (b'{"a":' * 65 + b"1" + b"}" * 65, "too_deep"),
+        (b"[" * 100_000, "too_deep"),
+    ],
+)
+def test_what_is_not_strict_json_is_refused(body: bytes, reason: str) -> None:
+    """Each way of not being JSON, or of being read differently by two readers, has its reason."""
+    with pytest.raises(MessageInvalid) as caught:
+        parse_strict(body)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        (b" {} ", {}),
+        (b'"\\ud83d\\ude00"', "\U0001f600"),
+        (b'"[[[[{{{{"', "[[[[{{{{"),
+        (b"1e308", 1e308),
+        (b"-0", 0),
+        (b"123456789012345678901234567890", 123456789012345678901234567890),
+        (b'{"a":{"k":1},"b":{"k":1}}', {"a": {"k": 1}, "b": {"k": 1}}),
+        (b'"\\u0000"', "\x00"),
+    ],
+)
+def test_unusual_json_is_taken(body: bytes, value: Any) -> None:
+    """What the standard allows is read."""
+    assert parse_strict(body) == value
+
+
+def test_a_value_is_told_by_its_json() -> None:
+    """plain() gives what JSON would give back: models become dicts, tuples lists."""
+    assert plain(Model(n=1, at=datetime(2026, 1, 1, tzinfo=UTC))) == {"n": 1, "at": "2026-01-01T00:00:00Z"}
+    assert plain({"a": (1, Point(2.0))}) == {"a": [1, {"x": 2.0}]}
+    with pytest.raises(JsonInvalid):
+        codec.plain(Node())

@@ -1,0 +1,76 @@
+"""Conditions of steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from paigeant import condition
+from paigeant.errors import InvalidCondition
+
+
+@pytest.mark.parametrize(
+    ("expression", "payload", "holds"),
+    [
+        ("quantity > 1", {"quantity": 2}, True),
+        ("quantity > 1", {"quantity": 1}, False),
+        ("price >= 1.5", {"price": 1.5}, True),
+        ("order.total > 10 && order.country == 'DE'", {"order": {"total": 11, "country": "DE"}}, True),
+        ("'x' in tags", {"tags": ["x"]}, True),
+        ("items.all(i, i.n > 0)", {"items": [{"n": 1}, {"n": 2}]}, True),
+        ("items.exists(i, i > 1)", {"items": [1]}, False),
+        ("has(order.note)", {"order": {}}, False),
+        ("size(name) == 0", {"name": ""}, True),
+        ("value == null", {"value": None}, True),
+        ("!done", {"done": False}, True),
+        ("name.startsWith('ä')", {"name": "äh"}, True),
+        ("true", {}, True),
+    ],
+)
+def test_a_condition_is_computed(expression: str, payload: dict[str, Any], holds: bool) -> None:
+    """CEL over the payload gives true or false."""
+    condition.check(expression)
+    assert condition.evaluate(expression, payload) is holds
+
+
+def test_a_condition_knows_its_names() -> None:
+    """The names that a condition refers to are what has to be fetched for it."""
+    assert condition.names("a > 1 && b.c == 'x' || !a") == ["a", "b"]
+
+
+@pytest.mark.parametrize("expression", ["a >", "a >> b", "import os", "a = 1", "", "  ", "(", None, 5])
+def test_what_is_no_condition_is_refused(expression: Any) -> None:
+    """An expression that doesn't compile is an error where it is written, in one line that shows it."""
+    with pytest.raises(InvalidCondition) as caught:
+        condition.check(expression)
+    assert repr(expression) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("expression", "payload", "said"),
+    [
+        ("a > 1", {}, "names 'a'; there is nothing"),
+        ("a > 1", {"b": 1, "c": 2}, "names 'a'; there is b, c"),
+        ("a.b > 1", {"a": {}}, "b"),
+        ("a > 1", {"a": "text"}, "can't be computed"),
+        ("1 / a > 0", {"a": 0}, "can't be computed"),
+        ("a", {"a": 1}, "gives 1, expected true or false"),
+        ("a", {"a": None}, "gives None"),
+        ("'true'", {}, "expected true or false"),
+    ],
+)
+def test_a_condition_that_can_t_be_computed_says_why(
+    expression: str, payload: dict[str, Any], said: str
+) -> None:
+    """What isn't there, has the wrong type, or gives no truth value is an error that says so."""
+    with pytest.raises(InvalidCondition) as caught:
+        condition.evaluate(expression, payload)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_large_numbers_in_the_payload_do_no_harm() -> None:
+    """A value that CEL can't hold is no trouble for a condition that doesn't use it."""
+    assert condition.evaluate("a == 1", {"a": 1, "big": 2**70})
