@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     YamlConfigSettingsSource,
 )
 
@@ -26,6 +29,7 @@ __all__ = ["CONFIG_FILE", "Settings"]
 
 CONFIG_FILE = "paigeant.yaml"
 _PREFIX = "PAIGEANT_"
+_SECRET_PARAMETER = re.compile(r"([?&][^=&]*(?:password|passwd|secret|token)=)[^&#]*", re.IGNORECASE)
 _KNOWN_SCHEMES = ("memory", "sqlite", "postgresql", "redis", "rediss", "amqp", "amqps")
 
 
@@ -40,7 +44,9 @@ class Settings(BaseSettings):
 
     transport_url: str = Field("sqlite:///paigeant.db", description="where messages travel")
     store_url: str = Field("sqlite:///paigeant.db", description="where runs are recorded")
-    handlers: tuple[str, ...] = Field((), description="handler files or modules, for `run` and `dispatch`")
+    handlers: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="handler files or modules, for `run` and `dispatch`"
+    )
     workflows: dict[str, Any] = Field(
         default_factory=dict, description="workflows by name, same fields as in code"
     )
@@ -79,6 +85,8 @@ class Settings(BaseSettings):
             super().__init__(**values)
         except ValidationError as exc:
             raise ConfigurationError(_explain(exc)) from exc
+        except SettingsError as exc:
+            raise ConfigurationError(f"{exc}; expected JSON") from exc
 
     @classmethod
     def settings_customise_sources(
@@ -110,7 +118,10 @@ class Settings(BaseSettings):
     @field_validator("handlers", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        # In the environment, where a list can't be written otherwise, commas separate.
+        return (
+            [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        )
 
     @field_validator("workflows")
     @classmethod
@@ -176,8 +187,14 @@ def workflow_from(name: str, fields: Any) -> Workflow:
     known = ("steps", "deadline", "policy", "on_compensation_failure", "description")
     _check_keys(fields, known, f"workflow '{name}' has")
     values = dict(fields)
-    values["steps"] = [_step_from(name, step) for step in values.get("steps") or ()]
+    steps = values.get("steps") or ()
+    values["steps"] = [_step_from(name, step) for step in steps] if isinstance(steps, list) else steps
     if values.get("policy") is not None:
+        if not isinstance(values["policy"], Mapping):
+            raise ConfigurationError(
+                f"the policy of workflow '{name}' is a mapping with `allowed`, `max_added` or `max_total`, "
+                f"found {values['policy']!r}"
+            )
         _check_keys(
             values["policy"], ("allowed", "max_added", "max_total"), f"the policy of workflow '{name}' has"
         )
@@ -223,6 +240,7 @@ def _explain(exc: ValidationError) -> str:
 
 
 def _without_password(url: str) -> str:
+    url = _SECRET_PARAMETER.sub(r"\1***", url)
     head, at, tail = url.rpartition("@")
     if not at:
         return url

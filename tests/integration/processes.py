@@ -1,0 +1,72 @@
+"""Real processes for tests: the command line as a user calls it, waited for by what it says and never by the clock."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+PAIGEANT = [sys.executable, "-P", "-m", "paigeant.cli"]
+
+
+def call(*args: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
+    """What a command gave, once it has ended."""
+    return subprocess.run([*PAIGEANT, *args], input=input, capture_output=True, text=True, check=False)
+
+
+def shown(run_id: str) -> Any:
+    """The run as `runs show --json` gives it."""
+    return json.loads(call("runs", "show", run_id, "--json").stdout)
+
+
+class Command:
+    """A command that goes on in the background. Leaving the block kills it, should it still be there."""
+
+    def __init__(self, *args: str, program: list[str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [*(program or PAIGEANT), *args],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+        self.said: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def lines(self) -> Iterator[str]:
+        """What it writes to standard error, as it comes, until that ends."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line)
+            yield line
+
+    def until(self, fits: Callable[[dict[str, Any]], object] | str) -> dict[str, Any]:
+        """The next log line that fits, or that tells an event of this name."""
+        for line in self.lines():
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                if found["event"] == fits if isinstance(fits, str) else fits(found):
+                    return found
+        raise AssertionError("it ended without saying so:\n" + "".join(self.said))
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def end(self) -> int:
+        """Its exit code, once it and all that share its standard error have ended."""
+        for _ in self.lines():
+            pass
+        return self.process.wait()

@@ -1,0 +1,203 @@
+"""Workers as processes: how they start, stop, are supervised, and what a shell sees of the program."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.integration.processes import PAIGEANT, Command, call, shown
+
+from paigeant import Paigeant, Workflow
+from paigeant.cli.processes import pause_before
+
+HANDLERS = """
+import asyncio, pathlib, time
+from paigeant import ActivityRegistry, StepContext, Workflow
+activity = ActivityRegistry()
+
+@activity.execute()
+async def hold(ctx: StepContext) -> str:
+    ctx.log.info("holding")
+    while not pathlib.Path("go").exists():
+        await asyncio.sleep(0.01)
+    return "gone"
+
+@activity.execute()
+def block(ctx: StepContext) -> None:
+    ctx.log.info("blocking")
+    time.sleep(600)
+
+hold_on = Workflow("hold_on", ["hold"])
+block_all = Workflow("block_all", ["block"])
+"""
+
+
+@pytest.fixture(autouse=True)
+def _project() -> None:
+    Path("paigeant.yaml").write_text("handlers: handlers.py\n")
+    Path("handlers.py").write_text(HANDLERS)
+
+
+def dispatch(workflow: str, *ids: str) -> None:
+    """Start runs of one step, without input."""
+
+    async def start() -> None:
+        async with Paigeant() as app:
+            for id in ids:
+                await app.dispatch(Workflow(workflow, [workflow.split("_")[0]]), workflow_id=id)
+
+    asyncio.run(start())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_running_step_finish(number: signal.Signals) -> None:
+    """A worker that is told to stop ends with 0 once its step is done and recorded."""
+    dispatch("hold_on", "h-1")
+    with Command("run") as worker:
+        worker.until("holding")
+        worker.signal(number)
+        worker.until("worker.stopping")
+        Path("go").touch()
+        assert worker.end() == 0
+    assert shown("h-1")["output"] == "gone"
+
+
+@pytest.mark.parametrize("workflow", ["hold_on", "block_all"])
+def test_a_second_signal_ends_the_worker_at_once(workflow: str) -> None:
+    """Ctrl-C twice: the step is given back with its attempt uncounted, even when its thread can't be interrupted."""
+    dispatch(workflow, "h-1")
+    with Command("run") as worker:
+        worker.until(lambda line: line["event"] in ("holding", "blocking"))
+        worker.signal(signal.SIGINT)
+        worker.until("worker.stopping")
+        worker.signal(signal.SIGINT)
+        worker.until("step.released")
+        assert worker.end() == 0
+    (step,) = shown("h-1")["steps"]
+    assert (step["status"], step["attempts"]) == ("ready", 0)
+
+
+def test_a_killed_process_is_replaced() -> None:
+    """With --processes, the parent starts another worker, and a signal to it ends all of them gracefully."""
+    with Command("run", "--processes", "2") as parent:
+        pids = [parent.until("process.started")["pid"] for _ in range(2)]
+        parent.until("worker.started")
+        os.kill(pids[0], signal.SIGKILL)
+        assert parent.until("process.ended")["how"] == "SIGKILL"
+        pids.append(parent.until("process.started")["pid"])
+        parent.until("worker.started")
+        parent.signal(signal.SIGTERM)
+        assert parent.end() == 0
+    assert len(set(pids)) == 3
+
+
+def test_a_second_signal_reaches_all_processes() -> None:
+    """The parent hands a second signal on: what its workers were doing is given back at once."""
+    dispatch("hold_on", "h-1")
+    with Command("run", "--processes", "2") as parent:
+        parent.until("holding")
+        parent.signal(signal.SIGINT)
+        parent.until("worker.stopping")
+        parent.signal(signal.SIGINT)
+        parent.until("step.released")
+        assert parent.end() == 0
+
+
+def test_workers_end_with_their_parent() -> None:
+    """When the parent is killed, its workers stop by themselves."""
+    with Command("run", "--processes", "2") as parent:
+        for _ in range(2):
+            parent.until("worker.started")
+        parent.signal(signal.SIGKILL)
+        for _ in range(2):
+            parent.until("worker.stopped")
+        assert parent.end() == -signal.SIGKILL
+
+
+def test_several_processes_end_when_idle() -> None:
+    """--until-idle with --processes: the parent ends with 0 when all have ended."""
+    Path("go").touch()
+    dispatch("hold_on", *(f"h-{number}" for number in range(6)))
+    assert call("run", "--processes", "2", "--until-idle").returncode == 0
+    runs = json.loads(call("runs", "list", "--json").stdout)
+    assert [run["status"] for run in runs] == ["completed"] * 6
+
+
+def test_a_parent_tells_wrong_handlers_once() -> None:
+    """What is wrong with the handlers is found before any process is started."""
+    Path("handlers.py").write_text("1 / 0")
+    result = call("run", "--processes", "2")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: handlers.py, line 1: ZeroDivisionError: division by zero\n",
+    )
+
+
+def test_pauses_before_a_new_start_grow() -> None:
+    """A worker that dies again and again is started ever more rarely, at least twice a minute."""
+    assert [pause_before(deaths) for deaths in (1, 2, 3, 7, 100)] == [0.5, 1.0, 2.0, 30.0, 30.0]
+
+
+def test_who_stops_waiting_does_not_stop_the_run() -> None:
+    """Ctrl-C in `dispatch --wait` says that the run goes on."""
+    Path("in.json").write_text("{}")
+    with Command("dispatch", "hold_on", "in.json", "--id", "h-1", "--wait") as waiting:
+        for line in waiting.lines():
+            if "no worker is running" in line:
+                break
+        waiting.signal(signal.SIGINT)
+        assert waiting.end() == 130
+    assert waiting.said[-1] == "waits no longer; run 'h-1' goes on: `paigeant runs show h-1`\n"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """`paigeant --help` answers at once because it leaves databases, agents, logs and settings alone."""
+    program = (
+        "import sys\nfrom paigeant.cli.program import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'sqlalchemy', 'pydantic', 'pydantic_ai', 'structlog', 'pydantic_settings', 'alembic'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ("Usage: " in result.stdout, result.stderr) == (True, "[]\n")
+
+
+def test_the_shell_completes_commands() -> None:
+    """What bash asks for is answered with the commands that begin so."""
+    env = {
+        **os.environ,
+        "_PAIGEANT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "paigeant ru",
+        "COMP_CWORD": "1",
+    }
+    result = subprocess.run(PAIGEANT, env=env, capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["run", "runs"]
+
+
+def test_the_shell_completes_handler_files() -> None:
+    """`paigeant run <TAB>` offers Python files."""
+    env = {
+        **os.environ,
+        "_PAIGEANT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "paigeant run h",
+        "COMP_CWORD": "2",
+    }
+    result = subprocess.run(PAIGEANT, env=env, capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["handlers.py"]
+
+
+def test_a_reader_that_goes_away_is_no_trouble() -> None:
+    """`paigeant runs list | head -1`: no traceback when nobody reads on."""
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [*PAIGEANT, "runs", "list", "--json"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert "Traceback" not in result.stderr

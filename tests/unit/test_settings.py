@@ -1,0 +1,201 @@
+"""Where settings come from, what they may be, and what is said of those that can't be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from paigeant import RetryPolicy, Settings, Step
+from paigeant.errors import ConfigurationError
+
+
+def file(text: str) -> None:
+    """Write paigeant.yaml in the working directory."""
+    Path("paigeant.yaml").write_text(text)
+
+
+def test_without_anything_one_file_is_transport_and_store() -> None:
+    """No server is needed to begin with."""
+    settings = Settings()
+    assert (settings.transport_url, settings.store_url) == ("sqlite:///paigeant.db", "sqlite:///paigeant.db")
+
+
+def test_the_file_stands_above_the_defaults() -> None:
+    """paigeant.yaml in the working directory is read."""
+    file("concurrency: 7\n")
+    assert Settings().concurrency == 7
+
+
+def test_the_environment_stands_above_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PAIGEANT_* overrides the file."""
+    file("concurrency: 7\n")
+    monkeypatch.setenv("PAIGEANT_CONCURRENCY", "8")
+    assert Settings().concurrency == 8
+
+
+def test_the_constructor_stands_above_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What code says overrides environment and file."""
+    file("concurrency: 7\n")
+    monkeypatch.setenv("PAIGEANT_CONCURRENCY", "8")
+    assert Settings(concurrency=9).concurrency == 9
+
+
+def test_an_empty_file_changes_nothing() -> None:
+    """Neither nothing nor only comments are an error."""
+    file("# nothing yet\n")
+    assert Settings() == Settings(concurrency=100)
+
+
+def test_one_handler_needs_no_list() -> None:
+    """`handlers: handlers.py` is a list of one."""
+    file("handlers: handlers.py\n")
+    assert Settings().handlers == ("handlers.py",)
+
+
+def test_handlers_in_the_environment_have_commas_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list is written there as one writes it by hand."""
+    monkeypatch.setenv("PAIGEANT_HANDLERS", "a.py, b.py")
+    assert Settings().handlers == ("a.py", "b.py")
+
+
+def test_retries_are_further_attempts() -> None:
+    """`retries: 2` is three attempts in all."""
+    policy = Settings(retries=2, retry_base=1, retry_cap=5).retry_policy()
+    assert policy == RetryPolicy(attempts=3, base=1, cap=5)
+
+
+def test_workflows_in_the_file_are_those_of_code() -> None:
+    """A workflow in the file has the fields it has in code; a list is short for its steps."""
+    file(
+        "workflows:\n"
+        "  short: [a, b]\n"
+        "  full:\n"
+        "    deadline: 60\n"
+        "    policy: {allowed: [a], max_added: 2}\n"
+        "    on_compensation_failure: stop\n"
+        "    steps:\n"
+        "      - a\n"
+        "      - {activity: b, id: second, args: {x: 1}, when: 'n > 1', retries: 5, timeout: 3.5, topic: gpu}\n"
+    )
+    workflows = Settings().defined_workflows()
+    assert [step.activity for step in workflows["short"].steps] == ["a", "b"]
+    full = workflows["full"]
+    assert (full.deadline, full.policy.allowed, full.policy.max_added, full.on_compensation_failure) == (
+        60.0,
+        ("a",),
+        2,
+        "stop",
+    )
+    assert full.steps[1] == Step(
+        "b", id="second", args={"x": 1}, when="n > 1", retries=5, timeout=3.5, topic="gpu"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("concurency: 5", "paigeant.yaml has an unknown key 'concurency'; did you mean 'concurrency'?"),
+        ("concurrency: [", "paigeant.yaml, line 1 is not YAML"),
+        ("concurrency: 5\n\tlease: 3", "paigeant.yaml, line 2 is not YAML"),
+        ("- a\n- b", "paigeant.yaml holds list; expected `key: value` lines"),
+        ("just text", "paigeant.yaml holds str"),
+        ("concurrency: many", "concurrency: Input should be a valid integer"),
+        ("concurrency: 0", "concurrency: Input should be greater than or equal to 1, found 0"),
+        ("lease: -1", "lease: Input should be greater than 0"),
+        ("log_level: loud", "log_level: Input should be 'debug', 'info', 'warning' or 'error', found 'loud'"),
+        (
+            "store_url: paigeant.db",
+            "store_url: found 'paigeant.db', expected a URL that starts with one of memory://",
+        ),
+        ("store_url: mysql://x", "found 'mysql://x', expected a URL"),
+        ("1: 2", "paigeant.yaml has an unknown key '1'"),
+        ("workflows: {w: 5}", "workflow 'w' is a list of steps or a mapping with `steps`, found 5"),
+        ("workflows: {w: {stps: []}}", "workflow 'w' has an unknown key 'stps'; did you mean 'steps'?"),
+        ("workflows: {w: [{activty: a}]}", "a step of workflow 'w' is an activity's name or a mapping"),
+        ("workflows: {w: [{activity: a, timeut: 1}]}", "unknown key 'timeut'; did you mean 'timeout'?"),
+        ("workflows: {w: [{activity: a, when: 'n >'}]}", "when='n >' is not a CEL expression"),
+        (
+            "workflows: {w: {steps: [a], policy: {max: 1}}}",
+            "the policy of workflow 'w' has an unknown key 'max'",
+        ),
+        ("workflows: {w: {steps: [a], policy: 5}}", "the policy of workflow 'w'"),
+        ("workflows: {w: {steps: 5}}", "workflow 'w'"),
+        ("workflows: {w: {steps: [a], deadline: -1}}", "deadline of workflow 'w' is in seconds and above 0"),
+        (
+            "workflows: {w: {steps: [a], on_compensation_failure: never}}",
+            "is 'continue' or 'stop', found 'never'",
+        ),
+        ("workflows: {w: {steps: [a], policy: {max_added: many}}}", "max_added is"),
+        ("workflows: {w: {steps: abc}}", "steps of workflow 'w' are a list, found 'abc'"),
+        ("workflows: {w: [[a]]}", "a step of workflow 'w' is an activity's name or a mapping"),
+        ("handlers: 5", "handlers: Input should be a valid tuple, found 5"),
+        ("workflows: [a]", "workflows: Input should be a valid dictionary"),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused(text: str, said: str) -> None:
+    """Each is told on one line, with what was found and what is expected."""
+    file(text)
+    with pytest.raises(ConfigurationError) as error:
+        Settings()
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_text_is_refused() -> None:
+    """Bytes that aren't UTF-8 are told of."""
+    Path("paigeant.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(ConfigurationError, match=r"can't read paigeant\.yaml|is not YAML"):
+        Settings()
+
+
+def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped name in the environment would otherwise be ignored in silence."""
+    monkeypatch.setenv("PAIGEANT_STORE", "sqlite:///x.db")
+    with pytest.raises(
+        ConfigurationError, match="PAIGEANT_STORE, which is no setting; did you mean 'store_url'"
+    ):
+        Settings()
+
+
+def test_a_variable_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value in the environment is checked like one in the file."""
+    monkeypatch.setenv("PAIGEANT_CONCURRENCY", "many")
+    with pytest.raises(ConfigurationError, match="concurrency: Input should be a valid integer"):
+        Settings()
+
+
+def test_workflows_in_the_environment_that_are_not_json_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare word where JSON is expected is an error of the settings, not a traceback."""
+    monkeypatch.setenv("PAIGEANT_WORKFLOWS", "order")
+    with pytest.raises(ConfigurationError, match=r'"workflows".*expected JSON'):
+        Settings()
+
+
+def test_an_unknown_argument_is_refused() -> None:
+    """A mistyped argument is answered with the nearest setting."""
+    with pytest.raises(ConfigurationError, match="unknown key 'concurency'; did you mean 'concurrency'"):
+        Settings(concurency=5)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://ada:secret@db/app", "postgresql://ada:***@db/app"),
+        ("postgresql://ada@db/app", "postgresql://ada@db/app"),
+        ("redis://:secret@cache:6379/0", "redis://:***@cache:6379/0"),
+        ("amqps://ada:p@ss:word@mq", "amqps://ada:***@mq"),
+        ("postgresql://db/app?user=ada&password=secret&x=1", "postgresql://db/app?user=ada&password=***&x=1"),
+        ("sqlite:///paigeant.db", "sqlite:///paigeant.db"),
+    ],
+)
+def test_passwords_are_not_shown(url: str, shown: str) -> None:
+    """What is printed has no password, wherever in the URL it stands."""
+    assert Settings(store_url=url).shown()["store_url"] == shown
+
+
+def test_a_wrong_url_does_not_show_its_password() -> None:
+    """Not even in an error."""
+    with pytest.raises(ConfigurationError) as error:
+        Settings(store_url="postgres://ada:secret@db/app")
+    assert "secret" not in str(error.value)
