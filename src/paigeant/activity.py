@@ -12,14 +12,17 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import (
+    BaseModel,
     ConfigDict,
     PydanticSchemaGenerationError,
     PydanticUserError,
     TypeAdapter,
     ValidationError,
 )
+from typing_extensions import TypeAliasType
 
 from paigeant import codec
+from paigeant.clock import is_duration
 from paigeant.context import StepContext
 from paigeant.errors import (
     ArgumentError,
@@ -29,6 +32,7 @@ from paigeant.errors import (
     UnknownActivity,
 )
 from paigeant.retry import RetryPolicy
+from paigeant.slip import check_name
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor as Threads
@@ -53,7 +57,11 @@ def typed(annotation: Any) -> TypeAdapter[Any]:
         except PydanticUserError as exc:
             if exc.code != "type-adapter-config-unused":
                 raise
-            return TypeAdapter(annotation)  # a model or dataclass has a configuration of its own
+            if isinstance(annotation, type) and not issubclass(annotation, BaseModel):
+                # A dataclass or TypedDict takes the configuration of what it stands in, and so of an alias.
+                alias: Any = TypeAliasType("_Alias", annotation)
+                return TypeAdapter(alias, config=_WIRE)
+            return TypeAdapter(annotation)  # a model has a configuration of its own
     except (PydanticSchemaGenerationError, PydanticUserError, NameError) as exc:
         raise InvalidDefinition(
             f"{annotation!r} can't be read from JSON: {str(exc).splitlines()[0]}"
@@ -270,10 +278,13 @@ class _Options:
     def __post_init__(self) -> None:
         if self.retries is not None:
             RetryPolicy.of(self.retries)
-        if self.timeout is not None and not self.timeout > 0:
+        if self.topic is not None:
+            check_name("the topic of an activity", self.topic)
+        if self.timeout is not None and not is_duration(self.timeout):
             raise InvalidDefinition(f"timeout is in seconds and above 0, found {self.timeout!r}")
-        if self.concurrency is not None and self.concurrency < 1:
-            raise InvalidDefinition(f"concurrency is 1 or more, found {self.concurrency!r}")
+        bound = self.concurrency
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 1):
+            raise InvalidDefinition(f"concurrency is a number of 1 or more, found {bound!r}")
 
 
 @dataclass(slots=True)
@@ -306,9 +317,10 @@ class _Lazy:
 def _name(name: str | None, function: Callable[..., Any]) -> str:
     if not callable(function):
         raise InvalidDefinition(f"an activity is a function, found {function!r}")
-    called = name or getattr(function, "__name__", "")
-    if not called or called == "<lambda>":
+    called = getattr(function, "__name__", "<lambda>") if name is None else name
+    if called == "<lambda>":
         raise InvalidDefinition("a function without a name needs one: @activity.execute(name='...')")
+    check_name("the name of an activity", called)
     return called
 
 
@@ -369,7 +381,10 @@ def read_parameters(name: str, function: Callable[..., Any]) -> tuple[tuple[Para
 
 def _hints(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(function, include_extras=True)
+        # Annotations stand at the function itself, not at an object that is called like one.
+        inner = function.func if isinstance(function, functools.partial) else function
+        callee = inner if inspect.isroutine(inner) or inspect.isclass(inner) else type(inner).__call__
+        return typing.get_type_hints(callee, include_extras=True)
     except Exception as exc:  # annotations are the user's code and may raise anything
         raise InvalidDefinition(
             f"the annotations of activity '{name}' can't be read: {exc}; import what they name"

@@ -50,10 +50,18 @@ class Namespace:
 
     async def output(self, step_id: str) -> Any:
         """The output of a recorded step, from the payload or the store; MISSING when there is none."""
-        if step_id in self.payload:
+        done = self.slip.find(step_id)
+        # What is in the payload under the name of a step whose output is stored is an input or a variable.
+        stored = done is not None and done.step_id == step_id and done.stored
+        if step_id in self.payload and not stored:
             return self.payload[step_id]
         text = None if self.store is None else await self.store.load_output(self.workflow_id, step_id)
         return MISSING if text is None else from_json(text)
+
+    async def everything(self) -> dict[str, Any]:
+        """All values by name; outputs under their step ids only."""
+        stored = [entry.step_id for entry in self.slip.executed if entry.stored]
+        return {**self.payload, **await self.view(stored)}
 
     async def view(self, names: list[str]) -> dict[str, Any]:
         """The values of those of `names` that there are."""
@@ -95,6 +103,6 @@ async def resolve(
             )
     if activity.takes_rest:
         known = {parameter.name for parameter in activity.parameters}
-        rest = {name: value for name, value in {**namespace.payload, **explicit}.items() if name not in known}
-        arguments.update(rest)
+        rest = await namespace.everything()
+        arguments.update((name, value) for name, value in {**rest, **explicit}.items() if name not in known)
     return arguments, shown

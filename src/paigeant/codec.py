@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -39,9 +40,18 @@ def dump(value: Any) -> bytes:
 
 
 def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
-    """`value` as JSON in the way its declared type wants it. Raises JsonInvalid like `dump`."""
+    """`value` as JSON in the way its declared type wants it. Raises JsonInvalid like `dump`.
+
+    A number that a model would write as null is an error as well.
+    """
     try:
-        return _bounded(adapter.dump_json(value, warnings="error"))
+        text = _bounded(adapter.dump_json(value, warnings="error"))
+        if b"null" in text and _loses_number(text, adapter.dump_python(value, mode="json", warnings="none")):
+            raise JsonInvalid(
+                "a model in it writes nan and infinity as null; "
+                "give the model model_config = ConfigDict(ser_json_inf_nan='strings')"
+            )
+        return text
     except (PydanticSerializationError, ValueError, RecursionError) as exc:
         raise JsonInvalid(_reason(exc)) from exc
 
@@ -57,6 +67,21 @@ def _reason(exc: BaseException) -> str:
     if isinstance(exc, RecursionError) or "Circular reference" in str(exc):
         return "it contains itself, or is nested too deeply"
     return " ".join(str(exc).split())
+
+
+def _loses_number(text: bytes, value: Any) -> bool:
+    if all(math.isfinite(leaf) for leaf in _leaves(value) if isinstance(leaf, float)):
+        return False
+    written, meant = list(_leaves(from_json(text))), list(_leaves(value))
+    return written.count(None) > meant.count(None)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    else:
+        yield value
 
 
 def _bounded(text: bytes) -> bytes:
@@ -99,9 +124,7 @@ def _constant(text: str) -> float:
     raise MessageInvalid("not_a_number", f"{text} is not JSON")
 
 
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_float=_number, parse_constant=_constant
-)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_number, parse_constant=_constant)
 
 
 def parse_strict(body: bytes) -> Any:

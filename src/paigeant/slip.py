@@ -32,6 +32,7 @@ __all__ = [
     "RunStatus",
     "Step",
     "StepStatus",
+    "check_name",
     "identify",
 ]
 
@@ -140,7 +141,8 @@ STEP_MOVES: dict[StepStatus, frozenset[StepStatus]] = {
 """The same for steps. READY to COMPLETED, SKIPPED and COMPENSATED are a late first success after the lease was lost."""
 
 
-def _check_name(what: str, value: object) -> None:
+def check_name(what: str, value: object) -> None:
+    """Raise InvalidDefinition unless `value` can name something: `what`, as the error says."""
     if not isinstance(value, str) or not value.strip():
         raise InvalidDefinition(f"{what} is a non-empty text, found {value!r}")
     if len(value) > 200 or any(ord(c) < 32 for c in value):
@@ -170,9 +172,9 @@ class Step:
     topic: str | None = None
 
     def __post_init__(self) -> None:
-        _check_name("the activity of a step", self.activity)
+        check_name("the activity of a step", self.activity)
         if self.id:
-            _check_name("the id of a step", self.id)
+            check_name("the id of a step", self.id)
         if not isinstance(self.args, Mapping) or not all(isinstance(key, str) for key in self.args):
             raise InvalidDefinition(
                 f"args of step '{self.activity}' are a mapping of parameter names, found {self.args!r}"
@@ -186,7 +188,7 @@ class Step:
                 f"timeout of step '{self.activity}' is in seconds and above 0, found {self.timeout!r}"
             )
         if self.topic is not None:
-            _check_name(f"the topic of step '{self.activity}'", self.topic)
+            check_name(f"the topic of step '{self.activity}'", self.topic)
 
 
 @dataclass(frozen=True, slots=True)
