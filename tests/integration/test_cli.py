@@ -819,9 +819,9 @@ def test_init_never_overwrites() -> None:
 
 
 def test_init_says_when_it_cannot_write() -> None:
-    """A file where a folder should be is told."""
+    """A file where a folder should be is told of."""
     Path("taken").write_text("")
-    assert "can't write to taken" in refused("init", "taken")
+    assert "taken is no folder; name one" in refused("init", "taken")
 
 
 def test_version_is_printed() -> None:

@@ -37,7 +37,7 @@ def show(json: AsJson = False) -> None:
         ]
         for name, value in shown.items()
     ]
-    console.out().print(console.table(["setting", "value", "from", ""], rows, keep=["setting"]))
+    console.out().print(console.table(["setting", "value", "from", ""], rows, cut=["value", ""]))
 
 
 @app.command(epilog=session.examples("paigeant config check"))

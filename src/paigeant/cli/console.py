@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "error",
     "errors",
+    "facts",
     "instant",
     "local",
     "note",
@@ -85,17 +86,33 @@ def _labelled(label: str, style: str, text: str) -> None:
 
 
 def table(
-    columns: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, keep: Sequence[str] = ()
+    columns: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, cut: Sequence[str] = ()
 ) -> Table:
-    """A table without frames. The columns in `keep` are never cut: ids are for copying."""
+    """A table without frames. Where the terminal is too narrow, the columns in `cut` are shortened and no others."""
     from rich.table import Table
+    from rich.text import Text
 
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        kept = column in keep
-        made.add_column(column, no_wrap=True, overflow="fold" if kept else "ellipsis", min_width=None)
+        # What can't be wrapped isn't narrowed as long as there is a column that can: its texts forbid it themselves.
+        made.add_column(column, no_wrap=column not in cut, overflow="ellipsis" if column in cut else "fold")
     for row in rows:
+        for column, cell in zip(columns, row, strict=True):
+            if column in cut and isinstance(cell, Text):
+                cell.no_wrap, cell.overflow = True, "ellipsis"
         made.add_row(*row)
+    return made
+
+
+def facts(found: Mapping[str, RenderableType]) -> Table:
+    """Names with their values below each other; long values go on in the next line."""
+    from rich.table import Table
+
+    made = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in found.items():
+        made.add_row(name, value)
     return made
 
 

@@ -68,7 +68,7 @@ def list_(
                 for letter in found
             ]
             columns = ["id", "topic", "created", "attempts", "reason"]
-            console.out().print(console.table(columns, rows, keep=["id"]))
+            console.out().print(console.table(columns, rows, cut=["reason"]))
         else:
             console.note("no dead letters")
 
@@ -91,10 +91,8 @@ def show(id: LetterId, json: AsJson = False) -> None:
             body = {"body_base64": base64.b64encode(letter.body).decode()}
         console.value({**_summary(letter), **body})
         return
-    rows = [
-        [name, console.plain(str(value))] for name, value in _summary(letter).items() if value is not None
-    ]
-    console.out().print(console.table(["", ""], rows, keep=[""]))
+    found = {name: value for name, value in _summary(letter).items() if value is not None}
+    console.out().print(console.facts({name: console.plain(str(value)) for name, value in found.items()}))
     console.result("\n" + letter.body.decode(errors="backslashreplace"))
 
 

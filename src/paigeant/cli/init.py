@@ -40,6 +40,8 @@ def init(
         for name in FILES:
             with (folder / name).open("x", encoding="utf-8") as file:
                 file.write((_SCAFFOLD / name).read_text(encoding="utf-8"))
+    except (FileExistsError, NotADirectoryError) as exc:
+        raise ConfigurationError(f"{folder} is no folder; name one, or a new one: paigeant init DIR") from exc
     except OSError as exc:
         raise ConfigurationError(f"can't write to {folder}: {exc.strerror}") from exc
     console.note(f"wrote {', '.join(str(folder / name) for name in FILES)}\n", markup=False)

@@ -65,13 +65,10 @@ def list_(file: KeyFile = DEFAULT, json: AsJson = False) -> None:
             console.plain(entry["kid"]),
             console.plain("active" if entry["active"] else "verifies", "green" if entry["active"] else ""),
             console.local(key.created_at),
-            console.plain(entry["public"]["x"]),
         ]
         for entry, key in zip(_shown(ring), ring.keys[::-1], strict=True)
     ]
-    console.out().print(
-        console.table(["kid", "state", "created", "public key"], rows, keep=["kid", "public key"])
-    )
+    console.out().print(console.table(["kid", "state", "created"], rows))
 
 
 def _shown(ring: KeyRing) -> list[dict[str, Any]]:

@@ -77,13 +77,20 @@ def _explain(exc: TyperException) -> int:
     if type(exc).__name__ == "NoArgsIsHelpError":
         return WRONG_USE  # making it has printed the help
     where = f"; see `{context.command_path} --help`" if context is not None else ""
-    console.error(f"{_message(exc).rstrip('.')}{where}")
+    console.error(f"{_message(exc).rstrip('.')}{_found(exc)}{where}")
     return int(getattr(exc, "exit_code", WRONG_USE))
 
 
 def _message(exc: TyperException) -> str:
     format_message = getattr(exc, "format_message", None)
     return str(exc) if format_message is None else str(format_message())
+
+
+def _found(exc: TyperException) -> str:
+    """What stood where a value of another kind was expected: Typer itself doesn't say."""
+    cause = exc.__cause__
+    errors = cause.errors() if hasattr(cause, "errors") else []
+    return f", found {errors[0]['input']!r}" if errors and "input" in errors[0] else ""
 
 
 app = typer.Typer(

@@ -79,44 +79,33 @@ def as_row(run: RunRecord) -> list[RenderableType]:
 def as_tables(detail: RunDetail, *, now: float) -> RenderableType:
     """The run for a person: what it is, its steps with attempts and times, what is to come, its variables."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     run = detail.run
-    facts = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_column(overflow="fold")
-    took = (run.completed_at or now) - run.created_at
-    facts.add_row("run", console.plain(run.id))
-    facts.add_row("workflow", console.plain(run.workflow))
-    facts.add_row("status", console.status(run.status))
-    facts.add_row("created", f"{console.local(run.created_at)}, {console.seconds(took)}" + _so_far(run))
-    facts.add_row("input", console.plain(console.shown(from_json(run.input), 200)))
+    took = console.seconds((run.completed_at or now) - run.created_at)
     output = result_of(detail).output
+    found: dict[str, RenderableType] = {
+        "run": console.plain(run.id),
+        "workflow": console.plain(run.workflow),
+        "status": console.status(run.status),
+        "created": f"{console.local(run.created_at)}, {took}{'' if run.completed_at else ' so far'}",
+        "input": console.plain(console.shown(from_json(run.input), 200)),
+    }
     if output is not None:
-        facts.add_row("output", console.plain(console.shown(output, 200)))
+        found["output"] = console.plain(console.shown(output, 200))
     if run.error:
-        facts.add_row("error", console.plain(run.error, "red"))
-    parts: list[RenderableType] = [facts, Text()]
-    parts.append(
-        console.table(
-            ["step", "activity", "status", "attempts", "took", "result"],
-            [*(_row(row, now) for row in detail.steps), *_to_come(detail)],
-            keep=["step"],
-        )
-    )
+        found["error"] = console.plain(run.error, "red")
+    parts: list[RenderableType] = [console.facts(found), Text()]
+    rows = [*(_row(row, now) for row in detail.steps), *_to_come(detail)]
+    columns = ["step", "activity", "status", "attempts", "took", "result"]
+    parts.append(console.table(columns, rows, cut=["activity", "result"]))
     if detail.variables:
-        parts.append(Text())
-        rows = [
+        variables = [
             [console.plain(name), console.plain(console.shown(from_json(value), 120))]
             for name, value in sorted(detail.variables.items())
         ]
-        parts.append(console.table(["variable", "value"], rows, keep=["variable"]))
+        parts += [Text(), console.table(["variable", "value"], variables, cut=["value"])]
     return Group(*parts)
-
-
-def _so_far(run: RunRecord) -> str:
-    return "" if run.completed_at is not None else " so far"
 
 
 def _step(row: StepRecord) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def run(
 
     from paigeant.observers.logs import configure
 
+    # What pydantic-ai greets with at a terminal has no place among log lines.
+    os.environ.setdefault("PYDANTIC_AI_NO_BANNER", "1")
     logs = configure(level=settings.log_level, format="json" if as_json else "console")
     if not supervised:
         _check(settings, loaded, wanted)
@@ -215,15 +217,10 @@ def _banner(as_json: bool) -> Callable[[Paigeant, ActivityWorker], None]:
         if as_json:
             logging.getLogger("paigeant.worker").info("worker.serving", extra={**facts, "worker": worker.id})
             return
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in {"worker": worker.id, **facts}.items():
-            if name != "topics" or value != facts["activities"]:
-                table.add_row(name, console.plain(value))
-        console.errors().print(table)
+        if facts["topics"] == facts["activities"]:
+            del facts["topics"]
+        found = {"worker": worker.id, **facts}
+        console.errors().print(console.facts({name: console.plain(value) for name, value in found.items()}))
         console.note("[dim]Ctrl-C lets running steps finish and ends the worker; twice: at once[/]\n")
 
     return tell

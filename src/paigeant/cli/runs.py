@@ -60,7 +60,7 @@ def list_(
             console.value([report.summary(run) for run in found])
         elif found:
             columns = ["id", "workflow", "status", "created", "took", "error"]
-            console.out().print(console.table(columns, [report.as_row(run) for run in found], keep=["id"]))
+            console.out().print(console.table(columns, [report.as_row(run) for run in found], cut=["error"]))
             if len(found) == limit:
                 console.note(f"[dim]the newest {limit}; --limit shows more[/]")
         else:

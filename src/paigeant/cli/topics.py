@@ -41,7 +41,7 @@ def list_(json: AsJson = False) -> None:
                 ]
                 for depth in found
             ]
-            console.out().print(console.table(["topic", "waiting", "taken", "oldest"], rows, keep=["topic"]))
+            console.out().print(console.table(["topic", "waiting", "taken", "oldest"], rows))
         else:
             console.note("no messages wait")
 

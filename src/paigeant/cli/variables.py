@@ -32,7 +32,7 @@ def list_(id: RunId, json: AsJson = False) -> None:
         rows = [
             [console.plain(name), console.plain(console.shown(found[name], 200))] for name in sorted(found)
         ]
-        console.out().print(console.table(["variable", "value"], rows, keep=["variable"]))
+        console.out().print(console.table(["variable", "value"], rows, cut=["value"]))
     else:
         console.note(f"run '{id}' has no variables", markup=False)
 

@@ -172,6 +172,8 @@ def _brief(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
     _drop_equal(fields, "activity", "step")
     if "step" in fields:
         fields.pop("worker", None)
+    if fields.get("event") == "worker.started":
+        fields.pop("topics", None)  # the command has told them
     if isinstance(fields.get("seconds"), float):
         fields["seconds"] = round(fields["seconds"], 3)
     return fields
