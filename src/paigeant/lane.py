@@ -151,8 +151,10 @@ class Lane:
             self._heard(frozenset(rings))
         if self._waiting:
             self._next()
-        else:
-            self._idle.set()
+            return
+        self._idle.set()
+        if self._lazy:  # their time may have come while this one was under way
+            self._loop.call_later(_LAZY_SECONDS, self._next_if_idle)
 
     # -- in the thread
 

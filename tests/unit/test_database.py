@@ -1,0 +1,398 @@
+"""One SQLite file, shared by tasks, threads and processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from sqlalchemy import text
+
+from paigeant import database as module
+from paigeant.database import Database, Tx, database_path
+from paigeant.errors import ConfigurationError, SchemaMismatch, StoreUnavailable
+
+WRITERS = """
+import asyncio, sys
+from sqlalchemy import text
+from paigeant.database import Database
+
+def add(tx, requests):
+    for n in requests:
+        tx.connection.execute(text("INSERT INTO numbers VALUES (:who, :n)"), {"who": sys.argv[2], "n": n})
+    return requests
+
+async def main():
+    database = Database(sys.argv[1])
+    await database.connect()
+    for start in range(0, 200, 20):
+        await asyncio.gather(*(database.write(add, n) for n in range(start, start + 20)))
+    await database.close()
+
+asyncio.run(main())
+"""
+
+
+@pytest_asyncio.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    """An open database with a table `numbers`."""
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    await database.connect()
+    await database.write(execute, "CREATE TABLE numbers (who TEXT, n INTEGER)")
+    yield database
+    await database.close()
+
+
+def execute(tx: Tx, requests: Sequence[str]) -> list[int]:
+    """Do each statement; gives its count of rows."""
+    return [tx.connection.execute(text(request)).rowcount for request in requests]
+
+
+def add(tx: Tx, requests: Sequence[int]) -> list[int]:
+    """Insert numbers; a negative one is an error of the whole batch."""
+    for n in requests:
+        if n < 0:
+            raise ValueError(f"{n} is negative")
+        tx.connection.execute(text("INSERT INTO numbers VALUES ('me', :n)"), {"n": n})
+    return [n * 2 for n in requests]
+
+
+async def numbers(database: Database) -> list[int]:
+    """The numbers in the table."""
+    query = text("SELECT n FROM numbers ORDER BY n")
+    return await database.ask(lambda connection: list(connection.execute(query).scalars()))
+
+
+async def held(database: Database) -> threading.Event:
+    """Have a transaction under way that ends when the event is set."""
+    began, go = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def hold(tx: Tx, requests: Sequence[None]) -> list[None]:
+        loop.call_soon_threadsafe(began.set)
+        go.wait(20)
+        return [None] * len(requests)
+
+    task = asyncio.create_task(database.write(hold, None))
+    await began.wait()
+    task.add_done_callback(lambda done: done.result())
+    return go
+
+
+async def test_requests_that_meet_share_a_transaction(database: Database) -> None:
+    """What comes in while a commit is under way becomes one transaction, with one call for each kind."""
+    calls: list[int] = []
+
+    def count(tx: Tx, requests: Sequence[int]) -> list[int]:
+        calls.append(len(requests))
+        return [*requests]
+
+    go = await held(database)
+    asked = asyncio.gather(*(database.write(count, n) for n in range(50)))
+    await asyncio.sleep(0)
+    go.set()
+    assert await asked == list(range(50))
+    assert calls == [50]
+
+
+async def test_one_bad_request_fails_alone(database: Database) -> None:
+    """A request that can't be done doesn't fail those that happened to share its transaction."""
+    go = await held(database)
+    asked = asyncio.gather(*(database.write(add, n) for n in (1, -2, 3)), return_exceptions=True)
+    await asyncio.sleep(0)
+    go.set()
+    first, bad, last = await asked
+    assert (first, last) == (2, 6)
+    assert isinstance(bad, ValueError)
+    assert await numbers(database) == [1, 3]
+
+
+async def test_an_error_takes_back_the_whole_transaction(database: Database) -> None:
+    """Of a request that fails nothing is left."""
+
+    def half(tx: Tx, requests: Sequence[int]) -> list[int]:
+        add(tx, requests)
+        raise RuntimeError("on the way")
+
+    with pytest.raises(RuntimeError, match="on the way"):
+        await database.write(half, 1)
+    assert await numbers(database) == []
+
+
+async def test_who_gave_up_leaves_the_others(database: Database) -> None:
+    """A task that is cancelled while it waits for its commit takes nobody along."""
+    go = await held(database)
+    first, given_up = (asyncio.create_task(database.write(add, n)) for n in (1, 2))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    go.set()
+    assert await first == 2
+
+
+async def test_a_lazy_request_comes_soon(database: Database) -> None:
+    """What may be lost in a crash needs no commit of its own, and is not left lying either."""
+    done = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def note(tx: Tx, requests: Sequence[int]) -> list[int]:
+        loop.call_soon_threadsafe(done.set)
+        return add(tx, requests)
+
+    database.write_lazily(note, 1)
+    await asyncio.wait_for(done.wait(), 20)
+
+
+async def test_a_lazy_request_is_not_forgotten_behind_a_slow_commit(database: Database) -> None:
+    """When its time comes during another transaction, it is done after that, without waiting for a third."""
+    done = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def note(tx: Tx, requests: Sequence[int]) -> list[int]:
+        loop.call_soon_threadsafe(done.set)
+        return [*requests]
+
+    go = await held(database)
+    database.write_lazily(note, 1)
+    loop.call_later(0.1, go.set)  # later than the lazy request's own time
+    await asyncio.wait_for(done.wait(), 20)
+
+
+async def test_closing_does_what_was_asked_for(tmp_path: Path) -> None:
+    """What was begun, and what was lazy, is committed before the file is closed."""
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    await database.connect()
+    await database.write(execute, "CREATE TABLE numbers (who TEXT, n INTEGER)")
+    writing = asyncio.gather(*(database.write(add, n) for n in range(100)))
+    database.write_lazily(add, 100)
+    await asyncio.sleep(0)
+    await database.close()
+    await writing
+    await database.connect()
+    assert await numbers(database) == list(range(101))
+    await database.close()
+
+
+async def test_a_closed_file_says_so(tmp_path: Path) -> None:
+    """Every use of a file that isn't open is one clear error."""
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    for attempt in (
+        lambda: database.write(add, 1),
+        lambda: database.ask(lambda connection: None),
+        lambda: asyncio.to_thread(database.write_now, add, 1),
+    ):
+        with pytest.raises(StoreUnavailable, match=r"x\.db is not open"):
+            await attempt()
+    await database.close()
+
+
+async def test_its_users_are_counted(tmp_path: Path) -> None:
+    """Store and transport share it: it closes with the last of them."""
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    await database.connect()
+    await database.connect()
+    await database.close()
+    await database.write(execute, "CREATE TABLE numbers (who TEXT, n INTEGER)")
+    await database.close()
+    with pytest.raises(StoreUnavailable):
+        await numbers(database)
+
+
+async def test_a_reader_sees_one_state_beside_the_writer(database: Database) -> None:
+    """A read doesn't wait for a transaction that is under way, and sees what was committed before."""
+    await database.write(add, 1)
+    go = await held(database)
+    assert await asyncio.wait_for(numbers(database), 20) == [1]
+    go.set()
+
+
+async def test_a_thread_writes_beside_the_loop(database: Database) -> None:
+    """write_now is a transaction of the calling thread: the heartbeat's."""
+    assert await asyncio.to_thread(database.write_now, add, 4) == 8
+    assert await numbers(database) == [4]
+
+
+async def test_several_processes_write_to_one_file(database: Database) -> None:
+    """Nothing is lost, nothing fails, whoever has the lock."""
+    children = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", WRITERS, database.url, f"child {n}")
+        for n in range(3)
+    ]
+    for n in range(100):
+        await database.write(add, n)
+    assert [await child.wait() for child in children] == [0, 0, 0]
+    assert len(await numbers(database)) == 3 * 200 + 100
+    checked = await database.ask(lambda c: c.execute(text("PRAGMA integrity_check")).scalar())
+    assert checked == "ok"
+
+
+async def test_a_commit_is_heard_by_its_own_process(database: Database) -> None:
+    """What a transaction rings for reaches those who listen here, until they stop."""
+    heard: list[frozenset[str]] = []
+    forget = database.on_change(heard.append)
+
+    def ring(tx: Tx, requests: Sequence[str]) -> list[None]:
+        tx.rings.update(requests)
+        return [None] * len(requests)
+
+    await database.write(ring, "topic a")
+    forget()
+    await database.write(ring, "topic b")
+    assert heard == [frozenset({"topic a"})]
+
+
+async def test_the_log_stays_bounded(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much is written, the write-ahead log is put into the file now and then."""
+    limit = 256 * 1024
+    monkeypatch.setattr(module, "_CHECKPOINT_BYTES", limit)
+    log = f"{database.path}-wal"
+    largest = 0
+    for n in range(100):
+        await database.write(execute, f"INSERT INTO numbers VALUES ('{'x' * 16000}', {n})")
+        largest = max(largest, os.path.getsize(log))  # noqa: ASYNC240  # it is here in no time
+    assert limit < largest < 4 * limit
+
+
+async def test_a_full_disk_is_an_error_that_passes(database: Database) -> None:
+    """When the file can't grow the transaction fails whole; once there is room again, the same one works."""
+    pages = await database.write(pragma, "page_count")
+    await database.write(pragma, f"max_page_count={pages}")
+    full = asyncio.gather(
+        *(database.write(execute, f"INSERT INTO numbers VALUES ('{'x' * 4000}', {n})") for n in range(500))
+    )
+    with pytest.raises(StoreUnavailable, match=r"x\.db.*full"):
+        await full
+    kept = await numbers(database)
+    await database.write(pragma, "max_page_count=100000")
+    await database.write(add, 5000)
+    assert await numbers(database) == [*kept, 5000]
+
+
+def pragma(tx: Tx, requests: Sequence[str]) -> list[Any]:
+    """The value of each pragma."""
+    return [tx.connection.exec_driver_sql(f"PRAGMA {request}").scalar() for request in requests]
+
+
+async def test_a_locked_file_is_an_error(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody who holds the lock for ever is reported, not waited for."""
+    monkeypatch.setattr(module, "_BUSY_SECONDS", 0.05)
+    other = sqlite3.connect(database.path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreUnavailable, match="locked"):
+        await database.write(add, 1)
+    other.rollback()
+    other.close()
+    assert await database.write(add, 1) == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("sqlite:///a.db", "a.db"),
+        ("sqlite:///folder/a.db", "folder/a.db"),
+        ("sqlite:////var/a.db", "/var/a.db"),
+        ("sqlite:///a.db?mode=ro", "a.db"),
+    ],
+)
+def test_a_url_names_a_file(url: str, path: str) -> None:
+    """Three slashes for a relative path, four for an absolute one."""
+    assert database_path(url) == Path(path)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///", "sqlite://x", "postgresql://x/y", "a.db", ""])
+def test_a_url_without_a_file_is_refused(url: str) -> None:
+    """The error shows how it is written."""
+    if url == "sqlite://x":
+        assert database_path(url) == Path("x")
+        return
+    with pytest.raises(ConfigurationError, match=r"sqlite:///file\.db"):
+        database_path(url)
+
+
+async def refused(path: Path, error: type[Exception], said: str) -> None:
+    """Opening `path` gives the error, twice, and changes nothing."""
+    database = Database(f"sqlite:///{path}")
+    for _ in range(2):
+        with pytest.raises(error, match=said):
+            await database.connect()
+
+
+async def test_a_file_that_is_no_database_is_left_alone(tmp_path: Path) -> None:
+    """Text, and a file that only begins like a database."""
+    path = tmp_path / "notes.txt"
+    path.write_text("Dear diary, today I was nearly overwritten.")
+    await refused(path, ConfigurationError, "is not an SQLite database")
+    assert path.read_text().startswith("Dear diary")
+    path.write_bytes(b"SQLite format 3\0" + b"x" * 5000)
+    await refused(path, (ConfigurationError, StoreUnavailable), "notes.txt")  # type: ignore[arg-type]
+
+
+async def test_an_empty_file_becomes_a_database(tmp_path: Path) -> None:
+    """A file of no bytes is as good as none."""
+    path = tmp_path / "x.db"
+    path.touch()
+    database = Database(f"sqlite:///{path}")
+    await database.connect()
+    await database.close()
+    assert path.stat().st_size > 0
+
+
+async def test_a_folder_is_no_database(tmp_path: Path) -> None:
+    """Nor is a file in a folder that doesn't exist."""
+    await refused(tmp_path, ConfigurationError, "is a folder")
+    await refused(tmp_path / "no" / "x.db", ConfigurationError, "doesn't exist")
+
+
+async def test_a_newer_file_is_left_alone(tmp_path: Path) -> None:
+    """A file that newer code has made is refused, with what to do."""
+    path = tmp_path / "x.db"
+    database = Database(f"sqlite:///{path}")
+    await database.connect()
+    await database.write(execute, "UPDATE alembic_version SET version_num = '9999'")
+    await database.close()
+    await refused(path, SchemaMismatch, "newer version")
+
+
+AS_NOBODY = """
+import asyncio, os, sys
+from paigeant.database import Database
+from paigeant.errors import PaigeantError
+
+database = Database(sys.argv[1])
+if os.getuid() == 0:  # root may do anything
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    asyncio.run(database.connect())
+except PaigeantError as exc:
+    print(f"{type(exc).__name__}: {exc}")
+"""
+
+
+@pytest.mark.parametrize(("mode", "said"), [(0o555, "is read-only"), (0o755, "is read-only")])
+def test_what_is_read_only_is_a_clear_error(mode: int, said: str) -> None:
+    """A folder in which no file can be made, and a file that can't be written to."""
+    folder = Path(tempfile.mkdtemp())  # others can't look into this test's own
+    try:
+        path = folder / "x.db"
+        if mode == 0o755:
+            sqlite3.connect(path).close()
+            path.chmod(0o444)
+        folder.chmod(mode)
+        command = [sys.executable, "-c", AS_NOBODY, f"sqlite:///{path}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    finally:
+        folder.chmod(0o755)
+        shutil.rmtree(folder)
+    assert done.stdout.startswith("ConfigurationError: ")
+    assert said in done.stdout
+    assert done.stdout.count("\n") == 1

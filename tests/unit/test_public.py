@@ -1,0 +1,103 @@
+"""The public names, and what importing them costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import paigeant
+
+CONTRACT = [
+    "ActivityRegistry",
+    "StepContext",
+    "Workflow",
+    "Step",
+    "Paigeant",
+    "Settings",
+    "Run",
+    "RunResult",
+    "ActivityWorker",
+    "RetryPolicy",
+    "ItineraryPolicy",
+    "NonRetryableError",
+    "PaigeantError",
+    "PaigeantMessage",
+    "RoutingSlip",
+    "SecurityContext",
+    "Transport",
+    "Store",
+]
+
+
+def run(code: str) -> str:
+    """What `code` prints in a new process."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", sorted({*CONTRACT, *paigeant.__all__}))
+def test_a_public_name_is_there(name: str) -> None:
+    """Every name of the contract, and every one that is listed, can be imported from the package."""
+    assert name in paigeant.__all__
+    assert getattr(paigeant, name).__name__ == name
+    assert name in dir(paigeant)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """As with any module."""
+    with pytest.raises(AttributeError, match="no attribute 'Workfow'"):
+        _ = paigeant.Workfow
+
+
+def test_importing_the_package_loads_no_library() -> None:
+    """Neither a broker, nor a database, nor an agent library, nor a settings library is loaded by it."""
+    heavy = [
+        "sqlalchemy",
+        "pydantic",
+        "pydantic_ai",
+        "pydantic_settings",
+        "alembic",
+        "typer",
+        "structlog",
+        "cel",
+    ]
+    code = f"import paigeant, sys; print([name for name in {heavy!r} if name in sys.modules])"
+    assert run(code) == "[]"
+
+
+def test_defining_workflows_loads_no_adapter() -> None:
+    """What a handler module needs loads neither a database nor an agent library, nor the settings'."""
+    heavy = ["sqlalchemy", "pydantic_ai", "pydantic_settings", "alembic", "cel"]
+    code = (
+        "from paigeant import ActivityRegistry, StepContext, Workflow, Step, RetryPolicy; import sys;"
+        f"Workflow('w', ['a']); print([name for name in {heavy!r} if name in sys.modules])"
+    )
+    assert run(code) == "[]"
+
+
+def test_importing_does_nothing_else() -> None:
+    """It registers nothing, configures no logs and starts no thread."""
+    code = (
+        "import logging, threading; before = logging.root.handlers[:], threading.active_count();"
+        "import paigeant; print((logging.root.handlers[:], threading.active_count()) == before)"
+    )
+    assert run(code) == "True"
+
+
+@pytest.mark.parametrize("name", ["memory", "sqlite"])
+def test_our_transports_are_transports(name: str) -> None:
+    """Each has all methods of the contract."""
+    from paigeant.transports import open_transport
+
+    url = "memory://" if name == "memory" else "sqlite:///x.db"
+    assert isinstance(open_transport(url), paigeant.Transport)
+
+
+def test_our_stores_are_stores() -> None:
+    """Each has all methods of the contract."""
+    from paigeant.stores import open_store
+
+    assert isinstance(open_store("memory://"), paigeant.Store)
+    assert isinstance(open_store("sqlite:///x.db"), paigeant.Store)
