@@ -7,6 +7,9 @@ __all__ = ["main"]
 
 def main() -> None:
     """Do what the command line asks for, and end the process with the exit code that says how it went."""
-    from paigeant.cli.program import app
+    try:
+        from paigeant.cli.program import app
 
-    app(prog_name="paigeant")
+        app(prog_name="paigeant")
+    except KeyboardInterrupt:  # so early that no command is there yet to answer it
+        raise SystemExit(130) from None
