@@ -18,17 +18,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import ClauseElement, Connection, Engine, Insert, create_engine, event, inspect, text
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock, SystemClock
 from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreUnavailable
 from paigeant.lane import Lane, Tx, transact
+from paigeant.prepared import driver_of
 from paigeant.tables import SCHEMA_VERSION, metadata
 from paigeant.wakeup import Bell
 
-__all__ = ["Database", "Prepared", "Tx", "as_it_is", "database_path"]
+__all__ = ["Database", "as_it_is", "current_version", "database_path", "prepare"]
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -37,47 +38,6 @@ WRITER, READER = "paigeant-writer", "paigeant-reader"
 
 _CHECKPOINT_BYTES = 16 * 1024 * 1024
 _BUSY_SECONDS = 15.0
-
-
-class Prepared:
-    """A statement that is compiled once and then run with plain tuples, in the order of its parameters.
-
-    SQLAlchemy's own execution handles types, defaults and naming anew for each row; here all of that is known.
-    """
-
-    def __init__(self, statement: ClauseElement, parameters: Sequence[str] = ()) -> None:
-        self._statement = statement
-        self._parameters = list(parameters)
-        self._texts: dict[str, str] = {}
-
-    def rows(self, connection: Connection, *values: Any) -> list[tuple[Any, ...]]:
-        """What the statement gives for one set of `values`."""
-        rows: list[tuple[Any, ...]] = _driver(connection).execute(self._text(connection), values).fetchall()
-        return rows
-
-    def each(self, connection: Connection, rows: list[tuple[Any, ...]]) -> None:
-        """Run it for each of `rows`; none at all is harmless."""
-        if rows:
-            _driver(connection).executemany(self._text(connection), rows)
-
-    def _text(self, connection: Connection) -> str:
-        dialect = connection.dialect
-        text = self._texts.get(dialect.name)
-        if text is None:
-            columns = self._parameters if isinstance(self._statement, Insert) else None
-            compiled: Any = self._statement.compile(dialect=dialect, column_keys=columns)
-            order = list(compiled.positiontup or ())
-            if order != self._parameters:
-                raise AssertionError(f"parameters are in the order {order}, not {self._parameters}")
-            text = self._texts[dialect.name] = str(compiled)
-        return text
-
-
-def _driver(connection: Connection) -> sqlite3.Connection:
-    """The driver's own connection: a small statement through SQLAlchemy takes several times as long."""
-    driver: Any = connection.connection.dbapi_connection
-    assert isinstance(driver, sqlite3.Connection)
-    return driver
 
 
 def database_path(url: str) -> Path:
@@ -243,7 +203,7 @@ class Database:
     def _set_durability(self, connection: Connection, durable: bool) -> None:
         # A NORMAL commit is written but not synced; the next FULL one syncs it as well.
         if durable != self._durable:
-            _driver(connection).execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            driver_of(connection).execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._durable = durable
 
     def _prepare(self, tx: Tx, requests: Sequence[None]) -> list[None]:
@@ -259,7 +219,7 @@ class Database:
             return
         with contextlib.suppress(OSError, sqlite3.Error):
             if os.path.getsize(f"{self.path}-wal") > _CHECKPOINT_BYTES:
-                raw = _driver(connection)
+                raw = driver_of(connection)
                 raw.execute("PRAGMA busy_timeout=250")
                 raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 raw.execute("PRAGMA busy_timeout=0")
@@ -316,7 +276,7 @@ def begun(connection: Connection, *, reads_only: bool = False) -> Iterator[None]
     One that writes takes its turn at once: a deferred transaction that turns into a writing one after another commit
     fails immediately, whatever the busy timeout is.
     """
-    driver = _driver(connection)
+    driver = driver_of(connection)
     if reads_only:
         driver.execute("BEGIN")
     else:

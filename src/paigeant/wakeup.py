@@ -70,6 +70,7 @@ class Bell:
         self._socket = None
         with contextlib.suppress(OSError):
             self._path.unlink()
+            self._folder.rmdir()  # the last one to leave; it stays while there are others
 
     def ring(self, names: Iterable[str]) -> None:
         """Tell the others that something of each of `names` has happened. Safe from any thread; never blocks."""

@@ -13,10 +13,11 @@ from sqlalchemy import bindparam, case, delete, func, literal_column, null, sele
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from paigeant import host
-from paigeant.database import Database, Prepared
+from paigeant.database import Database
 from paigeant.errors import MessageInvalid, StoreUnavailable, TransportUnavailable
 from paigeant.lane import Tx
 from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encode
+from paigeant.prepared import Prepared
 from paigeant.store import DeadLetter, Store
 from paigeant.tables import dead_letters, messages
 from paigeant.transport import BODY_KEPT_BYTES, Bury, Posting, TopicDepth

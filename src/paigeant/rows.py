@@ -1,0 +1,372 @@
+"""The rows of runs in SQL: what is read and written of them, statement by statement, for several runs at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    LargeBinary,
+    Select,
+    Table,
+    and_,
+    bindparam,
+    case,
+    cast,
+    func,
+    insert,
+    literal_column,
+    null,
+    select,
+    update,
+)
+from sqlalchemy.dialects.sqlite import insert as upsert
+
+from paigeant.errors import RunNotFound
+from paigeant.ledger import Head
+from paigeant.prepared import Prepared
+from paigeant.slip import Phase, RunStatus, StepStatus
+from paigeant.store import (
+    RunDetail,
+    RunRecord,
+    Signal,
+    StepKey,
+    StepRecord,
+)
+from paigeant.tables import (
+    step_executions,
+    step_units,
+    workers,
+    workflow_runs,
+    workflow_signals,
+    workflow_variables,
+)
+
+__all__ = [
+    "KEY",
+    "NEW_RUN",
+    "NEW_STEP",
+    "STARTED",
+    "detail_of",
+    "details_of",
+    "due_steps",
+    "encoded",
+    "heads_of",
+    "key_of",
+    "late_runs",
+    "new_run",
+    "new_step",
+    "orphan_steps",
+    "patch_rows",
+    "run_of",
+    "save_variables",
+    "statuses_of",
+    "unit_of",
+]
+
+KEY = (step_executions.c.workflow_id, step_executions.c.step, step_executions.c.phase)
+
+
+def encoded(text: str | None) -> bytes | None:
+    """JSON as the records have it."""
+    return None if text is None else text.encode()
+
+
+def _plain(value: Any) -> Any:
+    """`value` as the driver takes it without a detour: texts for JSON and for states."""
+    if isinstance(value, bytes):
+        return value.decode()
+    return value.value if isinstance(value, StrEnum) else value
+
+
+def key_of(row: Any) -> StepKey:
+    """What names the step in a row with the columns of KEY."""
+    return StepKey(row.workflow_id, row.step, Phase(row.phase))
+
+
+# -- statements
+
+
+def _head_query() -> Select[Any]:
+    # A join with the keys as a table: SQLite answers `(a, b, c) IN (...)` with a scan of the whole index.
+    keys = func.json_each(bindparam("keys")).table_valued("value")
+    steps = step_executions.c
+    places = ("$[0]", "$[1]", "$[2]")
+    same = (
+        column == func.json_extract(keys.c.value, literal_column(f"'{place}'"))
+        for place, column in zip(places, KEY, strict=True)
+    )
+    return (
+        select(
+            *KEY,
+            steps.seq,
+            workflow_runs.c.status,
+            steps.status,
+            steps.epoch,
+            steps.attempt,
+            steps.worker,
+            steps.not_before,
+        )
+        .select_from(keys)
+        .join(step_executions, and_(*same))
+        .join(workflow_runs, workflow_runs.c.id == steps.workflow_id)
+    )
+
+
+_ids = func.json_each(bindparam("ids")).table_valued("value")
+STARTED = Prepared(
+    select(workflow_runs.c.id, workflow_runs.c.workflow, workflow_runs.c.input_hash).join(
+        _ids, workflow_runs.c.id == _ids.c.value
+    ),
+    ["ids"],
+)
+_HEADS = Prepared(_head_query(), ["keys"])
+
+
+def heads_of(connection: Connection, keys: Sequence[StepKey]) -> dict[StepKey, Head]:
+    """What decisions need to know of those of the steps that exist."""
+    heads = {}
+    for workflow_id, step, phase, seq, run, status, epoch, attempt, worker, not_before in _HEADS.rows(
+        connection, json.dumps(keys)
+    ):
+        key = StepKey(workflow_id, step, _PHASES[phase])
+        heads[key] = Head(key, seq, _RUNS[run], _STEPS[status], epoch, attempt, worker, not_before)
+    return heads
+
+
+_PHASES = {phase.value: phase for phase in Phase}
+_RUNS = {status.value: status for status in RunStatus}
+_STEPS = {status.value: status for status in StepStatus}
+
+
+def orphan_steps() -> Select[Any]:
+    """The running steps of workers that aren't there any more."""
+    alive = select(workers.c.id)
+    return select(*KEY).where(
+        step_executions.c.status == StepStatus.RUNNING, step_executions.c.worker.not_in(alive)
+    )
+
+
+def due_steps(now: float) -> Select[Any]:
+    """The ready steps that should have been claimed by now, the longest due first."""
+    return (
+        select(*KEY)
+        .where(step_executions.c.status == StepStatus.READY, step_executions.c.wake_at <= now)
+        .order_by(step_executions.c.wake_at)
+    )
+
+
+def late_runs(now: float) -> Select[Any]:
+    """The open runs that are over their deadline."""
+    return select(workflow_runs.c.id).where(
+        workflow_runs.c.deadline.is_not(None),
+        workflow_runs.c.completed_at.is_(None),
+        workflow_runs.c.deadline <= now,
+        workflow_runs.c.status != RunStatus.COMPENSATING,
+    )
+
+
+@lru_cache(maxsize=64)
+def _update(table: Table, columns: tuple[str, ...]) -> Prepared:
+    keys = list(table.primary_key)
+    places = [f"key_of{place}" for place in range(len(keys))]
+    statement = (
+        update(table)
+        .where(and_(*(column == bindparam(place) for column, place in zip(keys, places, strict=True))))
+        .values({table.c[name]: bindparam(f"_{name}") for name in columns})
+    )
+    # The statement names its columns in the order of the table.
+    ordered = [f"_{column.name}" for column in table.c if column.name in columns]
+    return Prepared(statement, [*ordered, *places])
+
+
+@lru_cache(maxsize=64)
+def _order(table: Table, columns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(column.name for column in table.c if column.name in columns)
+
+
+def patch_rows(
+    connection: Connection, table: Table, patches: Iterable[tuple[Sequence[str], dict[str, Any]]]
+) -> None:
+    """Change columns of existing rows: (primary key, values), one statement for each set of columns."""
+    kinds: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
+    for key, patch in patches:
+        columns = _order(table, tuple(patch))
+        values = (*[_plain(patch[name]) for name in columns], *map(_plain, key))
+        kinds.setdefault(columns, []).append(values)
+    for columns, rows in kinds.items():
+        _update(table, columns).each(connection, rows)
+
+
+def _insert(table: Table, columns: Sequence[str]) -> Prepared:
+    ordered = [column.name for column in table.c if column.name in columns]
+    return Prepared(insert(table), ordered)
+
+
+def save_variables(connection: Connection, rows: Sequence[tuple[str, str, str]]) -> None:
+    """Set variables: (run, name, JSON)."""
+    if not rows:
+        return
+    statement = upsert(workflow_variables)
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=["workflow_id", "key"], set_={"value": statement.excluded.value}
+        ),
+        [{"workflow_id": run_id, "key": name, "value": value} for run_id, name, value in rows],
+    )
+
+
+_STATUSES = Prepared(
+    select(workflow_runs.c.id, workflow_runs.c.status).join(_ids, workflow_runs.c.id == _ids.c.value), ["ids"]
+)
+
+
+def statuses_of(connection: Connection, workflow_ids: Collection[str]) -> dict[str, RunStatus]:
+    """The states of those of the runs that exist."""
+    rows = _STATUSES.rows(connection, json.dumps(list(workflow_ids)))
+    return {run_id: _RUNS[status] for run_id, status in rows}
+
+
+def unit_of(connection: Connection, key: StepKey, name: str) -> bytes | None:
+    """The recorded value of a unit inside a step; None when there is none."""
+    query = select(step_units.c.value).where(
+        step_units.c.workflow_id == key.workflow_id,
+        step_units.c.step == key.step,
+        step_units.c.phase == key.phase,
+        step_units.c.name == name,
+    )
+    return encoded(connection.execute(query).scalar())
+
+
+# -- rows
+
+
+NEW_RUN = _insert(workflow_runs, [column.name for column in workflow_runs.c])
+
+
+def new_run(run: RunRecord, *, now: float, ended: bool) -> tuple[Any, ...]:
+    """The values for NEW_RUN."""
+    run = replace(run, created_at=now)
+    if ended:
+        run = replace(run, status=RunStatus.COMPLETED, started_at=now, completed_at=now)
+    values = [_plain(getattr(run, column.name)) for column in workflow_runs.c]
+    values[_HEADERS] = json.dumps(dict(run.headers))
+    return tuple(values)
+
+
+_HEADERS = [column.name for column in workflow_runs.c].index("headers")
+
+
+def run_of(row: Mapping[str, Any]) -> RunRecord:
+    """The record in a row; columns that weren't asked for are empty."""
+    values = dict(row)
+    values["status"] = RunStatus(values["status"])
+    values["headers"] = json.loads(values["headers"])
+    values["input"] = (values.get("input") or "").encode()
+    values["slip"] = (values.get("slip") or "").encode()
+    return RunRecord(**values)
+
+
+_NEW_STEP_COLUMNS = (
+    "workflow_id",
+    "step",
+    "phase",
+    "seq",
+    "activity",
+    "topic",
+    "status",
+    "epoch",
+    "attempt",
+    "worker",
+    "not_before",
+    "wake_at",
+    "created_at",
+    "started_at",
+)
+NEW_STEP = _insert(step_executions, _NEW_STEP_COLUMNS)
+_new_step_values = attrgetter(*_NEW_STEP_COLUMNS)
+
+
+def new_step(step: StepRecord) -> tuple[Any, ...]:
+    """The values for NEW_STEP."""
+    return tuple(map(_plain, _new_step_values(step)))
+
+
+def _step(values: dict[str, Any]) -> StepRecord:
+    values["phase"], values["status"] = _PHASES[values["phase"]], _STEPS[values["status"]]
+    for name in ("input", "output", "revision", "usage"):
+        values[name] = encoded(values[name])
+    return StepRecord(**values)
+
+
+def _of_runs(table: Table, *columns: ColumnElement[Any]) -> Select[Any]:
+    """The rows of `table` that belong to the runs asked for."""
+    own = table.c.id if table is workflow_runs else table.c.workflow_id
+    return select(*(columns or table.c)).join_from(_ids, table, own == _ids.c.value)
+
+
+_DETAIL_RUNS = Prepared(_of_runs(workflow_runs), ["ids"])
+# Of a text SQLite counts characters.
+_output_bytes = func.length(cast(step_executions.c.output, LargeBinary))
+_too_large = _output_bytes > bindparam("limit")
+_DETAIL_STEPS = Prepared(
+    _of_runs(
+        step_executions,
+        _too_large.label("too_large"),
+        case((_output_bytes > bindparam("same"), null()), else_=step_executions.c.output),
+        *(column for column in step_executions.c if column.name != "output"),
+    ).order_by(step_executions.c.seq),
+    ["limit", "same", "ids"],
+)
+_DETAIL_STEP_FIELDS = ("output", *(column.name for column in step_executions.c if column.name != "output"))
+_RUN_FIELDS = [column.name for column in workflow_runs.c]
+_DETAIL_VARIABLES = Prepared(_of_runs(workflow_variables), ["ids"])
+_DETAIL_SIGNALS = Prepared(_of_runs(workflow_signals).order_by(workflow_signals.c.id), ["ids"])
+
+
+def details_of(
+    connection: Connection, workflow_ids: Collection[str], inline_bytes: int | None
+) -> dict[str, RunDetail]:
+    """The runs that there are, with all of their rows."""
+    ids = json.dumps(list(workflow_ids))
+    limit = sys.maxsize if inline_bytes is None else inline_bytes
+    steps: dict[str, list[StepRecord]] = {}
+    stored: dict[str, set[str]] = {}
+    for too_large, *values in _DETAIL_STEPS.rows(connection, limit, limit, ids):
+        step = _step(dict(zip(_DETAIL_STEP_FIELDS, values, strict=True)))
+        steps.setdefault(step.workflow_id, []).append(step)
+        if too_large:
+            stored.setdefault(step.workflow_id, set()).add(step.step)
+    variables: dict[str, dict[str, bytes]] = {}
+    for run_id, name, value in _DETAIL_VARIABLES.rows(connection, ids):
+        variables.setdefault(run_id, {})[name] = value.encode()
+    signals: dict[str, list[Signal]] = {}
+    for _, run_id, name, value, created_at in _DETAIL_SIGNALS.rows(connection, ids):
+        signals.setdefault(run_id, []).append(Signal(name, value.encode(), created_at))
+    runs = [run_of(dict(zip(_RUN_FIELDS, row, strict=True))) for row in _DETAIL_RUNS.rows(connection, ids)]
+    return {
+        run.id: RunDetail(
+            run,
+            tuple(steps.get(run.id, ())),
+            variables.get(run.id, {}),
+            tuple(signals.get(run.id, ())),
+            frozenset(stored.get(run.id, ())),
+        )
+        for run in runs
+    }
+
+
+def detail_of(connection: Connection, workflow_id: str, inline_bytes: int | None) -> RunDetail:
+    """The run with all of its rows. Raises RunNotFound."""
+    found = details_of(connection, [workflow_id], inline_bytes)
+    if workflow_id not in found:
+        raise RunNotFound(workflow_id)
+    return found[workflow_id]
