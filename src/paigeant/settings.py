@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     that can't be.
     """
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, extra="forbid", allow_inf_nan=False)
 
     transport_url: str = Field("sqlite:///paigeant.db", description="where messages travel")
     store_url: str = Field("sqlite:///paigeant.db", description="where runs are recorded")
@@ -86,7 +86,7 @@ class Settings(BaseSettings):
         except ValidationError as exc:
             raise ConfigurationError(_explain(exc)) from exc
         except SettingsError as exc:
-            raise ConfigurationError(f"{exc}; expected JSON") from exc
+            raise ConfigurationError(_explain_variable(exc)) from exc
 
     @classmethod
     def settings_customise_sources(
@@ -130,7 +130,8 @@ class Settings(BaseSettings):
             try:
                 workflow_from(name, fields)
             except PaigeantError as exc:
-                raise ValueError(str(exc)) from exc
+                where = f"workflow '{name}'"
+                raise ValueError(str(exc) if where in str(exc) else f"{where}: {exc}") from exc
         return value
 
     @model_validator(mode="after")
@@ -171,7 +172,7 @@ def check_file(path: Path) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigurationError(f"{path} holds {type(values).__name__}; expected `key: value` lines")
+        raise ConfigurationError(f"{path} holds a {type(values).__name__}; expected `key: value` lines")
     _check_keys(values, Settings.model_fields, f"{path} has")
     return values
 
@@ -233,10 +234,15 @@ def _check_environment(known: Mapping[str, Any]) -> None:
 def _explain(exc: ValidationError) -> str:
     first = exc.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"]) or "settings"
-    message = first["msg"].removeprefix("Value error, ")
-    if message.startswith("found ") or "workflow" in message:
-        return f"{place}: {message}"
-    return f"{place}: {message}, found {first['input']!r}"
+    if first["type"] == "value_error":  # one of ours, which says what was found
+        return f"{place}: {first['msg'].removeprefix('Value error, ')}"
+    return f"{place}: {first['msg']}, found {first['input']!r}"
+
+
+def _explain_variable(exc: SettingsError) -> str:
+    name = next(iter(re.findall(r'field "(\w+)"', str(exc))), "")
+    reason = f": {exc.__cause__}" if exc.__cause__ is not None else ""
+    return f"the environment has {_PREFIX}{name.upper()}, which is not JSON{reason}; expected JSON such as {{}}"
 
 
 def _without_password(url: str) -> str:

@@ -98,8 +98,8 @@ def test_workflows_in_the_file_are_those_of_code() -> None:
         ("concurency: 5", "paigeant.yaml has an unknown key 'concurency'; did you mean 'concurrency'?"),
         ("concurrency: [", "paigeant.yaml, line 1 is not YAML"),
         ("concurrency: 5\n\tlease: 3", "paigeant.yaml, line 2 is not YAML"),
-        ("- a\n- b", "paigeant.yaml holds list; expected `key: value` lines"),
-        ("just text", "paigeant.yaml holds str"),
+        ("- a\n- b", "paigeant.yaml holds a list; expected `key: value` lines"),
+        ("just text", "paigeant.yaml holds a str"),
         ("concurrency: many", "concurrency: Input should be a valid integer"),
         ("concurrency: 0", "concurrency: Input should be greater than or equal to 1, found 0"),
         ("lease: -1", "lease: Input should be greater than 0"),
@@ -168,7 +168,7 @@ def test_a_variable_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_workflows_in_the_environment_that_are_not_json_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bare word where JSON is expected is an error of the settings, not a traceback."""
     monkeypatch.setenv("PAIGEANT_WORKFLOWS", "order")
-    with pytest.raises(ConfigurationError, match=r'"workflows".*expected JSON'):
+    with pytest.raises(ConfigurationError, match="PAIGEANT_WORKFLOWS, which is not JSON"):
         Settings()
 
 

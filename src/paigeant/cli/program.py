@@ -88,8 +88,8 @@ def _message(exc: TyperException) -> str:
 
 def _found(exc: TyperException) -> str:
     """What stood where a value of another kind was expected: Typer itself doesn't say."""
-    cause = exc.__cause__
-    errors = cause.errors() if hasattr(cause, "errors") else []
+    read_errors = getattr(exc.__cause__, "errors", None)
+    errors = [] if read_errors is None else read_errors()
     return f", found {errors[0]['input']!r}" if errors and "input" in errors[0] else ""
 
 

@@ -34,6 +34,6 @@ def open_store(
 
         return SqlStore(Database(url, clock=clock), grace=grace, inline_bytes=inline_bytes)
     raise ConfigurationError(
-        f"store_url={url!r} has no known scheme; expected one of "
+        f"store_url begins with {scheme}://, for which there is no store; expected one of "
         + ", ".join(f"{name}://" for name in SCHEMES)
     )

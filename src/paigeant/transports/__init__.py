@@ -37,6 +37,6 @@ def open_transport(
 
         return SqliteTransport(database or Database(url, clock=clock), limit_bytes=limit)
     raise ConfigurationError(
-        f"transport_url={url!r} has no known scheme; expected one of "
+        f"transport_url begins with {scheme}://, for which there is no transport; expected one of "
         + ", ".join(f"{name}://" for name in SCHEMES)
     )
