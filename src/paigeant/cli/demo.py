@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,8 +91,10 @@ def demo(
         pace = _PACE if console.is_terminal else 0.0
     plan = Plan(file or DOCUMENT, out, model=model, max_words=words, pace=pace, kill=kill)
     document = prepare(plan)
+    plan = replace(plan, source=plan.source.resolve(), folder=plan.folder.resolve())
     _begin(console, plan, document)
-    with Screen(console) as screen:
+    # From within the folder, as a person looks further afterwards: with the settings that hold there, too.
+    with contextlib.chdir(plan.folder), Screen(console) as screen:
         ending = asyncio.run(play(plan, screen))
     _end(console, plan, document, ending)
     if ending.status != "completed" or ending.twice:
@@ -119,7 +122,7 @@ def _end(console: Console, plan: Plan, document: Document, ending: Ending) -> No
     )
     facts = {"run": f"{ending.run}, {ending.status.value} in {ending.seconds:.1f} s"}
     if done:
-        facts["brief"] = f"{plan.target.resolve()}, {ending.words:,} words of {document.words:,}"
+        facts["brief"] = f"{plan.target}, {ending.words:,} words of {document.words:,}"
     else:
         facts["error"] = ending.error or "none was told"
     console.print()
@@ -130,7 +133,7 @@ def _end(console: Console, plan: Plan, document: Document, ending: Ending) -> No
     console.print("\n  look further:")
     program = _program(plan.folder)
     commands = [
-        f"cd {shlex.quote(str(plan.folder.resolve()))}",
+        f"cd {shlex.quote(str(plan.folder))}",
         *(["cat brief.md"] if done else []),
         f"{program} runs show {ending.run}",
         f"{program} runs list",
@@ -155,4 +158,4 @@ def _program(folder: Path) -> str:
     found = shutil.which("paigeant")
     if found is not None and Path(found).samefile(called):
         return "paigeant"
-    return shlex.quote(os.path.relpath(called.absolute(), folder.resolve()))
+    return shlex.quote(os.path.relpath(called.absolute(), folder))

@@ -111,15 +111,18 @@ def prepare(plan: Plan) -> Document:
 
 
 async def play(plan: Plan, screen: Screen) -> Ending:
-    """Do it, and show it on `screen`. Raises PaigeantError when a worker doesn't start."""
-    url = f"sqlite:///{plan.folder.resolve()}/paigeant.db"
+    """Do it, and show it on `screen`. The plan's paths are absolute, and its folder is the working directory.
+
+    Raises PaigeantError when a worker doesn't start.
+    """
+    url = "sqlite:///paigeant.db"
     journal = Journal(plan.folder / "demo-journal.jsonl")
     orders = Orders(url, str(journal.path), plan.pace, None, plan.model)
     known = activities(models(plan.model), journal)
     async with Paigeant(Settings(transport_url=url, store_url=url), activities=known) as app:
         request = Request(
-            path=str(plan.source.resolve()),
-            target=str(plan.target.resolve()),
+            path=str(plan.source),
+            target=str(plan.target),
             max_words=plan.max_words,
             model=plan.model_name,
         )
@@ -146,6 +149,7 @@ class _Worker:
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",  # files in the working directory are no modules of ours
                 "-m",
                 "paigeant.demo.worker",
                 orders.packed(),
