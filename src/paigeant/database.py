@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
@@ -43,11 +43,13 @@ _BUSY_SECONDS = 15.0
 def database_path(url: str) -> Path:
     """The file that `sqlite:///path` names. Raises ConfigurationError for a URL without one."""
     scheme, _, rest = url.partition("://")
-    path = rest.partition("?")[0].removeprefix("/")
+    path = rest.removeprefix("/")
     if scheme != "sqlite" or not path:
         raise ConfigurationError(
             f"{url!r} names no file; expected sqlite:///file.db, or sqlite:////folder/file.db for an absolute path"
         )
+    if "?" in path:
+        raise ConfigurationError(f"{url!r} has options behind a '?'; the file is named without any")
     return Path(path)
 
 
@@ -238,7 +240,7 @@ def _engine(path: Path, *, reads_only: bool = False) -> Engine:
     if path.exists() and not os.access(path, os.W_OK):
         raise ConfigurationError(f"{path} is read-only; Paigeant needs to write to it")
     engine = create_engine(
-        f"sqlite:///{path}",
+        URL.create("sqlite", database=str(path)),
         poolclass=NullPool,
         connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False, "isolation_level": None},
     )

@@ -10,8 +10,8 @@ from typing import Any
 from paigeant import ledger
 from paigeant.activity import ActivityRegistry
 from paigeant.errors import MessageTooLarge, PaigeantError, TransportUnavailable
-from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, encode
-from paigeant.slip import Compensation, Phase, RoutingSlip, Step
+from paigeant.message import DEFAULT_LIMIT_BYTES, MessageId, PaigeantMessage, encode
+from paigeant.slip import Compensation, Phase, RoutingSlip, Step, StepStatus
 from paigeant.store import NextStep, RunDetail, StepKey, Store
 from paigeant.transport import Posting, Transport
 
@@ -68,8 +68,8 @@ class Forwarder:
 
     def letter(self, message: PaigeantMessage, topic: str, *, epoch: int, delay: float = 0.0) -> Letter:
         """`message` for whoever claims its step after claim `epoch`. The same letter always has the same message id."""
-        message_id = f"{message.workflow_id}/{message.step_id}/{message.phase}/{epoch}"
-        return Letter(topic, message.evolve(message_id=message_id), delay)
+        message_id = MessageId(message.workflow_id, message.step_id, message.phase, epoch)
+        return Letter(topic, message.evolve(message_id=str(message_id)), delay)
 
     def posting(self, letter: Letter) -> Posting | None:
         """`letter` for a transaction of the store; None when the store doesn't publish. Raises MessageTooLarge."""
@@ -111,7 +111,7 @@ class Forwarder:
             now = await self.store.now()
             row = next((row for row in detail.steps if row.key == key), None)
             message = message_of(detail, inline_bytes=self.inline_bytes)
-            if row is None or (message.step_id, message.phase) != (key.step, key.phase):
+            if row is None or row.status is not StepStatus.READY:
                 continue  # it has gone on meanwhile
             delay = max(row.not_before - now, 0.0)
             sent += await self.publish(self.letter(message, row.topic, epoch=row.epoch, delay=delay))
@@ -125,7 +125,8 @@ class Forwarder:
 
     def is_for(self, message: PaigeantMessage, epoch: int) -> bool:
         """Whether `message` was written for claim `epoch` of its step: then it says how things stand."""
-        return message.message_id.rpartition("/")[2] == str(epoch - 1)
+        written = MessageId.read(message.message_id)
+        return written is not None and written.epoch == epoch - 1
 
     async def renewed(self, message: PaigeantMessage) -> PaigeantMessage:
         """`message` as the rows of its run have it now. Raises RunNotFound, StoreUnavailable."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from urllib.parse import quote, unquote
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
@@ -17,7 +18,7 @@ from paigeant.slip import Compensation, Phase, RoutingSlip, Step
 if TYPE_CHECKING:
     from pydantic import ConfigDict
 
-__all__ = ["DEFAULT_LIMIT_BYTES", "SPEC_VERSION", "PaigeantMessage", "decode", "encode"]
+__all__ = ["DEFAULT_LIMIT_BYTES", "SPEC_VERSION", "MessageId", "PaigeantMessage", "decode", "encode"]
 
 SPEC_VERSION = "1.0"
 """What this code writes. A reader takes any minor of its major."""
@@ -68,6 +69,34 @@ class PaigeantMessage:
     def evolve(self, **changes: Any) -> PaigeantMessage:
         """A copy with `changes`."""
         return replace(self, **changes)
+
+
+class MessageId(NamedTuple):
+    """What the id of a message says: the run and step that it wakes, and the claim (epoch) that it was written after.
+
+    The same message sent again has the same id, so that a transport which knows it needn't keep it twice.
+    """
+
+    workflow_id: str
+    step: str
+    phase: str
+    epoch: int
+
+    def __str__(self) -> str:
+        return f"{quote(self.workflow_id, _PLAIN)}/{quote(self.step, _PLAIN)}/{self.phase}/{self.epoch}"
+
+    @classmethod
+    def read(cls, text: str) -> MessageId | None:
+        """The parts of an id; None for one that wasn't made here."""
+        match text.split("/"):
+            case [workflow_id, step, phase, epoch] if epoch.isdecimal():
+                return cls(unquote(workflow_id), unquote(step), phase, int(epoch))
+            case _:
+                return None
+
+
+_PLAIN = ":@+ "
+"""Stay readable in an id; a slash in a run's or step's own id doesn't."""
 
 
 @cache

@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from paigeant.message import MessageId
 from paigeant.slip import Phase, RunStatus, StepStatus
-from paigeant.transport import Posting, Transport
+from paigeant.transport import BODY_KEPT_BYTES, Posting, Transport
 
 __all__ = [
     "ClaimRequest",
@@ -201,6 +202,23 @@ class DeadLetter:
     workflow_id: str | None = None
     step: str | None = None
     created_at: float = 0.0
+
+    @classmethod
+    def about(
+        cls, message_id: str, topic: str, reason: str, detail: str, body: bytes, attempts: int
+    ) -> DeadLetter:
+        """The dead letter for a message, with what its id says of its run and the part of its body that is kept."""
+        known = MessageId.read(message_id)
+        return cls(
+            message_id,
+            topic,
+            reason,
+            detail,
+            body[:BODY_KEPT_BYTES],
+            attempts,
+            workflow_id=None if known is None else known.workflow_id,
+            step=None if known is None else known.step,
+        )
 
 
 @dataclass(frozen=True, slots=True)

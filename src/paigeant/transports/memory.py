@@ -11,7 +11,7 @@ from paigeant.clock import Clock, SystemClock
 from paigeant.errors import MessageInvalid
 from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encode
 from paigeant.store import DeadLetter, Store
-from paigeant.transport import BODY_KEPT_BYTES, Bury, TopicDepth
+from paigeant.transport import Bury, TopicDepth
 
 __all__ = ["MemoryTransport"]
 
@@ -160,8 +160,7 @@ class MemoryTransport:
             await self._reject(message_id, held, reason, reason)
 
     async def _reject(self, message_id: str, held: _Held, reason: str, detail: str) -> None:
-        body = held.body[:BODY_KEPT_BYTES]
-        letter = DeadLetter(message_id, held.topic, reason, detail, body, held.deliveries)
+        letter = DeadLetter.about(message_id, held.topic, reason, detail, held.body, held.deliveries)
         if self._bury is None:
             self.dead_letters.append(letter)
         else:

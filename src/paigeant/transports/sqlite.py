@@ -20,7 +20,7 @@ from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encod
 from paigeant.prepared import Prepared
 from paigeant.store import DeadLetter, Store
 from paigeant.tables import dead_letters, messages
-from paigeant.transport import BODY_KEPT_BYTES, Bury, Posting, TopicDepth
+from paigeant.transport import Bury, Posting, TopicDepth
 
 __all__ = ["SqliteTransport"]
 
@@ -159,9 +159,7 @@ class SqliteTransport:
             return decode(item.body, limit_bytes=self.limit_bytes)
         except MessageInvalid as exc:
             await self._reject(
-                DeadLetter(
-                    item.message_id, topic, exc.reason, str(exc), item.body[:BODY_KEPT_BYTES], item.deliveries
-                )
+                DeadLetter.about(item.message_id, topic, exc.reason, str(exc), item.body, item.deliveries)
             )
             return None
 
@@ -222,8 +220,7 @@ class SqliteTransport:
         row = await self.database.ask(lambda connection: connection.execute(query).first())
         if row is None or row.holder != self._holder:
             return
-        body = row.body[:BODY_KEPT_BYTES]
-        await self._reject(DeadLetter(message_id, row.topic, reason, reason, body, row.deliveries))
+        await self._reject(DeadLetter.about(message_id, row.topic, reason, reason, row.body, row.deliveries))
 
     async def _reject(self, letter: DeadLetter) -> None:
         # Kept first, taken out of the topic then: a crash in between does it again, a loss can't happen.
