@@ -49,7 +49,7 @@ def database_path(url: str) -> Path:
             f"{url!r} names no file; expected sqlite:///file.db, or sqlite:////folder/file.db for an absolute path"
         )
     if "?" in path:
-        raise ConfigurationError(f"{url!r} has options behind a '?'; the file is named without any")
+        raise ConfigurationError(f"{url!r} has options behind a '?'; expected sqlite:///file.db without any")
     return Path(path)
 
 
