@@ -36,8 +36,8 @@ lint: .venv/.installed-dev  ## Check style, formatting and the direction of impo
 typecheck: .venv/.installed-dev  ## Check the types
 	$(BIN)/mypy $(wildcard src tests benchmarks)
 
-bench: .venv/.installed-dev  ## Measure
-	$(BIN)/python -m benchmarks
+bench: .venv/.installed-dev .bench/venv/.installed  ## Measure, also against a peer (BENCH_ARGS="latency --quick")
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 format: .venv/.installed-dev  ## Format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
@@ -51,7 +51,7 @@ lock: .lock/bin/uv  ## Renew both lock files (LOCK_ARGS=--upgrade for newer vers
 venv: .venv/.installed-dev  ## Make .venv with all that development needs
 
 clean:  ## Remove what make and the tools have made
-	rm -rf .venv .lock .demo dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .lock .demo .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 .venv/bin/python:
@@ -70,6 +70,12 @@ clean:  ## Remove what make and the tools have made
 	$(PIP_INSTALL) --require-hashes -r requirements-dev.txt
 	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@ .venv/.installed
+
+# The peer of the benchmarks, with its own dependencies, stays out of .venv.
+.bench/venv/.installed: benchmarks/requirements-peer.txt | .venv/bin/python
+	$(BIN)/python -m venv .bench/venv
+	.bench/venv/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peer.txt
+	@touch $@
 
 .lock/bin/uv:
 	$(PYTHON) -m venv .lock

@@ -1,0 +1,86 @@
+"""The workload on Paigeant: client and worker in one process, one SQLite file as transport and store.
+
+`python -m benchmarks.chain '{"file": ..., "runs": ..., "in_flight": ..., "alone": ...}'` prints the figures as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.workload import WARM_UP, Order, all_at_once, one_by_one, raised
+from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
+
+__all__ = ["activity", "chain", "connected", "measure", "one_run"]
+
+activity = ActivityRegistry()
+
+
+@activity.execute()
+async def reserve(order: Order) -> Order:
+    """The first step."""
+    return raised(order)
+
+
+@activity.execute()
+async def charge(reserve: Order) -> Order:
+    """The second step."""
+    return raised(reserve)
+
+
+@activity.execute()
+async def pack(charge: Order) -> Order:
+    """The third step."""
+    return raised(charge)
+
+
+@activity.execute()
+async def ship(pack: Order) -> Order:
+    """The fourth step."""
+    return raised(pack)
+
+
+@activity.execute()
+async def notify(ship: Order) -> Order:
+    """The last step."""
+    return raised(ship)
+
+
+chain = Workflow("chain", ["reserve", "charge", "pack", "ship", "notify"])
+
+
+def connected(file: Path) -> Paigeant:
+    """An application on this file."""
+    url = f"sqlite:///{file}"
+    return Paigeant(Settings(transport_url=url, store_url=url), activities=activity)
+
+
+async def one_run(app: Paigeant, order: Order) -> Order:
+    """What the last step of a run with this order returned."""
+    run = await app.dispatch(chain, {"order": order})
+    output: Order = (await run.wait()).output
+    return output
+
+
+async def measure(*, file: str, runs: int, in_flight: int, alone: int) -> dict[str, Any]:
+    """Steps a second of `runs` runs with so many in flight, then the milliseconds of `alone` runs one by one."""
+    async with connected(Path(file)) as app:
+        worker = app.worker(concurrency=in_flight)
+        working = asyncio.create_task(worker.run())
+
+        async def run(order: Order) -> Order:
+            return await one_run(app, order)
+
+        await all_at_once(run, WARM_UP, in_flight=in_flight)
+        steps = await all_at_once(run, runs, in_flight=in_flight) if runs else None
+        took = await one_by_one(run, alone)
+        await worker.stop()
+        await working
+    return {"steps": steps, "ms": took}
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(measure(**json.loads(sys.argv[1])))))

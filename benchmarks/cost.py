@@ -1,0 +1,214 @@
+"""Where the time of a step goes, part by part, in the event loop and in the thread that writes.
+
+Each part's own time is taken, without the parts inside it. Taking it costs about a microsecond a part, which makes
+everything a little slower than it is: compare the parts with one another, not with the other benchmarks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Generator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.bench import Bench
+from benchmarks.chain import connected, one_run
+from benchmarks.report import Figure
+from benchmarks.workload import STEPS, WARM_UP, Order, all_at_once
+
+__all__ = ["PARTS", "measure", "run"]
+
+
+class Part(NamedTuple):
+    """A function whose time is counted under a name."""
+
+    name: str
+    module: str
+    function: str
+
+
+PARTS = (
+    # The event loop's thread.
+    Part("dispatch", "paigeant.dispatcher", "Dispatcher.dispatch"),
+    Part("encode the message", "paigeant.forwarder", "encode"),
+    Part("decode the message", "paigeant.transports.sqlite", "decode"),
+    Part("take and hand over", "paigeant.worker", "ActivityWorker._take"),
+    Part("claim", "paigeant.executor", "Executor.claim"),
+    Part("accept", "paigeant.executor", "Executor._accept"),
+    Part("go from step to step", "paigeant.executor", "Executor._do"),
+    Part("perform", "paigeant.executor", "Executor.perform"),
+    Part("resolve the arguments", "paigeant.executor", "resolve"),
+    Part("validate an argument", "paigeant.activity", "Parameter.read"),
+    Part("merge the payload", "paigeant.ledger", "merged"),
+    Part("route", "paigeant.executor", "route"),
+    Part("record", "paigeant.executor", "Executor.record"),
+    Part("hand to the lanes", "paigeant.lane", "Lane.submit"),
+    Part("answer from the lanes", "paigeant.lane", "Lane._done"),
+    Part("fetch the result", "paigeant.app", "Run.wait"),
+    # The threads that write and read.
+    Part("record: rows to change", "paigeant.stores.sql", "SqlStore._record"),
+    Part("claim: rows to change", "paigeant.stores.sql", "SqlStore._claim"),
+    Part("start: rows to change", "paigeant.stores.sql", "SqlStore._start"),
+    Part("fetch messages", "paigeant.transports.sqlite", "SqliteTransport._fetch"),
+    Part("decide in the ledger", "paigeant.ledger", "record"),
+    Part("make rows of changes", "paigeant.stores.sql", "SqlStore._write"),
+    Part("SQL that reads", "paigeant.prepared", "Prepared.rows"),
+    Part("SQL that writes", "paigeant.prepared", "Prepared.each"),
+    Part("begin, commit, sync", "paigeant.lane", "transact"),
+    Part("rows to results", "paigeant.stores.sql", "SqlStore._load"),
+)
+
+_THREADS = {"MainThread": "loop", "paigeant-writer": "writer", "paigeant-reader": "reader"}
+
+
+def run(bench: Bench) -> list[Figure]:
+    """Microseconds a step: what each part takes of its processor, and for the writer also what it waits for."""
+    with bench.file() as file:
+        found = bench.fresh("benchmarks.cost", file=str(file), runs=bench.many(4000, 100), in_flight=500)
+    figures = [Figure("while it is measured", found["steps"], "steps/s")]
+    for thread, parts in found["threads"].items():
+        figures += [Figure(f"{thread}: {name}", micros, "us/step") for name, micros in parts.items()]
+    return figures
+
+
+class _Clock:
+    """Own times of nested parts, for each thread, in nanoseconds."""
+
+    def __init__(self) -> None:
+        self.cpu: dict[tuple[str, str], int] = {}
+        self.wall: dict[tuple[str, str], int] = {}
+        self._local = threading.local()
+
+    def enter(self, name: str) -> None:
+        stack = self._stack()
+        now = (time.thread_time_ns(), time.perf_counter_ns())
+        self._charge(stack, now)
+        stack.append((name, *now))
+
+    def leave(self) -> None:
+        stack = self._stack()
+        now = (time.thread_time_ns(), time.perf_counter_ns())
+        self._charge(stack, now)
+        stack.pop()
+        if stack:
+            stack[-1] = (stack[-1][0], *now)
+
+    def _stack(self) -> list[tuple[str, int, int]]:
+        if not hasattr(self._local, "stack"):
+            self._local.stack = []
+        stack: list[tuple[str, int, int]] = self._local.stack
+        return stack
+
+    def _charge(self, stack: list[tuple[str, int, int]], now: tuple[int, int]) -> None:
+        if stack:
+            name, cpu, wall = stack[-1]
+            key = (threading.current_thread().name, name)
+            self.cpu[key] = self.cpu.get(key, 0) + now[0] - cpu
+            self.wall[key] = self.wall.get(key, 0) + now[1] - wall
+
+
+class _Timed:
+    """A coroutine whose time is counted while it runs, and not while it waits."""
+
+    def __init__(self, clock: _Clock, name: str, inner: Awaitable[Any]) -> None:
+        self._clock = clock
+        self._name = name
+        self._inner = inner
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        steps = self._inner.__await__()
+        error: BaseException | None = None
+        while True:
+            self._clock.enter(self._name)
+            try:
+                waits_for = next(steps) if error is None else steps.throw(error)
+            except StopIteration as done:
+                return done.value
+            finally:
+                self._clock.leave()
+            try:
+                error = None
+                yield waits_for
+            except BaseException as exc:
+                error = exc
+
+
+def _timed(clock: _Clock, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def waiting(*args: Any, **kwargs: Any) -> Any:
+            return await _Timed(clock, name, function(*args, **kwargs))
+
+        return waiting
+
+    @functools.wraps(function)
+    def calling(*args: Any, **kwargs: Any) -> Any:
+        clock.enter(name)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            clock.leave()
+
+    return calling
+
+
+def _watch(clock: _Clock) -> None:
+    for part in PARTS:
+        owner: Any = __import__(part.module, fromlist=["*"])
+        *path, name = part.function.split(".")
+        for attribute in path:
+            owner = getattr(owner, attribute)
+        setattr(owner, name, _timed(clock, part.name, getattr(owner, name)))
+
+
+async def measure(*, file: str, runs: int, in_flight: int) -> dict[str, Any]:
+    """Steps a second, and for each thread the microseconds a step of each part."""
+    clock = _Clock()
+    _watch(clock)
+    async with connected(Path(file)) as app:
+        worker = app.worker(concurrency=in_flight)
+        working = asyncio.create_task(worker.run())
+
+        async def run(order: Order) -> Order:
+            return await one_run(app, order)
+
+        await all_at_once(run, WARM_UP, in_flight=in_flight)
+        clock.cpu.clear()
+        clock.wall.clear()
+        began, busy = time.perf_counter_ns(), time.thread_time_ns()
+        steps = await all_at_once(run, runs, in_flight=in_flight)
+        took, busy = time.perf_counter_ns() - began, time.thread_time_ns() - busy
+        cpu, wall = dict(clock.cpu), dict(clock.wall)
+        await worker.stop()
+        await working
+
+    def micros(nanoseconds: int) -> float:
+        return nanoseconds / 1000 / STEPS / runs
+
+    threads: dict[str, dict[str, float]] = {name: {} for name in _THREADS.values()}
+    for (thread, name), spent in sorted(cpu.items(), key=lambda item: -item[1]):
+        if thread in _THREADS:  # the heartbeat's own little transaction is no part of a step
+            threads[_THREADS[thread]][name] = micros(spent)
+    loop = sum(spent for (thread, _), spent in cpu.items() if thread == "MainThread")
+    threads["loop"]["asyncio, and all else"] = micros(busy - loop)
+    threads["loop"]["sum"] = micros(busy)
+    for thread, name in _THREADS.items():
+        if name != "loop":
+            threads[name]["sum"] = sum(threads[name].values())
+            threads[name]["sum with waiting"] = micros(sum(ns for (t, _), ns in wall.items() if t == thread))
+    threads["writer"]["commit, with waiting"] = micros(
+        wall.get(("paigeant-writer", "begin, commit, sync"), 0)
+    )
+    threads["all"] = {"a step": micros(took)}
+    return {"steps": steps, "threads": threads}
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(measure(**json.loads(sys.argv[1])))))

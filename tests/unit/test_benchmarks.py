@@ -1,0 +1,78 @@
+"""The benchmarks in their smallest form: each runs and gives its figures. No test looks at how large those are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks.__main__ import NAMES, main
+from benchmarks.bench import Bench, NotMeasured
+from benchmarks.growth import fill
+from benchmarks.peer import run as run_peer
+from benchmarks.report import Figure, lines
+
+from paigeant import Paigeant, Settings
+from paigeant.slip import RunStatus
+
+FIGURES = {
+    "throughput": {"500 runs in flight", "50 runs in flight"},
+    "latency": {"median of a run", "95 of 100 runs within"},
+    "growth": {"on an empty file", "on the full file", "a step takes longer by"},
+    "memory": {"peak of a worker with 100 runs queued"},
+    "startup": {"import paigeant", "paigeant --help"},
+    "cost": {"loop: perform", "writer: SQL that writes", "reader: rows to results", "all: a step"},
+    "floor": {"insert and commit", "100 inserts a commit", "Paigeant over single commits"},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "peer"])
+def test_a_benchmark_runs_and_gives_its_figures(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In its smallest form it ends well, and each of its figures is a number above zero or, of growth, any number."""
+    assert main([name, "--quick", "--json", "--folder", str(tmp_path)]) == 0
+    figures = json.loads(capsys.readouterr().out)["figures"][name]
+    values = {figure["name"]: figure["value"] for figure in figures}
+    assert set(values) >= FIGURES[name]
+    assert all(value > 0 for key, value in values.items() if key != "a step takes longer by")
+
+
+def test_every_benchmark_is_expected_here() -> None:
+    """A new benchmark gets its smoke test."""
+    assert set(FIGURES) | {"peer"} == set(NAMES)
+
+
+def test_without_its_environment_the_peer_says_what_makes_it(tmp_path: Path) -> None:
+    """The peer isn't installed for tests; what is missing, and the command that brings it, are named."""
+    with pytest.raises(NotMeasured, match="`make bench` makes it"):
+        run_peer(Bench(tmp_path, quick=True), python=tmp_path / "python")
+
+
+def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelt benchmark is a mistake that lists the known ones."""
+    with pytest.raises(SystemExit) as stop:
+        main(["speed"])
+    assert stop.value.code == 2
+    assert "throughput, latency" in capsys.readouterr().err
+
+
+async def test_the_full_file_holds_runs_like_those_of_the_engine(tmp_path: Path) -> None:
+    """A copied run can be loaded, is completed, and has its five recorded steps."""
+    url = f"sqlite:///{tmp_path / 'full.db'}"
+    await asyncio.to_thread(fill, tmp_path / "full.db", 30)
+    async with Paigeant(Settings(store_url=url, transport_url=url)) as app:
+        runs = await app.store.list_runs(limit=100)
+        assert {run.status for run in runs} == {RunStatus.COMPLETED}
+        assert len(runs) == 40
+        result = await app.run(runs[-1].id).wait()
+        assert result.output["n"] == 5
+        assert len(result.outputs) == 5
+
+
+def test_a_missed_bound_is_marked() -> None:
+    """What is beyond its bound can be seen in the table."""
+    good, bad = lines([Figure("fast", 4.0, "ms", most=5), Figure("slow", 6.0, "ms", most=5)])
+    assert "holds" in good
+    assert "MISSED" in bad
