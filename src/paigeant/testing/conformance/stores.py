@@ -712,7 +712,7 @@ class StoreConformance:
             await store.cancel_run("nobody", "stop")
 
     async def test_a_failed_run_can_be_retried(self, store: Store) -> None:
-        """It goes on at the step that failed, with fresh attempts and without its deadline."""
+        """It goes on at the step that failed, with fresh attempts, a new epoch and without its deadline."""
         key = await self.failed(store)
         self.clock.advance(5)
         assert await store.retry_run("r") is RunStatus.RUNNING
@@ -720,7 +720,7 @@ class StoreConformance:
         detail = await store.load_run("r")
         assert (detail.run.ending, detail.run.error, detail.run.completed_at) == (None, None, None)
         grant = await self.claim(store, key)
-        assert (grant.epoch, grant.attempt) == (2, 1)
+        assert (grant.epoch, grant.attempt) == (3, 1)
         await self.record(store, self.ending(key, grant, output=b"1", run=RunStatus.COMPLETED))
         assert await store.run_status("r") is RunStatus.COMPLETED
 
