@@ -45,6 +45,7 @@ step_log = logging.getLogger("paigeant.step")
 
 _ERROR_CHARACTERS = 4000
 _UNKNOWN_ACTIVITY_PAUSE = 2.0
+_NO_LEASE_PAUSE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,8 @@ class Executor:
         self.running: dict[tuple[StepKey, int], asyncio.Task[Any]] = {}
         """The steps that this worker does now, with the task that does each. The heartbeat lists them."""
         self.stopping = False
+        self.entitled: Callable[[], bool] = lambda: True
+        """Whether the worker's lease holds. What it claims without one, the next sweep takes away again."""
         self._chance = chance
         self._lost: set[tuple[StepKey, int]] = set()
         self._recording: set[tuple[StepKey, int]] = set()
@@ -196,6 +199,9 @@ class Executor:
             return None
         if due.activity not in self.registry:
             await self._return(message, f"no activity '{due.activity}' here", _UNKNOWN_ACTIVITY_PAUSE)
+            return None
+        if not self.entitled():
+            await self._return(message, "this worker's lease is over", _NO_LEASE_PAUSE)
             return None
         try:
             message = await self.forwarder.payload(message)
@@ -423,7 +429,7 @@ class Executor:
 
     def _goes_on_here(self, claim: Claim, next_step: NextStep | None) -> Activity | None:
         """The next step's activity, when this worker can do it at once: no message travels then."""
-        if next_step is None or next_step.key == claim.key or self.stopping:
+        if next_step is None or next_step.key == claim.key or self.stopping or not self.entitled():
             return None
         if claim.local + 1 >= self.limits.local_steps or next_step.topic not in self.topics:
             return None

@@ -46,6 +46,7 @@ class Heartbeat:
         self._wake = threading.Event()
         self._answered = 0.0
         self._heard = 0.0
+        self._until = 0.0
         self._unlisted: dict[tuple[StepKey, int], float] = {}
 
     async def start(self) -> None:
@@ -63,6 +64,16 @@ class Heartbeat:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
             self._thread = None
+
+    def holds(self) -> bool:
+        """Whether the lease holds, by this process's steady clock. When it doesn't, a beat is due at once.
+
+        A process that was stopped for longer than its lease finds out by this before its next beat.
+        """
+        if time.monotonic() < self._until:
+            return True
+        self.soon()
+        return False
 
     def soon(self) -> None:
         """Beat at once: a run was cancelled, perhaps one that this worker works on."""
@@ -97,6 +108,7 @@ class Heartbeat:
             if now - seen >= self.interval / 2 and self._heard > seen and step not in running
         }
         lost, unlisted = self.store.beat(self.worker, lease=self.lease, running=running, forgotten=forgotten)
+        self._until = now + self.lease
         now = time.monotonic()
         self._unlisted = {step: self._unlisted.get(step, now) for step in unlisted - forgotten}
         if forgotten:

@@ -326,7 +326,8 @@ def resume(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int
         failed = [row for row in detail.steps if row.status is StepStatus.FAILED]
         if not failed:
             raise InvalidTransition(f"run '{run.id}' failed before its first step; dispatch it again")
-        changes.steps.append((failed[-1].key, ready))
+        # A new epoch: what was sent before tells of the deadline, and must not pass for what is sent now.
+        changes.steps.append((failed[-1].key, {**ready, "epoch": failed[-1].epoch + 1}))
         # The deadline has had its say; an operator who retries wants the run done.
         changes.runs.append(
             (run.id, {**reopened, "status": RunStatus.RUNNING, "ending": None, "deadline": None})

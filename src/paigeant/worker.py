@@ -90,6 +90,7 @@ class ActivityWorker:
             running=lambda: list(self.executor.running),
             lose=self.executor.lose,
         )
+        self.executor.entitled = lambda: self.heartbeat.holds()
         self.sweeper = Sweeper(
             store,
             forwarder,
