@@ -1,5 +1,6 @@
 """The documentation against the code: what it names is there, what it shows runs, its tables leave nothing out."""
 
+import ast
 import asyncio
 import configparser
 import dataclasses
@@ -208,7 +209,7 @@ async def run_block(fence: Fence, names: dict[str, Any]) -> None:
         "\n" * fence.line + fence.text,
         str(ROOT / "docs" / fence.page),
         "exec",
-        flags=0x2000,  # ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT,
         dont_inherit=True,
     )
     value = eval(code, names)
