@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -65,6 +66,7 @@ class Database:
         self._writer: Lane | None = None
         self._reader: Lane | None = None
         self._beater: Connection | None = None
+        self._beating = threading.Lock()
         self._listeners: list[Callable[[frozenset[str]], None]] = []
         self._bell = Bell(self.path, self._heard)
         self._commits = 0
@@ -171,10 +173,10 @@ class Database:
     def write_now(
         self, handler: Callable[[Tx, Sequence[Request]], Sequence[Result]], request: Request
     ) -> Result:
-        """Like `write`, blocking and alone, on a connection of the calling thread: always the same one."""
+        """Like `write`, blocking and alone, from any thread; of several one waits for the other."""
         if self._engine is None:
             raise StoreUnavailable(f"{self.path} is not open")
-        with self._guard():
+        with self._beating, self._guard():
             if self._beater is None:
                 self._beater = self._engine.connect()
             results, rings = transact(self._beater, self.clock, [(handler, request)], begin=begun)

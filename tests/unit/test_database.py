@@ -20,8 +20,8 @@ from sqlalchemy import text
 
 from paigeant import database as module
 from paigeant.database import Database, database_path
-from paigeant.lane import Tx
 from paigeant.errors import ConfigurationError, SchemaMismatch, StoreUnavailable
+from paigeant.lane import Tx
 
 WRITERS = """
 import asyncio, sys
@@ -398,3 +398,9 @@ def test_what_is_read_only_is_a_clear_error(mode: int, said: str) -> None:
     assert done.stdout.startswith("ConfigurationError: ")
     assert said in done.stdout
     assert done.stdout.count("\n") == 1
+
+
+async def test_several_threads_write_beside_the_loop(database: Database) -> None:
+    """Each worker's heartbeat has a thread of its own: their transactions don't get into each other."""
+    await asyncio.gather(*(asyncio.to_thread(database.write_now, add, n) for n in range(100)))
+    assert await numbers(database) == list(range(100))
