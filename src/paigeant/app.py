@@ -13,15 +13,15 @@ from typing import Any, Self
 from pydantic_core import from_json
 
 from paigeant.activity import ActivityRegistry
+from paigeant.claim import Limits
 from paigeant.clock import Clock
 from paigeant.dispatcher import Dispatcher
 from paigeant.errors import InvalidDefinition, RunTimeout, UnknownWorkflow
-from paigeant.executor import Limits
 from paigeant.forwarder import Forwarder
-from paigeant.observer import Observer, Observers
+from paigeant.observer import Event, Observer, Observers
 from paigeant.settings import Settings
 from paigeant.slip import Phase, RunStatus, StepStatus
-from paigeant.store import RunDetail, Store
+from paigeant.store import DeadLetter, RunDetail, Store
 from paigeant.stores import open_store
 from paigeant.transport import Transport
 from paigeant.transports import open_transport
@@ -113,6 +113,7 @@ class Paigeant:
         self.observers = Observers(list(observers))
         self._chance = chance
         self.store, self.transport = _open(self.settings, clock)
+        self.transport.bury_with(self._bury)
         self.forwarder = Forwarder(
             self.store,
             self.transport,
@@ -126,6 +127,12 @@ class Paigeant:
             self.activities,
             observers=self.observers,
             strict=self.settings.strict,
+        )
+
+    async def _bury(self, letter: DeadLetter) -> None:
+        await self.store.bury(letter)
+        self.observers.observe(
+            Event("delivery.rejected", letter.workflow_id or "", step=letter.step or "", error=letter.detail)
         )
 
     async def __aenter__(self) -> Self:
@@ -234,7 +241,6 @@ def _open(settings: Settings, clock: Clock | None) -> tuple[Store, Transport]:
     transport = open_transport(
         settings.transport_url, database=database, clock=clock, limit_bytes=settings.max_message_bytes
     )
-    transport.bury_with(store.bury)
     if transport.joins(store):
         store.publish_with(transport)
     return store, transport

@@ -19,7 +19,7 @@ from paigeant.errors import InputInvalid, MessageTooLarge, UnknownActivity
 from paigeant.forwarder import Forwarder
 from paigeant.message import PaigeantMessage
 from paigeant.observer import Event, Observers
-from paigeant.slip import RoutingSlip, RunStatus, Step
+from paigeant.slip import RUN_ENDED, RoutingSlip, RunStatus, Step, is_text
 from paigeant.store import RunRecord, StepKey, Store
 from paigeant.workflow import Workflow
 
@@ -110,6 +110,8 @@ class Dispatcher:
     async def cancel(self, workflow_id: str, reason: str = "cancelled") -> RunStatus:
         """Turn the run round, see `Store.cancel_run`."""
         status = await self.store.cancel_run(workflow_id, reason)
+        if status in RUN_ENDED:  # there was nothing to undo
+            self.observers.observe(Event("run.cancelled", workflow_id, error=reason))
         await self.wake(workflow_id)
         return status
 
@@ -179,7 +181,7 @@ def _run_id(workflow_id: str | None, now: float) -> str:
         return _new_id(now)
     if not isinstance(workflow_id, str) or not workflow_id.strip() or len(workflow_id) > 200:
         raise InputInvalid(f"a run's id is a text of 1 to 200 characters, found {_short(workflow_id)}")
-    if any(ord(character) < 33 for character in workflow_id):
+    if " " in workflow_id or not is_text(workflow_id):
         raise InputInvalid(f"a run's id has no blanks and no control characters, found {workflow_id!r}")
     return workflow_id
 

@@ -11,34 +11,32 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor as Threads
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from pydantic_core import from_json
 
-from paigeant import codec, condition, ledger
-from paigeant.activity import MISSING, Activity, ActivityRegistry
-from paigeant.arguments import Namespace, resolve
-from paigeant.context import StepContext, deadline_of
+from paigeant import ledger
+from paigeant.activity import Activity, ActivityRegistry
+from paigeant.claim import Claim, Limits
 from paigeant.errors import (
-    ActivityRejected,
-    NonRetryableError,
     PaigeantError,
     StoreUnavailable,
     TransportUnavailable,
 )
 from paigeant.forwarder import Forwarder, Letter
 from paigeant.message import PaigeantMessage
-from paigeant.observer import CURRENT, Event, EventName, Observers
-from paigeant.retry import RetryPolicy
-from paigeant.routing import Failed, Finish, Forward, Move, Outcome, Retry, Skipped, Succeeded, Undo, route
-from paigeant.slip import Compensation, Phase, RunStatus, Step, StepStatus
+from paigeant.observer import Observers
+from paigeant.performer import Attempt, Performer
+from paigeant.reporter import Reporter
+from paigeant.routing import Failed, Finish, Forward, Move, Retry, Succeeded, Undo, route
+from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, Refused, StepKey, StepResult, Store
 from paigeant.transport import Transport
 
-__all__ = ["Claim", "Executor", "Limits"]
+__all__ = ["Executor"]
 
 log = logging.getLogger("paigeant.executor")
 step_log = logging.getLogger("paigeant.step")
@@ -46,77 +44,6 @@ step_log = logging.getLogger("paigeant.step")
 _ERROR_CHARACTERS = 4000
 _UNKNOWN_ACTIVITY_PAUSE = 2.0
 _NO_LEASE_PAUSE = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What holds for steps whose activity and itinerary don't say otherwise.
-
-    `local_steps`: how many steps of one run are done in a row before others have their turn. `inline_bytes`: outputs
-    above it don't travel. `persist`: seconds for which a result that can't be recorded is kept and tried again.
-    """
-
-    retry: RetryPolicy = field(default_factory=RetryPolicy)
-    timeout: float | None = None
-    local_steps: int = 50
-    inline_bytes: int = 65536
-    persist: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A step that is this worker's: the store's grant, the message it belongs to, and its activity."""
-
-    key: StepKey
-    grant: Grant
-    message: PaigeantMessage
-    activity: Activity
-    claimed_at: float
-    local: int = 0
-    bound: asyncio.Semaphore | None = None
-    """The activity's own bound, taken for this step already; None where it has none, or the worker took it."""
-
-    @property
-    def work(self) -> Activity:
-        """What is to be called: the activity, or its compensation."""
-        if self.message.phase is Phase.DO or self.activity.compensation is None:
-            return self.activity
-        return self.activity.compensation
-
-    @property
-    def step(self) -> Step | None:
-        """The step to do; None for an undo."""
-        return self.message.routing_slip.next_step()
-
-    @property
-    def now(self) -> float:
-        """The store's time by this process's steady clock."""
-        return self.grant.now + time.monotonic() - self.claimed_at
-
-    def retry(self, limits: Limits) -> RetryPolicy:
-        """The step's setting over the activity's over the default."""
-        own = None if self.step is None or self.step.retries is None else RetryPolicy.of(self.step.retries)
-        return own or self.work.retries or limits.retry
-
-    def timeout(self, limits: Limits) -> float | None:
-        """Seconds for this attempt: by the settings, and never beyond the run's deadline."""
-        own = self.step.timeout if self.step is not None else None
-        timeout = own or self.work.timeout or limits.timeout
-        deadline = self.message.routing_slip.deadline
-        if self.step is None or deadline is None:
-            return timeout  # a deadline bounds what is done, not what is undone
-        left = max(deadline - self.now, 0.0)
-        return left if timeout is None else min(timeout, left)
-
-
-@dataclass(slots=True)
-class _Produced:
-    """What an attempt leaves behind besides its outcome."""
-
-    input: bytes | None = None
-    output: bytes | None = None
-    error: BaseException | None = None
-    context: StepContext | None = None
 
 
 class Executor:
@@ -143,8 +70,16 @@ class Executor:
         self.worker_id = worker_id
         self.topics = frozenset(topics)
         self.limits = limits or Limits()
-        self.observers = observers or Observers()
-        self.threads = threads
+        self.reporter = Reporter(observers or Observers(), worker_id)
+        self.performer = Performer(
+            store,
+            self.limits,
+            worker_id=worker_id,
+            began=lambda claim: self.reporter.tell("step.started", claim),
+            is_stopping=lambda: self.stopping,
+            threads=threads,
+            chance=chance,
+        )
         self.running: dict[tuple[StepKey, int], asyncio.Task[Any]] = {}
         """The steps that this worker does now, with the task that does each. The heartbeat lists them."""
         self.stopping = False
@@ -170,16 +105,16 @@ class Executor:
         try:
             if not claim.local:
                 claim = await self._accept(claim)
-            outcome, produced = await self.perform(claim)
-            move = route(claim.message.routing_slip, outcome, claim.now)
-            following = await self.record(claim, outcome, produced, move)
+            attempt = await self.performer.perform(claim)
+            move = route(claim.message.routing_slip, attempt.outcome, claim.now)
+            following = await self.record(claim, attempt, move)
         except asyncio.CancelledError:
             if step not in self._lost:
                 raise  # a shutdown: the step stays listed, and the worker gives it back
             _uncancel()
-            self._tell("step.lost", claim, error="its lease was lost, or its run was cancelled")
+            self.reporter.tell("step.lost", claim, error="its lease was lost, or its run was cancelled")
             following = None
-        except Exception:
+        except BaseException:
             # Nobody works on it any more; off the list, so that the heartbeat frees it.
             self.running.pop(step, None)
             raise
@@ -241,54 +176,13 @@ class Executor:
                     raise
             await asyncio.sleep(0.2 * (0.5 + self._chance()))
 
-    async def perform(self, claim: Claim) -> tuple[Outcome, _Produced]:
-        """Run the activity, or its compensation, under its timeout. What it does wrong is an outcome, not an error."""
-        produced = _Produced()
-        retry = claim.retry(self.limits)
-        if claim.grant.exhausted:
-            lost = f"WorkerLost: {claim.grant.attempt} attempts began and none came back; their workers died"
-            return Failed(lost, claim.grant.attempt, retry, permanent=True), produced
-        context = produced.context = self._context(claim)
-        timeout = claim.timeout(self.limits)
-        limit = asyncio.timeout(timeout)
-        token = CURRENT.set(_ids(claim, self.worker_id))
-        try:
-            if not await self._is_wanted(claim):
-                return Skipped(), produced
-            self._tell("step.started", claim)
-            async with limit:
-                if timeout == 0:
-                    raise TimeoutError(_timeout_text(claim, timeout))
-                value = await self._call(claim, context, produced)
-            produced.output = claim.work.dump(value)
-            return self._succeeded(claim, context, produced.output), produced
-        except asyncio.CancelledError as exc:
-            if _is_cancelled():
-                raise
-            produced.error = exc  # the activity let a cancellation of its own escape
-        except TimeoutError as exc:
-            produced.error = exc
-            if limit.expired():
-                produced.error = TimeoutError(_timeout_text(claim, timeout))
-        except (Exception, SystemExit) as exc:  # whatever a user's code raises is the outcome of the step
-            produced.error = exc
-        finally:
-            CURRENT.reset(token)
-        error = produced.error
-        assert error is not None
-        permanent = isinstance(error, NonRetryableError)
-        if not isinstance(error, ActivityRejected):
-            ids = _ids(claim, self.worker_id)  # they are no longer those of the current step
-            step_log.info("attempt failed", exc_info=error, extra=ids)
-        return Failed(_text(error), claim.grant.attempt, retry, permanent, self._chance()), produced
-
-    async def record(self, claim: Claim, outcome: Outcome, produced: _Produced, move: Move) -> Claim | None:
+    async def record(self, claim: Claim, attempt: Attempt, move: Move) -> Claim | None:
         """Make the result and what follows durable; gives the next step's claim, if the run goes on here."""
-        following = self._following(claim, produced, move)
+        following = self._following(claim, attempt, move)
         next_step = None if following is None else self.forwarder.next_step(claim.key.workflow_id, move.slip)
         activity = self._goes_on_here(claim, next_step)
         letter = None if activity is not None else self._letter(claim, move, following, next_step)
-        result = self._result(claim, outcome, produced, move, next_step, take_next=activity is not None)
+        result = self._result(claim, attempt, move, next_step, take_next=activity is not None)
         # From here on the store decides: were this cut off while the commit is under way, a result that stands, and
         # the next step with it, would be in nobody's hands.
         self._recording.add((claim.key, claim.grant.epoch))
@@ -298,9 +192,9 @@ class Executor:
         try:
             answer = await self._persist(result, letter)
             if isinstance(answer, Refused):
-                self._tell("step.lost", claim, error=answer.reason)
+                self.reporter.tell("step.lost", claim, error=answer.reason)
                 return None
-            self._tell_recorded(claim, result, move)
+            self.reporter.tell_recorded(claim, result, move)
             if activity is not None and answer.grant and following is not None and next_step is not None:
                 key, local = next_step.key, claim.local + 1
                 taken = Claim(key, answer.grant, following, activity, time.monotonic(), local, bound)
@@ -346,84 +240,31 @@ class Executor:
 
     async def _drop(self, message: PaigeantMessage, reason: str) -> None:
         """A duplicate, or a message for what is long done: ack, count, drop."""
-        self._tell_delivery("delivery.duplicate", message, reason)
+        self.reporter.tell_delivery("delivery.duplicate", message, reason)
         with contextlib.suppress(TransportUnavailable):
             await self.transport.ack(message.message_id)
 
     async def _return(self, message: PaigeantMessage, reason: str, delay: float) -> None:
-        self._tell_delivery("delivery.returned", message, reason)
+        self.reporter.tell_delivery("delivery.returned", message, reason)
         with contextlib.suppress(TransportUnavailable):
             await self.transport.nack(message.message_id, delay=delay)
 
-    def _namespace(self, claim: Claim) -> Namespace:
-        message = claim.message
-        return Namespace(message.workflow_id, message.payload, message.routing_slip, self.store)
-
-    async def _is_wanted(self, claim: Claim) -> bool:
-        step = claim.step
-        if step is None or step.when is None:
-            return True
-        names = condition.names(step.when)
-        values = await self._namespace(claim).view(names)
-        try:
-            return condition.evaluate(step.when, {**claim.message.payload, **values})
-        except PaigeantError as exc:
-            raise ActivityRejected(str(exc)) from exc
-
-    async def _call(self, claim: Claim, context: StepContext, produced: _Produced) -> Any:
-        work = claim.work
-        step = claim.step
-        namespace = self._namespace(claim)
-        first: Mapping[str, Any] | None = None
-        if step is None:
-            output = await namespace.output(claim.key.step)
-            first = {} if output is MISSING else {"output": output}
-        arguments, shown = await resolve(
-            work, namespace, args=step.args if step is not None else {}, context=context, first=first
-        )
-        produced.input = codec.dump(shown)
-        return await work.call(arguments, context, self.threads)
-
-    def _context(self, claim: Claim) -> StepContext:
-        message = claim.message
-        key = claim.key
-        undo = "" if key.phase is Phase.DO else ":undo"
-        return StepContext(
-            workflow_id=key.workflow_id,
-            workflow=message.workflow,
-            step_id=key.step,
-            activity=claim.activity.name,
-            attempt=claim.grant.attempt,
-            trace_id=message.trace_id,
-            correlation_id=message.correlation_id,
-            idempotency_key=f"{key.workflow_id}:{key.step}{undo}",
-            deadline=deadline_of(message.routing_slip),
-            identity=None,
-            log=logging.LoggerAdapter(step_log, {}),
-            _key=key,
-            _slip=message.routing_slip,
-            _store=self.store,
-        )
-
-    def _succeeded(self, claim: Claim, context: StepContext, output: bytes) -> Succeeded:
-        if claim.step is None:
-            return Succeeded()
-        compensation = None
-        if claim.activity.compensation is not None:
-            compensation = Compensation(claim.key.step, claim.activity.name, claim.activity.topic)
-        return Succeeded(context._revision(), compensation, len(output) > self.limits.inline_bytes)
-
-    def _following(self, claim: Claim, produced: _Produced, move: Move) -> PaigeantMessage | None:
+    def _following(self, claim: Claim, attempt: Attempt, move: Move) -> PaigeantMessage | None:
         """The message for what comes next; None when the run ends."""
         message = claim.message
         if isinstance(move, Finish):
             return None
         payload = message.payload
-        if isinstance(move, Forward) and move.status is StepStatus.COMPLETED and produced.output is not None:
+        if isinstance(move, Forward) and move.status is StepStatus.COMPLETED and attempt.output is not None:
             stored = move.slip.executed[-1].stored
-            outputs = {} if stored else {claim.key.step: from_json(produced.output)}
-            variables = {} if produced.context is None else produced.context._variables
-            taken = [entry.step_id for entry in move.slip.executed]
+            outputs = {} if stored else {claim.key.step: from_json(attempt.output)}
+            variables = {} if attempt.context is None else attempt.context._variables
+            # Whose outputs stand in the payload under their ids: a variable of such a name stays behind them.
+            taken = [
+                entry.step_id
+                for entry in move.slip.executed
+                if entry.status is not StepStatus.SKIPPED and not entry.stored
+            ]
             payload = ledger.merged(payload, variables, outputs, taken)
         return message.evolve(routing_slip=move.slip, payload=payload)
 
@@ -450,44 +291,39 @@ class Executor:
         return self.forwarder.letter(following, next_step.topic, epoch=ledger.life(claim.grant.epoch))
 
     def _result(
-        self,
-        claim: Claim,
-        outcome: Outcome,
-        produced: _Produced,
-        move: Move,
-        next_step: NextStep | None,
-        *,
-        take_next: bool,
+        self, claim: Claim, attempt: Attempt, move: Move, next_step: NextStep | None, *, take_next: bool
     ) -> StepResult:
-        result = StepResult(
+        outcome, context = attempt.outcome, attempt.context
+        forward = claim.key.phase is Phase.DO
+        error = outcome.error if isinstance(outcome, Failed) else None
+        if isinstance(move, Retry):
+            return StepResult(
+                key=claim.key,
+                worker=self.worker_id,
+                epoch=claim.grant.epoch,
+                attempt=claim.grant.attempt,
+                status=StepStatus.READY,
+                delay=move.delay,
+                error=error,
+            )
+        done = outcome if isinstance(outcome, Succeeded) else Succeeded()
+        succeeded = isinstance(outcome, Succeeded) and context is not None
+        return StepResult(
             key=claim.key,
             worker=self.worker_id,
             epoch=claim.grant.epoch,
             attempt=claim.grant.attempt,
-            status=StepStatus.READY if isinstance(move, Retry) else move.status,
+            status=move.status,
             strict=claim.activity.strict_fencing,
-            error=outcome.error if isinstance(outcome, Failed) else None,
-            input=produced.input,
-            delay=move.delay if isinstance(move, Retry) else 0.0,
-        )
-        if isinstance(move, Retry):
-            return result
-        context = produced.context
-        succeeded = isinstance(outcome, Succeeded) and context is not None
-        forward = claim.key.phase is Phase.DO
-        revision = outcome.revision if isinstance(outcome, Succeeded) else None
-        compensation = outcome.compensation if isinstance(outcome, Succeeded) else None
-        return replace(
-            result,
             run=_run_status(move, forward=forward),
-            ending="failed" if forward and isinstance(outcome, Failed) else None,
-            run_error=f"{claim.key.step}: {outcome.error}"
-            if forward and isinstance(outcome, Failed)
-            else None,
-            output=produced.output if succeeded and forward else None,
-            revision=None if revision is None else ledger.pack_revision(revision),
-            undo_topic=None if compensation is None else compensation.topic,
-            usage=context._usage if context is not None else None,
+            ending="failed" if forward and error is not None else None,
+            run_error=f"{claim.key.step}: {error}" if forward and error is not None else None,
+            error=error,
+            input=attempt.input,
+            output=attempt.output if forward else None,
+            revision=None if done.revision is None else ledger.pack_revision(done.revision),
+            undo_topic=None if done.compensation is None else done.compensation.topic,
+            usage=None if context is None else context._usage,
             variables=context._variables if succeeded and context is not None else {},
             next=next_step,
             take_next=take_next,
@@ -509,52 +345,6 @@ class Executor:
             await asyncio.sleep(pause * (0.5 + self._chance()))
             pause = min(pause * 2, 2.0)
 
-    # -- telling
-
-    def _tell(self, name: EventName, claim: Claim, **more: Any) -> None:
-        if self.observers:
-            self.observers.observe(Event(name, **_ids(claim, self.worker_id), **more))
-
-    def _tell_delivery(self, name: EventName, message: PaigeantMessage, reason: str) -> None:
-        if self.observers:
-            event = Event(
-                name,
-                message.workflow_id,
-                message.workflow,
-                message.step_id,
-                trace_id=message.trace_id,
-                correlation_id=message.correlation_id,
-                worker=self.worker_id,
-                error=reason,
-            )
-            self.observers.observe(event)
-
-    def _tell_recorded(self, claim: Claim, result: StepResult, move: Move) -> None:
-        if not self.observers:
-            return
-        seconds = time.monotonic() - claim.claimed_at
-        name: EventName = "step.retrying" if isinstance(move, Retry) else _STEP_EVENTS[result.status]
-        more = {"delay": move.delay} if isinstance(move, Retry) else {}
-        self._tell(name, claim, seconds=seconds, error=result.error, more=more)
-        if result.run is not None and result.run in _RUN_EVENTS:
-            self._tell(_RUN_EVENTS[result.run], claim, error=result.run_error)
-
-
-_STEP_EVENTS: dict[StepStatus, EventName] = {
-    StepStatus.COMPLETED: "step.completed",
-    StepStatus.SKIPPED: "step.skipped",
-    StepStatus.FAILED: "step.failed",
-    StepStatus.COMPENSATED: "step.compensated",
-    StepStatus.COMPENSATION_FAILED: "step.compensation_failed",
-}
-_RUN_EVENTS: dict[RunStatus, EventName] = {
-    RunStatus.COMPLETED: "run.completed",
-    RunStatus.FAILED: "run.failed",
-    RunStatus.COMPENSATED: "run.compensated",
-    RunStatus.COMPENSATION_FAILED: "run.compensation_failed",
-    RunStatus.CANCELLED: "run.cancelled",
-}
-
 
 def _run_status(move: Move, *, forward: bool) -> RunStatus | None:
     match move:
@@ -566,38 +356,7 @@ def _run_status(move: Move, *, forward: bool) -> RunStatus | None:
             return None
 
 
-def _ids(claim: Claim, worker_id: str) -> dict[str, Any]:
-    message = claim.message
-    return {
-        "workflow_id": message.workflow_id,
-        "workflow": message.workflow,
-        "step": claim.key.step,
-        "activity": claim.activity.name,
-        "attempt": claim.grant.attempt,
-        "trace_id": message.trace_id,
-        "correlation_id": message.correlation_id,
-        "worker": worker_id,
-    }
-
-
 def _uncancel() -> None:
     task = asyncio.current_task()
     if task is not None:
         task.uncancel()
-
-
-def _is_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
-def _text(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return text if len(text) <= _ERROR_CHARACTERS else f"{text[:_ERROR_CHARACTERS]}..."
-
-
-def _timeout_text(claim: Claim, timeout: float | None) -> str:
-    deadline = claim.message.routing_slip.deadline
-    if claim.step is not None and deadline is not None and claim.now >= deadline:
-        return "the run's deadline has passed"
-    return f"the attempt took longer than {timeout:g} s"

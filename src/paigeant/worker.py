@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from paigeant import host
 from paigeant.activity import ActivityRegistry
+from paigeant.claim import Limits
 from paigeant.errors import InvalidDefinition, InvalidTransition, PaigeantError, TransportUnavailable
-from paigeant.executor import Executor, Limits
+from paigeant.executor import Executor
 from paigeant.forwarder import Forwarder
 from paigeant.heartbeat import Heartbeat
 from paigeant.message import PaigeantMessage

@@ -7,7 +7,7 @@ import os
 import pytest
 from tests.simulation.world import play
 
-SEEDS = int(os.environ.get("PAIGEANT_TEST_SEEDS", "5000"))
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "5000"))
 CHUNKS = 20
 
 
@@ -15,7 +15,7 @@ CHUNKS = 20
 def test_no_invariant_is_violated(chunk: int) -> None:
     """Whatever crashes, freezes, gets lost, comes twice or late: I1 to I17 hold at each moment, and all runs end.
 
-    PAIGEANT_TEST_SEEDS sets how many seeds all chunks play together.
+    SIMULATION_SEEDS sets how many seeds all chunks play together.
     """
     for seed in range(chunk, SEEDS, CHUNKS):
         violation = play(seed)

@@ -31,7 +31,7 @@ from paigeant.errors import (
     StoreUnavailable,
     TransportUnavailable,
 )
-from paigeant.executor import Limits
+from paigeant.claim import Limits
 from paigeant.forwarder import Forwarder
 from paigeant.heartbeat import Heartbeat
 from paigeant.message import PaigeantMessage

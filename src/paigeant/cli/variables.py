@@ -62,7 +62,7 @@ def set_(
     value: Annotated[str, typer.Argument(help="The value as JSON.", metavar="VALUE")],
     json: AsJson = False,
 ) -> None:
-    """Set a variable of a run; steps that begin from now on see it."""
+    """Set a variable of a run: `ctx.load_variable` sees it at once, parameters once the run is taken up anew."""
     found = session.json_value(value, "VALUE")
     if not key.strip():
         raise InputInvalid("a variable has a non-empty text as its name")

@@ -1,0 +1,91 @@
+"""Claim: a step that is this worker's, and the settings that hold for it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from paigeant.activity import Activity
+from paigeant.message import PaigeantMessage
+from paigeant.retry import RetryPolicy
+from paigeant.slip import Phase, Step
+from paigeant.store import Grant, StepKey
+
+__all__ = ["Claim", "Limits"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What holds for steps whose activity and itinerary don't say otherwise.
+
+    `local_steps`: how many steps of one run are done in a row before others have their turn. `inline_bytes`: outputs
+    above it don't travel. `persist`: seconds for which a result that can't be recorded is kept and tried again.
+    """
+
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    timeout: float | None = None
+    local_steps: int = 50
+    inline_bytes: int = 65536
+    persist: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A step that is this worker's: the store's grant, the message it belongs to, and its activity."""
+
+    key: StepKey
+    grant: Grant
+    message: PaigeantMessage
+    activity: Activity
+    claimed_at: float
+    local: int = 0
+    bound: asyncio.Semaphore | None = None
+    """The activity's own bound, taken for this step already; None where it has none, or the worker took it."""
+
+    @property
+    def work(self) -> Activity:
+        """What is to be called: the activity, or its compensation."""
+        if self.message.phase is Phase.DO or self.activity.compensation is None:
+            return self.activity
+        return self.activity.compensation
+
+    @property
+    def step(self) -> Step | None:
+        """The step to do; None for an undo."""
+        return self.message.routing_slip.next_step()
+
+    @property
+    def now(self) -> float:
+        """The store's time by this process's steady clock."""
+        return self.grant.now + time.monotonic() - self.claimed_at
+
+    def retry(self, limits: Limits) -> RetryPolicy:
+        """The step's setting over the activity's over the default."""
+        own = None if self.step is None or self.step.retries is None else RetryPolicy.of(self.step.retries)
+        return own or self.work.retries or limits.retry
+
+    def timeout(self, limits: Limits) -> float | None:
+        """Seconds for this attempt: by the settings, and never beyond the run's deadline."""
+        own = self.step.timeout if self.step is not None else None
+        timeout = own or self.work.timeout or limits.timeout
+        deadline = self.message.routing_slip.deadline
+        if self.step is None or deadline is None:
+            return timeout  # a deadline bounds what is done, not what is undone
+        left = max(deadline - self.now, 0.0)
+        return left if timeout is None else min(timeout, left)
+
+    def ids(self, worker_id: str) -> dict[str, Any]:
+        """What logs and observers are told of it."""
+        message = self.message
+        return {
+            "workflow_id": message.workflow_id,
+            "workflow": message.workflow,
+            "step": self.key.step,
+            "activity": self.activity.name,
+            "attempt": self.grant.attempt,
+            "trace_id": message.trace_id,
+            "correlation_id": message.correlation_id,
+            "worker": worker_id,
+        }

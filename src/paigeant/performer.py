@@ -1,0 +1,190 @@
+"""Performer: runs the activity of a claimed step, or its compensation. What users' code does wrong is an outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor as Threads
+from dataclasses import dataclass, field
+from typing import Any
+
+from paigeant import codec, condition
+from paigeant.activity import MISSING
+from paigeant.arguments import Namespace, resolve
+from paigeant.claim import Claim, Limits
+from paigeant.context import StepContext, deadline_of
+from paigeant.errors import ActivityRejected, InvalidDefinition, NonRetryableError, PaigeantError
+from paigeant.observer import CURRENT
+from paigeant.routing import Failed, Outcome, Skipped, Succeeded
+from paigeant.slip import Compensation, Phase
+from paigeant.store import Store
+
+__all__ = ["Attempt", "Performer"]
+
+step_log = logging.getLogger("paigeant.step")
+
+_ERROR_CHARACTERS = 4000
+
+
+@dataclass(slots=True)
+class Attempt:
+    """How an attempt ended, with what it leaves behind: its arguments, its output (both JSON), its context."""
+
+    outcome: Outcome = field(default_factory=Skipped)
+    input: bytes | None = None
+    output: bytes | None = None
+    context: StepContext | None = None
+
+
+class Performer:
+    """Performs claims, one call for each attempt. `began` is told when an activity is about to run.
+
+    `is_stopping`: whether the worker puts its work away, so that a Ctrl-C is meant for it and not for an activity.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        limits: Limits,
+        *,
+        worker_id: str,
+        began: Callable[[Claim], None],
+        is_stopping: Callable[[], bool] = lambda: False,
+        threads: Threads | None = None,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self.store = store
+        self.limits = limits
+        self.worker_id = worker_id
+        self.threads = threads
+        self._began = began
+        self._is_stopping = is_stopping
+        self._chance = chance
+
+    async def perform(self, claim: Claim) -> Attempt:
+        """Run the activity, or its compensation, under its timeout. What it does wrong is an outcome, not an error."""
+        attempt = Attempt()
+        retry = claim.retry(self.limits)
+        if claim.grant.exhausted:
+            lost = f"WorkerLost: {claim.grant.attempt} attempts began and none came back; their workers died"
+            attempt.outcome = Failed(lost, claim.grant.attempt, retry, permanent=True)
+            return attempt
+        context = attempt.context = self._context(claim)
+        timeout = claim.timeout(self.limits)
+        limit = asyncio.timeout(timeout)
+        token = CURRENT.set(claim.ids(self.worker_id))
+        try:
+            if not await self._is_wanted(claim):
+                attempt.outcome = Skipped()
+                return attempt
+            self._began(claim)
+            async with limit:
+                if timeout == 0:
+                    raise TimeoutError(_timeout_text(claim, timeout))
+                value = await self._call(claim, context, attempt)
+            attempt.output = claim.work.dump(value)
+            attempt.outcome = self._succeeded(claim, context, attempt.output)
+            return attempt
+        except asyncio.CancelledError as exc:
+            if _is_cancelled():
+                raise
+            error: BaseException = exc  # the activity let a cancellation of its own escape
+        except TimeoutError as exc:
+            error = TimeoutError(_timeout_text(claim, timeout)) if limit.expired() else exc
+        except GeneratorExit:
+            raise  # this coroutine is being closed, and may not wait for anything any more
+        except BaseException as exc:  # whatever a user's code raises is the outcome of the step
+            if isinstance(exc, KeyboardInterrupt) and self._is_stopping():
+                raise  # Ctrl-C for the second time, while the activity was computing
+            error = exc
+        finally:
+            CURRENT.reset(token)
+        permanent = isinstance(error, (NonRetryableError, InvalidDefinition))
+        if not isinstance(error, ActivityRejected):
+            ids = claim.ids(self.worker_id)  # they are no longer those of the current step
+            step_log.info("attempt failed", exc_info=error, extra=ids)
+        attempt.outcome = Failed(_text(error), claim.grant.attempt, retry, permanent, self._chance())
+        return attempt
+
+    def _namespace(self, claim: Claim) -> Namespace:
+        message = claim.message
+        return Namespace(message.workflow_id, message.payload, message.routing_slip, self.store)
+
+    async def _is_wanted(self, claim: Claim) -> bool:
+        step = claim.step
+        if step is None or step.when is None:
+            return True
+        names = condition.names(step.when)
+        values = await self._namespace(claim).view(names)
+        try:
+            return condition.evaluate(step.when, {**claim.message.payload, **values})
+        except PaigeantError as exc:
+            raise ActivityRejected(str(exc)) from exc
+
+    async def _call(self, claim: Claim, context: StepContext, attempt: Attempt) -> Any:
+        work = claim.work
+        step = claim.step
+        namespace = self._namespace(claim)
+        first: Mapping[str, Any] | None = None
+        if step is None:
+            output = await namespace.output(claim.key.step)
+            first = {} if output is MISSING else {"output": output}
+        arguments, shown = await resolve(
+            work, namespace, args=step.args if step is not None else {}, context=context, first=first
+        )
+        attempt.input = codec.dump(shown)
+        return await work.call(arguments, context, self.threads)
+
+    def _context(self, claim: Claim) -> StepContext:
+        message = claim.message
+        key = claim.key
+        undo = "" if key.phase is Phase.DO else ":undo"
+        return StepContext(
+            workflow_id=key.workflow_id,
+            workflow=message.workflow,
+            step_id=key.step,
+            activity=claim.activity.name,
+            attempt=claim.grant.attempt,
+            trace_id=message.trace_id,
+            correlation_id=message.correlation_id,
+            idempotency_key=f"{key.workflow_id}:{key.step}{undo}",
+            deadline=deadline_of(message.routing_slip),
+            identity=None,
+            log=logging.LoggerAdapter(step_log, {}),
+            _key=key,
+            _slip=message.routing_slip,
+            _store=self.store,
+        )
+
+    def _succeeded(self, claim: Claim, context: StepContext, output: bytes) -> Succeeded:
+        if claim.step is None:
+            return Succeeded()
+        compensation = None
+        if claim.activity.compensation is not None:
+            compensation = Compensation(claim.key.step, claim.activity.name, claim.activity.topic)
+        return Succeeded(context._revision(), compensation, len(output) > self.limits.inline_bytes)
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _text(error: BaseException) -> str:
+    try:
+        said = str(error)
+    except Exception:  # the user's code again
+        said = "(its text can't be had)"
+    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    text = text if len(text) <= _ERROR_CHARACTERS else f"{text[:_ERROR_CHARACTERS]}..."
+    # Neither half of a surrogate pair nor a null character can be stored in every database.
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
+def _timeout_text(claim: Claim, timeout: float | None) -> str:
+    deadline = claim.message.routing_slip.deadline
+    if claim.step is not None and deadline is not None and claim.now >= deadline:
+        return "the run's deadline has passed"
+    return f"the attempt took longer than {timeout:g} s"

@@ -1,0 +1,69 @@
+"""Reporter: puts what happens to messages and steps into events for the observers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from paigeant.claim import Claim
+from paigeant.message import PaigeantMessage
+from paigeant.observer import Event, EventName, Observers
+from paigeant.routing import Move, Retry
+from paigeant.slip import RunStatus, StepStatus
+from paigeant.store import StepResult
+
+__all__ = ["Reporter"]
+
+_STEP_EVENTS: dict[StepStatus, EventName] = {
+    StepStatus.COMPLETED: "step.completed",
+    StepStatus.SKIPPED: "step.skipped",
+    StepStatus.FAILED: "step.failed",
+    StepStatus.COMPENSATED: "step.compensated",
+    StepStatus.COMPENSATION_FAILED: "step.compensation_failed",
+}
+_RUN_EVENTS: dict[RunStatus, EventName] = {
+    RunStatus.COMPLETED: "run.completed",
+    RunStatus.FAILED: "run.failed",
+    RunStatus.COMPENSATED: "run.compensated",
+    RunStatus.COMPENSATION_FAILED: "run.compensation_failed",
+    RunStatus.CANCELLED: "run.cancelled",
+}
+
+
+class Reporter:
+    """Tells the observers, in the name of one worker. Costs nothing where there are none."""
+
+    def __init__(self, observers: Observers, worker_id: str) -> None:
+        self.observers = observers
+        self.worker_id = worker_id
+
+    def tell(self, name: EventName, claim: Claim, **more: Any) -> None:
+        """`name` has happened to the step of `claim`."""
+        if self.observers:
+            self.observers.observe(Event(name, **claim.ids(self.worker_id), **more))
+
+    def tell_delivery(self, name: EventName, message: PaigeantMessage, reason: str) -> None:
+        """A message was delivered and no step was claimed for it."""
+        if self.observers:
+            event = Event(
+                name,
+                message.workflow_id,
+                message.workflow,
+                message.step_id,
+                trace_id=message.trace_id,
+                correlation_id=message.correlation_id,
+                worker=self.worker_id,
+                error=reason,
+            )
+            self.observers.observe(event)
+
+    def tell_recorded(self, claim: Claim, result: StepResult, move: Move) -> None:
+        """The end of an attempt is durable, and perhaps the end of its run."""
+        if not self.observers:
+            return
+        seconds = time.monotonic() - claim.claimed_at
+        name: EventName = "step.retrying" if isinstance(move, Retry) else _STEP_EVENTS[result.status]
+        more = {"delay": move.delay} if isinstance(move, Retry) else {}
+        self.tell(name, claim, seconds=seconds, error=result.error, more=more)
+        if result.run is not None and result.run in _RUN_EVENTS:
+            self.tell(_RUN_EVENTS[result.run], claim, error=result.run_error)
