@@ -115,6 +115,11 @@ class Activity:
 
     def dump(self, value: Any) -> bytes:
         """What the activity returned, as JSON in the way its annotation wants. Raises OutputInvalid."""
+        if inspect.iscoroutine(value):
+            value.close()  # else Python warns of it, at any time and place
+            raise OutputInvalid(
+                f"activity '{self.name}' returned {_short(value)}, which can't be written as JSON; await it there"
+            )
         try:
             return codec.dump(value) if self.output is None else codec.dump_as(self.output, value)
         except codec.JsonInvalid as exc:
@@ -403,13 +408,23 @@ def _caller(function: Callable[..., Any]) -> Call:
 
         async def call(arguments: Mapping[str, Any], _: StepContext, threads: Threads | None) -> Any:
             # In a thread, with this task's context, so that logs and traces know the step there as well.
-            run = functools.partial(contextvars.copy_context().run, function, **arguments)
+            run = functools.partial(contextvars.copy_context().run, _in_thread, function, **arguments)
             value = await asyncio.get_running_loop().run_in_executor(threads, run)
             return await value if inspect.isawaitable(value) else value
 
     return call
 
 
+def _in_thread(function: Callable[..., Any], /, **arguments: Any) -> Any:
+    try:
+        return function(**arguments)
+    except StopIteration as exc:  # no future takes it: whoever waits would wait for ever
+        raise RuntimeError("the function raised StopIteration") from exc
+
+
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # the user's code, or a number with more digits than Python writes
+        text = f"a value of type {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."

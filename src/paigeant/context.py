@@ -15,7 +15,7 @@ from paigeant import codec
 from paigeant.clock import as_datetime
 from paigeant.errors import InvalidDefinition, OutputInvalid
 from paigeant.security import SecurityContext
-from paigeant.slip import Revision, RoutingSlip, Step, identify
+from paigeant.slip import Revision, RoutingSlip, Step, check_name, identify
 from paigeant.store import StepKey, Store
 
 __all__ = ["StepContext"]
@@ -54,8 +54,7 @@ class StepContext:
 
     async def save_variable(self, key: str, value: Any) -> None:
         """Set a variable of the run, once this attempt has succeeded. Raises OutputInvalid for what isn't JSON."""
-        if not isinstance(key, str) or not key:
-            raise InvalidDefinition(f"a variable has a non-empty text as its name, found {key!r}")
+        check_name("the name of a variable", key)
         try:
             self._variables[key] = codec.dump(value)
         except codec.JsonInvalid as exc:
@@ -73,6 +72,7 @@ class StepContext:
         Gives the value as JSON gives it back, at the first time too. Using a name again in one attempt counts on. A
         crash between the call and its record repeats the call: hand `idempotency_key` to what it calls.
         """
+        check_name("the name of what is done once", name)
         number = self._units[name] = self._units.get(name, 0) + 1
         unit = name if number == 1 else f"{name}#{number}"
         recorded = await self._store.load_unit(self._key, unit)

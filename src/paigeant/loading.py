@@ -96,12 +96,17 @@ def _module(name: str) -> ModuleType:
         raise
     except SyntaxError as exc:
         line = "" if exc.lineno is None else f", line {exc.lineno}"
-        raise HandlerError(f"{exc.filename or name}{line}: {type(exc).__name__}: {exc.msg}") from exc
+        where = _shortest(exc.filename) if exc.filename else name
+        raise HandlerError(f"{where}{line}: {type(exc).__name__}: {exc.msg}") from exc
     except (Exception, SystemExit) as exc:  # importing runs the user's code, which may raise anything
         raise HandlerError(f"{_place(name, exc)}: {_text(exc)}") from exc
 
 
 def _from_name(name: str) -> ModuleType:
+    if not all(name.split(".")):
+        raise HandlerError(
+            f"handlers are a path such as handlers.py or a module such as shop.orders, found {name!r}"
+        )
     _importable(Path.cwd())
     try:
         return importlib.import_module(name)

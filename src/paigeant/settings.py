@@ -242,7 +242,9 @@ def _explain(exc: ValidationError) -> str:
 def _explain_variable(exc: SettingsError) -> str:
     name = next(iter(re.findall(r'field "(\w+)"', str(exc))), "")
     reason = f": {exc.__cause__}" if exc.__cause__ is not None else ""
-    return f"the environment has {_PREFIX}{name.upper()}, which is not JSON{reason}; expected JSON such as {{}}"
+    return (
+        f"the environment has {_PREFIX}{name.upper()}, which is not JSON{reason}; expected JSON such as {{}}"
+    )
 
 
 def _without_password(url: str) -> str:

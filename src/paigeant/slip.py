@@ -6,6 +6,7 @@ Owns the words for the states of runs and steps and the table of their transitio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from enum import StrEnum
@@ -34,6 +35,7 @@ __all__ = [
     "StepStatus",
     "check_name",
     "identify",
+    "is_text",
 ]
 
 
@@ -141,11 +143,19 @@ STEP_MOVES: dict[StepStatus, frozenset[StepStatus]] = {
 """The same for steps. READY to COMPLETED, SKIPPED and COMPENSATED are a late first success after the lease was lost."""
 
 
+_UNFIT = re.compile("[\x00-\x1f\ud800-\udfff]")
+
+
+def is_text(value: str) -> bool:
+    """Whether `value` can be kept and shown as a name: no control characters, no half of a surrogate pair."""
+    return _UNFIT.search(value) is None
+
+
 def check_name(what: str, value: object) -> None:
     """Raise InvalidDefinition unless `value` can name something: `what`, as the error says."""
     if not isinstance(value, str) or not value.strip():
         raise InvalidDefinition(f"{what} is a non-empty text, found {value!r}")
-    if len(value) > 200 or any(ord(c) < 32 for c in value):
+    if len(value) > 200 or not is_text(value):
         raise InvalidDefinition(
             f"{what} has at most 200 characters and no control characters, found {value!r}"
         )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from paigeant.clock import is_duration
 from paigeant.errors import InvalidDefinition, PolicyViolation
 from paigeant.policy import ItineraryPolicy
-from paigeant.slip import RoutingSlip, Step, identify
+from paigeant.slip import RoutingSlip, Step, identify, is_text
 
 __all__ = ["Workflow"]
 
@@ -44,7 +44,7 @@ class Workflow:
         on_compensation_failure: Literal["continue", "stop"] = "continue",
         description: str = "",
     ) -> None:
-        if not isinstance(name, str) or not name.strip() or len(name) > 200 or any(ord(c) < 32 for c in name):
+        if not isinstance(name, str) or not name.strip() or len(name) > 200 or not is_text(name):
             raise InvalidDefinition(
                 "a workflow needs a name of 1 to 200 characters without control characters, "
                 f"found {name!r}: Workflow('name', ['activity', ...])"

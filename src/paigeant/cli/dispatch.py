@@ -81,15 +81,18 @@ def dispatch(
 def read_input(name: str, limit_bytes: int) -> Any:
     """The JSON value in the file of this name, or in standard input for `-`.
 
-    Raises InputInvalid for what can't be read or isn't JSON, MessageTooLarge.
+    Raises InputInvalid for what can't be read, is too large or isn't JSON.
     """
     from paigeant.codec import parse_strict
     from paigeant.errors import MessageInvalid
 
     shown = "standard input" if name == "-" else name
-    body = (_read_stdin if name == "-" else _read_file)(name, limit_bytes)
-    if len(body) > limit_bytes:
-        raise MessageTooLarge(len(body), limit_bytes)
+    try:
+        body = (_read_stdin if name == "-" else _read_file)(name, limit_bytes)
+        if len(body) > limit_bytes:
+            raise MessageTooLarge(len(body), limit_bytes)
+    except MessageTooLarge as exc:
+        raise InputInvalid(f"{shown} is too large: {str(exc).removeprefix(f'{exc.reason}: ')}") from exc
     if not body.strip():
         raise InputInvalid(f"{shown} is empty; expected a JSON object, at least {{}}")
     try:
@@ -113,7 +116,8 @@ def _read_file(name: str, limit_bytes: int) -> bytes:
     try:
         if path.is_file() and path.stat().st_size > limit_bytes:
             raise MessageTooLarge(path.stat().st_size, limit_bytes)
-        return path.read_bytes()
+        with path.open("rb") as file:
+            return file.read(limit_bytes + 1)  # a device may have no end
     except FileNotFoundError as exc:
         there = [str(path.parent / entry.name) for entry in path.parent.glob("*.json")]
         hint = (
