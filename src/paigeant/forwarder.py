@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from paigeant import ledger
 from paigeant.activity import ActivityRegistry
 from paigeant.errors import MessageTooLarge, PaigeantError, TransportUnavailable
@@ -105,12 +107,12 @@ class Forwarder:
         for key in keys:
             try:
                 detail = await self.store.load_run(key.workflow_id, inline_bytes=self.inline_bytes)
-            except PaigeantError as exc:
-                log.warning("can't make a message for %s: %s", key, exc)
+                message = message_of(detail, inline_bytes=self.inline_bytes)
+            except (PaigeantError, ValidationError) as exc:  # a slip of newer code is for that to send
+                log.warning("can't make a message for %s: %s", key, " ".join(str(exc).split()))
                 continue
             now = await self.store.now()
             row = next((row for row in detail.steps if row.key == key), None)
-            message = message_of(detail, inline_bytes=self.inline_bytes)
             if row is None or row.status is not StepStatus.READY:
                 continue  # it has gone on meanwhile
             delay = max(row.not_before - now, 0.0)

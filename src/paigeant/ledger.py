@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from paigeant.errors import InvalidTransition
+from paigeant.errors import InvalidDefinition, InvalidTransition
 from paigeant.routing import Undo, turn_round
 from paigeant.slip import (
     RUN_ENDED,
@@ -295,14 +295,17 @@ def expire(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int
     late = run.deadline is not None and run.deadline <= now
     if not late or run.status in RUN_ENDED or run.status is RunStatus.COMPENSATING:
         return False
-    stop(
-        detail,
-        RunStatus.FAILED,
-        "DeadlineExceeded: the run was not done by its deadline",
-        changes,
-        now=now,
-        inline_bytes=inline_bytes,
-    )
+    try:
+        stop(
+            detail,
+            RunStatus.FAILED,
+            "DeadlineExceeded: the run was not done by its deadline",
+            changes,
+            now=now,
+            inline_bytes=inline_bytes,
+        )
+    except (ValidationError, InvalidDefinition):
+        return False  # a slip that newer code has written: for that to end, and no reason to end no other run
     return True
 
 

@@ -45,6 +45,8 @@ class Sweeper:
                 await self.sweep()
             except PaigeantError as exc:
                 log.warning("sweep failed, will be tried again: %s", exc)
+            except Exception:  # without sweeps a worker leaves everybody's lost steps lying
+                log.exception("sweep failed, will be tried again")
             # Jitter keeps the workers from sweeping all at the same moment.
             await asyncio.sleep(self.interval * (0.5 + self._chance()))
 
@@ -65,5 +67,7 @@ class Sweeper:
         return [
             worker.id
             for worker in await self.store.list_workers()
-            if worker.host == self.worker.host and worker.id != self.worker.id and host.is_gone(worker.process)
+            if worker.host == self.worker.host
+            and worker.id != self.worker.id
+            and host.is_gone(worker.process)
         ]

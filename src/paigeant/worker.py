@@ -116,7 +116,11 @@ class ActivityWorker:
         if self._began:
             raise InvalidTransition(f"worker {self.id} has run already; make another one")
         self._began = True
-        await self.heartbeat.start()
+        try:
+            await self.heartbeat.start()
+        except BaseException:
+            self._stopped.set()  # there is nothing to put away, and whoever stops it need not wait
+            raise
         self.observers.observe(Event("worker.started", worker=self.id, more={"topics": self.topics}))
         forget = self.store.on_turn(self.heartbeat.soon)
         background = [asyncio.create_task(self.sweeper.run())]
@@ -168,8 +172,9 @@ class ActivityWorker:
     async def _take(self, message: PaigeantMessage) -> None:
         due = message.due
         # The activity's own bound first: waiting for it must not take up a place that others could use.
-        bound = None if due is None else await self.executor.slot(due.activity)
+        bound = None
         try:
+            bound = None if due is None else await self.executor.slot(due.activity)
             await self._slots.acquire()
         except asyncio.CancelledError:
             if bound is not None:

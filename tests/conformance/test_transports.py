@@ -84,8 +84,8 @@ class TestSqliteTransport(TransportConformance):
         assert (letter.reason, letter.body) == ("not_json", b"nonsense")
 
 
-def _post(transport: SqliteTransport):  # type: ignore[no-untyped-def]
-    def post(tx, postings):  # type: ignore[no-untyped-def]
+def _post(transport: SqliteTransport):
+    def post(tx, postings):
         transport.post(tx, postings)
         return [None] * len(postings)
 

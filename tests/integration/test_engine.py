@@ -40,6 +40,7 @@ from paigeant.errors import (
 )
 from paigeant.observer import Event
 from paigeant.slip import Phase
+from paigeant.testing import ManualClock
 
 PATIENCE = 30.0
 AT_ONCE = RetryPolicy(attempts=3, base=0)
@@ -88,10 +89,11 @@ async def working(
     *,
     workers: int = 1,
     observers: Iterable[Any] = (),
+    clock: ManualClock | None = None,
     **options: Any,
 ) -> AsyncIterator[Paigeant]:
     """An open application with workers for `activity`, which are stopped at the end."""
-    async with Paigeant(settings, activities=activity, observers=observers) as app:
+    async with Paigeant(settings, activities=activity, observers=observers, clock=clock) as app:
         running = [app.worker(**options) for _ in range(workers)]
         tasks = [asyncio.create_task(worker.run()) for worker in running]
         try:
@@ -407,24 +409,32 @@ async def test_a_timeout_of_the_activity_s_own_is_its_own(settings: Settings) ->
     assert result.error == "ask: TimeoutError: the bank did not answer"
 
 
-async def test_a_run_has_its_deadline(settings: Settings) -> None:
+async def test_a_run_has_its_deadline(settings: Settings, clock: ManualClock) -> None:
     """A run that isn't done by then fails while its step is still under way, and what was done is undone."""
     activity = ActivityRegistry()
-    undone = asyncio.Event()
+    began = asyncio.Event()
+    ended: list[str] = []
 
     activity.execute(name="first")(lambda: 1)
-    activity.compensate("first")(lambda: undone.set())
+    activity.compensate("first")(lambda: ended.append("undone"))
 
     @activity.execute(retries=50)
     async def slow() -> None:
-        await asyncio.Event().wait()
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("interrupted")
 
-    async with working(settings, activity) as app:
-        run = await app.dispatch(Workflow("w", ["first", "slow"], deadline=0.3))
+    settings = settings.model_copy(update={"lease": 1000.0, "heartbeat": 0.05})
+    async with working(settings, activity, clock=clock) as app:
+        run = await app.dispatch(Workflow("w", ["first", "slow"], deadline=60))
+        await asyncio.wait_for(began.wait(), PATIENCE)
+        clock.advance(60)
         result = await run.wait(PATIENCE)
     assert result.status == "compensated"
     assert "deadline" in str(result.error)
-    assert undone.is_set()
+    assert sorted(ended) == ["interrupted", "undone"]
 
 
 @pytest.mark.parametrize("raised", [SystemExit(3), asyncio.CancelledError("mine")])

@@ -314,10 +314,11 @@ class SqlStore:
             ledger.free(key, changes, now=tx.now)
         self._write(tx, changes)
         changes = Changes()
-        expired = list(execute(late_runs(tx.now).limit(limit)).scalars())
-        for run_id in expired:
+        expired = []
+        for run_id in execute(late_runs(tx.now).limit(limit)).scalars().all():
             detail = detail_of(tx.connection, run_id, self.inline_bytes)
-            ledger.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes)
+            if ledger.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes):
+                expired.append(run_id)
         self._write(tx, changes)
         changes = Changes()
         due = [key_of(row) for row in execute(due_steps(tx.now).limit(limit))]

@@ -670,6 +670,18 @@ class StoreConformance:
         self.clock.advance(60)
         assert (await store.sweep()).expired == ()
 
+    async def test_a_run_that_can_t_be_read_hinders_no_sweep(self, store: Store) -> None:
+        """A run over its deadline whose slip newer code has written is left to that; the others are ended."""
+        deadline = self.clock.now() + 60
+        for run_id, slip in (("newer", b'{"more":1}'), ("odd", b'{"itinerary":[{"activity":""}]}')):
+            await store.record_workflow_start(
+                replace(run(run_id, deadline=deadline), slip=slip), due("a", run_id)
+            )
+        await self.start(store, deadline=deadline)
+        self.clock.advance(60)
+        swept = await store.sweep()
+        assert (swept.expired, len(swept.due)) == (("r",), 2)
+
     async def test_an_ended_run_has_no_deadline(self, store: Store) -> None:
         """A run that ended in time is left alone."""
         key = await self.start(store, "a", deadline=self.clock.now() + 60)

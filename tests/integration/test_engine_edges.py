@@ -1,0 +1,244 @@
+"""The engine where things go wrong around it: other processes, a full disk, rows that can't be read, odd stops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paigeant import ActivityRegistry, Paigeant, Run, Settings, Workflow
+from paigeant.errors import StoreUnavailable
+from paigeant.stores.memory import MemoryStore
+from paigeant.stores.sql import SqlStore
+
+PATIENCE = 30.0
+
+WORKER = """
+import asyncio, sys
+from paigeant import ActivityRegistry, Paigeant, Settings, StepContext
+
+activity = ActivityRegistry()
+
+@activity.execute()
+async def one(n: int, ctx: StepContext) -> int:
+    await ctx.save_variable("one by", sys.argv[1])
+    return n + 1
+
+@activity.execute()
+async def two(one: int) -> int:
+    return one * 2
+
+async def main():
+    async with Paigeant(Settings(), activities=activity) as app:
+        worker = app.worker(concurrency=5)
+        working = asyncio.create_task(worker.run())
+        print("ready", flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+        await worker.stop()
+        await working
+
+asyncio.run(main())
+"""
+
+
+class Logged(logging.Handler):
+    """Waits for a log line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+        self.seen = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.text in record.getMessage():
+            self._loop.call_soon_threadsafe(self.seen.set)
+
+    async def __aenter__(self) -> Logged:
+        logging.getLogger("paigeant").addHandler(self)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        logging.getLogger("paigeant").removeHandler(self)
+
+    async def wait(self) -> None:
+        """Wait until it was written."""
+        await asyncio.wait_for(self.seen.wait(), PATIENCE)
+
+
+@pytest.fixture(params=["memory://", "sqlite:///p.db"], ids=["memory", "sqlite"])
+def settings(request: pytest.FixtureRequest) -> Settings:
+    """Settings for memory, and for one file. Nothing comes from the sweeper: the grace time is too long for that."""
+    return Settings(transport_url=request.param, store_url=request.param, grace=1000.0, retry_base=0.0)
+
+
+async def test_two_processes_share_the_work_of_one_file() -> None:
+    """Workers in other processes do the runs that are dispatched here, each step once, and this process hears of it."""
+    children = [
+        await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            WORKER,
+            f"child {n}",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        for n in range(2)
+    ]
+    async with Paigeant() as app:
+        for child in children:
+            assert child.stdout is not None
+            assert await asyncio.wait_for(child.stdout.readline(), PATIENCE) == b"ready\n"
+        runs = await asyncio.gather(
+            *(app.dispatch(Workflow("w", ["one", "two"]), {"n": n}) for n in range(100))
+        )
+        results = await asyncio.gather(*(run.wait(PATIENCE) for run in runs))
+        workers = {(await app.store.list_variables(run.id))["one by"] for run in runs}
+        attempts = {row.attempt for run in runs for row in (await run.detail()).steps}
+    for child in children:
+        await child.communicate(b"")  # ends its input, which it waits for
+    assert [result.output for result in results] == [(n + 1) * 2 for n in range(100)]
+    assert workers == {"child 0", "child 1"}
+    assert attempts == {1}
+    assert [child.returncode for child in children] == [0, 0]
+
+
+async def test_a_message_that_waits_for_its_bound_is_given_back(settings: Settings) -> None:
+    """A worker that stops while a message waits for the activity's own bound leaves it to others at once."""
+    activity = ActivityRegistry()
+    began, go = asyncio.Event(), asyncio.Event()
+
+    @activity.execute(concurrency=1)
+    async def narrow() -> str:
+        began.set()
+        await go.wait()
+        return "done"
+
+    async with Paigeant(settings, activities=activity) as app:
+        first = app.worker()
+        working = asyncio.create_task(first.run())
+        runs = [await app.dispatch(Workflow("w", ["narrow"])) for _ in range(3)]
+        await asyncio.wait_for(began.wait(), PATIENCE)
+        await _taken(app, 1)
+        await first.stop(grace=0)
+        await working
+        go.set()
+        second = app.worker()
+        working = asyncio.create_task(second.run())
+        results = await asyncio.gather(*(run.wait(10) for run in runs))
+        await second.stop()
+        await working
+    assert {result.output for result in results} == {"done"}
+
+
+async def _taken(app: Paigeant, count: int) -> None:
+    """Wait until the worker holds so many messages that it hasn't acked."""
+    async with asyncio.timeout(PATIENCE):
+        while sum(depth.taken for depth in await app.transport.topics()) < count:  # noqa: ASYNC110  # nobody is told
+            await asyncio.sleep(0.001)
+
+
+async def test_a_full_disk_is_waited_out(tmp_path: Path) -> None:
+    """A result that can't be written is kept and tried again: the step isn't done twice."""
+    activity = ActivityRegistry()
+    done: list[str] = []
+
+    @activity.execute(retries=0)
+    async def make() -> str:
+        await app.store.save_variable(run.id, "begun", True)
+        await pragma(app, "max_page_count=1")  # SQLite takes the size it has
+        done.append("make")
+        return "x" * 500_000
+
+    async with Paigeant(Settings(), activities=activity) as app, Logged("not recorded yet") as logged:
+        worker = app.worker()
+        working = asyncio.create_task(worker.run())
+        run = await app.dispatch(Workflow("w", ["make"]), workflow_id="r")
+        await logged.wait()
+        assert await run.status() == "running"
+        await pragma(app, "max_page_count=1000000")
+        assert len((await run.wait(PATIENCE)).output) == 500_000
+        await worker.stop()
+        await working
+    assert done == ["make"]
+
+
+async def pragma(app: Paigeant, text: str) -> None:
+    """Set something of the writing connection."""
+    assert isinstance(app.store, SqlStore)
+
+    def handler(tx: Any, requests: Any) -> list[None]:
+        for request in requests:
+            tx.connection.exec_driver_sql(f"PRAGMA {request}")
+        return [None] * len(requests)
+
+    await app.store.database.write(handler, text)
+
+
+async def test_a_run_that_can_t_be_read_hinders_no_other() -> None:
+    """A sweeper that meets rows that make no sense says so and goes on with the next."""
+    activity = ActivityRegistry()
+    activity.execute(name="work")(lambda: "done")
+    settings = Settings(transport_url="memory://", store_url="memory://", grace=0.05, sweep_interval=0.02)
+    async with Paigeant(settings, activities=activity) as app, Logged("broken") as logged:
+        store = app.store
+        assert isinstance(store, MemoryStore)
+        publish = app.transport.publish
+
+        async def lose(topic: str, message: Any, *, delay: float = 0) -> None:
+            """The transport loses what is dispatched: only the sweeper can find it."""
+
+        app.transport.publish = lose  # type: ignore[method-assign]
+        await app.dispatch(Workflow("w", ["work"]), workflow_id="broken")
+        run = await app.dispatch(Workflow("w", ["work"]), workflow_id="sound")
+        app.transport.publish = publish  # type: ignore[method-assign]
+        from dataclasses import replace
+
+        store._runs["broken"] = replace(store._runs["broken"], slip=b"{nonsense")
+        worker = app.worker()
+        working = asyncio.create_task(worker.run())
+        assert (await run.wait(PATIENCE)).output == "done"
+        await logged.wait()
+        await worker.stop()
+        await working
+
+
+async def test_a_worker_that_could_not_start_can_be_stopped(tmp_path: Path) -> None:
+    """When the store can't be reached run() raises, and stop() returns."""
+    app = Paigeant(Settings(), activities=ActivityRegistry())
+    worker = app.worker()
+    with pytest.raises(StoreUnavailable):
+        await worker.run()
+    await asyncio.wait_for(worker.stop(), PATIENCE)
+
+
+async def test_a_worker_that_never_ran_can_be_stopped(settings: Settings) -> None:
+    """Stopping it is harmless, and running it then ends at once."""
+    async with Paigeant(settings, activities=ActivityRegistry()) as app:
+        worker = app.worker()
+        await asyncio.wait_for(worker.stop(), PATIENCE)
+        await asyncio.wait_for(worker.run(), PATIENCE)
+
+
+async def test_a_lost_message_is_sent_again(settings: Settings) -> None:
+    """A dispatch whose message is lost is found by the sweeper, though nobody tells it."""
+    activity = ActivityRegistry()
+    activity.execute(name="work")(lambda: "done")
+    settings = settings.model_copy(
+        update={"transport_url": "memory://", "grace": 0.05, "sweep_interval": 0.02}
+    )
+    async with Paigeant(settings) as lone:
+        run = await lone.dispatch(Workflow("w", ["work"]), workflow_id="r")
+        async with Paigeant(settings, activities=activity) as app:
+            if isinstance(lone.store, MemoryStore):
+                app.store._runs, app.store._steps = lone.store._runs, lone.store._steps  # type: ignore[attr-defined]
+                app.store._open, app.store._variables = lone.store._open, lone.store._variables  # type: ignore[attr-defined]
+            worker = app.worker()
+            working = asyncio.create_task(worker.run())
+            assert (await Run(app, run.id).wait(PATIENCE)).output == "done"
+            await worker.stop()
+            await working
