@@ -51,6 +51,8 @@ def database_path(url: str) -> Path:
         )
     if "?" in path:
         raise ConfigurationError(f"{url!r} has options behind a '?'; expected sqlite:///file.db without any")
+    if "\0" in path or any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
+        raise ConfigurationError(f"no file can be called {path!r}; expected sqlite:///file.db")
     return Path(path)
 
 

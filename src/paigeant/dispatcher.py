@@ -123,7 +123,7 @@ class Dispatcher:
 
     async def signal(self, workflow_id: str, name: str, value: Any) -> None:
         """Send a named value to the run. Raises RunNotFound, InvalidTransition, InputInvalid."""
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name or not is_text(name):
             raise InputInvalid(f"a signal has a non-empty text as its name, found {name!r}")
         try:
             text = codec.dump(value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -68,6 +70,13 @@ class _Program(TyperGroup):
             code = 130
         except TyperException as exc:
             code = _explain(exc)
+        except UnicodeEncodeError as exc:
+            console.error(f"{exc.object!r} is not a text in UTF-8; names and values are given in UTF-8")
+            code = WRONG_USE
+        except OSError as exc:
+            console.error(f"{exc.filename or 'standard output'}: {exc.strerror or exc}")
+            code = UNREACHABLE
+            _forget_output()
         raise SystemExit(code if isinstance(code, int) else 0)
 
 
@@ -79,6 +88,14 @@ def _explain(exc: TyperException) -> int:
     where = f"; see `{context.command_path} --help`" if context is not None else ""
     console.error(f"{_message(exc).rstrip('.')}{_found(exc)}{where}")
     return int(getattr(exc, "exit_code", WRONG_USE))
+
+
+def _forget_output() -> None:
+    """Write no more: where nothing can be written, Python would try once again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _message(exc: TyperException) -> str:

@@ -110,11 +110,15 @@ def _loaded(settings: Settings) -> Handlers:
 
 
 def _wanted(topics: Sequence[str] | None) -> list[str] | None:
+    from paigeant.slip import check_name
+
     if topics is None:
         return None
     wanted = [topic.strip() for given in topics for topic in given.split(",") if topic.strip()]
     if not wanted:
         raise ConfigurationError("--topics names no topic; expected names with commas in between")
+    for topic in wanted:
+        check_name("a topic", topic)
     return list(dict.fromkeys(wanted))
 
 

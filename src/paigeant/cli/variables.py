@@ -63,9 +63,10 @@ def set_(
     json: AsJson = False,
 ) -> None:
     """Set a variable of a run: `ctx.load_variable` sees it at once, parameters once the run is taken up anew."""
+    from paigeant.slip import check_name
+
     found = session.json_value(value, "VALUE")
-    if not key.strip():
-        raise InputInvalid("a variable has a non-empty text as its name")
+    check_name("the name of a variable", key)
 
     async def command() -> None:
         async with session.opened(session.read_settings()) as paigeant:

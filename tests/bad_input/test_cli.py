@@ -1,0 +1,180 @@
+"""Wrong use of the commands: options, ids, values and times that can't be meant."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from tests.bad_input.bench import INPUT, PAIGEANT, Case, call, check, put, rows
+
+SURFACE = "command line"
+
+DISPATCH = ("dispatch", "order", "input.json", "--handlers", "handlers.py")
+BYTES = "\udcff"
+"""What Python makes of an argument whose one byte is not UTF-8."""
+
+FILES: Mapping[str, str] = {"input.json": json.dumps(INPUT)}
+
+
+def dispatched(name: str, *args: str, says: tuple[str, ...], code: int = 2) -> Case:
+    """`dispatch` with a good input and something wrong besides."""
+    return Case(name, (*DISPATCH, *args), says, code, FILES)
+
+
+CASES = [
+    Case("unknown command", ("rn",), ("No such command 'rn'", "Did you mean 'run'", "--help")),
+    Case("unknown subcommand", ("runs", "lst"), ("No such command 'lst'", "`paigeant runs --help`")),
+    Case("unknown option", ("runs", "list", "--stat", "failed"), ("No such option: --stat", "--status")),
+    Case("missing argument", ("runs", "show"), ("Missing argument 'ID'", "`paigeant runs show --help`")),
+    Case("one argument too many", ("runs", "show", "a", "b"), ("unexpected extra argument", "b")),
+    Case("no value of an option", ("runs", "list", "--limit"), ("--limit", "requires an argument")),
+    Case("limit is no number", ("runs", "list", "--limit", "x"), ("Invalid value for '--limit'", "'x'")),
+    Case(
+        "limit of nothing",
+        ("runs", "list", "--limit", "0"),
+        ("Invalid value for '--limit'", "or equal to 1, found '0'"),
+    ),
+    Case(
+        "unknown status",
+        ("runs", "list", "--status", "complete"),
+        ("no run has the status 'complete'", "'completed'"),
+    ),
+    Case(
+        "show an unknown run",
+        ("runs", "show", "nobody", "--json"),
+        ("no run 'nobody'", "`paigeant runs list`"),
+    ),
+    Case("cancel an unknown run", ("runs", "cancel", "nobody"), ("no run 'nobody'", "`paigeant runs list`")),
+    Case("retry an unknown run", ("runs", "retry", "nobody", "--json"), ("no run 'nobody'",)),
+    Case("signal an unknown run", ("runs", "signal", "nobody", "go", "--json"), ("no run 'nobody'",)),
+    Case("cancel a run that is done", ("runs", "cancel", "completed"), ("run 'completed'", "completed")),
+    Case("retry a run that is done", ("runs", "retry", "completed"), ("run 'completed'", "completed")),
+    Case("signal a run that is done", ("runs", "signal", "completed", "go"), ("run 'completed'",)),
+    Case(
+        "signal without a name",
+        ("runs", "signal", "other", ""),
+        ("a signal has a non-empty text as its name", "found ''"),
+    ),
+    Case("signal with no JSON", ("runs", "signal", "other", "go", "yes"), ("VALUE is not JSON", "'\"yes\"'")),
+    Case("variables of an unknown run", ("variables", "list", "nobody", "--json"), ("no run 'nobody'",)),
+    Case(
+        "unknown variable",
+        ("variables", "get", "completed", "custmer"),
+        ("no variable 'custmer'", "'customer'"),
+    ),
+    Case(
+        "set a variable to no JSON", ("variables", "set", "completed", "a", "{a:1}"), ("VALUE is not JSON",)
+    ),
+    Case("set a variable without a name", ("variables", "set", "completed", "", "1"), ("non-empty text",)),
+    Case("set a variable of an unknown run", ("variables", "set", "nobody", "a", "1"), ("no run 'nobody'",)),
+    Case(
+        "unknown dead letter",
+        ("dead-letters", "show", "x", "--json"),
+        ("no dead letter 'x'", "none is known"),
+    ),
+    Case("requeue an unknown dead letter", ("dead-letters", "requeue", "x"), ("no dead letter 'x'",)),
+    Case("delete an unknown dead letter", ("dead-letters", "delete", "x"), ("no dead letter 'x'",)),
+    Case("no topic", ("run", "handlers.py", "--topics", ","), ("--topics names no topic", "commas")),
+    Case(
+        "unknown topic",
+        ("run", "handlers.py", "--topics", "resreve", "--until-idle"),
+        ("no activity here has the topic 'resreve'", "did you mean 'reserve'"),
+        0,
+        warns=True,
+    ),
+    Case("no handlers", ("run",), ("no handlers are named", "`paigeant run handlers.py`", "paigeant.yaml")),
+    Case(
+        "no step at once",
+        ("run", "handlers.py", "--concurrency", "0"),
+        ("'--concurrency'", "or equal to 1, found '0'"),
+    ),
+    Case(
+        "steps at once are no number",
+        ("run", "handlers.py", "--concurrency", "many"),
+        ("'--concurrency'", "'many'"),
+    ),
+    Case(
+        "no process",
+        ("run", "handlers.py", "--processes", "0"),
+        ("'--processes'", "or equal to 1, found '0'"),
+    ),
+    Case(
+        "unknown workflow",
+        ("dispatch", "ordr", *DISPATCH[2:]),
+        ("no workflow 'ordr'", "did you mean 'order'"),
+        2,
+        FILES,
+    ),
+    Case(
+        "dispatch without handlers",
+        DISPATCH[:3],
+        ("no handlers are named", "--handlers handlers.py"),
+        2,
+        FILES,
+    ),
+    dispatched("timeout without wait", "--timeout", "5", says=("--timeout", "it needs --wait")),
+    dispatched("timeout below 0", "--wait", "--timeout", "-1", says=("Invalid value for '--timeout'",)),
+    dispatched(
+        "timeout is no number",
+        "--wait",
+        "--timeout",
+        "soon",
+        says=("Invalid value for '--timeout'", "'soon'"),
+    ),
+    dispatched("timeout is not a number", "--wait", "--timeout", "nan", says=("--timeout", "found 'nan'")),
+    dispatched(
+        "id with other input",
+        "--id",
+        "failed",
+        "--json",
+        says=("run 'failed' already exists", "choose another id"),
+    ),
+    dispatched("empty id", "--id", "", says=("a run's id is a text of 1 to 200 characters", "''")),
+    dispatched("id with blanks", "--id", "order 42", says=("no blanks", "'order 42'")),
+    dispatched("id with a line break", "--id", "order\n42", says=("no control characters", "'order\\n42'")),
+    dispatched("id without an end", "--id", "x" * 201, says=("1 to 200 characters",)),
+    Case(
+        "unknown migration",
+        ("db", "upgrade", "0042"),
+        ("no migration is called '0042'", "known: 0001, base, head"),
+    ),
+    Case(
+        "delete runs without asking", ("db", "downgrade", "base"), ("deletes the tables with all 3", "--yes")
+    ),
+    Case("further back than the first", ("db", "downgrade", "-9"), ("beyond the first migration", "base")),
+    Case(
+        "init in a file", ("init", "input.json"), ("input.json is no folder", "paigeant init DIR"), 2, FILES
+    ),
+    Case("init over handlers", ("init",), ("handlers.py", "already")),
+    Case("demo of no file", ("demo", "nothing.md"), ("nothing.md",)),
+    Case(
+        "demo of no text",
+        ("demo", "picture.md"),
+        ("picture.md",),
+        2,
+        {"picture.md": b"\x89PNG\r\n\xff\xfe\x00"},
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_wrong_use_is_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says what was found and what to do, the exit code is 2, and nothing is recorded."""
+    put(case.files)
+    for name, value in case.env.items():
+        monkeypatch.setenv(name, value)
+    recorded = rows()
+    result = call(*case.does, input=case.input)
+    check(result, case.says, case.code, label="warning" if case.warns else "error")
+    assert rows() == recorded
+
+
+def test_a_standard_output_that_is_full_is_told() -> None:
+    """Where the result can't be written is said on one line, and the exit code is 3."""
+    with Path("/dev/full").open("wb") as full:
+        command = [*PAIGEANT, "runs", "list", "--json"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (result.returncode, result.stderr) == (3, "error: standard output: No space left on device\n")
