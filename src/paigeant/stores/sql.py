@@ -319,6 +319,7 @@ class SqlStore:
             detail = detail_of(tx.connection, run_id, self.inline_bytes)
             if ledger.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes):
                 expired.append(run_id)
+                tx.rings.add("turned")
         self._write(tx, changes)
         changes = Changes()
         due = [key_of(row) for row in execute(due_steps(tx.now).limit(limit))]
