@@ -148,7 +148,7 @@ class SqliteTransport:
         until = tx.now + _HOLD_SECONDS
         rows = _TAKE.rows(connection, until, self._holder, request.topic, tx.now, request.most)
         # The rows come in no order of their own; ids rise as messages do.
-        fetched = [_Fetched(message_id, body, deliveries) for _, message_id, body, deliveries in sorted(rows)]
+        fetched = [_Fetched(id_, _as_bytes(body), deliveries) for _, id_, body, deliveries in sorted(rows)]
         next_at = None
         if len(fetched) < request.most:
             [(next_at,)] = _NEXT.rows(connection, request.topic, tx.now)
@@ -317,6 +317,11 @@ _RETURN = Prepared(
     .returning(messages.c.topic),
     ["at", "id_", "by"],
 )
+
+
+def _as_bytes(body: object) -> bytes:
+    # The column holds what was put into it: a row that somebody wrote by hand may have a text there.
+    return body if isinstance(body, bytes) else str(body).encode()
 
 
 def _is_gone(holder: str) -> bool:
