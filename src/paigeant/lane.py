@@ -105,8 +105,9 @@ class Lane:
             future.set_exception(StoreUnavailable("the database is closed"))
             return future
         self._waiting.append(_Op(handler, request, future, durable))
-        if self._idle.is_set():
-            self._next()
+        if self._idle.is_set() and len(self._waiting) == 1:
+            # Not at once: what other tasks ask for in this turn of the loop shares the transaction.
+            self._loop.call_soon(self._next_if_idle)
         return future
 
     def submit_lazily(self, handler: Handler, request: Any) -> None:
