@@ -82,7 +82,7 @@ class Parameter:
         if self.adapter is None:
             return value
         try:
-            return self.adapter.validate_json(codec.dump(value))
+            return self.adapter.validator.validate_json(codec.dump(value))
         except ValidationError as exc:
             first = exc.errors(include_url=False, include_input=False)[0]
             place = "".join(f".{part}" for part in first["loc"])

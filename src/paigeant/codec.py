@@ -46,7 +46,7 @@ def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
     A number that a model would write as null is an error as well.
     """
     try:
-        text = _bounded(adapter.dump_json(value, warnings="error"))
+        text = _bounded(adapter.serializer.to_json(value, warnings="error"))
         if b"null" in text and _loses_number(text, adapter.dump_python(value, mode="json", warnings="none")):
             raise JsonInvalid(
                 "a model in it writes nan and infinity as null; "

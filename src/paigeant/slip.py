@@ -318,14 +318,15 @@ class RoutingSlip:
 
     def find(self, name: str) -> Executed | None:
         """The recorded step of this id, else the last one of this activity, else None. Skipped steps don't count."""
-        done = [entry for entry in self.executed if entry.status is not StepStatus.SKIPPED]
-        for entry in done:
+        by_activity: Executed | None = None
+        for entry in reversed(self.executed):
+            if entry.status is StepStatus.SKIPPED:
+                continue
             if entry.step_id == name:
                 return entry
-        for entry in reversed(done):
-            if entry.activity == name:
-                return entry
-        return None
+            if by_activity is None and entry.activity == name:
+                by_activity = entry
+        return by_activity
 
 
 def identify(
