@@ -14,7 +14,6 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,6 +67,7 @@ class Database:
         self._writer: Lane | None = None
         self._reader: Lane | None = None
         self._beater: Connection | None = None
+        self._file: tuple[Path, tuple[int, int]] | None = None
         self._beating = threading.Lock()
         self._listeners: list[Callable[[frozenset[str]], None]] = []
         self._bell = Bell(self.path, self._heard)
@@ -125,6 +125,7 @@ class Database:
             if lane is not None:
                 await lane.stop()
         self._writer = self._reader = None
+        self._file = None
         self._bell.close()
         if self._beater is not None:
             self._beater.close()
@@ -203,8 +204,25 @@ class Database:
             raise StoreUnavailable(f"{self.path} is not open")
         return lane
 
-    def _guard(self) -> AbstractContextManager[None]:
-        return _translated(self.path)
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        with _translated(self.path):
+            self._check_is_there()
+            yield
+
+    def _check_is_there(self) -> None:
+        # A file that was deleted can still be written to, and nobody would ever see what is written.
+        if self._file is None:
+            return
+        place, identity = self._file
+        try:
+            found = os.stat(place)
+        except FileNotFoundError:
+            raise StoreUnavailable(f"{self.path} was deleted while it was in use; put it back") from None
+        if (found.st_dev, found.st_ino) != identity:
+            raise StoreUnavailable(
+                f"{self.path} was replaced while it was in use; start again with the new one"
+            )
 
     def _set_durability(self, connection: Connection, durable: bool) -> None:
         # A NORMAL commit is written but not synced; the next FULL one syncs it as well.
@@ -214,6 +232,9 @@ class Database:
 
     def _prepare(self, tx: Tx, requests: Sequence[None]) -> list[None]:
         prepare(tx.connection, self.path)
+        place = self.path.resolve()
+        found = place.stat()
+        self._file = place, (found.st_dev, found.st_ino)
         return [None] * len(requests)
 
     def _checkpoint(self, connection: Connection) -> None:
@@ -231,7 +252,7 @@ class Database:
                 raw.execute("PRAGMA busy_timeout=0")
 
 
-def _engine(path: Path, *, reads_only: bool = False) -> Engine:
+def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> Engine:
     folder = path.parent
     if not folder.is_dir():
         raise ConfigurationError(
@@ -251,7 +272,10 @@ def _engine(path: Path, *, reads_only: bool = False) -> Engine:
 
     @event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _: object) -> None:
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=OFF"):
+        if not as_it_is:
+            _check_is_ours(connection, path)
+            connection.execute("PRAGMA journal_mode=WAL")  # which stays with the file
+        for pragma in ("synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=OFF"):
             connection.execute(f"PRAGMA {pragma}")
         if not reads_only:
             connection.execute("PRAGMA busy_timeout=0")  # it waits for its turn by itself, see below
@@ -300,8 +324,9 @@ def begun(connection: Connection, *, reads_only: bool = False) -> Iterator[None]
 
 
 def _check_is_database(path: Path) -> None:
-    if path.is_dir():
-        raise ConfigurationError(f"{path} is a folder; expected a database file")
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or pipe"
+        raise ConfigurationError(f"{path} is {what}; expected a database file")
     try:
         with path.open("rb") as file:
             start = file.read(16)
@@ -338,14 +363,16 @@ def prepare(connection: Connection, path: Path) -> None:
     Raises SchemaMismatch for a file that newer code has written, or that holds other tables of these names.
     """
     found = current_version(connection)
+    names = set(inspect(connection).get_table_names())
     if found == SCHEMA_VERSION:
+        missing = sorted(set(metadata.tables) - names)
+        if missing:
+            raise SchemaMismatch(
+                f"{path} has lost its table '{missing[0]}'; put a copy of the file there, or name another in the URL"
+            )
         return
     if found is None:
-        foreign = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))
-        if foreign:
-            raise SchemaMismatch(
-                f"{path} has a table '{foreign[0]}' that Paigeant did not make; name another file in the URL"
-            )
+        _check_not_foreign(names, path)
         metadata.create_all(connection)
         connection.execute(
             text("CREATE TABLE IF NOT EXISTS alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
@@ -355,6 +382,27 @@ def prepare(connection: Connection, path: Path) -> None:
     from paigeant.migrations import upgrade  # here, because it loads Alembic, which only an old file needs
 
     upgrade(connection, str(path))
+
+
+def _check_is_ours(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise SchemaMismatch for the database of another program, or of newer code, before anything in it changes."""
+    names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if "alembic_version" not in names:
+        _check_not_foreign(names, path)
+        return
+    found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    if found is not None and found[0] != SCHEMA_VERSION:
+        from paigeant.migrations import check  # here, because it loads Alembic, which only such a file needs
+
+        check(str(path), found[0])
+
+
+def _check_not_foreign(names: set[str], path: Path) -> None:
+    foreign = sorted(names & set(metadata.tables))
+    if foreign:
+        raise SchemaMismatch(
+            f"{path} has a table '{foreign[0]}' that Paigeant did not make; name another file in the URL"
+        )
 
 
 def current_version(connection: Connection) -> str | None:
@@ -370,7 +418,7 @@ def as_it_is(path: Path) -> Iterator[Connection]:
 
     Raises ConfigurationError, StoreUnavailable.
     """
-    engine = _engine(path)
+    engine = _engine(path, as_it_is=True)
     try:
         with _translated(path), engine.connect() as connection, connection.begin():
             yield connection

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from paigeant.errors import SchemaMismatch
 
-__all__ = ["downgrade", "known", "newest", "upgrade"]
+__all__ = ["check", "downgrade", "known", "newest", "upgrade"]
 
 
 def _config(connection: Connection | None = None) -> Config:
@@ -43,10 +43,16 @@ def downgrade(connection: Connection, place: str, to: str = "base") -> None:
         raise _mismatch(place, exc) from exc
 
 
-def _mismatch(place: str, exc: CommandError) -> SchemaMismatch:
+def check(place: str, found: str) -> None:
+    """Raise SchemaMismatch unless this version of the code knows the migration `found`."""
+    if found not in known():
+        raise _mismatch(place, f"can't locate revision '{found}'")
+
+
+def _mismatch(place: str, reason: object) -> SchemaMismatch:
     return SchemaMismatch(
         f"the tables of {place} were made by another version of Paigeant than this one, which knows migrations "
-        f"up to {newest()}: {exc}. Install the newer version, or name another database"
+        f"up to {newest()}: {reason}. Install the newer version, or name another database"
     )
 
 
