@@ -42,13 +42,14 @@ class Claim:
     claimed_at: float
     local: int = 0
     bound: asyncio.Semaphore | None = None
-    """The activity's own bound, taken for this step already; None where it has none, or the worker took it."""
+    """The activity's own bound, taken for this step already; None where it has none."""
 
     @property
     def work(self) -> Activity:
         """What is to be called: the activity, or its compensation."""
-        if self.message.phase is Phase.DO or self.activity.compensation is None:
+        if self.message.phase is Phase.DO:
             return self.activity
+        assert self.activity.compensation is not None, "a worker without it doesn't take the undo"
         return self.activity.compensation
 
     @property

@@ -63,6 +63,7 @@ class Dispatcher:
         """
         now = await self.store.now()
         run_id = _run_id(workflow_id, now)
+        _check_texts(correlation_id, headers)
         text, payload = self._input(workflow, input)
         slip = replace(workflow.slip(now=now), itinerary=_plain_steps(workflow))
         self._check_known(workflow)
@@ -185,6 +186,23 @@ def _run_id(workflow_id: str | None, now: float) -> str:
     if " " in workflow_id or not is_text(workflow_id):
         raise InputInvalid(f"a run's id has no blanks and no control characters, found {workflow_id!r}")
     return workflow_id
+
+
+def _check_texts(correlation_id: object, headers: object) -> None:
+    """They travel in each message of the run: what a reader of messages refuses would never arrive."""
+    if correlation_id is not None and not (isinstance(correlation_id, str) and is_text(correlation_id)):
+        raise InputInvalid(
+            f"a correlation id is a text without control characters, found {_short(correlation_id)}"
+        )
+    if headers is None:
+        return
+    if not isinstance(headers, Mapping):
+        raise InputInvalid(f"headers are a mapping of texts, found {_short(headers)}")
+    for name, value in headers.items():
+        if not all(isinstance(text, str) and is_text(text) for text in (name, value)):
+            raise InputInvalid(
+                f"headers are texts without control characters, found {_short(name)}: {_short(type(value).__name__)}"
+            )
 
 
 def _new_id(now: float) -> str:

@@ -92,9 +92,19 @@ class Executor:
 
     # -- the path of a message
 
-    async def handle(self, message: PaigeantMessage) -> None:
-        """Do the step that `message` wakes, and those after it that this worker can go on with at once."""
-        claim = await self.claim(message)
+    async def handle(self, message: PaigeantMessage, bound: asyncio.Semaphore | None = None) -> None:
+        """Do the step that `message` wakes, and those after it that this worker can go on with at once.
+
+        `bound` is that of the activity which is due, see `slot`; it is released when this one step is over.
+        """
+        claim = None
+        try:
+            claim = await self.claim(message)
+        finally:
+            if claim is None and bound is not None:
+                bound.release()
+        if claim is not None:
+            claim = replace(claim, bound=bound)
         while claim is not None:
             claim = await self._do(claim)
 
@@ -103,13 +113,12 @@ class Executor:
         self._register(claim)
         bound = claim.bound
         try:
-            if not claim.local:
-                claim = await self._accept(claim)
-            attempt = await self.performer.perform(claim)
-            move = route(claim.message.routing_slip, attempt.outcome, claim.now)
-            following = await self.record(claim, attempt, move)
+            accepted = claim if claim.local else await self._accept(claim)
+            following = None if accepted is None else await self._work(accepted)
         except asyncio.CancelledError:
             if step not in self._lost:
+                if not self.stopping:  # an activity has cancelled the task it runs in
+                    self.running.pop(step, None)
                 raise  # a shutdown: the step stays listed, and the worker gives it back
             _uncancel()
             self.reporter.tell("step.lost", claim, error="its lease was lost, or its run was cancelled")
@@ -126,22 +135,31 @@ class Executor:
         self.running.pop(step, None)
         return following
 
+    async def _work(self, claim: Claim) -> Claim | None:
+        attempt = await self.performer.perform(claim)
+        move = route(claim.message.routing_slip, attempt.outcome, claim.now)
+        return await self.record(claim, attempt, move)
+
     async def claim(self, message: PaigeantMessage) -> Claim | None:
         """Lease the step and count the attempt; only then may it be acked. None when there is nothing to do here."""
         due = message.due
         if due is None:
             await self._drop(message, "ended")
             return None
-        if due.activity not in self.registry:
-            await self._return(message, f"no activity '{due.activity}' here", _UNKNOWN_ACTIVITY_PAUSE)
+        activity = self._known(due.activity, message.phase)
+        if activity is None:
+            what = "activity" if message.phase is Phase.DO else "compensation of activity"
+            await self._return(message, f"no {what} '{due.activity}' here", _UNKNOWN_ACTIVITY_PAUSE)
             return None
         if not self.entitled():
             await self._return(message, "this worker's lease is over", _NO_LEASE_PAUSE)
             return None
         try:
-            message = await self.forwarder.payload(message)
-            activity = self.registry.get(due.activity)
             key = StepKey(message.workflow_id, message.step_id, message.phase)
+            message = await self.forwarder.payload(message)
+            if not _is_about(message, key):  # the store's rows, and they have gone on since
+                await self._drop(message, "recorded")
+                return None
             claim = Claim(key, Grant(0, 0, 0.0), message, activity, time.monotonic())
             request = ClaimRequest(claim.key, self.worker_id, claim.retry(self.limits).attempts)
             answer = await self.store.claim_step(request)
@@ -159,7 +177,7 @@ class Executor:
             return None
         return replace(claim, grant=answer, claimed_at=time.monotonic())
 
-    async def _accept(self, claim: Claim) -> Claim:
+    async def _accept(self, claim: Claim) -> Claim | None:
         # Ack once the claim has committed: before that a crash would lose the wake-up, after it the lease protects
         # the step. An ack that fails brings a duplicate.
         with contextlib.suppress(TransportUnavailable):
@@ -170,11 +188,16 @@ class Executor:
         until = time.monotonic() + self.limits.persist
         while True:
             try:
-                return replace(claim, message=await self.forwarder.renewed(claim.message))
+                message = await self.forwarder.renewed(claim.message)
             except StoreUnavailable:
                 if time.monotonic() > until:
                     raise
-            await asyncio.sleep(0.2 * (0.5 + self._chance()))
+                await asyncio.sleep(0.2 * (0.5 + self._chance()))
+                continue
+            if _is_about(message, claim.key):
+                return replace(claim, message=message)
+            self.reporter.tell("step.lost", claim, error="its run was cancelled, or is over its deadline")
+            return None
 
     async def record(self, claim: Claim, attempt: Attempt, move: Move) -> Claim | None:
         """Make the result and what follows durable; gives the next step's claim, if the run goes on here."""
@@ -274,10 +297,17 @@ class Executor:
             return None
         if claim.local + 1 >= self.limits.local_steps or next_step.topic not in self.topics:
             return None
-        if next_step.activity not in self.registry:
-            return None
         bound = self._bound(next_step.activity)
-        return None if bound is not None and bound.locked() else self.registry.get(next_step.activity)
+        if bound is not None and bound.locked():
+            return None
+        return self._known(next_step.activity, next_step.key.phase)
+
+    def _known(self, activity: str, phase: Phase) -> Activity | None:
+        """The activity, if this worker can do it, or undo it. Another version of the code may have more than this."""
+        if activity not in self.registry:
+            return None
+        found = self.registry.get(activity)
+        return None if phase is Phase.UNDO and found.compensation is None else found
 
     def _letter(
         self, claim: Claim, move: Move, following: PaigeantMessage | None, next_step: NextStep | None
@@ -344,6 +374,10 @@ class Executor:
                 log.warning("result of %s not recorded yet: %s", result.key, exc)
             await asyncio.sleep(pause * (0.5 + self._chance()))
             pause = min(pause * 2, 2.0)
+
+
+def _is_about(message: PaigeantMessage, key: StepKey) -> bool:
+    return (message.step_id, message.phase) == (key.step, key.phase)
 
 
 def _run_status(move: Move, *, forward: bool) -> RunStatus | None:

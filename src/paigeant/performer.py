@@ -105,6 +105,8 @@ class Performer:
             error = exc
         finally:
             CURRENT.reset(token)
+        if self._is_stopping() and _is_cancelled():
+            raise asyncio.CancelledError from error  # a library may put it in words of its own
         permanent = isinstance(error, (NonRetryableError, InvalidDefinition))
         if not isinstance(error, ActivityRejected):
             ids = claim.ids(self.worker_id)  # they are no longer those of the current step

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Collection
 
-from paigeant.errors import RunNotFound
+from paigeant.errors import PaigeantError, RunNotFound
 from paigeant.slip import RUN_ENDED, RunStatus
 
 __all__ = ["Waiters", "ended"]
+
+log = logging.getLogger("paigeant.store")
 
 _LOOK_AGAIN_SECONDS = 2.0
 _LOOK_OFTEN_SECONDS = 0.05
@@ -75,7 +78,11 @@ class Waiters:
             if not at_once:
                 await asyncio.sleep(pause)
             at_once = False
-            found = await self._look(list(self._futures))
+            try:
+                found = await self._look(list(self._futures))
+            except PaigeantError as exc:
+                log.warning("can't see which runs have ended, will look again: %s", exc)
+                continue
             for run_id, status in found.items():
                 if status in RUN_ENDED:
                     self._end(run_id, status)

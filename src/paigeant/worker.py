@@ -31,6 +31,8 @@ log = logging.getLogger("paigeant.worker")
 
 _MOST_AHEAD = 500
 _IDLE_LOOK_SECONDS = 0.05
+_CANCEL_SECONDS = 5.0
+"""How long a shutdown waits for steps that it has cancelled."""
 
 
 class ActivityWorker:
@@ -179,7 +181,8 @@ class ActivityWorker:
         except asyncio.CancelledError:
             if bound is not None:
                 bound.release()
-            await self.transport.nack(message.message_id)
+            with contextlib.suppress(TransportUnavailable):  # it comes back by itself; this must end here
+                await self.transport.nack(message.message_id)
             raise
         task = asyncio.create_task(self._handle(message, bound))
         self._tasks.add(task)
@@ -187,12 +190,10 @@ class ActivityWorker:
 
     async def _handle(self, message: PaigeantMessage, bound: asyncio.Semaphore | None) -> None:
         try:
-            await self.executor.handle(message)
+            await self.executor.handle(message, bound)
         except Exception:  # one bad message must not stop the others; the sweeper takes care of its step
             log.exception("message %s could not be handled", message.message_id)
         finally:
-            if bound is not None:
-                bound.release()
             self._slots.release()
 
     # -- stopping
@@ -217,7 +218,13 @@ class ActivityWorker:
             hurry = asyncio.create_task(self._hurry.wait())
             await asyncio.wait({*self._tasks, hurry}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             await _cancel([hurry])
-        await _cancel(list(self._tasks))
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            # An activity may take no notice of it. Its step is given back all the same.
+            await asyncio.wait(self._tasks, timeout=_CANCEL_SECONDS)
+        if self._tasks:
+            log.error("%d steps go on although they were cancelled: they are given back", len(self._tasks))
 
     async def _put_away(self) -> None:
         await self.heartbeat.stop()

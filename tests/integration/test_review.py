@@ -1,0 +1,297 @@
+"""What a review of the engine found: other versions of the code, messages from before, activities that mind no rule."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Collection
+from typing import Any
+
+import pytest
+
+from paigeant import (
+    ActivityRegistry,
+    ActivityWorker,
+    NonRetryableError,
+    Paigeant,
+    PaigeantMessage,
+    Settings,
+    Step,
+    Workflow,
+)
+from paigeant.errors import InputInvalid, StoreUnavailable
+from paigeant.observer import Event
+from paigeant.slip import RunStatus
+from paigeant.store import ClaimRequest, Grant, Refused
+from paigeant.waiters import Waiters
+
+PATIENCE = 30.0
+
+
+@pytest.fixture(params=["memory://", "sqlite:///p.db"], ids=["memory", "sqlite"])
+def settings(request: pytest.FixtureRequest) -> Settings:
+    """Settings for memory, and for one file, with workers that beat often."""
+    return Settings(
+        transport_url=request.param,
+        store_url=request.param,
+        retry_base=0.0,
+        heartbeat=0.05,
+        sweep_interval=0.05,
+        max_message_bytes=4096,
+    )
+
+
+@contextlib.asynccontextmanager
+async def working(app: Paigeant, activity: ActivityRegistry, **options: Any) -> AsyncIterator[ActivityWorker]:
+    """A worker of `app`, stopped at the end."""
+    worker = app.worker(activity, **options)
+    task = asyncio.create_task(worker.run())
+    try:
+        yield worker
+    finally:
+        await worker.stop(grace=0)
+        await task
+
+
+async def first_message(app: Paigeant, topic: str) -> PaigeantMessage:
+    """The message that waits in `topic`, which is left there."""
+    async with contextlib.aclosing(app.transport.subscribe(topic)) as messages:  # type: ignore[type-var]
+        message = await asyncio.wait_for(anext(messages), PATIENCE)
+    await app.transport.nack(message.message_id)
+    assert isinstance(message, PaigeantMessage)
+    return message
+
+
+class Told:
+    """An observer that waits for the first event of a name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.error: str | None = None
+        self._seen = asyncio.Event()
+
+    def observe(self, event: Event) -> None:
+        if event.name == self.name and not self._seen.is_set():
+            self.error = event.error
+            self._seen.set()
+
+    async def wait(self) -> None:
+        """Wait until it was told."""
+        await asyncio.wait_for(self._seen.wait(), PATIENCE)
+
+
+async def test_an_undo_is_left_to_workers_that_have_the_compensation(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker whose code knows the activity and not its compensation never does the activity in its place."""
+    monkeypatch.setattr("paigeant.executor._UNKNOWN_ACTIVITY_PAUSE", 0.02)
+    newer, older, calls = ActivityRegistry(), ActivityRegistry(), []
+
+    @newer.execute(name="charge")
+    async def charge() -> int:
+        calls.append("charge")
+        return 5
+
+    @newer.compensate("charge")
+    async def refund(output: int) -> None:
+        calls.append(f"refund {output}")
+
+    @older.execute(name="charge")
+    async def charge_as_before() -> None:
+        calls.append("charge again")
+
+    @older.execute(retries=0)
+    async def fail() -> None:
+        raise NonRetryableError("no")
+
+    completed, returned = Told("step.completed"), Told("delivery.returned")
+    async with Paigeant(settings, observers=[completed, returned]) as app:
+        run = await app.dispatch(Workflow("w", ["charge", "fail"]), {})
+        async with working(app, newer):
+            await completed.wait()
+        async with working(app, older):
+            await returned.wait()
+            async with working(app, newer):
+                result = await run.wait(PATIENCE)
+    assert (result.status, calls) == ("compensated", ["charge", "refund 5"])
+    assert returned.error == "no compensation of activity 'charge' here"
+
+
+async def test_a_message_from_before_does_no_other_step(settings: Settings) -> None:
+    """A message whose payload is in the store is for its own step, also when that is long done."""
+    activity, calls = ActivityRegistry(), []
+
+    @activity.execute(topic="first")
+    async def one(blob: str) -> int:
+        calls.append("one")
+        return 1
+
+    @activity.execute(topic="second")
+    async def two() -> int:
+        calls.append("two")
+        return 2
+
+    async with Paigeant(settings, activities=activity) as app:
+        run = await app.dispatch(Workflow("w", ["one", "two"]), {"blob": "x" * 4000})
+        message = await first_message(app, "first")
+        assert not message.payload
+        worker = app.worker(topics=["first"])
+        worker.executor.entitled = lambda: True
+        await worker.executor.handle(message)
+        await worker.executor.handle(message)
+        assert calls == ["one"]
+        async with working(app, activity):
+            assert (await run.wait(PATIENCE)).outputs == {"one": 1, "two": 2}
+    assert calls == ["one", "two"]
+
+
+async def test_a_run_that_is_cancelled_while_a_step_is_claimed_undoes_only_what_was_done(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compensation of a step that never ran isn't called, whenever the cancelling comes."""
+    activity, calls = ActivityRegistry(), []
+
+    @activity.execute()
+    async def book() -> None:
+        calls.append("book")
+
+    @activity.compensate("book")
+    async def unbook() -> None:
+        calls.append("unbook")
+
+    async with Paigeant(settings, activities=activity) as app:
+        run = await app.dispatch(Workflow("w", ["book"]), {})
+        message = await first_message(app, "book")
+        worker = app.worker()
+        worker.executor.entitled = lambda: True
+        claim_step = app.store.claim_step
+
+        async def claim_and_cancel(request: ClaimRequest) -> Grant | Refused:
+            answer = await claim_step(request)
+            await run.cancel()
+            return answer
+
+        monkeypatch.setattr(app.store, "claim_step", claim_and_cancel)
+        # An id that wasn't made here: the worker asks the store how things stand.
+        await worker.executor.handle(message.evolve(message_id="of another time"))
+        assert await run.status() == "cancelled"
+        assert not worker.executor.running
+    assert calls == []
+
+
+async def test_a_step_that_cancels_its_own_task_comes_to_an_end(settings: Settings) -> None:
+    """Nobody works on it any more, so it is given back and tried again, and not held for ever."""
+    activity, calls = ActivityRegistry(), []
+
+    @activity.execute(retries=1)
+    async def odd() -> None:
+        calls.append(1)
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+
+    async with Paigeant(settings, activities=activity) as app, working(app, activity):
+        result = await (await app.dispatch(Workflow("w", ["odd"]), {})).wait(PATIENCE)
+    assert (result.status, len(calls)) == ("failed", 2)
+
+
+async def test_a_shutdown_in_other_words_is_no_failure(settings: Settings) -> None:
+    """An activity that turns its being cancelled into an error of its own keeps its attempts."""
+    activity, began = ActivityRegistry(), asyncio.Event()
+
+    @activity.execute(retries=0)
+    async def fetch() -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as exc:
+            raise ConnectionError("the connection was closed") from exc
+
+    async with Paigeant(settings, activities=activity) as app:
+        run = await app.dispatch(Workflow("w", ["fetch"]), {})
+        async with working(app, activity):
+            await asyncio.wait_for(began.wait(), PATIENCE)
+        [row] = (await run.detail()).steps
+    assert (row.status, row.attempt, row.error) == ("ready", 0, None)
+
+
+async def test_a_worker_ends_though_an_activity_does_not(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The step of an activity that ignores being cancelled is given back, and stop() returns."""
+    monkeypatch.setattr("paigeant.worker._CANCEL_SECONDS", 0.05)
+    activity, began, freed = ActivityRegistry(), asyncio.Event(), asyncio.Event()
+
+    @activity.execute(retries=0)
+    async def stubborn() -> None:
+        began.set()
+        while not freed.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await freed.wait()
+
+    async with Paigeant(settings, activities=activity) as app:
+        run = await app.dispatch(Workflow("w", ["stubborn"]), {})
+        with caplog.at_level(logging.ERROR, "paigeant.worker"):
+            async with asyncio.timeout(PATIENCE), working(app, activity) as worker:
+                await began.wait()
+        [row] = (await run.detail()).steps
+        assert (row.status, row.attempt) == ("ready", 0)
+        assert "1 steps go on although they were cancelled" in caplog.text
+        freed.set()
+        await asyncio.gather(*worker._tasks, return_exceptions=True)
+
+
+async def test_a_bound_is_free_once_its_step_is_over(settings: Settings) -> None:
+    """The bound of an activity is for its own steps, not for those that follow them in the same worker."""
+    activity, together = ActivityRegistry(), asyncio.Barrier(3)
+
+    @activity.execute(concurrency=1)
+    async def quick() -> None:
+        pass
+
+    @activity.execute()
+    async def slow() -> None:
+        await together.wait()
+
+    async with Paigeant(settings, activities=activity) as app, working(app, activity):
+        runs = [await app.dispatch(Workflow("w", ["quick", "slow"]), {}) for _ in range(3)]
+        results = [await run.wait(PATIENCE) for run in runs]
+    assert {result.status for result in results} == {RunStatus.COMPLETED}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"headers": {"tenant": 7}}, "headers are texts"),
+        ({"headers": {"tenant": "\ud800"}}, "headers are texts"),
+        ({"headers": ["tenant"]}, "headers are a mapping"),
+        ({"correlation_id": 7}, "a correlation id is a text"),
+    ],
+)
+async def test_what_could_not_travel_is_refused(settings: Settings, given: Any, said: str) -> None:
+    """Headers that every worker would refuse to read don't start a run that would never end."""
+    async with Paigeant(settings) as app:
+        with pytest.raises(InputInvalid, match=said):
+            await app.dispatch(Workflow("w", [Step("a")]), {}, workflow_id="r", **given)
+        assert await app.store.list_runs() == []
+
+
+async def test_who_waits_outlives_a_store_that_fails_for_a_while() -> None:
+    """A look that fails isn't the last one."""
+    answers: list[dict[str, RunStatus] | StoreUnavailable] = [
+        {"r": RunStatus.RUNNING},
+        StoreUnavailable("locked"),
+        {"r": RunStatus.COMPLETED},
+    ]
+
+    async def look(_: Collection[str]) -> dict[str, RunStatus]:
+        answer = answers.pop(0)
+        if isinstance(answer, StoreUnavailable):
+            raise answer
+        return answer
+
+    waiters = Waiters(look, hears_others=lambda: False)
+    assert await asyncio.wait_for(waiters.wait("r"), PATIENCE) == "completed"
+    assert answers == []
