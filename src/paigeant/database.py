@@ -264,6 +264,10 @@ def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> 
         raise ConfigurationError(f"can't make {path}: the folder {folder.resolve()} is read-only")
     if path.exists() and not os.access(path, os.W_OK):
         raise ConfigurationError(f"{path} is read-only; Paigeant needs to write to it")
+    if not os.access(folder, os.W_OK):
+        raise ConfigurationError(
+            f"the folder {folder.resolve()} of {path.name} is read-only; SQLite has to write files beside the database"
+        )
     engine = create_engine(
         URL.create("sqlite", database=str(path)),
         poolclass=NullPool,

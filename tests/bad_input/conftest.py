@@ -57,9 +57,10 @@ def _folder(before: bytes, _elsewhere: None) -> Iterator[None]:
     Path("paigeant.db").write_bytes(before)
     yield
     # A command sets up logs and imports handlers for its process, which here is that of all tests.
-    here = f"{Path.cwd()}{os.sep}"
+    lasting = tuple(f"{place}{os.sep}" for place in (sys.prefix, sys.base_prefix, Path(__file__).parents[2]))
     for name in set(sys.modules) - modules:
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(here):
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and not file.startswith(lasting):
             del sys.modules[name]
     sys.path[:] = path
     for logger in (root, own):
