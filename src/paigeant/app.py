@@ -20,7 +20,7 @@ from paigeant.errors import InvalidDefinition, RunTimeout, UnknownWorkflow
 from paigeant.forwarder import Forwarder
 from paigeant.observer import Event, Observer, Observers
 from paigeant.settings import Settings
-from paigeant.slip import Phase, RunStatus, StepStatus
+from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
 from paigeant.store import DeadLetter, RunDetail, Store
 from paigeant.stores import open_store
 from paigeant.transport import Transport
@@ -64,10 +64,11 @@ class Run:
             async with asyncio.timeout(timeout):
                 await self._app.store.wait_ended(self.id)
         except TimeoutError as exc:
-            raise RunTimeout(
-                f"run '{self.id}' has not ended within {timeout:g} s; it goes on: "
-                f"`paigeant runs show {self.id}` tells where it is"
-            ) from exc
+            if await self.status() not in RUN_ENDED:
+                raise RunTimeout(
+                    f"run '{self.id}' has not ended within {timeout:g} s; it goes on: "
+                    f"`paigeant runs show {self.id}` tells where it is"
+                ) from exc
         return result_of(await self.detail())
 
     async def detail(self) -> RunDetail:

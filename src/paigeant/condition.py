@@ -47,7 +47,9 @@ def evaluate(expression: str, payload: Mapping[str, Any]) -> bool:
         value = program.execute(dict(payload))
     except KeyError as exc:
         raise InvalidCondition(f"when={expression!r} asks for {exc}, which isn't there") from exc
-    except Exception as exc:  # the library raises RuntimeError, TypeError and ValueError for what it can't compute
+    except (
+        Exception
+    ) as exc:  # the library raises RuntimeError, TypeError and ValueError for what it can't compute
         missing = [name for name in program.variables() if name not in payload]
         if missing:
             there = ", ".join(sorted(payload)) or "nothing"

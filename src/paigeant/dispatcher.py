@@ -79,6 +79,7 @@ class Dispatcher:
             trace_id=trace_id,
             headers={**(headers or {}), "traceparent": parent},
         )
+        self.forwarder.check(message)
         run = RunRecord(
             id=run_id,
             workflow=workflow.name,
@@ -178,6 +179,10 @@ class Dispatcher:
         await resolve(self.registry.get(step.activity), namespace, args=step.args)
 
 
+_NOT_CARRIED = frozenset({"obo_token", "jws_signature"})
+"""Headers of messages that a caller of `dispatch` may not set."""
+
+
 def _run_id(workflow_id: str | None, now: float) -> str:
     if workflow_id is None:
         return _new_id(now)
@@ -199,6 +204,10 @@ def _check_texts(correlation_id: object, headers: object) -> None:
     if not isinstance(headers, Mapping):
         raise InputInvalid(f"headers are a mapping of texts, found {_short(headers)}")
     for name, value in headers.items():
+        if name in _NOT_CARRIED:
+            raise InputInvalid(
+                f"headers can't hold {name}: they are recorded with the run, where no token may be; leave it out"
+            )
         if not all(isinstance(text, str) and is_text(text) for text in (name, value)):
             raise InputInvalid(
                 f"headers are texts without control characters, found {_short(name)}: {_short(type(value).__name__)}"

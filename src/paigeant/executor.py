@@ -22,6 +22,7 @@ from paigeant import ledger
 from paigeant.activity import Activity, ActivityRegistry
 from paigeant.claim import Claim, Limits
 from paigeant.errors import (
+    MessageInvalid,
     PaigeantError,
     StoreUnavailable,
     TransportUnavailable,
@@ -137,6 +138,7 @@ class Executor:
 
     async def _work(self, claim: Claim) -> Claim | None:
         attempt = await self.performer.perform(claim)
+        self._check_revision(claim, attempt)
         move = route(claim.message.routing_slip, attempt.outcome, claim.now)
         return await self.record(claim, attempt, move)
 
@@ -271,6 +273,18 @@ class Executor:
         self.reporter.tell_delivery("delivery.returned", message, reason)
         with contextlib.suppress(TransportUnavailable):
             await self.transport.nack(message.message_id, delay=delay)
+
+    def _check_revision(self, claim: Claim, attempt: Attempt) -> None:
+        """An itinerary that no message can carry is the step's failure: recorded, the run could never go on."""
+        outcome = attempt.outcome
+        if not isinstance(outcome, Succeeded) or outcome.revision is None:
+            return
+        slip = claim.message.routing_slip.mark_complete(revision=outcome.revision)
+        try:
+            self.forwarder.check(claim.message.evolve(routing_slip=slip))
+        except MessageInvalid as exc:
+            error = f"{type(exc).__name__}: the itinerary that the step leaves is too much: {exc}"
+            attempt.outcome = Failed(error, claim.grant.attempt, permanent=True)
 
     def _following(self, claim: Claim, attempt: Attempt, move: Move) -> PaigeantMessage | None:
         """The message for what comes next; None when the run ends."""

@@ -84,6 +84,10 @@ class Forwarder:
             body = encode(_without_payload(message), limit_bytes=self.limit_bytes)
         return Posting(letter.topic, message.message_id, body, letter.delay)
 
+    def check(self, message: PaigeantMessage) -> None:
+        """Raise MessageTooLarge unless `message` can travel, if need be with its payload left in the store."""
+        encode(_without_payload(message), limit_bytes=self.limit_bytes)
+
     async def send(self, letter: Letter) -> bool:
         """Publish `letter`, unless the store has. False when that failed: the sweeper tries again."""
         return self.store.publishes or await self.publish(letter)

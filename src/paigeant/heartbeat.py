@@ -94,7 +94,9 @@ class Heartbeat:
                 self._beat_once(frozenset(self._running()))
             except PaigeantError as exc:
                 log.warning("heartbeat failed, will be tried again: %s", exc)
-            except Exception:  # the thread must outlive whatever one beat meets, or the worker loses all it does
+            except (
+                Exception
+            ):  # the thread must outlive whatever one beat meets, or the worker loses all it does
                 log.exception("heartbeat failed, will be tried again")
 
     def _beat_once(self, running: Steps) -> None:

@@ -148,14 +148,14 @@ class Lane:
                 op.future.set_exception(result)
             else:
                 op.future.set_result(result)
-        if rings:
-            self._heard(frozenset(rings))
         if self._waiting:
             self._next()
-            return
-        self._idle.set()
-        if self._lazy:  # their time may have come while this one was under way
-            self._loop.call_later(_LAZY_SECONDS, self._next_if_idle)
+        else:
+            self._idle.set()
+            if self._lazy:  # their time may have come while this one was under way
+                self._loop.call_later(_LAZY_SECONDS, self._next_if_idle)
+        if rings:
+            self._heard(frozenset(rings))
 
     # -- in the thread
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_LIMIT_BYTES", "SPEC_VERSION", "MessageId", "PaigeantMessage", "decode", "encode"]
 
 SPEC_VERSION = "1.0"
-"""What this code writes. A reader takes any minor of its major."""
+"""What this code writes. A reader refuses fields that it does not know, so a new field is a new major."""
 
 DEFAULT_LIMIT_BYTES = 1024 * 1024
 

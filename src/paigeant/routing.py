@@ -125,7 +125,11 @@ def _next_step(slip: RoutingSlip, status: StepStatus) -> Forward | Finish:
 def _next_undo(slip: RoutingSlip, status: StepStatus, error: str | None = None) -> Undo | Finish:
     undo = slip.next_undo()
     stopped = bool(slip.not_undone) and slip.on_compensation_failure == "stop"
-    return Finish(slip, status, _end(slip), error) if undo is None or stopped else Undo(slip, status, undo, error)
+    return (
+        Finish(slip, status, _end(slip), error)
+        if undo is None or stopped
+        else Undo(slip, status, undo, error)
+    )
 
 
 def _end(slip: RoutingSlip) -> RunStatus:
@@ -141,9 +145,7 @@ def _after_failure(slip: RoutingSlip, failed: Failed, now: float) -> Move:
     if retry is not None:
         return retry
     if slip.ending is not None:
-        return _next_undo(
-            slip.mark_undone(succeeded=False), StepStatus.COMPENSATION_FAILED, failed.error
-        )
+        return _next_undo(slip.mark_undone(succeeded=False), StepStatus.COMPENSATION_FAILED, failed.error)
     return replace(turn_round(slip, RunStatus.FAILED), error=failed.error)
 
 

@@ -158,7 +158,7 @@ def orphan_steps() -> Select[Any]:
 def due_steps(now: float) -> Select[Any]:
     """The ready steps that should have been claimed by now, the longest due first."""
     return (
-        select(*KEY)
+        select(*KEY, step_executions.c.epoch)
         .where(step_executions.c.status == StepStatus.READY, step_executions.c.wake_at <= now)
         .order_by(step_executions.c.wake_at)
     )

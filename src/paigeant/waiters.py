@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection
 
-from paigeant.errors import PaigeantError, RunNotFound
+from paigeant.errors import PaigeantError, RunNotFound, StoreUnavailable
 from paigeant.slip import RUN_ENDED, RunStatus
 
 __all__ = ["Waiters", "ended"]
@@ -15,6 +15,9 @@ log = logging.getLogger("paigeant.store")
 
 _LOOK_AGAIN_SECONDS = 2.0
 _LOOK_OFTEN_SECONDS = 0.05
+_MOST_REMEMBERED = 100_000
+
+_ENDED = frozenset(status.value for status in RUN_ENDED)
 
 Look = Callable[[Collection[str]], Awaitable[dict[str, RunStatus]]]
 """Gives the states of those of the runs that exist."""
@@ -33,17 +36,25 @@ class Waiters:
         self._hears_others = hears_others
         self._futures: dict[str, set[asyncio.Future[RunStatus]]] = {}
         self._looking: asyncio.Task[None] | None = None
+        self._open: set[str] = set()
+
+    def started(self, workflow_id: str) -> None:
+        """A run was started by this process: until its end is heard there is no need to look whether it has ended."""
+        if len(self._open) >= _MOST_REMEMBERED:
+            self._open.clear()
+        self._open.add(workflow_id)
 
     async def wait(self, workflow_id: str) -> RunStatus:
         future: asyncio.Future[RunStatus] = asyncio.get_running_loop().create_future()
         # Listen first, then look: an end in between is heard.
         self._futures.setdefault(workflow_id, set()).add(future)
         try:
-            status = (await self._look([workflow_id])).get(workflow_id)
-            if status is None:
-                raise RunNotFound(workflow_id)
-            if status in RUN_ENDED:
-                return status
+            if workflow_id not in self._open:
+                status = (await self._look([workflow_id])).get(workflow_id)
+                if status is None:
+                    raise RunNotFound(workflow_id)
+                if status in RUN_ENDED:
+                    return status
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.create_task(self._look_again())
             return await future
@@ -54,20 +65,28 @@ class Waiters:
                 self._futures.pop(workflow_id, None)
 
     def heard(self, names: frozenset[str]) -> None:
+        if "*" in names:
+            self._open.clear()
         if "*" in names and self._looking is not None:
             self._looking.cancel()
             self._looking = asyncio.create_task(self._look_again(at_once=True))
         for name in names:
             kind, _, rest = name.partition(" ")
-            if kind == "ended":
-                status, _, run_id = rest.partition(" ")
+            status, _, run_id = rest.partition(" ")
+            if kind == "ended" and status in _ENDED:
                 self._end(run_id, RunStatus(status))
 
     def close(self) -> None:
+        """Nobody will tell any more: those who still wait are told that."""
         if self._looking is not None:
             self._looking.cancel()
+        for futures in self._futures.values():
+            for future in futures:
+                if not future.done():
+                    future.set_exception(StoreUnavailable("the store was closed while a run was waited for"))
 
     def _end(self, workflow_id: str, status: RunStatus) -> None:
+        self._open.discard(workflow_id)
         for future in self._futures.get(workflow_id, ()):
             if not future.done():
                 future.set_result(status)

@@ -15,7 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from paigeant import host
 from paigeant.activity import ActivityRegistry
 from paigeant.claim import Limits
-from paigeant.errors import InvalidDefinition, InvalidTransition, PaigeantError, TransportUnavailable
+from paigeant.errors import (
+    InvalidDefinition,
+    InvalidTransition,
+    PaigeantError,
+    StoreUnavailable,
+    TransportUnavailable,
+)
 from paigeant.executor import Executor
 from paigeant.forwarder import Forwarder
 from paigeant.heartbeat import Heartbeat
@@ -201,7 +207,15 @@ class ActivityWorker:
     async def _stop_when_idle(self) -> None:
         while True:
             await asyncio.sleep(_IDLE_LOOK_SECONDS)
-            if not self.executor.running and not self._tasks and not await self.store.has_open(self.topics):
+            if self.executor.running or self._tasks:
+                continue
+            try:
+                is_idle = not await self.store.has_open(self.topics)
+            except StoreUnavailable as exc:
+                log.warning("can't tell whether work is left, will look again: %s", exc)
+                await asyncio.sleep(1.0)
+                continue
+            if is_idle:
                 self._grace = 0.0
                 self._wanted.set()
                 return

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sqlite3
 from collections.abc import AsyncIterator, Collection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +18,13 @@ from paigeant import (
     NonRetryableError,
     Paigeant,
     PaigeantMessage,
+    RunTimeout,
     Settings,
     Step,
+    StepContext,
     Workflow,
 )
-from paigeant.errors import InputInvalid, StoreUnavailable
+from paigeant.errors import InputInvalid, MessageTooLarge, StoreUnavailable
 from paigeant.observer import Event
 from paigeant.slip import RunStatus
 from paigeant.store import ClaimRequest, Grant, Refused
@@ -295,3 +299,74 @@ async def test_who_waits_outlives_a_store_that_fails_for_a_while() -> None:
     waiters = Waiters(look, hears_others=lambda: False)
     assert await asyncio.wait_for(waiters.wait("r"), PATIENCE) == "completed"
     assert answers == []
+
+
+async def test_an_itinerary_that_no_message_can_carry_fails_the_step_once(tmp_path: Path) -> None:
+    """Recorded, it would stop the run for ever; retried, it would only be done again."""
+    began: list[int] = []
+    registry = ActivityRegistry()
+
+    @registry.execute(retries=3)
+    async def plan(ctx: StepContext) -> None:
+        began.append(ctx.attempt)
+        ctx.insert(Step("elsewhere", args={"text": "a" * 2_000_000}))
+
+    url = f"sqlite:///{tmp_path}/paigeant.db"
+    async with Paigeant(Settings(transport_url=url, store_url=url)) as app:
+        worker = app.worker(registry)
+        working = asyncio.create_task(worker.run())
+        result = await (await app.dispatch(Workflow("planned", ["plan"]))).wait(timeout=10)
+        await worker.stop()
+        await working
+    assert (result.status, began) == ("failed", [1])
+    assert "MessageTooLarge" in (result.error or "")
+
+
+async def test_a_workflow_that_no_message_can_carry_is_refused(tmp_path: Path) -> None:
+    """At dispatch, on every transport, since no worker would ever hear of it."""
+    async with Paigeant(Settings(transport_url="memory://", store_url="memory://")) as app:
+        with pytest.raises(MessageTooLarge):
+            await app.dispatch(Workflow("huge", [Step("work", args={"text": "a" * 2_000_000})]))
+
+
+async def test_tokens_are_not_recorded(tmp_path: Path) -> None:
+    """Headers are recorded with the run, so a token among them is refused."""
+    async with Paigeant(Settings(transport_url="memory://", store_url="memory://")) as app:
+        with pytest.raises(InputInvalid, match="obo_token"):
+            await app.dispatch(Workflow("empty"), headers={"obo_token": "secret"})
+
+
+async def test_waiting_for_no_time_finds_a_run_that_has_ended(tmp_path: Path) -> None:
+    """A timeout of 0 asks whether it has."""
+    url = f"sqlite:///{tmp_path}/paigeant.db"
+    async with Paigeant(Settings(transport_url=url, store_url=url)) as app:
+        run = await app.dispatch(Workflow("empty"))
+        assert (await run.wait(timeout=0)).status == "completed"
+        open_run = await app.dispatch(Workflow("one", ["nobody_has_it"]))
+        with pytest.raises(RunTimeout):
+            await open_run.wait(timeout=0)
+
+
+async def test_a_sweep_sends_nothing_that_still_waits(tmp_path: Path) -> None:
+    """A long queue is no lost message; one that is gone is sent again."""
+    url = f"sqlite:///{tmp_path}/paigeant.db"
+    async with Paigeant(Settings(transport_url=url, store_url=url, grace=0.001)) as app:
+        for number in range(3):
+            await app.dispatch(Workflow("one", ["nobody_has_it"]), workflow_id=f"r{number}")
+        assert (await app.store.sweep()).due == ()
+        lost = sqlite3.connect(tmp_path / "paigeant.db")
+        lost.execute("DELETE FROM messages WHERE message_id LIKE 'r1/%'")
+        lost.commit()
+        lost.close()
+        assert [key.workflow_id for key in (await app.store.sweep()).due] == ["r1"]
+
+
+async def test_those_who_wait_are_told_that_the_store_closes(tmp_path: Path) -> None:
+    """Nobody would wake them any more."""
+    url = f"sqlite:///{tmp_path}/paigeant.db"
+    async with Paigeant(Settings(transport_url=url, store_url=url)) as app:
+        run = await app.dispatch(Workflow("one", ["nobody_has_it"]))
+        waiting = asyncio.create_task(run.wait())
+        await asyncio.sleep(0)
+    with pytest.raises(StoreUnavailable):
+        await waiting

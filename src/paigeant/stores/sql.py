@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from pydantic_core import from_json
 from sqlalchemy import (
@@ -28,6 +28,7 @@ from paigeant.database import Database
 from paigeant.errors import InputInvalid, InvalidTransition, PaigeantError, RunConflict, RunNotFound
 from paigeant.lane import Tx
 from paigeant.ledger import Changes
+from paigeant.message import MessageId
 from paigeant.rows import (
     KEY,
     NEW_RUN,
@@ -79,8 +80,19 @@ from paigeant.waiters import Waiters, ended
 
 __all__ = ["SqlStore"]
 
-Outbox = Callable[[Tx, Sequence[Posting]], None]
-"""Writes messages within a transaction of the store: a transport's part, when both are one database."""
+
+@runtime_checkable
+class Outbox(Protocol):
+    """The part of a transport that works within a store's transactions, when both are one database."""
+
+    def post(self, tx: Tx, postings: Sequence[Posting]) -> None:
+        """Write messages."""
+        ...
+
+    def waiting(self, tx: Tx, message_ids: Sequence[str]) -> set[str]:
+        """Those of the messages that are still there, taken or not."""
+        ...
+
 
 Running = Collection[tuple[StepKey, int]]
 
@@ -140,6 +152,8 @@ class SqlStore:
         self, run: RunRecord, first: NextStep | None, posting: Posting | None = None
     ) -> bool:
         new: bool = _unwrap(await self.database.write(self._start, _Start(run, first, posting)))
+        if new and first is not None:
+            self._waiters.started(run.id)
         return new
 
     def _start(self, tx: Tx, requests: Sequence[_Start]) -> list[bool | PaigeantError]:
@@ -322,10 +336,15 @@ class SqlStore:
                 tx.rings.add("turned")
         self._write(tx, changes)
         changes = Changes()
-        due = [key_of(row) for row in execute(due_steps(tx.now).limit(limit))]
+        due = {key_of(row): row.epoch for row in execute(due_steps(tx.now).limit(limit))}
         for key in due:
             ledger.postpone(key, changes, now=tx.now, grace=self.grace)
         self._write(tx, changes)
+        if self.outbox is not None and due:
+            # A long queue is no lost message: what waits in this very database needn't be sent again.
+            ids = {str(MessageId(*key, epoch)): key for key, epoch in due.items()}
+            for message_id in self.outbox.waiting(tx, list(ids)):
+                del due[ids[message_id]]
         return Swept(tuple(due), lost, tuple(freed), tuple(expired))
 
     # -- operators
@@ -381,7 +400,8 @@ class SqlStore:
         return self.database.on_change(listener)
 
     def publish_with(self, transport: Transport) -> None:
-        self.outbox = transport.post  # type: ignore[attr-defined]  # what `joins` says yes has it
+        assert isinstance(transport, Outbox), "what joins a store can write into its transactions"
+        self.outbox = transport
 
     # -- values of a run
 
@@ -562,7 +582,7 @@ class SqlStore:
             tx.connection, [(run_id, name, value.decode()) for run_id, name, value in changes.variables]
         )
         if postings and self.outbox is not None:
-            self.outbox(tx, postings)
+            self.outbox.post(tx, postings)
 
 
 def _conflict(run: RunRecord, workflow: str) -> RunConflict:

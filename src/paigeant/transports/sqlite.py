@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -99,6 +100,10 @@ class SqliteTransport:
         _POST.each(tx.connection, rows)
         tx.rings.update(f"topic {posting.topic}" for posting in postings)
 
+    def waiting(self, tx: Tx, message_ids: Sequence[str]) -> set[str]:
+        """Those of the messages that are still here, taken or not."""
+        return {message_id for (message_id,) in _WAITING.rows(tx.connection, json.dumps(message_ids))}
+
     # -- receiving
 
     async def subscribe(self, topic: str, *, prefetch: int = 1) -> AsyncIterator[PaigeantMessage]:
@@ -132,11 +137,21 @@ class SqliteTransport:
                 self.database.write_lazily(self._return, (item.message_id, 0.0))
 
     async def _fetched(self, request: _Fetch) -> tuple[list[_Fetched], float | None, float]:
+        fetching = asyncio.ensure_future(self.database.write(self._fetch, request, durable=False))
         try:
-            return await self.database.write(self._fetch, request, durable=False)
+            return await asyncio.shield(fetching)
+        except asyncio.CancelledError:
+            # What is being taken for a subscriber that leaves is for others.
+            fetching.add_done_callback(self._return_all)
+            raise
         except StoreUnavailable:
             await asyncio.sleep(_LOOK_SECONDS * random.uniform(0.5, 1.5))  # locked or full for now: try again
             return [], None, 0.0
+
+    def _return_all(self, fetching: asyncio.Future[tuple[list[_Fetched], float | None, float]]) -> None:
+        if not fetching.cancelled() and fetching.exception() is None:
+            for item in fetching.result()[0]:
+                self.database.write_lazily(self._return, (item.message_id, 0.0))
 
     def _fetch(self, tx: Tx, requests: Sequence[_Fetch]) -> list[tuple[list[_Fetched], float | None, float]]:
         return [self._fetch_topic(tx, request) for request in requests]
@@ -292,6 +307,8 @@ def _take() -> Prepared:
     )
 
 
+_ids = func.json_each(bindparam("ids")).table_valued("value")
+_WAITING = Prepared(select(messages.c.message_id).join(_ids, messages.c.message_id == _ids.c.value), ["ids"])
 _POST = _post()
 _TAKE = _take()
 _NEXT = Prepared(
