@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import logging
 import os
 import resource
 import shutil
@@ -17,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, event
+import sqlalchemy
 from tests.bad_input.bench import HANDLERS, INPUT, OTHER, PAIGEANT, call, check, done, put, works_on
 
 import paigeant.database
+from paigeant import ActivityRegistry, Paigeant, Settings, Step, Workflow
+from paigeant.observer import Event
 
 SURFACE = "storage"
 
@@ -454,11 +458,11 @@ def test_a_full_database_takes_no_run() -> None:
         bounded.append(connection)
 
     put({"input.json": json.dumps({"sku": "x" * 900_000})})
-    event.listen(Engine, "connect", bound)
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", bound)
     try:
         check(call(*DISPATCH), ("can't use paigeant.db", "database or disk is full"), 3)
     finally:
-        event.remove(Engine, "connect", bound)
+        sqlalchemy.event.remove(sqlalchemy.Engine, "connect", bound)
     assert bounded
     assert {run["id"] for run in done("runs", "list")} == {"completed", "failed", OTHER}
     put({"input.json": json.dumps(INPUT)})
@@ -494,3 +498,56 @@ def test_a_file_that_vanishes_under_a_worker_is_told(
     assert done("runs", "show", "one")["output"] == 60_000
     worker.stop()
     assert "Traceback" not in worker.log()
+
+
+class Told(logging.Handler):
+    """Set once something is told: an event to an observer, or a line to the log."""
+
+    def __init__(self, *words: str) -> None:
+        super().__init__()
+        self._words = words
+        self._found = {word: asyncio.Event() for word in words}
+
+    def observe(self, event: Event) -> None:
+        """Look at an event."""
+        self._look(event.name)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Look at a line."""
+        self._look(record.getMessage())
+
+    def _look(self, text: str) -> None:
+        for word in self._words:
+            if word in text:
+                self._found[word].set()
+
+    async def of(self, word: str) -> None:
+        """Wait until it is told."""
+        async with asyncio.timeout(60):
+            await self._found[word].wait()
+
+
+async def test_a_worker_that_ends_when_idle_waits_for_its_file() -> None:
+    """While it can't tell whether work is left it goes on looking, and ends once it is told that none is."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def known() -> None: ...
+
+    # A step in a topic of the worker that it can't do: there is work left until the run is cancelled.
+    stuck = Workflow("stuck", [Step("unknown", topic="known")])
+    told = Told("worker.started", "can't tell whether work is left")
+    logging.getLogger("paigeant.worker").addHandler(told)
+    try:
+        async with Paigeant(Settings(), activities=activity, observers=[told]) as app:
+            run = await app.dispatch(stuck, {}, workflow_id="new")
+            working = asyncio.create_task(app.worker().run(until_idle=True))
+            await told.of("worker.started")
+            os.rename(DATABASE, "aside.db")
+            await told.of("can't tell whether work is left")
+            assert not working.done()
+            os.rename("aside.db", DATABASE)
+            await run.cancel()
+            await working
+    finally:
+        logging.getLogger("paigeant.worker").removeHandler(told)
