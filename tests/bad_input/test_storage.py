@@ -393,11 +393,13 @@ class SmallFiles:
 
     def fill(self, worker: int) -> None:
         """Let the worker's files grow no more."""
-        resource.prlimit(worker, resource.RLIMIT_FSIZE, (self.log.stat().st_size, resource.RLIM_INFINITY))
+        _, most = resource.prlimit(worker, resource.RLIMIT_FSIZE)
+        resource.prlimit(worker, resource.RLIMIT_FSIZE, (self.log.stat().st_size, most))
 
     def free(self, worker: int) -> None:
         """Let them grow."""
-        resource.prlimit(worker, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        _, most = resource.prlimit(worker, resource.RLIMIT_FSIZE)
+        resource.prlimit(worker, resource.RLIMIT_FSIZE, (most, most))
 
 
 DISKS: dict[str, type[SmallDisk] | type[SmallFiles]] = {
