@@ -141,31 +141,29 @@ def plan(rng: random.Random) -> Plan:
     )
 
 
+KINDS = ("work", "work", "work", "bare", "flaky", "strict", "bounded", "reviser", "slow", "doomed", "ender")
+
+
 def _run(rng: random.Random, number: int) -> RunPlan:
+    kinds = [rng.choice(KINDS) for _ in range(rng.randint(1, 5))]
+    undos, ways = (0, 0, 0, 1, 2, -1), rng.random()
+    cancelled_in = rng.choice(range(len(kinds))) if rng.random() < 0.1 else None
+    retried = rng.random() < 0.6
+    # Two kinds of runs of which chance alone makes few: cancelled just when they fail; taken up again when neither
+    # they nor their undos could be done.
+    if ways < 0.1:
+        kinds = ["work", "doomed"]
+        cancelled_in = 1
+    elif ways < 0.2:
+        kinds, undos, cancelled_in, retried = ["work", "flaky", "work", "doomed"], (0, -1), None, True
     steps: dict[str, Behaviour] = {}
     entries = []
-    for position in range(rng.randint(1, 5)):
-        kind = rng.choice(
-            (
-                "work",
-                "work",
-                "work",
-                "bare",
-                "flaky",
-                "strict",
-                "bounded",
-                "reviser",
-                "slow",
-                "doomed",
-                "ender",
-            )
-        )
+    for position, kind in enumerate(kinds):
         attempts = rng.choice((1, 3, 6))
         fails = rng.randint(0, attempts) if kind in ("flaky", "slow") else 0
-        when = rng.choice((None, None, None, "go", "!go")) if position else None
-        undo_fails = rng.choice((0, 0, 0, 1, 2, -1))
+        when = rng.choice((None, None, None, "go", "!go")) if position and ways >= 0.2 else None
         step_id = f"s{position}"
-        steps[step_id] = Behaviour(kind, attempts, fails, undo_fails, skipped=when == "!go")
+        steps[step_id] = Behaviour(kind, attempts, fails, rng.choice(undos), skipped=when == "!go")
         retries = RetryPolicy(attempts=attempts, base=0.2, cap=0.8)
         entries.append(Step(kind, id=step_id, when=when, retries=retries))
     workflow = Workflow(
@@ -174,13 +172,12 @@ def _run(rng: random.Random, number: int) -> RunPlan:
         deadline=rng.uniform(0.5, 8.0) if rng.random() < 0.12 else None,
         on_compensation_failure=rng.choice(("continue", "continue", "stop")),
     )
-    doomed = [name for name, step in steps.items() if step.kind == "doomed"] * 3
     return RunPlan(
         f"run{number}",
         workflow,
         steps,
         rng.uniform(0.0, 1.0),
         cancelled_after=rng.uniform(0.0, 4.0) if rng.random() < 0.1 else None,
-        cancelled_in=rng.choice([*steps, *doomed]) if rng.random() < 0.2 else None,
-        retried=rng.random() < 0.6,
+        cancelled_in=None if cancelled_in is None else f"s{cancelled_in}",
+        retried=retried,
     )

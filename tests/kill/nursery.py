@@ -1,0 +1,179 @@
+"""A warmed process that forks others: a new worker is at work within milliseconds, with everything imported.
+
+Run as a program it does what lines of JSON tell it: {"start": role, "folder": ..., "options": {...}} forks one and
+answers with its process id; {"ended": true} answers with those that have ended since and how. It opens no database,
+loop or thread itself, for none of these survives a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+__all__ = ["Nursery"]
+
+ROOT = Path(__file__).parents[2]
+
+
+class Nursery:
+    """The processes of a test. Leaving the block kills those that are left."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.alive: dict[int, str] = {}
+        self.ended: dict[int, int] = {}
+        self._progress = (-1, 0.0)
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.kill.nursery"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _ask(self, **question: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, role: str, **options: Any) -> int:
+        """A new process of this role; its id."""
+        pid: int = self._ask(start=role, folder=str(self.folder), options=options)
+        self.alive[pid] = role
+        return pid
+
+    def reap(self) -> dict[int, int]:
+        """The processes that have ended since the last time, with their exit codes, negative for a signal."""
+        ended = {int(pid): code for pid, code in self._ask(ended=True).items()}
+        self.ended.update(ended)
+        for pid in ended:
+            self.alive.pop(pid)
+        return ended
+
+    def send(self, pid: int, number: signal.Signals) -> None:
+        """Send a signal to one of the processes, should it still be there."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    def kill(self, pid: int) -> bool:
+        """Kill it, and wait until it is dead. False when it had ended by itself."""
+        self.send(pid, signal.SIGKILL)
+        self.until(lambda: pid in self.ended)
+        return self.ended[pid] == -signal.SIGKILL
+
+    def stop(self, number: signal.Signals) -> None:
+        """Send all of them the signal, and wait until they have ended."""
+        for pid in self.alive:
+            self.send(pid, number)
+        self.until(lambda: not self.alive)
+
+    def stalls(self, progress: int, *, seconds: float) -> None:
+        """Raise AssertionError when `progress` has been the same for so many seconds."""
+        if progress != self._progress[0]:
+            self._progress = (progress, time.monotonic())
+        elif time.monotonic() - self._progress[1] > seconds:
+            self.ask_for_stacks()
+            raise AssertionError(f"nothing has happened for {seconds:.0f} s; where all are: {self.errors}")
+
+    def until(self, done: Callable[[], object], *, seconds: float = 240.0) -> None:
+        """Look again and again until it is done. Raises AssertionError after so many seconds."""
+        until = time.monotonic() + seconds
+        while not done():
+            if time.monotonic() > until:
+                self.ask_for_stacks()
+                raise AssertionError(f"not done after {seconds:.0f} s; where all are: {self.errors}")
+            self.reap()
+            time.sleep(0.005)
+
+    def ask_for_stacks(self) -> None:
+        """Have all processes write into `errors` what they are at."""
+        for pid in self.alive:
+            self.send(pid, signal.SIGUSR1)
+        time.sleep(1.0)
+
+    @property
+    def errors(self) -> str:
+        """What processes that were ended by an error have said."""
+        file = self.folder / "errors"
+        return file.read_text() if file.exists() else ""
+
+
+def _fork(role: str, folder: str, options: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    from tests.kill import roles
+
+    code = 1
+    try:
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, 0)
+        os.dup2(nothing, 1)
+        roles.play(role, Path(folder), options)
+        code = 0
+    except BaseException:
+        with (Path(folder) / "errors").open("a") as file:
+            file.write(f"{role}: {traceback.format_exc()}\n")
+    os._exit(code)
+
+
+def _ended() -> dict[int, int]:
+    ended: dict[int, int] = {}
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if not pid:
+            return ended
+        ended[pid] = os.waitstatus_to_exitcode(status)
+
+
+def _main() -> None:
+    from tests.kill import roles  # noqa: F401
+
+    import paigeant.database
+    import paigeant.stores.sql
+    import paigeant.transports.sqlite  # noqa: F401  # for the warmth
+
+    alive: set[int] = set()
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "start" in question:
+            answer: Any = _fork(question["start"], question["folder"], question["options"])
+            alive.add(answer)
+        else:
+            answer = _ended()
+            alive -= set(answer)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    for pid in alive:  # the test is gone
+        os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _main()
