@@ -146,7 +146,8 @@ KINDS = ("work", "work", "work", "bare", "flaky", "strict", "bounded", "reviser"
 
 def _run(rng: random.Random, number: int) -> RunPlan:
     kinds = [rng.choice(KINDS) for _ in range(rng.randint(1, 5))]
-    undos, ways = (0, 0, 0, 1, 2, -1), rng.random()
+    undos: tuple[int, ...] = (0, 0, 0, 1, 2, -1)
+    ways = rng.random()
     cancelled_in = rng.choice(range(len(kinds))) if rng.random() < 0.1 else None
     retried = rng.random() < 0.6
     # Two kinds of runs of which chance alone makes few: cancelled just when they fail; taken up again when neither
@@ -155,7 +156,8 @@ def _run(rng: random.Random, number: int) -> RunPlan:
         kinds = ["work", "doomed"]
         cancelled_in = 1
     elif ways < 0.2:
-        kinds, undos, cancelled_in, retried = ["work", "flaky", "work", "doomed"], (0, -1), None, True
+        kinds, undos = ["work", "flaky", "work", "doomed"], (0, -1)
+        cancelled_in, retried = None, True
     steps: dict[str, Behaviour] = {}
     entries = []
     for position, kind in enumerate(kinds):
