@@ -29,7 +29,7 @@ def run(bench: Bench, python: Path = PEER) -> list[Figure]:
     """Both engines' figures and their ratios. Each round of ours is compared with the peer's round right after it."""
     if not python.exists():
         raise NotMeasured(f"{python} isn't there, which runs the peer; `make bench` makes it")
-    rounds = [(_ours(bench), _peers(bench, python)) for _ in range(bench.many(3, 1))]
+    rounds = [(_ours(bench), _peers(bench, python)) for _ in range(bench.many(5, 1))]
     ours, peers = zip(*rounds, strict=True)
     return [
         of("Paigeant, 500 in flight", [own.steps for own in ours], "steps/s"),
