@@ -107,8 +107,8 @@ class Node:
 
     async def thaw(self) -> None:
         """Wait until it isn't frozen; for ever when it is dead."""
-        while (left := self.frozen_until - self.world.loop.time()) > 0:  # noqa: ASYNC110  # it may be frozen again
-            await asyncio.sleep(left)
+        while (left := self.frozen_until - self.world.loop.time()) > 0:  # noqa: ASYNC110  # it may change meanwhile
+            await asyncio.sleep(min(left, 0.5))
         if self.dead:
             await self.world.limbo()
 
@@ -653,9 +653,11 @@ class World:
             self.judge(self._check_put_away)
 
     def heal(self) -> None:
-        """From now on no fault hits."""
+        """From now on no fault hits, and who was frozen goes on."""
         self.tell(None, "FAULTS END")
         self.faults = None  # type: ignore[assignment]
+        for node in self.by_id.values():
+            node.frozen_until = min(node.frozen_until, self.loop.time())
         if not self.nodes:
             self.start_worker()
 
@@ -668,7 +670,8 @@ class World:
             await asyncio.sleep(0.25)
 
     async def _operate(self) -> None:
-        """An operator takes up what failed, and it ends again."""
+        """An operator takes up what failed, and it ends again: for good, as all have a lease again by then."""
+        await asyncio.sleep(LEASE)
         for run in self.plan.runs:
             status = self.store._runs[run.id].status
             if not run.retried or status not in (RunStatus.FAILED, RunStatus.COMPENSATION_FAILED):
