@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from paigeant.clock import Clock
 from paigeant.errors import StoreUnavailable
 
 __all__ = ["Handler", "Lane", "Tx"]
+
+log = logging.getLogger("paigeant.lane")
 
 Result = TypeVar("Result")
 
@@ -162,12 +165,18 @@ class Lane:
     def _run(self) -> None:
         while (batch := self._batches.get()) is not None:
             results, rings = self._transact_all(batch)
-            if rings:
-                self._after_commit(rings)
+            try:
+                if rings:
+                    self._after_commit(rings)
+            except Exception:  # whatever it meets, those who wait must get their results
+                log.exception("others were not told of a commit")
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 self._loop.call_soon_threadsafe(self._done, batch, results, rings)
-            if self._connection is not None:
-                self._tidy(self._connection)
+            try:
+                if self._connection is not None:
+                    self._tidy(self._connection)
+            except Exception:  # without this thread nobody would ever get an answer again
+                log.exception("tidying up after a commit failed")
         if self._connection is not None:
             self._connection.close()
 
