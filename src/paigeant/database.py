@@ -278,7 +278,9 @@ def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> 
     def configure(connection: sqlite3.Connection, _: object) -> None:
         if not as_it_is:
             _check_is_ours(connection, path)
-            connection.execute("PRAGMA journal_mode=WAL")  # which stays with the file
+            # Which stays with the file. Of two that switch a new one at the same moment SQLite turns one away at once,
+            # without regard to the timeout.
+            _patiently(connection, "PRAGMA journal_mode=WAL")
         for pragma in ("synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=OFF"):
             connection.execute(f"PRAGMA {pragma}")
         if not reads_only:
@@ -287,14 +289,15 @@ def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> 
     return engine
 
 
-def _take_turn(driver: sqlite3.Connection) -> None:
+def _patiently(driver: sqlite3.Connection, statement: str) -> None:
+    """Execute `statement` once the file is free for it."""
     # SQLite's own waiting sleeps 1, 2, 5, 10, 15 ms and more between its looks, while others hold the lock for less
     # than one: two workers on a file would spend most of their time asleep.
     until = time.monotonic() + _BUSY_SECONDS
     pause = 0.0001
     while True:
         try:
-            driver.execute("BEGIN IMMEDIATE")
+            driver.execute(statement)
             return
         except sqlite3.OperationalError as exc:
             if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
@@ -314,7 +317,7 @@ def begun(connection: Connection, *, reads_only: bool = False) -> Iterator[None]
     if reads_only:
         driver.execute("BEGIN")
     else:
-        _take_turn(driver)
+        _patiently(driver, "BEGIN IMMEDIATE")
     try:
         yield
         connection.commit()

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -404,3 +406,25 @@ async def test_several_threads_write_beside_the_loop(database: Database) -> None
     """Each worker's heartbeat has a thread of its own: their transactions don't get into each other."""
     await asyncio.gather(*(asyncio.to_thread(database.write_now, add, n) for n in range(100)))
     assert await numbers(database) == list(range(100))
+
+
+async def test_who_opens_a_new_file_waits_for_another_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite turns away at once who switches a file to its log while another process writes the first tables."""
+    path = tmp_path / "new.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    waited: list[float] = []
+
+    def pause(seconds: float) -> None:
+        waited.append(seconds)
+        if other.in_transaction:
+            other.execute("ROLLBACK")
+
+    monkeypatch.setattr("paigeant.database.time", SimpleNamespace(monotonic=time.monotonic, sleep=pause))
+    database = Database(f"sqlite:///{path}")
+    await database.connect()
+    await database.close()
+    other.close()
+    assert waited
