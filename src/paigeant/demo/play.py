@@ -233,10 +233,11 @@ class _Stage:
         await self.look()
         second = await self._start(hold=None)
         while True:
-            detail = await self.look()
+            detail = await self._read()
             row = _row(detail, CUT)
             if row is not None and row.attempt > 1:
-                break
+                break  # said before what it has done since is shown
+            await self._show(detail)
         self.screen.say(
             f"worker {second.name} took over: {CUT} begins again, what was recorded does not",
             style="bold green",
@@ -252,11 +253,17 @@ class _Stage:
 
     async def look(self) -> RunDetail:
         """The run as it is now, shown; a moment passes."""
+        detail = await self._read()
+        await self._show(detail)
+        return detail
+
+    async def _read(self) -> RunDetail:
         self.workers[-1].check()
-        detail = await self.run.detail()
+        return await self.run.detail()
+
+    async def _show(self, detail: RunDetail) -> None:
         self.screen.show(detail)
         await asyncio.sleep(_LOOK_SECONDS)
-        return detail
 
     async def _let_see(self) -> None:
         """Time for a person to see where things stand."""
