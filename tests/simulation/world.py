@@ -558,7 +558,7 @@ class World:
 
     def _check_left(self, node: Node) -> None:
         assert node.worker is not None
-        held = [row for row in self.store._rows(StepStatus.RUNNING) if row.worker == node.worker.id]
+        held = [row for row in self.store.rows(StepStatus.RUNNING) if row.worker == node.worker.id]
         need(not held, "I16 left with steps in its hands", held)
 
     # -- what happens from outside

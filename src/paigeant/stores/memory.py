@@ -329,9 +329,6 @@ class MemoryStore:
             raise RunNotFound(workflow_id)
         return self._runs[workflow_id]
 
-    def _rows(self, status: StepStatus) -> list[StepRecord]:
-        return [row for steps in self._steps.values() for row in steps.values() if row.status is status]
-
     def _head(self, key: StepKey) -> Head | None:
         row = self._steps.get(key.workflow_id, {}).get(key)
         if row is None:
