@@ -44,7 +44,7 @@ format: .venv/.installed-dev  ## Format the code and apply the safe fixes
 	$(BIN)/ruff format .
 
 lock: .lock/bin/uv  ## Renew both lock files (LOCK_ARGS=--upgrade for newer versions)
-	env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(LOCK) --extra openai pyproject.toml requirements-dev.in -o requirements-dev.txt
+	env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(LOCK) --extra all pyproject.toml requirements-dev.in -o requirements-dev.txt
 	env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(LOCK) --constraint requirements-dev.txt --no-annotate \
 		pyproject.toml requirements.in -o requirements.txt
 
