@@ -5,7 +5,7 @@ A transport only wakes workers up. It may lose, double, delay and reorder messag
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -93,8 +93,12 @@ class Transport(Protocol):
         """
         ...
 
-    async def topics(self) -> list[TopicDepth]:
-        """The topics that hold messages, by name. Empty when the transport can't tell."""
+    async def topics(self, known: Collection[str] = ()) -> list[TopicDepth]:
+        """The topics that hold messages, by name. Empty when the transport can't tell.
+
+        `known` names topics to look at where a broker can't list its queues; a transport that can ignores it. What
+        holds no message is left out, whoever knows it. Raises TransportUnavailable.
+        """
         ...
 
     def joins(self, store: Store) -> bool:

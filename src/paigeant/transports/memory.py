@@ -169,7 +169,7 @@ class MemoryTransport:
 
     # -- what waits
 
-    async def topics(self) -> list[TopicDepth]:
+    async def topics(self, known: Collection[str] = ()) -> list[TopicDepth]:
         now = self.clock.now()
         names = sorted({held.topic for held in self._messages.values()})
         depths = []

@@ -7,7 +7,7 @@ import contextlib
 import json
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import bindparam, case, delete, func, literal_column, null, select, update
@@ -255,7 +255,7 @@ class SqliteTransport:
 
     # -- what waits
 
-    async def topics(self) -> list[TopicDepth]:
+    async def topics(self, known: Collection[str] = ()) -> list[TopicDepth]:
         now = self.database.clock.now()
         taken = func.sum(case((messages.c.holder.is_not(None), 1), else_=0))
         query = (
