@@ -60,6 +60,9 @@ OPEN = frozenset({StepStatus.READY, StepStatus.RUNNING, StepStatus.WAITING})
 
 Patch = dict[str, Any]
 
+_MOST_GRACES = 30
+"""A ready step is sent again at least every so many grace times, however long it has waited."""
+
 _LIFE = 1_000_000
 """Epochs of undos that a retry by an operator begins anew start at the next multiple of it: what was sent or claimed
 before the retry can't be taken for what comes after it."""
@@ -229,6 +232,7 @@ def release(
                 "status": StepStatus.READY,
                 "worker": None,
                 "attempt": max(head.attempt - 1, 0),
+                "not_before": now,
                 "wake_at": now + grace,
             },
         )
@@ -238,12 +242,18 @@ def release(
 
 def free(key: StepKey, changes: Changes, *, now: float) -> None:
     """A running step whose worker is lost is ready again, and due for a message at once. Its attempt counts."""
-    changes.steps.append((key, {"status": StepStatus.READY, "worker": None, "wake_at": now}))
+    changes.steps.append(
+        (key, {"status": StepStatus.READY, "worker": None, "not_before": now, "wake_at": now})
+    )
 
 
-def postpone(key: StepKey, changes: Changes, *, now: float, grace: float) -> None:
-    """A ready step whose message is being sent now: the sweeper looks at it again after the grace time."""
-    changes.steps.append((key, {"wake_at": now + grace}))
+def postpone(key: StepKey, changes: Changes, *, now: float, due_at: float, grace: float) -> None:
+    """A ready step whose message is being sent now: the sweeper looks at it again after the grace time.
+
+    The longer nobody has claimed it since `due_at`, the later: it is sent at doubling intervals, up to 30 grace times.
+    A transport that can't tell a repeated message would else hold as many of each as its backlog has grace times.
+    """
+    changes.steps.append((key, {"wake_at": now + min(max(now - due_at, grace), _MOST_GRACES * grace)}))
 
 
 def stop(
@@ -319,7 +329,7 @@ def resume(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int
         "status": StepStatus.READY,
         "attempt": 0,
         "worker": None,
-        "not_before": 0.0,
+        "not_before": now,
         "wake_at": now,
         "error": None,
         "completed_at": None,

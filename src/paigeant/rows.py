@@ -23,6 +23,7 @@ from sqlalchemy import (
     cast,
     func,
     insert,
+    literal,
     literal_column,
     null,
     select,
@@ -35,6 +36,7 @@ from paigeant.ledger import Head
 from paigeant.prepared import Prepared
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import (
+    OpenTopic,
     RunDetail,
     RunRecord,
     Signal,
@@ -64,6 +66,7 @@ __all__ = [
     "late_runs",
     "new_run",
     "new_step",
+    "open_topics",
     "orphan_steps",
     "patch_rows",
     "run_of",
@@ -147,6 +150,13 @@ _RUNS = {status.value: status for status in RunStatus}
 _STEPS = {status.value: status for status in StepStatus}
 
 
+# The later of the two: `StepRecord.due_at`.
+_due_at = case(
+    (step_executions.c.not_before > step_executions.c.created_at, step_executions.c.not_before),
+    else_=step_executions.c.created_at,
+)
+
+
 def orphan_steps() -> Select[Any]:
     """The running steps of workers that aren't there any more."""
     alive = select(workers.c.id)
@@ -156,12 +166,40 @@ def orphan_steps() -> Select[Any]:
 
 
 def due_steps(now: float) -> Select[Any]:
-    """The ready steps that should have been claimed by now, the longest due first."""
+    """The ready steps that should have been claimed by now, the longest due first, and since when they are due."""
+    steps = step_executions.c
     return (
-        select(*KEY, step_executions.c.epoch)
-        .where(step_executions.c.status == StepStatus.READY, step_executions.c.wake_at <= now)
-        .order_by(step_executions.c.wake_at)
+        select(*KEY, steps.epoch, _due_at.label("due_at"))
+        .where(steps.status == StepStatus.READY, steps.wake_at <= now)
+        .order_by(steps.wake_at)
     )
+
+
+def open_topics(connection: Connection, now: float) -> list[OpenTopic]:
+    """What is open in each topic that has open steps."""
+    steps = step_executions.c
+    # The states stand in the statements, so that they fit the partial indexes of ready and of running rows.
+    ready = (
+        select(
+            steps.topic,
+            func.count(),
+            func.sum(case((_due_at <= now, 1), else_=0)),
+            func.min(case((_due_at <= now, _due_at))),
+        )
+        .where(steps.status == literal(StepStatus.READY.value, literal_execute=True))
+        .group_by(steps.topic)
+    )
+    running = (
+        select(steps.topic, func.count())
+        .where(steps.status == literal(StepStatus.RUNNING.value, literal_execute=True))
+        .group_by(steps.topic)
+    )
+    busy: dict[str, int] = {row[0]: row[1] for row in connection.execute(running)}
+    found = {topic: OpenTopic(topic, 0, 0, count, None) for topic, count in busy.items()}
+    for topic, count, due, since in connection.execute(ready):
+        oldest = None if since is None else now - since
+        found[topic] = OpenTopic(topic, due, count - due, busy.get(topic, 0), oldest)
+    return [found[topic] for topic in sorted(found)]
 
 
 def late_runs(now: float) -> Select[Any]:

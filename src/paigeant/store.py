@@ -19,6 +19,7 @@ __all__ = [
     "DeadLetter",
     "Grant",
     "NextStep",
+    "OpenTopic",
     "Recorded",
     "Refused",
     "RunDetail",
@@ -99,6 +100,11 @@ class StepRecord:
     def key(self) -> StepKey:
         """What names this row."""
         return StepKey(self.workflow_id, self.step, self.phase)
+
+    @property
+    def due_at(self) -> float:
+        """The instant from which a ready row could be started: since then it waits for a worker."""
+        return max(self.created_at, self.not_before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +247,20 @@ class Swept:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenTopic:
+    """What is open in a topic: steps that are ready, ready `later` (at their `not_before`), and running.
+
+    `oldest`: the seconds for which the first ready one has waited since it became due; None when none is ready.
+    """
+
+    topic: str
+    ready: int
+    later: int
+    running: int
+    oldest: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class RunDetail:
     """A run with its rows. Outputs above the limit that the reader gave are left out (`output` None, in `stored`)."""
 
@@ -279,6 +299,10 @@ class RunHistory(Protocol):
 
     async def list_workers(self) -> list[WorkerRecord]:
         """The workers that have signed on and not off."""
+        ...
+
+    async def open_topics(self) -> list[OpenTopic]:
+        """The topics that have open steps, by name. It tells of the backlog whatever the transport can count."""
         ...
 
     async def list_dead_letters(self, *, limit: int = 100) -> list[DeadLetter]:

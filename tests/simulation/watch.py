@@ -92,7 +92,8 @@ class Watch:
         _folded(store._detail(run.id), self._inline_bytes)
         for row in rows.values():
             if row.status is StepStatus.READY:
-                latest = max(self._now(), row.not_before) + self._grace
+                waited = min(max(self._now() - row.due_at, self._grace), 30 * self._grace)
+                latest = max(self._now(), row.not_before) + waited
                 need(row.wake_at <= latest, "I11 nobody looks at", row.key, "before", row.wake_at)
             need(row.status is not StepStatus.RUNNING or bool(row.worker), "I11 nobody runs", row.key)
 

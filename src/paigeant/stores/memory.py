@@ -23,6 +23,7 @@ from paigeant.store import (
     DeadLetter,
     Grant,
     NextStep,
+    OpenTopic,
     Recorded,
     Refused,
     RunDetail,
@@ -181,11 +182,11 @@ class MemoryStore:
                     expired.append(run_id)
                     self._write(changes)
             changes = Changes()
-            due = [row.key for row in self.rows(StepStatus.READY) if row.wake_at <= now][:limit]
-            for key in due:
-                ledger.postpone(key, changes, now=now, grace=self.grace)
+            due = [row for row in self.rows(StepStatus.READY) if row.wake_at <= now][:limit]
+            for row in due:
+                ledger.postpone(row.key, changes, now=now, due_at=row.due_at, grace=self.grace)
             self._write(changes)
-            return Swept(tuple(due), tuple(lost), tuple(freed[:limit]), tuple(expired))
+            return Swept(tuple(row.key for row in due), tuple(lost), tuple(freed[:limit]), tuple(expired))
 
     # -- operators
 
@@ -300,6 +301,19 @@ class MemoryStore:
 
     async def list_workers(self) -> list[WorkerRecord]:
         return list(self._workers.values())
+
+    async def open_topics(self) -> list[OpenTopic]:
+        now = self.clock.now()
+        found = []
+        with self._lock:
+            ready, running = self.rows(StepStatus.READY), self.rows(StepStatus.RUNNING)
+            for topic in sorted({row.topic for row in ready + running}):
+                instants = [row.due_at for row in ready if row.topic == topic]
+                due = [instant for instant in instants if instant <= now]
+                busy = sum(row.topic == topic for row in running)
+                oldest = now - min(due) if due else None
+                found.append(OpenTopic(topic, len(due), len(instants) - len(due), busy, oldest))
+        return found
 
     # -- dead letters
 

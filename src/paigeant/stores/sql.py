@@ -43,6 +43,7 @@ from paigeant.rows import (
     late_runs,
     new_run,
     new_step,
+    open_topics,
     orphan_steps,
     patch_rows,
     run_of,
@@ -56,6 +57,7 @@ from paigeant.store import (
     DeadLetter,
     Grant,
     NextStep,
+    OpenTopic,
     Recorded,
     Refused,
     RunDetail,
@@ -336,9 +338,11 @@ class SqlStore:
                 tx.rings.add("turned")
         self._write(tx, changes)
         changes = Changes()
-        due = {key_of(row): row.epoch for row in execute(due_steps(tx.now).limit(limit))}
-        for key in due:
-            ledger.postpone(key, changes, now=tx.now, grace=self.grace)
+        due = {}
+        for row in execute(due_steps(tx.now).limit(limit)):
+            key = key_of(row)
+            due[key] = row.epoch
+            ledger.postpone(key, changes, now=tx.now, due_at=row.due_at, grace=self.grace)
         self._write(tx, changes)
         if self.outbox is not None and due:
             # A long queue is no lost message: what waits in this very database needn't be sent again.
@@ -528,6 +532,10 @@ class SqlStore:
         return await self.database.ask(
             lambda connection: [WorkerRecord(**row._mapping) for row in connection.execute(select(workers))]
         )
+
+    async def open_topics(self) -> list[OpenTopic]:
+        now = await self.now()
+        return await self.database.ask(lambda connection: open_topics(connection, now))
 
     # -- dead letters
 

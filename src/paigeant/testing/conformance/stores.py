@@ -20,6 +20,7 @@ from paigeant.store import (
     DeadLetter,
     Grant,
     NextStep,
+    OpenTopic,
     Recorded,
     Refused,
     RunRecord,
@@ -606,7 +607,7 @@ class StoreConformance:
     # -- sweeps
 
     async def test_a_ready_step_is_due_after_the_grace_time(self, store: Store) -> None:
-        """A step whose message may be lost is found once it has waited too long, and again each grace time after."""
+        """A step whose message may be lost is found once it has waited too long, and again a grace time after."""
         key = await self.start(store)
         self.clock.advance(self.grace - 1)
         assert (await store.sweep()).due == ()
@@ -615,6 +616,34 @@ class StoreConformance:
         assert (await store.sweep()).due == ()
         self.clock.advance(self.grace)
         assert (await store.sweep()).due == (key,)
+
+    async def found_after(self, store: Store, graces: int) -> list[int]:
+        """After how many grace times from now a sweep finds a step that nobody claims."""
+        found = []
+        for passed in range(1, graces + 1):
+            self.clock.advance(self.grace)
+            if (await store.sweep()).due:
+                found.append(passed)
+        return found
+
+    async def test_a_backlog_is_sent_again_ever_more_seldom(self, store: Store) -> None:
+        """The gaps double, up to thirty grace times: a long backlog doesn't fill a broker with repeats of itself."""
+        await self.start(store)
+        assert await self.found_after(store, 100) == [1, 2, 4, 8, 16, 32, 62, 92]
+
+    async def test_a_step_that_is_ready_anew_is_sent_soon_again(self, store: Store) -> None:
+        """However old its row is: the gaps count from when an attempt ended, was given back or was lost."""
+        key = await self.start(store)
+        await self.found_after(store, 40)
+        grant = await self.claim(store, key)
+        await self.record(store, self.ending(key, grant, StepStatus.READY, delay=self.grace, error="E"))
+        assert await self.found_after(store, 10) == [2, 3, 5, 9]
+        grant = await self.claim(store, key)
+        await store.release_steps("mine", [(key, grant.epoch)])
+        assert await self.found_after(store, 10) == [1, 2, 4, 8]
+        await self.claim(store, key, "nobody-beats")
+        assert key in (await store.sweep()).due
+        assert await self.found_after(store, 10) == [1, 2, 4, 8]
 
     async def test_a_waiting_attempt_is_due_after_its_time(self, store: Store) -> None:
         """The grace time of another attempt counts from its not_before."""
@@ -906,6 +935,40 @@ class StoreConformance:
         assert await store.load_output("nobody", "a") is None
 
     # -- history
+
+    async def test_no_topic_is_open_where_no_step_is(self, store: Store) -> None:
+        """A run that has ended leaves nothing in its topics."""
+        await self.completed(store)
+        assert await store.open_topics() == []
+
+    async def test_open_topics_tell_the_backlog(self, store: Store) -> None:
+        """By topic: steps that are ready, those whose time is yet to come, those that run, and the longest wait."""
+        for number in range(3):
+            await self.start(store, "work", run_id=f"r{number}")
+            self.clock.advance(10)
+        await self.start(store, "also", run_id="s")
+        await self.claim(store, StepKey("r0", "work"))
+        grant = await self.claim(store, StepKey("s", "also"))
+        again = self.ending(StepKey("s", "also"), grant, StepStatus.READY, delay=100.0, error="E")
+        await self.record(store, again)
+        async with self.other(store) as other:
+            assert await other.open_topics() == [
+                OpenTopic("also", 0, 1, 0, None),
+                OpenTopic("work", 2, 0, 1, 20.0),
+            ]
+        self.clock.advance(130)
+        also, work = await store.open_topics()
+        assert (also.ready, also.later, also.oldest) == (1, 0, 30.0), "the wait counts from its time"
+        assert work.oldest == 150.0
+
+    async def test_a_step_given_back_has_waited_since_then(self, store: Store) -> None:
+        """How long it ran before is no time in which it waited for a worker."""
+        key = await self.start(store)
+        grant = await self.claim(store, key)
+        self.clock.advance(1000)
+        await store.release_steps("mine", [(key, grant.epoch)])
+        self.clock.advance(5)
+        assert await store.open_topics() == [OpenTopic("a", 1, 0, 0, 5.0)]
 
     async def test_waiting_ends_with_the_run(self, store: Store) -> None:
         """Who waits is woken by the commit that ends the run, several at once, from any process."""
