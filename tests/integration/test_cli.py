@@ -568,7 +568,37 @@ def test_topics_tell_what_waits() -> None:
     paigeant("dispatch", "order", "-", "--handlers", "handlers.py", input=json.dumps(GOOD))
     (topic,) = as_json("topics", "list")
     assert (topic["topic"], topic["waiting"], topic["taken"]) == ("reserve", 1, 0)
+    assert (topic["ready"], topic["later"], topic["running"]) == (1, 0, 0)
+    assert 0 <= topic["oldest_ready"] < 60
+    assert 0 <= topic["oldest"] < 60
     assert "reserve" in paigeant("topics", "list").stdout
+
+
+def test_a_topic_is_told_of_although_its_message_is_lost() -> None:
+    """The store knows what waits where, whatever the transport still has."""
+    paigeant("dispatch", "order", "-", "--handlers", "handlers.py", input=json.dumps(GOOD))
+    with sqlite3.connect("paigeant.db") as connection:
+        connection.execute("DELETE FROM messages")
+    (topic,) = as_json("topics", "list")
+    assert (topic["topic"], topic["waiting"], topic["oldest"], topic["ready"]) == ("reserve", 0, None, 1)
+
+
+def test_a_topic_is_told_of_although_the_store_has_no_step_in_it() -> None:
+    """A message without a step here, such as a late repeat, is counted all the same."""
+
+    async def publish() -> None:
+        async with Paigeant() as app:
+            message = PaigeantMessage("m-1", "r", RoutingSlip(itinerary=(Step("reserve", id="reserve"),)))
+            await app.transport.publish("elsewhere", message)
+
+    asyncio.run(publish())
+    (topic,) = as_json("topics", "list")
+    assert (topic["topic"], topic["waiting"], topic["ready"], topic["oldest_ready"]) == (
+        "elsewhere",
+        1,
+        0,
+        None,
+    )
 
 
 # -- dead letters
