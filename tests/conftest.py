@@ -1,13 +1,30 @@
-"""Fixtures for all tests: a clock that stands still, and an environment without settings of the user's own."""
+"""Fixtures for all tests: a clock that stands still, servers, and an environment without settings of the user's own."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.services import new_database, shared_url
+from tests.services.session import begin_session, end_session, is_session_owner
+from tests.services.shared import stop_shared
 
 from paigeant.testing import ManualClock
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin the time of the shared servers, in the process that outlives all others of this run."""
+    if not hasattr(config, "workerinput"):
+        begin_session()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the shared servers."""
+    if is_session_owner():
+        stop_shared()
+        end_session()
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +39,28 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def clock() -> ManualClock:
     """A clock that a test sets."""
     return ManualClock()
+
+
+@pytest.fixture(scope="session")
+def postgres_server_url() -> str:
+    """A Postgres server that all tests share; its user may make databases."""
+    return shared_url("postgres")
+
+
+@pytest.fixture
+def postgres_url(postgres_server_url: str) -> Iterator[str]:
+    """A new, empty database for this test."""
+    with new_database(postgres_server_url) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> str:
+    """A Redis server that all tests share: use keys of your own, and flush nothing."""
+    return shared_url("redis")
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_url() -> str:
+    """A RabbitMQ server that all tests share: use queues of your own, and delete no others."""
+    return shared_url("rabbitmq")

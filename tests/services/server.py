@@ -1,0 +1,292 @@
+"""What all private servers have in common: a folder, a port, and how they start, stop, die and come back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+from tests.services import guard
+
+__all__ = ["Server", "ServerFailed", "free_port", "temporary_folder", "wait_for_end"]
+
+START_LIMIT = 90.0
+"""Seconds until a server that isn't ready has failed: many times what one needs, for machines that are busy."""
+
+STOP_LIMIT = 60.0
+
+# Below the ports that systems give to outgoing connections (Linux: from 32768): one of those could take the port of a
+# server while that is stopped.
+PORTS = range(12_000, 32_000)
+
+
+class ServerFailed(Exception):
+    """A server didn't start or stop; the end of its log is in the message."""
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port on which nobody listens now, and which no outgoing connection will be given."""
+    for _ in range(1000):
+        port = random.choice(PORTS)
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # as the servers do: bygones don't count
+            one.bind((host, port))
+            return port
+    raise ServerFailed(f"found no free port on {host} between {PORTS.start} and {PORTS.stop}")
+
+
+def temporary_folder(name: str) -> Path:
+    """A new folder that another user may enter: what pytest's `tmp_path` forbids, and Postgres under root needs."""
+    folder = Path(tempfile.mkdtemp(prefix=f"paigeant-{name}-"))
+    folder.chmod(0o755)
+    return folder
+
+
+def wait_for_end(pid: int, *, seconds: float = STOP_LIMIT) -> bool:
+    """Whether the process, any process, has ended within so many seconds."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            os.kill(pid, 0)
+            state = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()[0]
+        except ProcessLookupError:
+            return True
+        except FileNotFoundError:
+            state = "?"
+            if guard.LINUX:
+                return True
+        if state in "ZX":
+            return True
+        time.sleep(0.005)
+    return False
+
+
+class Server(ABC):
+    """A server of one's own: in a temporary folder, on a free port that it keeps, from the installed program.
+
+        with RedisServer() as server:          # started, and ready to be used
+            ...                                # server.url, server.host, server.port
+            server.kill()                      # SIGKILL of all its processes, and not before they are dead it returns
+            server.start()                     # ready again, with the same data on the same port
+            server.restart()                   # an orderly stop, then a start
+            server.freeze(); server.thaw()     # SIGSTOP and SIGCONT to all its processes
+
+    Leaving the block kills it and deletes the folder. All methods block; in a coroutine that must go on meanwhile say
+    `await asyncio.to_thread(server.restart)`. Should the process that made it die, even by SIGKILL, then the server is
+    killed at once.
+
+    `host` is the address on which it listens and that stands in its url: that of a bridge, for clients in network
+    namespaces (tests/services/hosts.py). `lines` are added to its configuration file, each overriding what stands
+    before it. `owner` is the process with which it has to die; by default this one.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        lines: Sequence[str] = (),
+        folder: Path | None = None,
+        owner: int | None = None,
+    ) -> None:
+        self.host = host
+        self.port = port or free_port(host)
+        self.lines = tuple(lines)
+        self.folder = folder or temporary_folder(self.name)
+        self.log = self.folder / "server.log"
+        self.owner = owner or os.getpid()
+        self.guard_pid: int | None = None
+        self.pid: int | None = None
+        """The server's first process, while it runs."""
+        self._guard: subprocess.Popen[str] | None = None
+        self._prepared = False
+
+    # --- what a kind of server says of itself ---
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """Where it is, as the settings of Paigeant want it."""
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Make what it needs in its folder before its first start."""
+
+    @abstractmethod
+    def _command(self) -> list[str]: ...
+
+    @abstractmethod
+    def _is_ready(self) -> bool:
+        """Whether a client could use it now. An OSError says no, too."""
+
+    def _environment(self) -> Mapping[str, str]:
+        return {"PATH": os.environ.get("PATH", os.defpath), "HOME": str(self.folder), "LANG": "C.UTF-8"}
+
+    def _user(self) -> str | None:
+        """Who runs it, where that isn't us."""
+        return None
+
+    def _ask_to_stop(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    # --- what all do alike ---
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its processes are there, frozen ones too."""
+        return self._guard is not None and self._guard.poll() is None
+
+    def start(self) -> None:
+        """Start it and return when it is ready. Raises ServerFailed with the end of its log when it doesn't get so."""
+        if self.is_running:
+            raise ServerFailed(f"{self.name} on port {self.port} is running already")
+        if not self._prepared:
+            self._prepare()
+            self._prepared = True
+        self._launch()
+        until = time.monotonic() + START_LIMIT
+        while not self._answers():
+            if not self.is_running:
+                self._ended()
+                raise ServerFailed(f"{self.name} has ended instead of starting; it said:\n{self._said()}")
+            if time.monotonic() > until:
+                self.kill()
+                raise ServerFailed(
+                    f"{self.name} is not ready after {START_LIMIT:.0f} s; it said:\n{self._said()}"
+                )
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Stop it in an orderly way; nothing happens when it doesn't run. Raises ServerFailed when it goes on."""
+        if self.is_running:
+            self._ask_to_stop()
+            self._wait_for_stop()
+
+    def kill(self) -> None:
+        """SIGKILL to all of its processes; when this returns they are dead. Nothing happens when it doesn't run."""
+        if self._guard is not None:
+            self._guard.terminate()
+            self._guard.wait()
+        self._ended()
+
+    def restart(self) -> None:
+        """Stop it in an orderly way and start it again."""
+        self.stop()
+        self.start()
+
+    def freeze(self) -> None:
+        """Stop the clock for all of its processes (SIGSTOP): connections stay open, and nothing answers."""
+        self._signal_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let all of its processes go on."""
+        self._signal_all(signal.SIGCONT)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the server's first process."""
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def close(self) -> None:
+        """Kill it and delete its folder."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        try:
+            if not self.is_running:
+                self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.host}:{self.port}, {'running' if self.is_running else 'stopped'})"
+        )
+
+    def _launch(self) -> None:
+        told = {
+            "owner": self.owner,
+            "command": self._command(),
+            "environment": dict(self._environment()),
+            "folder": str(self.folder),
+            "user": self._user(),
+            "log": str(self.log),
+            "remove": str(self.folder),
+        }
+        self._guard = subprocess.Popen(
+            # -I -S: it needs nothing but the standard library, and so is there within 20 ms
+            [sys.executable, "-I", "-S", guard.__file__, json.dumps(told)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in a terminal is for pytest, which then tells us
+            text=True,
+        )
+        self.guard_pid = self._guard.pid
+        assert self._guard.stdout is not None
+        assert self._guard.stderr is not None
+        with self._guard.stdout as said, self._guard.stderr as errors:
+            line = said.readline()
+            if not line:
+                trouble = errors.read()
+                self.kill()
+                raise ServerFailed(f"{self.name} could not be started: {trouble}")
+        self.pid = int(line)
+
+    def _answers(self) -> bool:
+        try:
+            return self._is_ready()
+        except OSError:
+            return False
+
+    def _wait_for_stop(self) -> None:
+        assert self._guard is not None
+        try:
+            self._guard.wait(STOP_LIMIT)
+        except subprocess.TimeoutExpired:
+            said = self._said()
+            self.kill()
+            raise ServerFailed(
+                f"{self.name} did not stop within {STOP_LIMIT:.0f} s; it said:\n{said}"
+            ) from None
+        self._ended()
+
+    def _ended(self) -> None:
+        self._guard = self.guard_pid = self.pid = None
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        if self.guard_pid is not None:
+            for pid in guard.descendants(self.guard_pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def _said(self, lines: int = 30) -> str:
+        """The end of its log."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return "\n".join(text.splitlines()[-lines:]) or "nothing"
