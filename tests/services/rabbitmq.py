@@ -26,6 +26,10 @@ class RabbitServer(Server):
 
     Its durable queues with persistent messages outlast a stop and a kill, for it keeps its node name, folder and ports.
     Each has its own epmd, so none hears of the others. Starting takes about 2 seconds, stopping one or more.
+
+    3.10.8 forgets half of a quorum queue that it has declared less than about half a second before a kill: the queue
+    is listed afterwards, but never elects its leader, so that consuming hangs and publishing is refused until it is
+    deleted. Where that isn't the point of a test, `kill` when the queues are older.
     """
 
     name = "rabbitmq"
@@ -92,6 +96,7 @@ class RabbitServer(Server):
             "RABBITMQ_PID_FILE": str(self.folder / "pid"),
             "RABBITMQ_DIST_PORT": str(self._distribution_port),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "ERL_CRASH_DUMP_SECONDS": "0",  # what its log says is enough
             "ERL_EPMD_PORT": str(self._epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
         }

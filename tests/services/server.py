@@ -286,7 +286,7 @@ class Server(ABC):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
 
-    def _said(self, lines: int = 30) -> str:
+    def _said(self, lines: int = 50) -> str:
         """The end of its log."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         return "\n".join(text.splitlines()[-lines:]) or "nothing"
