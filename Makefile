@@ -16,7 +16,7 @@ LOCK := .lock/bin/uv pip compile --quiet --no-config --universal --generate-hash
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # one pip at a time in .venv
-.PHONY: help demo test lint typecheck bench format lock venv clean
+.PHONY: help demo services test lint typecheck bench format lock venv clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,7 +25,10 @@ demo: .venv/.installed  ## Run the demonstration; needs no server
 	@rm -rf .demo && mkdir .demo
 	cd .demo && ../$(BIN)/paigeant demo
 
-test: .venv/.installed-dev  ## Run all tests
+services: .venv/.installed-dev  ## Show the servers the tests will use; as root on Debian, install what is missing
+	$(BIN)/python -m tests.services
+
+test: services  ## Run all tests
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 lint: .venv/.installed-dev  ## Check style, formatting and the direction of imports

@@ -7,10 +7,13 @@ import re
 import shutil
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
-__all__ = ["PROGRAMS", "ServerMissing", "is_installed", "program"]
+__all__ = ["PROGRAMS", "Kind", "ServerMissing", "is_installed", "program"]
 
-PROGRAMS = {
+Kind = Literal["postgres", "redis", "rabbitmq"]
+
+PROGRAMS: dict[Kind, tuple[str, ...]] = {
     "postgres": ("postgres", "initdb"),
     "redis": ("redis-server",),
     "rabbitmq": ("rabbitmq-server", "rabbitmqctl"),
@@ -53,8 +56,8 @@ def program(name: str) -> Path:
     return found
 
 
-def is_installed(kind: str) -> bool:
-    """Whether all programs of this kind of server, one of `PROGRAMS`, are there."""
+def is_installed(kind: Kind) -> bool:
+    """Whether all programs of this kind of server are there."""
     try:
         return all(program(name) for name in PROGRAMS[kind])
     except ServerMissing:

@@ -11,19 +11,17 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tests.services import docker
 from tests.services.postgres import PostgresServer
-from tests.services.programs import ServerMissing, is_installed
+from tests.services.programs import Kind, ServerMissing, is_installed
 from tests.services.rabbitmq import RabbitServer
 from tests.services.redis import RedisServer
 from tests.services.server import Server, wait_for_end
 from tests.services.session import session_folder, session_owner
 
-__all__ = ["VARIABLES", "Kind", "shared_url", "stop_shared"]
-
-Kind = Literal["postgres", "redis", "rabbitmq"]
+__all__ = ["VARIABLES", "shared_url", "stop_shared"]
 
 VARIABLES: dict[Kind, str] = {
     "postgres": "TEST_POSTGRES_URL",
