@@ -25,6 +25,8 @@ from paigeant.store import DeadLetter, RunDetail, Store
 from paigeant.stores import open_store
 from paigeant.transport import Transport
 from paigeant.transports import open_transport
+from paigeant.transports.routed import Route, RoutedTransport
+from paigeant.urls import without_password
 from paigeant.worker import ActivityWorker
 from paigeant.workflow import Workflow
 
@@ -121,6 +123,7 @@ class Paigeant:
             self.activities,
             limit_bytes=self.settings.max_message_bytes,
             inline_bytes=self.settings.inline_bytes,
+            elsewhere=_elsewhere(self.transport),
         )
         self.dispatcher = Dispatcher(
             self.store,
@@ -238,10 +241,30 @@ def _open(settings: Settings, clock: Clock | None) -> tuple[Store, Transport]:
     store = open_store(
         settings.store_url, clock=clock, grace=settings.grace, inline_bytes=settings.inline_bytes
     )
-    database = getattr(store, "database", None) if settings.store_url == settings.transport_url else None
-    transport = open_transport(
-        settings.transport_url, database=database, clock=clock, limit_bytes=settings.max_message_bytes
-    )
-    if transport.joins(store):
-        store.publish_with(transport)
-    return store, transport
+    database = getattr(store, "database", None)
+
+    def transport(url: str) -> Transport:
+        return open_transport(
+            url,
+            database=database if url == settings.store_url else None,
+            clock=clock,
+            limit_bytes=settings.max_message_bytes,
+        )
+
+    own = transport(settings.transport_url)
+    if own.joins(store):
+        store.publish_with(own)
+    if not settings.routes:
+        return store, own
+    others = {
+        url: Route(without_password(url), transport(url))
+        for url in settings.routes.values()
+        if url != settings.transport_url
+    }
+    return store, RoutedTransport(own, {pattern: others.get(url) for pattern, url in settings.routes.items()})
+
+
+def _elsewhere(transport: Transport) -> Callable[[str], bool]:
+    if isinstance(transport, RoutedTransport):
+        return lambda topic: transport.route(topic) is not None
+    return lambda topic: False

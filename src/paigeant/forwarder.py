@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,15 @@ class Forwarder:
         *,
         limit_bytes: int = DEFAULT_LIMIT_BYTES,
         inline_bytes: int = 65536,
+        elsewhere: Callable[[str], bool] = lambda topic: False,
     ) -> None:
         self.store = store
         self.transport = transport
         self.registry = registry
         self.limit_bytes = limit_bytes
         self.inline_bytes = inline_bytes
+        self.elsewhere = elsewhere
+        """Whether a topic's messages go to another broker than the one that the store may publish to."""
 
     def topic_of(self, step: Step) -> str:
         """Where workers wait for this step: its own topic, its activity's, or one called like the activity."""
@@ -74,8 +77,8 @@ class Forwarder:
         return Letter(topic, message.evolve(message_id=str(message_id)), delay)
 
     def posting(self, letter: Letter) -> Posting | None:
-        """`letter` for a transaction of the store; None when the store doesn't publish. Raises MessageTooLarge."""
-        if not self.store.publishes:
+        """`letter` for a transaction of the store; None when that doesn't publish it. Raises MessageTooLarge."""
+        if not self._is_posted(letter):
             return None
         message = letter.message
         try:
@@ -90,7 +93,10 @@ class Forwarder:
 
     async def send(self, letter: Letter) -> bool:
         """Publish `letter`, unless the store has. False when that failed: the sweeper tries again."""
-        return self.store.publishes or await self.publish(letter)
+        return self._is_posted(letter) or await self.publish(letter)
+
+    def _is_posted(self, letter: Letter) -> bool:
+        return self.store.publishes and not self.elsewhere(letter.topic)
 
     async def publish(self, letter: Letter) -> bool:
         """Publish `letter`. False when that failed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -23,13 +24,13 @@ from paigeant.errors import ConfigurationError, PaigeantError, nearest
 from paigeant.policy import ItineraryPolicy
 from paigeant.retry import RetryPolicy
 from paigeant.slip import Step
+from paigeant.urls import scrubbed, without_password
 from paigeant.workflow import Workflow
 
 __all__ = ["CONFIG_FILE", "Settings"]
 
 CONFIG_FILE = "paigeant.yaml"
 _PREFIX = "PAIGEANT_"
-_SECRET_PARAMETER = re.compile(r"([?&][^=&]*(?:password|passwd|secret|token)=)[^&#]*", re.IGNORECASE)
 _KNOWN_SCHEMES = ("memory", "sqlite", "postgresql", "redis", "rediss", "amqp", "amqps")
 
 
@@ -44,6 +45,9 @@ class Settings(BaseSettings):
 
     transport_url: str = Field("sqlite:///paigeant.db", description="where messages travel")
     store_url: str = Field("sqlite:///paigeant.db", description="where runs are recorded")
+    routes: Annotated[dict[str, str], NoDecode] = Field(
+        default_factory=dict, description="other brokers by patterns of topics, the first that fits counts"
+    )
     handlers: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="handler files or modules, for `run` and `dispatch`"
     )
@@ -80,6 +84,9 @@ class Settings(BaseSettings):
 
     def __init__(self, **values: Any) -> None:
         _check_keys(values, type(self).model_fields, "the settings have")
+        if isinstance(values.get("routes"), Mapping):
+            # Else it would be mixed with those of environment and file, and theirs would come first.
+            values["routes"] = tuple(values["routes"].items())
         _check_environment(type(self).model_fields)
         try:
             super().__init__(**values)
@@ -111,9 +118,41 @@ class Settings(BaseSettings):
         if not found or scheme not in _KNOWN_SCHEMES:
             shown = ", ".join(f"{name}://" for name in _KNOWN_SCHEMES)
             raise ValueError(
-                f"found {_without_password(url)!r}, expected a URL that starts with one of {shown}"
+                f"found {without_password(url)!r}, expected a URL that starts with one of {shown}"
             )
         return url
+
+    @field_validator("routes", mode="before")
+    @classmethod
+    def _in_order(cls, value: Any) -> Any:
+        example = 'expected {"partner.*": "amqp://host"}'
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as exc:
+                raise ValueError(f"found a text that is not JSON: {exc}; {example}") from exc
+        if isinstance(value, tuple):
+            value = dict(value)
+        if not isinstance(value, Mapping):
+            raise ValueError(f"found {_scrubbed(value)}, {example}")
+        for pattern, url in value.items():
+            if not isinstance(pattern, str) or not isinstance(url, str) or not pattern:
+                raise ValueError(f"found {_scrubbed({pattern: url})}, {example}")
+        return value
+
+    @field_validator("routes")
+    @classmethod
+    def _known_routes(cls, routes: dict[str, str]) -> dict[str, str]:
+        for pattern, url in routes.items():
+            try:
+                cls._known_scheme(url)
+            except ValueError as exc:
+                raise ValueError(f"{pattern}: {exc}") from exc
+            if url.startswith("memory:"):
+                raise ValueError(
+                    f"{pattern}: found {url!r}, in which no other process would see a message; expected a broker"
+                )
+        return routes
 
     @field_validator("handlers", mode="before")
     @classmethod
@@ -155,8 +194,13 @@ class Settings(BaseSettings):
         """All values as they may be printed: without passwords."""
         values = self.model_dump(mode="json")
         for name in ("transport_url", "store_url"):
-            values[name] = _without_password(values[name])
+            values[name] = without_password(values[name])
+        values["routes"] = {pattern: without_password(url) for pattern, url in values["routes"].items()}
         return values
+
+    def scrubbed(self, text: str) -> str:
+        """`text` without the passwords that the settings hold, such as a library's error that may have one."""
+        return scrubbed(text, (self.transport_url, self.store_url, *self.routes.values()))
 
 
 def check_file(path: Path) -> dict[str, Any]:
@@ -236,7 +280,7 @@ def _explain(exc: ValidationError) -> str:
     place = ".".join(str(part) for part in first["loc"]) or "settings"
     if first["type"] == "value_error":  # one of ours, which says what was found
         return f"{place}: {first['msg'].removeprefix('Value error, ')}"
-    return f"{place}: {first['msg']}, found {first['input']!r}"
+    return f"{place}: {first['msg']}, found {_scrubbed(first['input'])}"
 
 
 def _explain_variable(exc: SettingsError) -> str:
@@ -247,10 +291,5 @@ def _explain_variable(exc: SettingsError) -> str:
     )
 
 
-def _without_password(url: str) -> str:
-    url = _SECRET_PARAMETER.sub(r"\1***", url)
-    head, at, tail = url.rpartition("@")
-    if not at:
-        return url
-    scheme, _, user = head.partition("://")
-    return f"{scheme}://{user.partition(':')[0]}:***@{tail}" if ":" in user else url
+def _scrubbed(value: Any) -> str:
+    return scrubbed(repr(value))

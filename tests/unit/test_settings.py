@@ -199,3 +199,58 @@ def test_a_wrong_url_does_not_show_its_password() -> None:
     with pytest.raises(ConfigurationError) as error:
         Settings(store_url="postgres://ada:secret@db/app")
     assert "secret" not in str(error.value)
+
+
+# -- routes
+
+
+def test_routes_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first pattern that fits counts, so the order of the file, or of the JSON in the environment, stays."""
+    file("routes:\n  b.x: redis://one\n  b.*: amqp://two\n  '*': sqlite:///a.db\n")
+    assert list(Settings().routes) == ["b.x", "b.*", "*"]
+    monkeypatch.setenv("PAIGEANT_ROUTES", '{"z": "redis://one", "a": "redis://two"}')
+    assert list(Settings().routes) == ["z", "a"]
+
+
+def test_routes_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The highest place that has routes has all of them: mixed, a pattern of the file could stand before them."""
+    file("routes: {'*': redis://file}\n")
+    monkeypatch.setenv("PAIGEANT_ROUTES", '{"a": "redis://environment"}')
+    assert Settings().routes == {"a": "redis://environment"}
+    assert Settings(routes={"b": "redis://code"}).routes == {"b": "redis://code"}
+    assert Settings(routes={}).routes == {}
+
+
+@pytest.mark.parametrize(
+    ("routes", "said"),
+    [
+        ("amqp://ann:secret@host", "not JSON"),
+        ('["amqp://ann:secret@host"]', "found ['amqp://ann:***@host'], expected"),
+        ('{"a": 5}', "found {'a': 5}, expected"),
+        ('{"": "amqp://ann:secret@host"}', "found {'': 'amqp://ann:***@host'}, expected"),
+        ('{"a": "http://ann:secret@host"}', "a: found 'http://ann:***@host', expected a URL"),
+        ('{"a": "memory://"}', "in which no other process would see"),
+    ],
+)
+def test_a_route_that_cannot_be_is_refused(routes: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the pattern, shows an example, and no password."""
+    monkeypatch.setenv("PAIGEANT_ROUTES", routes)
+    with pytest.raises(ConfigurationError, match="routes") as caught:
+        Settings()
+    assert said in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_no_value_shows_a_password() -> None:
+    """Neither what is shown of good settings nor what is said of bad ones."""
+    settings = Settings(
+        transport_url="amqp://a:s3cret@h", routes={"p": "redis://:s3cret@h?auth_token=s3cret"}
+    )
+    assert settings.shown()["routes"] == {"p": "redis://:***@h?auth_token=***"}
+    assert "s3cret" not in str(settings.shown())
+    assert (
+        settings.scrubbed("login s3cret failed at amqp://a:other@h") == "login *** failed at amqp://a:***@h"
+    )
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(transport_url=["amqp://a:s3cret@h"])
+    assert "s3cret" not in str(caught.value)

@@ -1,0 +1,170 @@
+"""Topics of other brokers: what is published to them goes there, everything else to the transport of one's own.
+
+A slip may so travel over several brokers. Each worker receives from its own transport alone, and the other broker is
+opened when something is first published there. While it is out of reach, publishing fails at once: the step stays
+ready, the sweeper tries again, and nothing else waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from paigeant.errors import MessageInvalid, PaigeantError, TransportUnavailable
+
+if TYPE_CHECKING:
+    from paigeant.message import PaigeantMessage
+    from paigeant.store import Store
+    from paigeant.transport import Bury, TopicDepth, Transport
+
+__all__ = ["Route", "RoutedTransport"]
+
+log = logging.getLogger("paigeant.transports.routed")
+
+_PATIENCE_SECONDS = 10.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
+
+
+class Route:
+    """Another broker, called `name` in what is said of it. It is opened when it is first needed."""
+
+    def __init__(self, name: str, transport: Transport, *, patience: float = _PATIENCE_SECONDS) -> None:
+        self.name = name
+        self.transport = transport
+        self._patience = patience
+        self._opening = asyncio.Lock()
+        self._is_open = self._was_tried = False
+        self._pause = 0.0
+        self._closed_until = 0.0
+
+    async def do(self, work: Callable[[Transport], Awaitable[Any]]) -> Any:
+        """What `work` gives for the open transport. Raises TransportUnavailable, at once while it is out of reach."""
+        loop = asyncio.get_running_loop()
+        left = self._closed_until - loop.time()
+        if left > 0:
+            raise TransportUnavailable(f"{self.name} is out of reach, and asked again in {left:.0f} s")
+        try:
+            # One that neither answers nor refuses must not hold up what goes elsewhere.
+            async with asyncio.timeout(self._patience):
+                await self._open()
+                found = await work(self.transport)
+        except MessageInvalid:
+            raise  # the message's fault
+        except (PaigeantError, TimeoutError) as exc:
+            self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE)
+            self._closed_until = loop.time() + self._pause
+            reason = str(exc) or f"no answer within {self._patience:g} s"
+            raise TransportUnavailable(f"{self.name} is out of reach: {reason}") from exc
+        self._pause = 0.0
+        return found
+
+    async def _open(self) -> None:
+        async with self._opening:
+            if not self._is_open:
+                self._was_tried = True
+                await self.transport.connect()
+                self._is_open = True
+
+    async def close(self) -> None:
+        """Close it, if it was opened, or half opened."""
+        if self._was_tried:
+            self._is_open = self._was_tried = False
+            await self.transport.close()
+
+
+class RoutedTransport:
+    """One's own transport, and routes to others by patterns of topics, of which the first that fits counts.
+
+    A pattern that leads to None keeps its topics here.
+    """
+
+    def __init__(self, own: Transport, routes: Mapping[str, Route | None]) -> None:
+        self.own = own
+        self.routes = dict(routes)
+
+    def route(self, topic: str) -> Route | None:
+        """Where messages of `topic` go; None: to one's own transport."""
+        for pattern, route in self.routes.items():
+            if fnmatchcase(topic, pattern):
+                return route
+        return None
+
+    async def connect(self) -> None:
+        await self.own.connect()
+
+    async def close(self) -> None:
+        try:
+            for route in {route for route in self.routes.values() if route is not None}:
+                with contextlib.suppress(
+                    PaigeantError
+                ):  # its trouble; all the others are to be closed as well
+                    await route.close()
+        finally:
+            await self.own.close()
+
+    async def publish(self, topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
+        route = self.route(topic)
+        if route is None:
+            await self.own.publish(topic, message, delay=delay)
+        else:
+            await route.do(lambda transport: transport.publish(topic, message, delay=delay))
+
+    def subscribe(self, topic: str, *, prefetch: int = 1) -> AsyncIterator[PaigeantMessage]:
+        route = self.route(topic)
+        if route is not None:
+            log.warning(
+                "topic %s is served here, but messages for it go to %s: `routes` sends them there; "
+                "serve it with a worker whose transport_url is that broker",
+                topic,
+                route.name,
+            )
+        return self.own.subscribe(topic, prefetch=prefetch)
+
+    async def ack(self, message_id: str) -> None:
+        await self.own.ack(message_id)
+
+    async def nack(self, message_id: str, *, delay: float = 0) -> None:
+        await self.own.nack(message_id, delay=delay)
+
+    async def dead_letter(self, message_id: str, reason: str) -> None:
+        await self.own.dead_letter(message_id, reason)
+
+    async def topics(self, known: Collection[str] = ()) -> list[TopicDepth]:
+        found = {depth.topic: depth for depth in await self.own.topics(known)}
+        for route in {route for route in self.routes.values() if route is not None}:
+            theirs = [topic for topic in known if self.route(topic) is route]
+            try:
+                depths: list[TopicDepth] = await route.do(
+                    lambda transport, theirs=theirs: transport.topics(theirs)  # type: ignore[misc]
+                )
+            except TransportUnavailable as exc:
+                log.warning("what waits there isn't counted: %s", exc)
+                continue
+            for depth in depths:
+                if self.route(depth.topic) is route:  # others use that broker too
+                    found[depth.topic] = _added(found.get(depth.topic), depth)
+        return [found[topic] for topic in sorted(found)]
+
+    def joins(self, store: Store) -> bool:
+        return self.own.joins(store)
+
+    def bury_with(self, bury: Bury) -> None:
+        self.own.bury_with(bury)
+
+
+def _added(one: TopicDepth | None, other: TopicDepth) -> TopicDepth:
+    """A topic of which messages wait on two brokers: one was set before `routes` was."""
+    if one is None:
+        return other
+    ages = [age for age in (one.oldest, other.oldest) if age is not None]
+    return replace(
+        other,
+        waiting=one.waiting + other.waiting,
+        taken=one.taken + other.taken,
+        oldest=max(ages, default=None),
+    )

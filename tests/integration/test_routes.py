@@ -1,0 +1,195 @@
+"""One slip over several brokers: `routes` sends the messages of some topics to another one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from paigeant import ActivityRegistry, ActivityWorker, Paigeant, Settings, Workflow
+from paigeant.errors import TransportUnavailable
+from paigeant.message import PaigeantMessage
+from paigeant.slip import RoutingSlip, RunStatus, Step
+from paigeant.transports.memory import MemoryTransport
+from paigeant.transports.routed import Route, RoutedTransport
+
+HERE, THERE = "sqlite:///here.db", "sqlite:///there.db"
+FAST = {"grace": 0.3, "sweep_interval": 0.1, "store_url": HERE}
+
+
+def message(message_id: str) -> PaigeantMessage:
+    """A message for a step of a run of its own."""
+    return PaigeantMessage(message_id, f"run-{message_id}", RoutingSlip(itinerary=(Step("a", id="a"),)))
+
+
+@asynccontextmanager
+async def working(worker: ActivityWorker) -> AsyncIterator[None]:
+    """The worker at work."""
+    task = asyncio.create_task(worker.run())
+    try:
+        yield
+    finally:
+        await worker.stop(5)
+        await task
+
+
+async def test_a_run_goes_to_and_fro_between_two_brokers() -> None:
+    """Steps alternate between two brokers and two workers, each of which receives from its own alone."""
+    ours, theirs = ActivityRegistry(), ActivityRegistry()
+
+    @ours.execute(topic="our.count")
+    async def count(n: int = 0, add: int = 0) -> int:
+        return n + add + 1
+
+    @ours.compensate("count")
+    async def uncount(output: int) -> None:
+        undone.append(output)
+
+    @theirs.execute(topic="partner.double", retries=0)
+    async def double(count: int, fail: bool) -> int:
+        if fail:
+            raise ValueError("no")
+        return count * 2
+
+    undone: list[int] = []
+    steps = ["count", "double"] * 3
+    here = Settings(transport_url=HERE, routes={"partner.*": THERE}, **FAST)
+    there = Settings(transport_url=THERE, routes={"our.*": HERE}, **FAST)
+    async with (
+        Paigeant(here, activities=[ours, theirs]) as app,
+        Paigeant(there, activities=[theirs, ours]) as partner,
+        working(app.worker(ours)),
+        working(partner.worker(theirs)),
+    ):
+        good = [
+            await app.dispatch(Workflow("w", steps), {"fail": False}, workflow_id=f"r{n}") for n in range(20)
+        ]
+        bad = await partner.dispatch(Workflow("w", steps), {"fail": True})
+        for run in good:
+            result = await run.wait(30)
+            assert (result.status, result.error) == (RunStatus.COMPLETED, None)
+        assert (await bad.wait(30)).status is RunStatus.COMPENSATED
+        rows = [row for run in good for row in (await run.detail()).steps]
+        assert Counter(row.topic for row in rows) == {"our.count": 60, "partner.double": 60}
+        assert {row.attempt for row in rows} == {1}
+        by_topic = {
+            topic: {row.worker for row in rows if row.topic == topic}
+            for topic in (rows[0].topic, rows[1].topic)
+        }
+        assert [len(workers) for workers in by_topic.values()] == [1, 1]
+        assert len(set().union(*by_topic.values())) == 2
+    assert undone == [1]
+
+
+async def test_what_waits_is_told_of_both_brokers() -> None:
+    """Topics of the other broker are counted there, and only those that are routed to it."""
+    async with Paigeant(Settings(transport_url=HERE, routes={"partner.*": THERE}, store_url=HERE)) as app:
+        await app.transport.publish("partner.a", message("1"))
+        await app.transport.publish("mine", message("2"))
+        async with Paigeant(Settings(transport_url=THERE, store_url=HERE)) as partner:
+            await partner.transport.publish("theirs alone", message("3"))
+            assert [depth.topic for depth in await partner.transport.topics()] == [
+                "partner.a",
+                "theirs alone",
+            ]
+        found = await app.transport.topics()
+        assert [(depth.topic, depth.waiting) for depth in found] == [("mine", 1), ("partner.a", 1)]
+
+
+async def test_a_partner_out_of_reach_holds_nobody_up(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker starts and does its own steps; those for the partner wait in the store until it is there."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def mine() -> str:
+        return "mine"
+
+    @activity.execute(topic="partner.theirs")
+    async def theirs() -> str:
+        return "theirs"
+
+    url = "sqlite:///away/there.db"  # a folder that isn't there yet
+    here = Settings(transport_url=HERE, routes={"partner.*": url}, **FAST)
+    async with Paigeant(here, activities=activity) as app:
+        with caplog.at_level(logging.WARNING, "paigeant"):
+            waits = await app.dispatch(Workflow("w", ["theirs", "mine"]))
+            async with working(app.worker(activity, topics=["mine"])):
+                assert (await (await app.dispatch(Workflow("v", ["mine"]))).wait(20)).output == "mine"
+                assert await waits.status() is RunStatus.PENDING
+                [topic] = await app.store.open_topics()
+                assert (topic.topic, topic.ready) == ("partner.theirs", 1)
+                assert "out of reach" in caplog.text
+                Path("away").mkdir()  # noqa: ASYNC240  # a test may block
+                partner = Settings(transport_url=url, routes={"mine": HERE}, **FAST)
+                async with (
+                    Paigeant(partner, activities=activity) as other,
+                    working(other.worker(topics=["partner.theirs"])),
+                ):
+                    assert (await waits.wait(60)).outputs == {"theirs": "theirs", "mine": "mine"}
+
+
+class Broken(MemoryTransport):
+    """Counts how often it is asked, and can't be reached, or never answers."""
+
+    hangs = False
+    asked = 0
+    closed = 0
+
+    async def connect(self) -> None:
+        self.asked += 1
+        if self.hangs:
+            await asyncio.Event().wait()
+        raise TransportUnavailable("refused")
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_a_broker_out_of_reach_is_asked_seldom(hangs: bool) -> None:
+    """After a failure publishing there fails at once for a while, so that a thousand steps don't each wait for it."""
+    broken = Broken()
+    broken.hangs = hangs
+    routed = RoutedTransport(MemoryTransport(), {"p.*": Route("that broker", broken, patience=0.05)})
+    await routed.connect()
+    assert broken.asked == 0, "it is opened when it is first needed"
+    for n in range(50):
+        with pytest.raises(TransportUnavailable, match="that broker is out of reach"):
+            await routed.publish("p.a", message(str(n)))
+    await routed.publish("mine", message("m"))
+    assert [depth.topic for depth in await routed.topics()] == ["mine"]
+    assert broken.asked == 1
+    await routed.close()
+    assert broken.closed == 1
+
+
+async def test_the_first_pattern_that_fits_counts() -> None:
+    """In the order in which they stand, with case; a pattern may lead back to one's own broker."""
+    special, other = Route("special", MemoryTransport()), Route("other", MemoryTransport())
+    routed = RoutedTransport(MemoryTransport(), {"p.own": None, "p.[ab]*": special, "p.*": other})
+    found = [routed.route(topic) for topic in ("p.own", "p.a1", "p.c", "P.c", "x")]
+    assert found == [None, special, other, None, None]
+
+
+async def test_a_route_to_ones_own_broker_stays_there() -> None:
+    """The URL of one's own transport makes an exception from a later pattern; its store publishes as before."""
+    settings = Settings(transport_url=HERE, store_url=HERE, routes={"partner.ours": HERE, "partner.*": THERE})
+    async with Paigeant(settings) as app:
+        run = await app.dispatch(Workflow("w", [Step("a", topic="partner.ours")]))
+        assert await run.status() is RunStatus.PENDING
+        assert not Path("there.db").exists()  # noqa: ASYNC240  # a test may block
+        assert [depth.topic for depth in await app.transport.topics()] == ["partner.ours"]
+
+
+async def test_serving_a_routed_topic_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker that listens where no message comes is told so."""
+    routed = RoutedTransport(MemoryTransport(), {"p.*": Route("that broker", MemoryTransport())})
+    routed.subscribe("p.a")
+    routed.subscribe("mine")
+    assert [record.getMessage() for record in caplog.records if "topic p.a" in record.getMessage()]
+    assert "topic mine" not in caplog.text
