@@ -37,7 +37,7 @@ PARTS = (
     # The event loop's thread.
     Part("dispatch", "paigeant.dispatcher", "Dispatcher.dispatch"),
     Part("encode the message", "paigeant.forwarder", "encode"),
-    Part("decode the message", "paigeant.transports.sqlite", "decode"),
+    Part("decode the message", "paigeant.table_transport", "decode"),
     Part("take and hand over", "paigeant.worker", "ActivityWorker._take"),
     Part("claim", "paigeant.executor", "Executor.claim"),
     Part("accept", "paigeant.executor", "Executor._accept"),
@@ -55,7 +55,7 @@ PARTS = (
     Part("record: rows to change", "paigeant.stores.sql", "SqlStore._record"),
     Part("claim: rows to change", "paigeant.stores.sql", "SqlStore._claim"),
     Part("start: rows to change", "paigeant.stores.sql", "SqlStore._start"),
-    Part("fetch messages", "paigeant.transports.sqlite", "SqliteTransport._fetch"),
+    Part("fetch messages", "paigeant.table_transport", "TableTransport._fetch"),
     Part("decide in the ledger", "paigeant.ledger", "record"),
     Part("make rows of changes", "paigeant.stores.sql", "SqlStore._write"),
     Part("SQL that reads", "paigeant.prepared", "Prepared.rows"),

@@ -1,83 +1,80 @@
-"""One SQLite file as the adapters see it: its tables, its transactions, and word of what other processes commit.
+"""Database: SQL as the adapters see it: transactions that many tasks share, and word of what others commit.
 
 Transactions pass through two lanes (`lane.py`), one that writes and one that reads. Awaiting each statement through an
-async driver would cost a hop to a thread apiece, which is most of the time of a small commit; here a whole transaction
-is one hop. A server database takes the same handlers through `AsyncConnection.run_sync`.
+async driver would cost a hop or a round trip apiece, which is most of the time of a small commit; here a whole
+transaction is one hop. The kinds of databases are in `databases/`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import random
-import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, text
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Connection, inspect, text
 
-from paigeant.clock import Clock, SystemClock
-from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreUnavailable
-from paigeant.lane import Lane, Tx, transact
-from paigeant.prepared import driver_of
-from paigeant.tables import SCHEMA_VERSION, metadata
-from paigeant.wakeup import Bell
+from paigeant.errors import StoreUnavailable
+from paigeant.lane import Handler, Lane, Tx
 
-__all__ = ["Database", "as_it_is", "current_version", "database_path", "prepare"]
+__all__ = ["READER", "WRITER", "Database", "current_version"]
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
 WRITER, READER = "paigeant-writer", "paigeant-reader"
 
-_CHECKPOINT_BYTES = 16 * 1024 * 1024
-_BUSY_SECONDS = 15.0
-
-
-def database_path(url: str) -> Path:
-    """The file that `sqlite:///path` names. Raises ConfigurationError for a URL without one."""
-    scheme, _, rest = url.partition("://")
-    path = rest.removeprefix("/")
-    if scheme != "sqlite" or not path:
-        raise ConfigurationError(
-            f"{url!r} names no file; expected sqlite:///file.db, or sqlite:////folder/file.db for an absolute path"
-        )
-    if "?" in path:
-        raise ConfigurationError(f"{url!r} has options behind a '?'; expected sqlite:///file.db without any")
-    if "\0" in path or any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
-        raise ConfigurationError(f"no file can be called {path!r}; expected sqlite:///file.db")
-    return Path(path)
-
 
 class Database:
-    """An open SQLite file, with the tables of this version of the code. One for each process and file."""
+    """An open database with the tables of this version of the code. One for each process and place.
 
-    def __init__(self, url: str, *, clock: Clock | None = None) -> None:
+    A kind of database says how to `_open` and `_shut` it, and how to do one transaction from any thread
+    (`_transact_now`).
+    """
+
+    def __init__(self, url: str) -> None:
         self.url = url
-        self.path = database_path(url)
-        self.clock = clock or SystemClock()
-        self._engine: Engine | None = None
         self._users = 0
         self._writer: Lane | None = None
         self._reader: Lane | None = None
-        self._beater: Connection | None = None
-        self._file: tuple[Path, tuple[int, int]] | None = None
         self._beating = threading.Lock()
         self._listeners: list[Callable[[frozenset[str]], None]] = []
-        self._bell = Bell(self.path, self._heard)
-        self._commits = 0
-        self._durable = True
 
     @property
     def hears_others(self) -> bool:
         """Whether commits of other processes are heard at once. Otherwise whoever waits has to look often."""
-        return self._bell.works
+        raise NotImplementedError
+
+    @property
+    def place(self) -> str:
+        """Which database it is, as a message may say it: without secrets."""
+        raise NotImplementedError
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is something to open. What isn't there is made when it is opened."""
+        raise NotImplementedError
+
+    def elapsed(self) -> float:
+        """Seconds by a steady clock of this process; an embedded database of a test goes by the test's clock."""
+        return time.monotonic()
+
+    # -- as it is, for those who change its tables
+
+    def as_it_is(self) -> AbstractContextManager[Connection]:
+        """A transaction on the database as it is, whatever tables it has. Committed at the end of the block.
+
+        Raises ConfigurationError, StoreUnavailable.
+        """
+        raise NotImplementedError
+
+    def prepare(self, connection: Connection) -> None:
+        """Make the tables of this version, or bring those of an older one to it.
+
+        Raises SchemaMismatch for a database that newer code has changed, or that has other tables of these names.
+        """
+        raise NotImplementedError
 
     # -- opening and closing
 
@@ -86,53 +83,33 @@ class Database:
         self._users += 1
         if self._users > 1:
             return
-        self._durable = True
         try:
-            engine = self._engine = _engine(self.path)
-            self._writer = Lane(
-                WRITER,
-                engine,
-                self.clock,
-                guard=self._guard,
-                begin=begun,
-                begins=self._set_durability,
-                committed=self._bell.ring,
-                heard=self._heard,
-                tidy=self._checkpoint,
-            )
-            self._reader = Lane(
-                READER,
-                _engine(self.path, reads_only=True),
-                self.clock,
-                guard=self._guard,
-                begin=partial(begun, reads_only=True),
-            )
-            await self._writer.submit(self._prepare, None)
+            await self._open()
         except BaseException:
+            await self._close_lanes()
             await self._shut()
             self._users = 0
             raise
-        self._bell.open()
 
     async def close(self) -> None:
         """Commit what was begun and close it, once its last user does so."""
+        was_open = self._users > 0
         self._users = max(self._users - 1, 0)
-        if not self._users and self._engine is not None:
+        if was_open and not self._users:
+            await self._close_lanes()
             await self._shut()
 
+    async def _open(self) -> None:
+        raise NotImplementedError
+
     async def _shut(self) -> None:
+        raise NotImplementedError
+
+    async def _close_lanes(self) -> None:
         for lane in (self._writer, self._reader):
             if lane is not None:
                 await lane.stop()
         self._writer = self._reader = None
-        self._file = None
-        self._bell.close()
-        if self._beater is not None:
-            self._beater.close()
-            self._beater = None
-        if self._engine is not None:
-            self._engine.dispose()
-            self._engine = None
 
     # -- transactions
 
@@ -173,27 +150,27 @@ class Database:
         """What `query` gives, from one consistent state: a `read` of a kind of its own."""
         return await self.read(lambda tx, _: [query(tx.connection)], None)
 
+    async def now(self) -> float:
+        """The database's time."""
+        return await self.read(_instants, None)
+
     def write_now(
         self, handler: Callable[[Tx, Sequence[Request]], Sequence[Result]], request: Request
     ) -> Result:
         """Like `write`, blocking and alone, from any thread; of several one waits for the other."""
-        if self._engine is None:
-            raise StoreUnavailable(f"{self.path} is not open")
-        with self._beating, self._guard():
-            if self._beater is None:
-                self._beater = self._engine.connect()
-            results, rings = transact(self._beater, self.clock, [(handler, request)], begin=begun)
-        if rings:
-            self._bell.ring(rings)
-        result: Result = results[0]
+        with self._beating:
+            result: Result = self._transact_now(handler, request)
         return result
+
+    def _transact_now(self, handler: Handler, request: Any) -> Any:
+        raise NotImplementedError
+
+    # -- word of commits
 
     def on_change(self, listener: Callable[[frozenset[str]], None]) -> Callable[[], None]:
         """Call `listener` in the event loop with what commits of any process rang for. Gives what ends that."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
-
-    # -- inside
 
     def _heard(self, names: frozenset[str]) -> None:
         for listener in tuple(self._listeners):
@@ -201,215 +178,12 @@ class Database:
 
     def _lane(self, lane: Lane | None) -> Lane:
         if lane is None:
-            raise StoreUnavailable(f"{self.path} is not open")
+            raise StoreUnavailable(f"{self.place} is not open")
         return lane
 
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
-        with _translated(self.path):
-            self._check_is_there()
-            yield
 
-    def _check_is_there(self) -> None:
-        # A file that was deleted can still be written to, and nobody would ever see what is written.
-        if self._file is None:
-            return
-        place, identity = self._file
-        try:
-            found = os.stat(place)
-        except FileNotFoundError:
-            raise StoreUnavailable(f"{self.path} was deleted while it was in use; put it back") from None
-        if (found.st_dev, found.st_ino) != identity:
-            raise StoreUnavailable(
-                f"{self.path} was replaced while it was in use; start again with the new one"
-            )
-
-    def _set_durability(self, connection: Connection, durable: bool) -> None:
-        # A NORMAL commit is written but not synced; the next FULL one syncs it as well.
-        if durable != self._durable:
-            driver_of(connection).execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            self._durable = durable
-
-    def _prepare(self, tx: Tx, requests: Sequence[None]) -> list[None]:
-        prepare(tx.connection, self.path)
-        place = self.path.resolve()
-        found = place.stat()
-        self._file = place, (found.st_dev, found.st_ino)
-        return [None] * len(requests)
-
-    def _checkpoint(self, connection: Connection) -> None:
-        # Nobody checkpoints by itself (wal_autocheckpoint=0): SQLite before 3.51.3 may corrupt the file when a
-        # checkpoint races with a commit that resets the log (sqlite.org/wal.html#walresetbug). TRUNCATE holds the
-        # write lock while it works, so it can't race; when it isn't given the lock soon, the next commit tries again.
-        self._commits += 1
-        if self._commits % 16:
-            return
-        with contextlib.suppress(OSError, sqlite3.Error):
-            if os.path.getsize(f"{self.path}-wal") > _CHECKPOINT_BYTES:
-                raw = driver_of(connection)
-                raw.execute("PRAGMA busy_timeout=250")
-                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                raw.execute("PRAGMA busy_timeout=0")
-
-
-def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> Engine:
-    folder = path.parent
-    if not folder.is_dir():
-        raise ConfigurationError(
-            f"the folder {folder} of the database {path.name} doesn't exist; make it first"
-        )
-    if path.exists():
-        _check_is_database(path)
-    elif not os.access(folder, os.W_OK):
-        raise ConfigurationError(f"can't make {path}: the folder {folder.resolve()} is read-only")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise ConfigurationError(f"{path} is read-only; Paigeant needs to write to it")
-    if not os.access(folder, os.W_OK):
-        raise ConfigurationError(
-            f"the folder {folder.resolve()} of {path.name} is read-only; SQLite has to write files beside the database"
-        )
-    engine = create_engine(
-        URL.create("sqlite", database=str(path)),
-        poolclass=NullPool,
-        connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False, "isolation_level": None},
-    )
-
-    @event.listens_for(engine, "connect")
-    def configure(connection: sqlite3.Connection, _: object) -> None:
-        if not as_it_is:
-            _check_is_ours(connection, path)
-            # Which stays with the file. Of two that switch a new one at the same moment SQLite turns one away at once,
-            # without regard to the timeout.
-            _patiently(connection, "PRAGMA journal_mode=WAL")
-        for pragma in ("synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=OFF"):
-            connection.execute(f"PRAGMA {pragma}")
-        if not reads_only:
-            connection.execute("PRAGMA busy_timeout=0")  # it waits for its turn by itself, see below
-
-    return engine
-
-
-def _patiently(driver: sqlite3.Connection, statement: str) -> None:
-    """Execute `statement` once the file is free for it."""
-    # SQLite's own waiting sleeps 1, 2, 5, 10, 15 ms and more between its looks, while others hold the lock for less
-    # than one: two workers on a file would spend most of their time asleep.
-    until = time.monotonic() + _BUSY_SECONDS
-    pause = 0.0001
-    while True:
-        try:
-            driver.execute(statement)
-            return
-        except sqlite3.OperationalError as exc:
-            if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
-                raise
-        time.sleep(pause * random.uniform(0.5, 1.5))
-        pause = min(pause * 1.5, 0.01)
-
-
-@contextlib.contextmanager
-def begun(connection: Connection, *, reads_only: bool = False) -> Iterator[None]:
-    """A transaction that is committed at the end, or rolled back by an error.
-
-    One that writes takes its turn at once: a deferred transaction that turns into a writing one after another commit
-    fails immediately, whatever the busy timeout is.
-    """
-    driver = driver_of(connection)
-    if reads_only:
-        driver.execute("BEGIN")
-    else:
-        _patiently(driver, "BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.commit()
-        if driver.in_transaction:  # nothing went through SQLAlchemy
-            driver.commit()
-    except BaseException:
-        connection.rollback()
-        if driver.in_transaction:
-            driver.rollback()
-        raise
-
-
-def _check_is_database(path: Path) -> None:
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "a device or pipe"
-        raise ConfigurationError(f"{path} is {what}; expected a database file")
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except OSError as exc:
-        raise ConfigurationError(f"can't read {path}: {exc.strerror}") from exc
-    if start and start != b"SQLite format 3\0":
-        raise ConfigurationError(
-            f"{path} is not an SQLite database (it starts with {start[:12]!r}); name another file in the URL"
-        )
-
-
-@contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """Turns what the driver reports into errors of ours."""
-    try:
-        yield
-    except PaigeantError:
-        raise
-    except (DBAPIError, sqlite3.DatabaseError) as exc:
-        cause = exc.orig if isinstance(exc, DBAPIError) else exc
-        if "not a database" in str(cause):
-            raise ConfigurationError(
-                f"{path} is not an SQLite database; name another file in the URL"
-            ) from exc
-        # A damaged file is plainly a DatabaseError; the other kinds below it are mistakes in a statement.
-        if isinstance(cause, sqlite3.OperationalError) or type(cause) is sqlite3.DatabaseError:
-            raise StoreUnavailable(f"can't use {path}: {cause}") from exc
-        raise
-
-
-def prepare(connection: Connection, path: Path) -> None:
-    """Make sure that the file has the tables of this version: a new one gets them, an older one is migrated.
-
-    Raises SchemaMismatch for a file that newer code has written, or that holds other tables of these names.
-    """
-    found = current_version(connection)
-    names = set(inspect(connection).get_table_names())
-    if found == SCHEMA_VERSION:
-        missing = sorted(set(metadata.tables) - names)
-        if missing:
-            raise SchemaMismatch(
-                f"{path} has lost its table '{missing[0]}'; put a copy of the file there, or name another in the URL"
-            )
-        return
-    if found is None:
-        _check_not_foreign(names, path)
-        metadata.create_all(connection)
-        connection.execute(
-            text("CREATE TABLE IF NOT EXISTS alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
-        )
-        connection.execute(text("INSERT INTO alembic_version VALUES (:version)"), {"version": SCHEMA_VERSION})
-        return
-    from paigeant.migrations import upgrade  # here, because it loads Alembic, which only an old file needs
-
-    upgrade(connection, str(path))
-
-
-def _check_is_ours(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise SchemaMismatch for the database of another program, or of newer code, before anything in it changes."""
-    names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if "alembic_version" not in names:
-        _check_not_foreign(names, path)
-        return
-    found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
-    if found is not None and found[0] != SCHEMA_VERSION:
-        from paigeant.migrations import check  # here, because it loads Alembic, which only such a file needs
-
-        check(str(path), found[0])
-
-
-def _check_not_foreign(names: set[str], path: Path) -> None:
-    foreign = sorted(names & set(metadata.tables))
-    if foreign:
-        raise SchemaMismatch(
-            f"{path} has a table '{foreign[0]}' that Paigeant did not make; name another file in the URL"
-        )
+def _instants(tx: Tx, requests: Sequence[None]) -> list[float]:
+    return [tx.now] * len(requests)
 
 
 def current_version(connection: Connection) -> str | None:
@@ -417,17 +191,3 @@ def current_version(connection: Connection) -> str | None:
     if not inspect(connection).has_table("alembic_version"):
         return None
     return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-
-
-@contextlib.contextmanager
-def as_it_is(path: Path) -> Iterator[Connection]:
-    """A transaction on the file as it is: its tables aren't brought to this version first. Committed at the end.
-
-    Raises ConfigurationError, StoreUnavailable.
-    """
-    engine = _engine(path, as_it_is=True)
-    try:
-        with _translated(path), engine.connect() as connection, connection.begin():
-            yield connection
-    finally:
-        engine.dispose()

@@ -10,44 +10,92 @@ import asyncio
 import contextlib
 import logging
 import queue
+import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Dialect
 
-from paigeant.clock import Clock
 from paigeant.errors import StoreUnavailable
 
-__all__ = ["Handler", "Lane", "Tx"]
+__all__ = ["Blocked", "Contended", "Driver", "Handler", "Lane", "Tx", "transact"]
 
 log = logging.getLogger("paigeant.lane")
-
-Result = TypeVar("Result")
 
 _BATCH = 1000
 """Requests in one transaction at the most: it bounds how long others wait for the database."""
 
 _LAZY_SECONDS = 0.02
+_TRIES = 8
+"""How often a transaction is done again that another one got ahead of."""
+
+
+class Contended(Exception):
+    """A transaction did nothing, because another one got ahead of it or its connection was gone: do it again."""
+
+    def __init__(self, reason: str, *, is_lost: bool = False) -> None:
+        super().__init__(reason)
+        self.is_lost = is_lost
+
+
+class Blocked(StoreUnavailable):
+    """A transaction did nothing, because another one keeps what one of its requests needs."""
+
+
+class Driver(Protocol):
+    """A driver's own connection within a transaction: a small statement takes SQLAlchemy's several times as long."""
+
+    dialect: Dialect
+
+    def rows(self, text: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Run a statement once; gives its rows."""
+        ...
+
+    def ask(self, text: str, values: Sequence[Any]) -> Callable[[], list[tuple[Any, ...]]]:
+        """Run a statement once; gives what gives its rows."""
+        ...
+
+    def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Run a statement for each of the rows."""
+        ...
+
+    def plain(self) -> Connection:
+        """SQLAlchemy's connection, in the same transaction, for what is asked rarely."""
+        ...
+
+    def now(self) -> float:
+        """The instant of the transaction."""
+        ...
 
 
 class Tx:
-    """A transaction in progress: its connection, its instant, and what others shall hear once it is committed."""
+    """A transaction in progress: its driver, its instant, and what others shall hear once it is committed."""
 
-    __slots__ = ("connection", "now", "rings")
+    __slots__ = ("driver", "rings")
 
-    def __init__(self, connection: Connection, now: float) -> None:
-        self.connection = connection
-        self.now = now
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
         self.rings: set[str] = set()
+
+    @property
+    def now(self) -> float:
+        """Its instant by the database's clock, the same however often it is asked for."""
+        return self.driver.now()
+
+    @property
+    def connection(self) -> Connection:
+        """SQLAlchemy's connection, for statements that are not worth being prepared."""
+        return self.driver.plain()
 
 
 Handler = Callable[[Tx, Sequence[Any]], Sequence[Any]]
 """Does the requests of one kind within a transaction and gives a result for each, in their order."""
 
-Begin = Callable[[Connection], AbstractContextManager[None]]
-"""A transaction on a connection, committed at the end of the block."""
+Begin = Callable[[Connection, bool], AbstractContextManager[Tx]]
+"""A transaction on a connection, durable or not, committed at the end of the block."""
 
 
 class _Op:
@@ -63,33 +111,36 @@ class _Op:
 
 
 class Lane:
-    """Runs transactions of `engine` one by one. `guard` turns the driver's errors into ours, `begin` begins one.
+    """Runs transactions one by one, on a connection of its own that `connect` gives and `begin` begins them on.
 
-    `begins` is called in the thread before each transaction and told whether it must be durable; `committed` after each
-    that rang for something; `tidy` when the results are on their way. `heard` is called in the event loop.
+    `guard` turns the driver's errors into ours, `is_lost` tells whether a connection can't be used any more.
+    `committed` is called in the thread after each transaction that rang for something, `tidy` when the results are on
+    their way; `heard` in the event loop. A transaction that takes longer than `limit` seconds is cut off with `cut`.
     """
 
     def __init__(
         self,
         name: str,
-        engine: Engine,
-        clock: Clock,
+        connect: Callable[[], Connection],
         *,
         guard: Callable[[], AbstractContextManager[None]],
         begin: Begin,
-        begins: Callable[[Connection, bool], None] = lambda _, __: None,
+        is_lost: Callable[[Connection], bool] = lambda _: False,
         committed: Callable[[set[str]], None] = lambda _: None,
         heard: Callable[[frozenset[str]], None] = lambda _: None,
         tidy: Callable[[Connection], None] = lambda _: None,
+        limit: float | None = None,
+        cut: Callable[[Connection], None] = lambda _: None,
     ) -> None:
-        self._engine = engine
-        self._clock = clock
+        self._connect = connect
         self._guard = guard
         self._begin = begin
-        self._begins = begins
+        self._is_lost = is_lost
         self._after_commit = committed
         self._heard = heard
         self._tidy = tidy
+        self._limit = limit
+        self._cut = cut
         self._waiting: list[_Op] = []
         self._lazy: list[_Op] = []
         self._idle = asyncio.Event()
@@ -98,6 +149,7 @@ class Lane:
         self._loop = asyncio.get_running_loop()
         self._batches: queue.SimpleQueue[list[_Op] | None] = queue.SimpleQueue()
         self._connection: Connection | None = None
+        self._watch: asyncio.TimerHandle | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -141,9 +193,25 @@ class Lane:
         del self._waiting[:_BATCH]
         self._lazy = []
         self._idle.clear()
+        if self._limit is not None:
+            self._watch_over(self._limit)
         self._batches.put(batch)
 
+    def _watch_over(self, seconds: float) -> None:
+        # A server that has vanished without a word would keep the thread for ever.
+        self._watch = self._loop.call_later(seconds, self._overdue, seconds)
+
+    def _overdue(self, seconds: float) -> None:
+        connection = self._connection
+        if connection is not None:
+            log.warning("a transaction takes longer than %g s: its connection is cut off", seconds)
+            self._cut(connection)
+        self._watch_over(seconds)  # the next try may meet the same
+
     def _done(self, batch: list[_Op], results: list[Any], rings: set[str]) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
         for op, result in zip(batch, results, strict=True):
             if op.future is None or op.future.done():
                 continue
@@ -177,17 +245,14 @@ class Lane:
                     self._tidy(self._connection)
             except Exception:  # without this thread nobody would ever get an answer again
                 log.exception("tidying up after a commit failed")
-        if self._connection is not None:
-            self._connection.close()
+        self._disconnect()
 
     def _transact_all(self, batch: list[_Op]) -> tuple[list[Any], set[str]]:
         try:
             return self._transact(batch)
-        except StoreUnavailable as exc:
-            return [exc] * len(batch), set()
         except BaseException as exc:
-            if len(batch) == 1:
-                return [exc], set()
+            if len(batch) == 1 or (isinstance(exc, StoreUnavailable) and not isinstance(exc, Blocked)):
+                return [exc] * len(batch), set()
         # One request that can't be done must not fail those that happened to share its transaction.
         results: list[Any] = []
         rings: set[str] = set()
@@ -201,26 +266,53 @@ class Lane:
         return results, rings
 
     def _transact(self, batch: Sequence[_Op]) -> tuple[list[Any], set[str]]:
+        durable = any(op.durable for op in batch)
+        requests = [(op.handler, op.request) for op in batch]
         with self._guard():
-            if self._connection is None:
-                self._connection = self._engine.connect()
-            self._begins(self._connection, any(op.durable for op in batch))
-            requests = [(op.handler, op.request) for op in batch]
-            return transact(self._connection, self._clock, requests, begin=self._begin)
+            return transact(self._connected, requests, begin=self._begin, durable=durable)
+
+    def _connected(self) -> Connection:
+        if self._connection is not None and self._is_lost(self._connection):
+            self._disconnect()
+        if self._connection is None:
+            self._connection = self._connect()
+        return self._connection
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(Exception):  # what can't be used can't be closed properly either
+                self._connection.close()
+            self._connection = None
 
 
 def transact(
-    connection: Connection, clock: Clock, requests: Sequence[tuple[Handler, Any]], *, begin: Begin
+    connected: Callable[[], Connection],
+    requests: Sequence[tuple[Handler, Any]],
+    *,
+    begin: Begin,
+    durable: bool = True,
 ) -> tuple[list[Any], set[str]]:
-    """Do `requests` in one transaction, those of a kind together; gives their results and what they rang for."""
+    """Do `requests` in one transaction, those of a kind together; gives their results and what they rang for.
+
+    `connected` gives the connection, a new one should that before be lost. Raises StoreUnavailable when it can't be
+    done however often it is tried.
+    """
     kinds: dict[Handler, list[int]] = {}
     for place, (handler, _) in enumerate(requests):
         kinds.setdefault(handler, []).append(place)
-    results: list[Any] = [None] * len(requests)
-    with begin(connection):
-        tx = Tx(connection, clock.now())
-        for handler, places in kinds.items():
-            answers = handler(tx, [requests[place][1] for place in places])
-            for place, answer in zip(places, answers, strict=True):
-                results[place] = answer
-    return results, tx.rings
+    reason = ""
+    for attempt in range(_TRIES):
+        results: list[Any] = [None] * len(requests)
+        try:
+            with begin(connected(), durable) as tx:
+                for handler, places in kinds.items():
+                    answers = handler(tx, [requests[place][1] for place in places])
+                    for place, answer in zip(places, answers, strict=True):
+                        results[place] = answer
+            return results, tx.rings
+        except Contended as exc:
+            reason = str(exc)
+            if exc.is_lost and attempt:  # an old connection may be gone; that a new one is, too, is trouble
+                break
+            time.sleep(0.002 * 2**attempt * random.random())
+    raise StoreUnavailable(f"a transaction could not be done, tried again and again: {reason}")

@@ -1,43 +1,61 @@
-"""Prepared: a statement that SQLAlchemy writes once, for the dialect at hand, and the driver then runs by itself."""
+"""Prepared: a statement that SQLAlchemy writes once for each dialect, and the driver then runs by itself."""
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ClauseElement, Connection, Insert
+from sqlalchemy import ClauseElement, Dialect, Insert, Table
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
-__all__ = ["Prepared", "driver_of"]
+if TYPE_CHECKING:
+    from paigeant.lane import Tx
+
+__all__ = ["Answer", "Prepared", "byte_length", "each_of", "item", "upsert"]
+
+
+Answer = Callable[[], list[tuple[Any, ...]]]
+"""Gives the rows that were asked for."""
 
 
 class Prepared:
     """A statement that is compiled once and then run with plain tuples, in the order of its parameters.
 
     SQLAlchemy's own execution handles types, defaults and naming anew for each row; here all of that is known.
+    `statement` may be a function that writes it for the dialect of a name, where the dialects differ.
     """
 
-    def __init__(self, statement: ClauseElement, parameters: Sequence[str] = ()) -> None:
+    def __init__(
+        self, statement: ClauseElement | Callable[[str], ClauseElement], parameters: Sequence[str] = ()
+    ) -> None:
         self._statement = statement
         self._parameters = list(parameters)
         self._texts: dict[str, str] = {}
 
-    def rows(self, connection: Connection, *values: Any) -> list[tuple[Any, ...]]:
+    def rows(self, tx: Tx, *values: Any) -> list[tuple[Any, ...]]:
         """What the statement gives for one set of `values`."""
-        rows: list[tuple[Any, ...]] = driver_of(connection).execute(self._text(connection), values).fetchall()
-        return rows
+        return tx.driver.rows(self._text(tx.driver.dialect), values)
 
-    def each(self, connection: Connection, rows: list[tuple[Any, ...]]) -> None:
+    def ask(self, tx: Tx, *values: Any) -> Answer:
+        """Like `rows`, to be read later: what is asked meanwhile goes along in one round trip."""
+        return tx.driver.ask(self._text(tx.driver.dialect), values)
+
+    def each(self, tx: Tx, rows: list[tuple[Any, ...]]) -> None:
         """Run it for each of `rows`; none at all is harmless."""
         if rows:
-            driver_of(connection).executemany(self._text(connection), rows)
+            tx.driver.each(self._text(tx.driver.dialect), rows)
 
-    def _text(self, connection: Connection) -> str:
-        dialect = connection.dialect
+    def _text(self, dialect: Dialect) -> str:
         text = self._texts.get(dialect.name)
         if text is None:
-            columns = self._parameters if isinstance(self._statement, Insert) else None
-            compiled: Any = self._statement.compile(dialect=dialect, column_keys=columns)
+            statement = self._statement
+            if not isinstance(statement, ClauseElement):
+                statement = statement(dialect.name)
+            columns = self._parameters if isinstance(statement, Insert) else None
+            compiled: Any = statement.compile(dialect=dialect, column_keys=columns)
             order = list(compiled.positiontup or ())
             if order != self._parameters:
                 raise AssertionError(f"parameters are in the order {order}, not {self._parameters}")
@@ -45,8 +63,84 @@ class Prepared:
         return text
 
 
-def driver_of(connection: Connection) -> sqlite3.Connection:
-    """The driver's own connection: a small statement through SQLAlchemy takes several times as long."""
-    driver: Any = connection.connection.dbapi_connection
-    assert isinstance(driver, sqlite3.Connection)
-    return driver
+_INSERTS: dict[str, Callable[[Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+
+
+def upsert(
+    table: Table,
+    columns: Sequence[str],
+    *,
+    key: Sequence[str],
+    update: Callable[[Any], dict[str, Any]] | None,
+) -> Prepared:
+    """Inserts rows of `columns`. One whose `key` is there already is changed as `update` says, from the new row.
+
+    Without `update` it stays as it is.
+    """
+    ordered = [column.name for column in table.c if column.name in columns]
+
+    def statement(dialect: str) -> ClauseElement:
+        insert = _INSERTS[dialect](table)
+        if update is None:
+            unchanged: ClauseElement = insert.on_conflict_do_nothing(index_elements=list(key))
+            return unchanged
+        changed: ClauseElement = insert.on_conflict_do_update(
+            index_elements=list(key), set_=update(insert.excluded)
+        )
+        return changed
+
+    return Prepared(statement, ordered)
+
+
+class each_of(FunctionElement[Any]):  # noqa: N801  # a function of SQL
+    """The items of a JSON array, as rows with the column `value`; of `.table_valued("value")`."""
+
+    name = "each_of"
+    inherit_cache = True
+
+
+class item(FunctionElement[Any]):  # noqa: N801
+    """The text at a place of a JSON array: item(array, literal_column("0"))."""
+
+    name = "item"
+    inherit_cache = True
+
+
+class byte_length(FunctionElement[Any]):  # noqa: N801
+    """How many bytes a JSON text has."""
+
+    name = "byte_length"
+    inherit_cache = True
+
+
+@compiles(each_of, "sqlite")
+def _each_of_in_sqlite(element: each_of, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"json_each({compiler.process(element.clauses, **kw)})"
+
+
+@compiles(each_of, "postgresql")
+def _each_of_in_postgres(element: each_of, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"json_array_elements_text(CAST({compiler.process(element.clauses, **kw)} AS JSON))"
+
+
+@compiles(item, "sqlite")
+def _item_in_sqlite(element: item, compiler: SQLCompiler, **kw: Any) -> str:
+    array, place = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"json_extract({array}, '$[{place}]')"
+
+
+@compiles(item, "postgresql")
+def _item_in_postgres(element: item, compiler: SQLCompiler, **kw: Any) -> str:
+    array, place = (compiler.process(clause, **kw) for clause in element.clauses)
+    return f"(CAST({array} AS JSON) ->> {place})"
+
+
+@compiles(byte_length, "sqlite")
+def _byte_length_in_sqlite(element: byte_length, compiler: SQLCompiler, **kw: Any) -> str:
+    # Of a text SQLite counts characters.
+    return f"length(CAST({compiler.process(element.clauses, **kw)} AS BLOB))"
+
+
+@compiles(byte_length, "postgresql")
+def _byte_length_in_postgres(element: byte_length, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"octet_length(CAST({compiler.process(element.clauses, **kw)} AS TEXT))"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,26 +15,23 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    LargeBinary,
     Select,
     Table,
     and_,
     bindparam,
     case,
-    cast,
     func,
     insert,
-    literal,
     literal_column,
     null,
     select,
     update,
 )
-from sqlalchemy.dialects.sqlite import insert as upsert
 
 from paigeant.errors import RunNotFound
+from paigeant.lane import Tx
 from paigeant.ledger import Head
-from paigeant.prepared import Prepared
+from paigeant.prepared import Prepared, byte_length, each_of, item, upsert
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import (
     OpenTopic,
@@ -62,8 +60,10 @@ __all__ = [
     "due_steps",
     "encoded",
     "heads_of",
+    "is_in",
     "key_of",
     "late_runs",
+    "lock_runs",
     "new_run",
     "new_step",
     "open_topics",
@@ -73,6 +73,7 @@ __all__ = [
     "save_variables",
     "statuses_of",
     "unit_of",
+    "variable_in",
 ]
 
 KEY = (step_executions.c.workflow_id, step_executions.c.step, step_executions.c.phase)
@@ -100,13 +101,9 @@ def key_of(row: Any) -> StepKey:
 
 def _head_query() -> Select[Any]:
     # A join with the keys as a table: SQLite answers `(a, b, c) IN (...)` with a scan of the whole index.
-    keys = func.json_each(bindparam("keys")).table_valued("value")
+    keys = each_of(bindparam("keys")).table_valued("value")
     steps = step_executions.c
-    places = ("$[0]", "$[1]", "$[2]")
-    same = (
-        column == func.json_extract(keys.c.value, literal_column(f"'{place}'"))
-        for place, column in zip(places, KEY, strict=True)
-    )
+    same = (column == item(keys.c.value, literal_column(str(place))) for place, column in enumerate(KEY))
     return (
         select(
             *KEY,
@@ -124,7 +121,36 @@ def _head_query() -> Select[Any]:
     )
 
 
-_ids = func.json_each(bindparam("ids")).table_valued("value")
+_ids = each_of(bindparam("ids")).table_valued("value")
+
+
+def _lock(*, skip: bool) -> Prepared:
+    # In one order, so that no two transactions wait for each other.
+    rows = select(workflow_runs.c.id).join(_ids, workflow_runs.c.id == _ids.c.value)
+    locked = rows.order_by(workflow_runs.c.id).with_for_update(
+        of=workflow_runs, key_share=True, skip_locked=skip
+    )
+    return Prepared(locked, ["ids"])
+
+
+_LOCK, _LOCK_FREE = _lock(skip=False), _lock(skip=True)
+
+
+def lock_runs(tx: Tx, workflow_ids: Collection[str], *, only_free: bool = False) -> set[str]:
+    """Keep other transactions from changing these runs, and read what they have committed from here on.
+
+    A run's row is the lock for all of its rows. `only_free` leaves out those that another transaction holds now; gives
+    those that are locked. In SQLite there is one writer at a time, and nothing to do.
+    """
+    ids = set(workflow_ids)
+    if tx.driver.dialect.name == "sqlite" or not ids:
+        return ids
+    if only_free:
+        return {run_id for (run_id,) in _LOCK_FREE.rows(tx, json.dumps(sorted(ids)))}
+    _LOCK.each(tx, [(json.dumps(sorted(ids)),)])
+    return ids
+
+
 STARTED = Prepared(
     select(workflow_runs.c.id, workflow_runs.c.workflow, workflow_runs.c.input_hash).join(
         _ids, workflow_runs.c.id == _ids.c.value
@@ -134,11 +160,12 @@ STARTED = Prepared(
 _HEADS = Prepared(_head_query(), ["keys"])
 
 
-def heads_of(connection: Connection, keys: Sequence[StepKey]) -> dict[StepKey, Head]:
-    """What decisions need to know of those of the steps that exist."""
+def heads_of(tx: Tx, keys: Sequence[StepKey]) -> dict[StepKey, Head]:
+    """What decisions need to know of those of the steps that exist. Their runs are locked."""
+    lock_runs(tx, [key.workflow_id for key in keys])
     heads = {}
     for workflow_id, step, phase, seq, run, status, epoch, attempt, worker, not_before in _HEADS.rows(
-        connection, json.dumps(keys)
+        tx, json.dumps(keys)
     ):
         key = StepKey(workflow_id, step, _PHASES[phase])
         heads[key] = Head(key, seq, _RUNS[run], _STEPS[status], epoch, attempt, worker, not_before)
@@ -157,12 +184,15 @@ _due_at = case(
 )
 
 
+def is_in(status: StepStatus) -> ColumnElement[bool]:
+    """Whether a step is in this state, written out, so that it fits the partial indexes of ready and running steps."""
+    return step_executions.c.status == literal_column(f"'{status.value}'")
+
+
 def orphan_steps() -> Select[Any]:
     """The running steps of workers that aren't there any more."""
     alive = select(workers.c.id)
-    return select(*KEY).where(
-        step_executions.c.status == StepStatus.RUNNING, step_executions.c.worker.not_in(alive)
-    )
+    return select(*KEY).where(is_in(StepStatus.RUNNING), step_executions.c.worker.not_in(alive))
 
 
 def due_steps(now: float) -> Select[Any]:
@@ -170,7 +200,7 @@ def due_steps(now: float) -> Select[Any]:
     steps = step_executions.c
     return (
         select(*KEY, steps.epoch, _due_at.label("due_at"))
-        .where(steps.status == StepStatus.READY, steps.wake_at <= now)
+        .where(is_in(StepStatus.READY), steps.wake_at <= now)
         .order_by(steps.wake_at)
     )
 
@@ -178,7 +208,6 @@ def due_steps(now: float) -> Select[Any]:
 def open_topics(connection: Connection, now: float) -> list[OpenTopic]:
     """What is open in each topic that has open steps."""
     steps = step_executions.c
-    # The states stand in the statements, so that they fit the partial indexes of ready and of running rows.
     ready = (
         select(
             steps.topic,
@@ -186,14 +215,10 @@ def open_topics(connection: Connection, now: float) -> list[OpenTopic]:
             func.sum(case((_due_at <= now, 1), else_=0)),
             func.min(case((_due_at <= now, _due_at))),
         )
-        .where(steps.status == literal(StepStatus.READY.value, literal_execute=True))
+        .where(is_in(StepStatus.READY))
         .group_by(steps.topic)
     )
-    running = (
-        select(steps.topic, func.count())
-        .where(steps.status == literal(StepStatus.RUNNING.value, literal_execute=True))
-        .group_by(steps.topic)
-    )
+    running = select(steps.topic, func.count()).where(is_in(StepStatus.RUNNING)).group_by(steps.topic)
     busy: dict[str, int] = {row[0]: row[1] for row in connection.execute(running)}
     found = {topic: OpenTopic(topic, 0, 0, count, None) for topic, count in busy.items()}
     for topic, count, due, since in connection.execute(ready):
@@ -231,9 +256,7 @@ def _order(table: Table, columns: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(column.name for column in table.c if column.name in columns)
 
 
-def patch_rows(
-    connection: Connection, table: Table, patches: Iterable[tuple[Sequence[str], dict[str, Any]]]
-) -> None:
+def patch_rows(tx: Tx, table: Table, patches: Iterable[tuple[Sequence[str], dict[str, Any]]]) -> None:
     """Change columns of existing rows: (primary key, values), one statement for each set of columns."""
     kinds: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
     for key, patch in patches:
@@ -241,7 +264,7 @@ def patch_rows(
         values = (*[_plain(patch[name]) for name in columns], *map(_plain, key))
         kinds.setdefault(columns, []).append(values)
     for columns, rows in kinds.items():
-        _update(table, columns).each(connection, rows)
+        _update(table, columns).each(tx, rows)
 
 
 def _insert(table: Table, columns: Sequence[str]) -> Prepared:
@@ -249,17 +272,36 @@ def _insert(table: Table, columns: Sequence[str]) -> Prepared:
     return Prepared(insert(table), ordered)
 
 
-def save_variables(connection: Connection, rows: Sequence[tuple[str, str, str]]) -> None:
+_SAVE_VARIABLE = upsert(
+    workflow_variables,
+    ["workflow_id", "key", "value"],
+    key=["workflow_id", "key"],
+    update=lambda new: {"value": new.value},
+)
+
+
+def save_variables(tx: Tx, rows: Sequence[tuple[str, str, str]]) -> None:
     """Set variables: (run, name, JSON)."""
-    if not rows:
-        return
-    statement = upsert(workflow_variables)
-    connection.execute(
-        statement.on_conflict_do_update(
-            index_elements=["workflow_id", "key"], set_={"value": statement.excluded.value}
-        ),
-        [{"workflow_id": run_id, "key": name, "value": value} for run_id, name, value in rows],
-    )
+    if tx.driver.dialect.name == "postgresql":
+        rows = [(run_id, name, _sealed(value)) for run_id, name, value in rows]
+    _SAVE_VARIABLE.each(tx, list(rows))
+
+
+# JSONB keeps numbers as decimals and has no text with a zero in it: 1e22 would come back as an integer, -0.0 as 0.0.
+_CHANGED_BY_JSONB = re.compile(r'\\u0000|\\u[dD][89a-fA-F]|\d[eE][-+\d]|-0(?!\.?\d*[1-9])|"\$json"')
+
+
+def _sealed(text: str) -> str:
+    """The JSON as JSONB can hold it: a text within an object, where JSONB would change what it says."""
+    return json.dumps({"$json": text}) if _CHANGED_BY_JSONB.search(text) else text
+
+
+def variable_in(column: str) -> bytes:
+    """The JSON of a variable from what its column holds."""
+    if column.startswith('{"$json": '):
+        text: str = json.loads(column)["$json"]
+        return text.encode()
+    return column.encode()
 
 
 _STATUSES = Prepared(
@@ -267,21 +309,24 @@ _STATUSES = Prepared(
 )
 
 
-def statuses_of(connection: Connection, workflow_ids: Collection[str]) -> dict[str, RunStatus]:
+def statuses_of(tx: Tx, workflow_ids: Collection[str]) -> dict[str, RunStatus]:
     """The states of those of the runs that exist."""
-    rows = _STATUSES.rows(connection, json.dumps(list(workflow_ids)))
+    rows = _STATUSES.rows(tx, json.dumps(list(workflow_ids)))
     return {run_id: _RUNS[status] for run_id, status in rows}
 
 
-def unit_of(connection: Connection, key: StepKey, name: str) -> bytes | None:
+_UNIT = Prepared(
+    select(step_units.c.value).where(
+        *(step_units.c[name] == bindparam(f"_{name}") for name in ("workflow_id", "step", "phase", "name"))
+    ),
+    ["_workflow_id", "_step", "_phase", "_name"],
+)
+
+
+def unit_of(tx: Tx, key: StepKey, name: str) -> bytes | None:
     """The recorded value of a unit inside a step; None when there is none."""
-    query = select(step_units.c.value).where(
-        step_units.c.workflow_id == key.workflow_id,
-        step_units.c.step == key.step,
-        step_units.c.phase == key.phase,
-        step_units.c.name == name,
-    )
-    return encoded(connection.execute(query).scalar())
+    rows = _UNIT.rows(tx, key.workflow_id, key.step, key.phase.value, name)
+    return encoded(rows[0][0]) if rows else None
 
 
 # -- rows
@@ -352,8 +397,7 @@ def _of_runs(table: Table, *columns: ColumnElement[Any]) -> Select[Any]:
 
 
 _DETAIL_RUNS = Prepared(_of_runs(workflow_runs), ["ids"])
-# Of a text SQLite counts characters.
-_output_bytes = func.length(cast(step_executions.c.output, LargeBinary))
+_output_bytes = byte_length(step_executions.c.output)
 _too_large = _output_bytes > bindparam("limit")
 _DETAIL_STEPS = Prepared(
     _of_runs(
@@ -370,26 +414,24 @@ _DETAIL_VARIABLES = Prepared(_of_runs(workflow_variables), ["ids"])
 _DETAIL_SIGNALS = Prepared(_of_runs(workflow_signals).order_by(workflow_signals.c.id), ["ids"])
 
 
-def details_of(
-    connection: Connection, workflow_ids: Collection[str], inline_bytes: int | None
-) -> dict[str, RunDetail]:
+def details_of(tx: Tx, workflow_ids: Collection[str], inline_bytes: int | None) -> dict[str, RunDetail]:
     """The runs that there are, with all of their rows."""
     ids = json.dumps(list(workflow_ids))
     limit = sys.maxsize if inline_bytes is None else inline_bytes
     steps: dict[str, list[StepRecord]] = {}
     stored: dict[str, set[str]] = {}
-    for too_large, *values in _DETAIL_STEPS.rows(connection, limit, limit, ids):
+    for too_large, *values in _DETAIL_STEPS.rows(tx, limit, limit, ids):
         step = _step(dict(zip(_DETAIL_STEP_FIELDS, values, strict=True)))
         steps.setdefault(step.workflow_id, []).append(step)
         if too_large:
             stored.setdefault(step.workflow_id, set()).add(step.step)
     variables: dict[str, dict[str, bytes]] = {}
-    for run_id, name, value in _DETAIL_VARIABLES.rows(connection, ids):
-        variables.setdefault(run_id, {})[name] = value.encode()
+    for run_id, name, value in _DETAIL_VARIABLES.rows(tx, ids):
+        variables.setdefault(run_id, {})[name] = variable_in(value)
     signals: dict[str, list[Signal]] = {}
-    for _, run_id, name, value, created_at in _DETAIL_SIGNALS.rows(connection, ids):
+    for _, run_id, name, value, created_at in _DETAIL_SIGNALS.rows(tx, ids):
         signals.setdefault(run_id, []).append(Signal(name, value.encode(), created_at))
-    runs = [run_of(dict(zip(_RUN_FIELDS, row, strict=True))) for row in _DETAIL_RUNS.rows(connection, ids)]
+    runs = [run_of(dict(zip(_RUN_FIELDS, row, strict=True))) for row in _DETAIL_RUNS.rows(tx, ids)]
     return {
         run.id: RunDetail(
             run,
@@ -402,9 +444,9 @@ def details_of(
     }
 
 
-def detail_of(connection: Connection, workflow_id: str, inline_bytes: int | None) -> RunDetail:
+def detail_of(tx: Tx, workflow_id: str, inline_bytes: int | None) -> RunDetail:
     """The run with all of its rows. Raises RunNotFound."""
-    found = details_of(connection, [workflow_id], inline_bytes)
+    found = details_of(tx, [workflow_id], inline_bytes)
     if workflow_id not in found:
         raise RunNotFound(workflow_id)
     return found[workflow_id]

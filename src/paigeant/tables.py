@@ -1,12 +1,17 @@
 """Every SQL table, for stores, SQL transports and migrations alike.
 
 What the columns mean stands with the records in `store.py`.
-JSON is kept as text exactly as it was written: what was recorded comes back byte for byte.
+JSON comes back byte for byte as it was written, whatever the type of its column: in SQLite that is TEXT, in Postgres
+JSON, which keeps the text. Variables, which other programs are to ask for, are JSONB there (`rows.py` says how what
+JSONB would change is kept from it).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
+    BigInteger,
     Column,
     Double,
     Index,
@@ -17,6 +22,8 @@ from sqlalchemy import (
     Text,
     text,
 )
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.types import UserDefinedType
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -36,18 +43,48 @@ SCHEMA_VERSION = "0001"
 
 metadata = MetaData()
 
+
+class Json(UserDefinedType[str]):
+    """JSON that goes in and out as a text."""
+
+    cache_ok = True
+
+    def __init__(self, *, binary: bool = False) -> None:
+        self.binary = binary
+
+    def get_col_spec(self, **_: Any) -> str:
+        """The type in a server's DDL."""
+        return "JSONB" if self.binary else "JSON"
+
+
+@compiles(Json, "sqlite")
+def _json_in_sqlite(*_: Any, **__: Any) -> str:
+    return "TEXT"
+
+
+_Serial = BigInteger().with_variant(Integer, "sqlite")
+
+# A row of these is changed soon after it was made, or soon deleted: room on its page saves the indexes from knowing,
+# and the dead ones are taken away early.
+_QUEUE = {"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.01", "autovacuum_vacuum_threshold": "1000"}
+_HISTORY = {
+    "fillfactor": "85",
+    "autovacuum_vacuum_scale_factor": "0.02",
+    "autovacuum_analyze_scale_factor": "0.02",
+}
+
 workflow_runs = Table(
     "workflow_runs",
     metadata,
     Column("id", Text, primary_key=True),
     Column("workflow", Text, nullable=False),
     Column("status", Text, nullable=False),
-    Column("input", Text, nullable=False),
+    Column("input", Json(), nullable=False),
     Column("input_hash", Text, nullable=False),
-    Column("slip", Text, nullable=False),
+    Column("slip", Json(), nullable=False),
     Column("correlation_id", Text, nullable=False),
     Column("trace_id", Text, nullable=False),
-    Column("headers", Text, nullable=False),
+    Column("headers", Json(), nullable=False),
     Column("ending", Text),
     Column("error", Text),
     Column("deadline", Double),
@@ -61,6 +98,7 @@ workflow_runs = Table(
         sqlite_where=text("deadline IS NOT NULL AND completed_at IS NULL"),
         postgresql_where=text("deadline IS NOT NULL AND completed_at IS NULL"),
     ),
+    postgresql_with=_HISTORY,
 )
 
 step_executions = Table(
@@ -78,12 +116,12 @@ step_executions = Table(
     Column("worker", Text),
     Column("not_before", Double, nullable=False),
     Column("wake_at", Double, nullable=False),
-    Column("input", Text),
-    Column("output", Text),
+    Column("input", Json()),
+    Column("output", Json()),
     Column("error", Text),
-    Column("revision", Text),
+    Column("revision", Json()),
     Column("undo_topic", Text),
-    Column("usage", Text),
+    Column("usage", Json()),
     Column("created_at", Double, nullable=False),
     Column("started_at", Double),
     Column("completed_at", Double),
@@ -99,6 +137,7 @@ step_executions = Table(
         sqlite_where=text("status = 'running'"),
         postgresql_where=text("status = 'running'"),
     ),
+    postgresql_with=_HISTORY,
 )
 
 workflow_variables = Table(
@@ -106,16 +145,16 @@ workflow_variables = Table(
     metadata,
     Column("workflow_id", Text, primary_key=True),
     Column("key", Text, primary_key=True),
-    Column("value", Text, nullable=False),
+    Column("value", Json(binary=True), nullable=False),
 )
 
 workflow_signals = Table(
     "workflow_signals",
     metadata,
-    Column("id", Integer, primary_key=True),
+    Column("id", _Serial, primary_key=True),
     Column("workflow_id", Text, nullable=False, index=True),
     Column("name", Text, nullable=False),
-    Column("value", Text, nullable=False),
+    Column("value", Json(), nullable=False),
     Column("created_at", Double, nullable=False),
 )
 
@@ -126,7 +165,7 @@ step_units = Table(
     Column("step", Text, primary_key=True),
     Column("phase", Text, primary_key=True),
     Column("name", Text, primary_key=True),
-    Column("value", Text, nullable=False),
+    Column("value", Json(), nullable=False),
 )
 
 workers = Table(
@@ -136,26 +175,25 @@ workers = Table(
     Column("host", Text, nullable=False),
     Column("process", Text, nullable=False),
     Column("lease_until", Double, nullable=False),
+    postgresql_with=_QUEUE,
 )
 
 messages = Table(
     "messages",
     metadata,
-    Column("id", Integer, primary_key=True),
+    Column("id", _Serial, primary_key=True),
     Column("message_id", Text, nullable=False, unique=True),
     Column("topic", Text, nullable=False),
     Column("body", LargeBinary, nullable=False),
-    Column("visible_at", Double, nullable=False),
+    Column("due_at", Double, nullable=False),
+    Column("held_until", Double, nullable=False),
     Column("created_at", Double, nullable=False),
     Column("deliveries", Integer, nullable=False),
     Column("holder", Text),
-    Index("messages_next", "topic", "visible_at"),
-    Index(
-        "messages_held",
-        "holder",
-        sqlite_where=text("holder IS NOT NULL"),
-        postgresql_where=text("holder IS NOT NULL"),
-    ),
+    Index("messages_next", "topic", "due_at"),
+    # In Postgres it would cost each taking of a message an entry in every index of the table.
+    Index("messages_held", "holder", sqlite_where=text("holder IS NOT NULL")).ddl_if(dialect="sqlite"),
+    postgresql_with=_QUEUE,
 )
 
 dead_letters = Table(

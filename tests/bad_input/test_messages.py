@@ -171,10 +171,10 @@ class System:
 
     def put(self, message_id: str, topic: str, body: bytes | str) -> None:
         """Write a row into its table of messages, as anybody can who can write to the file."""
-        row = (topic, message_id, body, 0.0, 0.0, 0)
-        columns = "topic, message_id, body, visible_at, created_at, deliveries"
+        row = (topic, message_id, body, 0.0, 0.0, 0.0, 0)
+        columns = "topic, message_id, body, due_at, held_until, created_at, deliveries"
         with closing(sqlite3.connect(self.folder / "paigeant.db", timeout=60)) as database, database:
-            database.execute(f"INSERT INTO messages ({columns}) VALUES (?, ?, ?, ?, ?, ?)", row)
+            database.execute(f"INSERT INTO messages ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def waiting(self, message_id: str) -> int:
         """How many messages of this id are there."""

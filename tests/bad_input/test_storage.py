@@ -22,7 +22,7 @@ import pytest
 import sqlalchemy
 from tests.bad_input.bench import HANDLERS, INPUT, OTHER, PAIGEANT, call, check, done, put, works_on
 
-import paigeant.database
+import paigeant.databases.sqlite
 from paigeant import ActivityRegistry, Paigeant, Settings, Step, Workflow
 from paigeant.observer import Event
 
@@ -279,7 +279,7 @@ def test_what_may_not_be_written_is_told(
 
 def test_a_file_that_others_lock_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who can't get at the file within the time for that is told so, and can try again later."""
-    monkeypatch.setattr(paigeant.database, "_BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(paigeant.databases.sqlite, "_BUSY_SECONDS", 0.1)
     other = sqlite3.connect(DATABASE, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     check(call(*DISPATCH), ("can't use paigeant.db", "database is locked"), 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from paigeant.database import Database
+from paigeant.databases.sqlite import SqliteDatabase
 from paigeant.slip import RunStatus
 from paigeant.store import Store
 from paigeant.stores.memory import MemoryStore
@@ -23,7 +23,7 @@ class TestMemoryStore(StoreConformance):
 
 class TestSqliteStore(StoreConformance):
     def make(self) -> Store:
-        return SqlStore(Database(f"sqlite:///{self.place}/s.db", clock=self.clock), grace=self.grace)
+        return SqlStore(SqliteDatabase(f"sqlite:///{self.place}/s.db", clock=self.clock), grace=self.grace)
 
     async def test_another_process_ends_a_wait(self, store: Store) -> None:
         """Who waits here is woken by the commit of another process."""
@@ -38,11 +38,11 @@ class TestSqliteStore(StoreConformance):
 
 _CANCEL = """
 import asyncio, sys
-from paigeant.database import Database
+from paigeant.databases.sqlite import SqliteDatabase
 from paigeant.stores.sql import SqlStore
 
 async def main():
-    store = SqlStore(Database(sys.argv[1]))
+    store = SqlStore(SqliteDatabase(sys.argv[1]))
     await store.connect()
     await store.cancel_run("r", "from afar")
     await store.close()

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from paigeant.database import Database
+from paigeant.databases.sqlite import SqliteDatabase
 from paigeant.testing.conformance import TransportConformance
 from paigeant.testing.conformance.transports import message
 from paigeant.transport import Posting, Transport
@@ -31,7 +31,7 @@ class TestMemoryTransport(TransportConformance):
 
 class TestSqliteTransport(TransportConformance):
     def make(self) -> Transport:
-        database = Database(f"sqlite:///{self.place}/q.db", clock=self.clock)
+        database = SqliteDatabase(f"sqlite:///{self.place}/q.db", clock=self.clock)
         return SqliteTransport(database, limit_bytes=self.limit_bytes)
 
     async def deliver_raw(self, transport: Transport, topic: str, message_id: str, body: bytes) -> None:
@@ -64,19 +64,19 @@ class TestSqliteTransport(TransportConformance):
 
         assert isinstance(transport, SqliteTransport)
         assert not transport.joins(MemoryStore())
-        assert not transport.joins(SqlStore(Database(f"sqlite:///{self.place}/q.db")))
+        assert not transport.joins(SqlStore(SqliteDatabase(f"sqlite:///{self.place}/q.db")))
         assert transport.joins(SqlStore(transport.database))
 
     async def test_dead_letters_are_kept_without_a_store(self, transport: Transport) -> None:
         """Without `bury_with` the transport keeps dead letters in the file itself."""
-        lone = SqliteTransport(Database(f"sqlite:///{self.place}/q.db", clock=self.clock))
+        lone = SqliteTransport(SqliteDatabase(f"sqlite:///{self.place}/q.db", clock=self.clock))
         await lone.connect()
         await self.deliver_raw(lone, "work", "b", b"nonsense")
         assert await self.is_empty(lone)
         await lone.close()
         from paigeant.stores.sql import SqlStore
 
-        store = SqlStore(Database(f"sqlite:///{self.place}/q.db"))
+        store = SqlStore(SqliteDatabase(f"sqlite:///{self.place}/q.db"))
         await store.connect()
         letter = await store.load_dead_letter("b")
         await store.close()
@@ -95,12 +95,12 @@ def _post(transport: SqliteTransport):
 _HOLDER = """
 import asyncio, sys
 from datetime import UTC, datetime
-from paigeant.database import Database
+from paigeant.databases.sqlite import SqliteDatabase
 from paigeant.testing import ManualClock
 from paigeant.transports.sqlite import SqliteTransport
 
 async def main():
-    transport = SqliteTransport(Database(sys.argv[1], clock=ManualClock()))
+    transport = SqliteTransport(SqliteDatabase(sys.argv[1], clock=ManualClock()))
     await transport.connect()
     async for received in transport.subscribe("work"):
         print(received.message_id, flush=True)

@@ -156,7 +156,7 @@ def _ended() -> dict[int, int]:
 def _main() -> None:
     from tests.kill import roles  # noqa: F401
 
-    import paigeant.database
+    import paigeant.databases.sqlite
     import paigeant.stores.sql
     import paigeant.transports.sqlite  # noqa: F401  # for the warmth
 

@@ -20,15 +20,15 @@ import pytest
 import pytest_asyncio
 from sqlalchemy import text
 
-from paigeant import database as module
-from paigeant.database import Database, database_path
+from paigeant.databases import sqlite as module
+from paigeant.databases.sqlite import SqliteDatabase, database_path
 from paigeant.errors import ConfigurationError, SchemaMismatch, StoreUnavailable
 from paigeant.lane import Tx
 
 WRITERS = """
 import asyncio, sys
 from sqlalchemy import text
-from paigeant.database import Database
+from paigeant.databases.sqlite import SqliteDatabase
 
 def add(tx, requests):
     for n in requests:
@@ -36,7 +36,7 @@ def add(tx, requests):
     return requests
 
 async def main():
-    database = Database(sys.argv[1])
+    database = SqliteDatabase(sys.argv[1])
     await database.connect()
     for start in range(0, 200, 20):
         await asyncio.gather(*(database.write(add, n) for n in range(start, start + 20)))
@@ -47,9 +47,9 @@ asyncio.run(main())
 
 
 @pytest_asyncio.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
+async def database(tmp_path: Path) -> AsyncIterator[SqliteDatabase]:
     """An open database with a table `numbers`."""
-    database = Database(f"sqlite:///{tmp_path}/x.db")
+    database = SqliteDatabase(f"sqlite:///{tmp_path}/x.db")
     await database.connect()
     await database.write(execute, "CREATE TABLE numbers (who TEXT, n INTEGER)")
     yield database
@@ -70,13 +70,13 @@ def add(tx: Tx, requests: Sequence[int]) -> list[int]:
     return [n * 2 for n in requests]
 
 
-async def numbers(database: Database) -> list[int]:
+async def numbers(database: SqliteDatabase) -> list[int]:
     """The numbers in the table."""
     query = text("SELECT n FROM numbers ORDER BY n")
     return await database.ask(lambda connection: list(connection.execute(query).scalars()))
 
 
-async def held(database: Database) -> threading.Event:
+async def held(database: SqliteDatabase) -> threading.Event:
     """Have a transaction under way that ends when the event is set."""
     began, go = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
@@ -92,7 +92,7 @@ async def held(database: Database) -> threading.Event:
     return go
 
 
-async def test_requests_that_meet_share_a_transaction(database: Database) -> None:
+async def test_requests_that_meet_share_a_transaction(database: SqliteDatabase) -> None:
     """What comes in while a commit is under way becomes one transaction, with one call for each kind."""
     calls: list[int] = []
 
@@ -108,7 +108,7 @@ async def test_requests_that_meet_share_a_transaction(database: Database) -> Non
     assert calls == [50]
 
 
-async def test_one_bad_request_fails_alone(database: Database) -> None:
+async def test_one_bad_request_fails_alone(database: SqliteDatabase) -> None:
     """A request that can't be done doesn't fail those that happened to share its transaction."""
     go = await held(database)
     asked = asyncio.gather(*(database.write(add, n) for n in (1, -2, 3)), return_exceptions=True)
@@ -120,7 +120,7 @@ async def test_one_bad_request_fails_alone(database: Database) -> None:
     assert await numbers(database) == [1, 3]
 
 
-async def test_an_error_takes_back_the_whole_transaction(database: Database) -> None:
+async def test_an_error_takes_back_the_whole_transaction(database: SqliteDatabase) -> None:
     """Of a request that fails nothing is left."""
 
     def half(tx: Tx, requests: Sequence[int]) -> list[int]:
@@ -132,7 +132,7 @@ async def test_an_error_takes_back_the_whole_transaction(database: Database) -> 
     assert await numbers(database) == []
 
 
-async def test_who_gave_up_leaves_the_others(database: Database) -> None:
+async def test_who_gave_up_leaves_the_others(database: SqliteDatabase) -> None:
     """A task that is cancelled while it waits for its commit takes nobody along."""
     go = await held(database)
     first, given_up = (asyncio.create_task(database.write(add, n)) for n in (1, 2))
@@ -142,7 +142,7 @@ async def test_who_gave_up_leaves_the_others(database: Database) -> None:
     assert await first == 2
 
 
-async def test_a_lazy_request_comes_soon(database: Database) -> None:
+async def test_a_lazy_request_comes_soon(database: SqliteDatabase) -> None:
     """What may be lost in a crash needs no commit of its own, and is not left lying either."""
     done = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -155,7 +155,7 @@ async def test_a_lazy_request_comes_soon(database: Database) -> None:
     await asyncio.wait_for(done.wait(), 20)
 
 
-async def test_a_lazy_request_is_not_forgotten_behind_a_slow_commit(database: Database) -> None:
+async def test_a_lazy_request_is_not_forgotten_behind_a_slow_commit(database: SqliteDatabase) -> None:
     """When its time comes during another transaction, it is done after that, without waiting for a third."""
     done = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -172,7 +172,7 @@ async def test_a_lazy_request_is_not_forgotten_behind_a_slow_commit(database: Da
 
 async def test_closing_does_what_was_asked_for(tmp_path: Path) -> None:
     """What was begun, and what was lazy, is committed before the file is closed."""
-    database = Database(f"sqlite:///{tmp_path}/x.db")
+    database = SqliteDatabase(f"sqlite:///{tmp_path}/x.db")
     await database.connect()
     await database.write(execute, "CREATE TABLE numbers (who TEXT, n INTEGER)")
     writing = asyncio.gather(*(database.write(add, n) for n in range(100)))
@@ -187,7 +187,7 @@ async def test_closing_does_what_was_asked_for(tmp_path: Path) -> None:
 
 async def test_a_closed_file_says_so(tmp_path: Path) -> None:
     """Every use of a file that isn't open is one clear error."""
-    database = Database(f"sqlite:///{tmp_path}/x.db")
+    database = SqliteDatabase(f"sqlite:///{tmp_path}/x.db")
     for attempt in (
         lambda: database.write(add, 1),
         lambda: database.ask(lambda connection: None),
@@ -200,7 +200,7 @@ async def test_a_closed_file_says_so(tmp_path: Path) -> None:
 
 async def test_its_users_are_counted(tmp_path: Path) -> None:
     """Store and transport share it: it closes with the last of them."""
-    database = Database(f"sqlite:///{tmp_path}/x.db")
+    database = SqliteDatabase(f"sqlite:///{tmp_path}/x.db")
     await database.connect()
     await database.connect()
     await database.close()
@@ -210,7 +210,7 @@ async def test_its_users_are_counted(tmp_path: Path) -> None:
         await numbers(database)
 
 
-async def test_a_reader_sees_one_state_beside_the_writer(database: Database) -> None:
+async def test_a_reader_sees_one_state_beside_the_writer(database: SqliteDatabase) -> None:
     """A read doesn't wait for a transaction that is under way, and sees what was committed before."""
     await database.write(add, 1)
     go = await held(database)
@@ -218,13 +218,13 @@ async def test_a_reader_sees_one_state_beside_the_writer(database: Database) -> 
     go.set()
 
 
-async def test_a_thread_writes_beside_the_loop(database: Database) -> None:
+async def test_a_thread_writes_beside_the_loop(database: SqliteDatabase) -> None:
     """write_now is a transaction of the calling thread: the heartbeat's."""
     assert await asyncio.to_thread(database.write_now, add, 4) == 8
     assert await numbers(database) == [4]
 
 
-async def test_several_processes_write_to_one_file(database: Database) -> None:
+async def test_several_processes_write_to_one_file(database: SqliteDatabase) -> None:
     """Nothing is lost, nothing fails, whoever has the lock."""
     children = [
         await asyncio.create_subprocess_exec(sys.executable, "-c", WRITERS, database.url, f"child {n}")
@@ -238,7 +238,7 @@ async def test_several_processes_write_to_one_file(database: Database) -> None:
     assert checked == "ok"
 
 
-async def test_a_commit_is_heard_by_its_own_process(database: Database) -> None:
+async def test_a_commit_is_heard_by_its_own_process(database: SqliteDatabase) -> None:
     """What a transaction rings for reaches those who listen here, until they stop."""
     heard: list[frozenset[str]] = []
     forget = database.on_change(heard.append)
@@ -253,7 +253,7 @@ async def test_a_commit_is_heard_by_its_own_process(database: Database) -> None:
     assert heard == [frozenset({"topic a"})]
 
 
-async def test_the_log_stays_bounded(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_log_stays_bounded(database: SqliteDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     """However much is written, the write-ahead log is put into the file now and then."""
     limit = 256 * 1024
     monkeypatch.setattr(module, "_CHECKPOINT_BYTES", limit)
@@ -265,7 +265,7 @@ async def test_the_log_stays_bounded(database: Database, monkeypatch: pytest.Mon
     assert limit < largest < 4 * limit
 
 
-async def test_a_full_disk_is_an_error_that_passes(database: Database) -> None:
+async def test_a_full_disk_is_an_error_that_passes(database: SqliteDatabase) -> None:
     """When the file can't grow the transaction fails whole; once there is room again, the same one works."""
     pages = await database.write(pragma, "page_count")
     await database.write(pragma, f"max_page_count={pages}")
@@ -285,7 +285,7 @@ def pragma(tx: Tx, requests: Sequence[str]) -> list[Any]:
     return [tx.connection.exec_driver_sql(f"PRAGMA {request}").scalar() for request in requests]
 
 
-async def test_a_locked_file_is_an_error(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_locked_file_is_an_error(database: SqliteDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody who holds the lock for ever is reported, not waited for."""
     monkeypatch.setattr(module, "_BUSY_SECONDS", 0.05)
     other = sqlite3.connect(database.path, isolation_level=None)
@@ -324,7 +324,7 @@ def test_a_url_without_a_file_is_refused(url: str) -> None:
 
 async def refused(path: Path, error: type[Exception], said: str) -> None:
     """Opening `path` gives the error, twice, and changes nothing."""
-    database = Database(f"sqlite:///{path}")
+    database = SqliteDatabase(f"sqlite:///{path}")
     for _ in range(2):
         with pytest.raises(error, match=said):
             await database.connect()
@@ -344,7 +344,7 @@ async def test_an_empty_file_becomes_a_database(tmp_path: Path) -> None:
     """A file of no bytes is as good as none."""
     path = tmp_path / "x.db"
     path.touch()
-    database = Database(f"sqlite:///{path}")
+    database = SqliteDatabase(f"sqlite:///{path}")
     await database.connect()
     await database.close()
     assert path.stat().st_size > 0
@@ -359,7 +359,7 @@ async def test_a_folder_is_no_database(tmp_path: Path) -> None:
 async def test_a_newer_file_is_left_alone(tmp_path: Path) -> None:
     """A file that newer code has made is refused, with what to do."""
     path = tmp_path / "x.db"
-    database = Database(f"sqlite:///{path}")
+    database = SqliteDatabase(f"sqlite:///{path}")
     await database.connect()
     await database.write(execute, "UPDATE alembic_version SET version_num = '9999'")
     await database.close()
@@ -368,10 +368,10 @@ async def test_a_newer_file_is_left_alone(tmp_path: Path) -> None:
 
 AS_NOBODY = """
 import asyncio, os, sys
-from paigeant.database import Database
+from paigeant.databases.sqlite import SqliteDatabase
 from paigeant.errors import PaigeantError
 
-database = Database(sys.argv[1])
+database = SqliteDatabase(sys.argv[1])
 if os.getuid() == 0:  # root may do anything
     os.setgid(65534)
     os.setuid(65534)
@@ -402,7 +402,7 @@ def test_what_is_read_only_is_a_clear_error(mode: int, said: str) -> None:
     assert done.stdout.count("\n") == 1
 
 
-async def test_several_threads_write_beside_the_loop(database: Database) -> None:
+async def test_several_threads_write_beside_the_loop(database: SqliteDatabase) -> None:
     """Each worker's heartbeat has a thread of its own: their transactions don't get into each other."""
     await asyncio.gather(*(asyncio.to_thread(database.write_now, add, n) for n in range(100)))
     assert await numbers(database) == list(range(100))
@@ -422,8 +422,10 @@ async def test_who_opens_a_new_file_waits_for_another_that_makes_it(
         if other.in_transaction:
             other.execute("ROLLBACK")
 
-    monkeypatch.setattr("paigeant.database.time", SimpleNamespace(monotonic=time.monotonic, sleep=pause))
-    database = Database(f"sqlite:///{path}")
+    monkeypatch.setattr(
+        "paigeant.databases.sqlite.time", SimpleNamespace(monotonic=time.monotonic, sleep=pause)
+    )
+    database = SqliteDatabase(f"sqlite:///{path}")
     await database.connect()
     await database.close()
     other.close()

@@ -11,7 +11,8 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, inspect, text
 
 from paigeant import migrations
-from paigeant.database import current_version, prepare
+from paigeant.database import current_version
+from paigeant.databases.sqlite import prepare
 from paigeant.errors import SchemaMismatch
 from paigeant.tables import SCHEMA_VERSION, metadata
 

@@ -126,7 +126,7 @@ def _missing(url: str) -> bool:
     """Whether `url` names a file that isn't there yet and can be made."""
     if not url.startswith("sqlite:"):
         return False
-    from paigeant.database import database_path
+    from paigeant.databases.sqlite import database_path
 
     try:
         path = database_path(url)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paigeant.cli import console, session
 from paigeant.cli.runs import AsJson
 from paigeant.errors import ConfigurationError, nearest
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from paigeant.database import Database
 
 __all__ = ["app"]
 
@@ -20,19 +24,19 @@ app = typer.Typer(help="See and change the version of the database's tables.", n
 @app.command(epilog=session.examples("paigeant db current --json"))
 def current(json: AsJson = False) -> None:
     """Show at which migration the database is, and which is the newest."""
-    from paigeant.database import as_it_is, current_version
+    from paigeant.database import current_version
     from paigeant.migrations import known
 
-    path = _path()
-    found = None
-    if path.exists():
-        with as_it_is(path) as connection:
-            found = current_version(connection)
     newest = known()[-1]
-    if json:
-        console.value({"database": str(path), "current": found, "newest": newest})
-    else:
-        console.result(f"{found or 'none'}{' (newest)' if found == newest else f' (newest: {newest})'}")
+    for database in _databases():
+        found = None
+        if database.exists:
+            with database.as_it_is() as connection:
+                found = current_version(connection)
+        if json:
+            console.value({"database": database.place, "current": found, "newest": newest})
+        else:
+            console.result(f"{found or 'none'}{' (newest)' if found == newest else f' (newest: {newest})'}")
 
 
 @app.command(epilog=session.examples("paigeant db upgrade"))
@@ -42,20 +46,23 @@ def upgrade(
     ] = "head",
     json: AsJson = False,
 ) -> None:
-    """Make the tables, or bring those of an older version to this one. An embedded file does so by itself when used."""
+    """Make the tables, or bring those of an older version to this one. An embedded file does so by itself when used.
+
+    On a server nothing else makes them. Where transport and store are two databases, both are brought there.
+    """
     from paigeant import migrations
-    from paigeant.database import as_it_is, current_version, prepare
+    from paigeant.database import current_version
 
     _check(revision)
-    path = _path()
-    with as_it_is(path) as connection:
-        before = current_version(connection)
-        if revision == "head":
-            prepare(connection, path)
-        else:
-            migrations.upgrade(connection, str(path), revision)
-        after = current_version(connection)
-    _tell(path, before, after, json)
+    for database in _databases():
+        with database.as_it_is() as connection:
+            before = current_version(connection)
+            if revision == "head":
+                database.prepare(connection)
+            else:
+                migrations.upgrade(connection, database.place, revision)
+            after = current_version(connection)
+        _tell(database, before, after, json)
 
 
 @app.command(
@@ -74,28 +81,38 @@ def downgrade(
 ) -> None:
     """Take the tables back to an earlier migration; before the first one there are no tables and no runs."""
     from paigeant import migrations
-    from paigeant.database import as_it_is, current_version
+    from paigeant.database import current_version
 
     _check(revision)
-    path = _path()
-    if not path.exists():
+    for database in _databases():
+        if not database.exists:
+            raise ConfigurationError(
+                f"there is no database {database.place}; `paigeant config show` tells where it is looked for"
+            )
+        with database.as_it_is() as connection:
+            before = current_version(connection)
+            if before is None:
+                raise ConfigurationError(
+                    f"{database.place} has no tables of Paigeant; there is nothing to take back"
+                )
+            _confirm(connection, _is_base(revision, before), yes)
+            migrations.downgrade(connection, database.place, revision)
+            after = current_version(connection)
+        _tell(database, before, after, json)
+
+
+def _databases() -> list[Database]:
+    """The databases that the settings name: the store's, and the transport's where that is another one."""
+    from paigeant.databases import SCHEMES, open_database
+
+    settings = session.read_settings()
+    urls = dict.fromkeys([settings.store_url, settings.transport_url])
+    own = [url for url in urls if url.partition("://")[0] in SCHEMES]
+    if not own:
         raise ConfigurationError(
-            f"there is no database {path}; `paigeant config show` tells where it is looked for"
+            "neither store_url nor transport_url is a database; there are no tables to see to"
         )
-    with as_it_is(path) as connection:
-        before = current_version(connection)
-        if before is None:
-            raise ConfigurationError(f"{path} has no tables of Paigeant; there is nothing to take back")
-        _confirm(connection, _is_base(revision, before), yes)
-        migrations.downgrade(connection, str(path), revision)
-        after = current_version(connection)
-    _tell(path, before, after, json)
-
-
-def _path() -> Path:
-    from paigeant.database import database_path
-
-    return database_path(session.read_settings().store_url)
+    return [open_database(url) for url in own]
 
 
 def _check(revision: str) -> None:
@@ -119,7 +136,7 @@ def _is_base(revision: str, before: str) -> bool:
     return revision == "base" or (back > 0 and before in names and back == names.index(before) + 1)
 
 
-def _confirm(connection: Any, to_base: bool, yes: bool) -> None:
+def _confirm(connection: Connection, to_base: bool, yes: bool) -> None:
     from sqlalchemy import func, select
 
     from paigeant.tables import workflow_runs
@@ -133,10 +150,10 @@ def _confirm(connection: Any, to_base: bool, yes: bool) -> None:
     typer.confirm(f"{what}. Go on?", abort=True, err=True)
 
 
-def _tell(path: Path, before: str | None, after: str | None, as_json: bool) -> None:
+def _tell(database: Database, before: str | None, after: str | None, as_json: bool) -> None:
     if as_json:
-        console.value({"database": str(path), "before": before, "current": after})
+        console.value({"database": database.place, "before": before, "current": after})
     elif before == after:
-        console.note(f"{path} is at {after or 'none'} already", markup=False)
+        console.note(f"{database.place} is at {after or 'none'} already", markup=False)
     else:
-        console.note(f"{path}: {before or 'none'} -> {after or 'none'}", markup=False)
+        console.note(f"{database.place}: {before or 'none'} -> {after or 'none'}", markup=False)

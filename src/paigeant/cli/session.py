@@ -67,7 +67,7 @@ async def opened(
 def _missing_file(settings: Settings) -> Path | None:
     if not settings.store_url.startswith("sqlite:"):
         return None
-    from paigeant.database import database_path
+    from paigeant.databases.sqlite import database_path
 
     path = database_path(settings.store_url)
     return path if path.parent.is_dir() and not path.exists() else None

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMES", "open_store"]
 
-SCHEMES = ("memory", "sqlite")
+SCHEMES = ("memory", "sqlite", "postgresql")
 
 
 def open_store(
@@ -28,11 +28,11 @@ def open_store(
         from paigeant.stores.memory import MemoryStore
 
         return MemoryStore(clock=clock, grace=grace, inline_bytes=inline_bytes)
-    if scheme == "sqlite":
-        from paigeant.database import Database
+    if scheme in SCHEMES:
+        from paigeant.databases import open_database
         from paigeant.stores.sql import SqlStore
 
-        return SqlStore(Database(url, clock=clock), grace=grace, inline_bytes=inline_bytes)
+        return SqlStore(open_database(url, clock=clock), grace=grace, inline_bytes=inline_bytes)
     raise ConfigurationError(
         f"store_url begins with {scheme}://, for which there is no store; expected one of "
         + ", ".join(f"{name}://" for name in SCHEMES)

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from pydantic_core import from_json
 from sqlalchemy import (
-    Connection,
+    Select,
+    bindparam,
     delete,
     insert,
     or_,
     select,
     tuple_,
 )
-from sqlalchemy.dialects.sqlite import insert as upsert
 
 from paigeant import codec, ledger
 from paigeant.database import Database
@@ -29,6 +29,7 @@ from paigeant.errors import InputInvalid, InvalidTransition, PaigeantError, RunC
 from paigeant.lane import Tx
 from paigeant.ledger import Changes
 from paigeant.message import MessageId
+from paigeant.prepared import Prepared, upsert
 from paigeant.rows import (
     KEY,
     NEW_RUN,
@@ -39,8 +40,10 @@ from paigeant.rows import (
     due_steps,
     encoded,
     heads_of,
+    is_in,
     key_of,
     late_runs,
+    lock_runs,
     new_run,
     new_step,
     open_topics,
@@ -50,6 +53,7 @@ from paigeant.rows import (
     save_variables,
     statuses_of,
     unit_of,
+    variable_in,
 )
 from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
 from paigeant.store import (
@@ -99,6 +103,27 @@ class Outbox(Protocol):
 Running = Collection[tuple[StepKey, int]]
 
 
+_BEAT = upsert(
+    workers,
+    ["id", "host", "process", "lease_until"],
+    key=["id"],
+    update=lambda new: {"host": new.host, "process": new.process, "lease_until": new.lease_until},
+)
+_HELD = Prepared(
+    select(*KEY, step_executions.c.epoch).where(
+        is_in(StepStatus.RUNNING), step_executions.c.worker == bindparam("of_worker")
+    ),
+    ["of_worker"],
+)
+_BURY = upsert(dead_letters, [column.name for column in dead_letters.c], key=["id"], update=None)
+_SAVE_UNIT = upsert(
+    step_units,
+    ["workflow_id", "step", "phase", "name", "value"],
+    key=["workflow_id", "step", "phase", "name"],
+    update=None,
+)
+
+
 class _Start(NamedTuple):
     run: RunRecord
     first: NextStep | None
@@ -146,7 +171,7 @@ class SqlStore:
             await self.database.close()
 
     async def now(self) -> float:
-        return self.database.clock.now()
+        return await self.database.now()
 
     # -- a run's life
 
@@ -160,7 +185,7 @@ class SqlStore:
 
     def _start(self, tx: Tx, requests: Sequence[_Start]) -> list[bool | PaigeantError]:
         ids = json.dumps([request.run.id for request in requests])
-        there = {run_id: (name, digest) for run_id, name, digest in STARTED.rows(tx.connection, ids)}
+        there = {run_id: (name, digest) for run_id, name, digest in STARTED.rows(tx, ids)}
         answers: list[bool | PaigeantError] = []
         runs: list[tuple[Any, ...]] = []
         changes = Changes()
@@ -189,7 +214,7 @@ class SqlStore:
             )
             if posting is not None:
                 postings.append(posting)
-        NEW_RUN.each(tx.connection, runs)
+        NEW_RUN.each(tx, sorted(runs))
         self._write(tx, changes, postings)
         return answers
 
@@ -198,7 +223,7 @@ class SqlStore:
         return await self.database.write(self._claim, request, durable=False)
 
     def _claim(self, tx: Tx, requests: Sequence[ClaimRequest]) -> list[Grant | Refused]:
-        heads = heads_of(tx.connection, [request.key for request in requests])
+        heads = heads_of(tx, [request.key for request in requests])
         changes = Changes()
         answers: list[Grant | Refused] = []
         for request in requests:
@@ -219,7 +244,7 @@ class SqlStore:
         return await self.database.write(self._record, _Result(result, posting))
 
     def _record(self, tx: Tx, requests: Sequence[_Result]) -> list[Recorded | Refused]:
-        heads = heads_of(tx.connection, [result.key for result, _ in requests])
+        heads = heads_of(tx, [result.key for result, _ in requests])
         changes = Changes()
         postings: list[Posting] = []
         answers: list[Recorded | Refused] = []
@@ -243,7 +268,7 @@ class SqlStore:
         return await self.database.write(self._release, (worker, steps))
 
     def _release(self, tx: Tx, requests: Sequence[tuple[str, Running]]) -> list[list[StepKey]]:
-        heads = heads_of(tx.connection, [key for _, steps in requests for key, _ in steps])
+        heads = heads_of(tx, [key for _, steps in requests for key, _ in steps])
         changes = Changes()
         answers = [
             [
@@ -268,13 +293,12 @@ class SqlStore:
     ) -> list[tuple[set[tuple[StepKey, int]], set[tuple[StepKey, int]]]]:
         answers = []
         for worker, lease, running, forgotten in requests:
-            row = {"host": worker.host, "process": worker.process, "lease_until": tx.now + lease}
-            statement = upsert(workers).values(id=worker.id, **row)
-            tx.connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_=row))
-            query = select(*KEY, step_executions.c.epoch).where(
-                step_executions.c.status == StepStatus.RUNNING, step_executions.c.worker == worker.id
-            )
-            held = {(key_of(row), row.epoch) for row in tx.connection.execute(query)}
+            lock_runs(tx, [key.workflow_id for key, _ in forgotten])
+            _BEAT.each(tx, [(worker.id, worker.host, worker.process, tx.now + lease)])
+            held = {
+                (StepKey(run_id, step, Phase(phase)), epoch)
+                for run_id, step, phase, epoch in _HELD.rows(tx, worker.id)
+            }
             changes = Changes()
             for step in set(forgotten) & held:
                 ledger.free(step[0], changes, now=tx.now)
@@ -288,10 +312,10 @@ class SqlStore:
 
     def _sign_off(self, tx: Tx, requests: Sequence[str]) -> list[None]:
         query = select(*KEY, step_executions.c.epoch, step_executions.c.worker).where(
-            step_executions.c.status == StepStatus.RUNNING, step_executions.c.worker.in_(requests)
+            is_in(StepStatus.RUNNING), step_executions.c.worker.in_(requests)
         )
         held = [(key_of(row), row.worker, row.epoch) for row in tx.connection.execute(query)]
-        heads = heads_of(tx.connection, [key for key, _, _ in held])
+        heads = heads_of(tx, [key for key, _, _ in held])
         changes = Changes()
         for key, worker, epoch in held:
             ledger.release(heads.get(key), worker, epoch, changes, now=tx.now, grace=0.0)
@@ -300,15 +324,15 @@ class SqlStore:
         return [None] * len(requests)
 
     async def sweep(self, *, gone: Collection[str] = (), limit: int = 500) -> Swept:
-        if not await self.database.ask(lambda connection: self._has_work(connection, gone)):
+        if not gone and not await self.database.read(self._has_work, None):
             return Swept()
         return await self.database.write(self._sweep, (gone, limit))
 
-    def _has_work(self, connection: Connection, gone: Collection[str]) -> bool:
-        # Sweeps are many and mostly find nothing: look without taking the write lock.
-        now = self.database.clock.now()
-        return bool(gone) or any(
-            connection.execute(query.limit(1)).first() is not None
+    def _has_work(self, tx: Tx, requests: Sequence[None]) -> list[bool]:
+        # Sweeps are many and mostly find nothing: look without taking any lock.
+        now, execute = tx.now, tx.connection.execute
+        has_work = any(
+            execute(query.limit(1)).first() is not None
             for query in (
                 select(workers.c.id).where(workers.c.lease_until <= now),
                 orphan_steps(),
@@ -316,6 +340,7 @@ class SqlStore:
                 late_runs(now),
             )
         )
+        return [has_work] * len(requests)
 
     def _sweep(self, tx: Tx, requests: Sequence[tuple[Collection[str], int]]) -> list[Swept]:
         return [self._sweep_once(tx, gone, limit) for gone, limit in requests]
@@ -325,21 +350,22 @@ class SqlStore:
         over = or_(workers.c.lease_until <= tx.now, workers.c.id.in_(list(gone)))
         lost = tuple(execute(delete(workers).where(over).returning(workers.c.id)).scalars())
         changes = Changes()
-        freed = [key_of(row) for row in execute(orphan_steps().limit(limit))]
+        freed = [key_of(row) for row in self._locked(tx, orphan_steps().limit(limit))]
         for key in freed:
             ledger.free(key, changes, now=tx.now)
         self._write(tx, changes)
         changes = Changes()
         expired = []
-        for run_id in execute(late_runs(tx.now).limit(limit)).scalars().all():
-            detail = detail_of(tx.connection, run_id, self.inline_bytes)
+        late = execute(late_runs(tx.now).limit(limit)).scalars().all()
+        for run_id in sorted(lock_runs(tx, late, only_free=True)):
+            detail = detail_of(tx, run_id, self.inline_bytes)
             if ledger.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes):
                 expired.append(run_id)
                 tx.rings.add("turned")
         self._write(tx, changes)
         changes = Changes()
         due = {}
-        for row in execute(due_steps(tx.now).limit(limit)):
+        for row in self._locked(tx, due_steps(tx.now).limit(limit)):
             key = key_of(row)
             due[key] = row.epoch
             ledger.postpone(key, changes, now=tx.now, due_at=row.due_at, grace=self.grace)
@@ -350,6 +376,14 @@ class SqlStore:
             for message_id in self.outbox.waiting(tx, list(ids)):
                 del due[ids[message_id]]
         return Swept(tuple(due), lost, tuple(freed), tuple(expired))
+
+    def _locked(self, tx: Tx, query: Select[Any]) -> list[Any]:
+        """The rows of steps that `query` finds, as they are once their runs are locked, without those being changed."""
+        found = tx.connection.execute(query).all()
+        locked = lock_runs(tx, {row.workflow_id for row in found}, only_free=True)
+        # What was found before the lock may have been changed since.
+        again = tx.connection.execute(query).all() if found and tx.driver.dialect.name != "sqlite" else found
+        return [row for row in again if row.workflow_id in locked]
 
     # -- operators
 
@@ -377,7 +411,8 @@ class SqlStore:
     ) -> RunStatus | PaigeantError:
         changes = Changes()
         try:
-            status = decide(detail_of(tx.connection, run_id, self.inline_bytes), changes)
+            lock_runs(tx, [run_id])
+            status = decide(detail_of(tx, run_id, self.inline_bytes), changes)
         except PaigeantError as exc:
             return exc
         self._write(tx, changes)
@@ -425,9 +460,9 @@ class SqlStore:
         _unwrap(await self.database.write(self._save_variable, (workflow_id, key, text)))
 
     def _save_variable(self, tx: Tx, requests: Sequence[tuple[str, str, str]]) -> list[PaigeantError | None]:
-        statuses = statuses_of(tx.connection, [run_id for run_id, _, _ in requests])
+        statuses = statuses_of(tx, [run_id for run_id, _, _ in requests])
         known = [request for request in requests if request[0] in statuses]
-        save_variables(tx.connection, known)
+        save_variables(tx, known)
         return [None if run_id in statuses else RunNotFound(run_id) for run_id, _, _ in requests]
 
     async def load_variable(self, workflow_id: str, key: str, default: Any = None) -> Any:
@@ -435,27 +470,30 @@ class SqlStore:
             workflow_variables.c.workflow_id == workflow_id, workflow_variables.c.key == key
         )
         text = await self.database.ask(lambda connection: connection.execute(query).scalar())
-        return default if text is None else from_json(text)
+        return default if text is None else from_json(variable_in(text))
 
     async def save_unit(self, key: StepKey, name: str, value: bytes) -> bytes:
         return await self.database.write(self._save_unit, (key, name, value))
 
     def _save_unit(self, tx: Tx, requests: Sequence[tuple[StepKey, str, bytes]]) -> list[bytes]:
-        rows = [{**key._asdict(), "name": name, "value": value.decode()} for key, name, value in requests]
-        tx.connection.execute(upsert(step_units).on_conflict_do_nothing(), rows)
+        _SAVE_UNIT.each(
+            tx, [(*key[:2], key.phase.value, name, value.decode()) for key, name, value in requests]
+        )
         return [
-            found if (found := unit_of(tx.connection, key, name)) is not None else value
-            for key, name, value in requests
+            found if (found := unit_of(tx, key, name)) is not None else value for key, name, value in requests
         ]
 
     async def load_unit(self, key: StepKey, name: str) -> bytes | None:
-        return await self.database.ask(lambda connection: unit_of(connection, key, name))
+        return await self.database.read(self._load_unit, (key, name))
+
+    def _load_unit(self, tx: Tx, requests: Sequence[tuple[StepKey, str]]) -> list[bytes | None]:
+        return [unit_of(tx, key, name) for key, name in requests]
 
     async def record_signal(self, workflow_id: str, name: str, value: bytes) -> None:
         _unwrap(await self.database.write(self._signal, (workflow_id, name, value)))
 
     def _signal(self, tx: Tx, requests: Sequence[tuple[str, str, bytes]]) -> list[PaigeantError | None]:
-        statuses = statuses_of(tx.connection, [run_id for run_id, _, _ in requests])
+        statuses = statuses_of(tx, [run_id for run_id, _, _ in requests])
         answers: list[PaigeantError | None] = []
         for run_id, name, value in requests:
             status = statuses.get(run_id)
@@ -488,7 +526,7 @@ class SqlStore:
         return await self.database.read(self._find_statuses, workflow_ids)
 
     def _find_statuses(self, tx: Tx, requests: Sequence[Collection[str]]) -> list[dict[str, RunStatus]]:
-        found = statuses_of(tx.connection, {run_id for ids in requests for run_id in ids})
+        found = statuses_of(tx, {run_id for ids in requests for run_id in ids})
         return [{run_id: found[run_id] for run_id in ids if run_id in found} for ids in requests]
 
     async def load_run(self, workflow_id: str, *, inline_bytes: int | None = None) -> RunDetail:
@@ -500,7 +538,7 @@ class SqlStore:
         answers: dict[tuple[str, int | None], RunDetail] = {}
         for limit in {limit for _, limit in requests}:
             ids = {run_id for run_id, wanted in requests if wanted == limit}
-            found = details_of(tx.connection, ids, limit)
+            found = details_of(tx, ids, limit)
             answers.update(((run_id, limit), detail) for run_id, detail in found.items())
         return [answers.get(request) or RunNotFound(request[0]) for request in requests]
 
@@ -543,12 +581,10 @@ class SqlStore:
         await self.database.write(self._bury, letter)
 
     def _bury(self, tx: Tx, requests: Sequence[DeadLetter]) -> list[None]:
-        rows = [
-            {column.name: getattr(letter, column.name) for column in dead_letters.c}
-            | {"created_at": letter.created_at or tx.now}
-            for letter in requests
-        ]
-        tx.connection.execute(upsert(dead_letters).on_conflict_do_nothing(), rows)
+        letters = [replace(letter, created_at=letter.created_at or tx.now) for letter in requests]
+        _BURY.each(
+            tx, [tuple(getattr(letter, column.name) for column in dead_letters.c) for letter in letters]
+        )
         return [None] * len(requests)
 
     async def list_dead_letters(self, *, limit: int = 100) -> list[DeadLetter]:
@@ -579,16 +615,14 @@ class SqlStore:
         execute = tx.connection.execute
         for key in changes.dropped:
             execute(delete(step_executions).where(*(c == v for c, v in zip(KEY, key, strict=True))))
-        patch_rows(tx.connection, step_executions, changes.steps)
+        patch_rows(tx, step_executions, changes.steps)
         if changes.added:
-            NEW_STEP.each(tx.connection, [new_step(row) for row in changes.added])
-        patch_rows(tx.connection, workflow_runs, [((run_id,), patch) for run_id, patch in changes.runs])
+            NEW_STEP.each(tx, [new_step(row) for row in changes.added])
+        patch_rows(tx, workflow_runs, [((run_id,), patch) for run_id, patch in changes.runs])
         for run_id, patch in changes.runs:
             if patch.get("status") in RUN_ENDED:
                 tx.rings.add(ended(run_id, patch["status"]))
-        save_variables(
-            tx.connection, [(run_id, name, value.decode()) for run_id, name, value in changes.variables]
-        )
+        save_variables(tx, [(run_id, name, value.decode()) for run_id, name, value in changes.variables])
         if postings and self.outbox is not None:
             self.outbox.post(tx, postings)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMES", "open_transport"]
 
-SCHEMES = ("memory", "sqlite")
+SCHEMES = ("memory", "sqlite", "postgresql")
 
 
 def open_transport(
@@ -32,10 +32,15 @@ def open_transport(
 
         return MemoryTransport(clock=clock, limit_bytes=limit)
     if scheme == "sqlite":
-        from paigeant.database import Database
+        from paigeant.databases import open_database
         from paigeant.transports.sqlite import SqliteTransport
 
-        return SqliteTransport(database or Database(url, clock=clock), limit_bytes=limit)
+        return SqliteTransport(database or open_database(url, clock=clock), limit_bytes=limit)
+    if scheme == "postgresql":
+        from paigeant.databases import open_database
+        from paigeant.transports.postgres import PostgresTransport
+
+        return PostgresTransport(database or open_database(url), limit_bytes=limit)
     raise ConfigurationError(
         f"transport_url begins with {scheme}://, for which there is no transport; expected one of "
         + ", ".join(f"{name}://" for name in SCHEMES)

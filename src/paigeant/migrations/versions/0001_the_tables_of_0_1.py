@@ -7,11 +7,23 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 from alembic import op
+from sqlalchemy.dialects import postgresql
 
 revision: str = "0001"
 down_revision: str | None = None
 branch_labels: None = None
 depends_on: None = None
+
+
+_JSON = sa.Text().with_variant(postgresql.JSON(), "postgresql")
+_JSONB = sa.Text().with_variant(postgresql.JSONB(), "postgresql")
+_SERIAL = sa.Integer().with_variant(sa.BigInteger(), "postgresql")
+_QUEUE = {"fillfactor": "70", "autovacuum_vacuum_scale_factor": "0.01", "autovacuum_vacuum_threshold": "1000"}
+_HISTORY = {
+    "fillfactor": "85",
+    "autovacuum_vacuum_scale_factor": "0.02",
+    "autovacuum_analyze_scale_factor": "0.02",
+}
 
 
 def upgrade() -> None:
@@ -21,18 +33,19 @@ def upgrade() -> None:
         sa.Column("id", sa.Text, primary_key=True),
         sa.Column("workflow", sa.Text, nullable=False),
         sa.Column("status", sa.Text, nullable=False),
-        sa.Column("input", sa.Text, nullable=False),
+        sa.Column("input", _JSON, nullable=False),
         sa.Column("input_hash", sa.Text, nullable=False),
-        sa.Column("slip", sa.Text, nullable=False),
+        sa.Column("slip", _JSON, nullable=False),
         sa.Column("correlation_id", sa.Text, nullable=False),
         sa.Column("trace_id", sa.Text, nullable=False),
-        sa.Column("headers", sa.Text, nullable=False),
+        sa.Column("headers", _JSON, nullable=False),
         sa.Column("ending", sa.Text),
         sa.Column("error", sa.Text),
         sa.Column("deadline", sa.Double),
         sa.Column("created_at", sa.Double, nullable=False),
         sa.Column("started_at", sa.Double),
         sa.Column("completed_at", sa.Double),
+        postgresql_with=_HISTORY,
     )
     op.create_index("workflow_runs_newest", "workflow_runs", ["created_at", "id"])
     _index(
@@ -56,15 +69,16 @@ def upgrade() -> None:
         sa.Column("worker", sa.Text),
         sa.Column("not_before", sa.Double, nullable=False),
         sa.Column("wake_at", sa.Double, nullable=False),
-        sa.Column("input", sa.Text),
-        sa.Column("output", sa.Text),
+        sa.Column("input", _JSON),
+        sa.Column("output", _JSON),
         sa.Column("error", sa.Text),
-        sa.Column("revision", sa.Text),
+        sa.Column("revision", _JSON),
         sa.Column("undo_topic", sa.Text),
-        sa.Column("usage", sa.Text),
+        sa.Column("usage", _JSON),
         sa.Column("created_at", sa.Double, nullable=False),
         sa.Column("started_at", sa.Double),
         sa.Column("completed_at", sa.Double),
+        postgresql_with=_HISTORY,
     )
     _index("step_executions_ready", "step_executions", ["wake_at"], "status = 'ready'")
     _index("step_executions_running", "step_executions", ["worker"], "status = 'running'")
@@ -73,15 +87,15 @@ def upgrade() -> None:
         "workflow_variables",
         sa.Column("workflow_id", sa.Text, primary_key=True),
         sa.Column("key", sa.Text, primary_key=True),
-        sa.Column("value", sa.Text, nullable=False),
+        sa.Column("value", _JSONB, nullable=False),
     )
 
     op.create_table(
         "workflow_signals",
-        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("id", _SERIAL, primary_key=True),
         sa.Column("workflow_id", sa.Text, nullable=False),
         sa.Column("name", sa.Text, nullable=False),
-        sa.Column("value", sa.Text, nullable=False),
+        sa.Column("value", _JSON, nullable=False),
         sa.Column("created_at", sa.Double, nullable=False),
     )
     op.create_index("ix_workflow_signals_workflow_id", "workflow_signals", ["workflow_id"])
@@ -92,7 +106,7 @@ def upgrade() -> None:
         sa.Column("step", sa.Text, primary_key=True),
         sa.Column("phase", sa.Text, primary_key=True),
         sa.Column("name", sa.Text, primary_key=True),
-        sa.Column("value", sa.Text, nullable=False),
+        sa.Column("value", _JSON, nullable=False),
     )
 
     op.create_table(
@@ -101,21 +115,25 @@ def upgrade() -> None:
         sa.Column("host", sa.Text, nullable=False),
         sa.Column("process", sa.Text, nullable=False),
         sa.Column("lease_until", sa.Double, nullable=False),
+        postgresql_with=_QUEUE,
     )
 
     op.create_table(
         "messages",
-        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("id", _SERIAL, primary_key=True),
         sa.Column("message_id", sa.Text, nullable=False, unique=True),
         sa.Column("topic", sa.Text, nullable=False),
         sa.Column("body", sa.LargeBinary, nullable=False),
-        sa.Column("visible_at", sa.Double, nullable=False),
+        sa.Column("due_at", sa.Double, nullable=False),
+        sa.Column("held_until", sa.Double, nullable=False),
         sa.Column("created_at", sa.Double, nullable=False),
         sa.Column("deliveries", sa.Integer, nullable=False),
         sa.Column("holder", sa.Text),
+        postgresql_with=_QUEUE,
     )
-    op.create_index("messages_next", "messages", ["topic", "visible_at"])
-    _index("messages_held", "messages", ["holder"], "holder IS NOT NULL")
+    op.create_index("messages_next", "messages", ["topic", "due_at"])
+    if op.get_bind().dialect.name == "sqlite":
+        _index("messages_held", "messages", ["holder"], "holder IS NOT NULL")
 
     op.create_table(
         "dead_letters",

@@ -1,0 +1,36 @@
+"""The kinds of databases, one file each. `open_database` gives the one that a URL names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from paigeant.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from paigeant.clock import Clock
+    from paigeant.database import Database
+
+__all__ = ["SCHEMES", "open_database"]
+
+SCHEMES = ("sqlite", "postgresql")
+
+
+def open_database(url: str, *, clock: Clock | None = None) -> Database:
+    """The database that `url` names, yet to be connected. `clock` is for tests of an embedded one.
+
+    Raises ConfigurationError for a URL of another scheme, and where the driver isn't installed.
+    """
+    scheme = url.partition("://")[0]
+    if scheme == "sqlite":
+        from paigeant.databases.sqlite import SqliteDatabase
+
+        return SqliteDatabase(url, clock=clock)
+    if scheme == "postgresql":
+        try:
+            from paigeant.databases.postgres import PostgresDatabase
+        except ImportError as exc:
+            raise ConfigurationError(
+                "postgresql:// needs a driver that is not installed; expected: pip install 'paigeant[postgres]'"
+            ) from exc
+        return PostgresDatabase(url)
+    raise ConfigurationError(f"{scheme}:// names no database; expected one of sqlite://, postgresql://")

@@ -1,0 +1,401 @@
+"""A Postgres database: its connections, transactions in two round trips, and what its errors mean.
+
+The driver is psycopg 3. It was chosen by measurement over asyncpg for its pipeline mode: a transaction sends what opens
+it along with its first question, and all that it writes along with its commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import psycopg
+from psycopg import errors
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.types.string import TextLoader
+from sqlalchemy import Connection, Dialect, Engine, create_engine, inspect, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+
+from paigeant.database import READER, WRITER, Database, current_version
+from paigeant.databases.bell import PostgresBell
+from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreUnavailable
+from paigeant.lane import Blocked, Contended, Handler, Lane, Tx, transact
+from paigeant.tables import SCHEMA_VERSION, metadata
+
+__all__ = ["PostgresDatabase"]
+
+_CONNECT_SECONDS = 5
+_STUCK_SECONDS = 15.0
+"""How long a transaction may take before its connection is given up: a network can swallow everything in silence."""
+
+_OLDEST_SERVER = 120000
+
+_SESSION = {
+    # A process that stops in the middle of a transaction must not keep others from its rows for longer.
+    "idle_in_transaction_session_timeout": "3s",
+    "lock_timeout": "4s",
+    "statement_timeout": "12s",
+    # Every statement has an index to go by. Plans are made while tables are small, and kept when they no longer are.
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+}
+_BEGIN = "BEGIN"
+_BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+_NOW = "SELECT extract(epoch FROM clock_timestamp())::float8"
+_UPGRADE_LOCK = 0x70616967
+
+
+class PostgresDatabase(Database):
+    """A Postgres database that any number of processes use. It takes five connections in each of them."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        try:
+            given = conninfo_to_dict(url)
+        except psycopg.ProgrammingError as exc:
+            reason = str(exc).strip().replace(url, "the URL")
+            raise ConfigurationError(
+                f"store_url or transport_url is no URL of Postgres: {reason}; "
+                "expected postgresql://user:password@host:5432/database"
+            ) from exc
+        self._parameters: dict[str, Any] = {
+            "connect_timeout": _CONNECT_SECONDS,
+            "application_name": "paigeant",
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 15000,
+            **given,
+        }
+        self._place = _shown(given)
+        self._engine: Engine | None = None
+        self._beater: Connection | None = None
+        self._bell = PostgresBell(self._parameters, self._heard)
+
+    @property
+    def hears_others(self) -> bool:
+        return self._bell.works
+
+    @property
+    def place(self) -> str:
+        return self._place
+
+    @property
+    def exists(self) -> bool:
+        return True
+
+    async def _open(self) -> None:
+        engine = self._engine = self._make_engine()
+        loop = asyncio.get_running_loop()
+        self._writer = Lane(
+            WRITER,
+            engine.connect,
+            guard=self._guard,
+            begin=partial(self._begun, _BEGIN),
+            is_lost=_is_lost,
+            heard=self._ring,
+            limit=_STUCK_SECONDS,
+            cut=_cut,
+        )
+        self._reader = Lane(
+            READER,
+            engine.connect,
+            guard=self._guard,
+            begin=partial(self._begun, _BEGIN_READING),
+            is_lost=_is_lost,
+            limit=_STUCK_SECONDS,
+            cut=_cut,
+        )
+        self._loop = loop
+        await self._reader.submit(self._check, None)
+        self._bell.open()
+
+    async def _shut(self) -> None:
+        await self._bell.close()
+        with self._beating:
+            if self._beater is not None:
+                self._beater.close()
+                self._beater = None
+        if self._engine is not None:
+            self._engine.dispose()
+            self._engine = None
+
+    def _transact_now(self, handler: Handler, request: Any) -> Any:
+        with self._guard():
+            [result], rings = transact(
+                self._connected_beater, [(handler, request)], begin=partial(self._begun_in_time, _BEGIN)
+            )
+        if rings:
+            self._loop.call_soon_threadsafe(self._ring, frozenset(rings))
+        return result
+
+    def _connected_beater(self) -> Connection:
+        if self._engine is None:
+            raise StoreUnavailable(f"{self.place} is not open")
+        if self._beater is not None and _is_lost(self._beater):
+            with contextlib.suppress(Exception):
+                self._beater.close()
+            self._beater = None
+        if self._beater is None:
+            self._beater = self._engine.connect()
+        return self._beater
+
+    def _ring(self, names: frozenset[str]) -> None:
+        self._heard(names)
+        # Outside the transaction: one with a NOTIFY makes the commits of the whole database wait for one another.
+        self._bell.ring(names)
+
+    # -- as it is, for those who change its tables
+
+    @contextlib.contextmanager
+    def as_it_is(self) -> Iterator[Connection]:
+        engine = self._make_engine(plain=True)
+        try:
+            with self._guard(), engine.connect() as connection, connection.begin():
+                connection.execute(text(f"SELECT pg_advisory_xact_lock({_UPGRADE_LOCK})"))
+                yield connection
+        finally:
+            engine.dispose()
+
+    def prepare(self, connection: Connection) -> None:
+        from paigeant.migrations import upgrade  # here, because it loads Alembic
+
+        if current_version(connection) is None:
+            foreign = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))
+            if foreign:
+                raise SchemaMismatch(
+                    f"{self.place} has a table '{foreign[0]}' that Paigeant did not make; name another database, "
+                    "or a schema of its own by ?options=-csearch_path%3Dpaigeant"
+                )
+        upgrade(connection, self.place)
+
+    # -- inside
+
+    def _make_engine(self, *, plain: bool = False) -> Engine:
+        def connect() -> Any:
+            driver = psycopg.connect(**self._parameters, autocommit=not plain)
+            # What was recorded comes back byte for byte, and is parsed by whoever needs it.
+            for kind in ("json", "jsonb"):
+                driver.adapters.register_loader(kind, TextLoader)
+            if not plain:
+                driver.prepare_threshold = 0
+                settings = "; ".join(f"SET {name} = '{value}'" for name, value in _SESSION.items())
+                driver.execute(settings, prepare=False)
+            return driver
+
+        options: dict[str, Any] = {} if plain else {"isolation_level": "AUTOCOMMIT"}
+        return create_engine(
+            "postgresql+psycopg://", creator=connect, poolclass=NullPool, paramstyle="format", **options
+        )
+
+    def _check(self, tx: Tx, requests: Sequence[None]) -> list[None]:
+        connection = tx.connection
+        row = connection.execute(
+            text(
+                "SELECT current_setting('server_version_num')::int, pg_is_in_recovery(), "
+                "current_setting('server_encoding')"
+            )
+        ).one()
+        version, is_replica, encoding = row
+        if version < _OLDEST_SERVER:
+            raise ConfigurationError(f"{self.place} is a Postgres of before version 12; expected a newer one")
+        if is_replica:
+            raise StoreUnavailable(
+                f"{self.place} is a replica that can't be written to; name the primary, or all hosts with "
+                "?target_session_attrs=read-write"
+            )
+        if encoding != "UTF8":
+            raise ConfigurationError(
+                f"{self.place} keeps texts as {encoding}; expected a database made with ENCODING 'UTF8'"
+            )
+        found = current_version(connection)
+        if found is None:
+            raise SchemaMismatch(
+                f"{self.place} has no tables of Paigeant yet; `paigeant db upgrade` makes them"
+            )
+        if found != SCHEMA_VERSION:
+            from paigeant.migrations import check  # here, because it loads Alembic
+
+            check(self.place, found)
+            raise SchemaMismatch(
+                f"{self.place} has the tables of migration {found}, this version of Paigeant needs "
+                f"{SCHEMA_VERSION}; `paigeant db upgrade` brings them there"
+            )
+        return [None] * len(requests)
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except (psycopg.Error, DBAPIError) as exc:
+            ours = self._ours(exc)
+            if ours is exc:
+                raise
+            raise ours from exc
+
+    @contextlib.contextmanager
+    def _begun(self, opening: str, connection: Connection, durable: bool) -> Iterator[Tx]:
+        driver = _Driver(connection)
+        try:
+            driver.begin(opening, durable=durable)
+            yield Tx(driver)
+            driver.commit()
+        except (psycopg.Error, DBAPIError) as exc:
+            driver.abandon()
+            if _is_lost(connection) and not driver.committing:
+                raise Contended(str(exc), is_lost=True) from exc
+            ours = self._ours(exc)
+            if ours is exc:
+                raise
+            raise ours from exc
+        except BaseException:
+            driver.abandon()
+            raise
+
+    @contextlib.contextmanager
+    def _begun_in_time(self, opening: str, connection: Connection, durable: bool) -> Iterator[Tx]:
+        watch = threading.Timer(_STUCK_SECONDS, _cut, [connection])
+        watch.daemon = True
+        watch.start()
+        try:
+            with self._begun(opening, connection, durable) as tx:
+                yield tx
+        finally:
+            watch.cancel()
+
+    def _ours(self, exc: psycopg.Error | DBAPIError) -> Exception:
+        """What an error of the driver means here."""
+        cause: Any = exc.orig if isinstance(exc, DBAPIError) else exc
+        reason = " ".join(str(cause).split())
+        match cause:
+            case errors.SerializationFailure() | errors.DeadlockDetected() | errors.UniqueViolation():
+                return Contended(reason)
+            case errors.LockNotAvailable():
+                return Blocked(f"{self.place}: somebody keeps a row for too long: {reason}")
+            case errors.UndefinedTable() | errors.UndefinedColumn():
+                return SchemaMismatch(
+                    f"{self.place} doesn't have the tables of this version: {reason}; `paigeant db upgrade` makes them"
+                )
+            case errors.InsufficientPrivilege():
+                return ConfigurationError(f"{self.place}: {reason}; grant the user what it needs")
+            case errors.InvalidPassword() | errors.InvalidAuthorizationSpecification():
+                return ConfigurationError(f"{self.place} doesn't let the user in: {reason}")
+            case errors.InvalidCatalogName():
+                return ConfigurationError(f"{self.place}: {reason}; make it with `createdb`, or name another")
+            case psycopg.OperationalError() | psycopg.InterfaceError() | errors.ReadOnlySqlTransaction():
+                return self._unavailable(reason)
+            case _:
+                return exc
+
+    def _unavailable(self, reason: str) -> PaigeantError:
+        # Before a connection stands, the server's answer is a text alone.
+        for sign in ("password authentication failed", "no password supplied", "no pg_hba.conf entry"):
+            if sign in reason:
+                return ConfigurationError(f"{self.place} doesn't let the user in: {reason}")
+        if "does not exist" in reason and "database" in reason:
+            return ConfigurationError(f"{self.place}: {reason}; make it with `createdb`, or name another")
+        if "role" in reason and "does not exist" in reason:
+            return ConfigurationError(f"{self.place}: {reason}; name another user, or make this one")
+        return StoreUnavailable(
+            f"can't use {self.place}: {reason}; is the server running, and reachable from here?"
+        )
+
+
+class _Driver:
+    """The driver's own connection within a transaction, in pipeline mode for as long as that is possible."""
+
+    __slots__ = ("_asked", "_connection", "_driver", "_now", "_pipeline", "committing", "dialect")
+
+    def __init__(self, connection: Connection) -> None:
+        self.dialect: Dialect = connection.dialect
+        self._connection = connection
+        self._driver = _driver_of(connection)
+        self._pipeline: contextlib.ExitStack | None = None
+        self._asked: psycopg.Cursor[Any] | None = None
+        self._now: float | None = None
+        self.committing = False
+
+    def begin(self, opening: str, *, durable: bool) -> None:
+        self._pipeline = contextlib.ExitStack()
+        self._pipeline.enter_context(self._driver.pipeline())
+        self._driver.execute(opening)
+        if not durable:
+            self._driver.execute("SET LOCAL synchronous_commit = off")
+        self._asked = self._driver.execute(_NOW)
+
+    def rows(self, text: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        return self._driver.execute(text, values).fetchall()
+
+    def ask(self, text: str, values: Sequence[Any]) -> Callable[[], list[tuple[Any, ...]]]:
+        return self._driver.execute(text, values).fetchall
+
+    def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        if len(rows) == 1:
+            self._driver.execute(text, rows[0])
+        else:
+            self._driver.cursor().executemany(text, rows)
+
+    def plain(self) -> Connection:
+        # SQLAlchemy looks at each result at once, which a pipeline hasn't got yet.
+        self._leave_pipeline()
+        return self._connection
+
+    def now(self) -> float:
+        if self._now is None:
+            assert self._asked is not None, "a transaction has begun"
+            row = self._asked.fetchone()
+            assert row is not None
+            self._now = float(row[0])
+        return self._now
+
+    def commit(self) -> None:
+        self.committing = True
+        self._driver.execute("COMMIT")
+        self._leave_pipeline()
+
+    def abandon(self) -> None:
+        """Have nothing of it done. A connection on which that fails is closed, which does it as well."""
+        with contextlib.suppress(psycopg.Error):
+            self._leave_pipeline()
+        try:
+            self._driver.rollback()
+        except psycopg.Error:
+            self._driver.close()
+
+    def _leave_pipeline(self) -> None:
+        if self._pipeline is not None:
+            pipeline, self._pipeline = self._pipeline, None
+            pipeline.close()
+
+
+def _driver_of(connection: Connection) -> psycopg.Connection[Any]:
+    driver: Any = connection.connection.dbapi_connection
+    assert isinstance(driver, psycopg.Connection)
+    return driver
+
+
+def _is_lost(connection: Connection) -> bool:
+    return connection.closed or connection.invalidated or _driver_of(connection).closed
+
+
+def _cut(connection: Connection) -> None:
+    """End a connection under whoever waits for an answer on it: it gets an error instead."""
+    with contextlib.suppress(Exception):  # it is just being closed, or opened
+        handle = socket.socket(fileno=os.dup(_driver_of(connection).fileno()))
+        with handle:
+            handle.shutdown(socket.SHUT_RDWR)
+
+
+def _shown(given: dict[str, Any]) -> str:
+    host = given.get("host") or given.get("hostaddr") or "the local socket"
+    port = f":{given['port']}" if given.get("port") else ""
+    return f"Postgres database '{given.get('dbname') or given.get('user') or 'postgres'}' at {host}{port}"

@@ -1,0 +1,387 @@
+"""One SQLite file: how it is opened and checked, its transactions and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event, inspect, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+
+from paigeant.clock import Clock, SystemClock
+from paigeant.database import READER, WRITER, Database, current_version
+from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreUnavailable
+from paigeant.lane import Handler, Lane, Tx, transact
+from paigeant.tables import SCHEMA_VERSION, metadata
+from paigeant.wakeup import Bell
+
+__all__ = ["SqliteDatabase", "database_path", "prepare"]
+
+_CHECKPOINT_BYTES = 16 * 1024 * 1024
+_BUSY_SECONDS = 15.0
+
+
+def database_path(url: str) -> Path:
+    """The file that `sqlite:///path` names. Raises ConfigurationError for a URL without one."""
+    scheme, _, rest = url.partition("://")
+    path = rest.removeprefix("/")
+    if scheme != "sqlite" or not path:
+        raise ConfigurationError(
+            f"{url!r} names no file; expected sqlite:///file.db, or sqlite:////folder/file.db for an absolute path"
+        )
+    if "?" in path:
+        raise ConfigurationError(f"{url!r} has options behind a '?'; expected sqlite:///file.db without any")
+    if "\0" in path or any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
+        raise ConfigurationError(f"no file can be called {path!r}; expected sqlite:///file.db")
+    return Path(path)
+
+
+class SqliteDatabase(Database):
+    """An SQLite file that several processes of one host may have open."""
+
+    def __init__(self, url: str, *, clock: Clock | None = None) -> None:
+        super().__init__(url)
+        self.path = database_path(url)
+        self.clock = clock or SystemClock()
+        self._engine: Engine | None = None
+        self._beater: Connection | None = None
+        self._file: tuple[Path, tuple[int, int]] | None = None
+        self._bell = Bell(self.path, self._heard)
+        self._commits = 0
+        self._durable = True
+
+    @property
+    def hears_others(self) -> bool:
+        return self._bell.works
+
+    @property
+    def place(self) -> str:
+        return str(self.path)
+
+    @property
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def elapsed(self) -> float:
+        return self.clock.now()
+
+    async def now(self) -> float:
+        return self.clock.now()
+
+    async def _open(self) -> None:
+        self._durable = True
+        engine = self._engine = _engine(self.path)
+        reader = _engine(self.path, reads_only=True)
+        self._writer = Lane(
+            WRITER,
+            engine.connect,
+            guard=self._guard,
+            begin=self._begin,
+            committed=self._bell.ring,
+            heard=self._heard,
+            tidy=self._checkpoint,
+        )
+        self._reader = Lane(READER, reader.connect, guard=self._guard, begin=self._begin_reading)
+        await self._writer.submit(self._prepare, None)
+        self._bell.open()
+
+    async def _shut(self) -> None:
+        self._file = None
+        self._bell.close()
+        if self._beater is not None:
+            self._beater.close()
+            self._beater = None
+        if self._engine is not None:
+            self._engine.dispose()
+            self._engine = None
+
+    def _transact_now(self, handler: Handler, request: Any) -> Any:
+        if self._engine is None:
+            raise StoreUnavailable(f"{self.path} is not open")
+        with self._guard():
+            if self._beater is None:
+                self._beater = self._engine.connect()
+            beater = self._beater
+            [result], rings = transact(lambda: beater, [(handler, request)], begin=self._begin_beating)
+        if rings:
+            self._bell.ring(rings)
+        return result
+
+    # -- as it is, for those who change its tables
+
+    @contextlib.contextmanager
+    def as_it_is(self) -> Iterator[Connection]:
+        engine = _engine(self.path, as_it_is=True)
+        try:
+            with _translated(self.path), engine.connect() as connection, connection.begin():
+                yield connection
+        finally:
+            engine.dispose()
+
+    def prepare(self, connection: Connection) -> None:
+        prepare(connection, self.path)
+
+    # -- inside
+
+    @contextlib.contextmanager
+    def _begin(self, connection: Connection, durable: bool) -> Iterator[Tx]:
+        if durable != self._durable:
+            # A NORMAL commit is written but not synced; the next FULL one syncs it as well.
+            driver_of(connection).execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
+        with begun(connection):
+            yield Tx(_Driver(connection, self.clock.now()))
+
+    @contextlib.contextmanager
+    def _begin_reading(self, connection: Connection, _: bool) -> Iterator[Tx]:
+        with begun(connection, reads_only=True):
+            yield Tx(_Driver(connection, self.clock.now()))
+
+    @contextlib.contextmanager
+    def _begin_beating(self, connection: Connection, _: bool) -> Iterator[Tx]:
+        with begun(connection):
+            yield Tx(_Driver(connection, self.clock.now()))
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        with _translated(self.path):
+            self._check_is_there()
+            yield
+
+    def _check_is_there(self) -> None:
+        # A file that was deleted can still be written to, and nobody would ever see what is written.
+        if self._file is None:
+            return
+        place, identity = self._file
+        try:
+            found = os.stat(place)
+        except FileNotFoundError:
+            raise StoreUnavailable(f"{self.path} was deleted while it was in use; put it back") from None
+        if (found.st_dev, found.st_ino) != identity:
+            raise StoreUnavailable(
+                f"{self.path} was replaced while it was in use; start again with the new one"
+            )
+
+    def _prepare(self, tx: Tx, requests: Sequence[None]) -> list[None]:
+        prepare(tx.connection, self.path)
+        place = self.path.resolve()
+        found = place.stat()
+        self._file = place, (found.st_dev, found.st_ino)
+        return [None] * len(requests)
+
+    def _checkpoint(self, connection: Connection) -> None:
+        # Nobody checkpoints by itself (wal_autocheckpoint=0): SQLite before 3.51.3 may corrupt the file when a
+        # checkpoint races with a commit that resets the log (sqlite.org/wal.html#walresetbug). TRUNCATE holds the
+        # write lock while it works, so it can't race; when it isn't given the lock soon, the next commit tries again.
+        self._commits += 1
+        if self._commits % 16:
+            return
+        with contextlib.suppress(OSError, sqlite3.Error):
+            if os.path.getsize(f"{self.path}-wal") > _CHECKPOINT_BYTES:
+                raw = driver_of(connection)
+                raw.execute("PRAGMA busy_timeout=250")
+                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                raw.execute("PRAGMA busy_timeout=0")
+
+
+class _Driver:
+    """The driver's own connection."""
+
+    __slots__ = ("_connection", "_driver", "_now", "dialect")
+
+    def __init__(self, connection: Connection, now: float) -> None:
+        self.dialect: Dialect = connection.dialect
+        self._connection = connection
+        self._driver = driver_of(connection)
+        self._now = now
+
+    def rows(self, text: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        rows: list[tuple[Any, ...]] = self._driver.execute(text, values).fetchall()
+        return rows
+
+    def ask(self, text: str, values: Sequence[Any]) -> Callable[[], list[tuple[Any, ...]]]:
+        rows = self.rows(text, values)
+        return lambda: rows
+
+    def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        self._driver.executemany(text, rows)
+
+    def plain(self) -> Connection:
+        return self._connection
+
+    def now(self) -> float:
+        return self._now
+
+
+def driver_of(connection: Connection) -> sqlite3.Connection:
+    """The driver's own connection."""
+    driver: Any = connection.connection.dbapi_connection
+    assert isinstance(driver, sqlite3.Connection)
+    return driver
+
+
+def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> Engine:
+    folder = path.parent
+    if not folder.is_dir():
+        raise ConfigurationError(
+            f"the folder {folder} of the database {path.name} doesn't exist; make it first"
+        )
+    if path.exists():
+        _check_is_database(path)
+    elif not os.access(folder, os.W_OK):
+        raise ConfigurationError(f"can't make {path}: the folder {folder.resolve()} is read-only")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ConfigurationError(f"{path} is read-only; Paigeant needs to write to it")
+    if not os.access(folder, os.W_OK):
+        raise ConfigurationError(
+            f"the folder {folder.resolve()} of {path.name} is read-only; SQLite has to write files beside the database"
+        )
+    engine = create_engine(
+        URL.create("sqlite", database=str(path)),
+        poolclass=NullPool,
+        connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False, "isolation_level": None},
+    )
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: sqlite3.Connection, _: object) -> None:
+        if not as_it_is:
+            _check_is_ours(connection, path)
+            # Which stays with the file. Of two that switch a new one at the same moment SQLite turns one away at once,
+            # without regard to the timeout.
+            _patiently(connection, "PRAGMA journal_mode=WAL")
+        for pragma in ("synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=OFF"):
+            connection.execute(f"PRAGMA {pragma}")
+        if not reads_only:
+            connection.execute("PRAGMA busy_timeout=0")  # it waits for its turn by itself, see below
+
+    return engine
+
+
+def _patiently(driver: sqlite3.Connection, statement: str) -> None:
+    """Execute `statement` once the file is free for it."""
+    # SQLite's own waiting sleeps 1, 2, 5, 10, 15 ms and more between its looks, while others hold the lock for less
+    # than one: two workers on a file would spend most of their time asleep.
+    until = time.monotonic() + _BUSY_SECONDS
+    pause = 0.0001
+    while True:
+        try:
+            driver.execute(statement)
+            return
+        except sqlite3.OperationalError as exc:
+            if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+        time.sleep(pause * random.uniform(0.5, 1.5))
+        pause = min(pause * 1.5, 0.01)
+
+
+@contextlib.contextmanager
+def begun(connection: Connection, *, reads_only: bool = False) -> Iterator[None]:
+    """A transaction that is committed at the end, or rolled back by an error.
+
+    One that writes takes its turn at once: a deferred transaction that turns into a writing one after another commit
+    fails immediately, whatever the busy timeout is.
+    """
+    driver = driver_of(connection)
+    if reads_only:
+        driver.execute("BEGIN")
+    else:
+        _patiently(driver, "BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.commit()
+        if driver.in_transaction:  # nothing went through SQLAlchemy
+            driver.commit()
+    except BaseException:
+        connection.rollback()
+        if driver.in_transaction:
+            driver.rollback()
+        raise
+
+
+def _check_is_database(path: Path) -> None:
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or pipe"
+        raise ConfigurationError(f"{path} is {what}; expected a database file")
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as exc:
+        raise ConfigurationError(f"can't read {path}: {exc.strerror}") from exc
+    if start and start != b"SQLite format 3\0":
+        raise ConfigurationError(
+            f"{path} is not an SQLite database (it starts with {start[:12]!r}); name another file in the URL"
+        )
+
+
+@contextlib.contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Turns what the driver reports into errors of ours."""
+    try:
+        yield
+    except PaigeantError:
+        raise
+    except (DBAPIError, sqlite3.DatabaseError) as exc:
+        cause = exc.orig if isinstance(exc, DBAPIError) else exc
+        if "not a database" in str(cause):
+            raise ConfigurationError(
+                f"{path} is not an SQLite database; name another file in the URL"
+            ) from exc
+        # A damaged file is plainly a DatabaseError; the other kinds below it are mistakes in a statement.
+        if isinstance(cause, sqlite3.OperationalError) or type(cause) is sqlite3.DatabaseError:
+            raise StoreUnavailable(f"can't use {path}: {cause}") from exc
+        raise
+
+
+def prepare(connection: Connection, path: Path) -> None:
+    """Make sure that the file has the tables of this version: a new one gets them, an older one is migrated.
+
+    Raises SchemaMismatch for a file that newer code has written, or that holds other tables of these names.
+    """
+    found = current_version(connection)
+    names = set(inspect(connection).get_table_names())
+    if found == SCHEMA_VERSION:
+        missing = sorted(set(metadata.tables) - names)
+        if missing:
+            raise SchemaMismatch(
+                f"{path} has lost its table '{missing[0]}'; put a copy of the file there, or name another in the URL"
+            )
+        return
+    if found is None:
+        _check_not_foreign(names, path)
+        metadata.create_all(connection)
+        connection.execute(
+            text("CREATE TABLE IF NOT EXISTS alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
+        )
+        connection.execute(text("INSERT INTO alembic_version VALUES (:version)"), {"version": SCHEMA_VERSION})
+        return
+    from paigeant.migrations import upgrade  # here, because it loads Alembic, which only an old file needs
+
+    upgrade(connection, str(path))
+
+
+def _check_is_ours(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise SchemaMismatch for the database of another program, or of newer code, before anything in it changes."""
+    names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if "alembic_version" not in names:
+        _check_not_foreign(names, path)
+        return
+    found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    if found is not None and found[0] != SCHEMA_VERSION:
+        from paigeant.migrations import check  # here, because it loads Alembic, which only such a file needs
+
+        check(str(path), found[0])
+
+
+def _check_not_foreign(names: set[str], path: Path) -> None:
+    foreign = sorted(names & set(metadata.tables))
+    if foreign:
+        raise SchemaMismatch(
+            f"{path} has a table '{foreign[0]}' that Paigeant did not make; name another file in the URL"
+        )
