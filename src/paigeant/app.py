@@ -186,6 +186,19 @@ class Paigeant:
         """The run of this id; whether there is one is found out when it is asked something."""
         return Run(self, workflow_id)
 
+    async def prune(self, *, older_than: float, statuses: Collection[RunStatus | str] | None = None) -> int:
+        """Delete the runs that ended more than `older_than` seconds ago, with all that belongs to them.
+
+        Gives how many. `statuses` limits it to runs that ended so; an open run is never deleted. It goes by short
+        transactions, so that workers go on meanwhile; when it is cut short, what it deleted so far is gone.
+        """
+        before = await self.store.now() - older_than
+        wanted = None if statuses is None else {RunStatus(status) for status in statuses}
+        pruned = 0
+        while found := await self.store.prune_runs(before=before, statuses=wanted):
+            pruned += found
+        return pruned
+
     def worker(
         self,
         *activities: ActivityRegistry,

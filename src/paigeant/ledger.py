@@ -41,6 +41,7 @@ __all__ = [
     "OPEN",
     "Changes",
     "Head",
+    "adopted",
     "claim",
     "expire",
     "fold",
@@ -254,6 +255,13 @@ def postpone(key: StepKey, changes: Changes, *, now: float, due_at: float, grace
     A transport that can't tell a repeated message would else hold as many of each as its backlog has grace times.
     """
     changes.steps.append((key, {"wake_at": now + min(max(now - due_at, grace), _MOST_GRACES * grace)}))
+
+
+def adopted(row: StepRecord, *, now: float, grace: float) -> StepRecord:
+    """A row of a run that began in another store, whose instants mean nothing here: what is done is done now."""
+    if row.status in OPEN:
+        return replace(row, created_at=now, not_before=0.0, wake_at=now + grace)
+    return replace(row, created_at=now, completed_at=now)
 
 
 def stop(

@@ -293,6 +293,10 @@ class RunHistory(Protocol):
         """Where the run is. Raises RunNotFound."""
         ...
 
+    async def count_ended(self, *, before: float, statuses: Collection[RunStatus] | None = None) -> int:
+        """How many runs ended before the instant `before`, in one of `statuses` or any: what `prune_runs` deletes."""
+        ...
+
     async def list_variables(self, workflow_id: str) -> dict[str, Any]:
         """All variables of the run, by name. Raises RunNotFound."""
         ...
@@ -347,6 +351,15 @@ class Store(RunHistory, Protocol):
         """Record a run with its first step, which is ready. True when it is new, False when this same run exists.
 
         Without a first step the run is completed at once. Raises RunConflict when the id belongs to another input.
+        """
+        ...
+
+    async def adopt_run(
+        self, run: RunRecord, steps: Collection[StepRecord], variables: Mapping[str, bytes]
+    ) -> bool:
+        """Record a run that began in another store: what was done of it, and the step that is ready now.
+
+        False, and nothing is changed, when there is a run of this id. Instants are this store's: all is of now.
         """
         ...
 
@@ -406,6 +419,16 @@ class Store(RunHistory, Protocol):
         """Take up a run that ended failed or compensation_failed where it stopped, with fresh attempts.
 
         Raises RunNotFound, and InvalidTransition for a run in any other state.
+        """
+        ...
+
+    async def prune_runs(
+        self, *, before: float, statuses: Collection[RunStatus] | None = None, limit: int = 500
+    ) -> int:
+        """Delete runs that ended before the instant `before`, in one of `statuses` or any, with all that is theirs.
+
+        At most `limit`, the oldest first, in one transaction: gives how many, and is called again until that is 0.
+        A run that hasn't ended is never deleted, whatever `statuses` holds.
         """
         ...
 

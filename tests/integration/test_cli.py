@@ -17,6 +17,7 @@ import structlog
 from typer.testing import CliRunner, Result
 
 from paigeant import Paigeant, PaigeantMessage, RoutingSlip, Step
+from paigeant.cli import runs
 from paigeant.cli.program import app, exit_code
 from paigeant.errors import InputInvalid, RunTimeout, StoreUnavailable, TransportUnavailable
 from paigeant.message import encode
@@ -534,6 +535,76 @@ def test_a_signal_that_is_not_json_is_refused() -> None:
 # -- variables
 
 
+def age(id: str, seconds: float) -> None:
+    """Have the run be created and ended so many seconds earlier."""
+    with sqlite3.connect("paigeant.db") as connection:
+        connection.execute(
+            "UPDATE workflow_runs SET created_at = created_at - ?, completed_at = completed_at - ? WHERE id = ?",
+            (seconds, seconds, id),
+        )
+
+
+def ids() -> set[str]:
+    """The runs that there are."""
+    return {run["id"] for run in as_json("runs", "list")}
+
+
+def test_old_runs_are_pruned() -> None:
+    """Those that ended longer ago than that are deleted; younger ones and open ones stay."""
+    dispatched("order", GOOD, "old")
+    dispatched("order", GOOD, "young")
+    paigeant("dispatch", "order", "-", "--handlers", "handlers.py", "--id", "open", input=json.dumps(GOOD))
+    for id in ("old", "open"):
+        age(id, 31 * 86400)
+    dry = as_json("runs", "prune", "--older-than", "30d", "--dry-run")
+    assert (dry, ids()) == ({"runs": 1, "deleted": False}, {"old", "young", "open"})
+    assert as_json("runs", "prune", "--older-than", "30d", "--yes") == {"runs": 1, "deleted": True}
+    assert ids() == {"young", "open"}
+    assert "0 runs ended" in paigeant("runs", "prune", "--older-than", "30d", "--yes").stderr
+    assert "1 run deleted" in paigeant("runs", "prune", "--older-than", "0s", "--yes").stderr
+    assert ids() == {"open"}
+
+
+def test_pruning_may_be_limited_to_a_status() -> None:
+    """Failures are often kept for longer."""
+    dispatched("pay", GOOD, "good")
+    dispatched("pay", BAD, "bad")
+    paigeant("runs", "prune", "--older-than", "0s", "--status", "completed", "--status", "cancelled", "--yes")
+    assert ids() == {"bad"}
+
+
+def test_nothing_is_pruned_unasked() -> None:
+    """Where nobody can be asked, --yes has to say that it is meant."""
+    dispatched("pay", GOOD, "good")
+    said = refused("runs", "prune", "--older-than", "0s")
+    assert said == "this deletes 1 run that ended more than 0s ago; add --yes if that is meant"
+    assert ids() == {"good"}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--older-than", "30"], "a number with s, m, h, d or w behind it"),
+        (["--older-than", "a week"], "found 'a week'"),
+        (["--older-than", "-5d"], "found '-5d'"),
+        (["--older-than", "5d", "--status", "running"], "a run that is running hasn't ended"),
+        (["--older-than", "5d", "--status", "faild"], "did you mean 'failed'?"),
+        ([], "--older-than"),
+    ],
+)
+def test_an_age_that_is_none_is_refused(args: list[str], said: str) -> None:
+    """And so is a state in which no run ends."""
+    assert said in refused("runs", "prune", *args)
+
+
+@pytest.mark.parametrize(
+    ("age", "seconds"), [("90s", 90), ("15m", 900), ("1.5h", 5400), ("30d", 2592000), ("2w", 1209600)]
+)
+def test_an_age_has_a_unit(age: str, seconds: float) -> None:
+    """Seconds, minutes, hours, days, weeks."""
+    assert runs._seconds(age) == seconds
+
+
 def test_variables_are_listed_read_and_set() -> None:
     """What was set is what is read; texts are printed as they are, all else as JSON."""
     dispatched("order", GOOD, "o-1")
@@ -874,7 +945,7 @@ def test_the_commands_are_those_of_the_design() -> None:
     """Exactly these names: scripts call them."""
     assert {" ".join(words) for words in commands()} == {
         "init", "run", "dispatch", "demo",
-        "runs list", "runs show", "runs cancel", "runs retry", "runs signal",
+        "runs list", "runs show", "runs cancel", "runs retry", "runs signal", "runs prune",
         "variables list", "variables get", "variables set", "topics list",
         "dead-letters list", "dead-letters show", "dead-letters requeue", "dead-letters delete",
         "db upgrade", "db downgrade", "db current", "config show", "config check",

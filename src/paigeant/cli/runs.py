@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-app = typer.Typer(help="See runs, and cancel, retry or signal them.", no_args_is_help=True)
+app = typer.Typer(help="See runs, cancel, retry or signal them, delete old ones.", no_args_is_help=True)
 
 RunId = Annotated[str, typer.Argument(help="The run's id.", metavar="ID")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -144,6 +146,89 @@ def signal(
             return await run.status()
 
     _tell(id, session.wait_for(command()), json)
+
+
+@app.command(
+    epilog=session.examples(
+        "paigeant runs prune --older-than 30d",
+        "paigeant runs prune --older-than 12h --status completed --yes",
+        "paigeant runs prune --older-than 2w --dry-run --json",
+    )
+)
+def prune(
+    older_than: Annotated[
+        str,
+        typer.Option(
+            "--older-than", help="How long ago they ended: 90s, 15m, 12h, 30d or 2w.", metavar="AGE"
+        ),
+    ],
+    status: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only runs that ended so; may be given several times.", autocompletion=lambda: _ended()
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell how many there are.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask before they are deleted.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Delete runs that ended long ago, with their steps, variables, signals and dead letters. Never an open run."""
+    age = _seconds(older_than)
+    statuses = [_ended_status(word) for word in status or _ended()]
+    settings = session.read_settings()
+
+    async def command() -> tuple[int, bool]:
+        async with session.opened(settings) as paigeant:
+            before = await paigeant.store.now() - age
+            found = await paigeant.store.count_ended(before=before, statuses=statuses)
+            if dry_run or not found:
+                return found, False
+            _confirm(found, older_than, yes)
+            return await paigeant.prune(older_than=age, statuses=statuses), True
+
+    found, deleted = session.wait_for(command())
+    if json:
+        console.value({"runs": found, "deleted": deleted})
+    elif deleted:
+        console.note(f"{found} run{'' if found == 1 else 's'} deleted")
+    else:
+        console.note(f"{found} run{'' if found == 1 else 's'} ended more than {older_than} ago")
+
+
+def _ended() -> list[str]:
+    from paigeant.slip import RUN_ENDED, RunStatus
+
+    return [status.value for status in RunStatus if status in RUN_ENDED]
+
+
+def _ended_status(word: str) -> RunStatus:
+    from paigeant.slip import RUN_ENDED
+
+    status = _status(word)
+    if status is None or status not in RUN_ENDED:
+        raise ConfigurationError(
+            f"a run that is {word} hasn't ended; deleted are only runs that are {', '.join(_ended())}"
+        )
+    return status
+
+
+def _seconds(age: str) -> float:
+    """The seconds in a time span such as 30d. Raises ConfigurationError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", age.strip(), flags=re.ASCII)
+    if found is None:
+        raise ConfigurationError(
+            f"--older-than is a number with s, m, h, d or w behind it, such as 90s, 15m, 12h, 30d or 2w; found {age!r}"
+        )
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
+
+
+def _confirm(count: int, age: str, yes: bool) -> None:
+    if yes:
+        return
+    what = f"this deletes {count} run{'' if count == 1 else 's'} that ended more than {age} ago"
+    if not sys.stdin.isatty():
+        raise ConfigurationError(f"{what}; add --yes if that is meant")
+    typer.confirm(f"{what}. Go on?", abort=True, err=True)
 
 
 def _tell(id: str, status: RunStatus, as_json: bool) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -103,6 +103,19 @@ class MemoryStore:
                 created_at=now,
             )
             self._write(Changes(added=[row]))
+            return True
+
+    async def adopt_run(
+        self, run: RunRecord, steps: Collection[StepRecord], variables: Mapping[str, bytes]
+    ) -> bool:
+        with self._lock:
+            if run.id in self._runs:
+                return False
+            now = self.clock.now()
+            self._runs[run.id] = replace(run, created_at=now, started_at=now)
+            self._steps[run.id] = {}
+            self._variables[run.id] = dict(variables)
+            self._write(Changes(added=[ledger.adopted(row, now=now, grace=self.grace) for row in steps]))
             return True
 
     async def claim_step(self, request: ClaimRequest) -> Grant | Refused:
@@ -214,6 +227,34 @@ class MemoryStore:
             self._write(changes)
             self._ended.pop(workflow_id, None)
             return status
+
+    async def count_ended(self, *, before: float, statuses: Collection[RunStatus] | None = None) -> int:
+        return len(self._ended_runs(before, statuses))
+
+    async def prune_runs(
+        self, *, before: float, statuses: Collection[RunStatus] | None = None, limit: int = 500
+    ) -> int:
+        with self._lock:
+            gone = set(self._ended_runs(before, statuses)[:limit])
+            for run_id in gone:
+                for kept in (self._runs, self._steps, self._variables, self._signals, self._ended):
+                    kept.pop(run_id, None)
+            self._units = {key: value for key, value in self._units.items() if key[0].workflow_id not in gone}
+            self._letters = {
+                id_: letter for id_, letter in self._letters.items() if letter.workflow_id not in gone
+            }
+            return len(gone)
+
+    def _ended_runs(self, before: float, statuses: Collection[RunStatus] | None) -> list[str]:
+        found = [
+            run
+            for run in self._runs.values()
+            if run.status in RUN_ENDED
+            and (statuses is None or run.status in statuses)
+            and run.completed_at is not None
+            and run.completed_at < before
+        ]
+        return [run.id for run in sorted(found, key=lambda run: (run.created_at, run.id))]
 
     async def open_steps(self, workflow_id: str) -> list[StepKey]:
         rows = self._steps.get(workflow_id, {}).values()

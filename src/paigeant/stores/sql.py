@@ -7,7 +7,7 @@ multi-row statement for each kind of change.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -17,6 +17,7 @@ from sqlalchemy import (
     Select,
     bindparam,
     delete,
+    func,
     insert,
     or_,
     select,
@@ -218,6 +219,40 @@ class SqlStore:
         self._write(tx, changes, postings)
         return answers
 
+    async def adopt_run(
+        self, run: RunRecord, steps: Collection[StepRecord], variables: Mapping[str, bytes]
+    ) -> bool:
+        return await self.database.write(self._adopt, (run, steps, variables))
+
+    def _adopt(
+        self, tx: Tx, requests: Sequence[tuple[RunRecord, Collection[StepRecord], Mapping[str, bytes]]]
+    ) -> list[bool]:
+        return [self._adopt_one(tx, *request) for request in requests]
+
+    def _adopt_one(
+        self, tx: Tx, run: RunRecord, steps: Collection[StepRecord], variables: Mapping[str, bytes]
+    ) -> bool:
+        there = select(workflow_runs.c.id).where(workflow_runs.c.id == run.id)
+        if tx.connection.execute(there).first() is not None:
+            return False
+        names = [column.name for column in workflow_runs.c]
+        values = new_run(replace(run, started_at=tx.now), now=tx.now, ended=False)
+        tx.connection.execute(insert(workflow_runs).values(dict(zip(names, values, strict=True))))
+        rows = [ledger.adopted(row, now=tx.now, grace=self.grace) for row in steps]
+        saved = [(run.id, name, value) for name, value in variables.items()]
+        self._write(tx, Changes(added=rows, variables=saved))
+        # What a new row never has, one that was recorded elsewhere has.
+        done = [row for row in rows if row.completed_at is not None]
+        patches = [
+            (
+                row.key,
+                {"output": row.output, "undo_topic": row.undo_topic, "completed_at": row.completed_at},
+            )
+            for row in done
+        ]
+        self._write(tx, Changes(steps=patches))
+        return True
+
     async def claim_step(self, request: ClaimRequest) -> Grant | Refused:
         # Lost with the power, it is claimed again; its result brings the fsync.
         return await self.database.write(self._claim, request, durable=False)
@@ -418,6 +453,31 @@ class SqlStore:
         self._write(tx, changes)
         tx.rings.add("turned")
         return status
+
+    async def count_ended(self, *, before: float, statuses: Collection[RunStatus] | None = None) -> int:
+        query = select(func.count()).select_from(_ended_runs(before, statuses).subquery())
+        count: int = await self.database.ask(lambda connection: connection.execute(query).scalar_one())
+        return count
+
+    async def prune_runs(
+        self, *, before: float, statuses: Collection[RunStatus] | None = None, limit: int = 500
+    ) -> int:
+        return await self.database.write(self._prune, (before, statuses, limit))
+
+    def _prune(
+        self, tx: Tx, requests: Sequence[tuple[float, Collection[RunStatus] | None, int]]
+    ) -> list[int]:
+        return [self._prune_once(tx, *request) for request in requests]
+
+    def _prune_once(self, tx: Tx, before: float, statuses: Collection[RunStatus] | None, limit: int) -> int:
+        # Locked, where a server has other writers: one that is just being retried is left alone.
+        query = _ended_runs(before, statuses).limit(limit).with_for_update(skip_locked=True)
+        gone = tx.connection.execute(query).scalars().all()
+        if gone:
+            for table in (step_executions, step_units, workflow_variables, workflow_signals, dead_letters):
+                tx.connection.execute(delete(table).where(table.c.workflow_id.in_(gone)))
+            tx.connection.execute(delete(workflow_runs).where(workflow_runs.c.id.in_(gone)))
+        return len(gone)
 
     async def open_steps(self, workflow_id: str) -> list[StepKey]:
         query = select(*KEY).where(
@@ -625,6 +685,21 @@ class SqlStore:
         save_variables(tx, [(run_id, name, value.decode()) for run_id, name, value in changes.variables])
         if postings and self.outbox is not None:
             self.outbox.post(tx, postings)
+
+
+def _ended_runs(before: float, statuses: Collection[RunStatus] | None) -> Select[tuple[str]]:
+    """The ids of the runs that ended before then, the oldest first."""
+    runs = workflow_runs.c
+    # Which were created before then, too: so the index of the listings finds the oldest at once.
+    return (
+        select(runs.id)
+        .where(
+            runs.created_at < before,
+            runs.completed_at < before,
+            runs.status.in_(sorted(RUN_ENDED if statuses is None else RUN_ENDED.intersection(statuses))),
+        )
+        .order_by(runs.created_at, runs.id)
+    )
 
 
 def _conflict(run: RunRecord, workflow: str) -> RunConflict:

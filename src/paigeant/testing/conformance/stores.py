@@ -25,6 +25,7 @@ from paigeant.store import (
     Refused,
     RunRecord,
     StepKey,
+    StepRecord,
     StepResult,
     Store,
     WorkerRecord,
@@ -933,6 +934,131 @@ class StoreConformance:
         await self.start(store)
         assert await store.load_output("r", "a") is None
         assert await store.load_output("nobody", "a") is None
+
+    # -- runs that began elsewhere
+
+    async def adopt(self, store: Store, run_id: str = "r") -> bool:
+        """A run whose step `a` is recorded elsewhere, and whose step `b` is ready after its second claim."""
+        rows = (
+            StepRecord(
+                *StepKey(run_id, "a"),
+                seq=0,
+                activity="a",
+                topic="a",
+                status=StepStatus.COMPLETED,
+                output=b'"done"',
+                undo_topic="undo-a",
+            ),
+            StepRecord(
+                *StepKey(run_id, "b"), seq=1, activity="b", topic="b-topic", status=StepStatus.READY, epoch=2
+            ),
+        )
+        record = run(run_id, status=RunStatus.RUNNING, input=b'{"n":1}')
+        return await store.adopt_run(record, rows, {"v": b'{"k":[1]}'})
+
+    async def test_an_adopted_run_goes_on_here(self, store: Store) -> None:
+        """What was done elsewhere stands as recorded now; the step that is due is claimed and recorded as always."""
+        self.clock.advance(100)
+        assert await self.adopt(store)
+        async with self.other(store) as other:
+            detail = await other.load_run("r")
+        done, ready = detail.steps
+        now = self.clock.now()
+        assert (detail.run.status, detail.run.created_at, detail.run.started_at) == (
+            RunStatus.RUNNING,
+            now,
+            now,
+        )
+        assert (done.status, done.output, done.undo_topic) == (StepStatus.COMPLETED, b'"done"', "undo-a")
+        assert (done.created_at, done.completed_at, ready.wake_at) == (now, now, now + self.grace)
+        assert detail.variables == {"v": b'{"k":[1]}'}
+        slip, payload = ledger.fold(detail, inline_bytes=100)
+        assert (slip.next_step(), payload) == (Step("b", id="b"), {"n": 1, "v": {"k": [1]}, "a": "done"})
+        assert [undo.topic for undo in slip.compensations] == ["undo-a"]
+        grant = await self.claim(store, StepKey("r", "b"))
+        assert (grant.epoch, grant.attempt) == (3, 1)
+        await self.record(store, self.ending(ready.key, grant, output=b"1", run=RunStatus.COMPLETED))
+        assert await store.run_status("r") is RunStatus.COMPLETED
+
+    async def test_a_known_run_is_not_adopted(self, store: Store) -> None:
+        """Whatever the message says of a run that this store has, its rows stay as they are."""
+        await self.completed(store)
+        before = await store.load_run("r")
+        async with self.other(store) as other:
+            assert not await self.adopt(other)
+        assert await store.load_run("r") == before
+
+    async def test_of_many_that_adopt_a_run_one_does(self, store: Store) -> None:
+        """Two messages of one run come to two workers at the same moment."""
+        async with self.other(store) as other:
+            found = await asyncio.gather(*(self.adopt(each) for each in [store, other] * 4))
+        assert sorted(found) == [False] * 7 + [True]
+
+    # -- pruning
+
+    async def test_pruning_deletes_what_ended_long_ago(self, store: Store) -> None:
+        """Runs that ended before the instant go with all that is theirs; later ones and open ones stay whole."""
+        key = await self.completed(store, "old")
+        await store.save_variable("old", "v", 1)
+        await store.save_unit(key, "unit", b"1")
+        await store.bury(DeadLetter("old-letter", "a", "x", "x", b"", workflow_id="old"))
+        await store.bury(DeadLetter("nobody's", "a", "x", "x", b""))
+        await self.start(store, run_id="open")
+        await store.record_signal("open", "s", b"1")
+        kept = [await store.load_run("open")]
+        self.clock.advance(100)
+        before = self.clock.now()
+        await self.completed(store, "new")
+        kept.append(await store.load_run("new"))
+        self.clock.advance(100)
+        assert await store.count_ended(before=before) == 1
+        assert await store.prune_runs(before=before) == 1
+        assert await store.prune_runs(before=before) == 0
+        assert await store.count_ended(before=before) == 0
+        with pytest.raises(RunNotFound):
+            await store.load_run("old")
+        assert await store.load_unit(key, "unit") is None
+        assert await store.load_output(*key[:2]) is None
+        assert [letter.id for letter in await store.list_dead_letters()] == ["nobody's"]
+        assert [await store.load_run("open"), await store.load_run("new")] == kept
+
+    async def test_what_was_pruned_may_be_dispatched_again(self, store: Store) -> None:
+        """Nothing of the old run is left in the way of a new one of its id."""
+        key = await self.completed(store)
+        await store.save_unit(key, "unit", b"1")
+        self.clock.advance(1)
+        assert await store.prune_runs(before=self.clock.now()) == 1
+        assert await self.completed(store) == key
+        assert await store.load_unit(key, "unit") is None
+
+    async def test_pruning_is_bounded_and_oldest_first(self, store: Store) -> None:
+        """At most `limit` runs in one transaction."""
+        for number in range(5):
+            await self.completed(store, f"r{number}")
+            self.clock.advance(1)
+        assert await store.prune_runs(before=self.clock.now(), limit=3) == 3
+        assert [found.id for found in await store.list_runs()] == ["r4", "r3"]
+        assert await store.prune_runs(before=self.clock.now(), limit=3) == 2
+
+    async def test_pruning_takes_only_states_that_were_asked_for(self, store: Store) -> None:
+        """And never an open run, also when its state is among them."""
+        await self.completed(store, "good")
+        await self.failed(store, "bad")
+        await self.start(store, run_id="open")
+        self.clock.advance(1)
+        states = [RunStatus.FAILED, RunStatus.PENDING, RunStatus.RUNNING]
+        assert await store.count_ended(before=self.clock.now(), statuses=states) == 1
+        assert await store.prune_runs(before=self.clock.now(), statuses=states) == 1
+        assert {found.id for found in await store.list_runs()} == {"good", "open"}
+
+    async def test_a_run_that_was_taken_up_again_is_not_pruned(self, store: Store) -> None:
+        """Nor does it count as ended when it ended before."""
+        await self.failed(store)
+        self.clock.advance(100)
+        await store.retry_run("r")
+        self.clock.advance(100)
+        assert await store.prune_runs(before=self.clock.now()) == 0
+        assert await store.run_status("r") is RunStatus.RUNNING
 
     # -- history
 
