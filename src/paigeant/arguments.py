@@ -12,7 +12,7 @@ from paigeant.activity import MISSING, Activity
 from paigeant.context import StepContext
 from paigeant.errors import ArgumentError
 from paigeant.slip import RoutingSlip
-from paigeant.store import Store
+from paigeant.store import RunValues
 
 __all__ = ["Namespace", "resolve"]
 
@@ -28,7 +28,7 @@ class Namespace:
     workflow_id: str
     payload: Mapping[str, Any]
     slip: RoutingSlip
-    store: Store | None = None
+    store: RunValues | None = None
 
     def names(self) -> list[str]:
         """All names that `find` knows, sorted."""

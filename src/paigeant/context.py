@@ -16,7 +16,7 @@ from paigeant.clock import as_datetime
 from paigeant.errors import InvalidDefinition, OutputInvalid
 from paigeant.security import SecurityContext
 from paigeant.slip import Revision, RoutingSlip, Step, check_name, identify
-from paigeant.store import StepKey, Store
+from paigeant.store import RunValues, StepKey
 
 __all__ = ["StepContext"]
 
@@ -42,7 +42,7 @@ class StepContext:
     log: logging.LoggerAdapter[logging.Logger]
     _key: StepKey
     _slip: RoutingSlip
-    _store: Store
+    _store: RunValues
     _variables: dict[str, bytes] = field(default_factory=dict)
     _draft: list[Step] | None = None
     _added: list[Step] = field(default_factory=list)

@@ -11,10 +11,10 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import Executor as Threads
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic_core import from_json
 
@@ -30,6 +30,7 @@ from paigeant.errors import (
 from paigeant.forwarder import Forwarder, Letter
 from paigeant.message import PaigeantMessage
 from paigeant.observer import Observers
+from paigeant.patience import patiently
 from paigeant.performer import Attempt, Performer
 from paigeant.reporter import Reporter
 from paigeant.routing import Failed, Finish, Forward, Move, Retry, Succeeded, Undo, route
@@ -42,7 +43,8 @@ __all__ = ["Executor"]
 log = logging.getLogger("paigeant.executor")
 step_log = logging.getLogger("paigeant.step")
 
-_ERROR_CHARACTERS = 4000
+Answer = TypeVar("Answer")
+
 _UNKNOWN_ACTIVITY_PAUSE = 2.0
 _NO_LEASE_PAUSE = 0.1
 
@@ -187,19 +189,13 @@ class Executor:
         if self.forwarder.is_for(claim.message, claim.grant.epoch):
             return claim
         # Written for an earlier claim of the step: an operator may have taken the run up again since.
-        until = time.monotonic() + self.limits.persist
-        while True:
-            try:
-                message = await self.forwarder.renewed(claim.message)
-            except StoreUnavailable:
-                if time.monotonic() > until:
-                    raise
-                await asyncio.sleep(0.2 * (0.5 + self._chance()))
-                continue
-            if _is_about(message, claim.key):
-                return replace(claim, message=message)
-            self.reporter.tell("step.lost", claim, error="its run was cancelled, or is over its deadline")
-            return None
+        message = await self._patiently(
+            lambda: self.forwarder.renewed(claim.message), f"message of {claim.key}"
+        )
+        if _is_about(message, claim.key):
+            return replace(claim, message=message)
+        self.reporter.tell("step.lost", claim, error="its run was cancelled, or is over its deadline")
+        return None
 
     async def record(self, claim: Claim, attempt: Attempt, move: Move) -> Claim | None:
         """Make the result and what follows durable; gives the next step's claim, if the run goes on here."""
@@ -376,18 +372,16 @@ class Executor:
     async def _persist(self, result: StepResult, letter: Letter | None) -> Recorded | Refused:
         """Record the result, again and again while the store can't: it is not thrown away for a short trouble."""
         posting = None if letter is None else self.forwarder.posting(letter)
-        until = time.monotonic() + self.limits.persist
-        pause = 0.05
-        while True:
-            try:
-                return await self.store.record_step_result(result, posting)
-            except StoreUnavailable as exc:
-                if time.monotonic() > until:
-                    log.error("result of %s not recorded, the step will run again: %s", result.key, exc)
-                    return Refused("unavailable")
-                log.warning("result of %s not recorded yet: %s", result.key, exc)
-            await asyncio.sleep(pause * (0.5 + self._chance()))
-            pause = min(pause * 2, 2.0)
+        try:
+            return await self._patiently(
+                lambda: self.store.record_step_result(result, posting), f"result of {result.key}"
+            )
+        except StoreUnavailable as exc:
+            log.error("result of %s not recorded, the step will run again: %s", result.key, exc)
+            return Refused("unavailable")
+
+    async def _patiently(self, ask: Callable[[], Awaitable[Answer]], what: str) -> Answer:
+        return await patiently(ask, what, seconds=self.limits.persist, chance=self._chance)
 
 
 def _is_about(message: PaigeantMessage, key: StepKey) -> bool:

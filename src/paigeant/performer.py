@@ -18,6 +18,7 @@ from paigeant.claim import Claim, Limits
 from paigeant.context import StepContext, deadline_of
 from paigeant.errors import ActivityRejected, InvalidDefinition, NonRetryableError, PaigeantError
 from paigeant.observer import CURRENT
+from paigeant.patience import PatientValues
 from paigeant.routing import Failed, Outcome, Skipped, Succeeded
 from paigeant.slip import Compensation, Phase
 from paigeant.store import Store
@@ -57,7 +58,7 @@ class Performer:
         threads: Threads | None = None,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        self.store = store
+        self.values = PatientValues(store, seconds=limits.persist, chance=chance)
         self.limits = limits
         self.worker_id = worker_id
         self.threads = threads
@@ -116,7 +117,7 @@ class Performer:
 
     def _namespace(self, claim: Claim) -> Namespace:
         message = claim.message
-        return Namespace(message.workflow_id, message.payload, message.routing_slip, self.store)
+        return Namespace(message.workflow_id, message.payload, message.routing_slip, self.values)
 
     async def _is_wanted(self, claim: Claim) -> bool:
         step = claim.step
@@ -161,7 +162,7 @@ class Performer:
             log=logging.LoggerAdapter(step_log, {}),
             _key=key,
             _slip=message.routing_slip,
-            _store=self.store,
+            _store=self.values,
         )
 
     def _succeeded(self, claim: Claim, context: StepContext, output: bytes) -> Succeeded:

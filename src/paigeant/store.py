@@ -25,6 +25,7 @@ __all__ = [
     "RunDetail",
     "RunHistory",
     "RunRecord",
+    "RunValues",
     "Signal",
     "StepKey",
     "StepRecord",
@@ -318,8 +319,28 @@ class RunHistory(Protocol):
         ...
 
 
+class RunValues(Protocol):
+    """The values of runs that steps ask for."""
+
+    async def load_output(self, workflow_id: str, step: str) -> bytes | None:
+        """The recorded output of a step as JSON; None when there is none."""
+        ...
+
+    async def load_variable(self, workflow_id: str, key: str, default: Any = None) -> Any:
+        """The variable's value as JSON gives it back; `default` when there is none."""
+        ...
+
+    async def save_unit(self, key: StepKey, name: str, value: bytes) -> bytes:
+        """Record the value of a unit of work inside a step. The first one stands; gives the one that stands."""
+        ...
+
+    async def load_unit(self, key: StepKey, name: str) -> bytes | None:
+        """The recorded value of a unit; None when there is none."""
+        ...
+
+
 @runtime_checkable
-class Store(RunHistory, Protocol):
+class Store(RunHistory, RunValues, Protocol):
     """Records what happens to runs. Each method is idempotent: doing it again, uncertain whether it was done, is safe.
 
     Raises StoreUnavailable when the database can't be reached or can't write; then nothing has changed, or all of it.
@@ -448,24 +469,8 @@ class Store(RunHistory, Protocol):
         """Send postings inside its own transactions, with a transport that `joins` it."""
         ...
 
-    async def load_output(self, workflow_id: str, step: str) -> bytes | None:
-        """The recorded output of a step as JSON; None when there is none."""
-        ...
-
     async def save_variable(self, workflow_id: str, key: str, value: Any) -> None:
         """Set a variable of the run to a value that JSON can hold. Raises RunNotFound, InputInvalid."""
-        ...
-
-    async def load_variable(self, workflow_id: str, key: str, default: Any = None) -> Any:
-        """The variable's value as JSON gives it back; `default` when there is none."""
-        ...
-
-    async def save_unit(self, key: StepKey, name: str, value: bytes) -> bytes:
-        """Record the value of a unit of work inside a step. The first one stands; gives the one that stands."""
-        ...
-
-    async def load_unit(self, key: StepKey, name: str) -> bytes | None:
-        """The recorded value of a unit; None when there is none."""
         ...
 
     async def record_signal(self, workflow_id: str, name: str, value: bytes) -> None:

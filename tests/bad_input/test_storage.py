@@ -434,7 +434,7 @@ def test_results_outlive_a_disk_that_is_full(
     worker.until(lambda: all((tmp_path / f"begun-{run}").exists() for run in runs))
     made.fill(worker.process.pid)
     (tmp_path / "go").touch()
-    worker.until(lambda: "not recorded yet" in worker.log())
+    worker.until(lambda: "has to wait" in worker.log())
     if disk == "small disk":
         body = json.dumps({"number": 9})
         late = call("dispatch", "big", "-", "--handlers", "slow.py", "--id", "late", "--json", input=body)

@@ -154,7 +154,7 @@ async def test_a_full_disk_is_waited_out(tmp_path: Path) -> None:
         done.append("make")
         return "x" * 500_000
 
-    async with Paigeant(Settings(), activities=activity) as app, Logged("not recorded yet") as logged:
+    async with Paigeant(Settings(), activities=activity) as app, Logged("has to wait") as logged:
         worker = app.worker()
         working = asyncio.create_task(worker.run())
         run = await app.dispatch(Workflow("w", ["make"]), workflow_id="r")

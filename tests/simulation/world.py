@@ -804,6 +804,7 @@ def virtual(world: World) -> Iterator[None]:
         with (
             mock.patch("paigeant.executor.time", clock),
             mock.patch("paigeant.heartbeat.time", clock),
+            mock.patch("paigeant.patience.time", clock),
             mock.patch("paigeant.worker.random", chance),
             mock.patch("paigeant.worker.secrets", names),
             mock.patch("paigeant.transports.memory._LOOK_SECONDS", 0.25),

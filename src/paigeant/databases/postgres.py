@@ -11,6 +11,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -34,6 +35,9 @@ __all__ = ["PostgresDatabase"]
 _CONNECT_SECONDS = 5
 _STUCK_SECONDS = 15.0
 """How long a transaction may take before its connection is given up: a network can swallow everything in silence."""
+
+_CLOCK_SECONDS = 10.0
+"""How long two clocks are taken to run alike."""
 
 _OLDEST_SERVER = 120000
 
@@ -80,6 +84,7 @@ class PostgresDatabase(Database):
         self._engine: Engine | None = None
         self._beater: Connection | None = None
         self._bell = PostgresBell(self._parameters, self._heard)
+        self._clock = _ServerClock()
 
     @property
     def hears_others(self) -> bool:
@@ -92,6 +97,10 @@ class PostgresDatabase(Database):
     @property
     def exists(self) -> bool:
         return True
+
+    async def now(self) -> float:
+        known = self._clock.now()
+        return await super().now() if known is None else known
 
     async def _open(self) -> None:
         engine = self._engine = self._make_engine()
@@ -244,7 +253,7 @@ class PostgresDatabase(Database):
 
     @contextlib.contextmanager
     def _begun(self, opening: str, connection: Connection, durable: bool) -> Iterator[Tx]:
-        driver = _Driver(connection)
+        driver = _Driver(connection, self._clock)
         try:
             driver.begin(opening, durable=durable)
             yield Tx(driver)
@@ -310,12 +319,31 @@ class PostgresDatabase(Database):
         )
 
 
+class _ServerClock:
+    """The server's time between two transactions, by this process's steady clock: a little slow, never fast."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[float, float] | None = None
+
+    def set(self, now: float) -> None:
+        self._seen = now, time.monotonic()
+
+    def now(self) -> float | None:
+        """The time; None when the server hasn't told it for long."""
+        if self._seen is None:
+            return None
+        said, seen = self._seen
+        passed = time.monotonic() - seen
+        return said + passed if passed < _CLOCK_SECONDS else None
+
+
 class _Driver:
     """The driver's own connection within a transaction, in pipeline mode for as long as that is possible."""
 
-    __slots__ = ("_asked", "_connection", "_driver", "_now", "_pipeline", "committing", "dialect")
+    __slots__ = ("_asked", "_clock", "_connection", "_driver", "_now", "_pipeline", "committing", "dialect")
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, clock: _ServerClock) -> None:
+        self._clock = clock
         self.dialect: Dialect = connection.dialect
         self._connection = connection
         self._driver = _driver_of(connection)
@@ -355,6 +383,7 @@ class _Driver:
             row = self._asked.fetchone()
             assert row is not None
             self._now = float(row[0])
+            self._clock.set(self._now)
         return self._now
 
     def commit(self) -> None:
