@@ -1,6 +1,7 @@
 """Runs one server, and sees to it that nothing of it is left when its time is over. A program of its own, stdlib only.
 
-    guard.py '{"owner": 123, "command": [...], "environment": {...}, "user": null, "log": "...", "remove": "..."}'
+    guard.py '{"owner": 123, "command": [...], "environment": {...}, "folder": "...", "user": null, "log": "...",
+               "remove": "...", "network": false, "at_end": [["ip", "link", "delete", "bridge"]]}'
 
 It prints the process id of the server and then waits for the first of these:
 - the server ends by itself: the guard ends with its exit code (128 + the number of the signal that ended it);
@@ -9,6 +10,9 @@ It prints the process id of the server and then waits for the first of these:
 Whatever the server has left behind is killed before the guard ends. As a "subreaper" it is the parent of every process
 whose own parent has died, so that no daemon and no orphan slips away from it. Should the guard itself be killed, the
 kernel kills the server.
+
+With `network` the command has a network namespace of its own, and all processes in that are killed as well, whoever
+has started them. The commands `at_end` are run last; what they say is ignored.
 """
 
 from __future__ import annotations
@@ -78,6 +82,24 @@ def _start(told: dict[str, Any]) -> subprocess.Popen[bytes]:
         )
 
 
+def _network(pid: int | str) -> str | None:
+    """The network namespace of a process, if it can be known."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/net")
+    return None
+
+
+def _kill_network(network: str) -> None:
+    """Kill what runs in this network namespace, until there is nothing: it may fork in the meantime."""
+    while found := [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _network(pid) == network]:
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+        time.sleep(0.001)
+
+
 def _kill_all(server: subprocess.Popen[bytes]) -> None:
     """Until there is none: what is forked in the meantime falls to us when its parent dies."""
     while True:
@@ -140,7 +162,15 @@ def main() -> int:
             orphaned = owner in ready if owner is not None else not _is_alive(told["owner"])
             code = server.poll()
     finally:
+        # ours is no namespace to clear: the command may have failed before it had its own
+        network = _network(server.pid) if told.get("network") else None
+        if network is not None and network != _network("self"):
+            _kill_network(network)
         _kill_all(server)
+        for command in told.get("at_end", ()):
+            subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
         if orphaned and told["remove"]:
             shutil.rmtree(told["remove"], ignore_errors=True)
     if code is None:

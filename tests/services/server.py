@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -20,6 +17,7 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 from tests.services import guard
+from tests.services.guarded import Guarded, NotStarted
 
 __all__ = ["Server", "ServerFailed", "free_port", "temporary_folder", "wait_for_end"]
 
@@ -112,10 +110,9 @@ class Server(ABC):
         self.folder = folder or temporary_folder(self.name)
         self.log = self.folder / "server.log"
         self.owner = owner or os.getpid()
-        self.guard_pid: int | None = None
-        self.pid: int | None = None
-        """The server's first process, while it runs."""
-        self._guard: subprocess.Popen[str] | None = None
+        self.remove = self.folder
+        """What to delete when the owner dies."""
+        self._process: Guarded | None = None
         self._prepared = False
 
     # --- what a kind of server says of itself ---
@@ -151,7 +148,17 @@ class Server(ABC):
     @property
     def is_running(self) -> bool:
         """Whether its processes are there, frozen ones too."""
-        return self._guard is not None and self._guard.poll() is None
+        return self._process is not None and self._process.is_running
+
+    @property
+    def pid(self) -> int | None:
+        """The server's first process, while it runs."""
+        return self._process.pid if self._process else None
+
+    @property
+    def guard_pid(self) -> int | None:
+        """The process that watches over it, while it runs: the parent of all of its processes."""
+        return self._process.guard_pid if self._process else None
 
     def start(self) -> None:
         """Start it and return when it is ready. Raises ServerFailed with the end of its log when it doesn't get so."""
@@ -160,11 +167,11 @@ class Server(ABC):
         if not self._prepared:
             self._prepare()
             self._prepared = True
-        self._launch()
+        self._process = self._launch()
         until = time.monotonic() + START_LIMIT
         while not self._answers():
             if not self.is_running:
-                self._ended()
+                self._process = None
                 raise ServerFailed(f"{self.name} has ended instead of starting; it said:\n{self._said()}")
             if time.monotonic() > until:
                 self.kill()
@@ -181,10 +188,9 @@ class Server(ABC):
 
     def kill(self) -> None:
         """SIGKILL to all of its processes; when this returns they are dead. Nothing happens when it doesn't run."""
-        if self._guard is not None:
-            self._guard.terminate()
-            self._guard.wait()
-        self._ended()
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
 
     def restart(self) -> None:
         """Stop it in an orderly way and start it again."""
@@ -193,17 +199,18 @@ class Server(ABC):
 
     def freeze(self) -> None:
         """Stop the clock for all of its processes (SIGSTOP): connections stay open, and nothing answers."""
-        self._signal_all(signal.SIGSTOP)
+        if self._process is not None:
+            self._process.send_signal_to_all(signal.SIGSTOP)
 
     def thaw(self) -> None:
         """Let all of its processes go on."""
-        self._signal_all(signal.SIGCONT)
+        if self._process is not None:
+            self._process.send_signal_to_all(signal.SIGCONT)
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal to the server's first process."""
-        if self.pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+        if self._process is not None:
+            self._process.send_signal(number)
 
     def close(self) -> None:
         """Kill it and delete its folder."""
@@ -229,35 +236,19 @@ class Server(ABC):
             f"{type(self).__name__}({self.host}:{self.port}, {'running' if self.is_running else 'stopped'})"
         )
 
-    def _launch(self) -> None:
-        told = {
-            "owner": self.owner,
-            "command": self._command(),
-            "environment": dict(self._environment()),
-            "folder": str(self.folder),
-            "user": self._user(),
-            "log": str(self.log),
-            "remove": str(self.folder),
-        }
-        self._guard = subprocess.Popen(
-            # -I -S: it needs nothing but the standard library, and so is there within 20 ms
-            [sys.executable, "-I", "-S", guard.__file__, json.dumps(told)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C in a terminal is for pytest, which then tells us
-            text=True,
-        )
-        self.guard_pid = self._guard.pid
-        assert self._guard.stdout is not None
-        assert self._guard.stderr is not None
-        with self._guard.stdout as said, self._guard.stderr as errors:
-            line = said.readline()
-            if not line:
-                trouble = errors.read()
-                self.kill()
-                raise ServerFailed(f"{self.name} could not be started: {trouble}")
-        self.pid = int(line)
+    def _launch(self) -> Guarded:
+        try:
+            return Guarded(
+                self._command(),
+                folder=self.folder,
+                log=self.log,
+                environment=self._environment(),
+                user=self._user(),
+                owner=self.owner,
+                remove=self.remove,
+            )
+        except NotStarted as error:
+            raise ServerFailed(f"{self.name} could not be started: {error}") from error
 
     def _answers(self) -> bool:
         try:
@@ -266,25 +257,12 @@ class Server(ABC):
             return False
 
     def _wait_for_stop(self) -> None:
-        assert self._guard is not None
-        try:
-            self._guard.wait(STOP_LIMIT)
-        except subprocess.TimeoutExpired:
+        assert self._process is not None
+        if not self._process.wait(STOP_LIMIT):
             said = self._said()
             self.kill()
-            raise ServerFailed(
-                f"{self.name} did not stop within {STOP_LIMIT:.0f} s; it said:\n{said}"
-            ) from None
-        self._ended()
-
-    def _ended(self) -> None:
-        self._guard = self.guard_pid = self.pid = None
-
-    def _signal_all(self, number: signal.Signals) -> None:
-        if self.guard_pid is not None:
-            for pid in guard.descendants(self.guard_pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+            raise ServerFailed(f"{self.name} did not stop within {STOP_LIMIT:.0f} s; it said:\n{said}")
+        self._process = None
 
     def _said(self, lines: int = 50) -> str:
         """The end of its log."""

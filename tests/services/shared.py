@@ -65,6 +65,7 @@ def _begin(kind: Kind) -> dict[str, Any]:
     try:
         if is_installed(kind):
             server = _server(kind, session_folder() / kind, session_owner())
+            server.remove = session_folder()
             _started.append(server)
             server.start()
             return {"url": server.url, "guard": server.guard_pid}
