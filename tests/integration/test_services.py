@@ -263,3 +263,30 @@ end_session()
         with pytest.raises(redis.ConnectionError):
             client.ping()
         client.close()
+
+
+def ask_without_programs(**environment: str) -> subprocess.CompletedProcess[str]:
+    """Ask for the shared Redis where neither its program nor docker can be found."""
+    program = "from tests.services import shared_url; print(shared_url('redis'))"
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={"PATH": "/nowhere", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_missing_server_fails_and_says_what_to_do() -> None:
+    """The message names all the ways to have one."""
+    done = ask_without_programs()
+    assert done.returncode != 0
+    for way in ("make services", "redis-server", "docker compose", "TEST_REDIS_URL"):
+        assert way in done.stderr
+
+
+def test_without_programs_the_environment_names_the_server() -> None:
+    """The last way to have one."""
+    done = ask_without_programs(TEST_REDIS_URL="redis://elsewhere:1234/5")
+    assert done.stdout.strip() == "redis://elsewhere:1234/5"

@@ -48,9 +48,9 @@ def free_port(host: str = "127.0.0.1") -> int:
     raise ServerFailed(f"found no free port on {host} between {PORTS.start} and {PORTS.stop}")
 
 
-def temporary_folder(name: str) -> Path:
+def temporary_folder(name: str, *, inside: Path | None = None) -> Path:
     """A new folder that another user may enter: what pytest's `tmp_path` forbids, and Postgres under root needs."""
-    folder = Path(tempfile.mkdtemp(prefix=f"paigeant-{name}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"paigeant-{name}-", dir=inside))
     folder.chmod(0o755)
     return folder
 

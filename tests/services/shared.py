@@ -18,7 +18,7 @@ from tests.services.postgres import PostgresServer
 from tests.services.programs import Kind, ServerMissing, is_installed
 from tests.services.rabbitmq import RabbitServer
 from tests.services.redis import RedisServer
-from tests.services.server import Server, wait_for_end
+from tests.services.server import Server, temporary_folder, wait_for_end
 from tests.services.session import session_folder, session_owner
 
 __all__ = ["VARIABLES", "shared_url", "stop_shared"]
@@ -64,7 +64,8 @@ def _begin(kind: Kind) -> dict[str, Any]:
     # What a first attempt has cost is not spent again by each test: the error is kept as well.
     try:
         if is_installed(kind):
-            server = _server(kind, session_folder() / kind, session_owner())
+            # a new one: whoever tried before may have been killed in the midst of it
+            server = _server(kind, temporary_folder(kind, inside=session_folder()), session_owner())
             server.remove = session_folder()
             _started.append(server)
             server.start()
@@ -79,7 +80,6 @@ def _begin(kind: Kind) -> dict[str, Any]:
 
 
 def _server(kind: Kind, folder: Path, owner: int) -> Server:
-    folder.mkdir()
     match kind:
         case "postgres":
             # Nobody cuts the power of these, and files that nobody waits for make room for the tests that do.
