@@ -11,6 +11,7 @@ from tests.services import new_database, shared_url
 from tests.services.session import begin_session, end_session, is_session_owner
 from tests.services.shared import stop_shared
 
+from paigeant.databases import open_database
 from paigeant.testing import ManualClock
 
 
@@ -64,3 +65,12 @@ def redis_url() -> str:
 def rabbitmq_url() -> str:
     """A RabbitMQ server that all tests share: use queues of your own, and delete no others."""
     return shared_url("rabbitmq")
+
+
+@pytest.fixture
+def postgres_store_url(postgres_url: str) -> str:
+    """A new database with the tables, as `paigeant db upgrade` makes them."""
+    database = open_database(postgres_url)
+    with database.as_it_is() as connection:
+        database.prepare(connection)
+    return postgres_url
