@@ -191,13 +191,20 @@ time.sleep(600)
     assert not Path(folder).exists()
 
 
-def test_a_killed_guard_takes_the_server_with_it() -> None:
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_killed_guard_takes_the_server_with_it(kind: type[Server]) -> None:
     """The one process that watches over a server isn't one that can be lost."""
-    with RedisServer() as server:
+    with kind() as server:
         assert server.pid is not None
         assert server.guard_pid is not None
+        all_of_it = guard.descendants(server.guard_pid)
         os.kill(server.guard_pid, signal.SIGKILL)
-        assert wait_for_end(server.pid, seconds=10)
+        try:
+            assert wait_for_end(server.pid, seconds=10)
+        finally:
+            for pid in all_of_it:  # the kernel kills the server, but not its epmd
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_kill_leaves_no_process(rabbit: RabbitServer) -> None:
