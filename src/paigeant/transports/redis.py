@@ -714,9 +714,12 @@ class RedisStreamTransport:
             case ResponseError():
                 return f"redis at {where} refuses: {text}"
             case TimedOut() | TimeoutError():
-                return f"redis at {where} doesn't answer: check that it runs and that the network lets it be reached"
+                return (
+                    f"redis at {where} doesn't answer: check that it runs, that the network lets it be reached, and "
+                    f"whether it speaks TLS ({self._place.scheme}:// was asked for)"
+                )
             case _:
-                hint = "check that it runs and that the address is right"
+                hint = "check that it runs, that the address is right, and whether it speaks TLS (rediss://)"
                 if "certificate" in text.lower():
                     hint = (
                         "check its certificate, and name the authority that signed it with ssl_ca_certs=/path"
@@ -744,6 +747,10 @@ class _Place:
     @property
     def where(self) -> str:
         return ", ".join(f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name, port in self.nodes)
+
+    @property
+    def scheme(self) -> str:
+        return "rediss" if self.is_tls else "redis"
 
     @property
     def username(self) -> str | None:

@@ -1,0 +1,910 @@
+"""RedisStreamTransport when things go wrong: servers that die, forget, freeze and fill up, and consumers that do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from tests.integration.redis_servers import redis_cluster, redis_sentinels, redis_tls
+from tests.services import RedisServer, free_port
+
+from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.message import PaigeantMessage
+from paigeant.store import DeadLetter
+from paigeant.testing.conformance.transports import message
+from paigeant.transports.redis import _FORGET, RedisStreamTransport
+
+pytestmark = pytest.mark.asyncio
+
+_PATIENCE = 30.0
+GROUP = "workers"
+
+Open = Callable[..., Awaitable[RedisStreamTransport]]
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    """A server of this test's own."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest_asyncio.fixture
+async def client(server: RedisServer) -> AsyncIterator[Redis]:
+    """A plain connection to `server`, for an operator's hand."""
+    client = Redis(host=server.host, port=server.port)
+    yield client
+    await client.aclose()
+
+
+@pytest_asyncio.fixture
+async def opened() -> AsyncIterator[Open]:
+    """Connects a transport to a URL; it is closed after the test."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def opened(url: str, *, hold: float = 30.0, namespace: str = "t") -> RedisStreamTransport:
+            transport = RedisStreamTransport(url, namespace=namespace, hold=hold)
+            await transport.connect()
+            stack.push_async_callback(transport.close)
+            return transport
+
+        yield opened
+
+
+class Listening:
+    """A subscription that goes on over the whole of a test. What comes is acked and can be waited for."""
+
+    def __init__(self, transport: RedisStreamTransport, topic: str = "work", *, prefetch: int = 10) -> None:
+        self.transport = transport
+        self.topic = topic
+        self.prefetch = prefetch
+        self.came: list[str] = []
+        self._news = asyncio.Event()
+
+    async def __aenter__(self) -> Listening:
+        self._task = asyncio.create_task(self._listen())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        assert not self._task.done(), "the iterator has ended"
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _listen(self) -> None:
+        async for received in self.transport.subscribe(self.topic, prefetch=self.prefetch):
+            self.came.append(received.message_id)
+            await self.transport.ack(received.message_id)
+            self._news.set()
+
+    async def wait_for(self, *ids: str) -> None:
+        async with asyncio.timeout(_PATIENCE):
+            while not set(ids) <= set(self.came):
+                self._news.clear()
+                await self._news.wait()
+
+
+async def take(transport: RedisStreamTransport, count: int = 1, topic: str = "work") -> list[str]:
+    """The ids of the next `count` messages, not acked."""
+    messages = transport.subscribe(topic, prefetch=count)
+    async with asyncio.timeout(_PATIENCE), contextlib.aclosing(messages) as each:  # type: ignore[type-var]  # a generator
+        return [(await anext(each)).message_id for _ in range(count)]
+
+
+async def until(holds: Callable[[], Awaitable[object]]) -> None:
+    """Return once `holds` gives something true."""
+    async with asyncio.timeout(_PATIENCE):
+        while not await holds():  # noqa: ASYNC110  # a server has to be asked
+            await asyncio.sleep(0.01)
+
+
+async def publish_until_taken(transport: RedisStreamTransport, sent: PaigeantMessage) -> None:
+    """Publish as a worker's sweeper does: again, until the server takes it."""
+    async with asyncio.timeout(_PATIENCE):
+        while True:
+            try:
+                return await transport.publish("work", sent)
+            except TransportUnavailable:
+                await asyncio.sleep(0.05)
+
+
+async def blocked(client: Redis) -> None:
+    """Return once a subscriber is blocked in its read."""
+    await until(lambda: _blocked(client))
+
+
+async def _blocked(client: Redis) -> bool:
+    return (await client.info("clients"))["blocked_clients"] > 0
+
+
+async def consumers(client: Redis, transport: RedisStreamTransport, topic: str = "work") -> list[str]:
+    """The names of those that the server knows in the topic's group."""
+    found = await client.xinfo_consumers(transport.stream_key(topic), GROUP)
+    return [each["name"].decode() for each in found]
+
+
+# --- what the server forgets
+
+
+async def _flush(client: Redis, stream: str) -> None:
+    await client.flushall()
+
+
+async def _delete(client: Redis, stream: str) -> None:
+    await client.delete(stream)
+
+
+async def _destroy(client: Redis, stream: str) -> None:
+    await client.xgroup_destroy(stream, GROUP)
+
+
+async def _script_flush(client: Redis, stream: str) -> None:
+    await client.script_flush()
+
+
+@pytest.mark.parametrize("forget", [_flush, _delete, _destroy, _script_flush])
+async def test_a_subscription_outlives_what_the_server_forgets(
+    server: RedisServer, client: Redis, opened: Open, forget: Callable[[Redis, str], Awaitable[None]]
+) -> None:
+    """FLUSHALL, a deleted key, a destroyed group, lost scripts: the same iterator gets what is published then."""
+    transport = await opened(server.url)
+    async with Listening(transport) as listening:
+        await transport.publish("work", message("before"))
+        await listening.wait_for("before")
+        await blocked(client)
+        await forget(client, transport.stream_key("work"))
+        await transport.publish("work", message("after"))
+        await transport.publish("work", message("later"), delay=0.05)
+        await listening.wait_for("after", "later")
+
+
+async def test_messages_without_a_group_are_delivered(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """A group that is made again begins with the first message that is there, not with the next to come."""
+    transport = await opened(server.url)
+    await transport.publish("work", message("first"))
+    assert await take(transport) == ["first"]
+    await transport.nack("first")
+    await client.xgroup_destroy(transport.stream_key("work"), GROUP)
+    assert await take(transport) == ["first"]
+
+
+# --- connections that break
+
+
+async def test_a_subscription_outlives_a_killed_server(server: RedisServer, opened: Open) -> None:
+    """SIGKILL and a new start: the same iterator resumes, what was acknowledged is there, publishing works again."""
+    transport = await opened(server.url)
+    async with Listening(transport) as listening:
+        await transport.publish("work", message("before"))
+        await listening.wait_for("before")
+        for round_ in range(3):
+            await asyncio.to_thread(server.kill)
+            with pytest.raises(TransportUnavailable, match=f"{server.port}"):
+                await transport.publish("work", message("lost"))
+            await asyncio.to_thread(server.start)
+            await publish_until_taken(transport, message(f"after-{round_}"))
+            await listening.wait_for(f"after-{round_}")
+
+
+async def test_nothing_is_lost_while_connections_are_cut(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """What the server had given to a read whose answer got lost comes at once after the reconnection, not after the
+    hold."""
+    transport = await opened(server.url, hold=3600.0)
+    ids = [f"m-{n}" for n in range(2000)]
+    cutting = True
+
+    async def cut() -> None:
+        while cutting:
+            await client.client_kill_filter(_type="normal", skipme=True)
+            await asyncio.sleep(0.01)
+
+    async with Listening(transport) as listening:
+        knife = asyncio.create_task(cut())
+        for message_id in ids:
+            await publish_until_taken(transport, message(message_id))
+        cutting = False
+        await knife
+        await listening.wait_for(*ids)
+
+
+async def test_a_frozen_server_is_told_of_and_waited_for(server: RedisServer, opened: Open) -> None:
+    """A server that doesn't answer is an error for who publishes, in bounded time; later the iterator goes on."""
+    transport = await opened(f"{server.url}?socket_timeout=0.5")
+    async with Listening(transport) as listening:
+        await transport.publish("work", message("before"))
+        await listening.wait_for("before")
+        server.freeze()
+        try:
+            began = time.monotonic()
+            with pytest.raises(TransportUnavailable, match="doesn't answer"):
+                await transport.publish("work", message("m"))
+            assert time.monotonic() - began < 5.0
+        finally:
+            server.thaw()
+        await publish_until_taken(transport, message("after"))
+        await listening.wait_for("after")
+
+
+async def test_a_server_that_loads_is_waited_for(server: RedisServer, client: Redis, opened: Open) -> None:
+    """While a server reads its file, connect says so; a subscription that was there goes on when it has."""
+    transport = await opened(server.url)
+    async with Listening(transport) as listening:
+        await transport.publish("work", message("before"))
+        await listening.wait_for("before")
+        pipe = client.pipeline(transaction=False)
+        for n in range(20_000):
+            pipe.set(f"filler-{n}", "x")
+        await pipe.execute()
+        await asyncio.to_thread(server.kill)
+        with (server.folder / "redis.conf").open("a") as file:
+            file.write("key-load-delay 200\n")
+        starting = threading.Thread(target=server.start)
+        starting.start()
+        try:
+            await until(lambda: _says_loading(server.url))
+        finally:
+            await asyncio.to_thread(starting.join)
+        await publish_until_taken(transport, message("after"))
+        await listening.wait_for("after")
+
+
+async def _says_loading(url: str) -> bool:
+    transport = RedisStreamTransport(url)
+    try:
+        await transport.connect()
+    except TransportUnavailable as exc:
+        return "still loading" in str(exc)
+    await transport.close()
+    raise AssertionError("the server had loaded before it was asked")
+
+
+async def test_a_demoted_server_is_told_of_and_waited_for(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """READONLY after a failover: who publishes is told, and the iterator goes on once there is a primary again."""
+    transport = await opened(server.url)
+    async with Listening(transport) as listening:
+        await transport.publish("work", message("before"))
+        await listening.wait_for("before")
+        await client.execute_command("REPLICAOF", "127.0.0.1", free_port())
+        with pytest.raises(TransportUnavailable, match="replica"):
+            await transport.publish("work", message("m"))
+        with pytest.raises(ConfigurationError, match="primary"):
+            await opened(server.url)
+        await client.execute_command("REPLICAOF", "NO", "ONE")
+        await publish_until_taken(transport, message("after"))
+        await listening.wait_for("after")
+
+
+async def test_a_server_that_cannot_save_is_told_of(opened: Open) -> None:
+    """MISCONF: a server whose disk fails takes no messages, which is said, and takes them again when it can write."""
+    with RedisServer(appendonly=False, lines=["save 3600 1", "enable-protected-configs yes"]) as server:
+        client = Redis(host=server.host, port=server.port)
+        transport = await opened(server.url)
+        elsewhere = server.folder / "elsewhere"
+        elsewhere.mkdir()
+        await client.config_set("dir", str(elsewhere))
+        shutil.rmtree(elsewhere)
+        await client.set("changed", "1")
+        await client.bgsave()
+        await until(lambda: _bgsave_failed(client))
+        async with Listening(transport) as listening:
+            with pytest.raises(TransportUnavailable, match="MISCONF"):
+                await transport.publish("work", message("m"))
+            await client.config_set("dir", str(server.folder))
+            await client.bgsave()
+            await publish_until_taken(transport, message("after"))
+            await listening.wait_for("after")
+        await client.aclose()
+
+
+async def _bgsave_failed(client: Redis) -> bool:
+    return bool((await client.info("persistence"))["rdb_last_bgsave_status"] == "err")
+
+
+async def test_a_full_server_refuses_messages_and_is_emptied(opened: Open) -> None:
+    """At maxmemory publishing is an error that says so; taking, returning, delaying and acking go on."""
+    with RedisServer(lines=["maxmemory-policy noeviction"]) as server:
+        client = Redis(host=server.host, port=server.port)
+        transport = await opened(server.url)
+        for n in range(20):
+            await transport.publish("work", message(f"m-{n}", text="x" * 10_000))
+        await transport.publish("work", message("later", text="x" * 10_000), delay=0.3)
+        await take(transport)  # makes the group, for which there would be no room
+        await transport.nack("m-0")
+        await client.config_set("maxmemory", 1)
+        with pytest.raises(TransportUnavailable, match="maxmemory"):
+            await transport.publish("work", message("too much"))
+        [first] = await take(transport)
+        await transport.nack(first)
+        [second] = await take(transport)
+        await transport.nack(second, delay=0.1)
+        async with Listening(transport) as listening:
+            await listening.wait_for("later", *(f"m-{n}" for n in range(20)))
+        assert await transport.topics() == []
+        await client.config_set("maxmemory", 0)
+        await transport.publish("work", message("room"))
+        await client.aclose()
+
+
+# --- consumers that die, and those that come back
+
+
+async def test_what_went_to_another_cannot_be_settled(server: RedisServer, opened: Open) -> None:
+    """A stale consumer's ack, return and rejection leave the entry with whoever has it now."""
+    stale = await opened(server.url, hold=0.3)
+    now = await opened(server.url, hold=0.3)
+    letters: list[DeadLetter] = []
+
+    async def bury(letter: DeadLetter) -> None:
+        letters.append(letter)
+
+    stale.bury_with(bury)
+    for settle in (stale.ack, stale.nack, lambda message_id: stale.dead_letter(message_id, "stale")):
+        await stale.publish("work", message("m"))
+        assert await take(stale) == ["m"]
+        assert await take(now) == ["m"]
+        await settle("m")
+        await until(lambda: _is_sent(stale))
+        assert [(depth.waiting, depth.taken) for depth in await now.topics()] == [(0, 1)]
+        await now.ack("m")
+        await until(lambda: _is_empty(now))
+    assert letters == []
+
+
+async def _is_sent(transport: RedisStreamTransport) -> bool:
+    await transport.topics()  # answered after all that was sent before on the same connection
+    return transport._acking is None
+
+
+async def _is_empty(transport: RedisStreamTransport) -> bool:
+    return await transport.topics() == []
+
+
+async def test_a_killed_process_gives_back_its_messages(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """What a killed process of this host held comes at once to who subscribes, and its consumer is deleted."""
+    transport = await opened(server.url, hold=3600.0)
+    await transport.publish("work", message("m"))
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _HOLDER, server.url, stdout=asyncio.subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert await asyncio.wait_for(child.stdout.readline(), 60) == b"m\n"
+    [dead] = await consumers(client, transport)
+    os.kill(child.pid, signal.SIGKILL)
+    await child.wait()
+    assert await take(transport) == ["m"]
+    await transport.dead_letter("m", "enough")
+    [letter] = await transport.kept_letters()
+    assert letter.attempts == 2
+    assert dead not in await consumers(client, transport)
+
+
+_HOLDER = """
+import asyncio, sys
+from paigeant.transports.redis import RedisStreamTransport
+
+async def main():
+    transport = RedisStreamTransport(sys.argv[1], namespace="t", hold=3600.0)
+    await transport.connect()
+    async for received in transport.subscribe("work"):
+        print(received.message_id, flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_lost_host_gives_back_its_messages_after_the_hold(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """What a consumer of another host held comes after the hold; the consumer is deleted when long silent, and not
+    while it has anything."""
+    transport = await opened(server.url, hold=0.2)
+    stream = transport.stream_key("work")
+    await transport.publish("work", message("m"))
+    await transport.publish("work", message("n"))
+    await client.xgroup_create(stream, GROUP, id="0")
+    assert await client.xreadgroup(GROUP, "elsewhere|1@1|x|0", {stream: ">"}, count=2)
+    assert await client.xreadgroup(GROUP, "silent|1@1|x|0", {stream: ">"}, count=2) == []
+    began = time.monotonic()
+    async with Listening(transport, prefetch=1) as listening:
+        await listening.wait_for("m", "n")
+        assert time.monotonic() - began > 0.1
+        await until(lambda: _only_mine(client, transport))
+
+
+async def _only_mine(client: Redis, transport: RedisStreamTransport) -> bool:
+    return all(name.startswith(transport._name) for name in await consumers(client, transport))
+
+
+async def test_a_consumer_that_holds_messages_is_not_deleted(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """However long it is silent, a consumer goes only once what it held was claimed away."""
+    transport = await opened(server.url, hold=3600.0)
+    stream = transport.stream_key("work")
+    await transport.publish("work", message("m"))
+    await client.xgroup_create(stream, GROUP, id="0")
+    await client.xreadgroup(GROUP, "elsewhere|1@1|x|0", {stream: ">"})
+    assert await transport._run(_FORGET, "work", "elsewhere|1@1|x|0", 0) == 0
+    assert await consumers(client, transport) == ["elsewhere|1@1|x|0"]
+    assert [depth.taken for depth in await transport.topics()] == [1]
+
+
+async def test_a_deleted_consumer_that_lives_goes_on(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """A subscriber that somebody took for dead gets its messages all the same."""
+    transport = await opened(server.url)
+    async with Listening(transport) as listening:
+        await blocked(client)
+        for name in await consumers(client, transport):
+            await client.xgroup_delconsumer(transport.stream_key("work"), GROUP, name)
+        await transport.publish("work", message("m"))
+        await listening.wait_for("m")
+    assert await transport.topics() == []
+
+
+async def test_closing_leaves_no_consumer(server: RedisServer, client: Redis, opened: Open) -> None:
+    """What a closing transport held is there for others at once, and its consumers are gone."""
+    transport = await opened(server.url, hold=3600.0)
+    for n in range(5):
+        await transport.publish("work", message(f"m-{n}"))
+    assert await take(transport, 2) == ["m-0", "m-1"]
+    messages = transport.subscribe("work", prefetch=3)
+    assert (await anext(messages)).message_id == "m-2"
+    waiting = asyncio.create_task(take(transport, topic="other"))
+    await blocked(client)
+    await transport.close()
+    assert await consumers(client, transport) == []
+    assert await consumers(client, transport, "other") == []
+    with pytest.raises(StopAsyncIteration):
+        await anext(messages)
+    with pytest.raises(StopAsyncIteration):
+        await waiting
+    other = await opened(server.url, hold=3600.0)
+    assert sorted(await take(other, 5)) == [f"m-{n}" for n in range(5)]
+
+
+async def test_a_cancelled_read_takes_nothing_along(server: RedisServer, client: Redis, opened: Open) -> None:
+    """A subscriber that leaves while it waits gets no message any more that others wait for."""
+    transport = await opened(server.url, hold=3600.0)
+    other = await opened(server.url, hold=3600.0)
+    for n in range(30):
+        leaving = asyncio.create_task(take(transport))
+        await blocked(client)
+        publishing = asyncio.create_task(other.publish("work", message(f"m-{n}")))
+        for _ in range(n):
+            await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.gather(leaving, publishing, return_exceptions=True)
+        await transport.nack(f"m-{n}")  # in case it got as far as its hands: then it was delivered
+        assert await take(other) == [f"m-{n}"]
+        await other.ack(f"m-{n}")
+
+
+# --- what is promised of messages
+
+
+async def test_a_return_is_delivered_at_once(server: RedisServer, client: Redis, opened: Open) -> None:
+    """nack wakes a blocked subscriber: it need not wait for the hold, nor for its next look."""
+    one = await opened(server.url, hold=3600.0)
+    other = await opened(server.url, hold=3600.0)
+    await one.publish("work", message("m"))
+    assert await take(one) == ["m"]
+    taking = asyncio.create_task(take(other))
+    await blocked(client)
+    began = time.monotonic()
+    await one.nack("m")
+    assert await taking == ["m"]
+    assert time.monotonic() - began < 0.5
+
+
+async def test_delays_are_kept_to_the_point(server: RedisServer, client: Redis, opened: Open) -> None:
+    """A message published with a short delay while subscribers are blocked comes then: never early, little late."""
+    publisher = await opened(server.url)
+    subscriber = await opened(server.url)
+    came: dict[str, float] = {}
+    done = asyncio.Event()
+    delays = {f"m-{delay}": delay for delay in (0.9, 0.05, 0.3, 0.6, 0.1)}
+
+    async def listen() -> None:
+        async for received in subscriber.subscribe("work", prefetch=10):
+            came[received.message_id] = time.monotonic()
+            await subscriber.ack(received.message_id)
+            if len(came) == len(delays):
+                done.set()
+
+    listening = asyncio.create_task(listen())
+    await blocked(client)
+    sent = {}
+    for message_id, delay in delays.items():
+        sent[message_id] = time.monotonic()
+        await publisher.publish("work", message(message_id), delay=delay)
+    await asyncio.wait_for(done.wait(), _PATIENCE)
+    listening.cancel()
+    await asyncio.gather(listening, return_exceptions=True)
+    late = {message_id: came[message_id] - sent[message_id] - delays[message_id] for message_id in delays}
+    assert min(late.values()) >= 0.0
+    # Without a wake-up it would be up to a second.
+    assert max(late.values()) < 0.3
+
+
+async def test_a_bell_is_no_message(server: RedisServer, client: Redis, opened: Open) -> None:
+    """What wakes subscribers for short delays is counted nowhere and delivered to nobody."""
+    transport = await opened(server.url)
+    await transport.publish("work", message("a"))
+    assert await take(transport) == ["a"]
+    await transport.ack("a")
+    await transport.publish("work", message("b"), delay=0.8)
+    assert await client.xlen(transport.stream_key("work")) == 1
+    [depth] = await transport.topics()
+    assert (depth.waiting, depth.taken) == (1, 0)
+    assert await take(transport) == ["b"]
+    await transport.ack("b")
+    assert await transport.topics() == []
+    assert await transport.kept_letters() == []
+
+
+async def test_two_deliveries_of_an_id_are_settled_one_by_one(server: RedisServer, opened: Open) -> None:
+    """A message that was sent twice and is held twice needs two acks, in whatever order they come."""
+    transport = await opened(server.url)
+    for _ in range(2):
+        await transport.publish("work", message("m"))
+    assert await take(transport, 2) == ["m", "m"]
+    await transport.ack("m")
+    await until(lambda: _is_sent(transport))
+    assert [depth.taken for depth in await transport.topics()] == [1]
+    await transport.nack("m")
+    assert await take(transport) == ["m"]
+    await transport.ack("m")
+    await until(lambda: _is_empty(transport))
+
+
+async def test_publishes_share_round_trips(server: RedisServer, client: Redis, opened: Open) -> None:
+    """What is published in one turn of the event loop goes to the server together."""
+    transport = await opened(server.url)
+    await transport.publish("work", message("first"))
+    before = (await client.info("stats"))["total_net_input_bytes"], await _reads(client)
+    await asyncio.gather(*(transport.publish("work", message(f"m-{n}")) for n in range(200)))
+    assert await _reads(client) - before[1] < 20
+    assert await client.xlen(transport.stream_key("work")) == 201
+
+
+async def _reads(client: Redis) -> int:
+    return int((await client.info("stats"))["total_reads_processed"])
+
+
+async def test_topics_are_listed_without_a_search(server: RedisServer, client: Redis, opened: Open) -> None:
+    """Another transport finds the topics by name; one whose name was wiped by asking for it."""
+    publisher = await opened(server.url)
+    await publisher.publish("work", message("m"))
+    await publisher.publish("{a} b", message("n"), delay=60)
+    asking = await opened(server.url)
+    assert [depth.topic for depth in await asking.topics()] == ["work", "{a} b"]
+    await client.delete("t:topics")
+    assert await asking.topics() == []
+    assert [depth.topic for depth in await asking.topics(["work", "none"])] == ["work"]
+
+
+async def test_a_namespace_may_have_any_name(server: RedisServer, opened: Open) -> None:
+    """Braces in a namespace or a topic don't change which keys belong together."""
+    for namespace in ("{}", "{a", "a}b{", "ä b"):
+        transport = await opened(server.url, namespace=namespace)
+        for topic in ("{}", "}", "{x}y", "", "a\nb"):
+            await transport.publish(topic, message("m"), delay=0.01)
+            assert await take(transport, topic=topic) == ["m"]
+
+
+# --- dead letters
+
+
+async def test_dead_letters_are_kept_without_a_store(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """Without `bury_with` the transport keeps them itself, a bounded part of each."""
+    transport = await opened(server.url)
+    stream = transport.stream_key("work")
+    await client.xadd(stream, {"id": "a", "body": b"\xff" * (transport.limit_bytes + 1)})
+    await client.xadd(stream, {"foreign": "entry"})
+    await transport.publish("work", message("good"))
+    assert await take(transport) == ["good"]
+    foreign, large = await transport.kept_letters()
+    assert (large.id, large.reason, len(large.body), large.attempts) == ("a", "too_large", 64 * 1024, 1)
+    assert (foreign.reason, foreign.body) == ("not_json", b"")
+
+
+async def test_a_letter_that_is_not_kept_comes_again(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """While nobody can keep dead letters a bad message stays, and the iterator goes on with the others."""
+    transport = await opened(server.url, hold=0.2)
+    letters: list[DeadLetter] = []
+
+    async def bury(letter: DeadLetter) -> None:
+        letters.append(letter)
+        if len(letters) == 1:
+            raise OSError("the store is away")
+
+    transport.bury_with(bury)
+    await client.xadd(transport.stream_key("work"), {"id": "bad", "body": b"nonsense"})
+    async with Listening(transport) as listening:
+        await transport.publish("work", message("good"))
+        await listening.wait_for("good")
+        await until(lambda: _is_empty(transport))
+    assert [letter.id for letter in letters] == ["bad", "bad"]
+
+
+# --- what connect finds out
+
+
+async def test_an_evicting_policy_is_refused(server: RedisServer, client: Redis) -> None:
+    """A server that drops keys when memory is short isn't used; what to do is said."""
+    await client.config_set("maxmemory-policy", "allkeys-lru")
+    with pytest.raises(ConfigurationError, match=r"allkeys-lru.*noeviction"):
+        await RedisStreamTransport(server.url).connect()
+
+
+async def test_a_policy_that_evicts_expiring_keys_only_is_accepted(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """None of the transport's keys expires, so that a volatile policy takes none of them away."""
+    await client.config_set("maxmemory-policy", "volatile-lru")
+    transport = await opened(server.url)
+    await transport.publish("work", message("m"))
+    await transport.publish("work", message("n"), delay=60)
+    for key in await client.keys("t:*"):
+        assert await client.ttl(key) == -1
+
+
+@pytest.mark.parametrize("forbidden", ["-config", "-info"])
+async def test_the_policy_is_found_out_where_commands_are_forbidden(
+    server: RedisServer, client: Redis, forbidden: str
+) -> None:
+    """INFO or CONFIG GET: one of them is enough."""
+    await client.config_set("maxmemory-policy", "allkeys-lfu")
+    await client.execute_command("ACL", "SETUSER", "app", "on", ">pw", "~*", "+@all", forbidden)
+    with pytest.raises(ConfigurationError, match="allkeys-lfu"):
+        await RedisStreamTransport(f"redis://app:pw@{server.host}:{server.port}").connect()
+
+
+async def test_an_unknown_policy_is_warned_of(
+    server: RedisServer, client: Redis, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where neither INFO nor CONFIG GET is allowed, nor CLIENT, it works all the same."""
+    await client.execute_command(
+        "ACL", "SETUSER", "app", "on", ">pw", "~*", "+@all", "-config", "-info", "-client"
+    )
+    with caplog.at_level(logging.WARNING):
+        transport = await opened(f"redis://app:pw@{server.host}:{server.port}")
+    assert "maxmemory-policy is unknown" in caplog.text
+    await transport.publish("work", message("m"))
+    assert await take(transport) == ["m"]
+    leaving = asyncio.create_task(take(transport))
+    await blocked(client)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    await transport.publish("work", message("n"))
+    assert await take(transport) == ["n"]
+
+
+async def test_a_server_that_is_not_there_is_named() -> None:
+    """The error says where it was looked for and what to do, and doesn't tell the password."""
+    port = free_port()
+    with pytest.raises(TransportUnavailable) as caught:
+        await RedisStreamTransport(f"redis://user:pa%40ss@127.0.0.1:{port}/0").connect()
+    text = str(caught.value)
+    assert f"127.0.0.1:{port}" in text
+    assert "check that it runs" in text
+    assert "pa@ss" not in text
+    assert "pa%40ss" not in text
+
+
+@pytest.mark.parametrize("login", ["app:wrong-word@", "nobody:wrong-word@", ":wrong-word@", ""])
+async def test_a_wrong_password_is_a_configuration_error(
+    server: RedisServer, client: Redis, login: str
+) -> None:
+    """It says who was refused and where, and doesn't tell the password."""
+    await client.execute_command("ACL", "SETUSER", "app", "on", ">right", "~*", "+@all")
+    await client.config_set("requirepass", "right")
+    with pytest.raises(ConfigurationError, match=f"127.0.0.1:{server.port} refuses") as caught:
+        await RedisStreamTransport(f"redis://{login}{server.host}:{server.port}").connect()
+    assert "wrong-word" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rights", [["~other:*", "+@all"], ["~*", "+@all", "-eval", "-evalsha"]])
+async def test_missing_rights_are_a_configuration_error(
+    server: RedisServer, client: Redis, rights: list[str]
+) -> None:
+    """A user who may not use the keys or the scripts is told so at the start."""
+    await client.execute_command("ACL", "SETUSER", "app", "on", ">pw", *rights)
+    with pytest.raises(ConfigurationError, match=r"user 'app'.*ACL"):
+        await RedisStreamTransport(f"redis://app:pw@{server.host}:{server.port}").connect()
+
+
+async def test_an_old_server_is_refused(server: RedisServer) -> None:
+    """Before 6.2 there is no XAUTOCLAIM. A server that calls itself older is refused, with what to do."""
+
+    ended: list[asyncio.Task[None]] = []
+
+    async def forward(source: asyncio.StreamReader, target: asyncio.StreamWriter, *, older: bool) -> None:
+        while data := await source.read(2**20):
+            if older:  # by as many bytes as there were
+                data = re.sub(
+                    rb"(?<=redis_version:)[0-9.]+", lambda it: b"6.0.1".ljust(len(it[0]), b"0"), data
+                )
+            target.write(data)
+        target.close()
+        await target.wait_closed()
+
+    async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(server.host, server.port)
+        ended.append(asyncio.create_task(forward(reader, back, older=False)))
+        ended.append(asyncio.create_task(forward(there, writer, older=True)))
+
+    client = Redis(host=server.host, port=server.port)
+    assert (await client.info())["redis_version"] >= "6.2"
+    await client.aclose()
+    async with await asyncio.start_server(between, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        with pytest.raises(ConfigurationError, match=r"6\.0\.1.*6\.2"):
+            await RedisStreamTransport(f"redis://127.0.0.1:{port}").connect()
+        await asyncio.gather(*ended)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("http://127.0.0.1", "redis://"),
+        ("redis://a:6379,b:6379/0", "sentinel"),
+        ("redis://a:6379/zero", "number of a database"),
+        ("redis://a:6379/1?cluster=true", "database 0"),
+        ("redis://a:26379?sentinel=main&cluster=true", "both"),
+        ("redis://a:6379?colour=blue", "colour"),
+        ("redis://a:6379?socket_timeout=soon", "socket_timeout"),
+        ("redis://user:secret/word@a:6379/0", "%2F"),
+        ("redis://user:secret#word@a:6379/0", "%23"),
+    ],
+)
+async def test_a_url_that_cannot_work_is_a_configuration_error(url: str, says: str) -> None:
+    """It says what is wrong with it without showing a password."""
+    with pytest.raises(ConfigurationError) as caught:
+        RedisStreamTransport(url)
+    assert says in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_transport_that_is_not_open_says_so() -> None:
+    """Before connect and after close it can't be used, and closing is harmless."""
+    transport = RedisStreamTransport("redis://127.0.0.1:6379/0")
+    await transport.close()
+    with pytest.raises(TransportUnavailable, match="not connected"):
+        await transport.publish("work", message("m"))
+    with pytest.raises(TransportUnavailable, match="not connected"):
+        await take(transport)
+
+
+async def test_databases_are_apart(server: RedisServer, opened: Open) -> None:
+    """The path of the URL is the number of the database."""
+    first = await opened(server.url)
+    second = await opened(f"redis://{server.host}:{server.port}/3")
+    await second.publish("work", message("m"))
+    assert await first.topics() == []
+    with pytest.raises(ConfigurationError, match="no such database"):
+        await opened(f"redis://{server.host}:{server.port}/99")
+
+
+# --- TLS, sentinels, a cluster
+
+
+async def test_tls(tmp_path: Path, opened: Open) -> None:
+    """rediss:// works with a server whose certificate is trusted, and not with one that isn't."""
+    with redis_tls(tmp_path) as (server, certificate):
+        address = f"rediss://{server.host}:{server.port}/0"
+        transport = await opened(f"{address}?ssl_ca_certs={certificate}")
+        await transport.publish("work", message("m"))
+        assert await take(transport) == ["m"]
+        with pytest.raises(TransportUnavailable, match="ssl_ca_certs"):
+            await opened(address)
+        with pytest.raises(TransportUnavailable, match="rediss://"):
+            await opened(f"redis://{server.host}:{server.port}/0")
+
+
+async def test_a_subscription_follows_the_sentinels(opened: Open) -> None:
+    """The primary dies, the sentinels name another: the same iterator goes on there, and so does publishing."""
+    with redis_sentinels() as servers:
+        transport = await opened(servers.url)
+        async with Listening(transport) as listening:
+            await transport.publish("work", message("before"))
+            await listening.wait_for("before")
+            await transport.publish("work", message("later"), delay=0.5)
+            await asyncio.to_thread(servers.first.kill)
+            await publish_until_taken(transport, message("after"))
+            await listening.wait_for("after")
+        assert servers.primary() == servers.second.port
+        unknown = servers.url.replace("=main", "=other")
+        with pytest.raises(TransportUnavailable, match="'other'") as caught:
+            await opened(unknown)
+        assert servers.password not in str(caught.value)
+
+
+async def test_a_subscription_follows_a_slot_that_moves(opened: Open) -> None:
+    """A topic's keys go to another node of the cluster while it is in use: the same iterator goes on there."""
+    with redis_cluster() as cluster:
+        transport = await opened(cluster.url)
+        async with Listening(transport) as listening:
+            await transport.publish("work", message("before"))
+            await listening.wait_for("before")
+            for round_ in range(3):
+                await transport.publish("work", message(f"later-{round_}"), delay=0.3)
+                await asyncio.to_thread(cluster.move_slot, transport.stream_key("work"))
+                await publish_until_taken(transport, message(f"after-{round_}"))
+                await listening.wait_for(f"later-{round_}", f"after-{round_}")
+        with pytest.raises(ConfigurationError, match="cluster=true"):
+            await opened(cluster.nodes[0].url)
+
+
+async def test_a_subscription_outlives_a_cluster_node(opened: Open) -> None:
+    """A node that is killed and comes back is used again."""
+    with redis_cluster() as cluster:
+        transport = await opened(cluster.url)
+        async with contextlib.AsyncExitStack() as stack:
+            topics = [f"topic-{n}" for n in range(6)]
+            listeners = [await stack.enter_async_context(Listening(transport, topic)) for topic in topics]
+            for topic, listening in zip(topics, listeners, strict=True):
+                await transport.publish(topic, message("before"))
+                await listening.wait_for("before")
+            for node in cluster.nodes:
+                await asyncio.to_thread(node.kill)
+                await asyncio.to_thread(node.start)
+            for topic, listening in zip(topics, listeners, strict=True):
+                await until(lambda topic=topic: _published(transport, topic))  # type: ignore[misc]
+                await listening.wait_for("after")
+
+
+async def _published(transport: RedisStreamTransport, topic: str) -> bool:
+    try:
+        await transport.publish(topic, message("after"))
+    except (TransportUnavailable, RedisError):
+        return False
+    return True
+
+
+async def test_one_server_is_no_cluster(server: RedisServer) -> None:
+    """cluster=true for a server that is none is said to be wrong."""
+    with pytest.raises(ConfigurationError, match="no cluster"):
+        await RedisStreamTransport(f"{server.url}?cluster=true").connect()
+
+
+async def test_many_namespaces_share_a_server(redis_url: str, opened: Open) -> None:
+    """Two deployments with different namespaces see nothing of each other."""
+    names = [f"test-{secrets.token_hex(8)}" for _ in range(2)]
+    one, other = [await opened(redis_url, namespace=name) for name in names]
+    await one.publish("work", message("m"))
+    assert await other.topics(["work"]) == []
+    assert await take(one) == ["m"]
+    await one.ack("m")
+    async with Redis.from_url(redis_url) as client:
+        await client.delete(one.stream_key("work"), f"{names[0]}:topics")
