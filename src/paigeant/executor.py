@@ -179,6 +179,11 @@ class Executor:
             else:
                 await self._drop(message, answer.reason)
             return None
+        if (key, answer.epoch) in self.running:
+            # The database had crashed and forgotten a claim, for claims aren't synced: this is the same one again, and
+            # the step is under way.
+            await self._drop(message, "taken")
+            return None
         return replace(claim, grant=answer, claimed_at=time.monotonic())
 
     async def _accept(self, claim: Claim) -> Claim | None:

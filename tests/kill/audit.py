@@ -1,32 +1,81 @@
-"""Whether the file and the diary of a kill test agree that all was done, once, and in order."""
+"""Whether the store and the diary of a test agree that all was done, once, and in order."""
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
+from tests.kill.nursery import Nursery
 from tests.kill.roles import BEGAN, LOST, Record, diary, steps_of
+from tests.kill.sql import rows
 
-__all__ = ["audit", "begun", "executions_of", "open_runs", "rows"]
+__all__ = ["audit", "begun", "executions_of", "open_runs", "recoveries", "violations"]
 
 Execution = tuple[int, int, int]
 """A run, the place of a step in it, and whether the step is undone."""
 
+# What may not be, by the rows alone. The number of a run says what it had to do (`steps_of`), that of a step where it
+# stands. Each line has the run, and what is wrong with it.
+_VIOLATIONS = """
+WITH numbered AS (
+    SELECT id, status, completed_at, CAST(substr(id, 2) AS INTEGER) AS number FROM workflow_runs
+), run AS (
+    SELECT id, status, completed_at, 3 + number % 3 AS steps, CASE WHEN number % 10 = 3 THEN 1 ELSE 0 END AS fails
+    FROM numbered WHERE number BETWEEN {first} AND {last}
+), step AS (
+    SELECT workflow_id AS id, phase, CAST(substr(step, 2) AS INTEGER) AS place, seq, status, output, created_at,
+        started_at, completed_at
+    FROM step_executions WHERE workflow_id IN (SELECT id FROM run)
+), done AS (
+    SELECT id, count(*) AS steps, count(DISTINCT place) AS places, min(place) AS first, max(place) AS last
+    FROM step WHERE phase = 'do' AND status IN ('completed', 'compensated') AND output IS NOT NULL GROUP BY id
+), undone AS (
+    SELECT id, count(*) AS steps, count(DISTINCT place) AS places
+    FROM step WHERE phase = 'undo' AND status = 'compensated' GROUP BY id
+)
+SELECT id, 'is lost' FROM run WHERE completed_at IS NULL
+UNION ALL
+SELECT id, 'ended as ' || status FROM run
+WHERE status <> CASE fails WHEN 1 THEN 'compensated' ELSE 'completed' END
+UNION ALL
+SELECT run.id, 'has not one result for each step' FROM run LEFT JOIN done ON done.id = run.id
+WHERE done.id IS NULL OR done.steps <> run.steps - run.fails OR done.places <> done.steps
+    OR done.first <> 0 OR done.last <> done.steps - 1
+UNION ALL
+SELECT run.id, 'was not undone once' FROM run LEFT JOIN undone ON undone.id = run.id
+WHERE coalesce(undone.steps, 0) <> run.fails * (run.steps - 1) OR undone.places <> undone.steps
+UNION ALL
+SELECT run.id, 'has ' || count(step.id) || ' rows of steps' FROM run LEFT JOIN step ON step.id = run.id
+GROUP BY run.id, run.steps, run.fails HAVING count(step.id) <> run.steps + run.fails * (run.steps - 1)
+UNION ALL
+SELECT step.id, 'has ' || phase || ' of s' || place || ' ' || step.status FROM step JOIN run ON run.id = step.id
+WHERE step.status <> CASE
+    WHEN fails = 0 THEN 'completed' WHEN phase = 'do' AND place = steps - 1 THEN 'failed' ELSE 'compensated' END
+UNION ALL
+SELECT later.id, later.phase || ' of s' || later.place || ' was before ' || earlier.phase || ' of s' || earlier.place
+FROM step AS earlier JOIN step AS later ON later.id = earlier.id AND (
+    (earlier.phase = 'do' AND later.phase = 'do' AND earlier.place < later.place)
+    OR (earlier.phase = 'do' AND later.phase = 'undo')
+    OR (earlier.phase = 'undo' AND later.phase = 'undo' AND earlier.place > later.place))
+WHERE earlier.seq >= later.seq OR earlier.completed_at > later.started_at
+"""
 
-def rows(folder: Path, query: str) -> list[Any]:
-    """What the file says."""
-    with contextlib.closing(sqlite3.connect(folder / "runs.db", timeout=30.0)) as connection:
-        return connection.execute(query).fetchall()
 
-
-def open_runs(folder: Path) -> int:
+def open_runs(store: str) -> int:
     """Runs that haven't ended."""
-    count: int = rows(folder, "SELECT count(*) FROM workflow_runs WHERE completed_at IS NULL")[0][0]
+    count: int = rows(store, "SELECT count(*) FROM workflow_runs WHERE completed_at IS NULL")[0][0]
     return count
+
+
+def violations(store: str, runs: Collection[int]) -> list[tuple[str, str]]:
+    """All that is wrong with these runs (of consecutive numbers) by the rows alone."""
+    first, last = min(runs), max(runs)
+    assert len(runs) == last - first + 1
+    wrong = rows(store, _VIOLATIONS.format(first=first, last=last))
+    numbers = f"CAST(substr(id, 2) AS INTEGER) BETWEEN {first} AND {last}"
+    [(there,)] = rows(store, f"SELECT count(*) FROM workflow_runs WHERE {numbers}")
+    return [*wrong, *([] if there == len(runs) else [("all", f"are {there} runs instead of {len(runs)}")])]
 
 
 def executions_of(number: int) -> list[Execution]:
@@ -41,35 +90,45 @@ def begun(folder: Path) -> Counter[Execution]:
     return Counter((entry.run, entry.step, entry.undo) for entry in diary(folder) if entry.what == BEGAN)
 
 
-def audit(folder: Path, *, runs: Collection[int], killed: Collection[int] = ()) -> int:
+def audit(nursery: Nursery, *, runs: Collection[int], killed: Collection[int] = ()) -> int:
     """Check it all for `runs`, while the processes `killed` were killed. Gives how many executions were repeats."""
-    assert rows(folder, "PRAGMA integrity_check") == [("ok",)]
-    records = [entry for entry in diary(folder) if entry.run in runs]
-    tokens = {(e.run, e.step, f'"{e.process}.{e.number}"') for e in records if e.what == BEGAN}
-    statuses = {int(run[1:]): status for run, status in rows(folder, "SELECT id, status FROM workflow_runs")}
-    steps: dict[int, list[Any]] = {}
-    query = "SELECT workflow_id, phase, step, status, output FROM step_executions ORDER BY workflow_id, seq"
-    for run, phase, step, status, output in rows(folder, query):
-        steps.setdefault(int(run[1:]), []).append((phase, int(step[1:]), status, output))
-    for number in runs:
-        _check_run(number, statuses.get(number), steps[number], tokens)
+    store = nursery.store
+    if store.startswith("sqlite:"):
+        assert rows(store, "PRAGMA integrity_check") == [("ok",)]
+    wrong = violations(store, runs)
+    assert not wrong, f"{len(wrong)} violations: {wrong[:20]}"
+    records = [entry for entry in diary(nursery.folder) if entry.run in runs]
+    _check_outputs(store, records, runs)
     return _count_repeats(records, runs, killed)
 
 
-def _check_run(number: int, status: str | None, found: list[Any], tokens: set[Any]) -> None:
-    """A run ended as it should, with one result for each step, each undone once, the last first."""
-    names = steps_of(number)
-    fails = names[-1] == "fail"
-    good = range(len(names) - fails)
-    assert status == ("compensated" if fails else "completed"), f"r{number} is {status}"
-    expected = [("do", place, "compensated" if fails else "completed") for place in good]
-    if fails:
-        expected.append(("do", len(good), "failed"))
-        expected += [("undo", place, "compensated") for place in reversed(good)]
-    assert [row[:3] for row in found] == expected, f"r{number}"
-    for phase, place, _, output in found:
-        if phase == "do" and place in good:
-            assert (number, place, output) in tokens, f"r{number}: {output} is not what s{place} gave"
+def recoveries(store: str, healed: Collection[float]) -> list[float]:
+    """For each instant at which a fault was over: how long until every run in flight then had gone on.
+
+    A run goes on when one of its steps is claimed or recorded, or with its end. Instants are seconds since 1970.
+    """
+    runs = rows(store, "SELECT id, created_at, completed_at FROM workflow_runs")
+    moves: dict[str, list[float]] = {run: [completed] for run, _, completed in runs if completed is not None}
+    for run, *instants in rows(store, "SELECT workflow_id, started_at, completed_at FROM step_executions"):
+        moves.setdefault(run, []).extend(instant for instant in instants if instant is not None)
+    waits = []
+    for heal in healed:
+        in_flight = [
+            run for run, created, ended in runs if created < heal and (ended is None or ended > heal)
+        ]
+        waits.append(
+            max((min(at for at in moves[run] if at > heal) - heal for run in in_flight), default=0.0)
+        )
+    return waits
+
+
+def _check_outputs(store: str, records: list[Record], runs: Collection[int]) -> None:
+    """What is recorded as a result is what an execution of this very step gave."""
+    tokens = {(e.run, e.step, f'"{e.process}.{e.number}"') for e in records if e.what == BEGAN}
+    query = "SELECT workflow_id, step, CAST(output AS TEXT) FROM step_executions WHERE output IS NOT NULL"
+    for run, step, output in rows(store, query):
+        if int(run[1:]) in runs:
+            assert (int(run[1:]), int(step[1:]), output) in tokens, f"{run}: {output} is not what {step} gave"
 
 
 def _count_repeats(records: list[Record], runs: Collection[int], killed: Collection[int]) -> int:

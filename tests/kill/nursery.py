@@ -1,13 +1,14 @@
 """A warmed process that forks others: a new worker is at work within milliseconds, with everything imported.
 
-Run as a program it does what lines of JSON tell it: {"start": role, "folder": ..., "options": {...}} forks one and
-answers with its process id; {"ended": true} answers with those that have ended since and how. It opens no database,
-loop or thread itself, for none of these survives a fork.
+Run as a program it does what lines of JSON tell it: {"start": role, "folder": ..., "settings": {...}, "options":
+{...}} forks one and answers with its process id; {"ended": true} answers with those that have ended since and how. It
+opens no database, loop or thread itself, for none of these survives a fork.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,17 +25,34 @@ __all__ = ["Nursery"]
 
 ROOT = Path(__file__).parents[2]
 
+ADAPTERS = [
+    "paigeant.databases.postgres",
+    "paigeant.databases.sqlite",
+    "paigeant.stores.sql",
+    "paigeant.transports.postgres",
+    "paigeant.transports.rabbitmq",
+    "paigeant.transports.redis",
+    "paigeant.transports.routed",
+    "paigeant.transports.sqlite",
+]
+
 
 class Nursery:
-    """The processes of a test. Leaving the block kills those that are left."""
+    """The processes of a test. Leaving the block kills those that are left.
 
-    def __init__(self, folder: Path) -> None:
+    `settings` are what is told to all of them beside short times (`roles.TIMES`); without urls they share a file of
+    SQLite in `folder`. `inside` stands before the command, for processes on another host.
+    """
+
+    def __init__(self, folder: Path, *, inside: Sequence[str] = (), **settings: Any) -> None:
         self.folder = folder
+        url = f"sqlite:///{folder / 'runs.db'}"
+        self.settings = {"transport_url": url, "store_url": url, **settings}
         self.alive: dict[int, str] = {}
         self.ended: dict[int, int] = {}
         self._progress = (-1, 0.0)
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.kill.nursery"],
+            [*inside, sys.executable, "-W", "ignore", "-m", "tests.kill.nursery"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
@@ -60,9 +78,15 @@ class Nursery:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, role: str, **options: Any) -> int:
-        """A new process of this role; its id."""
-        pid: int = self._ask(start=role, folder=str(self.folder), options=options)
+    @property
+    def store(self) -> str:
+        """The url of the store."""
+        return str(self.settings["store_url"])
+
+    def start(self, role: str, *, settings: dict[str, Any] | None = None, **options: Any) -> int:
+        """A new process of this role, with `settings` of its own beside those of all; its id."""
+        told = {**self.settings, **(settings or {})}
+        pid: int = self._ask(start=role, folder=str(self.folder), settings=told, options=options)
         self.alive[pid] = role
         return pid
 
@@ -122,7 +146,7 @@ class Nursery:
         return file.read_text() if file.exists() else ""
 
 
-def _fork(role: str, folder: str, options: dict[str, Any]) -> int:
+def _fork(role: str, folder: str, settings: dict[str, Any], options: dict[str, Any]) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -133,7 +157,7 @@ def _fork(role: str, folder: str, options: dict[str, Any]) -> int:
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
         os.dup2(nothing, 1)
-        roles.play(role, Path(folder), options)
+        roles.play(role, Path(folder), settings, options)
         code = 0
     except BaseException:
         with (Path(folder) / "errors").open("a") as file:
@@ -156,15 +180,15 @@ def _ended() -> dict[int, int]:
 def _main() -> None:
     from tests.kill import roles  # noqa: F401
 
-    import paigeant.databases.sqlite
-    import paigeant.stores.sql
-    import paigeant.transports.sqlite  # noqa: F401  # for the warmth
-
+    for name in ADAPTERS:  # for the warmth
+        importlib.import_module(name)
     alive: set[int] = set()
     for line in sys.stdin:
         question = json.loads(line)
         if "start" in question:
-            answer: Any = _fork(question["start"], question["folder"], question["options"])
+            answer: Any = _fork(
+                question["start"], question["folder"], question["settings"], question["options"]
+            )
             alive.add(answer)
         else:
             answer = _ended()

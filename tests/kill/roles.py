@@ -6,28 +6,32 @@ All processes append to it, in records of one size, so that how long it is says 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import faulthandler
+import logging
 import os
 import random
 import signal
-import sqlite3
 import struct
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.kill.sql import rows
+
 from paigeant.activity import ActivityRegistry
 from paigeant.app import Paigeant
 from paigeant.context import StepContext
-from paigeant.errors import NonRetryableError
+from paigeant.errors import NonRetryableError, StoreUnavailable
 from paigeant.observer import Event
 from paigeant.retry import RetryPolicy
 from paigeant.settings import Settings
 from paigeant.slip import Step
 from paigeant.workflow import Workflow
 
-__all__ = ["BEGAN", "ENDED", "LOST", "Record", "diary", "length", "play", "steps_of"]
+__all__ = ["BEGAN", "ENDED", "LOST", "TIMES", "Record", "activity", "diary", "length", "play", "steps_of"]
+
+TIMES = {"lease": 2.0, "heartbeat": 0.3, "sweep_interval": 0.2, "grace": 1.0}
+"""Settings for tests in which leases end and messages are lost, so that these don't take long."""
 
 BEGAN, ENDED, LOST = 0, 1, 2
 _RECORD = struct.Struct("<IIIHBBB3x")
@@ -36,7 +40,7 @@ activity = ActivityRegistry()
 _diary = -1
 _written = 0
 _pause = 0.0
-_slow = ("", False)
+_slow: tuple[str, bool, float] = ("", False, 0.0)
 
 
 class Record(NamedTuple):
@@ -87,8 +91,8 @@ def _write(run_id: str, step_id: str, attempt: int, undo: bool, what: int) -> in
 
 async def _execute(context: StepContext, *, undo: bool = False) -> str:
     number = _write(context.workflow_id, context.step_id, context.attempt, undo, BEGAN)
-    late = context.attempt == 1 and _slow == (context.step_id, undo)
-    await asyncio.sleep(4.0 if late else random.random() * _pause)
+    late = context.attempt == 1 and _slow[:2] == (context.step_id, undo)
+    await asyncio.sleep(_slow[2] if late else random.random() * _pause)
     _write(context.workflow_id, context.step_id, context.attempt, undo, ENDED)
     return f"{os.getpid()}.{number}"
 
@@ -122,11 +126,6 @@ async def poison(context: StepContext) -> str:
 activity.check()
 
 
-def _settings(folder: Path) -> Settings:
-    url = f"sqlite:///{folder / 'runs.db'}"
-    return Settings(transport_url=url, store_url=url, lease=2.0, heartbeat=0.3, sweep_interval=0.2, grace=1.0)
-
-
 class _Loser:
     """Notes which steps their worker lost without dying: they may be executed again."""
 
@@ -136,11 +135,11 @@ class _Loser:
             _write(event.workflow_id, event.step, event.attempt, False, LOST)
 
 
-async def _worker(folder: Path, options: dict[str, Any]) -> None:
+async def _worker(settings: Settings, options: dict[str, Any]) -> None:
     global _pause, _slow
     _pause = options.get("pause", 0.0)
-    _slow = tuple(options.get("slow", ("", False)))
-    app = Paigeant(_settings(folder), activities=activity, observers=[_Loser()])
+    _slow = tuple(options.get("slow", _slow))
+    app = Paigeant(settings, activities=activity, observers=[_Loser()])
     async with app:
         worker = app.worker(concurrency=options.get("concurrency", 20))
         stopping: list[asyncio.Task[None]] = []
@@ -151,15 +150,31 @@ async def _worker(folder: Path, options: dict[str, Any]) -> None:
         await asyncio.gather(*stopping)
 
 
-async def _dispatcher(folder: Path, options: dict[str, Any]) -> None:
-    async with Paigeant(_settings(folder), activities=activity) as app:
-        with contextlib.closing(sqlite3.connect(folder / "runs.db")) as connection:
-            there = {run_id for (run_id,) in connection.execute("SELECT id FROM workflow_runs")}
-        numbers = range(options.get("begin", 0), options["runs"])
-        missing = [number for number in numbers if f"r{number}" not in there]
+async def _dispatcher(settings: Settings, options: dict[str, Any]) -> None:
+    """Dispatch those of the runs that aren't there yet, at most `flight` of them open at once."""
+    async with Paigeant(settings, activities=activity) as app:
+        there = {run for (run,) in rows(settings.store_url, "SELECT id FROM workflow_runs")}
+        missing = iter([n for n in range(options.get("begin", 0), options["runs"]) if f"r{n}" not in there])
         first = options.get("first")
-        for start in range(0, len(missing), 200):
-            await asyncio.gather(*(_dispatch(app, number, first) for number in missing[start : start + 200]))
+        waits = "flight" in options
+
+        async def lane() -> None:
+            for number in missing:
+                await _patiently(lambda number=number: _dispatch(app, number, first))  # type: ignore[misc]
+                if waits:
+                    await _patiently(lambda number=number: app.run(f"r{number}").wait())  # type: ignore[misc]
+
+        await asyncio.gather(*(lane() for _ in range(options.get("flight", 200))))
+
+
+async def _patiently(what: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+    """As a user would: what failed for want of a store is tried again."""
+    while True:
+        try:
+            await what()
+            return
+        except StoreUnavailable:
+            await asyncio.sleep(0.1)
 
 
 async def _dispatch(app: Paigeant, number: int, first: list[str] | None) -> None:
@@ -168,15 +183,16 @@ async def _dispatch(app: Paigeant, number: int, first: list[str] | None) -> None
     await app.dispatch(Workflow("killed", steps), {"number": number}, workflow_id=f"r{number}")
 
 
-Role = Callable[[Path, dict[str, Any]], Coroutine[Any, Any, None]]
+Role = Callable[[Settings, dict[str, Any]], Coroutine[Any, Any, None]]
 ROLES: dict[str, Role] = {"worker": _worker, "dispatcher": _dispatcher}
 
 
-def play(role: str, folder: Path, options: dict[str, Any]) -> None:
+def play(role: str, folder: Path, settings: dict[str, Any], options: dict[str, Any]) -> None:
     """Be this role in this process, until it ends."""
     global _diary
     random.seed(os.getpid())
     errors = (folder / "errors").open("a")
     faulthandler.register(signal.SIGUSR1, file=errors, all_threads=True)
     _diary = os.open(folder / "diary", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    asyncio.run(ROLES[role](folder, options))
+    logging.basicConfig(filename=folder / "log", format="%(asctime)s %(process)d %(name)s: %(message)s")
+    asyncio.run(ROLES[role](Settings(**{**TIMES, **settings}), options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import sqlite3
@@ -9,9 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kill.audit import audit, begun, open_runs, rows
+from tests.kill.audit import audit, begun, open_runs
 from tests.kill.nursery import Nursery
 from tests.kill.roles import BEGAN, LOST, diary, length
+from tests.kill.sql import rows, sqlite_file, write
+
+from paigeant.activity import ActivityRegistry
+from paigeant.app import Paigeant
+from paigeant.context import StepContext
+from paigeant.settings import Settings
+from paigeant.slip import Step
+from paigeant.workflow import Workflow
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -30,7 +39,7 @@ def freeze(nursery: Nursery, pid: int) -> None:
     """Stop a process, though not in the middle of a transaction: no other could write then."""
     while True:
         nursery.send(pid, signal.SIGSTOP)
-        with contextlib.closing(sqlite3.connect(nursery.folder / "runs.db", timeout=0.5)) as connection:
+        with contextlib.closing(sqlite3.connect(sqlite_file(nursery.store), timeout=0.5)) as connection:
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 connection.rollback()
@@ -45,18 +54,18 @@ def test_a_worker_that_was_stopped_changes_nothing_afterwards(tmp_path: Path) ->
     with Nursery(tmp_path) as nursery:
         nursery.start("dispatcher", begin=20, runs=30)
         nursery.until(lambda: "dispatcher" not in nursery.alive.values())
-        asleep = nursery.start("worker", slow=("s0", False))
+        asleep = nursery.start("worker", slow=("s0", False, 4.0))
         nursery.until(lambda: sum(begun(tmp_path).values()) == len(runs))
         freeze(nursery, asleep)
         nursery.start("worker")
-        nursery.until(lambda: not open_runs(tmp_path))
-        before = rows(tmp_path, STEPS), rows(tmp_path, RUNS)
+        nursery.until(lambda: not open_runs(nursery.store))
+        before = rows(nursery.store, STEPS), rows(nursery.store, RUNS)
         nursery.send(asleep, signal.SIGCONT)
         nursery.until(lambda: has(tmp_path, process=asleep, what=LOST))
         nursery.stop(signal.SIGTERM)
         assert set(nursery.ended.values()) == {0}
-    assert (rows(tmp_path, STEPS), rows(tmp_path, RUNS)) == before
-    assert audit(tmp_path, runs=runs, killed={asleep}) >= len(runs)
+    assert (rows(nursery.store, STEPS), rows(nursery.store, RUNS)) == before
+    assert audit(nursery, runs=runs, killed={asleep}) >= len(runs)
 
 
 def test_a_step_that_kills_its_process_uses_up_its_attempts(tmp_path: Path) -> None:
@@ -65,35 +74,34 @@ def test_a_step_that_kills_its_process_uses_up_its_attempts(tmp_path: Path) -> N
     with Nursery(tmp_path) as nursery:
         nursery.start("dispatcher", runs=60, first=["work", "poison"])
         nursery.until(lambda: "dispatcher" not in nursery.alive.values())
-        while open_runs(tmp_path):
+        while open_runs(nursery.store):
             for _ in range(2 - len(nursery.alive)):
                 nursery.start("worker", concurrency=5, pause=0.02)
-            nursery.until(lambda: len(nursery.alive) < 2 or not open_runs(tmp_path))
+            nursery.until(lambda: len(nursery.alive) < 2 or not open_runs(nursery.store))
         died = {pid for pid, code in nursery.ended.items() if code == 3}
         nursery.stop(signal.SIGTERM)
     assert (len(died), begun(tmp_path)[0, 1, 0]) == (3, 3)
-    assert rows(tmp_path, "SELECT status FROM workflow_runs WHERE id = 'r0'") == [("compensated",)]
-    found = rows(
-        tmp_path, "SELECT phase, step, status, attempt FROM step_executions WHERE workflow_id = 'r0'"
-    )
+    assert rows(nursery.store, "SELECT status FROM workflow_runs WHERE id = 'r0'") == [("compensated",)]
+    query = "SELECT phase, step, status, attempt FROM step_executions WHERE workflow_id = 'r0'"
+    found = rows(nursery.store, query)
     assert sorted(found)[:2] == [("do", "s0", "compensated", 1), ("do", "s1", "failed", 3)]
     assert sorted(found)[2][:3] == ("undo", "s0", "compensated")
-    audit(tmp_path, runs=runs, killed=died)
+    audit(nursery, runs=runs, killed=died)
 
 
 def test_a_worker_killed_while_it_undoes(tmp_path: Path) -> None:
     """The second of three undos is cut off by a kill: another worker repeats it, each is recorded once, last first."""
     with Nursery(tmp_path) as nursery:
         nursery.start("dispatcher", runs=1, first=["work", "work", "work", "fail"])
-        doomed = nursery.start("worker", slow=("s1", True))
+        doomed = nursery.start("worker", slow=("s1", True, 4.0))
         nursery.until(lambda: has(tmp_path, step=1, undo=1, what=BEGAN))
         nursery.kill(doomed)
         nursery.start("worker")
-        nursery.until(lambda: not open_runs(tmp_path))
+        nursery.until(lambda: not open_runs(nursery.store))
         nursery.stop(signal.SIGTERM)
     query = "SELECT step, status FROM step_executions WHERE phase = 'undo' ORDER BY seq"
-    assert rows(tmp_path, query) == [(step, "compensated") for step in ("s2", "s1", "s0")]
-    assert rows(tmp_path, "SELECT status FROM workflow_runs") == [("compensated",)]
+    assert rows(nursery.store, query) == [(step, "compensated") for step in ("s2", "s1", "s0")]
+    assert rows(nursery.store, "SELECT status FROM workflow_runs") == [("compensated",)]
     undone = [
         (entry.step, entry.process == doomed)
         for entry in diary(tmp_path)
@@ -110,9 +118,42 @@ def test_all_messages_are_lost(tmp_path: Path) -> None:
             nursery.start("worker", pause=0.01)
         for amount in (200, 1000, 2000):
             nursery.until(lambda amount=amount: length(tmp_path) >= amount)  # type: ignore[misc]
-            with contextlib.closing(sqlite3.connect(tmp_path / "runs.db", timeout=30.0)) as connection:
-                connection.execute("DELETE FROM messages")
-                connection.commit()
-        nursery.until(lambda: "dispatcher" not in nursery.alive.values() and not open_runs(tmp_path))
+            write(nursery.store, "DELETE FROM messages")
+        nursery.until(lambda: "dispatcher" not in nursery.alive.values() and not open_runs(nursery.store))
         nursery.stop(signal.SIGTERM)
-    audit(tmp_path, runs=range(500))
+    audit(nursery, runs=range(500))
+
+
+async def test_a_claim_that_a_crash_undid_is_taken_up_and_not_doubled(tmp_path: Path) -> None:
+    """A claim is not synced, so a crash of the database may undo it. Its worker goes on with the step; it begins none."""
+    began: list[int] = []
+    goes_on = asyncio.Event()
+    activity = ActivityRegistry()
+
+    @activity.execute
+    async def work(context: StepContext) -> int:
+        began.append(context.attempt)
+        await goes_on.wait()
+        return len(began)
+
+    url = f"sqlite:///{tmp_path / 'runs.db'}"
+    settings = Settings(store_url=url, transport_url=url, sweep_interval=0.05, grace=0.1, local_steps=1)
+    async with Paigeant(settings, activities=activity) as app:
+        worker = app.worker()
+        working = asyncio.create_task(worker.run())
+        run = await app.dispatch(Workflow("crash", ["work", Step("work", id="more")]))
+        async with asyncio.timeout(30):
+            while not began:
+                await asyncio.sleep(0.01)
+            write(
+                url,
+                "UPDATE step_executions SET status = 'ready', worker = NULL, epoch = 0, attempt = 0, wake_at = 0",
+            )
+            while rows(url, "SELECT status FROM step_executions") != [("running",)]:
+                await asyncio.sleep(0.01)
+            goes_on.set()
+            result = await run.wait()
+        await worker.stop()
+        await working
+    assert began == [1, 1]  # one attempt for each of the two steps
+    assert result.outputs == {"work": 1, "more": 2}

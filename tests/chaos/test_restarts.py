@@ -1,0 +1,112 @@
+"""The servers are killed and started again under load; what was under way goes on, and nothing is done twice for it."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.chaos.places import BOUND, Place
+from tests.chaos.sizes import full, say, short
+from tests.kill.audit import audit, open_runs, recoveries
+from tests.kill.loop import WORKERS, records_of
+from tests.kill.nursery import Nursery
+from tests.kill.roles import length
+from tests.kill.sql import rows
+
+FLIGHT = 60
+"""Runs that are open at once: load, and not so much that waiting for one's turn passes for an outage."""
+
+STUCK = """
+SELECT count(*) FROM workflow_runs run WHERE created_at < {at} AND (completed_at IS NULL) AND NOT EXISTS (
+    SELECT * FROM step_executions step
+    WHERE step.workflow_id = run.id AND (step.started_at > {at} OR step.completed_at > {at}))
+"""
+
+
+def restart_all_the_time(
+    nursery: Nursery,
+    *,
+    runs: int,
+    restarts: int,
+    local: bool,
+    stop: Callable[[], None],
+    start: Callable[[], None],
+) -> list[float]:
+    """Have runs done while `stop` and `start` are called again and again; gives when each start was done.
+
+    Unless `local`, each step crosses the transport. The next stop comes when all that was in flight has gone on, and
+    a part of the work is done.
+    """
+    chance = random.Random(restarts)
+    settings = {} if local else {"local_steps": 1}
+    for _ in range(WORKERS):
+        nursery.start("worker", pause=0.02, settings=settings)
+    nursery.start("dispatcher", runs=runs, flight=FLIGHT)
+    healed: list[float] = []
+    for number in range(1, restarts + 1):
+        amount = records_of(runs) * number // (restarts + 1)
+        nursery.until(lambda amount=amount: length(nursery.folder) >= amount)  # type: ignore[misc]
+        time.sleep(chance.random() * 0.05)
+        stop()
+        time.sleep(chance.random())
+        start()
+        healed.append(time.time())
+        query = STUCK.format(at=healed[-1])
+        nursery.until(lambda query=query: rows(nursery.store, query) == [(0,)], seconds=60)  # type: ignore[misc]
+    nursery.until(lambda: "dispatcher" not in nursery.alive.values(), seconds=600)
+    assert not open_runs(nursery.store)
+    nursery.stop(signal.SIGTERM)
+    assert set(nursery.ended.values()) == {0}, nursery.errors
+    return healed
+
+
+@pytest.mark.parametrize(("runs", "restarts"), [short(150, 1), full(2_000, 10)])
+def test_the_broker_is_killed_and_started_again(
+    place: Place, tmp_path: Path, runs: int, restarts: int
+) -> None:
+    """SIGKILL to the broker under load, each step crossing it: within lease + sweep + 5 s all goes on, once each."""
+    began = time.monotonic()
+    with Nursery(tmp_path, **place.settings) as nursery:
+        healed = restart_all_the_time(
+            nursery,
+            runs=runs,
+            restarts=restarts,
+            local=False,
+            stop=place.broker.kill,
+            start=place.broker.start,
+        )
+    repeats = audit(nursery, runs=range(runs))
+    waits = recoveries(nursery.store, healed)
+    say(
+        f"{place.name}: broker killed {restarts} times in {time.monotonic() - began:.1f} s and {runs} runs; "
+        f"{repeats} repeats; recovered within {', '.join(f'{wait:.1f}' for wait in waits)} s"
+    )
+    assert max(waits) < BOUND
+    if place.name != "joined":
+        assert repeats == 0
+
+
+@pytest.mark.parametrize(("runs", "restarts"), [short(150, 1), full(2_000, 10)])
+def test_postgres_is_stopped_at_once(place: Place, tmp_path: Path, runs: int, restarts: int) -> None:
+    """`immediate` stops of the store under load: within lease + sweep + 5 s all goes on, and results stay single."""
+    began = time.monotonic()
+    with Nursery(tmp_path, **place.settings) as nursery:
+        healed = restart_all_the_time(
+            nursery,
+            runs=runs,
+            restarts=restarts,
+            local=True,
+            stop=lambda: place.store.stop("immediate"),
+            start=place.store.start,
+        )
+    repeats = audit(nursery, runs=range(runs))
+    waits = recoveries(nursery.store, healed)
+    say(
+        f"{place.name}: Postgres stopped {restarts} times in {time.monotonic() - began:.1f} s and {runs} runs; "
+        f"{repeats} repeats; recovered within {', '.join(f'{wait:.1f}' for wait in waits)} s"
+    )
+    assert max(waits) < BOUND
