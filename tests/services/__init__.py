@@ -14,6 +14,9 @@ Tests that stop, kill, freeze or configure a server start one of their own; see 
     with RedisServer(lines=["maxmemory 20mb"]) as server: ...
     with RabbitServer(lines=["consumer_timeout = 5000"], advanced={"channel_tick_interval": "1000"}) as server: ...
 
+What stands between a client and a server is `tests.services.proxy.Proxy`: it cuts, delays and swallows at any byte.
+`tests.services.hosts.Network` makes hosts with addresses of their own, whose cables can be pulled.
+
 `python -m tests.services` (make services) says which servers there are, and installs those that are missing.
 """
 

@@ -45,7 +45,9 @@ class Network:
     def start(self) -> None:
         """Make the bridge and the hosts."""
         if os.geteuid() != 0:
-            raise HostsFailed("network namespaces are for root; this is not")
+            raise HostsFailed(
+                "network namespaces need root, and this is not: run these tests as root, in a container for one"
+            )
         missing = [program for program in ("ip", "unshare", "nsenter") if shutil.which(program) is None]
         if missing:
             raise HostsFailed(
