@@ -150,6 +150,7 @@ class Lane:
         self._batches: queue.SimpleQueue[list[_Op] | None] = queue.SimpleQueue()
         self._connection: Connection | None = None
         self._watch: asyncio.TimerHandle | None = None
+        self._began = 0.0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -203,6 +204,10 @@ class Lane:
 
     def _overdue(self, seconds: float) -> None:
         connection = self._connection
+        left = self._began + seconds - time.monotonic()
+        if left > 0:  # it has been tried again, or what was asked for at once is now done one by one
+            self._watch = self._loop.call_later(left, self._overdue, seconds)
+            return
         if connection is not None:
             log.warning("a transaction takes longer than %g s: its connection is cut off", seconds)
             self._cut(connection)
@@ -276,6 +281,7 @@ class Lane:
             self._disconnect()
         if self._connection is None:
             self._connection = self._connect()
+        self._began = time.monotonic()
         return self._connection
 
     def _disconnect(self) -> None:

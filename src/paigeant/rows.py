@@ -20,11 +20,14 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    column,
+    extract,
     func,
     insert,
     literal_column,
     null,
     select,
+    table,
     update,
 )
 
@@ -73,6 +76,7 @@ __all__ = [
     "save_variables",
     "statuses_of",
     "unit_of",
+    "units_of",
     "variable_in",
 ]
 
@@ -135,18 +139,45 @@ def _lock(*, skip: bool) -> Prepared:
 
 _LOCK, _LOCK_FREE = _lock(skip=False), _lock(skip=True)
 
+STUCK_SECONDS = 6.0
+"""After so long a transaction whose server waits for its client is stuck: the client was stopped, or cut off.
+
+Longer than one waits for a lock. The server itself ends what is idle in a transaction, but not what has stopped between
+two statements of a pipeline: the rest of that may always be on its way.
+"""
+
+_others = table(
+    "pg_stat_activity",
+    *map(column, ("pid", "datname", "usename", "application_name", "wait_event", "state", "xact_start")),
+).c
+_END_STUCK = Prepared(
+    select(func.pg_terminate_backend(_others.pid)).where(
+        _others.datname == func.current_database(),
+        _others.usename == func.current_user(),
+        _others.application_name == func.current_setting(literal_column("'application_name'")),
+        _others.wait_event == literal_column("'ClientRead'"),
+        _others.state == literal_column("'active'"),
+        extract("epoch", func.clock_timestamp() - _others.xact_start) > bindparam("seconds"),
+    ),
+    ["seconds"],
+)
+
 
 def lock_runs(tx: Tx, workflow_ids: Collection[str], *, only_free: bool = False) -> set[str]:
     """Keep other transactions from changing these runs, and read what they have committed from here on.
 
     A run's row is the lock for all of its rows. `only_free` leaves out those that another transaction holds now; gives
-    those that are locked. In SQLite there is one writer at a time, and nothing to do.
+    those that are locked, and sees to it that a process that is stuck doesn't hold the others for ever. In SQLite there
+    is one writer at a time, and nothing to do.
     """
     ids = set(workflow_ids)
     if tx.driver.dialect.name == "sqlite" or not ids:
         return ids
     if only_free:
-        return {run_id for (run_id,) in _LOCK_FREE.rows(tx, json.dumps(sorted(ids)))}
+        free = {run_id for (run_id,) in _LOCK_FREE.rows(tx, json.dumps(sorted(ids)))}
+        if len(free) < len(ids):
+            _END_STUCK.rows(tx, STUCK_SECONDS)
+        return free
     _LOCK.each(tx, [(json.dumps(sorted(ids)),)])
     return ids
 
@@ -327,6 +358,20 @@ def unit_of(tx: Tx, key: StepKey, name: str) -> bytes | None:
     """The recorded value of a unit inside a step; None when there is none."""
     rows = _UNIT.rows(tx, key.workflow_id, key.step, key.phase.value, name)
     return encoded(rows[0][0]) if rows else None
+
+
+_UNITS = Prepared(
+    select(step_units.c.name, step_units.c.value).where(
+        *(step_units.c[name] == bindparam(f"_{name}") for name in ("workflow_id", "step", "phase"))
+    ),
+    ["_workflow_id", "_step", "_phase"],
+)
+
+
+def units_of(tx: Tx, key: StepKey) -> dict[str, bytes]:
+    """The recorded values of all units inside a step, by name."""
+    rows = _UNITS.rows(tx, key.workflow_id, key.step, key.phase.value)
+    return {name: value.encode() for name, value in rows}
 
 
 # -- rows

@@ -16,7 +16,7 @@ SCHEMES = ("sqlite", "postgresql")
 
 
 def open_database(url: str, *, clock: Clock | None = None) -> Database:
-    """The database that `url` names, yet to be connected. `clock` is for tests of an embedded one.
+    """The database that `url` names, yet to be connected. `clock` is for tests, which set the time.
 
     Raises ConfigurationError for a URL of another scheme, and where the driver isn't installed.
     """
@@ -32,5 +32,5 @@ def open_database(url: str, *, clock: Clock | None = None) -> Database:
             raise ConfigurationError(
                 "postgresql:// needs a driver that is not installed; expected: pip install 'paigeant[postgres]'"
             ) from exc
-        return PostgresDatabase(url)
+        return PostgresDatabase(url, clock=clock)
     raise ConfigurationError(f"{scheme}:// names no database; expected one of sqlite://, postgresql://")

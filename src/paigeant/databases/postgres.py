@@ -24,9 +24,10 @@ from sqlalchemy import Connection, Dialect, Engine, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
+from paigeant.clock import Clock
 from paigeant.database import READER, WRITER, Database, current_version
 from paigeant.databases.bell import PostgresBell
-from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreUnavailable
+from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, SchemaMismatch, StoreUnavailable
 from paigeant.lane import Blocked, Contended, Handler, Lane, Tx, transact
 from paigeant.tables import SCHEMA_VERSION, metadata
 
@@ -46,6 +47,10 @@ _SESSION = {
     "idle_in_transaction_session_timeout": "3s",
     "lock_timeout": "4s",
     "statement_timeout": "12s",
+    # Nor must a host that is gone. Between statements of a pipeline the server counts no time, it only reads.
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "3",
     # Every statement has an index to go by. Plans are made while tables are small, and kept when they no longer are.
     "enable_seqscan": "off",
     "enable_hashjoin": "off",
@@ -59,10 +64,14 @@ _UPGRADE_LOCK = 0x70616967
 
 
 class PostgresDatabase(Database):
-    """A Postgres database that any number of processes use. It takes five connections in each of them."""
+    """A Postgres database that any number of processes use. It takes five connections in each of them.
 
-    def __init__(self, url: str) -> None:
+    Its time is the server's. A test may have it go by a `clock` of its own.
+    """
+
+    def __init__(self, url: str, *, clock: Clock | None = None) -> None:
         super().__init__(url)
+        self.clock = clock
         try:
             given = conninfo_to_dict(url)
         except psycopg.ProgrammingError as exc:
@@ -83,6 +92,7 @@ class PostgresDatabase(Database):
         self._place = _shown(given)
         self._engine: Engine | None = None
         self._beater: Connection | None = None
+        self._opening = _Opening()
         self._bell = PostgresBell(self._parameters, self._heard)
         self._clock = _ServerClock()
 
@@ -99,15 +109,18 @@ class PostgresDatabase(Database):
         return True
 
     async def now(self) -> float:
-        known = self._clock.now()
+        known = self._clock.now() if self.clock is None else self.clock.now()
         return await super().now() if known is None else known
 
+    def elapsed(self) -> float:
+        return super().elapsed() if self.clock is None else self.clock.now()
+
     async def _open(self) -> None:
-        engine = self._engine = self._make_engine()
+        self._engine = self._make_engine()
         loop = asyncio.get_running_loop()
         self._writer = Lane(
             WRITER,
-            engine.connect,
+            self._connect,
             guard=self._guard,
             begin=partial(self._begun, _BEGIN),
             is_lost=_is_lost,
@@ -117,7 +130,7 @@ class PostgresDatabase(Database):
         )
         self._reader = Lane(
             READER,
-            engine.connect,
+            self._connect,
             guard=self._guard,
             begin=partial(self._begun, _BEGIN_READING),
             is_lost=_is_lost,
@@ -144,19 +157,28 @@ class PostgresDatabase(Database):
                 self._connected_beater, [(handler, request)], begin=partial(self._begun_in_time, _BEGIN)
             )
         if rings:
-            self._loop.call_soon_threadsafe(self._ring, frozenset(rings))
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody here waits any more
+                self._loop.call_soon_threadsafe(self._ring, frozenset(rings))
         return result
 
     def _connected_beater(self) -> Connection:
-        if self._engine is None:
-            raise StoreUnavailable(f"{self.place} is not open")
         if self._beater is not None and _is_lost(self._beater):
             with contextlib.suppress(Exception):
                 self._beater.close()
             self._beater = None
         if self._beater is None:
-            self._beater = self._engine.connect()
+            self._beater = self._connect()
         return self._beater
+
+    def _connect(self) -> Connection:
+        if self._engine is None:
+            raise StoreUnavailable(f"{self.place} is not open")
+        try:
+            return self._engine.connect()
+        finally:
+            if self._opening.watch is not None:
+                self._opening.watch.cancel()
+                self._opening.watch = None
 
     def _ring(self, names: frozenset[str]) -> None:
         self._heard(names)
@@ -192,6 +214,8 @@ class PostgresDatabase(Database):
     def _make_engine(self, *, plain: bool = False) -> Engine:
         def connect() -> Any:
             driver = psycopg.connect(**self._parameters, autocommit=not plain)
+            if not plain:
+                self._opening.watch = _watched(driver)
             # What was recorded comes back byte for byte, and is parsed by whoever needs it.
             for kind in ("json", "jsonb"):
                 driver.adapters.register_loader(kind, TextLoader)
@@ -203,7 +227,12 @@ class PostgresDatabase(Database):
 
         options: dict[str, Any] = {} if plain else {"isolation_level": "AUTOCOMMIT"}
         return create_engine(
-            "postgresql+psycopg://", creator=connect, poolclass=NullPool, paramstyle="format", **options
+            "postgresql+psycopg://",
+            creator=connect,
+            poolclass=NullPool,
+            paramstyle="format",
+            use_native_hstore=False,  # it would be looked for at the first connection
+            **options,
         )
 
     def _check(self, tx: Tx, requests: Sequence[None]) -> list[None]:
@@ -211,16 +240,20 @@ class PostgresDatabase(Database):
         row = connection.execute(
             text(
                 "SELECT current_setting('server_version_num')::int, pg_is_in_recovery(), "
-                "current_setting('server_encoding')"
+                "current_setting('default_transaction_read_only')::bool, current_setting('server_encoding')"
             )
         ).one()
-        version, is_replica, encoding = row
+        version, is_replica, reads_only, encoding = row
         if version < _OLDEST_SERVER:
             raise ConfigurationError(f"{self.place} is a Postgres of before version 12; expected a newer one")
         if is_replica:
             raise StoreUnavailable(
                 f"{self.place} is a replica that can't be written to; name the primary, or all hosts with "
                 "?target_session_attrs=read-write"
+            )
+        if reads_only:
+            raise StoreUnavailable(
+                f"{self.place} only lets itself be read; expected default_transaction_read_only = off"
             )
         if encoding != "UTF8":
             raise ConfigurationError(
@@ -253,15 +286,21 @@ class PostgresDatabase(Database):
 
     @contextlib.contextmanager
     def _begun(self, opening: str, connection: Connection, durable: bool) -> Iterator[Tx]:
-        driver = _Driver(connection, self._clock)
+        driver = _Driver(connection, self._clock, self.clock)
         try:
             driver.begin(opening, durable=durable)
             yield Tx(driver)
             driver.commit()
         except (psycopg.Error, DBAPIError) as exc:
             driver.abandon()
-            if _is_lost(connection) and not driver.committing:
-                raise Contended(str(exc), is_lost=True) from exc
+            cause = exc.orig if isinstance(exc, DBAPIError) else exc
+            if isinstance(cause, errors.ReadOnlySqlTransaction):
+                driver.close()  # perhaps another server has become the primary: it has to be looked for
+            elif _is_lost(connection):
+                # Out of patience with us, the server has done nothing of it, whatever we have sent meanwhile.
+                if not driver.committing or isinstance(cause, errors.IdleInTransactionSessionTimeout):
+                    raise Contended(str(exc), is_lost=True) from exc
+                raise self._unavailable(_reason(exc)) from exc
             ours = self._ours(exc)
             if ours is exc:
                 raise
@@ -272,9 +311,7 @@ class PostgresDatabase(Database):
 
     @contextlib.contextmanager
     def _begun_in_time(self, opening: str, connection: Connection, durable: bool) -> Iterator[Tx]:
-        watch = threading.Timer(_STUCK_SECONDS, _cut, [connection])
-        watch.daemon = True
-        watch.start()
+        watch = _watched(_driver_of(connection))
         try:
             with self._begun(opening, connection, durable) as tx:
                 yield tx
@@ -283,9 +320,8 @@ class PostgresDatabase(Database):
 
     def _ours(self, exc: psycopg.Error | DBAPIError) -> Exception:
         """What an error of the driver means here."""
-        cause: Any = exc.orig if isinstance(exc, DBAPIError) else exc
-        reason = " ".join(str(cause).split())
-        match cause:
+        reason = _reason(exc)
+        match exc.orig if isinstance(exc, DBAPIError) else exc:
             case errors.SerializationFailure() | errors.DeadlockDetected() | errors.UniqueViolation():
                 return Contended(reason)
             case errors.LockNotAvailable():
@@ -300,6 +336,12 @@ class PostgresDatabase(Database):
                 return ConfigurationError(f"{self.place} doesn't let the user in: {reason}")
             case errors.InvalidCatalogName():
                 return ConfigurationError(f"{self.place}: {reason}; make it with `createdb`, or name another")
+            case errors.ProgramLimitExceeded() | psycopg.DataError():
+                return InputInvalid(f"{self.place} can't hold that: {reason}")
+            case errors.InvalidSchemaName():
+                return ConfigurationError(
+                    f"{self.place}: {reason}; make the schema of its search_path with CREATE SCHEMA"
+                )
             case psycopg.OperationalError() | psycopg.InterfaceError() | errors.ReadOnlySqlTransaction():
                 return self._unavailable(reason)
             case _:
@@ -337,59 +379,96 @@ class _ServerClock:
         return said + passed if passed < _CLOCK_SECONDS else None
 
 
+def _reason(exc: psycopg.Error | DBAPIError) -> str:
+    return " ".join(str(exc.orig if isinstance(exc, DBAPIError) else exc).split())
+
+
+class _Opening(threading.local):
+    """What watches over the connection that a thread opens. Nothing that is asked on it then is a transaction yet."""
+
+    watch: threading.Timer | None = None
+
+
 class _Driver:
     """The driver's own connection within a transaction, in pipeline mode for as long as that is possible."""
 
-    __slots__ = ("_asked", "_clock", "_connection", "_driver", "_now", "_pipeline", "committing", "dialect")
+    __slots__ = (
+        "_asked",
+        "_clock",
+        "_connection",
+        "_driver",
+        "_leaving",
+        "_now",
+        "_pipeline",
+        "_set",
+        "_unsent",
+        "committing",
+        "dialect",
+    )
 
-    def __init__(self, connection: Connection, clock: _ServerClock) -> None:
-        self._clock = clock
+    def __init__(self, connection: Connection, clock: _ServerClock, fixed: Clock | None) -> None:
         self.dialect: Dialect = connection.dialect
         self._connection = connection
         self._driver = _driver_of(connection)
-        self._pipeline: contextlib.ExitStack | None = None
+        self._clock = clock
+        self._set = fixed
+        self._leaving = contextlib.ExitStack()
+        self._pipeline: psycopg.Pipeline | None = None
         self._asked: psycopg.Cursor[Any] | None = None
+        self._unsent: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
         self._now: float | None = None
         self.committing = False
 
     def begin(self, opening: str, *, durable: bool) -> None:
-        self._pipeline = contextlib.ExitStack()
-        self._pipeline.enter_context(self._driver.pipeline())
+        self._pipeline = self._leaving.enter_context(self._driver.pipeline())
         self._driver.execute(opening)
         if not durable:
             self._driver.execute("SET LOCAL synchronous_commit = off")
-        self._asked = self._driver.execute(_NOW)
+        if self._set is None:
+            self._asked = self._driver.execute(_NOW)
+        else:
+            self._now = self._set.now()
 
     def rows(self, text: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
-        return self._driver.execute(text, values).fetchall()
+        return self.ask(text, values)()
 
     def ask(self, text: str, values: Sequence[Any]) -> Callable[[], list[tuple[Any, ...]]]:
-        return self._driver.execute(text, values).fetchall
+        self._send()
+        cursor = self._driver.execute(text, values)
+        return lambda: self._answered(cursor).fetchall()
 
     def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        if len(rows) == 1:
-            self._driver.execute(text, rows[0])
-        else:
-            self._driver.cursor().executemany(text, rows)
+        # In a pipeline it is sent along with what is asked next, or with the commit: see `_answered`.
+        self._unsent.append((text, rows))
+        if self._pipeline is None:
+            self._send()
 
     def plain(self) -> Connection:
         # SQLAlchemy looks at each result at once, which a pipeline hasn't got yet.
+        self._send()
         self._leave_pipeline()
         return self._connection
 
     def now(self) -> float:
         if self._now is None:
             assert self._asked is not None, "a transaction has begun"
-            row = self._asked.fetchone()
+            row = self._answered(self._asked).fetchone()
             assert row is not None
             self._now = float(row[0])
             self._clock.set(self._now)
         return self._now
 
     def commit(self) -> None:
+        self._send()
         self.committing = True
-        self._driver.execute("COMMIT")
+        done = self._driver.execute("COMMIT")
         self._leave_pipeline()
+        if done.statusmessage != "COMMIT":
+            raise Contended(f"the server was asked to commit and answered {done.statusmessage}")
+
+    def close(self) -> None:
+        """End the connection."""
+        self._driver.close()
 
     def abandon(self) -> None:
         """Have nothing of it done. A connection on which that fails is closed, which does it as well."""
@@ -400,10 +479,25 @@ class _Driver:
         except psycopg.Error:
             self._driver.close()
 
+    def _send(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        for statement, rows in unsent:
+            if len(rows) == 1:
+                self._driver.execute(statement, rows[0])
+            else:
+                self._driver.cursor().executemany(statement, rows)
+
+    def _answered(self, cursor: psycopg.Cursor[Any]) -> psycopg.Cursor[Any]:
+        # By a sync, not a flush: without one the server takes us to be in the middle of what we have to say, and waits
+        # for the rest, the locks in its hands, without counting the time. So whatever takes time here comes after one,
+        # and the statements between it and the next are sent in one go.
+        if cursor.pgresult is None and self._pipeline is not None:
+            self._pipeline.sync()
+        return cursor
+
     def _leave_pipeline(self) -> None:
-        if self._pipeline is not None:
-            pipeline, self._pipeline = self._pipeline, None
-            pipeline.close()
+        self._pipeline = None
+        self._leaving.close()
 
 
 def _driver_of(connection: Connection) -> psycopg.Connection[Any]:
@@ -416,10 +510,23 @@ def _is_lost(connection: Connection) -> bool:
     return connection.closed or connection.invalidated or _driver_of(connection).closed
 
 
+def _watched(driver: psycopg.Connection[Any]) -> threading.Timer:
+    """Cuts the connection off unless it is cancelled in time."""
+    watch = threading.Timer(_STUCK_SECONDS, _cut_driver, [driver])
+    watch.daemon = True
+    watch.start()
+    return watch
+
+
 def _cut(connection: Connection) -> None:
+    with contextlib.suppress(Exception):  # it is just being closed
+        _cut_driver(_driver_of(connection))
+
+
+def _cut_driver(driver: psycopg.Connection[Any]) -> None:
     """End a connection under whoever waits for an answer on it: it gets an error instead."""
-    with contextlib.suppress(Exception):  # it is just being closed, or opened
-        handle = socket.socket(fileno=os.dup(_driver_of(connection).fileno()))
+    with contextlib.suppress(Exception):  # it is just being closed
+        handle = socket.socket(fileno=os.dup(driver.fileno()))
         with handle:
             handle.shutdown(socket.SHUT_RDWR)
 

@@ -520,6 +520,7 @@ class SqlStore:
         _unwrap(await self.database.write(self._save_variable, (workflow_id, key, text)))
 
     def _save_variable(self, tx: Tx, requests: Sequence[tuple[str, str, str]]) -> list[PaigeantError | None]:
+        lock_runs(tx, {run_id for run_id, _, _ in requests})
         statuses = statuses_of(tx, [run_id for run_id, _, _ in requests])
         known = [request for request in requests if request[0] in statuses]
         save_variables(tx, known)
@@ -536,9 +537,9 @@ class SqlStore:
         return await self.database.write(self._save_unit, (key, name, value))
 
     def _save_unit(self, tx: Tx, requests: Sequence[tuple[StepKey, str, bytes]]) -> list[bytes]:
-        _SAVE_UNIT.each(
-            tx, [(*key[:2], key.phase.value, name, value.decode()) for key, name, value in requests]
-        )
+        # In one order, so that no two transactions wait for each other; of one name the first stays the first.
+        units = [(*key[:2], key.phase.value, name, value.decode()) for key, name, value in requests]
+        _SAVE_UNIT.each(tx, sorted(units, key=lambda unit: unit[:4]))
         return [
             found if (found := unit_of(tx, key, name)) is not None else value for key, name, value in requests
         ]
@@ -553,6 +554,7 @@ class SqlStore:
         _unwrap(await self.database.write(self._signal, (workflow_id, name, value)))
 
     def _signal(self, tx: Tx, requests: Sequence[tuple[str, str, bytes]]) -> list[PaigeantError | None]:
+        lock_runs(tx, {run_id for run_id, _, _ in requests})
         statuses = statuses_of(tx, [run_id for run_id, _, _ in requests])
         answers: list[PaigeantError | None] = []
         for run_id, name, value in requests:
@@ -672,9 +674,8 @@ class SqlStore:
 
     def _write(self, tx: Tx, changes: Changes, postings: Sequence[Posting] = ()) -> None:
         """Write all changes, one statement for each kind."""
-        execute = tx.connection.execute
-        for key in changes.dropped:
-            execute(delete(step_executions).where(*(c == v for c, v in zip(KEY, key, strict=True))))
+        for key in changes.dropped:  # rarely any: SQLAlchemy's connection ends the pipeline
+            tx.connection.execute(delete(step_executions).where(*(c == v for c, v in zip(KEY, key, strict=True))))
         patch_rows(tx, step_executions, changes.steps)
         if changes.added:
             NEW_STEP.each(tx, [new_step(row) for row in changes.added])

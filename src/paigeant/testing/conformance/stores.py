@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import pytest_asyncio
+from pydantic_core import from_json
 
 from paigeant import ledger
 from paigeant.errors import InputInvalid, InvalidTransition, RunConflict, RunNotFound
@@ -971,7 +972,7 @@ class StoreConformance:
         )
         assert (done.status, done.output, done.undo_topic) == (StepStatus.COMPLETED, b'"done"', "undo-a")
         assert (done.created_at, done.completed_at, ready.wake_at) == (now, now, now + self.grace)
-        assert detail.variables == {"v": b'{"k":[1]}'}
+        assert {name: from_json(value) for name, value in detail.variables.items()} == {"v": {"k": [1]}}
         slip, payload = ledger.fold(detail, inline_bytes=100)
         assert (slip.next_step(), payload) == (Step("b", id="b"), {"n": 1, "v": {"k": [1]}, "a": "done"})
         assert [undo.topic for undo in slip.compensations] == ["undo-a"]
