@@ -27,9 +27,9 @@ class RabbitServer(Server):
     Its durable queues with persistent messages outlast a stop and a kill, for it keeps its node name, folder and ports.
     Each has its own epmd, so none hears of the others. Starting takes about 2 seconds, stopping one or more.
 
-    3.10.8 forgets half of a quorum queue that it has declared less than about half a second before a kill: the queue
-    is listed afterwards, but never elects its leader, so that consuming hangs and publishing is refused until it is
-    deleted. Where that isn't the point of a test, `kill` when the queues are older.
+    3.10.8 forgets half of a quorum queue that it has declared less than a second before a kill: the queue is listed
+    afterwards, but never elects its leader, so that consuming and publishing hang or are refused, until it is deleted
+    (which takes 5 seconds) and declared again. Where that isn't the point of a test, kill it when the queues are older.
     """
 
     name = "rabbitmq"
