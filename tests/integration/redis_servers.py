@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from tests.services.programs import program
 __all__ = ["Cluster", "Sentinels", "redis_cluster", "redis_sentinels", "redis_tls", "wait_until"]
 
 _LIMIT = 60.0
+_LAST_PORT = 22_000  # of a node: 10,000 above begin the ports of outgoing connections
 
 
 def wait_until(holds: Callable[[], object], what: str) -> None:
@@ -74,7 +76,7 @@ def redis_cluster() -> Iterator[Cluster]:
     """A cluster of three nodes, ready for use."""
     lines = ["cluster-enabled yes", "cluster-node-timeout 2000"]
     with contextlib.ExitStack() as stack:
-        nodes = [stack.enter_context(RedisServer(lines=lines)) for _ in range(3)]
+        nodes = [stack.enter_context(RedisServer(port=_node_port(), lines=lines)) for _ in range(3)]
         cluster = Cluster(nodes)
         addresses = [f"{node.host}:{node.port}" for node in nodes]
         _run("redis-cli", "--cluster", "create", *addresses, "--cluster-yes")
@@ -86,6 +88,16 @@ def redis_cluster() -> Iterator[Cluster]:
             "the cluster serves all slots",
         )
         yield cluster
+
+
+def _node_port() -> int:
+    """A free port, and so is the one 10,000 above, where the node speaks with the others."""
+    while True:
+        port = free_port()
+        with contextlib.suppress(OSError), socket.socket() as one:
+            if port < _LAST_PORT:
+                one.bind(("127.0.0.1", port + 10_000))
+                return port
 
 
 # --- sentinels ---

@@ -17,7 +17,7 @@ import math
 import random
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlencode, urlsplit
@@ -115,7 +115,7 @@ class _Subscription:
     outstanding: bool = False
     """Whether an answer to a read is still to come on the connection."""
     idle: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while the iterator doesn't wait for that answer."""
+    """Set while the iterator isn't fetching."""
     has_strays: bool = False
     """Whether the server may have given it entries that it doesn't know of."""
     fetched: deque[_Item] = field(default_factory=deque)
@@ -126,6 +126,7 @@ class _Subscription:
     claim_at: float = 0.0
     tidy_at: float = 0.0
     failures: int = 0
+    is_trouble_told: bool = False
 
 
 class RedisStreamTransport:
@@ -280,9 +281,10 @@ class RedisStreamTransport:
                 except (*_TROUBLE, TransportUnavailable) as exc:
                     await self._pause(subscription, exc)
                     continue
-                if subscription.failures:
+                subscription.failures = 0
+                if subscription.is_trouble_told:
                     log.info("receiving from %s again", topic)
-                    subscription.failures = 0
+                    subscription.is_trouble_told = False
                 while subscription.fetched and not subscription.stopped.is_set():
                     item = subscription.fetched.popleft()
                     if loop.time() > item.until:
@@ -299,20 +301,25 @@ class RedisStreamTransport:
 
     async def _fetch(self, subscription: _Subscription) -> list[_Item]:
         loop = asyncio.get_running_loop()
-        if subscription.connection is None:
-            await self._connect_reader(subscription)
-        if subscription.has_strays:
-            await self._return_strays(subscription)
-            subscription.has_strays = False
-        if subscription.bells or loop.time() >= subscription.look_at:
-            await self._look(subscription)
-        if loop.time() >= subscription.claim_at:
-            claimed = await self._claim(subscription)
-            if claimed:
-                return claimed
-        if loop.time() >= subscription.tidy_at:
-            await self._tidy(subscription)
-        return await self._read(subscription)
+        subscription.idle.clear()
+        try:
+            if subscription.connection is None:
+                await self._connect_reader(subscription)
+            if subscription.has_strays:
+                await self._return_strays(subscription)
+                subscription.has_strays = False
+            if subscription.bells or loop.time() >= subscription.look_at:
+                await self._look(subscription)
+            if loop.time() >= subscription.claim_at:
+                claimed = await self._claim(subscription)
+                if claimed:
+                    return claimed
+            if loop.time() >= subscription.tidy_at:
+                await self._tidy(subscription)
+            # Whoever stops it from here on finds that an answer is outstanding, and cuts the read short.
+            return [] if subscription.stopped.is_set() else await self._read(subscription)
+        finally:
+            subscription.idle.set()
 
     async def _connect_reader(self, subscription: _Subscription) -> None:
         servers = self._open()
@@ -335,7 +342,6 @@ class RedisStreamTransport:
         stream = self.stream_key(subscription.topic)
         command = ("XREADGROUP", "GROUP", _GROUP, subscription.consumer, "COUNT", subscription.count)
         connection = subscription.connection
-        subscription.idle.clear()
         subscription.outstanding = True
         try:
             async with asyncio.timeout(block / 1000 + servers.timeout):
@@ -346,8 +352,6 @@ class RedisStreamTransport:
         except _TROUBLE:
             subscription.outstanding = False
             raise
-        finally:
-            subscription.idle.set()
         if not answer:
             return []
         return self._items(subscription, answer[0][1])
@@ -443,8 +447,9 @@ class RedisStreamTransport:
                 if subscription.failures <= 3:
                     return
         await self._drop_reader(subscription)
-        if subscription.failures == 1:
+        if not subscription.is_trouble_told:
             log.warning("can't receive from %s, will try again: %s", subscription.topic, self._trouble(exc))
+            subscription.is_trouble_told = True
         pause = min(_QUICK_SECONDS * 2 ** min(subscription.failures - 1, 10), _SLOW_SECONDS)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause * random.uniform(0.5, 1.0)):
@@ -487,9 +492,7 @@ class RedisStreamTransport:
 
     async def _finish_read(self, subscription: _Subscription) -> None:
         """Cut a read short that is under way, and take its answer off the connection."""
-        if not subscription.outstanding:
-            return
-        if subscription.client is not None:
+        if subscription.outstanding and subscription.client is not None:
             with contextlib.suppress(ResponseError):  # not allowed: the read ends by itself
                 stream = self.stream_key(subscription.topic)
                 await self._open().tell(stream, "CLIENT", "UNBLOCK", subscription.client)
@@ -563,27 +566,29 @@ class RedisStreamTransport:
             )
 
     async def dead_letter(self, message_id: str, reason: str) -> None:
-        with self._told():
-            for held in self._let_go(message_id):
-                try:
-                    await self._reject(held, message_id, reason, reason)
-                except BaseException:
-                    self._held.setdefault(message_id, []).append(held)  # so that it can be tried again
-                    raise
+        for held in self._let_go(message_id):
+            try:
+                await self._reject(held, message_id, reason, reason)
+            except BaseException:
+                self._held.setdefault(message_id, []).append(held)  # so that it can be tried again
+                raise
 
     async def _reject(self, held: _Held, message_id: str, reason: str, detail: str) -> None:
-        found = await self._run(_EXAMINE, held.topic, held.consumer, held.entry, BODY_KEPT_BYTES)
+        with self._told():
+            found = await self._run(_EXAMINE, held.topic, held.consumer, held.entry, BODY_KEPT_BYTES)
         if found is None:
             return
         attempts, body = found
         letter = DeadLetter.about(message_id, held.topic, reason, detail, body, attempts)
         # Kept first, taken out of the topic then: a crash in between does it again, a loss can't happen.
         await (self._keep(letter) if self._bury is None else self._bury(letter))
-        await self._run(_ACK, held.topic, held.consumer, held.entry)
+        with self._told():
+            await self._run(_ACK, held.topic, held.consumer, held.entry)
 
     async def _keep(self, letter: DeadLetter) -> None:
         key = self._letters_key()
-        await self._open().ask(key, "HSETNX", key, letter.id, _write_letter(letter))
+        with self._told():
+            await self._open().ask(key, "HSETNX", key, letter.id, _write_letter(letter))
 
     async def kept_letters(self) -> list[DeadLetter]:
         """The dead letters that were kept here because nothing else kept them, by id."""
@@ -669,7 +674,7 @@ class RedisStreamTransport:
     # -- errors
 
     @contextlib.contextmanager
-    def _told(self) -> Any:
+    def _told(self) -> Iterator[None]:
         try:
             yield
         except _TROUBLE as exc:
