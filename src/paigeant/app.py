@@ -216,6 +216,7 @@ class Paigeant:
             self.forwarder,
             concurrency=settings.concurrency if concurrency is None else concurrency,
             topics=topics,
+            adopts=settings.adopt,
             lease=settings.lease,
             heartbeat=settings.heartbeat,
             sweep_interval=settings.sweep_interval,

@@ -16,7 +16,7 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.errors import MessageInvalid
 
-__all__ = ["MAX_DEPTH", "JsonInvalid", "dump", "dump_as", "parse_strict", "plain"]
+__all__ = ["MAX_DEPTH", "JsonInvalid", "dump", "dump_as", "dump_sorted", "parse_strict", "plain"]
 
 MAX_DEPTH = 64
 """How deep lists and objects may be nested in anything that is stored or travels."""
@@ -57,9 +57,20 @@ def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
         raise JsonInvalid(_reason(exc)) from exc
 
 
+def dump_sorted(value: Any) -> bytes:
+    """JSON values (see `plain`) as JSON with all keys sorted, so that equal values are equal texts."""
+    return dump(_sorted(value))
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON would give it back: dicts, lists, texts, numbers, booleans, None. Raises JsonInvalid."""
     return from_json(dump(value), allow_inf_nan=False)
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return [_sorted(item) for item in value] if isinstance(value, list) else value
 
 
 def _reason(exc: BaseException) -> str:

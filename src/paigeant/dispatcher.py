@@ -156,7 +156,7 @@ class Dispatcher:
             )
         if workflow.input_model is not None:
             payload = _fitted(workflow, payload)
-        text = codec.dump(_sorted(payload))
+        text = codec.dump_sorted(payload)
         if len(text) > self.forwarder.limit_bytes:
             raise MessageTooLarge(len(text), self.forwarder.limit_bytes)
         return text, payload
@@ -255,12 +255,6 @@ def _plain_steps(workflow: Workflow) -> tuple[Step, ...]:
         )
     except codec.JsonInvalid as exc:
         raise InputInvalid(f"args in workflow '{workflow.name}' can't be written as JSON: {exc}") from exc
-
-
-def _sorted(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _sorted(value[key]) for key in sorted(value)}
-    return [_sorted(item) for item in value] if isinstance(value, list) else value
 
 
 def _short(value: Any) -> str:

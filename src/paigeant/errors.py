@@ -21,6 +21,7 @@ __all__ = [
     "MessageInvalid",
     "MessageTooLarge",
     "NonRetryableError",
+    "NotAdopted",
     "OutputInvalid",
     "PaigeantError",
     "PolicyViolation",
@@ -128,6 +129,15 @@ class RunNotFound(PaigeantError):
     def __init__(self, workflow_id: str) -> None:
         self.workflow_id = workflow_id
         super().__init__(f"no run '{workflow_id}' in this store; `paigeant runs list` shows what is there")
+
+
+class NotAdopted(PaigeantError):
+    """A run that began in another store can't go on in this one."""
+
+    def __init__(self, workflow_id: str, reason: str, *, stayed: bool = True) -> None:
+        self.workflow_id = workflow_id
+        end = ", and stayed in the store where the run began" if stayed else ""
+        super().__init__(f"not_adopted: run '{workflow_id}' is unknown here, and {reason}{end}")
 
 
 class InvalidTransition(PaigeantError):

@@ -20,10 +20,13 @@ from pydantic_core import from_json
 
 from paigeant import ledger
 from paigeant.activity import Activity, ActivityRegistry
+from paigeant.adoption import Adoption
 from paigeant.claim import Claim, Limits
 from paigeant.errors import (
     MessageInvalid,
+    NotAdopted,
     PaigeantError,
+    RunNotFound,
     StoreUnavailable,
     TransportUnavailable,
 )
@@ -61,6 +64,7 @@ class Executor:
         *,
         worker_id: str,
         topics: Collection[str],
+        adopts: bool = False,
         limits: Limits | None = None,
         observers: Observers | None = None,
         threads: Threads | None = None,
@@ -73,7 +77,9 @@ class Executor:
         self.worker_id = worker_id
         self.topics = frozenset(topics)
         self.limits = limits or Limits()
-        self.reporter = Reporter(observers or Observers(), worker_id)
+        observers = observers or Observers()
+        self.reporter = Reporter(observers, worker_id)
+        self.adoption = Adoption(store, forwarder, observers, worker_id) if adopts else None
         self.performer = Performer(
             store,
             self.limits,
@@ -160,15 +166,21 @@ class Executor:
             return None
         try:
             key = StepKey(message.workflow_id, message.step_id, message.phase)
-            message = await self.forwarder.payload(message)
+            message = await self._with_payload(message)
             if not _is_about(message, key):  # the store's rows, and they have gone on since
                 await self._drop(message, "recorded")
                 return None
             claim = Claim(key, Grant(0, 0, 0.0), message, activity, time.monotonic())
             request = ClaimRequest(claim.key, self.worker_id, claim.retry(self.limits).attempts)
             answer = await self.store.claim_step(request)
+            if self.adoption is not None and answer == Refused("unknown"):
+                await self.adoption.adopt(message)
+                answer = await self.store.claim_step(request)
         except StoreUnavailable as exc:
             await self._return(message, str(exc), 1.0)
+            return None
+        except NotAdopted as exc:
+            await self._reject(message, str(exc))
             return None
         except PaigeantError as exc:
             await self._drop(message, str(exc))
@@ -185,6 +197,14 @@ class Executor:
             await self._drop(message, "taken")
             return None
         return replace(claim, grant=answer, claimed_at=time.monotonic())
+
+    async def _with_payload(self, message: PaigeantMessage) -> PaigeantMessage:
+        try:
+            return await self.forwarder.payload(message)
+        except RunNotFound:
+            if self.adoption is not None:
+                self.adoption.records(message)  # raises: what it lacks is in another store
+            raise
 
     async def _accept(self, claim: Claim) -> Claim | None:
         # Ack once the claim has committed: before that a crash would lose the wake-up, after it the lease protects
@@ -269,6 +289,13 @@ class Executor:
         self.reporter.tell_delivery("delivery.duplicate", message, reason)
         with contextlib.suppress(TransportUnavailable):
             await self.transport.ack(message.message_id)
+
+    async def _reject(self, message: PaigeantMessage, reason: str) -> None:
+        """A message that nobody here can ever handle: kept as a dead letter."""
+        try:
+            await self.transport.dead_letter(message.message_id, reason)
+        except (TransportUnavailable, StoreUnavailable) as exc:
+            await self._return(message, str(exc), 1.0)
 
     async def _return(self, message: PaigeantMessage, reason: str, delay: float) -> None:
         self.reporter.tell_delivery("delivery.returned", message, reason)

@@ -15,6 +15,7 @@ __all__ = ["CURRENT", "Event", "EventName", "Observer", "Observers"]
 
 EventName = Literal[
     "run.dispatched",
+    "run.adopted",
     "run.completed",
     "run.failed",
     "run.compensated",

@@ -71,6 +71,8 @@ class Settings(BaseSettings):
     shutdown_grace: float = Field(30.0, ge=0, description="how long running steps may finish at a shutdown")
     local_steps: int = Field(50, ge=1, description="steps of one run in a row before others have their turn")
 
+    adopt: bool = Field(False, description="take over runs that the store has never seen from their messages")
+
     max_message_bytes: int = Field(1024 * 1024, ge=1024, description="largest message")
     inline_bytes: int = Field(65536, ge=0, description="outputs above it stay in the store and don't travel")
 

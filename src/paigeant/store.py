@@ -214,12 +214,15 @@ class DeadLetter:
     def about(
         cls, message_id: str, topic: str, reason: str, detail: str, body: bytes, attempts: int
     ) -> DeadLetter:
-        """The dead letter for a message, with what its id says of its run and the part of its body that is kept."""
+        """The dead letter for a message, with what its id says of its run and the part of its body that is kept.
+
+        `reason` is a word, which `detail` explains; of a sentence such as "word: why" it is the word.
+        """
         known = MessageId.read(message_id)
         return cls(
             message_id,
             topic,
-            reason,
+            reason.partition(": ")[0],
             detail,
             body[:BODY_KEPT_BYTES],
             attempts,

@@ -44,9 +44,9 @@ _CANCEL_SECONDS = 5.0
 class ActivityWorker:
     """Does the steps of the activities in `registry`, up to `concurrency` of them at once.
 
-    `topics` limits it to some of their topics. `lease` is how long its steps are safe from others should it fall
-    silent, `heartbeat` how often it renews that, `sweep_interval` how often it looks for what others left behind; all
-    in seconds.
+    `topics` limits it to some of their topics. `adopts`: it takes over runs that its store has never seen. `lease` is
+    how long its steps are safe from others should it fall silent, `heartbeat` how often it renews that,
+    `sweep_interval` how often it looks for what others left behind; all in seconds.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class ActivityWorker:
         *,
         concurrency: int = 100,
         topics: Collection[str] | None = None,
+        adopts: bool = False,
         lease: float = 30.0,
         heartbeat: float = 5.0,
         sweep_interval: float = 1.0,
@@ -84,6 +85,7 @@ class ActivityWorker:
             forwarder,
             worker_id=self.id,
             topics=self.topics,
+            adopts=adopts,
             limits=limits,
             observers=self.observers,
             threads=self._threads,

@@ -183,6 +183,10 @@ def prune(
             found = await paigeant.store.count_ended(before=before, statuses=statuses)
             if dry_run or not found:
                 return found, False
+            if settings.adopt:
+                console.warn(
+                    "`adopt` is on: a message of a deleted run that still comes is taken for a new run"
+                )
             _confirm(found, older_than, yes)
             return await paigeant.prune(older_than=age, statuses=statuses), True
 

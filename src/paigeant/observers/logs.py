@@ -22,6 +22,7 @@ Format = Literal["console", "json"]
 
 LEVELS: Mapping[EventName, int] = {
     "run.dispatched": logging.INFO,
+    "run.adopted": logging.INFO,
     "run.completed": logging.INFO,
     "run.failed": logging.ERROR,
     "run.compensated": logging.WARNING,
