@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
 
 from paigeant import ledger
 from paigeant.activity import ActivityRegistry
-from paigeant.errors import MessageTooLarge, PaigeantError, TransportUnavailable
+from paigeant.errors import MessageTooLarge, PaigeantError, StoreUnavailable, TransportUnavailable
 from paigeant.message import DEFAULT_LIMIT_BYTES, MessageId, PaigeantMessage, encode
 from paigeant.slip import Compensation, Phase, RoutingSlip, Step, StepStatus
 from paigeant.store import NextStep, RunDetail, StepKey, Store
@@ -101,33 +102,57 @@ class Forwarder:
     async def publish(self, letter: Letter) -> bool:
         """Publish `letter`. False when that failed."""
         try:
-            try:
-                await self.transport.publish(letter.topic, letter.message, delay=letter.delay)
-            except MessageTooLarge:
-                message = _without_payload(letter.message)
-                await self.transport.publish(letter.topic, message, delay=letter.delay)
+            await self._publish(letter)
         except (TransportUnavailable, MessageTooLarge) as exc:
             log.warning("not published to %s, will be sent again: %s", letter.topic, exc)
             return False
         return True
 
-    async def send_again(self, keys: Iterable[StepKey]) -> int:
-        """Publish messages for ready steps, made from the store alone. Gives how many were sent."""
-        sent = 0
-        for key in keys:
+    async def _publish(self, letter: Letter) -> None:
+        try:
+            await self.transport.publish(letter.topic, letter.message, delay=letter.delay)
+        except MessageTooLarge:
+            message = _without_payload(letter.message)
+            await self.transport.publish(letter.topic, message, delay=letter.delay)
+
+    async def send_again(
+        self, keys: Iterable[StepKey], unsent: Mapping[StepKey, str] = MappingProxyType({})
+    ) -> dict[StepKey, str]:
+        """Publish messages for ready steps, made from the store alone.
+
+        Gives those that could not be sent because a server is away, with their topics: to be given back as `unsent`
+        together with the next `keys`.
+        """
+        left: dict[StepKey, str] = {}
+        away: set[str] = set()
+        for key in dict.fromkeys([*unsent, *keys]):
+            if unsent.get(key) in away:  # found out by another one, and perhaps waited for
+                left[key] = unsent[key]
+                continue
+            topic = unsent.get(key, "")
             try:
                 detail = await self.store.load_run(key.workflow_id, inline_bytes=self.inline_bytes)
+                now = await self.store.now()
+                row = next((row for row in detail.steps if row.key == key), None)
+                if row is None or row.status is not StepStatus.READY:
+                    continue  # it has gone on meanwhile
+                topic = row.topic
+                if topic in away:
+                    left[key] = topic
+                    continue
                 message = message_of(detail, inline_bytes=self.inline_bytes)
+                delay = max(row.not_before - now, 0.0)
+                await self._publish(self.letter(message, topic, epoch=row.epoch, delay=delay))
+            except StoreUnavailable as exc:
+                log.warning("can't make a message for %s, will try again: %s", key, exc)
+                left[key] = topic
+            except TransportUnavailable as exc:
+                log.warning("not published to %s, will be sent again: %s", topic, exc)
+                left[key] = topic
+                away.add(topic)
             except (PaigeantError, ValidationError) as exc:  # a slip of newer code is for that to send
                 log.warning("can't make a message for %s: %s", key, " ".join(str(exc).split()))
-                continue
-            now = await self.store.now()
-            row = next((row for row in detail.steps if row.key == key), None)
-            if row is None or row.status is not StepStatus.READY:
-                continue  # it has gone on meanwhile
-            delay = max(row.not_before - now, 0.0)
-            sent += await self.publish(self.letter(message, row.topic, epoch=row.epoch, delay=delay))
-        return sent
+        return left
 
     async def payload(self, message: PaigeantMessage) -> PaigeantMessage:
         """`message` with its payload, read from the store where it was too large to travel. Raises RunNotFound."""

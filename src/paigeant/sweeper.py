@@ -6,16 +6,20 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
+from itertools import islice
 
 from paigeant import host
 from paigeant.errors import PaigeantError
 from paigeant.forwarder import Forwarder
 from paigeant.observer import Event, Observers
-from paigeant.store import Store, Swept, WorkerRecord
+from paigeant.store import StepKey, Store, Swept, WorkerRecord
 
 __all__ = ["Sweeper"]
 
 log = logging.getLogger("paigeant.sweeper")
+
+_MOST_UNSENT = 1000
+"""Steps that are kept for the time when a server is back; the others wait for the store to offer them again."""
 
 
 class Sweeper:
@@ -37,6 +41,7 @@ class Sweeper:
         self.interval = interval
         self.observers = observers or Observers()
         self._chance = chance
+        self._unsent: dict[StepKey, str] = {}
 
     async def run(self) -> None:
         """Sweep for ever, about every `interval` seconds. A sweep that fails is logged; the next one tries again."""
@@ -59,7 +64,10 @@ class Sweeper:
             self.observers.observe(Event("run.expired", workflow_id))
         for key in swept.freed:
             self.observers.observe(Event("step.swept", key.workflow_id, step=key.step, worker=self.worker.id))
-        await self.forwarder.send_again(swept.due)
+        # What a server's absence keeps from being sent is owed: the store takes it for sent, and offers it again only
+        # after as long as it has waited.
+        unsent = await self.forwarder.send_again(swept.due, self._unsent)
+        self._unsent = dict(islice(unsent.items(), _MOST_UNSENT))
         return swept
 
     async def _gone(self) -> list[str]:

@@ -48,7 +48,7 @@ def kill_all_the_time(
     killed: set[int] = set()
     at: list[float] = []
     began = time.monotonic()
-    dispatcher = {"runs": runs} if flight is None else {"runs": runs, "flight": flight}
+    dispatcher: dict[str, Any] = {"runs": runs} if flight is None else {"runs": runs, "flight": flight}
     nursery.start("dispatcher", **dispatcher)
     next_at, dispatched, ended = interval, False, False
     while not ended or len(killed) < kills:

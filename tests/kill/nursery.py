@@ -121,7 +121,7 @@ class Nursery:
             self._progress = (progress, time.monotonic())
         elif time.monotonic() - self._progress[1] > seconds:
             self.ask_for_stacks()
-            raise AssertionError(f"nothing has happened for {seconds:.0f} s; where all are: {self.errors}")
+            raise AssertionError(f"nothing has happened for {seconds:.0f} s; where all are: {self.stacks}")
 
     def until(self, done: Callable[[], object], *, seconds: float = 240.0) -> None:
         """Look again and again until it is done. Raises AssertionError after so many seconds."""
@@ -129,21 +129,32 @@ class Nursery:
         while not done():
             if time.monotonic() > until:
                 self.ask_for_stacks()
-                raise AssertionError(f"not done after {seconds:.0f} s; where all are: {self.errors}")
+                raise AssertionError(f"not done after {seconds:.0f} s; where all are: {self.stacks}")
             self.reap()
             time.sleep(0.005)
 
     def ask_for_stacks(self) -> None:
-        """Have all processes write into `errors` what they are at."""
-        for pid in self.alive:
-            self.send(pid, signal.SIGUSR1)
-        time.sleep(1.0)
+        """Have all processes write into `stacks` what their threads and tasks are at."""
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            for pid in self.alive:
+                self.send(pid, number)
+            time.sleep(0.5)
 
     @property
     def errors(self) -> str:
         """What processes that were ended by an error have said."""
-        file = self.folder / "errors"
-        return file.read_text() if file.exists() else ""
+        return self._said("errors")
+
+    @property
+    def stacks(self) -> str:
+        """What all processes have said, and where they are."""
+        return "\n".join(self._said(file.name) for file in sorted(self.folder.glob("stacks.*"))) + self._said(
+            "log"
+        )
+
+    def _said(self, name: str) -> str:
+        file = self.folder / name
+        return f"\n{name}: {file.read_text()[-6000:]}" if file.exists() else ""
 
 
 def _fork(role: str, folder: str, settings: dict[str, Any], options: dict[str, Any]) -> int:

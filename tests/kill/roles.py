@@ -14,7 +14,7 @@ import signal
 import struct
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from tests.kill.sql import rows
 
@@ -191,8 +191,19 @@ def play(role: str, folder: Path, settings: dict[str, Any], options: dict[str, A
     """Be this role in this process, until it ends."""
     global _diary
     random.seed(os.getpid())
-    errors = (folder / "errors").open("a")
-    faulthandler.register(signal.SIGUSR1, file=errors, all_threads=True)
+    stacks = (folder / f"stacks.{os.getpid()}").open("a")
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     _diary = os.open(folder / "diary", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     logging.basicConfig(filename=folder / "log", format="%(asctime)s %(process)d %(name)s: %(message)s")
-    asyncio.run(ROLES[role](Settings(**{**TIMES, **settings}), options))
+
+    async def main() -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, _write_tasks, stacks)
+        await ROLES[role](Settings(**{**TIMES, **settings}), options)
+
+    asyncio.run(main())
+
+
+def _write_tasks(file: TextIO) -> None:
+    for task in asyncio.all_tasks():
+        task.print_stack(limit=5, file=file)
+    file.flush()

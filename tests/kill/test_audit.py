@@ -25,7 +25,7 @@ FORGERIES = {
     "a result too many": "UPDATE step_executions SET step = 's7' WHERE workflow_id = 'r21' AND step = 's1'",
     "an undo is missing": "DELETE FROM step_executions WHERE workflow_id = 'r23' AND phase = 'undo' AND step = 's0'",
     "undone too much": "UPDATE step_executions SET phase = 'undo' WHERE workflow_id = 'r21' AND step = 's0'",
-    "undone in another order": "UPDATE step_executions SET seq = 100 - seq WHERE workflow_id = 'r23' AND phase = 'undo'",
+    "undone in another order": "UPDATE step_executions SET seq = 99 - seq WHERE workflow_id = 'r23' AND phase = 'undo'",
     "done in another order": "UPDATE step_executions SET seq = 100 - seq WHERE workflow_id = 'r21'",
     "begun too early": "UPDATE step_executions SET started_at = 0 WHERE workflow_id = 'r21' AND step = 's1'",
     "another's result": "UPDATE step_executions SET output = '\"1.1\"' WHERE workflow_id = 'r21' AND step = 's1'",

@@ -7,32 +7,23 @@ import contextlib
 import signal
 import sqlite3
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.kill.audit import audit, begun, open_runs
 from tests.kill.nursery import Nursery
-from tests.kill.roles import BEGAN, LOST, diary, length
+from tests.kill.roles import BEGAN, diary, length
+from tests.kill.scenes import has, stop_a_worker_for_longer_than_its_lease
 from tests.kill.sql import rows, sqlite_file, write
 
 from paigeant.activity import ActivityRegistry
 from paigeant.app import Paigeant
 from paigeant.context import StepContext
+from paigeant.observer import Event
 from paigeant.settings import Settings
 from paigeant.slip import Step
 from paigeant.workflow import Workflow
 
 pytestmark = pytest.mark.timeout(300)
-
-STEPS = "SELECT * FROM step_executions ORDER BY workflow_id, seq"
-RUNS = "SELECT * FROM workflow_runs ORDER BY id"
-
-
-def has(folder: Path, **wanted: Any) -> bool:
-    """Whether the diary has such a record."""
-    return any(
-        all(getattr(entry, name) == value for name, value in wanted.items()) for entry in diary(folder)
-    )
 
 
 def freeze(nursery: Nursery, pid: int) -> None:
@@ -50,22 +41,8 @@ def freeze(nursery: Nursery, pid: int) -> None:
 
 def test_a_worker_that_was_stopped_changes_nothing_afterwards(tmp_path: Path) -> None:
     """A worker is stopped for longer than its lease and goes on when another has done its steps: no row changes."""
-    runs = range(20, 30)
     with Nursery(tmp_path) as nursery:
-        nursery.start("dispatcher", begin=20, runs=30)
-        nursery.until(lambda: "dispatcher" not in nursery.alive.values())
-        asleep = nursery.start("worker", slow=("s0", False, 4.0))
-        nursery.until(lambda: sum(begun(tmp_path).values()) == len(runs))
-        freeze(nursery, asleep)
-        nursery.start("worker")
-        nursery.until(lambda: not open_runs(nursery.store))
-        before = rows(nursery.store, STEPS), rows(nursery.store, RUNS)
-        nursery.send(asleep, signal.SIGCONT)
-        nursery.until(lambda: has(tmp_path, process=asleep, what=LOST))
-        nursery.stop(signal.SIGTERM)
-        assert set(nursery.ended.values()) == {0}
-    assert (rows(nursery.store, STEPS), rows(nursery.store, RUNS)) == before
-    assert audit(nursery, runs=runs, killed={asleep}) >= len(runs)
+        stop_a_worker_for_longer_than_its_lease(nursery, lambda pid: freeze(nursery, pid))
 
 
 def test_a_step_that_kills_its_process_uses_up_its_attempts(tmp_path: Path) -> None:
@@ -94,7 +71,7 @@ def test_a_worker_killed_while_it_undoes(tmp_path: Path) -> None:
     with Nursery(tmp_path) as nursery:
         nursery.start("dispatcher", runs=1, first=["work", "work", "work", "fail"])
         doomed = nursery.start("worker", slow=("s1", True, 4.0))
-        nursery.until(lambda: has(tmp_path, step=1, undo=1, what=BEGAN))
+        nursery.until(lambda: has(nursery, step=1, undo=1, what=BEGAN))
         nursery.kill(doomed)
         nursery.start("worker")
         nursery.until(lambda: not open_runs(nursery.store))
@@ -125,32 +102,36 @@ def test_all_messages_are_lost(tmp_path: Path) -> None:
 
 
 async def test_a_claim_that_a_crash_undid_is_taken_up_and_not_doubled(tmp_path: Path) -> None:
-    """A claim is not synced, so a crash of the database may undo it. Its worker goes on with the step; it begins none."""
+    """A claim isn't synced: a crash of the database may undo it. Its worker goes on with the step and begins none."""
     began: list[int] = []
-    goes_on = asyncio.Event()
+    has_begun, goes_on, claimed_again = asyncio.Event(), asyncio.Event(), asyncio.Event()
     activity = ActivityRegistry()
 
-    @activity.execute
+    class Drops:
+        def observe(self, event: Event) -> None:
+            if event.name == "delivery.duplicate":
+                claimed_again.set()
+
+    @activity.execute()
     async def work(context: StepContext) -> int:
         began.append(context.attempt)
+        has_begun.set()
         await goes_on.wait()
         return len(began)
 
     url = f"sqlite:///{tmp_path / 'runs.db'}"
     settings = Settings(store_url=url, transport_url=url, sweep_interval=0.05, grace=0.1, local_steps=1)
-    async with Paigeant(settings, activities=activity) as app:
+    async with Paigeant(settings, activities=activity, observers=[Drops()]) as app:
         worker = app.worker()
         working = asyncio.create_task(worker.run())
         run = await app.dispatch(Workflow("crash", ["work", Step("work", id="more")]))
         async with asyncio.timeout(30):
-            while not began:
-                await asyncio.sleep(0.01)
+            await has_begun.wait()
             write(
                 url,
                 "UPDATE step_executions SET status = 'ready', worker = NULL, epoch = 0, attempt = 0, wake_at = 0",
             )
-            while rows(url, "SELECT status FROM step_executions") != [("running",)]:
-                await asyncio.sleep(0.01)
+            await claimed_again.wait()
             goes_on.set()
             result = await run.wait()
         await worker.stop()
