@@ -14,6 +14,7 @@ from pydantic_core import from_json
 from paigeant import codec
 from paigeant.clock import as_datetime
 from paigeant.errors import InvalidDefinition, OutputInvalid
+from paigeant.journal import Journal, Place, Unit, current_place
 from paigeant.security import SecurityContext
 from paigeant.slip import Revision, RoutingSlip, Step, check_name, identify
 from paigeant.store import RunValues, StepKey
@@ -47,8 +48,13 @@ class StepContext:
     _draft: list[Step] | None = None
     _added: list[Step] = field(default_factory=list)
     _inserted: int = 0
-    _units: dict[str, int] = field(default_factory=dict)
     _usage: bytes | None = None
+    _is_fresh: bool = False
+    _place: Place = field(init=False)
+
+    def __post_init__(self) -> None:
+        journal = Journal(self._key, self._store, self.idempotency_key, is_fresh=self._is_fresh)
+        self._place = Place(journal)
 
     # -- variables
 
@@ -69,23 +75,26 @@ class StepContext:
     async def once(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         """What `function(*args)` gives, recorded under `name`: a later attempt of this step gets the record instead.
 
-        Gives the value as JSON gives it back, at the first time too. Using a name again in one attempt counts on. A
-        crash between the call and its record repeats the call: hand `idempotency_key` to what it calls.
+        Gives the value as JSON gives it back, at the first time too. Using a name again in one attempt counts on, for
+        each unit within which it is used. A crash between the call and its record repeats the call: hand
+        `effect_key()` to what it calls.
         """
         check_name("the name of what is done once", name)
-        number = self._units[name] = self._units.get(name, 0) + 1
-        unit = name if number == 1 else f"{name}#{number}"
-        recorded = await self._store.load_unit(self._key, unit)
-        if recorded is None:
+
+        async def produce() -> bytes:
             value = function(*args)
             if inspect.isawaitable(value):
                 value = await value
             try:
-                text = codec.dump(value)
+                return codec.dump(value)
             except codec.JsonInvalid as exc:
                 raise OutputInvalid(f"what '{name}' returned can't be written as JSON: {exc}") from exc
-            recorded = await self._store.save_unit(self._key, unit, text)
-        return from_json(recorded)
+
+        place = current_place()
+        if place is None or place.journal is not self._place.journal:
+            place = self._place
+        done = await place.do(place.name(name), Unit(f"'{name}'"), produce)
+        return from_json(done.value)
 
     # -- revisions
 

@@ -22,7 +22,9 @@ __all__ = [
     "MessageTooLarge",
     "NonRetryableError",
     "NotAdopted",
+    "OutcomeUnknown",
     "OutputInvalid",
+    "OutsideStep",
     "PaigeantError",
     "PolicyViolation",
     "RunConflict",
@@ -31,6 +33,7 @@ __all__ = [
     "SchemaMismatch",
     "StoreUnavailable",
     "TransportUnavailable",
+    "UnitUnreadable",
     "UnknownActivity",
     "UnknownWorkflow",
     "UnsupportedVersion",
@@ -108,8 +111,20 @@ class OutputInvalid(ActivityRejected):
     """What an activity returned can't be written as JSON."""
 
 
+class OutcomeUnknown(ActivityRejected):
+    """Something that may be done at most once was begun, and whether it took effect isn't known."""
+
+
+class UnitUnreadable(ActivityRejected):
+    """What was recorded of a unit of a step can't be read by the code that is there now."""
+
+
 class PolicyViolation(ActivityRejected):
     """A revision of the itinerary goes beyond what the policy of the run allows."""
+
+
+class OutsideStep(PaigeantError):
+    """Something was asked for that only a step has, and no step is being done."""
 
 
 class RunConflict(PaigeantError):

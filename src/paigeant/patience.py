@@ -69,5 +69,8 @@ class PatientValues:
     async def load_unit(self, key: StepKey, name: str) -> bytes | None:
         return await self._ask(lambda: self._values.load_unit(key, name), f"record of '{name}'")
 
+    async def load_units(self, key: StepKey) -> dict[str, bytes]:
+        return await self._ask(lambda: self._values.load_units(key), f"records of step '{key.step}'")
+
     async def _ask(self, ask: Callable[[], Awaitable[Answer]], what: str) -> Answer:
         return await patiently(ask, what, seconds=self._seconds, chance=self._chance)

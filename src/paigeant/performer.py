@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor as Threads
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +89,8 @@ class Performer:
             if timeout == 0:
                 raise TimeoutError(_timeout_text(claim, timeout))
             async with limit if timeout is not None else _UNLIMITED:
-                value = await self._call(claim, context, attempt)
+                with context._place.entered(), _replays():
+                    value = await self._call(claim, context, attempt)
             attempt.output = claim.work.dump(value)
             attempt.outcome = self._succeeded(claim, context, attempt.output)
             return attempt
@@ -148,7 +150,7 @@ class Performer:
         message = claim.message
         key = claim.key
         undo = "" if key.phase is Phase.DO else ":undo"
-        return StepContext(
+        context = StepContext(
             workflow_id=key.workflow_id,
             workflow=message.workflow,
             step_id=key.step,
@@ -163,7 +165,10 @@ class Performer:
             _key=key,
             _slip=message.routing_slip,
             _store=self.values,
+            _is_fresh=claim.grant.epoch == 1,
         )
+        context._place.journal.open()
+        return context
 
     def _succeeded(self, claim: Claim, context: StepContext, output: bytes) -> Succeeded:
         if claim.step is None:
@@ -172,6 +177,15 @@ class Performer:
         if claim.activity.compensation is not None:
             compensation = Compensation(claim.key.step, claim.activity.name, claim.activity.topic)
         return Succeeded(context._revision(), compensation, len(output) > self.limits.inline_bytes)
+
+
+def _replays() -> AbstractContextManager[None]:
+    """Traces and metrics leave out what comes from the record. Whoever has agents has loaded their library already."""
+    if "pydantic_ai" not in sys.modules:
+        return _UNLIMITED
+    from paigeant.agents.durability import replay_scope
+
+    return replay_scope()
 
 
 def _is_cancelled() -> bool:

@@ -341,6 +341,10 @@ class RunValues(Protocol):
         """The recorded value of a unit; None when there is none."""
         ...
 
+    async def load_units(self, key: StepKey) -> dict[str, bytes]:
+        """The recorded values of all units of a step, by name."""
+        ...
+
 
 @runtime_checkable
 class Store(RunHistory, RunValues, Protocol):

@@ -18,7 +18,7 @@ from pydantic_core import from_json
 from paigeant.activity import ActivityRegistry
 from paigeant.app import Paigeant
 from paigeant.context import StepContext
-from paigeant.errors import DuplicateActivity, InvalidDefinition, NonRetryableError, StoreUnavailable
+from paigeant.errors import DuplicateActivity, InvalidDefinition, NonRetryableError
 from paigeant.settings import Settings
 from paigeant.slip import RunStatus, Step, StepStatus
 from paigeant.store import RunDetail, StepRecord
@@ -494,8 +494,8 @@ async def test_messages_do_not_travel() -> None:
     assert not detail.variables
 
 
-async def test_messages_of_an_attempt_that_failed_are_not_continued(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attempt that kept its messages and then failed leaves nothing: the one whose result stands is continued."""
+async def test_an_attempt_that_failed_is_in_the_conversation_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When an attempt fails after it kept its messages, the next one asks nothing again and leaves the same ones."""
     answers = iter(["first", "second"])
     activity = ActivityRegistry()
     activity.agent(Agent(answering(lambda _: next(answers))), name="outline", prompt="Outline")
@@ -510,23 +510,21 @@ async def test_messages_of_an_attempt_that_failed_are_not_continued(monkeypatch:
         )
 
     activity.agent(Agent(answering(replies)), name="brief", prompt="Be brief", message_history="outline")
+    troubles = [ConnectionError("after the messages were kept")]
+
+    def fail(step: str) -> None:
+        if troubles:
+            raise troubles.pop()
+
     settings = Settings(transport_url="memory://", store_url="memory://", retry_base=0.0)
     async with Paigeant(settings, activities=activity) as app:
-        save = app.store.save_unit
-        troubles = [StoreUnavailable("the answer to the commit was lost")]
-
-        async def lose_the_answer(*args: Any) -> bytes:
-            saved = await save(*args)
-            if troubles:
-                raise troubles.pop()
-            return saved
-
-        monkeypatch.setattr(app.store, "save_unit", lose_the_answer)
+        monkeypatch.setattr(app.store, "save_unit", messages_are_saved(app.store.save_unit, fail))
         run = await app.dispatch(Workflow("talk", ["outline", "brief"]))
         await app.worker().run(until_idle=True)
         detail = await run.detail()
     assert row(detail, "outline").attempt == 2
-    assert output(detail, "brief") == "second"
+    assert output(detail, "brief") == "first"
+    assert next(answers) == "second"
 
 
 async def test_a_skipped_step_leaves_no_conversation() -> None:
@@ -563,11 +561,19 @@ async def test_nothing_is_kept_where_nothing_follows(monkeypatch: pytest.MonkeyP
     async with Paigeant(settings, activities=conversation()) as app:
         save = app.store.save_unit
 
-        async def listed(key: Any, name: str, value: bytes) -> bytes:
-            kept.append(key.step)
-            return await save(key, name, value)
-
-        monkeypatch.setattr(app.store, "save_unit", listed)
+        monkeypatch.setattr(app.store, "save_unit", messages_are_saved(save, kept.append))
         await app.dispatch(Workflow("talk", ["outline", "brief"]), {"text": "T"})
         await app.worker().run(until_idle=True)
     assert kept == ["outline"]
+
+
+def messages_are_saved(save: Any, then: Callable[[Any], Any]) -> Any:
+    """A `save_unit` that hands the step of each conversation which it keeps to `then`."""
+
+    async def saved(key: Any, name: str, value: bytes) -> bytes:
+        stands: bytes = await save(key, name, value)
+        if name.startswith("paigeant.messages:"):
+            then(key.step)
+        return stands
+
+    return saved

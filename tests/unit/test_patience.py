@@ -58,7 +58,7 @@ async def test_values_that_can_t_be_read_at_once_fail_no_step(monkeypatch: pytes
         return {"length": len(make), "once": await context.once("roll", lambda: 6)}
 
     troubled: set[str] = set()
-    for name in ("load_output", "load_variable", "load_unit", "save_unit"):
+    for name in ("load_output", "load_variable", "save_unit"):
         monkeypatch.setattr(MemoryStore, name, _at_first_not(getattr(MemoryStore, name), name, troubled))
     async with MemoryApp(activity, inline_bytes=10) as app:
         run = await app.dispatch(Workflow("w", ["make", "use"]), workflow_id="r")
@@ -67,7 +67,35 @@ async def test_values_that_can_t_be_read_at_once_fail_no_step(monkeypatch: pytes
         assert await app.store.load_unit(StepKey("r", "use"), "roll") == b"6"
     assert (result.status, result.output) == ("completed", {"length": 100, "once": 6})
     assert attempts == [1]
-    assert troubled == {"load_output", "load_variable", "load_unit", "save_unit"}
+    assert troubled == {"load_output", "load_variable", "save_unit"}
+
+
+async def test_records_that_can_t_be_read_at_once_fail_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next attempt reads what the first one recorded as soon as the store answers."""
+    activity = ActivityRegistry()
+    rolled: list[int] = []
+
+    def roll(attempt: int) -> int:
+        rolled.append(attempt)
+        return 6
+
+    @activity.execute(retries=1)
+    async def use(context: StepContext) -> Any:
+        first = await context.once("roll", roll, context.attempt)
+        if context.attempt == 1:
+            raise ConnectionError("after the record")
+        return first
+
+    troubled: set[str] = set()
+    monkeypatch.setattr(
+        MemoryStore, "load_units", _at_first_not(MemoryStore.load_units, "load_units", troubled)
+    )
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["use"]))
+        await app.drain()
+        detail = await run.detail()
+    assert (detail.steps[0].output, detail.steps[0].attempt) == (b"6", 2)
+    assert (rolled, troubled) == ([1], {"load_units"})
 
 
 def _at_first_not(method: Any, name: str, troubled: set[str]) -> Any:

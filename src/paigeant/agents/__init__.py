@@ -1,5 +1,10 @@
 """pydantic-ai agents as activities. The only part of the engine that imports pydantic_ai.
 
-`activity.py` runs an agent as one step, `prompt.py` fills its prompt. A durable engine, which records each model
-request and tool call inside the step, will have its place here beside them.
+`activity.py` runs an agent as one step, `prompt.py` fills its prompt, `durability.py` records what it does inside the
+step. `effect_key()` is for tools: a key for the effects of the call that asks for it, the same when it is repeated.
 """
+
+from paigeant.agents.durability import PaigeantDurability
+from paigeant.journal import effect_key
+
+__all__ = ["PaigeantDurability", "effect_key"]

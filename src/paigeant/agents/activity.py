@@ -14,8 +14,8 @@ NonRetryableError.
 
 **Usage** (requests, tool calls, tokens) is recorded with the step: that of the attempt which ended it.
 
-A durable engine records each model request inside the step. It needs nothing of this module but its place: the agent
-brings it along as a capability, and finds the step that it works for in a context variable set around `agent.run`.
+**Units.** What the agent does is recorded by `PaigeantDurability`: the one that it carries, or one that is handed to
+each of its runs here.
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_ai import ModelMessage, ModelMessagesTypeAdapter, RunUsage
 from pydantic_ai.agent import AbstractAgent
+from pydantic_ai.capabilities import AbstractCapability
+from pydantic_ai.capabilities.abstract import leaf_capabilities
+from pydantic_ai.durable_exec import BaseDurabilityCapability
 from pydantic_ai.exceptions import UsageLimitExceeded, UserError
 from pydantic_core import from_json
 
 from paigeant import codec
 from paigeant.activity import Activity, Parameter, read_parameters, typed
+from paigeant.agents.durability import PaigeantDurability
 from paigeant.agents.prompt import Prompt
 from paigeant.context import StepContext
 from paigeant.errors import ArgumentError, InvalidDefinition, NonRetryableError
@@ -80,6 +84,7 @@ def agent_activity(
     template = Prompt.parse(prompt)
     source = _source_of(name, deps, template.names)
     output = _output_of(agent)
+    engines = _engines(agent, name)
 
     async def call(arguments: Mapping[str, Any], context: StepContext, threads: Threads | None) -> Any:
         text = template.render(name, arguments)
@@ -87,7 +92,14 @@ def agent_activity(
         given = await source.make(arguments, threads)
         usage = RunUsage()
         try:
-            result = await agent.run(text, deps=given, message_history=history, usage=usage, infer_name=False)
+            result = await agent.run(
+                text,
+                deps=given,
+                message_history=history,
+                usage=usage,
+                infer_name=False,
+                capabilities=engines,
+            )
         except (UsageLimitExceeded, UserError) as exc:
             raise NonRetryableError(f"{type(exc).__name__}: {exc}") from exc
         finally:
@@ -104,6 +116,23 @@ def agent_activity(
         output=output,
         description=f"the agent '{agent.name or name}'",
     )
+
+
+def _engines(agent: AnyAgent, name: str) -> list[AbstractCapability[Any]]:
+    """What has to be handed to each run of the agent, so that it is durable. Raises InvalidDefinition.
+
+    An agent that carries an engine keeps it. One without is given ours for a run, not for good: it may be overridden,
+    and run in other places.
+    """
+    if any(isinstance(part, BaseDurabilityCapability) for part in leaf_capabilities(agent.root_capability)):
+        return []
+    engine: PaigeantDurability[Any] = PaigeantDurability(name=agent.name or name)
+    if agent.model is not None:  # without one it can only run where it is overridden
+        try:
+            engine.for_agent(agent)
+        except UserError as exc:
+            raise InvalidDefinition(f"activity '{name}': {exc}") from exc
+    return [engine]
 
 
 # -- conversations

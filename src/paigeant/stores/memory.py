@@ -295,6 +295,9 @@ class MemoryStore:
     async def load_unit(self, key: StepKey, name: str) -> bytes | None:
         return self._units.get((key, name))
 
+    async def load_units(self, key: StepKey) -> dict[str, bytes]:
+        return {name: value for (owner, name), value in self._units.items() if owner == key}
+
     async def record_signal(self, workflow_id: str, name: str, value: bytes) -> None:
         run = self._run(workflow_id)
         if run.status in RUN_ENDED:

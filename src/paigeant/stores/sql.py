@@ -54,6 +54,7 @@ from paigeant.rows import (
     save_variables,
     statuses_of,
     unit_of,
+    units_of,
     variable_in,
 )
 from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
@@ -549,6 +550,12 @@ class SqlStore:
 
     def _load_unit(self, tx: Tx, requests: Sequence[tuple[StepKey, str]]) -> list[bytes | None]:
         return [unit_of(tx, key, name) for key, name in requests]
+
+    async def load_units(self, key: StepKey) -> dict[str, bytes]:
+        return await self.database.read(self._load_units, key)
+
+    def _load_units(self, tx: Tx, requests: Sequence[StepKey]) -> list[dict[str, bytes]]:
+        return [units_of(tx, key) for key in requests]
 
     async def record_signal(self, workflow_id: str, name: str, value: bytes) -> None:
         _unwrap(await self.database.write(self._signal, (workflow_id, name, value)))

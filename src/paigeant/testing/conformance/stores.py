@@ -901,6 +901,17 @@ class StoreConformance:
         assert await store.save_unit(key, "v", b"null") == b"null"
         assert await store.load_unit(key, "v") == b"null"
 
+    async def test_all_units_of_a_step_are_read_at_once(self, store: Store) -> None:
+        """They come by name, and none of another step, phase or run is among them."""
+        key = await self.start(store)
+        assert await store.load_units(key) == {}
+        for name, value in (("u", b"1"), ("ü ", b'{"a": [1.0, 1e22]}'), ("u#2", b"null")):
+            await store.save_unit(key, name, value)
+        await store.save_unit(key._replace(phase=Phase.UNDO), "undo", b"1")
+        await store.save_unit(key._replace(step="other"), "other", b"1")
+        async with self.other(store) as other:
+            assert await other.load_units(key) == {"u": b"1", "ü ": b'{"a": [1.0, 1e22]}', "u#2": b"null"}
+
     async def test_units_saved_at_once_agree(self, store: Store) -> None:
         """All who save one unit at the same moment get the same value."""
         key = await self.start(store)

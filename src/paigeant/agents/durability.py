@@ -1,0 +1,442 @@
+"""PaigeantDurability: what an agent does inside a step is recorded unit by unit, so that no attempt does it again.
+
+Each model request (streamed or not), tool call, MCP call, discovery of tools, handled event and capability operation
+is a unit of the step that the agent works for, wherever in the step it runs: as an activity of its own, in the code of
+a plain activity, within a tool of another agent, several at once. After a crash, a retry or a takeover the agent runs
+through what is recorded without calling anything, and goes on behind it. Outside of steps it does nothing at all.
+
+**Identity.** A unit is known by the unit that it is part of, its name, the run of the agent, the step of that run, the
+tool call and, where all that is the same, by how often it has occurred. Neither the order in which parallel tools begin
+nor nesting can give one call what another was answered. These names are stored: a test pins them.
+
+**What is data.** What a tool tells the run by raising (ModelRetry, approval, deferral, failure) is recorded like a
+result. Any other error is not: the attempt fails, and the next one tries that unit again.
+
+**At least once.** A crash after an effect and before its record repeats the unit. `effect_key()` is the same then, for
+whoever has the effect; a tool marked `at_most_once` isn't repeated, and its step fails for good.
+
+**Usage.** What agents within a tool use is recorded with the tool's call and added when it is replayed, so that the
+usage of a resumed run is that of one which was never interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, ClassVar, Literal, cast
+
+from pydantic import TypeAdapter
+from pydantic_ai import ModelMessage, RunContext, RunUsage, ToolDefinition
+from pydantic_ai.agent import AbstractAgent, EventStreamHandler
+from pydantic_ai.capabilities.abstract import WrapRunHandler
+from pydantic_ai.durable_exec import (
+    JSON_CODEC,
+    BaseDurabilityCapability,
+    CallableOperationBackend,
+    DurabilityCodec,
+    DurabilityEngineSpec,
+    DurableOperationId,
+    JournalOperationNamer,
+    ModelRequestId,
+    RoleBasedOperationConfig,
+    ToolsetCallToolId,
+    ToolsetValidateToolArgumentsId,
+    conversation_id_from_run_id,
+    record_durable_unit,
+    replay_scope,
+)
+from pydantic_ai.exceptions import (
+    ModelConnectionError,
+    ModelRateLimitError,
+    ModelServerError,
+    ModelUnavailableError,
+    UsageLimitExceeded,
+    UserError,
+)
+from pydantic_ai.messages import AgentStreamEvent, ModelResponse
+from pydantic_ai.models import Model
+from pydantic_ai.run import AgentRunResult
+from pydantic_ai.tool_manager import ToolManager
+from pydantic_ai.tools import AgentDepsT
+from pydantic_ai.toolsets import FunctionToolset, ToolsetTool
+from pydantic_core import PydanticSerializationError, from_json, to_json
+
+from paigeant.clock import SystemClock, as_datetime, is_duration
+from paigeant.errors import InvalidDefinition, NonRetryableError, OutputInvalid, UnitUnreadable, nearest
+from paigeant.journal import Place, Unit, current_place
+from paigeant.retry import RetryPolicy
+
+__all__ = ["PaigeantDurability", "replay_scope"]
+
+METADATA = "paigeant"
+"""The key of a tool's metadata whose value says how calls of it are recorded."""
+
+_USAGE = TypeAdapter(RunUsage)
+_TRANSIENT = (ModelRateLimitError, ModelUnavailableError, ModelServerError, ModelConnectionError)
+_FINAL = (NonRetryableError, InvalidDefinition, UsageLimitExceeded, UserError)
+
+_CLOCK = SystemClock()
+
+
+class _Codec(DurabilityCodec):
+    """JSON; a record that can't be read is our error, not one that a tool's arguments could have caused."""
+
+    def dump(self, tp: Any, value: Any) -> Any:
+        return JSON_CODEC.dump(tp, value)
+
+    def load(self, tp: Any, payload: Any) -> Any:
+        try:
+            return JSON_CODEC.load(tp, payload)
+        except Exception as exc:  # whatever a type's own validators raise
+            raise UnitUnreadable(
+                f"a recorded unit can't be read as {tp!r}: {' '.join(str(exc).split())[:500]}; it was recorded by "
+                "other code: go on with that code, or dispatch the work again under another id"
+            ) from exc
+
+
+def _not_json(error: Exception) -> OutputInvalid:
+    return OutputInvalid(f"what a model or a tool gave can't be recorded as JSON: {error}")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolOptions:
+    """How calls of one tool are recorded, as its metadata says: {"paigeant": {"retries": 2, "timeout": 30.0}}.
+
+    `retries` is a number of further tries or a RetryPolicy, within one attempt of the step; `timeout` is in seconds,
+    for each try. `inline`: the call isn't recorded. `at_most_once`: what began and left no record is not begun again.
+    """
+
+    retries: int | RetryPolicy = 0
+    timeout: float | None = None
+    inline: bool = False
+    at_most_once: bool = False
+
+    def __post_init__(self) -> None:
+        RetryPolicy.of(self.retries)
+        if self.timeout is not None and not is_duration(self.timeout):
+            raise InvalidDefinition(f"timeout is in seconds and above 0, found {self.timeout!r}")
+        for name in ("inline", "at_most_once"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidDefinition(f"{name} is True or False, found {getattr(self, name)!r}")
+        if self.at_most_once and (self.inline or RetryPolicy.of(self.retries).attempts > 1):
+            raise InvalidDefinition(
+                "what is done at most once is recorded and not tried again: leave out inline and retries"
+            )
+
+    @classmethod
+    def of(cls, tool: str, definition: ToolDefinition) -> ToolOptions:
+        """What the metadata of a tool says. Raises InvalidDefinition."""
+        told = (definition.metadata or {}).get(METADATA)
+        if told is None:
+            return _DEFAULT
+        if told is False:
+            return cls(inline=True)
+        try:
+            if not isinstance(told, Mapping):
+                raise InvalidDefinition(f"it is a dict or False, found {told!r}")
+            known = [field.name for field in fields(cls)]
+            for name in told:
+                if name not in known:
+                    raise InvalidDefinition(f"there is no {name!r}; {nearest(str(name), known)}")
+            return cls(**told)
+        except InvalidDefinition as exc:
+            raise InvalidDefinition(f"metadata '{METADATA}' of tool '{tool}': {exc}") from exc
+
+
+_DEFAULT = ToolOptions()
+
+
+class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
+    """Records what an agent does inside a step. `activity.agent()` attaches one by itself where the agent has none.
+
+    `models` are further models by id, which runs may ask for by that id. `event_stream_handler` sees the events of a
+    model's stream while it is read, and those of tools, each once; nothing of it on replay. `name` stands for the
+    agent's own. `model_retries` (a number of further tries, or a RetryPolicy) and `model_timeout` (seconds for each
+    try) hold for model requests that aren't streamed; only errors that may pass are tried again, not before the time
+    that the provider asks for, and not at all if that is longer than the policy's `cap`. `sequential`: tools of one
+    response are called one after the other.
+    """
+
+    engine_spec: ClassVar[DurabilityEngineSpec] = DurabilityEngineSpec(
+        engine_name="Paigeant",
+        durable_unit_noun="unit",
+        durable_container_noun="step",
+        codec=_Codec(),
+        serialization_failure=_not_json,
+        wrapped_toolset_kinds=frozenset({"function", "mcp", "dynamic"}),
+        toolset_lifecycles={
+            "function": "enter-always",
+            "mcp": "enter-in-durable-unit",
+            "dynamic": "enter-never",
+        },
+        tool_call_result_upgrade_lenient=False,
+        journal_discovery=True,
+        sequential_tools_in_durable_context=False,
+        unsupported_runtime_toolset_kinds=frozenset({"function", "mcp", "dynamic"}),
+        tool_config_key=METADATA,
+        accepts_cancellation_token=False,
+    )
+
+    def __init__(
+        self,
+        *,
+        models: Mapping[str, Model] | None = None,
+        event_stream_handler: EventStreamHandler[AgentDepsT] | None = None,
+        name: str | None = None,
+        model_retries: int | RetryPolicy = 2,
+        model_timeout: float | None = None,
+        sequential: bool = False,
+    ) -> None:
+        super().__init__(models=models, event_stream_handler=event_stream_handler, name=name)
+        self._model_policy = RetryPolicy.of(model_retries)
+        self._model_timeout = ToolOptions(timeout=model_timeout).timeout
+        self._mode: Literal["sequential", "parallel_ordered_events"] = (
+            "sequential" if sequential else "parallel_ordered_events"
+        )
+
+    # -- what pydantic-ai asks for
+
+    @property
+    def in_durable_context(self) -> bool:
+        """Whether the code that asks is part of a step."""
+        return current_place() is not None
+
+    def get_durable_operation_backend(self) -> _Backend:
+        return _Backend(self.name, self.default_model_id, self._config())
+
+    def get_default_run_id(self) -> str | None:
+        place = current_place()
+        if place is None:
+            return None
+        # Drawn at its place: nothing that happens elsewhere in the step changes it.
+        return f"{place.effect_key}:{self.name}:{place.count(f'{self.name}:run')}"
+
+    def get_default_conversation_id(self, run_id: str) -> str | None:
+        return conversation_id_from_run_id(run_id) if self.in_durable_context else None
+
+    async def get_run_start_time(self, run_id: str) -> datetime | None:
+        place = current_place()
+        if place is None:
+            return None
+        return as_datetime(await self._instant(place, "run_start_time", run_id))
+
+    async def wrap_run(self, ctx: RunContext[AgentDepsT], *, handler: WrapRunHandler) -> AgentRunResult[Any]:
+        if not self.in_durable_context:
+            return await handler()
+        agent = self.agent
+        assert agent is not None, "a capability is bound before its agent runs"
+        # 'parallel' tells of tools in the order in which they happen to end. Who wants them in sequence gets that.
+        told = ToolManager.get_parallel_execution_mode(cast(Any, None))
+        mode = agent.parallel_tool_call_execution_mode(self._mode) if told == "parallel" else nullcontext()
+
+        async def sleep(seconds: float) -> None:
+            await self._sleep(ctx.run_id or "", seconds)
+
+        with mode, agent.using_sleep(sleep):
+            return await super().wrap_run(ctx, handler=handler)
+
+    # -- units of its own
+
+    async def _sleep(self, run_id: str, seconds: float) -> None:
+        place = current_place()
+        if place is None:
+            await asyncio.sleep(seconds)
+            return
+        until = await self._instant(place, "sleep", run_id, offset=seconds)
+        await asyncio.sleep(max(until - _CLOCK.now(), 0.0))
+
+    async def _instant(self, place: Place, what: str, run_id: str, *, offset: float = 0.0) -> float:
+        """A recorded instant: the present one of whoever asked first, and `offset` seconds."""
+
+        async def produce() -> bytes:
+            return to_json(_CLOCK.now() + offset)
+
+        name = place.name(f"{self.name}__{what}({_run(place, run_id)})")
+        done = await place.do(name, Unit(f"{what} of agent '{self.name}'"), produce)
+        record_durable_unit(executed=done.executed)
+        return float(from_json(done.value))
+
+    # -- how units are done
+
+    def _config(self) -> RoleBasedOperationConfig[Unit]:
+        def of_tool(operation: DurableOperationId, tool: object | None, name: str) -> Unit | Literal[False]:
+            if not isinstance(tool, ToolsetTool):
+                return _PLAIN
+            options = ToolOptions.of(name, tool.tool_def)
+            if options.inline:
+                return False
+            if isinstance(operation, ToolsetValidateToolArgumentsId):
+                return _PLAIN
+            policy = RetryPolicy.of(options.retries)
+            label = f"tool '{name}' of agent '{self.name}'"
+            return Unit(label, _retrying(policy), options.timeout, options.at_most_once)
+
+        model = Unit(f"the model request of agent '{self.name}'", self._delay_of_model, self._model_timeout)
+        return RoleBasedOperationConfig(
+            model=model, event=_PLAIN, capability=_PLAIN, tool=_PLAIN, resolve_tool=of_tool
+        )
+
+    def _delay_of_model(self, number: int, error: Exception) -> float | None:
+        policy = self._model_policy
+        if not isinstance(error, (*_TRANSIENT, TimeoutError)) or number >= policy.attempts:
+            return None
+        asked = getattr(error, "retry_after", None) or 0.0
+        return None if asked > policy.cap else max(asked, policy.next_delay(number, chance=0.0))
+
+    def _bind_to_agent(self, agent: AbstractAgent[AgentDepsT, Any]) -> None:
+        super()._bind_to_agent(agent)
+        for wrapper in self._toolsets_by_id.values():
+            if isinstance(wrapper.wrapped, FunctionToolset):
+                for name, tool in wrapper.wrapped.tools.items():
+                    ToolOptions.of(name, ToolDefinition(name=name, metadata=tool.metadata))
+
+    def _stamp_response(self, response: ModelResponse, messages: list[ModelMessage]) -> None:
+        # What is recorded says which run it is of; the agent fills these in only after that.
+        if messages:
+            response.run_id = response.run_id or messages[-1].run_id
+            response.conversation_id = response.conversation_id or messages[-1].conversation_id
+
+    async def _dispatch_event_stream_event(
+        self, ctx: RunContext[AgentDepsT], event: AgentStreamEvent
+    ) -> None:
+        # All that the unit of an event is given is the event; its run has to come along in another way.
+        token = _EVENT_OF.set(ctx)
+        try:
+            await super()._dispatch_event_stream_event(ctx, event)
+        finally:
+            _EVENT_OF.reset(token)
+
+
+_EVENT_OF: contextvars.ContextVar[RunContext[Any] | None] = contextvars.ContextVar(
+    "paigeant.event_of", default=None
+)
+_PLAIN = Unit("a unit of an agent")
+
+
+def _retrying(policy: RetryPolicy) -> Callable[[int, Exception], float | None]:
+    def delay(number: int, error: Exception) -> float | None:
+        if number >= policy.attempts or isinstance(error, _FINAL):
+            return None
+        return policy.next_delay(number, chance=0.0)
+
+    return delay
+
+
+class _Namer(JournalOperationNamer):
+    """The library's names. That of an MCP call tells its tool as well, like that of any other tool's call."""
+
+    def invocation_name(self, operation_id: DurableOperationId, *, label: str | None) -> Any:
+        invocation = super().invocation_name(operation_id, label=label)
+        if isinstance(operation_id, ToolsetCallToolId) and operation_id.toolset_kind == "mcp" and label:
+            return type(invocation)(f"{invocation.operation_name}:{label}")
+        return invocation
+
+
+class _Backend(CallableOperationBackend[Unit]):
+    """Does the library's operations as units at the current place of the step."""
+
+    def __init__(self, agent: str, model: str | None, config: RoleBasedOperationConfig[Unit]) -> None:
+        super().__init__(namer=_Namer(agent, default_model_id=model or "default"), config=config)
+
+    async def execute(
+        self,
+        *,
+        operation_id: DurableOperationId,
+        name: str,
+        body: Callable[[], Awaitable[object]],
+        cache_key: tuple[object, ...],
+        config: Unit,
+    ) -> object:
+        """The recorded result of the operation; `body` is called where there is none."""
+        place = current_place()
+        if place is None:  # the step has ended, or this is a thread that knows nothing of it
+            return await body()
+        ctx = _context_in(cache_key)
+        if isinstance(operation_id, ModelRequestId) and operation_id.streaming:
+            # Whoever watches the stream has seen a part of it: the step's next attempt is told apart, a try isn't.
+            config = Unit(config.label)
+        calls_tool = isinstance(operation_id, (ToolsetCallToolId, ToolsetValidateToolArgumentsId))
+        usage = ctx.usage if calls_tool and ctx is not None else None
+
+        async def produce() -> bytes:
+            if ctx is None or usage is None:
+                return _packed(await body(), None)
+            # The library gives each call of a tool a context of its own, and the parallel ones a usage in common.
+            before, ctx.usage = usage, _copied(usage)
+            start = _copied(usage)
+            try:
+                payload = await body()
+                return _packed(payload, ctx.usage - start)
+            finally:
+                ctx.usage = before
+
+        done = await place.do(place.name(_identity(place, name, ctx, cache_key)), config, produce)
+        record_durable_unit(executed=done.executed)
+        try:
+            recorded = from_json(done.value)
+            payload = recorded["value"]
+            used = _USAGE.validate_python(recorded["usage"]) if "usage" in recorded else None
+        except (ValueError, KeyError, TypeError) as exc:
+            raise UnitUnreadable(f"the record of unit '{name}' is no record of a unit: {exc}") from exc
+        if used is not None and usage is not None:
+            usage.incr(used)
+        return payload
+
+
+def _packed(payload: object, used: RunUsage | None) -> bytes:
+    record = {"value": payload}
+    if used is not None and (used.has_values() or used.requests or used.tool_calls):
+        record["usage"] = _USAGE.dump_python(used, mode="json", exclude_defaults=True)
+    try:
+        return to_json(record, inf_nan_mode="strings")
+    except (PydanticSerializationError, ValueError) as exc:
+        raise _not_json(exc) from exc
+
+
+def _copied(usage: RunUsage) -> RunUsage:
+    same = copy.copy(usage)
+    same.details = dict(usage.details)
+    return same
+
+
+def _context_in(cache_key: tuple[object, ...]) -> RunContext[Any] | None:
+    """The context of the operation, which stands among the inputs that the library gives for hashing."""
+    for part in reversed(cache_key):
+        if isinstance(part, RunContext):
+            return part
+    return _EVENT_OF.get()
+
+
+def _identity(place: Place, name: str, ctx: RunContext[Any] | None, cache_key: tuple[object, ...]) -> str:
+    """What tells an operation from all others at this place, but for its repetitions."""
+    if ctx is None:
+        run = (
+            cache_key[-1] if cache_key else None
+        )  # of a call of a workspace all that is known of its run is the id
+        return f"{name}({_run(place, run)})" if isinstance(run, str) else f"{name}()"
+    call = ctx.tool_call_id or _call_of(cache_key)
+    about = [_run(place, ctx.run_id or ""), str(ctx.run_step)]
+    if call is not None:
+        about.append(json.dumps(call))
+    return f"{name}({','.join(about)})"
+
+
+def _call_of(cache_key: tuple[object, ...]) -> str | None:
+    """The tool call that an event tells of; None for anything else."""
+    if len(cache_key) != 1:
+        return None
+    event = cache_key[0]
+    call = getattr(event, "tool_call_id", None)
+    return call if isinstance(call, str) else None
+
+
+def _run(place: Place, run_id: str) -> str:
+    """A run id in the name of a unit: without what all of the default ones at this place begin with."""
+    own = f"{place.effect_key}:"
+    return run_id.removeprefix(own) if run_id.startswith(own) else json.dumps(run_id)

@@ -1,0 +1,213 @@
+"""Journal: what a step has done so far, recorded unit by unit, so that its next attempt goes on behind the last one.
+
+A unit is a piece of work inside a step: what `ctx.once` does, or a model request or tool call of an agent. Its value
+is recorded once it is there, and the first record stands: whoever asks for the unit again gets it, in any attempt and
+on any worker. A `Place` says where in the step the code that runs now is: in the step itself, or within a unit that is
+part of it. It hands out the names of units, the same ones to every attempt that takes the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from paigeant import codec
+from paigeant.errors import OutcomeUnknown, OutsideStep
+from paigeant.store import RunValues, StepKey
+
+__all__ = ["Done", "Journal", "Place", "Unit", "current_place", "effect_key"]
+
+Value = TypeVar("Value")
+
+_LONGEST_NAME = 300
+_PLACE: ContextVar[Place | None] = ContextVar("paigeant.place", default=None)
+
+
+def current_place() -> Place | None:
+    """Where in a step the code that calls this is; None outside of steps."""
+    return _PLACE.get()
+
+
+def effect_key() -> str:
+    """A key for the effects of the call that asks for it, the same each time that call is repeated.
+
+    In a tool it is the tool call's, in what `ctx.once` does that unit's, in an activity the step's own
+    `idempotency_key`. Raises OutsideStep where there is no step.
+    """
+    place = _PLACE.get()
+    if place is None:
+        raise OutsideStep(
+            "effect_key() was called outside of a step, where nothing is recorded and there is no key; "
+            "a thread of your own needs contextvars.copy_context().run(...) to know the step that it works for"
+        )
+    return place.effect_key
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """How a unit is done. `label` names it to people.
+
+    `delay` gives, for the number of a try that failed (from 1) and its error, the seconds until the next try; None
+    when there is none. `timeout` is in seconds, for each try. `at_most_once`: that it begins is recorded first, and
+    what began and left no outcome is never begun again.
+    """
+
+    label: str
+    delay: Callable[[int, Exception], float | None] = lambda *_: None
+    timeout: float | None = None
+    at_most_once: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The value of a unit (JSON), and whether it was `executed` for it or comes from the record."""
+
+    value: bytes
+    executed: bool
+
+
+class Journal:
+    """The records of one step. `effect` is the key of the step's own effects.
+
+    `is_fresh`: nobody has begun this step before, so that there is nothing to read. Otherwise all of its records are
+    read at once, before the first is needed.
+    """
+
+    __slots__ = ("_key", "_loop", "_reading", "_recorded", "_store", "effect")
+
+    def __init__(self, key: StepKey, store: RunValues, effect: str, *, is_fresh: bool = False) -> None:
+        self.effect = effect
+        self._key = key
+        self._store = store
+        self._recorded: dict[str, bytes] | None = {} if is_fresh else None
+        self._reading: asyncio.Lock | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def open(self) -> None:
+        """The event loop that runs now is the store's: code in others has what it asks for done here."""
+        self._loop = asyncio.get_running_loop()
+
+    async def find(self, unit: str, *, again: bool = False) -> bytes | None:
+        """The record of a unit; None when there is none. `again`: it may have been made by this very attempt."""
+        return await self._at_home(self._find(unit, again))
+
+    async def _find(self, unit: str, again: bool) -> bytes | None:
+        if self._recorded is None:
+            if self._reading is None:
+                self._reading = asyncio.Lock()
+            async with self._reading:
+                if self._recorded is None:
+                    self._recorded = await self._store.load_units(self._key)
+        found = self._recorded.pop(unit, None)  # each is asked for once: large ones needn't stay
+        if found is None and again:
+            found = await self._store.load_unit(self._key, unit)
+        return found
+
+    async def save(self, unit: str, value: bytes) -> bytes:
+        """Record a unit, durably; gives the record that stands, which may be another worker's."""
+        return await self._at_home(self._store.save_unit(self._key, unit, value))
+
+    async def _at_home(self, work: Coroutine[Any, Any, Value]) -> Value:
+        if self._loop is None or self._loop is asyncio.get_running_loop():
+            return await work
+        # `agent.run_sync` in a thread has an event loop of its own, which the store's connections know nothing of.
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """A place in a step: the step itself (`within` is empty), or inside the unit of that name.
+
+    `again`: what is done here may have been tried before by this very attempt.
+    """
+
+    journal: Journal
+    within: str = ""
+    again: bool = False
+    _counts: dict[str, Iterator[int]] = field(default_factory=dict)
+
+    @property
+    def effect_key(self) -> str:
+        """The key of the effects of what is done here."""
+        return f"{self.journal.effect}:{_digest(self.within)}" if self.within else self.journal.effect
+
+    def count(self, what: str) -> int:
+        """The how manieth `what` this is at this place, from 1."""
+        # One step for threads, too: neither `setdefault` nor `next` is interrupted.
+        return next(self._counts.setdefault(what, itertools.count(1)))
+
+    def name(self, what: str) -> str:
+        """The name of the next unit that is `what`; one that occurs again at this place counts on."""
+        number = self.count(what)
+        name = what if number == 1 else f"{what}#{number}"
+        if self.within:
+            name = f"{_digest(self.within)}/{name}"
+        return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 40]}~{_digest(name)}"
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The code inside is at this place."""
+        token = _PLACE.set(self)
+        try:
+            yield
+        finally:
+            _PLACE.reset(token)
+
+    async def do(self, name: str, unit: Unit, produce: Callable[[], Awaitable[bytes]]) -> Done:
+        """The record of the unit `name`, made from what `produce` gives when there is none.
+
+        What `produce` raises is raised and not recorded. Raises OutcomeUnknown for a unit that may be done at most
+        once when it was begun before, or now fails.
+        """
+        recorded = await self.journal.find(name, again=self.again)
+        if recorded is not None:
+            return Done(recorded, executed=False)
+        if unit.at_most_once:
+            await self._intend(name, unit)
+        value = await self._produce(name, unit, produce)
+        return Done(await self.journal.save(name, value), executed=True)
+
+    async def _intend(self, name: str, unit: Unit) -> None:
+        mine = codec.dump(uuid.uuid4().hex)
+        if await self.journal.save(f"{name}!begun", mine) != mine:
+            raise OutcomeUnknown(
+                f"{unit.label} may be done at most once; it was begun before, and how it ended was never recorded: "
+                f"see what came of it under the effect key {self._inner(name, again=False).effect_key!r}"
+            )
+
+    async def _produce(self, name: str, unit: Unit, produce: Callable[[], Awaitable[bytes]]) -> bytes:
+        for number in itertools.count(1):
+            limit = asyncio.timeout(unit.timeout)
+            try:
+                with self._inner(name, again=self.again or number > 1).entered():
+                    async with limit:
+                        return await produce()
+            except Exception as exc:
+                error: Exception = exc
+                if limit.expired() and isinstance(exc, TimeoutError):
+                    error = TimeoutError(f"{unit.label} took longer than {unit.timeout:g} s")
+                if unit.at_most_once:
+                    raise OutcomeUnknown(
+                        f"{unit.label} may be done at most once, and failed: {type(error).__name__}: {error}"
+                    ) from exc
+                delay = unit.delay(number, error)
+                if delay is None:
+                    if error is exc:
+                        raise
+                    raise error from exc
+            await asyncio.sleep(delay)
+        raise AssertionError("unreachable")
+
+    def _inner(self, name: str, *, again: bool) -> Place:
+        return Place(self.journal, name, again)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
