@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMES", "open_transport"]
 
-SCHEMES = ("memory", "sqlite", "postgresql")
+SCHEMES = ("memory", "sqlite", "postgresql", "redis", "rediss")
 
 
 def open_transport(
@@ -41,6 +41,14 @@ def open_transport(
         from paigeant.transports.postgres import PostgresTransport
 
         return PostgresTransport(database or open_database(url), limit_bytes=limit)
+    if scheme in ("redis", "rediss"):
+        try:
+            from paigeant.transports.redis import RedisStreamTransport
+        except ModuleNotFoundError as exc:
+            raise ConfigurationError(
+                f"{scheme}:// needs the package '{exc.name}': pip install 'paigeant[redis]'"
+            ) from exc
+        return RedisStreamTransport(url, limit_bytes=limit)
     raise ConfigurationError(
         f"transport_url begins with {scheme}://, for which there is no transport; expected one of "
         + ", ".join(f"{name}://" for name in SCHEMES)
