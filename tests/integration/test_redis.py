@@ -251,7 +251,7 @@ async def test_a_server_that_loads_is_waited_for(server: RedisServer, client: Re
         await transport.publish("work", message("before"))
         await listening.wait_for("before")
         pipe = client.pipeline(transaction=False)
-        for n in range(20_000):
+        for n in range(6_000):
             pipe.set(f"filler-{n}", "x")
         await pipe.execute()
         await asyncio.to_thread(server.kill)
@@ -548,8 +548,9 @@ async def test_delays_are_kept_to_the_point(server: RedisServer, client: Redis, 
     await asyncio.gather(listening, return_exceptions=True)
     late = {message_id: came[message_id] - sent[message_id] - delays[message_id] for message_id in delays}
     assert min(late.values()) >= 0.0
-    # Without a wake-up it would be up to a second.
-    assert max(late.values()) < 0.3
+    # Without a bell it would be up to a second, by the server's own timer up to 0.1 s and more.
+    assert sorted(late.values())[len(late) // 2] < 0.05
+    assert max(late.values()) < 0.5
 
 
 async def test_a_bell_is_no_message(server: RedisServer, client: Redis, opened: Open) -> None:

@@ -64,6 +64,9 @@ _HOLD_SECONDS = 30.0
 _LOOK_SECONDS = 1.0
 """How often a subscriber looks for delayed messages that are due. Shorter delays ring a bell for it."""
 
+_BLOCK_SECONDS = 1.0
+"""How long a read waits for messages before the next one. Where CLIENT UNBLOCK isn't allowed, leaving takes so long."""
+
 _ANSWER_SECONDS = 5.0
 _QUICK_SECONDS, _SLOW_SECONDS = 0.05, 2.0
 """The first and the longest pause before a broken connection is opened again."""
@@ -119,10 +122,11 @@ class _Subscription:
     has_strays: bool = False
     """Whether the server may have given it entries that it doesn't know of."""
     fetched: deque[_Item] = field(default_factory=deque)
+    lookout: asyncio.Task[None] | None = None
     bells: list[bytes] = field(default_factory=list)
+    rung: asyncio.Event = field(default_factory=asyncio.Event)
     count: int = 16
     cursor: bytes = b"0-0"
-    look_at: float = 0.0
     claim_at: float = 0.0
     tidy_at: float = 0.0
     failures: int = 0
@@ -274,6 +278,7 @@ class RedisStreamTransport:
         subscription.count = min(prefetch, subscription.count)
         subscription.idle.set()
         self._subscriptions.add(subscription)
+        subscription.lookout = loop.create_task(self._look_out(subscription))
         try:
             while not subscription.stopped.is_set():
                 try:
@@ -308,8 +313,6 @@ class RedisStreamTransport:
             if subscription.has_strays:
                 await self._return_strays(subscription)
                 subscription.has_strays = False
-            if subscription.bells or loop.time() >= subscription.look_at:
-                await self._look(subscription)
             if loop.time() >= subscription.claim_at:
                 claimed = await self._claim(subscription)
                 if claimed:
@@ -337,8 +340,8 @@ class RedisStreamTransport:
 
     async def _read(self, subscription: _Subscription) -> list[_Item]:
         servers = self._open()
-        pause = subscription.look_at - asyncio.get_running_loop().time()
-        block = max(1, math.ceil(min(pause, _LOOK_SECONDS) * 1000))
+        pause = min(subscription.claim_at, subscription.tidy_at) - asyncio.get_running_loop().time()
+        block = max(1, math.ceil(min(pause, _BLOCK_SECONDS) * 1000))
         stream = self.stream_key(subscription.topic)
         command = ("XREADGROUP", "GROUP", _GROUP, subscription.consumer, "COUNT", subscription.count)
         connection = subscription.connection
@@ -366,6 +369,7 @@ class RedisStreamTransport:
             fields = dict(zip(flat[::2], flat[1::2], strict=False))
             if b"bell" in fields:
                 subscription.bells.append(entry)
+                subscription.rung.set()
                 continue
             message_id = fields.get(b"id", entry).decode(errors="replace")
             items.append(_Item(entry, message_id, fields.get(b"body", b""), until))
@@ -375,12 +379,23 @@ class RedisStreamTransport:
             subscription.count = max(1, min(subscription.prefetch, _FETCH_BYTES // average))
         return items
 
-    async def _look(self, subscription: _Subscription) -> None:
-        """Move what is due into the stream, and learn when the next is."""
-        bells, subscription.bells = subscription.bells, []
-        wait = await self._run(_DUE, subscription.topic, _AT_ONCE, *bells)
-        pause = _LOOK_SECONDS if wait < 0 else min(wait / 1e6, _LOOK_SECONDS)
-        subscription.look_at = asyncio.get_running_loop().time() + pause
+    async def _look_out(self, subscription: _Subscription) -> None:
+        """Move what is due into the stream when it is; the blocked read gets it from there."""
+        # The end of a blocked read is no clock for that: a server that has nothing else to do is up to 0.1 s late.
+        while True:
+            subscription.rung.clear()
+            bells, subscription.bells = subscription.bells, []
+            try:
+                wait = await self._run(_DUE, subscription.topic, _AT_ONCE, *bells)
+            except Exception as exc:  # whatever it is, what is due later must come
+                subscription.bells.extend(bells)
+                if not isinstance(exc, (*_TROUBLE, TransportUnavailable)):  # of those the reader tells
+                    log.exception("looking for due messages of %s failed", subscription.topic)
+                wait = -1
+            pause = _LOOK_SECONDS if wait < 0 else min(wait / 1e6, _LOOK_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await subscription.rung.wait()
 
     async def _claim(self, subscription: _Subscription) -> list[_Item]:
         """Take over what others have held for too long."""
@@ -475,9 +490,11 @@ class RedisStreamTransport:
 
     async def _put_away(self, subscription: _Subscription) -> None:
         topic, consumer = subscription.topic, subscription.consumer
+        if subscription.lookout is not None:
+            subscription.lookout.cancel()
         try:
             with contextlib.suppress(*_TROUBLE, TransportUnavailable):
-                async with asyncio.timeout(2 * _LOOK_SECONDS):
+                async with asyncio.timeout(2 * _BLOCK_SECONDS):
                     await self._finish_read(subscription)
             await self._drop_reader(subscription)
             subscription.fetched.clear()
