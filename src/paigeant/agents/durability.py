@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from pydantic import TypeAdapter
 from pydantic_ai import ModelMessage, RunContext, RunUsage, ToolDefinition
-from pydantic_ai.agent import AbstractAgent, EventStreamHandler
+from pydantic_ai.agent import AbstractAgent, EventStreamHandler, WrapperAgent
 from pydantic_ai.capabilities.abstract import WrapRunHandler
 from pydantic_ai.durable_exec import (
     JSON_CODEC,
@@ -295,6 +295,33 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             if isinstance(wrapper.wrapped, FunctionToolset):
                 for name, tool in wrapper.wrapped.tools.items():
                     ToolOptions.of(name, ToolDefinition(name=name, metadata=tool.metadata))
+
+    # -- models
+
+    def _bind_models(self, agent: AbstractAgent[AgentDepsT, Any]) -> None:
+        if agent.model is None and self._override() is not None:
+            self._models_by_id = dict(self._extra_models)
+            return
+        super()._bind_models(agent)
+
+    def _registered_model_id(self, model: Model) -> tuple[bool, str | None]:
+        return (True, None) if model is self._override() else super()._registered_model_id(model)
+
+    async def _resolve_model_for_request(
+        self, model_id: str | None, run_context: RunContext[AgentDepsT]
+    ) -> Model:
+        override = self._override() if model_id is None else None
+        return override or await super()._resolve_model_for_request(model_id, run_context)
+
+    def _override(self) -> Model | None:
+        """The model that `agent.override(model=...)` puts in place of the agent's own, as tests do."""
+        agent = self.agent
+        while isinstance(agent, WrapperAgent):
+            agent = agent.wrapped
+        # The library has no other way to ask for it.
+        variable: contextvars.ContextVar[Any] | None = getattr(agent, "_override_model", None)
+        some = None if variable is None else variable.get()
+        return some.value if some is not None and isinstance(some.value, Model) else None
 
     def _stamp_response(self, response: ModelResponse, messages: list[ModelMessage]) -> None:
         # What is recorded says which run it is of; the agent fills these in only after that.
