@@ -15,6 +15,7 @@ from pydantic_core import from_json
 from paigeant.activity import ActivityRegistry
 from paigeant.claim import Limits
 from paigeant.clock import Clock
+from paigeant.database import Database
 from paigeant.dispatcher import Dispatcher
 from paigeant.errors import InvalidDefinition, RunTimeout, UnknownWorkflow
 from paigeant.forwarder import Forwarder
@@ -250,20 +251,34 @@ def result_of(detail: RunDetail) -> RunResult:
     return RunResult(run.id, run.status, last, outputs, run.error)
 
 
-def _open(settings: Settings, clock: Clock | None) -> tuple[Store, Transport]:
-    """The store and the transport; one database for both where both URLs name it."""
-    store = open_store(
+def store_of(settings: Settings, clock: Clock | None = None) -> Store:
+    """The store that the settings name, yet to be connected."""
+    return open_store(
         settings.store_url, clock=clock, grace=settings.grace, inline_bytes=settings.inline_bytes
     )
+
+
+def transport_of(
+    settings: Settings, url: str, clock: Clock | None = None, *, database: Database | None = None
+) -> Transport:
+    """The transport at `url`, one of those that the settings name, yet to be connected."""
+    return open_transport(
+        url,
+        database=database,
+        clock=clock,
+        limit_bytes=settings.max_message_bytes,
+        namespace=settings.namespace,
+        queue_type=settings.rabbitmq_queue_type,
+    )
+
+
+def _open(settings: Settings, clock: Clock | None) -> tuple[Store, Transport]:
+    """The store and the transport; one database for both where both URLs name it."""
+    store = store_of(settings, clock)
     database = getattr(store, "database", None)
 
     def transport(url: str) -> Transport:
-        return open_transport(
-            url,
-            database=database if url == settings.store_url else None,
-            clock=clock,
-            limit_bytes=settings.max_message_bytes,
-        )
+        return transport_of(settings, url, clock, database=database if url == settings.store_url else None)
 
     own = transport(settings.transport_url)
     if own.joins(store):

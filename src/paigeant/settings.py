@@ -48,6 +48,12 @@ class Settings(BaseSettings):
     routes: Annotated[dict[str, str], NoDecode] = Field(
         default_factory=dict, description="other brokers by patterns of topics, the first that fits counts"
     )
+    namespace: str = Field(
+        "paigeant", description="begins the names of queues and keys on a broker that others use, too"
+    )
+    rabbitmq_queue_type: Literal["quorum", "classic"] = Field(
+        "quorum", description="quorum queues are replicated in a cluster"
+    )
     handlers: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="handler files or modules, for `run` and `dispatch`"
     )
@@ -123,6 +129,13 @@ class Settings(BaseSettings):
                 f"found {without_password(url)!r}, expected a URL that starts with one of {shown}"
             )
         return url
+
+    @field_validator("namespace")
+    @classmethod
+    def _fits_every_broker(cls, name: str) -> str:
+        if not re.fullmatch(r"(?!amq\.)[A-Za-z0-9_.-]{1,100}", name):
+            raise ValueError(f"found {name!r}, expected up to 100 letters, digits and -_. and not amq. first")
+        return name
 
     @field_validator("routes", mode="before")
     @classmethod

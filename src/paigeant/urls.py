@@ -31,7 +31,7 @@ def scrubbed(text: str, urls: Iterable[str] = ()) -> str:
 
 def _secrets(url: str) -> Iterator[str]:
     """What is secret in a URL, as it stands there and as it is meant."""
-    user = url.rpartition("@")[0].partition("://")[2]
-    for secret in (user.partition(":")[2], *(value for _, value in _PARAMETER.findall(url))):
-        if len(secret) >= _SHORT:
+    user, _, password = url.rpartition("@")[0].partition("://")[2].partition(":")
+    for secret in (password, *(value for _, value in _PARAMETER.findall(url))):
+        if len(secret) >= _SHORT and secret != user:  # guest:guest hides nothing but the user's name
             yield from (secret, unquote_plus(secret))

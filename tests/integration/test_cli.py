@@ -841,6 +841,84 @@ def test_config_check_says_what_is_wrong() -> None:
     assert "the folder no/such/folder of the database x.db doesn't exist" in found["store"]
 
 
+def checked(code: int) -> dict[str, tuple[bool, str]]:
+    """What `config check` said of each part."""
+    return {part["part"]: (part["ok"], part["message"]) for part in as_json("config", "check", code=code)}
+
+
+def test_config_check_looks_at_each_part_alone() -> None:
+    """What can't be reached hides nothing of the others; each says what to do, and none a password."""
+    Path("paigeant.yaml").write_text(
+        "handlers: handlers.py\n"
+        "transport_url: amqp://ann:s3cret-pw@127.0.0.1:1/\n"
+        "routes:\n"
+        "  partner.*: redis://:s3cret-pw@127.0.0.1:1/0\n"
+        "  files: sqlite:///other.db\n"
+        "  wrong: sqlite:///no/such/folder.db\n"
+    )
+    found = checked(2)
+    assert [part for part, (ok, _) in found.items() if not ok] == [
+        "transport",
+        "route partner.*",
+        "route wrong",
+    ]
+    assert "can't be reached" in found["transport"][1]
+    assert "transport_url" in found["transport"][1]
+    assert "amqp://ann:***@127.0.0.1:1/" in found["transport"][1]
+    assert "can't be reached" in found["route partner.*"][1]
+    assert "make it first" in found["route wrong"][1]
+    assert found["store"] == (True, "sqlite:///paigeant.db: it is made when it is first used")
+    assert found["route files"] == (True, "sqlite:///other.db: it is made when it is first used")
+    assert "s3cret" not in str(found) + paigeant("config", "check", code=2).output
+    assert {path.name for path in Path().iterdir()} == {"handlers.py", "paigeant.yaml"}, (
+        "looking makes nothing"
+    )
+
+
+def test_config_check_ends_with_3_when_nothing_else_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that can't be reached may come up later; a script can wait for them."""
+    monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", "redis://127.0.0.1:1")
+    assert [part for part, (ok, _) in checked(3).items() if not ok] == ["transport"]
+    monkeypatch.setenv("PAIGEANT_STORE_URL", "redis://127.0.0.1:1")
+    assert "there is no store; expected one of" in checked(2)["store"][1]
+
+
+def test_config_check_refuses_a_place_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place in memory is refused for each part by itself."""
+    monkeypatch.setenv("PAIGEANT_STORE_URL", "memory://")
+    found = checked(2)
+    assert not found["store"][0]
+    assert "lives in one process" in found["store"][1]
+    assert found["transport"][0]
+
+
+@pytest.mark.parametrize(
+    ("url", "library", "extra"),
+    [
+        ("redis://host", "redis", "redis"),
+        ("rediss://host", "redis", "redis"),
+        ("amqp://host", "aio_pika", "rabbitmq"),
+        ("amqps://host", "aio_pika", "rabbitmq"),
+        ("postgresql://host/db", "psycopg", "postgres"),
+    ],
+)
+def test_a_missing_library_is_named_with_what_installs_it(
+    url: str, library: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The drivers are extras; the error has the command to copy."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    for module in ("transports.redis", "transports.rabbitmq", "transports.postgres", "databases.postgres"):
+        monkeypatch.delitem(sys.modules, f"paigeant.{module}", raising=False)
+    monkeypatch.delitem(sys.modules, "paigeant.databases.bell", raising=False)
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", url)
+    assert f"pip install 'paigeant[{extra}]'" in checked(2)["transport"][1]
+    assert f"pip install 'paigeant[{extra}]'" in refused(
+        "dispatch", "pay", "-", "--handlers", "handlers.py", input="{}"
+    )
+
+
 def test_an_unknown_setting_is_refused_by_every_command() -> None:
     """A mistyped key in the file is answered with the nearest one."""
     Path("paigeant.yaml").write_text("concurency: 5\n")

@@ -50,3 +50,5 @@ def test_a_text_without_secrets_stays() -> None:
     """A short password is no reason to hide letters of words, and a user without a password is no secret."""
     text = "can't reach amqp://ann@host: a queue is full; mail bob@example.org at 10:30"
     assert scrubbed(text, ["redis://:a@host", "amqp://ann@host"]) == text
+    said = "the broker refuses the user 'guest'"
+    assert scrubbed(said, ["amqp://guest:guest@host"]) == said

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import typer
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(help="See the settings, and check that they work.", no_args_is_help=True)
+
+_PATIENCE_SECONDS = 20.0
 
 
 @app.command(epilog=session.examples("paigeant config show", "paigeant config show --json"))
@@ -40,11 +44,25 @@ def show(json: AsJson = False) -> None:
     console.out().print(console.table(["setting", "value", "from", ""], rows, cut=["value", ""]))
 
 
-@app.command(epilog=session.examples("paigeant config check"))
+class Finding(NamedTuple):
+    """What was found of one part of the settings."""
+
+    part: str
+    text: str
+    error: PaigeantError | None = None
+
+
+class _Part(Protocol):
+    async def connect(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+@app.command(epilog=session.examples("paigeant config check", "paigeant config check --json"))
 def check(json: AsJson = False) -> None:
-    """Check the settings: load the handlers, connect to store and transport, and say what is wrong."""
+    """Check the settings part by part: load the handlers, connect to store, transport and routes; say what is wrong."""
     settings = session.read_settings()
-    findings = [_tried("handlers", lambda: _handlers(settings)), *_connected(settings)]
+    findings = [_handlers(settings), _store(settings), *_transports(settings)]
     if json:
         console.value(
             [{"part": part, "ok": error is None, "message": text} for part, text, error in findings]
@@ -52,16 +70,11 @@ def check(json: AsJson = False) -> None:
     else:
         for part, text, error in findings:
             mark = "[green]ok[/]   " if error is None else "[red]wrong[/]"
-            console.out().print(f"{mark}  {part}", console.plain(text), soft_wrap=True)
-    unreachable = [
-        error for _, _, error in findings if isinstance(error, (StoreUnavailable, TransportUnavailable))
-    ]
-    wrong = [error for _, _, error in findings if error is not None]
+            console.out().print(f"{mark} ", console.plain(f"{part} {text}"), soft_wrap=True)
+    wrong = [finding.error for finding in findings if finding.error is not None]
     if wrong:
-        raise typer.Exit(3 if unreachable and len(unreachable) == len(wrong) else 2)
-
-
-Finding = tuple[str, str, PaigeantError | None]
+        unreachable = all(isinstance(error, (StoreUnavailable, TransportUnavailable)) for error in wrong)
+        raise typer.Exit(3 if unreachable else 2)
 
 
 def _source(settings: Settings, name: str) -> str:
@@ -73,53 +86,71 @@ def _source(settings: Settings, name: str) -> str:
     return CONFIG_FILE if path.is_file() and name in check_file(path) else "default"
 
 
-def _tried(part: str, look: Any) -> Finding:
-    try:
-        return part, look(), None
-    except PaigeantError as exc:
-        return part, str(exc), exc
-
-
-def _handlers(settings: Settings) -> str:
+def _handlers(settings: Settings) -> Finding:
     if not settings.handlers:
-        return "none are named"
-    loaded = session.handlers_of(settings, ())
+        return Finding("handlers", "none are named")
+    try:
+        loaded = session.handlers_of(settings, ())
+    except PaigeantError as exc:
+        return Finding("handlers", settings.scrubbed(str(exc)), exc)
     workflows = (
         ", ".join([workflow.name for workflow in loaded.workflows] + sorted(settings.workflows)) or "none"
     )
     activities = ", ".join(sorted(loaded.activities)) or "none"
-    return f"{', '.join(loaded.names)}: activities {activities}; workflows {workflows}"
+    return Finding("handlers", f"{', '.join(loaded.names)}: activities {activities}; workflows {workflows}")
 
 
-def _connected(settings: Settings) -> list[Finding]:
-    shown = settings.shown()
-    missing = [_missing(getattr(settings, name)) for name in ("store_url", "transport_url")]
+def _store(settings: Settings) -> Finding:
+    from paigeant.app import store_of
 
-    async def connect() -> None:
-        async with session.opened(settings, makes=not all(missing)):
-            pass
+    return _connected(settings, "store", "store_url", settings.store_url, lambda: store_of(settings))
 
-    def look() -> str:
-        if all(missing):
-            return "it is made when it is first used"
-        session.wait_for(connect())
-        return "reachable"
 
-    _, text, error = _tried("", look)
-    findings: list[Finding] = []
-    for part, name, other in (
-        ("store", "store_url", TransportUnavailable),
-        ("transport", "transport_url", StoreUnavailable),
-    ):
-        is_its = error is not None and not isinstance(error, other)
-        findings.append(
-            (
-                part,
-                f"{shown[name]}: {text}" if error is None or is_its else shown[name],
-                error if is_its else None,
-            )
+def _transports(settings: Settings) -> list[Finding]:
+    from paigeant.app import transport_of
+
+    urls = {"transport": settings.transport_url}
+    urls.update((f"route {pattern}", url) for pattern, url in settings.routes.items())
+    return [
+        _connected(
+            settings,
+            part,
+            "transport_url" if part == "transport" else "routes",
+            url,
+            lambda url=url: transport_of(settings, url),  # type: ignore[misc]
         )
-    return findings
+        for part, url in urls.items()
+    ]
+
+
+def _connected(settings: Settings, part: str, setting: str, url: str, make: Callable[[], _Part]) -> Finding:
+    """Whether what `make` makes can be connected to. The text is what it says itself when it can't."""
+    from paigeant.urls import without_password
+
+    place = without_password(url)
+    try:
+        session.check_shared(setting, url)
+        if _missing(url):
+            return Finding(part, f"{place}: it is made when it is first used")
+        session.wait_for(_connect(make()))
+    except PaigeantError as exc:
+        return Finding(part, f"{place}: {settings.scrubbed(str(exc))}", exc)
+    except Exception as exc:  # an adapter's gap; the other parts are to be checked all the same
+        said = settings.scrubbed(f"{type(exc).__name__}: {' '.join(str(exc).split())}")
+        return Finding(part, f"{place}: {said}", ConfigurationError(said))
+    return Finding(part, f"{place}: reachable")
+
+
+async def _connect(part: _Part) -> None:
+    try:
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            await part.connect()
+    except TimeoutError as exc:
+        raise TransportUnavailable(
+            f"no answer within {_PATIENCE_SECONDS:g} s; is a firewall in between?"
+        ) from exc
+    finally:
+        await part.close()
 
 
 def _missing(url: str) -> bool:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from paigeant.urls import scrubbed
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
@@ -82,6 +84,7 @@ def error(text: str) -> None:
 def _labelled(label: str, style: str, text: str) -> None:
     from rich.text import Text
 
+    text = scrubbed(text)  # whoever wrote it: what a library says may have a URL in it
     errors().print(Text.assemble((f"{label}: ", f"bold {style}"), text), soft_wrap=True)
 
 

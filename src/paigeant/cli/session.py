@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from paigeant.loading import Handlers
     from paigeant.settings import Settings
 
-__all__ = ["complete", "examples", "handlers_of", "json_value", "opened", "read_settings", "wait_for"]
+__all__ = [
+    "check_shared",
+    "complete",
+    "examples",
+    "handlers_of",
+    "json_value",
+    "opened",
+    "read_settings",
+    "wait_for",
+]
 
 Result = TypeVar("Result")
 
@@ -48,11 +57,7 @@ async def opened(
     from paigeant.app import Paigeant
 
     for name in ("store_url", "transport_url"):
-        if getattr(settings, name).startswith("memory:"):
-            raise ConfigurationError(
-                f"{name} is memory://, which lives in one process, so that no other command would see it; "
-                "expected sqlite:///paigeant.db or a server"
-            )
+        check_shared(name, getattr(settings, name))
     if not makes and (missing := _missing_file(settings)) is not None:
         console.note(
             f"there is no {missing} here yet; `paigeant run` or `paigeant dispatch` makes it", markup=False
@@ -62,6 +67,15 @@ async def opened(
         more = {**more, "activities": handlers.activities, "workflows": handlers.workflows}
     async with Paigeant(settings, **more) as app:
         yield app
+
+
+def check_shared(name: str, url: str) -> None:
+    """Raise ConfigurationError when the setting `name` is a place that no other process sees."""
+    if url.startswith("memory:"):
+        raise ConfigurationError(
+            f"{name} is memory://, which lives in one process, so that no other command would see it; "
+            "expected sqlite:///paigeant.db or a server"
+        )
 
 
 def _missing_file(settings: Settings) -> Path | None:

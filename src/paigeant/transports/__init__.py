@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
 from paigeant.errors import ConfigurationError
 
@@ -13,43 +15,70 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMES", "open_transport"]
 
-SCHEMES = ("memory", "sqlite", "postgresql", "redis", "rediss")
+_ADAPTERS = {
+    "memory": ("memory", "MemoryTransport"),
+    "sqlite": ("sqlite", "SqliteTransport"),
+    "postgresql": ("postgres", "PostgresTransport"),
+    "redis": ("redis", "RedisStreamTransport"),
+    "rediss": ("redis", "RedisStreamTransport"),
+    "amqp": ("rabbitmq", "RabbitMQTransport"),
+    "amqps": ("rabbitmq", "RabbitMQTransport"),
+}
+SCHEMES = tuple(_ADAPTERS)
 
 
 def open_transport(
-    url: str, *, database: Database | None = None, clock: Clock | None = None, limit_bytes: int | None = None
+    url: str,
+    *,
+    database: Database | None = None,
+    clock: Clock | None = None,
+    limit_bytes: int | None = None,
+    namespace: str = "paigeant",
+    queue_type: Literal["quorum", "classic"] = "quorum",
 ) -> Transport:
-    """The transport that `url` names, yet to be connected. `database`: the open file to share with a store.
+    """The transport that `url` names, yet to be connected. `database`: the open one to share with a store.
 
-    `limit_bytes` bounds the size of a message. Raises ConfigurationError for a URL of an unknown scheme.
+    `limit_bytes` bounds the size of a message. `namespace` begins the names of a broker's queues and keys; `queue_type`
+    is that of RabbitMQ's queues. What the URL itself says of the two stands above that.
+    Raises ConfigurationError for a URL of an unknown scheme, and where the library that it needs isn't installed.
     """
     from paigeant.message import DEFAULT_LIMIT_BYTES
 
     limit = limit_bytes or DEFAULT_LIMIT_BYTES
     scheme = url.partition("://")[0]
-    if scheme == "memory":
-        from paigeant.transports.memory import MemoryTransport
+    if scheme not in _ADAPTERS:
+        raise ConfigurationError(
+            f"transport_url begins with {scheme}://, for which there is no transport; expected one of "
+            + ", ".join(f"{name}://" for name in SCHEMES)
+        )
+    adapter = _adapter(scheme)
+    made: Transport
+    match scheme:
+        case "memory":
+            made = adapter(clock=clock, limit_bytes=limit)
+        case "sqlite" | "postgresql":
+            from paigeant.databases import open_database
 
-        return MemoryTransport(clock=clock, limit_bytes=limit)
-    if scheme == "sqlite":
-        from paigeant.databases import open_database
-        from paigeant.transports.sqlite import SqliteTransport
+            made = adapter(database or open_database(url, clock=clock), limit_bytes=limit)
+        case "redis" | "rediss":
+            made = adapter(url, namespace=namespace, limit_bytes=limit)
+        case _:
+            told = parse_qs(urlsplit(url).query)
+            made = adapter(
+                url,
+                namespace=None if "namespace" in told else namespace,
+                limit_bytes=limit,
+                queue_type=None if "queue_type" in told else queue_type,
+            )
+    return made
 
-        return SqliteTransport(database or open_database(url, clock=clock), limit_bytes=limit)
-    if scheme == "postgresql":
-        from paigeant.databases import open_database
-        from paigeant.transports.postgres import PostgresTransport
 
-        return PostgresTransport(database or open_database(url), limit_bytes=limit)
-    if scheme in ("redis", "rediss"):
-        try:
-            from paigeant.transports.redis import RedisStreamTransport
-        except ModuleNotFoundError as exc:
-            raise ConfigurationError(
-                f"{scheme}:// needs the package '{exc.name}': pip install 'paigeant[redis]'"
-            ) from exc
-        return RedisStreamTransport(url, limit_bytes=limit)
-    raise ConfigurationError(
-        f"transport_url begins with {scheme}://, for which there is no transport; expected one of "
-        + ", ".join(f"{name}://" for name in SCHEMES)
-    )
+def _adapter(scheme: str) -> Any:
+    module, name = _ADAPTERS[scheme]
+    try:
+        return getattr(import_module(f"paigeant.transports.{module}"), name)
+    except ImportError as exc:
+        raise ConfigurationError(
+            f"{scheme}:// needs a library that is not installed ({exc.name or exc}); "
+            f"expected: pip install 'paigeant[{module}]'"
+        ) from exc
