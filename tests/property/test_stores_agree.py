@@ -1,4 +1,4 @@
-"""Both stores, side by side, in whatever order things happen: they give the same answers and hold the invariants.
+"""Two stores, side by side, in whatever order things happen: they give the same answers and hold the invariants.
 
 The rules are what can happen to a store: dispatches, messages that come late, twice and out of order, results fresh and
 stale, crashes, leases that run out, sweeps, operators, a clock that jumps. What a worker believes of a run when it
@@ -8,23 +8,24 @@ records a result is what it knew when it claimed, as in a message.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, settings
+import pytest
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.integration.postgres_tables import database_with_tables, empty
+from tests.property.attempts import ATTEMPTS, INLINE, Held, attempted
 from tests.simulation.watch import Watch
 
 from paigeant import ledger
 from paigeant.errors import PaigeantError
-from paigeant.retry import RetryPolicy
-from paigeant.routing import Failed, Finish, Forward, Outcome, Retry, Skipped, Succeeded, Undo, route
-from paigeant.slip import Compensation, Phase, Revision, RoutingSlip, RunStatus, Step, StepStatus
+from paigeant.slip import RoutingSlip, RunStatus, Step, StepStatus
 from paigeant.store import (
     ClaimRequest,
     DeadLetter,
@@ -40,10 +41,9 @@ from paigeant.store import (
 )
 from paigeant.stores import open_store
 
-LEASE, GRACE, ATTEMPTS, INLINE = 30.0, 10.0, 3, 40
+LEASE, GRACE = 30.0, 10.0
 WORKERS = tuple(WorkerRecord(f"w{n}", "host", f"{n}@1") for n in range(3))
 RUNS = ("r0", "r1", "r2")
-RETRY = RetryPolicy(attempts=ATTEMPTS, base=4.0, cap=8.0)
 EXAMPLES = int(os.environ.get("PAIGEANT_TEST_EXAMPLES", "100"))
 
 numbers = st.integers(min_value=0, max_value=7)
@@ -60,16 +60,6 @@ class Hand:
         return self.instant
 
 
-@dataclass(frozen=True)
-class Held:
-    """What a worker knows of a step that it claimed, however long ago."""
-
-    worker: str
-    key: StepKey
-    grant: Grant
-    slip: RoutingSlip
-
-
 class StoresAgree(RuleBasedStateMachine):
     """Does the same to both stores."""
 
@@ -78,11 +68,7 @@ class StoresAgree(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.folder = tempfile.TemporaryDirectory()
         self.clock = Hand()
-        file = Path(self.folder.name) / "runs.db"
-        self.stores: tuple[Store, Store] = (
-            open_store("memory://", clock=self.clock, grace=GRACE, inline_bytes=INLINE),
-            open_store(f"sqlite:///{file}", clock=self.clock, grace=GRACE, inline_bytes=INLINE),
-        )
+        self.stores: tuple[Store, Store] = (self.store("memory://"), self.store(self.place()))
         self.runner.run(self.stores[1].connect())
         self.held: list[Held] = []
         self.letters: list[StepKey] = []
@@ -91,6 +77,14 @@ class StoresAgree(RuleBasedStateMachine):
         self.watch = Watch(
             now=self.clock.now, grace=GRACE, attempts=lambda key: ATTEMPTS, inline_bytes=INLINE
         )
+
+    def place(self) -> str:
+        """The url of the second store, which is empty."""
+        return f"sqlite:///{Path(self.folder.name) / 'runs.db'}"
+
+    def store(self, url: str) -> Store:
+        """A store whose time is set by hand."""
+        return open_store(url, clock=self.clock, grace=GRACE, inline_bytes=INLINE)
 
     def teardown(self) -> None:
         self.runner.run(self.stores[1].close())
@@ -230,7 +224,7 @@ class StoresAgree(RuleBasedStateMachine):
     ) -> None:
         """An attempt ends and says so, perhaps long after it lost its step, perhaps for the second time."""
         held = self._any(self.held, number)
-        result = self._result(held, end, undo=undo, edit=edit, strict=strict, on=on)
+        result = attempted(held, end, self.clock.now(), undo=undo, edit=edit, strict=strict, on=on)
         before = self.row(held.key)
         answer = self.both("record_step_result", lambda store: store.record_step_result(result))
         if forget:
@@ -251,7 +245,7 @@ class StoresAgree(RuleBasedStateMachine):
     def record_together(self, numbers: list[int], end: str) -> None:
         """Attempts at several steps end at the same moment; the SQL store records them in one transaction."""
         chosen = {held.key: held for held in (self._any(self.held, number) for number in numbers)}
-        results = [self._result(held, end) for held in chosen.values()]
+        results = [attempted(held, end, self.clock.now()) for held in chosen.values()]
 
         async def ask(store: Store) -> list[Any]:
             return await asyncio.gather(*(store.record_step_result(result) for result in results))
@@ -269,51 +263,6 @@ class StoresAgree(RuleBasedStateMachine):
         self.letters.append(result.next.key)
         if answer.grant is not None:
             self._claimed(result.next.key, held.worker, answer.grant)
-
-    def _result(
-        self,
-        held: Held,
-        end: str,
-        *,
-        undo: bool = True,
-        edit: str | None = None,
-        strict: bool = False,
-        on: bool = False,
-    ) -> StepResult:
-        """What the executor makes of an attempt that ended so."""
-        key, forward = held.key, held.key.phase is Phase.DO
-        outcome = _outcome(held, end, undo=undo, edit=edit)
-        move = route(held.slip, outcome, self.clock.now())
-        failed = isinstance(outcome, Failed)
-        error = outcome.error if isinstance(outcome, Failed) else None
-        result = StepResult(
-            key,
-            held.worker,
-            held.grant.epoch,
-            held.grant.attempt,
-            StepStatus.READY,
-            strict=strict,
-            error=error,
-        )
-        if isinstance(move, Retry):
-            return replace(result, delay=move.delay)
-        succeeded = isinstance(outcome, Succeeded)
-        revision = outcome.revision if isinstance(outcome, Succeeded) else None
-        turned = forward and failed
-        return replace(
-            result,
-            status=move.status,
-            run=_run_status(move, forward=forward),
-            ending="failed" if turned else None,
-            run_error=f"{key.step}: {error}" if turned else None,
-            input=b'{"x":1}',
-            output=_output(held, end) if succeeded and forward else None,
-            revision=None if revision is None else ledger.pack_revision(revision),
-            undo_topic="undo" if succeeded and forward and undo else None,
-            variables={f"v_{key.step}": _output(held, end)} if succeeded and forward and on else {},
-            next=_next(key.workflow_id, move),
-            take_next=on,
-        )
 
     @precondition(lambda self: self.held)
     @rule(number=numbers)
@@ -386,7 +335,7 @@ class StoresAgree(RuleBasedStateMachine):
     @rule(run=st.sampled_from(RUNS), value=st.sampled_from((None, 0, "", [1.5])))
     def signal(self, run: str, value: Any) -> None:
         """A signal is sent to a run."""
-        self.both("record_signal", lambda store: store.record_signal(run, "go", repr(value).encode()))
+        self.both("record_signal", lambda store: store.record_signal(run, "go", json.dumps(value).encode()))
 
     @precondition(lambda self: self.held)
     @rule(number=numbers, value=st.sampled_from((b"1", b"2")))
@@ -435,56 +384,42 @@ def _claim(key: StepKey, worker: str) -> Callable[[Store], Awaitable[Any]]:
     return lambda store: store.claim_step(ClaimRequest(key, worker, ATTEMPTS))
 
 
-def _output(held: Held, end: str) -> bytes:
-    size = INLINE if end == "large" else 1
-    return f'"{held.key.step}#{held.grant.epoch}{"." * size}"'.encode()
+class PostgresAgrees(StoresAgree):
+    """The same with Postgres, on a database that is emptied before."""
+
+    url: ClassVar[str]
+
+    def place(self) -> str:
+        empty(self.url)
+        return self.url
 
 
-def _outcome(held: Held, end: str, *, undo: bool, edit: str | None) -> Outcome:
-    forward = held.key.phase is Phase.DO
-    if held.grant.exhausted:
-        return Failed("WorkerLost", held.grant.attempt, RETRY, permanent=True)
-    if end in ("failed", "hopeless"):
-        return Failed(end, held.grant.attempt, RETRY, permanent=end == "hopeless", chance=0.5)
-    if not forward:
-        return Succeeded()
-    if end == "skipped":
-        return Skipped()
-    left = held.slip.itinerary[1:]
-    revision = None
-    if edit == "insert" and len(held.slip.executed) < 4:
-        revision = Revision((Step("a0", id=f"{held.key.step}.1"), *left), 1)
-    elif edit == "terminate":
-        revision = Revision(())
-    compensation = Compensation(held.key.step, "a0", "undo") if undo else None
-    return Succeeded(revision, compensation, stored=end == "large")
-
-
-def _run_status(move: Finish | Forward | Undo, *, forward: bool) -> RunStatus | None:
-    if isinstance(move, Finish):
-        return move.run
-    return RunStatus.COMPENSATING if forward and isinstance(move, Undo) else None
-
-
-def _next(run: str, move: Finish | Forward | Undo) -> NextStep | None:
-    match move:
-        case Forward(step=step):
-            return NextStep(StepKey(run, step.id), step.activity, step.activity)
-        case Undo(undo=undo):
-            return NextStep(StepKey(run, undo.step_id, Phase.UNDO), undo.activity, undo.topic)
-        case Finish():
-            return None
+def _settings(examples: int) -> settings:
+    return settings(
+        max_examples=examples,
+        stateful_step_count=50,
+        deadline=None,
+        derandomize="PAIGEANT_TEST_EXAMPLES" not in os.environ,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
 
 
 TestStoresAgree = StoresAgree.TestCase
 TestStoresAgree.__doc__ = (
     "Whatever happens in whatever order, both stores say and hold the same, and I1 to I17 hold."
 )
-TestStoresAgree.settings = settings(
-    max_examples=EXAMPLES,
-    stateful_step_count=50,
-    deadline=None,
-    derandomize="PAIGEANT_TEST_EXAMPLES" not in os.environ,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+TestStoresAgree.settings = _settings(EXAMPLES)
+
+
+class TestPostgresAgrees(PostgresAgrees.TestCase):  # type: ignore[valid-type,misc]  # made by Hypothesis
+    """Whatever happens in whatever order, Postgres says and holds the same as the memory store."""
+
+    # To make a failure small takes thousands of examples more, and hundreds of them are a minute here.
+    settings = settings(_settings(max(EXAMPLES // 8, 1)), phases=(Phase.reuse, Phase.generate))
+
+    @pytest.fixture(autouse=True)
+    def _tables(self, postgres_server_url: str) -> Iterator[None]:
+        with database_with_tables(postgres_server_url) as url:
+            PostgresAgrees.url = f"{url}?options=-csynchronous_commit%3Doff"
+            yield
