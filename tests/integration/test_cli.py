@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import sqlite3
 import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import structlog
+import yaml
 from typer.testing import CliRunner, Result
 
-from paigeant import Paigeant, PaigeantMessage, RoutingSlip, Step
+from paigeant import Paigeant, PaigeantMessage, RoutingSlip, Settings, Step
 from paigeant.cli import runs
 from paigeant.cli.program import app, exit_code
 from paigeant.errors import InputInvalid, RunTimeout, StoreUnavailable, TransportUnavailable
@@ -988,6 +991,63 @@ def test_init_writes_three_files_and_says_how_to_go_on() -> None:
         "paigeant run",
         "paigeant dispatch fulfil_order input.json --wait",
     ]
+
+
+def test_init_writes_the_servers_for_local_work() -> None:
+    """One template for every project and for this repository itself; the next commands start them first."""
+    said = paigeant("init", "shop", "--with-services").stderr
+    written = Path("shop/docker-compose.yml").read_text()
+    assert written == (Path(__file__).parents[2] / "docker-compose.yml").read_text()
+    assert [line.strip() for line in said.splitlines() if line.startswith("  ")] == [
+        "cd shop",
+        "docker compose up --detach --wait",
+        "paigeant db upgrade",
+        "paigeant run",
+        "paigeant dispatch fulfil_order input.json --wait",
+    ]
+    assert "shop/docker-compose.yml are there already" in refused("init", "shop", "--with-services")
+
+
+SERVERS = {"postgres": ("postgresql", 5432), "redis": ("redis", 6379), "rabbitmq": ("amqp", 5672)}
+
+
+def test_settings_fit_the_servers_for_local_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each URL, also those that are commented out, names a server of the file by its port and account."""
+    paigeant("init", "shop", "--with-services")
+    monkeypatch.chdir("shop")
+    services = yaml.safe_load(Path("docker-compose.yml").read_text())["services"]
+    found = re.findall(r"^(?:# )?\w+_url: (\w+://.*)$", Path("paigeant.yaml").read_text(), flags=re.MULTILINE)
+    urls = {urlsplit(url).scheme: urlsplit(url) for url in found if not url.startswith("sqlite:")}
+    assert set(urls) == {scheme for scheme, _ in SERVERS.values()}
+    for name, (scheme, port) in SERVERS.items():
+        url, account = urls[scheme], services[name].get("environment", {})
+        assert (url.hostname, url.port) == ("127.0.0.1", port)
+        assert [url.username, url.password] == ([*account.values()][:2] or [None, None])
+    assert urls["postgresql"].path.strip("/") == services["postgres"]["environment"]["POSTGRES_DB"]
+    assert Settings().store_url == Settings().transport_url == urls["postgresql"].geturl()
+
+
+def test_servers_for_local_work_keep_what_they_have_to() -> None:
+    """They are reached from this machine alone, tell when they are ready, and their data outlives them."""
+    paigeant("init", "shop", "--with-services")
+    compose = yaml.safe_load(Path("shop/docker-compose.yml").read_text())
+    assert set(compose) == {"name", "services", "volumes"}
+    assert set(compose["services"]) == set(compose["volumes"]) == set(SERVERS)
+    for name, service in compose["services"].items():
+        assert set(service) <= {
+            "image", "environment", "ports", "volumes", "healthcheck", "command", "hostname", "shm_size",
+        }  # fmt: skip
+        assert re.fullmatch(r"[a-z]+:\d+(-management)?", service["image"])
+        ports = [port.rsplit(":", 2) for port in service["ports"]]
+        assert all(host == "127.0.0.1" and outside == inside for host, outside, inside in ports)
+        assert ports[0][1] == str(SERVERS[name][1])
+        [(volume, path)] = [volume.split(":") for volume in service["volumes"]]
+        assert (volume, path[0]) == (name, "/")
+        assert service["healthcheck"]["test"][0] == "CMD"
+        assert set(service["healthcheck"]) == {"test", "interval", "timeout", "retries"}
+    command = compose["services"]["redis"]["command"]
+    options = dict(zip(command[1::2], command[2::2], strict=True))
+    assert (options["--maxmemory-policy"], options["--appendonly"]) == ("noeviction", "yes")
 
 
 def test_init_never_overwrites() -> None:
