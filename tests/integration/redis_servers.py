@@ -38,7 +38,7 @@ def wait_until(holds: Callable[[], object], what: str) -> None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Three primaries that share the slots."""
+    """Three primaries that share the slots, and their replicas."""
 
     nodes: Sequence[RedisServer]
 
@@ -49,18 +49,24 @@ class Cluster:
     def client(self, node: RedisServer) -> Redis:
         return Redis(host=node.host, port=node.port)
 
+    def primary(self, key: str) -> RedisServer:
+        """The node that serves `key` now, as the one says that is alive and the last of all."""
+        with self.client([node for node in self.nodes if node.is_running][-1]) as client:
+            slot = client.execute_command("CLUSTER KEYSLOT", key)
+            port = next(
+                first[1]
+                for begin, end, first, *_ in client.execute_command("CLUSTER SLOTS")
+                if begin <= slot <= end
+            )
+        return next(node for node in self.nodes if node.port == port)
+
     def move_slot(self, key: str) -> None:
         """Move the slot of `key`, with all that is in it, from the node that has it to the next one."""
         with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(self.client(node)) for node in self.nodes]
             slot = clients[0].execute_command("CLUSTER KEYSLOT", key)
             names = [client.execute_command("CLUSTER MYID") for client in clients]
-            port = next(
-                first[1]
-                for begin, end, first, *_ in clients[0].execute_command("CLUSTER SLOTS")
-                if begin <= slot <= end
-            )
-            source = next(n for n, node in enumerate(self.nodes) if node.port == port)
+            source = self.nodes.index(self.primary(key))
             target = (source + 1) % len(self.nodes)
             clients[target].execute_command("CLUSTER SETSLOT", slot, "IMPORTING", names[source])
             clients[source].execute_command("CLUSTER SETSLOT", slot, "MIGRATING", names[target])
@@ -72,20 +78,34 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def redis_cluster() -> Iterator[Cluster]:
-    """A cluster of three nodes, ready for use."""
-    lines = ["cluster-enabled yes", "cluster-node-timeout 2000"]
+def redis_cluster(*, replicas: int = 0) -> Iterator[Cluster]:
+    """A cluster of three primaries, each with so many replicas, ready for use."""
+    lines = ["cluster-enabled yes", "cluster-node-timeout 1000"]
     with contextlib.ExitStack() as stack:
-        nodes = [stack.enter_context(RedisServer(port=_node_port(), lines=lines)) for _ in range(3)]
+        nodes = [
+            stack.enter_context(RedisServer(port=_node_port(), lines=lines)) for _ in range(3 + 3 * replicas)
+        ]
         cluster = Cluster(nodes)
         addresses = [f"{node.host}:{node.port}" for node in nodes]
-        _run("redis-cli", "--cluster", "create", *addresses, "--cluster-yes")
+        _run(
+            "redis-cli",
+            "--cluster",
+            "create",
+            *addresses,
+            "--cluster-replicas",
+            str(replicas),
+            "--cluster-yes",
+        )
         clients = [stack.enter_context(cluster.client(node)) for node in nodes]
         wait_until(
             lambda: all(
                 client.execute_command("CLUSTER INFO")["cluster_state"] == "ok" for client in clients
             ),
             "the cluster serves all slots",
+        )
+        wait_until(
+            lambda: all(len(each) == 3 + replicas for each in clients[0].execute_command("CLUSTER SLOTS")),
+            "each primary has its replicas",
         )
         yield cluster
 

@@ -22,6 +22,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from tests.integration.redis_servers import redis_cluster, redis_sentinels, redis_tls
 from tests.services import RedisServer, free_port
+from tests.services.proxy import Proxy
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.message import PaigeantMessage
@@ -224,6 +225,45 @@ async def test_nothing_is_lost_while_connections_are_cut(
         cutting = False
         await knife
         await listening.wait_for(*ids)
+
+
+async def test_what_was_given_to_a_lost_read_comes_again(server: RedisServer, opened: Open) -> None:
+    """The server has handed a message over, its answer is swallowed: after the reconnection it comes again at once."""
+    with Proxy(server.host, server.port) as proxy:
+        transport = await opened(f"{proxy.url(server.url)}?socket_timeout=0.3", hold=3600.0)
+        other = await opened(server.url)
+        async with Listening(transport) as listening:
+            await transport.publish("work", message("before"))
+            await listening.wait_for("before")
+            await until(lambda: _is_sent(transport))
+            proxy.blackhole("to_client")
+            await other.publish("work", message("m"))
+            await until(lambda: _is_taken(other))
+            proxy.cut()
+            proxy.resume()
+            await listening.wait_for("m")
+
+
+async def _is_taken(transport: RedisStreamTransport) -> bool:
+    return [depth.taken for depth in await transport.topics()] == [1]
+
+
+async def test_a_read_that_nobody_waits_for_any_more_takes_nothing_for_long(
+    server: RedisServer, opened: Open
+) -> None:
+    """The server doesn't notice that a blocked reader is gone and gives it a message: that comes again soon."""
+    with Proxy(server.host, server.port) as proxy:
+        transport = await opened(f"{proxy.url(server.url)}?socket_timeout=0.3", hold=3600.0)
+        other = await opened(server.url)
+        async with Listening(transport) as listening:
+            await transport.publish("work", message("before"))
+            await listening.wait_for("before")
+            proxy.blackhole()
+            for n in range(20):  # over all of its end: the read, its connection, the next one
+                await other.publish("work", message(f"m-{n}"))
+                await asyncio.sleep(0.1)
+            proxy.resume()
+            await listening.wait_for(*(f"m-{n}" for n in range(20)))
 
 
 async def test_a_frozen_server_is_told_of_and_waited_for(server: RedisServer, opened: Open) -> None:
@@ -797,6 +837,12 @@ async def test_a_url_that_cannot_work_is_a_configuration_error(url: str, says: s
     assert "secret" not in str(caught.value)
 
 
+async def test_a_url_may_name_the_namespace(server: RedisServer, opened: Open) -> None:
+    """namespace= in the URL stands above what the code says."""
+    transport = await opened(f"{server.url}?namespace=mine")
+    assert transport.stream_key("work") == "mine:{work}:stream"
+
+
 async def test_a_transport_that_is_not_open_says_so() -> None:
     """Before connect and after close it can't be used, and closing is harmless."""
     transport = RedisStreamTransport("redis://127.0.0.1:6379/0")
@@ -891,6 +937,20 @@ async def _published(transport: RedisStreamTransport, topic: str) -> bool:
     except (TransportUnavailable, RedisError):
         return False
     return True
+
+
+async def test_a_subscription_follows_a_failover_of_the_cluster(opened: Open) -> None:
+    """The primary of a topic dies and its replica takes over: the same iterator goes on there."""
+    with redis_cluster(replicas=1) as cluster:
+        transport = await opened(cluster.url)
+        async with Listening(transport) as listening:
+            await transport.publish("work", message("before"))
+            await listening.wait_for("before")
+            primary = cluster.primary(transport.stream_key("work"))
+            await asyncio.to_thread(primary.kill)
+            await publish_until_taken(transport, message("after"))
+            await listening.wait_for("after")
+            assert cluster.primary(transport.stream_key("work")) is not primary
 
 
 async def test_one_server_is_no_cluster(server: RedisServer) -> None:

@@ -121,6 +121,8 @@ class _Subscription:
     """Set while the iterator isn't fetching."""
     has_strays: bool = False
     """Whether the server may have given it entries that it doesn't know of."""
+    check_at: float = math.inf
+    """When to look for such entries once more."""
     fetched: deque[_Item] = field(default_factory=deque)
     lookout: asyncio.Task[None] | None = None
     bells: list[bytes] = field(default_factory=list)
@@ -136,7 +138,13 @@ class _Subscription:
 class RedisStreamTransport:
     """Moves messages through the streams of a Redis server, a primary that sentinels name, or a cluster.
 
+    `url` is redis:// or, with TLS, rediss://, with parameters of redis-py (`socket_timeout`, `ssl_ca_certs`, ...) and
+    with these: `?sentinel=NAME` makes its servers the sentinels that know the primary by that name (they take
+    `sentinel_username` and `sentinel_password`), `?cluster=true` nodes of a cluster, `namespace=` overrides that one.
     `namespace` is what all its keys begin with. `hold` is how many seconds a delivered message is kept from others.
+
+    Messages come in the order in which they were published, save those that were delayed, returned or left by another.
+    Raises ConfigurationError for a URL that can't work.
     """
 
     def __init__(
@@ -150,7 +158,7 @@ class RedisStreamTransport:
         self.limit_bytes = limit_bytes
         self.hold = hold
         self._place = _Place.read(url)
-        self._prefix = quote(namespace, safe=":")
+        self._prefix = quote(self._place.namespace or namespace, safe=":")
         self._servers: _Servers | None = None
         self._bury: Bury | None = None
         # Names this process, so that others of its host can tell when it is gone, and this transport within it.
@@ -310,9 +318,11 @@ class RedisStreamTransport:
         try:
             if subscription.connection is None:
                 await self._connect_reader(subscription)
-            if subscription.has_strays:
+            if subscription.has_strays or loop.time() >= subscription.check_at:
                 await self._return_strays(subscription)
                 subscription.has_strays = False
+                if loop.time() >= subscription.check_at:
+                    subscription.check_at = math.inf
             if loop.time() >= subscription.claim_at:
                 claimed = await self._claim(subscription)
                 if claimed:
@@ -524,6 +534,8 @@ class RedisStreamTransport:
         if connection is not None:
             # What the server gave to a read whose answer was lost is found by asking what is pending.
             subscription.has_strays = True
+            # A server that hasn't noticed the break goes on with that read, though no longer than it was to block.
+            subscription.check_at = asyncio.get_running_loop().time() + 2 * _BLOCK_SECONDS
             with contextlib.suppress(*_TROUBLE):
                 await connection.disconnect(nowait=True)
 
@@ -765,6 +777,7 @@ class _Place:
     service: str | None
     """The name by which sentinels know the primary; the nodes are these sentinels then."""
     sentinel_options: dict[str, Any] = field(repr=False)
+    namespace: str | None
 
     @property
     def where(self) -> str:
@@ -787,7 +800,7 @@ class _Place:
         own: dict[str, str] = {}
         others: dict[str, str] = {}
         for name, _, value in (pair.partition("=") for pair in parts.query.split("&") if pair):
-            mine = name in ("sentinel", "cluster", "sentinel_username", "sentinel_password")
+            mine = name in ("namespace", "sentinel", "cluster", "sentinel_username", "sentinel_password")
             (own if mine else others)[name] = unquote(value)
         is_cluster = own.get("cluster", "false").lower() in ("1", "true", "yes")
         service = own.get("sentinel")
@@ -820,7 +833,7 @@ class _Place:
             for name, value in own.items()
             if name.startswith("sentinel_")
         }
-        return cls(nodes, options, is_tls, is_cluster, service, sentinel_options)
+        return cls(nodes, options, is_tls, is_cluster, service, sentinel_options, own.get("namespace"))
 
 
 def _options(url: str) -> tuple[dict[str, Any], bool]:
