@@ -16,12 +16,18 @@ from pydantic import TypeAdapter, ValidationError
 from paigeant import codec, ledger
 from paigeant.activity import ActivityRegistry, typed
 from paigeant.arguments import Namespace, resolve
-from paigeant.errors import InputInvalid, MessageTooLarge, UnknownActivity
+from paigeant.errors import (
+    InputInvalid,
+    MessageInvalid,
+    MessageTooLarge,
+    TransportUnavailable,
+    UnknownActivity,
+)
 from paigeant.forwarder import Forwarder
-from paigeant.message import PaigeantMessage
+from paigeant.message import MessageId, PaigeantMessage, decode
 from paigeant.observer import Event, Observers
-from paigeant.slip import RUN_ENDED, RoutingSlip, RunStatus, Step, is_text
-from paigeant.store import RunRecord, StepKey, Store
+from paigeant.slip import RUN_ENDED, Phase, RoutingSlip, RunStatus, Step, is_text
+from paigeant.store import DeadLetter, RunRecord, StepKey, Store
 from paigeant.workflow import Workflow
 
 __all__ = ["Dispatcher"]
@@ -139,6 +145,28 @@ class Dispatcher:
         keys: list[StepKey] = await self.store.open_steps(workflow_id)
         await self.forwarder.send_again(keys)
 
+    async def requeue(self, letter: DeadLetter) -> str:
+        """Wake the step that a dead letter was for, and forget the letter; gives the id of its run.
+
+        What is sent is made from the store's rows, so that a stale or damaged letter does no harm, and however often it
+        is done the step is done once. Raises InputInvalid when there is nothing to wake, RunNotFound,
+        TransportUnavailable when it can't be sent now; then the letter stays.
+        """
+        key = _step_of(letter, self.forwarder.limit_bytes)
+        if key not in await self.store.open_steps(key.workflow_id):
+            status = await self.store.run_status(key.workflow_id)
+            raise InputInvalid(
+                f"step '{key.step}' of run '{key.workflow_id}' doesn't wait any more (the run is {status}), so "
+                f"there is nothing to send; `paigeant dead-letters delete {letter.id}` forgets the letter"
+            )
+        if await self.forwarder.send_again([key]):
+            raise TransportUnavailable(
+                f"the message for step '{key.step}' of run '{key.workflow_id}' can't be published now; "
+                "the letter stays, and a worker's sweep sends the message as well"
+            )
+        await self.store.delete_dead_letter(letter.id)
+        return key.workflow_id
+
     # -- inside
 
     def _input(self, workflow: Workflow, input: Any) -> tuple[bytes, dict[str, Any]]:
@@ -181,6 +209,21 @@ class Dispatcher:
 
 _NOT_CARRIED = frozenset({"obo_token", "jws_signature"})
 """Headers of messages that a caller of `dispatch` may not set."""
+
+
+def _step_of(letter: DeadLetter, limit_bytes: int) -> StepKey:
+    """The step that a letter's message was for: its body tells, or, where that can't be read, its id."""
+    try:
+        message = decode(letter.body, limit_bytes=limit_bytes)
+    except MessageInvalid as exc:
+        known = MessageId.read(letter.id)
+        if known is None or known.phase not in list(Phase):
+            raise InputInvalid(
+                f"dead letter '{letter.id}' can't be sent again, because its body is no message: {exc}; "
+                f"`paigeant dead-letters delete {letter.id}` forgets it"
+            ) from exc
+        return StepKey(known.workflow_id, known.step, Phase(known.phase))
+    return StepKey(message.workflow_id, message.step_id, message.phase)
 
 
 def _run_id(workflow_id: str | None, now: float) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from paigeant.cli import console, session
 from paigeant.cli.runs import AsJson
-from paigeant.errors import InputInvalid, MessageInvalid, nearest
+from paigeant.errors import InputInvalid, nearest
 
 if TYPE_CHECKING:
     from paigeant.app import Paigeant
@@ -79,6 +79,8 @@ def list_(
 def show(id: LetterId, json: AsJson = False) -> None:
     """Show a dead letter with its body. With --json, bytes that are no text stand in `body_base64`."""
 
+    from paigeant.transport import BODY_KEPT_BYTES
+
     async def command() -> DeadLetter:
         async with session.opened(session.read_settings()) as paigeant:
             return await _load(paigeant, id)
@@ -94,44 +96,26 @@ def show(id: LetterId, json: AsJson = False) -> None:
     found = {name: value for name, value in _summary(letter).items() if value is not None}
     console.out().print(console.facts({name: console.plain(str(value)) for name, value in found.items()}))
     console.result("\n" + letter.body.decode(errors="backslashreplace"))
+    if len(letter.body) >= BODY_KEPT_BYTES:
+        console.note(f"the first {BODY_KEPT_BYTES} bytes of it; no more is kept")
 
 
 @app.command(epilog=session.examples("paigeant dead-letters requeue ID"))
 def requeue(id: LetterId, json: AsJson = False) -> None:
-    """Send the message of a dead letter again, and forget the letter. Doing it twice is harmless."""
+    """Wake the step of a dead letter again, and forget the letter. What is sent is made from the store's rows.
+
+    So a body that is damaged or cut is no hindrance, and doing it twice is harmless: a step is done once.
+    """
 
     async def command() -> str:
         async with session.opened(session.read_settings()) as paigeant:
-            return await _requeue(paigeant, await _load(paigeant, id))
+            return await paigeant.dispatcher.requeue(await _load(paigeant, id))
 
     run_id = session.wait_for(command())
     if json:
         console.value({"id": id, "workflow_id": run_id, "requeued": True})
     else:
         console.note(f"sent again; `paigeant runs show {run_id}` tells where its run is", markup=False)
-
-
-async def _requeue(paigeant: Paigeant, letter: DeadLetter) -> str:
-    """Wake the run that the letter belongs to. What is sent is made from the store, so a stale letter does no harm."""
-    from paigeant.message import decode
-
-    try:
-        message = decode(letter.body, limit_bytes=paigeant.settings.max_message_bytes)
-    except MessageInvalid as exc:
-        raise InputInvalid(
-            f"dead letter '{letter.id}' can't be sent again, because its body is no message: {exc}; "
-            f"`paigeant dead-letters delete {letter.id}` forgets it"
-        ) from exc
-    ready = await paigeant.store.open_steps(message.workflow_id)
-    if not any((key.step, key.phase) == (message.step_id, message.phase) for key in ready):
-        status = await paigeant.run(message.workflow_id).status()
-        raise InputInvalid(
-            f"step '{message.step_id}' of run '{message.workflow_id}' doesn't wait any more (the run is {status}), so "
-            f"there is nothing to send; `paigeant dead-letters delete {letter.id}` forgets the letter"
-        )
-    await paigeant.dispatcher.wake(message.workflow_id)
-    await paigeant.store.delete_dead_letter(letter.id)
-    return message.workflow_id
 
 
 @app.command(epilog=session.examples("paigeant dead-letters delete ID"))
