@@ -4,7 +4,6 @@
 step. `effect_key()` is for tools: a key for the effects of the call that asks for it, the same when it is repeated.
 """
 
-from paigeant.agents.durability import PaigeantDurability
-from paigeant.journal import effect_key
+from paigeant.agents.durability import PaigeantDurability, effect_key
 
 __all__ = ["PaigeantDurability", "effect_key"]

@@ -33,6 +33,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from pydantic import TypeAdapter
 from pydantic_ai import ModelMessage, RunContext, RunUsage, ToolDefinition
+from pydantic_ai._run_context import get_current_run_context
 from pydantic_ai.agent import AbstractAgent, EventStreamHandler, WrapperAgent
 from pydantic_ai.capabilities.abstract import WrapRunHandler
 from pydantic_ai.durable_exec import (
@@ -53,7 +54,10 @@ from pydantic_ai.durable_exec import (
 )
 from pydantic_ai.exceptions import (
     ModelConnectionError,
+    ModelHTTPError,
+    ModelQuotaExceededError,
     ModelRateLimitError,
+    ModelRequestRejectedError,
     ModelServerError,
     ModelUnavailableError,
     UsageLimitExceeded,
@@ -67,12 +71,25 @@ from pydantic_ai.tools import AgentDepsT
 from pydantic_ai.toolsets import FunctionToolset, ToolsetTool
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
+from paigeant import journal
 from paigeant.clock import SystemClock, as_datetime, is_duration
 from paigeant.errors import InvalidDefinition, NonRetryableError, OutputInvalid, UnitUnreadable, nearest
 from paigeant.journal import Place, Unit, current_place
 from paigeant.retry import RetryPolicy
 
-__all__ = ["PaigeantDurability", "replay_scope"]
+__all__ = ["PaigeantDurability", "ToolOptions", "effect_key", "replay_scope"]
+
+
+def effect_key() -> str:
+    """A key for the effects of the call that asks for it, the same each time that call is repeated.
+
+    Hand it to whatever a tool changes: with it a repeated call is told from a new one. In a tool it is the tool call's,
+    in what `ctx.once` does that unit's, in an activity the step's own `idempotency_key`. Outside of steps, where
+    nothing is repeated, a tool gets one of its own run. Raises OutsideStep where there is neither step nor run.
+    """
+    ctx = get_current_run_context() if current_place() is None else None
+    return journal.effect_key() if ctx is None else f"{ctx.run_id}:{ctx.run_step}:{ctx.tool_call_id}"
+
 
 METADATA = "paigeant"
 """The key of a tool's metadata whose value says how calls of it are recorded."""
@@ -101,7 +118,8 @@ class _Codec(DurabilityCodec):
 
 
 def _not_json(error: Exception) -> OutputInvalid:
-    return OutputInvalid(f"what a model or a tool gave can't be recorded as JSON: {error}")
+    said = " ".join(str(error).split())
+    return OutputInvalid(f"what a model or a tool gave can't be recorded as JSON: {said[:500]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +302,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
 
     def _delay_of_model(self, number: int, error: Exception) -> float | None:
         policy = self._model_policy
-        if not isinstance(error, (*_TRANSIENT, TimeoutError)) or number >= policy.attempts:
+        if number >= policy.attempts or not _may_pass(error):
             return None
         asked = getattr(error, "retry_after", None) or 0.0
         return None if asked > policy.cap else max(asked, policy.next_delay(number, chance=0.0))
@@ -346,6 +364,18 @@ _EVENT_OF: contextvars.ContextVar[RunContext[Any] | None] = contextvars.ContextV
 _PLAIN = Unit("a unit of an agent")
 
 
+def _may_pass(error: Exception) -> bool:
+    """Whether a model that failed so may answer when it is asked again."""
+    if isinstance(error, (ModelQuotaExceededError, ModelRequestRejectedError)):
+        return False
+    if isinstance(error, ModelHTTPError) and (
+        error.status_code in (408, 425, 429) or error.status_code >= 500
+    ):
+        return True
+    # A run that is over its own time is a TimeoutError as well, of another kind.
+    return isinstance(error, _TRANSIENT) or type(error) is TimeoutError
+
+
 def _retrying(policy: RetryPolicy) -> Callable[[int, Exception], float | None]:
     def delay(number: int, error: Exception) -> float | None:
         if number >= policy.attempts or isinstance(error, _FINAL):
@@ -356,12 +386,13 @@ def _retrying(policy: RetryPolicy) -> Callable[[int, Exception], float | None]:
 
 
 class _Namer(JournalOperationNamer):
-    """The library's names. That of an MCP call tells its tool as well, like that of any other tool's call."""
+    """The library's names. Those of MCP calls and validations tell their tool as well, like that of any other call."""
 
     def invocation_name(self, operation_id: DurableOperationId, *, label: str | None) -> Any:
         invocation = super().invocation_name(operation_id, label=label)
-        if isinstance(operation_id, ToolsetCallToolId) and operation_id.toolset_kind == "mcp" and label:
-            return type(invocation)(f"{invocation.operation_name}:{label}")
+        bare = self.operation_name(operation_id)
+        if label is not None and invocation.operation_name == bare:
+            return type(invocation)(f"{bare}:{label}")
         return invocation
 
 

@@ -1,0 +1,1071 @@
+"""PaigeantDurability: what an agent did inside a step is never done again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, Field
+from pydantic_ai import (
+    Agent,
+    ApprovalRequired,
+    CallDeferred,
+    CancellationToken,
+    DeferredToolRequests,
+    ModelMessage,
+    ModelResponse,
+    ModelRetry,
+    RunContext,
+    RunUsage,
+    TextPart,
+    ToolDefinition,
+    ToolFailed,
+)
+from pydantic_ai.capabilities import AbstractCapability, durable_operation
+from pydantic_ai.exceptions import ModelHTTPError, RunCancelled, UsageLimitExceeded, UserError
+from pydantic_ai.messages import AgentStreamEvent
+from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
+from pydantic_ai.models.test import TestModel
+from pydantic_ai.toolsets import DynamicToolset, FunctionToolset
+from pydantic_ai.usage import UsageLimits
+from tests.agents.steps import (
+    Crash,
+    Step,
+    called,
+    prompt_of,
+    returned,
+    scripted,
+    without_moments,
+)
+
+from paigeant import RetryPolicy
+from paigeant.agents import PaigeantDurability, effect_key
+from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutputInvalid, UnitUnreadable
+
+AnyAgent = Agent[Any, Any]
+
+
+def durable(model: Any, *, name: str = "agent", **options: Any) -> AnyAgent:
+    """An agent that carries the engine."""
+    engine: PaigeantDurability[Any] = PaigeantDurability(**options.pop("engine", {}))
+    return Agent(model, name=name, capabilities=[*options.pop("capabilities", []), engine], **options)
+
+
+def both_answers(messages: list[ModelMessage]) -> str:
+    """A turn that says what the tool calls gave, by their ids."""
+    return " ".join(f"{call}={answer}" for call, answer in sorted(returned(messages).items()))
+
+
+# -- units
+
+
+async def test_an_agent_goes_on_behind_what_is_recorded() -> None:
+    """After a crash behind each unit no model request and no tool call that was recorded is made again."""
+    tools: list[str] = []
+    model, requests = scripted([called("look", "c1", what="a"), called("look", "c2", what="b")], both_answers)
+    agent = durable(model)
+
+    @agent.tool_plain(sequential=True)
+    async def look(what: str) -> str:
+        tools.append(what)
+        return what.upper()
+
+    step = Step()
+    result, crashes = await step.resumed(lambda: agent.run("go"))
+    assert (result.output, crashes) == ("c1=A c2=B", 4)
+    assert (requests, sorted(tools)) == ([0, 1], ["a", "b"])
+
+
+async def test_an_agent_that_is_handed_the_engine_for_a_run_records_the_same_units() -> None:
+    """`capabilities=[engine]` at a run makes the same units as the engine that an agent carries."""
+    model, _ = scripted(called("look", "c1"), both_answers)
+    agent: AnyAgent = Agent(model, name="agent")
+    carrying = durable(model)
+    for one in (agent, carrying):
+
+        @one.tool_plain
+        def look() -> str:
+            return "seen"
+
+    handed, carried = Step(), Step()
+    engine: PaigeantDurability[Any] = PaigeantDurability()
+    await handed.attempt(lambda: agent.run("go", capabilities=[engine]))
+    await carried.attempt(lambda: carrying.run("go"))
+    assert handed.units == carried.units
+    assert len(handed.units) == 3
+
+
+async def test_outside_of_a_step_the_engine_does_nothing() -> None:
+    """An agent that carries it runs as if it didn't: ids are random, tools are called, runtime toolsets are taken."""
+    model, requests = scripted(called("add", "c1"), both_answers)
+    agent = durable(model)
+    extra = FunctionToolset[Any](id="extra")
+
+    @extra.tool_plain
+    def add() -> int:
+        return 1
+
+    first = await agent.run("go", toolsets=[extra], cancellation_token=CancellationToken())
+    second = await agent.run("go", toolsets=[extra])
+    assert (first.output, second.output, requests) == ("c1=1", "c1=1", [0, 1, 0, 1])
+    assert first.run_id != second.run_id
+
+
+async def test_the_names_of_units_are_pinned() -> None:
+    """These are stored: a name that changes makes running work begin anew. Never change them along with code."""
+    counted = FunctionToolset[Any](id="counted")
+
+    @counted.tool_plain
+    def count() -> int:
+        return 1
+
+    def dynamic(_: RunContext[Any]) -> FunctionToolset[Any]:
+        toolset = FunctionToolset[Any](id="inside")
+
+        @toolset.tool_plain
+        def pick() -> int:
+            return 2
+
+        return toolset
+
+    def validate(ctx: RunContext[Any]) -> None:
+        assert ctx.tool_name == "look"
+
+    inner_model, _ = scripted("inner")
+    inner = durable(inner_model, name="inner")
+    calls = [called("look", "c1"), called("count", "c2"), called("pick", "c3"), called("ask", "c 4")]
+    model, _ = scripted(calls, "done")
+
+    async def watch(_: RunContext[Any], events: AsyncIterable[AgentStreamEvent]) -> None:
+        async for _event in events:
+            pass
+
+    agent = durable(
+        model,
+        toolsets=[counted, DynamicToolset(dynamic, id="dyn")],
+        capabilities=[Audit()],
+        engine={"event_stream_handler": None},
+    )
+
+    @agent.tool_plain(args_validator=validate)
+    def look() -> int:
+        return 0
+
+    @agent.tool_plain
+    async def ask() -> str:
+        return str((await inner.run("inner")).output)
+
+    step = Step()
+    await step.attempt(lambda: agent.run("go", timeout=60))
+    parent = "86f715f6479c3cbcbc975a0fc89600c1"
+    pinned = [
+        "agent__run_start_time(agent:1)",
+        "agent__capability__audit.record(agent:1,0)",
+        "agent__dynamic_toolset__dyn.get_tools(agent:1,1)",
+        "agent__model.request(agent:1,1)",
+        'agent__function_toolset__<agent>.validate_args:look(agent:1,1,"c1")',
+        'agent__function_toolset__<agent>.call_tool:look(agent:1,1,"c1")',
+        'agent__function_toolset__counted.call_tool:count(agent:1,1,"c2")',
+        'agent__dynamic_toolset__dyn.call_tool:pick(agent:1,1,"c3")',
+        f"{parent}/inner__model.request(inner:1,1)",
+        'agent__function_toolset__<agent>.call_tool:ask(agent:1,1,"c 4")',
+        "agent__dynamic_toolset__dyn.get_tools(agent:1,2)",
+        "agent__model.request(agent:1,2)",
+    ]
+    assert sorted(step.units) == sorted(pinned)
+    streamed = Step()
+    watched = durable(TestModel(), engine={"event_stream_handler": watch})
+    watched.tool_plain(look)
+    await streamed.attempt(lambda: watched.run("go", run_id="mine"))
+    assert sorted(streamed.units) == sorted(
+        [
+            'agent__model.request_stream("mine",1)',
+            'agent__event_stream_handler("mine",1,"pyd_ai_tool_call_id__look")',
+            'agent__function_toolset__<agent>.call_tool:look("mine",1,"pyd_ai_tool_call_id__look")',
+            'agent__event_stream_handler("mine",1,"pyd_ai_tool_call_id__look")#2',
+            'agent__model.request_stream("mine",2)',
+        ]
+    )
+
+
+class Audit(AbstractCapability[Any]):
+    """A capability with an operation of its own, which is called before each run."""
+
+    id = "audit"
+
+    def __init__(self) -> None:
+        self.records: list[str] = []
+
+    @durable_operation(name="record")
+    async def record(self, ctx: RunContext[Any], text: str) -> str:
+        self.records.append(text)
+        return text
+
+    async def before_run(self, ctx: RunContext[Any]) -> None:
+        await self.record(ctx, "begun")
+
+
+async def test_operations_of_capabilities_are_units() -> None:
+    """What a capability declares durable is done once; on replay its record is given."""
+    audit = Audit()
+    agent = durable(scripted("done")[0], capabilities=[audit])
+    step = Step()
+    _, crashes = await step.resumed(lambda: agent.run("go"))
+    assert (audit.records, crashes) == (["begun"], 2)
+
+
+async def test_dynamic_toolsets_are_found_and_called_once() -> None:
+    """What a dynamic toolset offers, and what its tools gave, comes from the record on replay."""
+    built: list[int] = []
+    picked: list[int] = []
+
+    def dynamic(ctx: RunContext[Any]) -> FunctionToolset[Any]:
+        built.append(ctx.run_step)
+        toolset = FunctionToolset[Any](id="inside")
+
+        @toolset.tool_plain
+        def pick() -> str:
+            picked.append(1)
+            return "picked"
+
+        return toolset
+
+    model, requests = scripted(called("pick", "c1"), both_answers)
+    agent = durable(model, toolsets=[DynamicToolset(dynamic, id="dyn")])
+    step = Step()
+    result, _ = await step.resumed(lambda: agent.run("go"))
+    before = len(built)
+    assert (await step.attempt(lambda: agent.run("go"))).output == result.output == "c1=picked"
+    assert (len(built), len(picked), requests) == (before, 1, [0, 1])
+
+
+# -- rule 1: nesting
+
+
+def nesting(*, sequential: bool = False) -> tuple[AnyAgent, dict[str, list[Any]]]:
+    """An agent whose tool `ask` runs another one, which has a tool of its own; and what was called."""
+    seen: dict[str, list[Any]] = {"outer": [], "inner": [], "asked": [], "noted": []}
+
+    def inner_respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        answers = returned(messages)
+        seen["inner"].append((prompt_of(messages), len(answers)))
+        if not answers:
+            return ModelResponse(parts=[called("note", "n1", text=prompt_of(messages))])
+        return ModelResponse(parts=[TextPart(f"ans-{answers['n1']}")])
+
+    inner = durable(FunctionModel(inner_respond), name="inner")
+
+    @inner.tool_plain
+    async def note(text: str) -> str:
+        seen["noted"].append((text, effect_key()))
+        return text
+
+    calls = [called("ask", "c1", number="0"), called("ask", "c2", number="1")]
+    model, seen["outer"] = scripted(calls, called("ask", "c1", number="2"), both_answers)
+    outer = durable(model, name="outer")
+
+    @outer.tool(sequential=sequential)
+    async def ask(ctx: RunContext[Any], number: str) -> str:
+        seen["asked"].append(number)
+        return str((await inner.run(number, usage=ctx.usage)).output)
+
+    return outer, seen
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+async def test_rule_1_nested_agents_get_their_own_answers(sequential: bool) -> None:
+    """Agents within tools resume too: after a crash behind any unit each call has the answer that was made for it."""
+    outer, seen = nesting(sequential=sequential)
+    step = Step()
+    result, crashes = await step.resumed(lambda: outer.run("go"))
+    assert result.output == "c1=ans-2 c2=ans-1"
+    assert returned(result.all_messages()[:3]) == {"c1": "ans-0", "c2": "ans-1"}
+    assert crashes == len(step.units) == 3 + 3 * 4
+    assert seen["outer"] == [0, 1, 2]
+    if sequential:  # what runs beside a crash and isn't recorded yet is done again
+        assert seen["inner"] == [("0", 0), ("0", 1), ("1", 0), ("1", 1), ("2", 0), ("2", 1)]
+        assert [text for text, _ in seen["noted"]] == ["0", "1", "2"]
+
+
+async def test_effect_keys_are_those_of_an_uninterrupted_run() -> None:
+    """Every tool call, nested or not, has a key of its own, the same with crashes and without."""
+    outer, seen = nesting()
+    await Step().attempt(lambda: outer.run("go"), first=True)
+    whole = sorted(seen["noted"])
+    assert len({key for _, key in whole}) == 3
+    outer, seen = nesting()
+    await Step().resumed(lambda: outer.run("go"))
+    assert sorted(set(seen["noted"])) == whole
+
+
+async def test_usage_is_that_of_an_uninterrupted_run() -> None:
+    """What nested agents used is counted once, whether their tool was called in this attempt or is replayed."""
+    outer, _ = nesting()
+    whole = (await outer.run("go")).usage  # outside of steps: the library's own count
+    step = Step()
+    for crash_after in [*range(1, 16), None]:
+        usage = RunUsage()
+        try:
+            await step.attempt(partial(outer.run, "go", usage=usage), crash_after=crash_after)
+        except Crash:
+            continue
+        assert usage == whole
+    assert (whole.requests, whole.tool_calls) == (9, 6)
+
+
+async def test_usage_limits_hold_across_nested_agents() -> None:
+    """A nested agent that is handed its caller's usage is bound by what was used before it."""
+    outer, seen = nesting()
+    with pytest.raises(UsageLimitExceeded):
+        await Step().attempt(lambda: outer.run("go", usage_limits=UsageLimits(request_limit=5)))
+    assert len(seen["outer"]) < 3
+
+
+# -- rule 2: identity
+
+
+@pytest.mark.parametrize("slow_first", [True, False])
+async def test_rule_2_two_calls_of_one_tool_keep_their_results_in_any_order(slow_first: bool) -> None:
+    """A hook that holds up one call or the other, the other way round after the crash, mixes nothing up."""
+    delays = {"a": 2, "b": 0} if slow_first else {"a": 0, "b": 2}
+
+    class Hook(AbstractCapability[Any]):
+        async def before_tool_execute(
+            self, ctx: RunContext[Any], *, call: Any, tool_def: ToolDefinition, args: dict[str, Any]
+        ) -> dict[str, Any]:
+            for _ in range(delays[args["what"]]):
+                await asyncio.sleep(0)
+            return args
+
+    model, _ = scripted([called("look", "c1", what="a"), called("look", "c2", what="b")], both_answers)
+    agent = durable(model, capabilities=[Hook()])
+    looked: list[str] = []
+
+    @agent.tool_plain
+    async def look(what: str) -> str:
+        looked.append(what)
+        return what.upper()
+
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: agent.run("go"), crash_after=2)
+    delays = {what: 2 - delay for what, delay in delays.items()}
+    assert (await step.attempt(lambda: agent.run("go"))).output == "c1=A c2=B"
+    assert sorted(looked) in (["a", "b"], ["a", "a", "b"], ["a", "b", "b"])
+
+
+async def test_rule_2_a_provider_may_use_a_call_id_again() -> None:
+    """The same id in a later response is another call."""
+    rolled: list[Any] = []
+
+    def roll_again(messages: list[ModelMessage]) -> Any:
+        rolled.append(returned(messages)["same"])
+        return called("roll", "same")
+
+    model, _ = scripted(called("roll", "same"), roll_again, both_answers)
+    agent = durable(model)
+    rolls = iter(range(1, 10))
+
+    @agent.tool_plain
+    def roll() -> int:
+        return next(rolls)
+
+    step = Step()
+    result, _ = await step.resumed(lambda: agent.run("go"))
+    assert (result.output, rolled, next(rolls)) == ("same=2", [1], 3)
+
+
+async def test_rule_2_the_library_hands_over_what_identifies_a_call() -> None:
+    """The inputs of each operation hold its run's context, which has run id, run step and tool call id."""
+    from paigeant.agents import durability
+
+    found: list[tuple[str, Any]] = []
+    original = durability._identity
+
+    def looked_into(place: Any, name: str, ctx: RunContext[Any] | None, cache_key: tuple[object, ...]) -> str:
+        assert ctx is not None
+        found.append((name.partition("__")[2], (ctx.run_id, ctx.run_step, ctx.tool_call_id)))
+        return original(place, name, ctx, cache_key)
+
+    outer, _ = nesting()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durability, "_identity", looked_into)
+        await Step().attempt(lambda: outer.run("go", run_id="R"))
+    assert ("model.request", ("R", 1, None)) in found
+    assert ("function_toolset__<agent>.call_tool:ask", ("R", 1, "c2")) in found
+    assert ("function_toolset__<agent>.call_tool:ask", ("R", 2, "c1")) in found
+
+
+# -- rule 3: modes
+
+
+@pytest.mark.parametrize("engine", [{}, {"sequential": True}])
+async def test_rule_3_events_come_in_the_order_of_the_calls(engine: dict[str, Any]) -> None:
+    """However long each tool takes, what is told of them comes in one order, so that it is the same on replay."""
+    handled: list[str] = []
+    running: list[int] = [0, 0]
+
+    async def watch(_: RunContext[Any], events: AsyncIterable[AgentStreamEvent]) -> None:
+        async for event in events:
+            if event.event_kind == "function_tool_result":
+                handled.append(event.tool_call_id)
+
+    calls = [called("look", "c1", turns=5), called("look", "c2", turns=0)]
+    agent = durable(TestModel(), engine={**engine, "event_stream_handler": watch})
+    streamed: Any = iter([calls, ["done"]])
+
+    async def stream(_: list[ModelMessage], __: AgentInfo) -> AsyncIterator[Any]:
+        for part in next(streamed):
+            if isinstance(part, str):
+                yield part
+            else:
+                yield {
+                    int(part.tool_call_id[1]): DeltaToolCall(
+                        name=part.tool_name, json_args=part.args_as_json_str(), tool_call_id=part.tool_call_id
+                    )
+                }
+
+    @agent.tool_plain
+    async def look(turns: int) -> int:
+        running[0] += 1
+        running[1] = max(running)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        running[0] -= 1
+        return turns
+
+    step = Step()
+    with agent.override(model=FunctionModel(stream_function=stream)):
+        await step.attempt(lambda: agent.run("go"))
+    assert handled == ["c1", "c2"]
+    assert running == [0, 1 if engine else 2]
+
+
+async def test_rule_3_who_wants_tools_in_sequence_gets_that() -> None:
+    """A mode that the caller has set is kept where replay allows it."""
+    running: list[int] = [0, 0]
+    model, _ = scripted([called("look", "c1"), called("look", "c2")], "done")
+    agent = durable(model)
+
+    @agent.tool_plain
+    async def look() -> None:
+        running[0] += 1
+        running[1] = max(running)
+        await asyncio.sleep(0)
+        running[0] -= 1
+
+    with agent.parallel_tool_call_execution_mode("sequential"):
+        await Step().attempt(lambda: agent.run("go"))
+    assert running == [0, 1]
+
+
+# -- rule 4: several runs in one step
+
+
+async def test_rule_4_agents_that_run_together_don_t_mix() -> None:
+    """Two agents at once, and one agent twice at once, keep their answers over crashes behind every unit."""
+    requests: list[str] = []
+
+    def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        requests.append(prompt_of(messages))
+        return ModelResponse(parts=[TextPart(f"said {prompt_of(messages)}")])
+
+    one, other = durable(FunctionModel(respond), name="one"), durable(FunctionModel(respond), name="other")
+
+    async def work() -> list[str]:
+        runs = await asyncio.gather(one.run("a"), other.run("b"), one.run("c"))
+        return [str(run.output) for run in runs]
+
+    step = Step()
+    outputs, _ = await step.resumed(work)
+    assert outputs == ["said a", "said b", "said c"]
+    assert len(step.units) == 3
+    assert await step.attempt(work) == outputs
+
+
+# -- rule 5: ids and histories
+
+
+async def test_rule_5_ids_and_usage_are_stable_moments_of_requests_are_not() -> None:
+    """A replay has the ids, the usage and, but for the moments of what was asked, the messages of the first run."""
+    outer, _ = nesting()
+    step = Step()
+    first = await step.attempt(lambda: outer.run("go"))
+    again = await step.attempt(lambda: outer.run("go"))
+    assert (first.run_id, first.conversation_id, first.usage) == (
+        again.run_id,
+        again.conversation_id,
+        again.usage,
+    )
+    assert first.run_id == "run:step:outer:1"
+    assert without_moments(first.all_messages_json()) == without_moments(again.all_messages_json())
+    answers = [[m for m in run.all_messages() if isinstance(m, ModelResponse)] for run in (first, again)]
+    assert answers[0] == answers[1]
+
+
+# -- rule 7: streams
+
+
+async def test_rule_7_a_stream_is_watched_once() -> None:
+    """The handler sees the deltas while the model is asked, and nothing of them when the request is replayed."""
+    seen: list[str] = []
+    asked: list[int] = []
+
+    async def watch(_: RunContext[Any], events: AsyncIterable[AgentStreamEvent]) -> None:
+        async for event in events:
+            seen.append(event.event_kind)
+
+    async def stream(_: list[ModelMessage], __: AgentInfo) -> AsyncIterator[str]:
+        asked.append(1)
+        for word in ("one ", "two ", "three"):
+            yield word
+
+    agent = durable(FunctionModel(stream_function=stream), engine={"event_stream_handler": watch})
+    step = Step()
+    result, _ = await step.resumed(lambda: agent.run("go"))
+    assert (result.output, len(asked)) == ("one two three", 1)
+    assert seen.count("part_delta") == 2
+    before = list(seen)
+    assert (await step.attempt(lambda: agent.run("go"))).output == "one two three"
+    assert seen == before
+
+
+async def test_rule_7_who_reads_a_replayed_run_gets_it_condensed() -> None:
+    """`run_stream` and `run_stream_events` give the recorded answer, without asking the model."""
+    asked: list[int] = []
+
+    async def stream(_: list[ModelMessage], __: AgentInfo) -> AsyncIterator[str]:
+        asked.append(1)
+        yield "one "
+        yield "two"
+
+    agent = durable(FunctionModel(stream_function=stream))
+
+    async def text() -> str:
+        async with agent.run_stream("go") as running:
+            return str(await running.get_output())
+
+    step = Step()
+    assert await step.attempt(text) == await step.attempt(text) == "one two"
+    assert len(asked) == 1
+
+
+# -- rule 8: what is refused
+
+
+async def test_rule_8_toolsets_of_a_run_are_refused() -> None:
+    """Tools that come with one run have no recorded identity: the error names the engine and what to do."""
+    agent = durable(TestModel())
+    extra = FunctionToolset[Any](id="extra")
+    extra.add_function(lambda: 1, name="one")
+    with pytest.raises(UserError, match="Paigeant"):
+        await Step().attempt(lambda: agent.run("go", toolsets=[extra]))
+
+
+async def test_rule_8_models_of_a_run_are_refused_unless_they_are_known() -> None:
+    """A model object that isn't registered is refused; by its id in `models` it is taken, and recorded under it."""
+    other = scripted("other")[0]
+    agent = durable(scripted("own")[0], engine={"models": {"other": other}})
+    with pytest.raises(UserError, match="was not registered with `PaigeantDurability`"):
+        await Step().attempt(lambda: agent.run("go", model=scripted("stranger")[0]))
+    step = Step()
+    assert (await step.attempt(lambda: agent.run("go", model="other"))).output == "other"
+    assert (await step.attempt(lambda: agent.run("go", model=other))).output == "other"
+    assert step.units == ["agent__model.request.other(agent:1,1)"]
+
+
+async def test_rule_8_a_model_that_overrides_the_agent_s_own_is_taken() -> None:
+    """`agent.override(model=...)`, as tests use it, stands for the model of the agent, also of one that has none."""
+    for agent in (durable(scripted("own")[0]), Agent(name="agent")):
+        engine: list[Any] = [] if agent.model is not None else [PaigeantDurability()]
+        step = Step()
+        with agent.override(model=scripted("other")[0]):
+            result = await step.attempt(partial(agent.run, "go", capabilities=engine))
+        assert result.output == "other"
+        assert step.units == ["agent__model.request(agent:1,1)"]
+
+
+async def test_rule_8_cancellation_tokens_are_refused() -> None:
+    """A token would end a run at a moment that nobody records."""
+    agent = durable(TestModel())
+    with pytest.raises(UserError, match="Paigeant"):
+        await Step().attempt(lambda: agent.run("go", cancellation_token=CancellationToken()))
+
+
+# -- rule 9: what a tool can't do
+
+
+@pytest.mark.parametrize("method", ["enqueue", "cancel"])
+async def test_rule_9_a_tool_can_t_steer_its_run(method: str) -> None:
+    """`ctx.enqueue()` and `ctx.cancel()` would be lost on replay, and raise inside a unit."""
+    model, _ = scripted(called("steer", "c1"), "done")
+    agent = durable(model)
+
+    @agent.tool
+    async def steer(ctx: RunContext[Any]) -> None:
+        getattr(ctx, method)(*(["more"] if method == "enqueue" else []))
+
+    with pytest.raises(UserError, match="unit"):
+        await Step().attempt(lambda: agent.run("go"))
+
+
+# -- rule 10: control flow is data
+
+
+@pytest.mark.parametrize(
+    ("raises", "told"),
+    [
+        (ModelRetry("once more"), "once more"),
+        (ToolFailed("no way"), "no way"),
+        (RunCancelled("stopped"), "stopped"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_rule_10_what_a_tool_tells_the_model_by_raising_is_recorded(
+    raises: Exception, told: str
+) -> None:
+    """A tool that raised isn't called again on replay, and the model reads the same."""
+    model, requests = scripted(called("look", "c1"), lambda messages: str(returned(messages)["c1"]))
+    agent = durable(model)
+    looked: list[int] = []
+
+    @agent.tool_plain
+    async def look() -> None:
+        looked.append(1)
+        raise raises
+
+    step = Step()
+    result, crashes = await step.resumed(lambda: agent.run("go"))
+    assert (await step.attempt(lambda: agent.run("go"))).output == result.output
+    assert told in result.output
+    assert (len(looked), requests, crashes) == (1, [0, 1], 3)
+
+
+@pytest.mark.parametrize("raises", [ApprovalRequired(metadata={"why": 1}), CallDeferred(metadata={"why": 1})])
+async def test_rule_10_deferred_calls_are_recorded(raises: Exception) -> None:
+    """A call that needs approval or is done elsewhere is the same output on replay, and its tool isn't called."""
+    model, _ = scripted(called("pay", "c1"), "done")
+    agent = durable(model, output_type=[str, DeferredToolRequests])
+    paid: list[int] = []
+
+    @agent.tool_plain
+    async def pay() -> None:
+        paid.append(1)
+        raise raises
+
+    step = Step()
+    result, _ = await step.resumed(lambda: agent.run("go"))
+    again = await step.attempt(lambda: agent.run("go"))
+    assert again.output == result.output
+    assert result.output.metadata == {"c1": {"why": 1}}
+    assert len(paid) == 1
+
+
+async def test_rule_10_arguments_that_a_tool_finds_invalid_are_recorded() -> None:
+    """A validation error inside a tool is the model's to mend: recorded, told again, not raised at anybody."""
+
+    class Size(BaseModel):
+        size: int = Field(gt=0)
+
+    model, _ = scripted(called("look", "c1"), lambda messages: str(returned(messages)["c1"]))
+    agent = durable(model)
+    looked: list[int] = []
+
+    @agent.tool_plain
+    async def look() -> None:
+        looked.append(1)
+        Size(size=-1)
+
+    step = Step()
+    result, _ = await step.resumed(lambda: agent.run("go"))
+    assert "greater than 0" in result.output
+    assert (await step.attempt(lambda: agent.run("go"))).output == result.output
+    assert len(looked) == 1
+
+
+# -- rule 11 and records that can't be written or read
+
+
+async def test_rule_11_what_can_t_be_written_as_json_is_final() -> None:
+    """A result that JSON can't hold can't be recorded: an error of ours that isn't tried again."""
+    model, _ = scripted(called("look", "c1"), "done")
+    agent = durable(model)
+
+    @agent.tool_plain
+    def look() -> Any:
+        return {"socket": object()}
+
+    with pytest.raises(OutputInvalid, match="can't be recorded as JSON"):
+        await Step().attempt(lambda: agent.run("go"))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b'{"value": {"kind": "other"}}',
+        b'{"value": 1}',
+        b"7",
+        b"null",
+        b'{"value": {"kind": "tool_return"}, "usage": 1}',
+    ],
+)
+async def test_a_record_that_can_t_be_read_calls_no_tool(record: bytes) -> None:
+    """It is an error of ours, which ends the step, and none of the arguments, which would have the tool run again."""
+    model, requests = scripted(called("pay", "c1"), "done")
+    agent = durable(model)
+    paid: list[int] = []
+
+    @agent.tool_plain
+    def pay() -> int:
+        paid.append(1)
+        return 1
+
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: agent.run("go"), crash_after=1)
+    await step.store.save_unit(
+        step.key, 'agent__function_toolset__<agent>.call_tool:pay(agent:1,1,"c1")', record
+    )
+    with pytest.raises(UnitUnreadable, match="record"):
+        await step.attempt(lambda: agent.run("go"))
+    assert (paid, requests) == ([], [0])
+
+
+async def test_numbers_and_texts_come_back_as_at_the_first_time() -> None:
+    """What a tool gave reads the same for the model in the first attempt and in a later one."""
+
+    @dataclass
+    class Thing:
+        raw: bytes
+        size: float
+
+    seen: list[str] = []
+
+    def tell(messages: list[ModelMessage]) -> str:
+        seen.append(repr(returned(messages)["c1"]))
+        return "done"
+
+    model, _ = scripted(called("look", "c1"), tell)
+    agent = durable(model)
+
+    @agent.tool_plain
+    def look() -> Any:
+        return [
+            Thing(b"raw", 1.0),
+            float("nan"),
+            float("inf"),
+            1e22,
+            -0.0,
+            "ü\0",
+            10**30,
+            (1, {2: None}),
+        ]
+
+    step = Step()
+    await step.attempt(lambda: agent.run("go"))
+    # Take the answer to it away: it is asked for anew, of the recorded result.
+    step.store._units.pop((step.key, "agent__model.request(agent:1,2)"))
+    await step.attempt(lambda: agent.run("go"))
+    assert len(set(seen)) == 1
+    assert len(seen) == 2
+
+
+# -- rule 12: at least once, or at most once
+
+
+async def test_rule_12_a_crash_before_the_record_repeats_the_call_under_the_same_key() -> None:
+    """Whoever has the effect can tell a repetition by the effect key."""
+    model, _ = scripted(called("pay", "c1"), "done")
+    agent = durable(model)
+    keys: list[str] = []
+
+    @agent.tool_plain
+    async def pay() -> int:
+        keys.append(effect_key())
+        if len(keys) == 1:
+            raise Crash
+        return 1
+
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: agent.run("go"))
+    await step.attempt(lambda: agent.run("go"))
+    assert len(keys) == 2
+    assert len(set(keys)) == 1
+
+
+async def test_rule_12_a_tool_that_is_called_once_at_most() -> None:
+    """Marked so in its metadata, it isn't called again when its outcome was lost: the step fails for good."""
+    model, _ = scripted(called("pay", "c1"), "done")
+    agent = durable(model)
+    paid: list[int] = []
+
+    @agent.tool_plain(metadata={"paigeant": {"at_most_once": True}})
+    async def pay() -> int:
+        paid.append(1)
+        raise Crash
+
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: agent.run("go"))
+    with pytest.raises(OutcomeUnknown, match="tool 'pay' of agent 'agent' may be done at most once"):
+        await step.attempt(lambda: agent.run("go"))
+    assert len(paid) == 1
+
+
+# -- rule 13: retries
+
+
+async def test_rule_13_tools_are_not_tried_again_unless_they_say_so() -> None:
+    """An error of a tool fails the attempt at once; `retries` in the tool's metadata tries it again within it."""
+    model, _ = scripted(called("look", "c1"), both_answers)
+    failures = iter([ConnectionError(), ConnectionError(), ConnectionError()])
+
+    def look() -> str:
+        for failure in failures:
+            raise failure
+        return "there"
+
+    agent = durable(model)
+    agent.tool_plain(look)
+    with pytest.raises(ConnectionError):
+        await Step().attempt(lambda: agent.run("go"))
+    agent = durable(model)
+    agent.tool_plain(metadata={"paigeant": {"retries": RetryPolicy(attempts=3, base=0.0)}})(look)
+    assert (await Step().attempt(lambda: agent.run("go"))).output == "c1=there"
+
+
+async def test_rule_13_a_tool_s_timeout_is_for_each_try() -> None:
+    """It ends a try, and the error says which tool it was."""
+    model, _ = scripted(called("look", "c1"), "done")
+    agent = durable(model)
+
+    @agent.tool_plain(metadata={"paigeant": {"timeout": 0.01}})
+    async def look() -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(TimeoutError, match=r"tool 'look' of agent 'agent' took longer than 0\.01 s"):
+        await Step().attempt(lambda: agent.run("go"))
+
+
+async def test_rule_13_a_tool_may_run_inline() -> None:
+    """Then nothing of it is recorded, and it is called again on replay; `False` says the same."""
+    for metadata in ({"paigeant": {"inline": True}}, {"paigeant": False}):
+        model, _ = scripted(called("look", "c1"), both_answers)
+        agent = durable(model)
+        looked: list[int] = []
+
+        @agent.tool_plain(metadata=metadata)
+        def look() -> int:
+            looked.append(1)  # noqa: B023  # it is called within this turn of the loop
+            return 1
+
+        step = Step()
+        await step.attempt(partial(agent.run, "go"))
+        await step.attempt(partial(agent.run, "go"))
+        assert len(looked) == 2
+        assert len(step.units) == 2
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({"retry": 2}, "there is no 'retry'; did you mean 'retries'"),
+        ({"retries": -1}, "retries is a number"),
+        ({"timeout": 0}, "above 0"),
+        ({"inline": "yes"}, "True or False"),
+        ({"at_most_once": True, "retries": 1}, "not tried again"),
+        ({"at_most_once": True, "inline": True}, "is recorded"),
+        ("no", "a dict or False"),
+        (True, "a dict or False"),
+    ],
+)
+def test_options_of_tools_are_checked_when_the_engine_is_attached(told: Any, says: str) -> None:
+    """A wrong one is an error where the agent is made, not in the middle of a run."""
+    toolset = FunctionToolset[Any](id="tools")
+    toolset.add_function(lambda: 1, name="look", metadata={"paigeant": told})
+    with pytest.raises(InvalidDefinition, match=f"metadata 'paigeant' of tool 'look': .*{says}"):
+        durable(TestModel(), toolsets=[toolset])
+
+
+def failing(error: Callable[[], Exception], times: int) -> tuple[FunctionModel, list[int]]:
+    """A model that fails so many times before it answers."""
+    asked: list[int] = []
+
+    def respond(_: list[ModelMessage], __: AgentInfo) -> ModelResponse:
+        asked.append(1)
+        if len(asked) <= times:
+            raise error()
+        return ModelResponse(parts=[TextPart("there")])
+
+    return FunctionModel(respond), asked
+
+
+QUICK = RetryPolicy(attempts=3, base=0.0)
+
+
+async def test_rule_13_a_model_is_asked_again_when_the_trouble_may_pass() -> None:
+    """Some tries within the attempt, so that a long run doesn't use up the step's; then the attempt fails."""
+    model, asked = failing(lambda: ModelHTTPError(503, "m"), 2)
+    agent = durable(model, engine={"model_retries": QUICK})
+    assert (await Step().attempt(lambda: agent.run("go"))).output == "there"
+    assert len(asked) == 3
+    model, asked = failing(lambda: ModelHTTPError(429, "m"), 3)
+    agent = durable(model, engine={"model_retries": QUICK})
+    with pytest.raises(ModelHTTPError):
+        await Step().attempt(lambda: agent.run("go"))
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("status", [400, 401, 402, 404, 422])
+async def test_rule_13_a_model_is_not_asked_again_for_what_stays(status: int) -> None:
+    """A request that is rejected, not allowed or not paid for isn't sent again."""
+    model, asked = failing(lambda: ModelHTTPError(status, "m"), 3)
+    agent = durable(model, engine={"model_retries": QUICK})
+    with pytest.raises(ModelHTTPError):
+        await Step().attempt(lambda: agent.run("go"))
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("asks_for", "times"), [("50", 2), ("3600000", 1)])
+async def test_rule_13_retry_after_is_honoured(asks_for: str, times: int) -> None:
+    """No try comes before the time that the provider asks for; one that asks for too long has the step wait."""
+    model, asked = failing(lambda: ModelHTTPError(429, "m", headers={"retry-after-ms": asks_for}), 1)
+    agent = durable(model, engine={"model_retries": QUICK})
+    began = asyncio.get_running_loop().time()
+    if times == 1:
+        with pytest.raises(ModelHTTPError):
+            await Step().attempt(lambda: agent.run("go"))
+    else:
+        await Step().attempt(lambda: agent.run("go"))
+        assert asyncio.get_running_loop().time() - began >= 0.05
+    assert len(asked) == times
+
+
+async def test_rule_13_a_stream_that_broke_is_not_begun_again_in_the_same_attempt() -> None:
+    """Somebody has seen a part of it: the attempt fails, and the next one is told apart by its number."""
+    asked: list[int] = []
+
+    async def stream(_: list[ModelMessage], __: AgentInfo) -> AsyncIterator[str]:
+        asked.append(1)
+        yield "one"
+        raise ModelHTTPError(503, "m")
+
+    async def watch(_: RunContext[Any], events: AsyncIterable[AgentStreamEvent]) -> None:
+        async for _event in events:
+            pass
+
+    engine = {"model_retries": QUICK, "event_stream_handler": watch}
+    agent = durable(FunctionModel(stream_function=stream), engine=engine)
+    with pytest.raises(ModelHTTPError):
+        await Step().attempt(lambda: agent.run("go"))
+    assert len(asked) == 1
+
+
+# -- rule 14: names
+
+
+def test_rule_14_an_agent_needs_a_name() -> None:
+    """Its units are named after it."""
+    with pytest.raises(UserError, match="unique `name`"):
+        Agent(TestModel(), capabilities=[PaigeantDurability()])
+
+
+def test_rule_14_toolsets_need_ids_of_their_own() -> None:
+    """Two of the same id, or a dynamic one without, are found when the engine is attached."""
+    with pytest.raises(UserError, match="same `id` 'x'"):
+        durable(TestModel(), toolsets=[FunctionToolset[Any](id="x"), FunctionToolset[Any](id="x")])
+    with pytest.raises(UserError, match="`id`"):
+        durable(TestModel(), toolsets=[DynamicToolset(lambda _: FunctionToolset[Any]())])
+
+
+def test_only_one_engine_can_be_attached() -> None:
+    """Two would take each other's work."""
+    with pytest.raises(UserError, match="durable execution engine"):
+        Agent(TestModel(), name="a", capabilities=[PaigeantDurability(), PaigeantDurability()])
+
+
+# -- rule 15: size
+
+
+async def test_rule_15_what_is_written_grows_with_the_conversation() -> None:
+    """Requests carry the whole history each time, records only what is new: twice the turns, twice the bytes."""
+
+    async def written(turns: int) -> int:
+        calls = [called("look", f"c{turn}") for turn in range(turns)]
+        model, _ = scripted(*calls, "done")
+        agent = durable(model)
+
+        @agent.tool_plain
+        def look() -> str:
+            return "x" * 10_000
+
+        step = Step()
+        await step.attempt(lambda: agent.run("go", usage_limits=UsageLimits(request_limit=None)))
+        return sum(len(value) for value in (await step.store.load_units(step.key)).values())
+
+    ten, forty = await written(10), await written(40)
+    assert ten < 200_000
+    assert forty < 4.2 * ten
+
+
+# -- rule 16: deadlines and pauses
+
+
+async def test_rule_16_a_deadline_counts_from_the_first_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timeout=` of a run is over when it is over, however many attempts there were."""
+    from paigeant.agents import durability
+    from paigeant.testing import ManualClock
+
+    clock = ManualClock()
+    monkeypatch.setattr(durability, "_CLOCK", clock)
+    agent = durable(scripted("done")[0])
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: agent.run("go", timeout=5), crash_after=1)
+    deadlines: list[Any] = []
+
+    @agent.instructions
+    def note(ctx: RunContext[Any]) -> str:
+        deadlines.append(ctx.deadline)
+        return ""
+
+    began = clock.now()
+    clock.advance(1000)
+    with pytest.raises(Exception, match=r"timeout|timed out|deadline|Timed out"):
+        await step.attempt(lambda: agent.run("go", timeout=5))
+    assert began  # the instant that was recorded lies long back, for the library's own clock as well
+
+
+async def test_rule_16_a_pause_of_the_library_isn_t_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two polls of a response the run waits until a recorded instant: a resumed run waits for the rest."""
+    from pydantic_ai._agent_graph import _agent_graph_sleep
+
+    from paigeant.agents import durability
+    from paigeant.testing import ManualClock
+
+    clock = ManualClock()
+    monkeypatch.setattr(durability, "_CLOCK", clock)
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    class Pausing(AbstractCapability[Any]):
+        async def before_model_request(self, ctx: RunContext[Any], request_context: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(asyncio, "sleep", sleep)
+                await _agent_graph_sleep(60.0)
+            return request_context
+
+    agent = durable(scripted("done")[0], capabilities=[Pausing()])
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: agent.run("go"), crash_after=1)
+    clock.advance(45)
+    await step.attempt(lambda: agent.run("go"))
+    assert slept == [15.0]

@@ -1,0 +1,310 @@
+"""The journal: what is recorded of a step, and what a later attempt makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from typing import Any
+
+import pytest
+from tests.agents.steps import Crash, Step
+
+from paigeant import ActivityRegistry, StepContext, Workflow
+from paigeant.errors import OutcomeUnknown, OutsideStep
+from paigeant.journal import Done, Place, Unit, current_place, effect_key
+from paigeant.testing import MemoryApp
+
+
+def here() -> Place:
+    """The current place, of which a test knows that there is one."""
+    place = current_place()
+    assert place is not None
+    return place
+
+
+async def do(name: str, value: bytes = b"1", **options: Any) -> Done:
+    """Do a unit that gives `value`."""
+
+    async def produce() -> bytes:
+        return value
+
+    return await here().do(here().name(name), Unit(name, **options), produce)
+
+
+async def test_a_unit_is_done_once() -> None:
+    """The attempt after a crash gets the record, and one that finds it all recorded writes nothing."""
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: do("u", b"1"), crash_after=1)
+    assert await step.attempt(lambda: do("u", b"2")) == Done(b"1", executed=False)
+    assert step.units == ["u"]
+
+
+async def test_a_fresh_step_reads_nothing_and_another_one_reads_once() -> None:
+    """The first attempt of a step reads no record, a later one all of them in one go, however many ask at once."""
+    step = Step()
+
+    async def work() -> list[Done]:
+        return list(await asyncio.gather(*(do(f"u{number}") for number in range(5))))
+
+    await step.attempt(work, first=True)
+    assert step.read == 0
+    assert not any(done.executed for done in await step.attempt(work))
+    assert step.read == 1
+
+
+async def test_what_another_worker_recorded_first_stands() -> None:
+    """Two attempts that run at the same time go on with the same value, whoever was later."""
+    step = Step()
+    both = asyncio.Barrier(2)
+
+    def work(value: bytes) -> Any:
+        async def produce() -> bytes:
+            await both.wait()
+            return value
+
+        return lambda: here().do("u", Unit("u"), produce)
+
+    one, other = await asyncio.gather(step.attempt(work(b"1")), step.attempt(work(b"2")))
+    assert one.value == other.value
+    assert one.executed
+    assert other.executed
+
+
+async def test_the_units_within_a_unit_are_its_own() -> None:
+    """The same name within two units, and beside them, are three units; each counts on by itself."""
+    step = Step()
+
+    async def outer() -> bytes:
+        await do("u")
+        await do("u")
+        return b"1"
+
+    async def work() -> None:
+        await do("u")
+        for _ in range(2):
+            await here().do(here().name("outer"), Unit("outer"), outer)
+
+    await step.attempt(work)
+    assert len(set(step.units)) == len(step.units) == 7
+    assert [name.partition("/")[2] or name for name in step.units] == [
+        *("u", "u", "u#2", "outer", "u", "u#2", "outer#2"),
+    ]
+
+
+async def test_a_unit_that_is_recorded_hides_what_was_done_within() -> None:
+    """Units within a recorded one are not asked for, and those of the next one are not taken for them."""
+    step = Step()
+    said: list[str] = []
+
+    def outer(text: str) -> Any:
+        async def produce() -> bytes:
+            async def inner() -> bytes:
+                said.append(text)
+                return text.encode()
+
+            return (await here().do(here().name("inner"), Unit("inner"), inner)).value
+
+        return produce
+
+    async def work() -> list[bytes]:
+        return [
+            (await here().do(here().name("outer"), Unit("outer"), outer(text))).value for text in ("1", "2")
+        ]
+
+    for crash_after in (2, 1, 1):
+        with pytest.raises(Crash):
+            await step.attempt(work, crash_after=crash_after)
+    assert (await step.attempt(work), said) == ([b"1", b"2"], ["1", "2"])
+
+
+async def test_a_name_of_any_length_is_kept_apart() -> None:
+    """Very long names are cut where a store's index would not hold them, and stay different."""
+    step = Step()
+
+    async def work() -> None:
+        await do("u" * 1000 + "1")
+        await do("u" * 1000 + "2")
+
+    await step.attempt(work)
+    assert len(set(step.units)) == 2
+    assert all(len(name) <= 300 for name in step.units)
+
+
+# -- effect keys
+
+
+async def test_an_effect_key_is_the_same_for_a_repeated_call() -> None:
+    """It names the step's effects outside of units, and each unit's own within, in every attempt."""
+    step = Step()
+    keys: list[str] = []
+
+    async def produce() -> bytes:
+        keys.append(effect_key())
+        raise Crash
+
+    async def work() -> Any:
+        keys.append(effect_key())
+        return await here().do(here().name("u"), Unit("u"), produce)
+
+    for _ in range(2):
+        with pytest.raises(Crash):
+            await step.attempt(work)
+    assert keys[:2] == keys[2:]
+    assert keys[0] == "run:step"
+    assert keys[1].startswith("run:step:")
+
+
+async def test_there_is_no_effect_key_outside_of_steps() -> None:
+    """Nothing would be the same at a repetition; the error says how a thread of one's own comes to know the step."""
+    with pytest.raises(OutsideStep, match="copy_context"):
+        effect_key()
+
+
+async def test_threads_know_their_step() -> None:
+    """A plain function that is an activity, and a thread with a copy of the context, have the step's key."""
+    activity = ActivityRegistry()
+    keys: list[str] = []
+
+    @activity.execute()
+    def plain(context: StepContext) -> None:
+        keys.extend((context.idempotency_key, effect_key()))
+        thread = threading.Thread(
+            target=contextvars.copy_context().run, args=(lambda: keys.append(effect_key()),)
+        )
+        thread.start()
+        thread.join()
+
+    async with MemoryApp(activity) as app:
+        await app.dispatch(Workflow("w", ["plain"]), workflow_id="r")
+        await app.drain()
+    assert keys == ["r:plain"] * 3
+
+
+async def test_what_is_done_once_has_a_key_of_its_own() -> None:
+    """In what `ctx.once` does the key is that unit's, and what is once done within it is part of it."""
+    activity = ActivityRegistry()
+    keys: list[str] = []
+
+    @activity.execute(retries=1)
+    async def act(context: StepContext) -> int:
+        async def outer() -> int:
+            keys.append(effect_key())
+            first: int = await context.once("inner", lambda: keys.append(effect_key()) or context.attempt)  # type: ignore[func-returns-value]  # None, so it goes on
+            if context.attempt == 1:
+                raise ConnectionError
+            return first
+
+        return int(await context.once("outer", outer))
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["act"]), workflow_id="r")
+        await app.drain()
+        assert (await run.wait()).output == 1
+    assert len(keys) == 3
+    assert keys[0] == keys[2] != keys[1]
+
+
+# -- tries
+
+
+async def test_a_unit_is_tried_again_as_it_says() -> None:
+    """A failed try is followed by another one, until `delay` gives none; what is recorded within it is kept."""
+    step = Step()
+    tries: list[int] = []
+    inner: list[int] = []
+
+    async def produce() -> bytes:
+        async def once() -> bytes:
+            inner.append(1)
+            return b"1"
+
+        tries.append(1)
+        await here().do(here().name("inner"), Unit("inner"), once)
+        if len(tries) < 3:
+            raise ConnectionError
+        return b"2"
+
+    def work(most: int) -> Any:
+        unit = Unit("u", delay=lambda number, _: 0.0 if number < most else None)
+        return lambda: here().do("u", unit, produce)
+
+    with pytest.raises(ConnectionError):
+        await step.attempt(work(2))
+    assert await step.attempt(work(2)) == Done(b"2", executed=True)
+    assert (len(tries), len(inner)) == (3, 1)
+
+
+async def test_a_try_that_takes_too_long_is_an_error_that_says_so() -> None:
+    """`timeout` bounds a try; a TimeoutError of the work's own stays what it is."""
+
+    async def never() -> bytes:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def other() -> bytes:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match=r"the thing took longer than 0\.01 s"):
+        await Step().attempt(lambda: here().do("u", Unit("the thing", timeout=0.01), never))
+    with pytest.raises(TimeoutError, match="its own"):
+        await Step().attempt(lambda: here().do("u", Unit("the thing", timeout=10), other))
+
+
+async def test_what_may_be_done_once_at_most_is_not_begun_again() -> None:
+    """That it begins is recorded first: when the outcome is lost, the next attempt fails and names the effect key."""
+    step = Step()
+    keys: list[str] = []
+
+    async def produce() -> bytes:
+        keys.append(effect_key())
+        raise Crash
+
+    def work() -> Any:
+        return here().do("u", Unit("the payment", at_most_once=True), produce)
+
+    with pytest.raises(Crash):
+        await step.attempt(work)
+    with pytest.raises(
+        OutcomeUnknown, match="the payment may be done at most once; it was begun before"
+    ) as caught:
+        await step.attempt(work)
+    assert len(keys) == 1
+    assert keys[0] in str(caught.value)
+
+
+async def test_what_was_done_once_at_most_and_recorded_is_replayed() -> None:
+    """Its record is as good as any other's."""
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: do("u", b"7", at_most_once=True), crash_after=2)
+    assert await step.attempt(lambda: do("u", b"8", at_most_once=True)) == Done(b"7", executed=False)
+
+
+async def test_only_one_of_two_workers_begins_what_may_be_done_once_at_most() -> None:
+    """Of two attempts at the same time one does it, and the other fails."""
+    step = Step()
+    done: list[int] = []
+
+    async def produce() -> bytes:
+        done.append(1)
+        await asyncio.sleep(0)
+        return b"1"
+
+    def work() -> Any:
+        return here().do("u", Unit("u", at_most_once=True), produce)
+
+    answers = await asyncio.gather(step.attempt(work), step.attempt(work), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {Done, OutcomeUnknown}
+    assert len(done) == 1
+
+
+async def test_what_may_be_done_once_at_most_and_fails_is_final() -> None:
+    """Nobody can tell whether it took effect, so the error ends the step and says what was raised."""
+
+    async def produce() -> bytes:
+        raise ConnectionError("reset by peer")
+
+    with pytest.raises(OutcomeUnknown, match="failed: ConnectionError: reset by peer"):
+        await Step().attempt(lambda: here().do("u", Unit("u", at_most_once=True), produce))
