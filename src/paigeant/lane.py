@@ -13,15 +13,15 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, Dialect
 
 from paigeant.errors import StoreUnavailable
 
-__all__ = ["Blocked", "Contended", "Driver", "Handler", "Lane", "Tx", "transact"]
+__all__ = ["Blocked", "Contended", "Driver", "Handler", "Lane", "Tx", "needing", "transact"]
 
 log = logging.getLogger("paigeant.lane")
 
@@ -74,11 +74,13 @@ class Driver(Protocol):
 class Tx:
     """A transaction in progress: its driver, its instant, and what others shall hear once it is committed."""
 
-    __slots__ = ("driver", "rings")
+    __slots__ = ("driver", "locked", "rings")
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self.rings: set[str] = set()
+        self.locked: set[str] = set()
+        """The runs that no other transaction can change until its end."""
 
     @property
     def now(self) -> float:
@@ -93,6 +95,24 @@ class Tx:
 
 Handler = Callable[[Tx, Sequence[Any]], Sequence[Any]]
 """Does the requests of one kind within a transaction and gives a result for each, in their order."""
+
+Marked = TypeVar("Marked", bound=Callable[..., Any])
+
+
+def needing(
+    take: Callable[[Tx, set[str]], object], of: Callable[[Any], Iterable[str]]
+) -> Callable[[Marked], Marked]:
+    """Marks a handler: before any handler of its transaction works, `take` gets what they all need `of` each request.
+
+    Taken by one handler after the other, locks would come in no order: two transactions could wait for each other.
+    """
+
+    def mark(handler: Marked) -> Marked:
+        vars(handler)["needs"] = take, of
+        return handler
+
+    return mark
+
 
 Begin = Callable[[Connection, bool], AbstractContextManager[Tx]]
 """A transaction on a connection, durable or not, committed at the end of the block."""
@@ -306,11 +326,18 @@ def transact(
     kinds: dict[Handler, list[int]] = {}
     for place, (handler, _) in enumerate(requests):
         kinds.setdefault(handler, []).append(place)
+    needs: dict[Callable[[Tx, set[str]], object], set[str]] = {}
+    for handler, request in requests:
+        if (need := getattr(handler, "needs", None)) is not None:
+            take, of = need
+            needs.setdefault(take, set()).update(of(request))
     reason = ""
     for attempt in range(_TRIES):
         results: list[Any] = [None] * len(requests)
         try:
             with begin(connected(), durable) as tx:
+                for take, names in needs.items():
+                    take(tx, names)
                 for handler, places in kinds.items():
                     answers = handler(tx, [requests[place][1] for place in places])
                     for place, answer in zip(places, answers, strict=True):

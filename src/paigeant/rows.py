@@ -171,14 +171,16 @@ def lock_runs(tx: Tx, workflow_ids: Collection[str], *, only_free: bool = False)
     is one writer at a time, and nothing to do.
     """
     ids = set(workflow_ids)
-    if tx.driver.dialect.name == "sqlite" or not ids:
+    if tx.driver.dialect.name == "sqlite" or ids <= tx.locked:
         return ids
     if only_free:
         free = {run_id for (run_id,) in _LOCK_FREE.rows(tx, json.dumps(sorted(ids)))}
         if len(free) < len(ids):
             _END_STUCK.rows(tx, STUCK_SECONDS)
+        tx.locked |= free
         return free
-    _LOCK.each(tx, [(json.dumps(sorted(ids)),)])
+    _LOCK.each(tx, [(json.dumps(sorted(ids - tx.locked)),)])
+    tx.locked |= ids
     return ids
 
 

@@ -27,7 +27,7 @@ from sqlalchemy import (
 from paigeant import codec, ledger
 from paigeant.database import Database
 from paigeant.errors import InputInvalid, InvalidTransition, PaigeantError, RunConflict, RunNotFound
-from paigeant.lane import Tx
+from paigeant.lane import Tx, needing
 from paigeant.ledger import Changes
 from paigeant.message import MessageId
 from paigeant.prepared import Prepared, upsert
@@ -144,6 +144,10 @@ class _Beat(NamedTuple):
     forgotten: Running
 
 
+_its_run = needing(lock_runs, lambda request: (request[0],))
+"""Marks a handler of requests that begin with the id of a run."""
+
+
 class SqlStore:
     """Runs, steps and variables in SQL tables. The database may be shared with a transport."""
 
@@ -258,6 +262,7 @@ class SqlStore:
         # Lost with the power, it is claimed again; its result brings the fsync.
         return await self.database.write(self._claim, request, durable=False)
 
+    @needing(lock_runs, lambda request: (request.key.workflow_id,))
     def _claim(self, tx: Tx, requests: Sequence[ClaimRequest]) -> list[Grant | Refused]:
         heads = heads_of(tx, [request.key for request in requests])
         changes = Changes()
@@ -279,6 +284,7 @@ class SqlStore:
     ) -> Recorded | Refused:
         return await self.database.write(self._record, _Result(result, posting))
 
+    @needing(lock_runs, lambda request: (request.result.key.workflow_id,))
     def _record(self, tx: Tx, requests: Sequence[_Result]) -> list[Recorded | Refused]:
         heads = heads_of(tx, [result.key for result, _ in requests])
         changes = Changes()
@@ -303,6 +309,7 @@ class SqlStore:
     async def release_steps(self, worker: str, steps: Running) -> list[StepKey]:
         return await self.database.write(self._release, (worker, steps))
 
+    @needing(lock_runs, lambda request: [key.workflow_id for key, _ in request[1]])
     def _release(self, tx: Tx, requests: Sequence[tuple[str, Running]]) -> list[list[StepKey]]:
         heads = heads_of(tx, [key for _, steps in requests for key, _ in steps])
         changes = Changes()
@@ -427,6 +434,7 @@ class SqlStore:
         status: RunStatus = _unwrap(await self.database.write(self._cancel, (workflow_id, reason)))
         return status
 
+    @_its_run
     def _cancel(self, tx: Tx, requests: Sequence[tuple[str, str]]) -> list[RunStatus | PaigeantError]:
         def stop(reason: str, detail: RunDetail, changes: Changes) -> RunStatus:
             limit = self.inline_bytes
@@ -438,6 +446,7 @@ class SqlStore:
         status: RunStatus = _unwrap(await self.database.write(self._retry, workflow_id))
         return status
 
+    @needing(lock_runs, lambda workflow_id: (workflow_id,))
     def _retry(self, tx: Tx, requests: Sequence[str]) -> list[RunStatus | PaigeantError]:
         resume = partial(ledger.resume, now=tx.now, inline_bytes=self.inline_bytes)
         return [self._turn(tx, run_id, resume) for run_id in requests]
@@ -520,6 +529,7 @@ class SqlStore:
             raise InputInvalid(f"variable '{key}' can't be written as JSON: {exc}") from exc
         _unwrap(await self.database.write(self._save_variable, (workflow_id, key, text)))
 
+    @_its_run
     def _save_variable(self, tx: Tx, requests: Sequence[tuple[str, str, str]]) -> list[PaigeantError | None]:
         lock_runs(tx, {run_id for run_id, _, _ in requests})
         statuses = statuses_of(tx, [run_id for run_id, _, _ in requests])
@@ -560,6 +570,7 @@ class SqlStore:
     async def record_signal(self, workflow_id: str, name: str, value: bytes) -> None:
         _unwrap(await self.database.write(self._signal, (workflow_id, name, value)))
 
+    @_its_run
     def _signal(self, tx: Tx, requests: Sequence[tuple[str, str, bytes]]) -> list[PaigeantError | None]:
         lock_runs(tx, {run_id for run_id, _, _ in requests})
         statuses = statuses_of(tx, [run_id for run_id, _, _ in requests])
