@@ -134,8 +134,9 @@ class Lane:
     """Runs transactions one by one, on a connection of its own that `connect` gives and `begin` begins them on.
 
     `guard` turns the driver's errors into ours, `is_lost` tells whether a connection can't be used any more.
-    `committed` is called in the thread after each transaction that rang for something, `tidy` when the results are on
-    their way; `heard` in the event loop. A transaction that takes longer than `limit` seconds is cut off with `cut`.
+    `committed` is called in the thread after each transaction that rang for something, `tidy` after each, when its
+    results are on their way, with what it rang for; `heard` in the event loop. A transaction that takes longer than
+    `limit` seconds is cut off with `cut`.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class Lane:
         is_lost: Callable[[Connection], bool] = lambda _: False,
         committed: Callable[[set[str]], None] = lambda _: None,
         heard: Callable[[frozenset[str]], None] = lambda _: None,
-        tidy: Callable[[Connection], None] = lambda _: None,
+        tidy: Callable[[Connection, set[str]], None] = lambda *_: None,
         limit: float | None = None,
         cut: Callable[[Connection], None] = lambda _: None,
     ) -> None:
@@ -267,7 +268,7 @@ class Lane:
                 self._loop.call_soon_threadsafe(self._done, batch, results, rings)
             try:
                 if self._connection is not None:
-                    self._tidy(self._connection)
+                    self._tidy(self._connection, rings)
             except Exception:  # without this thread nobody would ever get an answer again
                 log.exception("tidying up after a commit failed")
         self._disconnect()

@@ -465,20 +465,24 @@ def details_of(tx: Tx, workflow_ids: Collection[str], inline_bytes: int | None) 
     """The runs that there are, with all of their rows."""
     ids = json.dumps(list(workflow_ids))
     limit = sys.maxsize if inline_bytes is None else inline_bytes
+    # All asked first and then read: one round trip.
+    step_rows = _DETAIL_STEPS.ask(tx, limit, limit, ids)
+    variable_rows, signal_rows = _DETAIL_VARIABLES.ask(tx, ids), _DETAIL_SIGNALS.ask(tx, ids)
+    run_rows = _DETAIL_RUNS.ask(tx, ids)
     steps: dict[str, list[StepRecord]] = {}
     stored: dict[str, set[str]] = {}
-    for too_large, *values in _DETAIL_STEPS.rows(tx, limit, limit, ids):
+    for too_large, *values in step_rows():
         step = _step(dict(zip(_DETAIL_STEP_FIELDS, values, strict=True)))
         steps.setdefault(step.workflow_id, []).append(step)
         if too_large:
             stored.setdefault(step.workflow_id, set()).add(step.step)
     variables: dict[str, dict[str, bytes]] = {}
-    for run_id, name, value in _DETAIL_VARIABLES.rows(tx, ids):
+    for run_id, name, value in variable_rows():
         variables.setdefault(run_id, {})[name] = variable_in(value)
     signals: dict[str, list[Signal]] = {}
-    for _, run_id, name, value, created_at in _DETAIL_SIGNALS.rows(tx, ids):
+    for _, run_id, name, value, created_at in signal_rows():
         signals.setdefault(run_id, []).append(Signal(name, value.encode(), created_at))
-    runs = [run_of(dict(zip(_RUN_FIELDS, row, strict=True))) for row in _DETAIL_RUNS.rows(tx, ids)]
+    runs = [run_of(dict(zip(_RUN_FIELDS, row, strict=True))) for row in run_rows()]
     return {
         run.id: RunDetail(
             run,

@@ -1,4 +1,4 @@
-"""A bell between the processes that share a Postgres database, by LISTEN and NOTIFY, on connections of its own.
+"""A bell between the processes that share a Postgres database, by LISTEN and NOTIFY. It listens on its own connection.
 
 A ring that is lost only costs time, since whoever waits for one also looks by itself now and then. A pooler that shares
 connections between transactions swallows them all; that is noticed, and whoever waits looks more often.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ _LONGEST_BYTES = 7000
 
 _LONGEST_PAUSE = 2.0
 
+# It writes nothing that would have to be kept.
+_RING = f"SELECT set_config('synchronous_commit', 'off', true), pg_notify('{_CHANNEL}', %s)"
+
 
 class PostgresBell:
     """Rings for every other process on the database. `heard` gets what the others rang for.
@@ -35,38 +39,38 @@ class PostgresBell:
     def __init__(self, parameters: Mapping[str, Any], heard: Callable[[frozenset[str]], None]) -> None:
         self._parameters = parameters
         self._heard = heard
-        self._names: set[str] = set()
-        self._wanted = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._own = 0
+        self._name = secrets.token_hex(8)
+        self._listening: asyncio.Task[None] | None = None
         self.works = False
 
     def open(self) -> None:
-        """Listen and ring from now on, in the running event loop."""
-        self._wanted = asyncio.Event()
-        self._tasks = [asyncio.create_task(self._forever(part)) for part in (self._listen, self._speak)]
+        """Listen from now on, in the running event loop."""
+        self._listening = asyncio.create_task(self._forever())
 
     async def close(self) -> None:
         """Listen no more."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
+            self._listening = None
         self.works = False
 
-    def ring(self, names: Iterable[str]) -> None:
-        """Tell the others that something of each of `names` has happened. In the event loop; never blocks."""
-        self._names.update(names)
-        self._wanted.set()
+    def ring(self, connection: psycopg.Connection[Any], names: Iterable[str]) -> None:
+        """Tell the others that something of each of `names` has happened, from any thread.
 
-    async def _forever(self, part: Callable[[psycopg.AsyncConnection[Any]], Any]) -> None:
+        Not within a transaction: one with a NOTIFY makes the commits of the whole database wait for one another.
+        """
+        for payload in _payloads(names):
+            connection.execute(_RING, [f"{self._name}\n{payload}"])
+
+    async def _forever(self) -> None:
         pause = 0.05
         while True:
             try:
                 connection = await psycopg.AsyncConnection.connect(**self._parameters, autocommit=True)
                 async with connection:
                     pause = 0.05
-                    await part(connection)
+                    await self._listen(connection)
             except (psycopg.Error, OSError) as exc:
                 log.debug("the bell has lost its connection, will open another: %s", exc)
             self.works = False
@@ -75,37 +79,17 @@ class PostgresBell:
 
     async def _listen(self, connection: psycopg.AsyncConnection[Any]) -> None:
         await connection.execute(f"LISTEN {_CHANNEL}")
-        self.ring([])  # its echo shows that rings come through
+        await connection.execute(f"NOTIFY {_CHANNEL}")  # its echo shows that rings come through
         self._heard(frozenset({_ANYTHING}))  # what was rung for before is not known
         async for notification in connection.notifies():
             self.works = True
-            if notification.pid != self._own and notification.payload:
-                self._heard(frozenset(notification.payload.split("\n")))
-
-    async def _speak(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        # Such a transaction writes nothing that would have to be kept.
-        await connection.execute("SET synchronous_commit = off")
-        self._own = connection.info.backend_pid
-        while True:
-            await self._wanted.wait()
-            # Cleared before taking: a name that comes meanwhile is not slept over. What comes while one ring is under
-            # way goes with the next.
-            self._wanted.clear()
-            names, self._names = self._names, set()
-            try:
-                await connection.execute(
-                    f"SELECT pg_notify('{_CHANNEL}', payload) FROM unnest(%s::text[]) payload",
-                    [_payloads(names)],
-                    prepare=True,
-                )
-            except BaseException:
-                self._names |= names
-                self._wanted.set()
-                raise
+            name, _, names = notification.payload.partition("\n")
+            if names and name != self._name:
+                self._heard(frozenset(names.split("\n")))
 
 
-def _payloads(names: set[str]) -> list[str]:
-    """The names in as few texts as may be; without any one that says nothing."""
+def _payloads(names: Iterable[str]) -> list[str]:
+    """The names in as few texts as may be."""
     payloads: list[list[str]] = [[]]
     room = _LONGEST_BYTES
     for name in names:

@@ -64,7 +64,7 @@ _UPGRADE_LOCK = 0x70616967
 
 
 class PostgresDatabase(Database):
-    """A Postgres database that any number of processes use. It takes five connections in each of them.
+    """A Postgres database that any number of processes use. It takes four connections in each of them.
 
     Its time is the server's. A test may have it go by a `clock` of its own.
     """
@@ -124,7 +124,8 @@ class PostgresDatabase(Database):
             guard=self._guard,
             begin=partial(self._begun, _BEGIN),
             is_lost=_is_lost,
-            heard=self._ring,
+            heard=self._heard,
+            tidy=self._ring,
             limit=_STUCK_SECONDS,
             cut=_cut,
         )
@@ -156,9 +157,10 @@ class PostgresDatabase(Database):
             [result], rings = transact(
                 self._connected_beater, [(handler, request)], begin=partial(self._begun_in_time, _BEGIN)
             )
-        if rings:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody here waits any more
-                self._loop.call_soon_threadsafe(self._ring, frozenset(rings))
+            if rings:
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody here waits any more
+                    self._loop.call_soon_threadsafe(self._heard, frozenset(rings))
+                self._ring(self._connected_beater(), rings)
         return result
 
     def _connected_beater(self) -> Connection:
@@ -180,10 +182,10 @@ class PostgresDatabase(Database):
                 self._opening.watch.cancel()
                 self._opening.watch = None
 
-    def _ring(self, names: frozenset[str]) -> None:
-        self._heard(names)
-        # Outside the transaction: one with a NOTIFY makes the commits of the whole database wait for one another.
-        self._bell.ring(names)
+    def _ring(self, connection: Connection, names: set[str]) -> None:
+        if names:
+            with contextlib.suppress(psycopg.Error):  # they look by themselves, only later
+                self._bell.ring(_driver_of(connection), names)
 
     # -- as it is, for those who change its tables
 

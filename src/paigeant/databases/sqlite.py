@@ -86,7 +86,7 @@ class SqliteDatabase(Database):
             begin=self._begin,
             committed=self._bell.ring,
             heard=self._heard,
-            tidy=self._checkpoint,
+            tidy=lambda connection, _: self._checkpoint(connection),
         )
         self._reader = Lane(READER, reader.connect, guard=self._guard, begin=self._begin_reading)
         await self._writer.submit(self._prepare, None)
