@@ -35,6 +35,7 @@ def restart_all_the_time(
     local: bool,
     stop: Callable[[], None],
     start: Callable[[], None],
+    settled: float = 0.0,
 ) -> list[float]:
     """Have runs done while `stop` and `start` are called again and again; gives when each start was done.
 
@@ -46,6 +47,8 @@ def restart_all_the_time(
     for _ in range(WORKERS):
         nursery.start("worker", pause=0.02, settings=settings)
     nursery.start("dispatcher", runs=runs, flight=FLIGHT)
+    nursery.until(lambda: length(nursery.folder))
+    time.sleep(settled)
     healed: list[float] = []
     for number in range(1, restarts + 1):
         amount = records_of(runs) * number // (restarts + 1)
@@ -78,6 +81,7 @@ def test_the_broker_is_killed_and_started_again(
             local=False,
             stop=place.broker.kill,
             start=place.broker.start,
+            settled=place.settled,
         )
     repeats = audit(nursery, runs=range(runs))
     waits = recoveries(nursery.store, healed)

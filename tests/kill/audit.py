@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from itertools import pairwise
 from pathlib import Path
 
 from tests.kill.nursery import Nursery
 from tests.kill.roles import BEGAN, LOST, Record, diary, steps_of
 from tests.kill.sql import rows
 
-__all__ = ["audit", "begun", "executions_of", "open_runs", "recoveries", "violations"]
+__all__ = ["audit", "begun", "executions_of", "longest_pause", "open_runs", "recoveries", "violations"]
 
 Execution = tuple[int, int, int]
 """A run, the place of a step in it, and whether the step is undone."""
@@ -120,6 +121,13 @@ def recoveries(store: str, healed: Collection[float]) -> list[float]:
             max((min(at for at in moves[run] if at > heal) - heal for run in in_flight), default=0.0)
         )
     return waits
+
+
+def longest_pause(store: str, since: float) -> float:
+    """The longest time since then, an instant in seconds since 1970, in which no step was claimed or recorded."""
+    query = "SELECT started_at, completed_at FROM step_executions"
+    moves = {at for row in rows(store, query) for at in row if at is not None and at > since}
+    return max(later - earlier for earlier, later in pairwise(sorted({since, *moves})))
 
 
 def _check_outputs(store: str, records: list[Record], runs: Collection[int]) -> None:

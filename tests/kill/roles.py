@@ -194,7 +194,9 @@ def play(role: str, folder: Path, settings: dict[str, Any], options: dict[str, A
     stacks = (folder / f"stacks.{os.getpid()}").open("a")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     _diary = os.open(folder / "diary", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    logging.basicConfig(filename=folder / "log", format="%(asctime)s %(process)d %(name)s: %(message)s")
+    logs = logging.FileHandler(folder / "log")
+    logs.setFormatter(logging.Formatter("%(asctime)s %(process)d %(name)s: %(message)s"))
+    logging.getLogger("paigeant").addHandler(logs)
 
     async def main() -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, _write_tasks, stacks)
