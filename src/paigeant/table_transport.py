@@ -194,7 +194,9 @@ class TableTransport:
         look = _LOOK_SECONDS if self.database.hears_others else _LOOK_OFTEN_SECONDS
         pause = look * random.uniform(0.75, 1.25)
         if next_in is not None:
-            pause = min(pause, next_in + 0.001)
+            # Not all at once: of several that ask at the same instants, the same one would get the message each time,
+            # also one that gives it back because it can't do it.
+            pause = min(pause, next_in + random.uniform(0.001, 0.005))
         try:
             async with asyncio.timeout(pause):
                 await waker.wait()

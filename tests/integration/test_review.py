@@ -28,6 +28,7 @@ from paigeant.errors import InputInvalid, MessageTooLarge, StoreUnavailable
 from paigeant.observer import Event
 from paigeant.slip import RunStatus
 from paigeant.store import ClaimRequest, Grant, Refused
+from paigeant.testing import ManualClock
 from paigeant.waiters import Waiters
 
 PATIENCE = 30.0
@@ -350,14 +351,17 @@ async def test_waiting_for_no_time_finds_a_run_that_has_ended(tmp_path: Path) ->
 async def test_a_sweep_sends_nothing_that_still_waits(tmp_path: Path) -> None:
     """A long queue is no lost message; one that is gone is sent again."""
     url = f"sqlite:///{tmp_path}/paigeant.db"
-    async with Paigeant(Settings(transport_url=url, store_url=url, grace=0.001)) as app:
+    clock = ManualClock()
+    async with Paigeant(Settings(transport_url=url, store_url=url, grace=10.0), clock=clock) as app:
         for number in range(3):
             await app.dispatch(Workflow("one", ["nobody_has_it"]), workflow_id=f"r{number}")
+        clock.advance(10)
         assert (await app.store.sweep()).due == ()
         lost = sqlite3.connect(tmp_path / "paigeant.db")
         lost.execute("DELETE FROM messages WHERE message_id LIKE 'r1/%'")
         lost.commit()
         lost.close()
+        clock.advance(10)
         assert [key.workflow_id for key in (await app.store.sweep()).due] == ["r1"]
 
 

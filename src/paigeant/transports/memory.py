@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import random
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 
@@ -128,8 +129,11 @@ class MemoryTransport:
         return message_id
 
     async def _sleep(self, topic: str, waker: asyncio.Event) -> None:
+        # Not all at once: of several that look at the same instants, the same one would get a message each time, also
+        # one that gives it back because it can't do it.
+        look = _LOOK_SECONDS * random.uniform(0.5, 1.0)
         try:
-            async with asyncio.timeout(None if self._next(topic) is None else _LOOK_SECONDS):
+            async with asyncio.timeout(None if self._next(topic) is None else look):
                 await waker.wait()
         except TimeoutError:
             pass
