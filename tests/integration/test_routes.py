@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -84,6 +85,44 @@ async def test_a_run_goes_to_and_fro_between_two_brokers() -> None:
         assert [len(workers) for workers in by_topic.values()] == [1, 1]
         assert len(set().union(*by_topic.values())) == 2
     assert undone == [1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("rabbitmq", "redis"), ("redis", "postgres"), ("postgres", "rabbitmq")],
+    ids=lambda name: str(name),
+)
+async def test_a_run_goes_over_real_brokers(
+    one: str, other: str, postgres_store_url: str, redis_url: str, rabbitmq_url: str
+) -> None:
+    """One slip over two kinds of broker, with its rows in Postgres; what waits is told of both by name."""
+    ours, theirs = ActivityRegistry(), ActivityRegistry()
+
+    @ours.execute(topic="our.count")
+    async def count(n: int = 0) -> int:
+        return n + 1
+
+    @theirs.execute(topic="partner.double")
+    async def double(count: int) -> int:
+        return count * 2
+
+    urls = {"postgres": postgres_store_url, "redis": redis_url, "rabbitmq": rabbitmq_url}
+    common = {"store_url": postgres_store_url, "namespace": f"routes-{secrets.token_hex(4)}"}
+    here = Settings(transport_url=urls[one], routes={"partner.*": urls[other]}, **common)
+    there = Settings(transport_url=urls[other], routes={"our.*": urls[one]}, **common)
+    async with (
+        Paigeant(here, activities=[ours, theirs]) as app,
+        Paigeant(there, activities=[theirs, ours]) as partner,
+    ):
+        async with working(app.worker(ours)), working(partner.worker(theirs)):
+            runs = [await app.dispatch(Workflow("w", ["count", "double"] * 3)) for _ in range(20)]
+            for run in runs:
+                assert (await run.wait(60)).outputs["double_3"] == 2
+        waiting = await app.dispatch(Workflow("v", ["double"]), {"count": 1})
+        [topic] = await app.transport.topics(["partner.double", "our.count"])
+        assert (topic.topic, topic.waiting) == ("partner.double", 1)
+        await partner.worker(theirs).run(until_idle=True)
+        assert await waiting.status() is RunStatus.COMPLETED
 
 
 async def test_what_waits_is_told_of_both_brokers() -> None:
