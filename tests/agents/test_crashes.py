@@ -170,6 +170,7 @@ async def test_a_run_goes_on_behind_every_unit(scene: Scene) -> None:
     assert sorted(await scene.units("run")) == whole_units
 
 
+@pytest.mark.parametrize("scene", [False], indirect=True, ids=["whole"])
 async def test_a_worker_may_be_killed_behind_any_unit(scene: Scene) -> None:
     """For every unit: its first worker is killed behind it, and the second one ends the run like an unbroken one."""
     outcome, whole_effects, whole_units = await whole_run(scene)

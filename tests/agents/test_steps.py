@@ -1,0 +1,308 @@
+"""Agents in the activities of real runs: their own steps, the code of plain activities, threads; and traces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from opentelemetry.context import Context
+from opentelemetry.trace import (
+    INVALID_SPAN_CONTEXT,
+    NonRecordingSpan,
+    Span,
+    Tracer,
+    TracerProvider,
+    set_span_in_context,
+)
+from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart
+from pydantic_ai.capabilities import Instrumentation
+from pydantic_ai.models.function import AgentInfo, FunctionModel
+from pydantic_ai.models.instrumented import InstrumentationSettings
+from pydantic_ai.models.test import TestModel
+from pydantic_ai.toolsets import DynamicToolset, FunctionToolset
+from pydantic_core import from_json
+from tests.agents.steps import Crash, Step, called, prompt_of, returned, scripted
+
+from paigeant import ActivityRegistry, StepContext, Workflow
+from paigeant.agents import PaigeantDurability, effect_key
+from paigeant.errors import InvalidDefinition
+from paigeant.store import RunDetail, StepKey
+from paigeant.testing import MemoryApp
+
+
+async def carried_out(activity: ActivityRegistry, *steps: str, **payload: Any) -> tuple[RunDetail, list[str]]:
+    """The run `r` of these steps once it has ended, and the names of the units of its first step."""
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", list(steps)), payload, workflow_id="r")
+        await app.drain()
+        return await run.detail(), list(await app.store.load_units(StepKey("r", steps[0])))
+
+
+def echo(*, fail: list[Exception] | None = None) -> tuple[FunctionModel, list[str]]:
+    """A model that says what it is asked, and what it was asked; it raises each of `fail` first."""
+    asked: list[str] = []
+
+    def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        asked.append(prompt_of(messages))
+        if fail:
+            raise fail.pop()
+        return ModelResponse(parts=[TextPart(f"said {prompt_of(messages)}")])
+
+    return FunctionModel(respond), asked
+
+
+# -- steps of their own
+
+
+async def test_an_agent_that_is_a_step_is_recorded_by_itself() -> None:
+    """`activity.agent()` needs no engine on the agent: a further attempt asks and calls nothing again."""
+    calls: list[str] = []
+    failures = [ConnectionError("the last request")]
+
+    def last(messages: list[ModelMessage]) -> str:
+        if failures:
+            raise failures.pop()
+        return str(returned(messages)["c1"])
+
+    model, requests = scripted(called("look", "c1"), last)
+    agent = Agent(model, name="writer")
+
+    @agent.tool_plain
+    def look() -> str:
+        calls.append(effect_key())
+        return "seen"
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Write", retries=1)
+    detail, units = await carried_out(activity, "writer")
+    [step] = detail.steps
+    assert (step.output, step.attempt) == (b'"seen"', 2)
+    assert from_json(step.usage or b"")["requests"] == 2
+    assert (requests, len(calls)) == ([0, 1, 1], 1)
+    assert calls[0].startswith("r:writer:")
+    assert units == [
+        "writer__model.request(writer:1,1)",
+        'writer__function_toolset__<agent>.call_tool:look(writer:1,1,"c1")',
+        "writer__model.request(writer:1,2)",
+    ]
+
+
+async def test_an_engine_of_the_agent_s_own_is_kept() -> None:
+    """An agent that carries PaigeantDurability runs with it, under the name that it gives."""
+    agent: Any = Agent(TestModel(), name="writer", capabilities=[PaigeantDurability(name="mine")])
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Write")
+    _, units = await carried_out(activity, "writer")
+    assert units == ["mine__model.request(mine:1,1)"]
+
+
+async def test_the_same_agent_runs_outside_of_steps_as_ever() -> None:
+    """Registering an agent changes nothing of it: elsewhere it is asked each time."""
+    model, asked = echo()
+    agent = Agent(model, name="writer")
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="in a step")
+    await carried_out(activity, "writer")
+    for _ in range(2):
+        assert (await agent.run("outside")).output == "said outside"
+    assert asked == ["in a step", "outside", "outside"]
+
+
+def test_an_agent_that_can_t_be_recorded_is_refused_before_it_runs() -> None:
+    """A toolset without an id would have no name in the records: an error when the activity is built."""
+    agent = Agent(TestModel(), name="writer", toolsets=[DynamicToolset(lambda _: FunctionToolset[Any]())])
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Write")
+    with pytest.raises(InvalidDefinition, match=r"activity 'writer': .*need to have a unique `id`"):
+        activity.check()
+
+
+# -- plain activities
+
+
+async def test_agents_in_a_plain_activity_are_recorded() -> None:
+    """Agents that carry the engine, one after the other, together and within `ctx.once`, resume in any activity."""
+    failures: list[Exception] = []
+    model, asked = echo(fail=failures)
+    one: Any = Agent(model, name="one", capabilities=[PaigeantDurability()])
+    other: Any = Agent(model, name="other", capabilities=[PaigeantDurability()])
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=9)
+    async def report(ctx: StepContext) -> list[str]:
+        async def twice() -> str:
+            return str((await one.run((await one.run("d")).output)).output)
+
+        first = await one.run("a")
+        both = await asyncio.gather(other.run("b"), one.run("c"))
+        inner: str = await ctx.once("inner", twice)
+        if ctx.attempt < 3:
+            raise ConnectionError
+        return [str(run.output) for run in (first, *both)] + [inner]
+
+    detail, units = await carried_out(activity, "report")
+    assert from_json(detail.steps[0].output or b"") == ["said a", "said b", "said c", "said said d"]
+    assert sorted(asked) == ["a", "b", "c", "d", "said d"]
+    assert len(units) == 6
+
+
+async def test_agents_in_a_thread_are_recorded() -> None:
+    """A plain function runs in a thread, its agent in an event loop of its own: its units are the step's too."""
+    model, asked = echo()
+    agent: Any = Agent(model, name="one", capabilities=[PaigeantDurability()])
+
+    @agent.tool_plain
+    def unused() -> int:
+        return 1
+
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=1)
+    def report(ctx: StepContext) -> str:
+        answer = str(asyncio.run(agent.run("a")).output)  # like `run_sync`, which leaves its loop open
+        if ctx.attempt == 1:
+            raise ConnectionError
+        return answer
+
+    detail, units = await carried_out(activity, "report")
+    assert (detail.steps[0].output, asked) == (b'"said a"', ["a"])
+    assert units == ["one__model.request(one:1,1)"]
+
+
+async def test_a_tool_that_is_given_the_step_records_on_its_own_account() -> None:
+    """`ctx.once` within a tool belongs to that call of the tool: two calls have two records of one name."""
+    model, _ = scripted([called("buy", "c1"), called("buy", "c2")], called("fail", "c3"), lambda _: "done")
+    bought: list[str] = []
+    agent = Agent(model, name="buyer", deps_type=StepContext)
+
+    @agent.tool
+    async def buy(ctx: RunContext[StepContext]) -> int:
+        number: int = await ctx.deps.once("buy", lambda: bought.append(effect_key()) or len(bought))  # type: ignore[func-returns-value]  # None, so it goes on
+        return number
+
+    @agent.tool
+    async def fail(ctx: RunContext[StepContext]) -> None:
+        if ctx.deps.attempt == 1:
+            raise ConnectionError
+
+    def deps(step: StepContext) -> StepContext:
+        return step
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Buy", deps=deps, retries=1)
+    detail, units = await carried_out(activity, "buyer")
+    assert detail.steps[0].output == b'"done"'
+    assert len(bought) == len(set(bought)) == 2
+    assert sum(unit.endswith("/buy") for unit in units) == 2
+
+
+async def test_a_compensation_has_units_of_its_own() -> None:
+    """An agent that runs in an undo is recorded with the undo, not with what is undone."""
+    failures: list[Exception] = []
+    model, asked = echo(fail=failures)
+    agent: Any = Agent(model, name="one", capabilities=[PaigeantDurability()])
+    activity = ActivityRegistry()
+    attempts: list[int] = []
+
+    @activity.execute()
+    async def do() -> str:
+        return str((await agent.run("do")).output)
+
+    @activity.compensate("do", retries=1)
+    async def undo(ctx: StepContext) -> None:
+        await agent.run("undo")
+        attempts.append(ctx.attempt)
+        if ctx.attempt == 1:
+            raise ConnectionError
+
+    @activity.execute(retries=0)
+    async def fail() -> None:
+        raise ConnectionError
+
+    detail, _ = await carried_out(activity, "do", "fail")
+    assert detail.run.status == "compensated"
+    assert (asked, attempts) == (["do", "undo"], [1, 2])
+
+
+# -- rule 6: traces
+
+
+class Spans(TracerProvider, Tracer):
+    """Notes the names of spans when they end, which is when they would be exported."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    def get_tracer(self, *_: Any, **__: Any) -> Tracer:
+        return self
+
+    def start_span(self, name: str, *_: Any, **__: Any) -> Span:
+        ended = self.ended
+
+        class Noted(NonRecordingSpan):
+            def is_recording(self) -> bool:
+                return True
+
+            def end(self, end_time: int | None = None) -> None:
+                ended.append(name.partition(" ")[0])
+
+        return Noted(INVALID_SPAN_CONTEXT)
+
+    @contextmanager
+    def start_as_current_span(self, name: str, *_: Any, **__: Any) -> Iterator[Span]:  # type: ignore[override]  # a generator will do
+        from opentelemetry.context import attach, detach
+
+        span = self.start_span(name)
+        token = attach(set_span_in_context(span, Context()))
+        try:
+            yield span
+        finally:
+            detach(token)
+            span.end()
+
+
+def traced(model: Any) -> tuple[Any, Spans]:
+    """An agent whose spans are noted, and the notes."""
+    spans = Spans()
+    settings = InstrumentationSettings(tracer_provider=spans)
+    agent = Agent(model, name="one", capabilities=[Instrumentation(settings=settings), PaigeantDurability()])
+    return agent, spans
+
+
+async def test_rule_6_a_replay_tells_no_trace_of_what_was_told() -> None:
+    """A full replay ends no span; one that goes on ends those of what it did, and of the run around it."""
+    model, _ = scripted(called("look", "c1"), lambda _: "done")
+    agent, spans = traced(model)
+
+    @agent.tool_plain
+    def look() -> int:
+        return 1
+
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: agent.run("go"), crash_after=2)
+    spans.ended.clear()
+    await step.attempt(lambda: agent.run("go"))
+    assert spans.ended == ["chat", "invoke_agent"]
+    spans.ended.clear()
+    await step.attempt(lambda: agent.run("go"))
+    assert spans.ended == []
+
+
+async def test_rule_6_a_worker_tells_each_span_once() -> None:
+    """A further attempt of a step replays what its agents did without a span."""
+    agent, spans = traced(echo()[0])
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=1)
+    async def one(ctx: StepContext) -> None:
+        await agent.run("go")
+        if ctx.attempt == 1:
+            raise ConnectionError
+
+    detail, _ = await carried_out(activity, "one")
+    assert detail.steps[0].attempt == 2
+    assert spans.ended == ["chat", "invoke_agent"]
