@@ -51,6 +51,7 @@ class MemoryTransport:
         self._listeners: list[Callable[[], None]] = []
         self._bury: Bury | None = None
         self._published = 0
+        self._chance = random.Random(0)  # the same each time, so that a test that is repeated plays the same
         self._closings = 0
 
     async def connect(self) -> None:
@@ -131,7 +132,7 @@ class MemoryTransport:
     async def _sleep(self, topic: str, waker: asyncio.Event) -> None:
         # Not all at once: of several that look at the same instants, the same one would get a message each time, also
         # one that gives it back because it can't do it.
-        look = _LOOK_SECONDS * random.uniform(0.5, 1.0)
+        look = _LOOK_SECONDS * self._chance.uniform(0.5, 1.0)
         try:
             async with asyncio.timeout(None if self._next(topic) is None else look):
                 await waker.wait()
