@@ -18,7 +18,10 @@ from benchmarks.report import as_json, lines, machine
 
 __all__ = ["NAMES", "main"]
 
-NAMES = ("throughput", "latency", "peer", "growth", "memory", "startup", "cost", "floor")
+NAMES = (
+    *("throughput", "latency", "peer", "growth", "memory", "startup", "cost", "floor"),
+    *("servers", "server_peers", "server_floor", "commits", "drivers"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.json:
             print("\n".join(lines(figures)), flush=True)
     if options.json:
-        print(json.dumps({"machine": where, "figures": found}, indent=2))
+        print(json.dumps({"machine": where, "servers": bench.conditions, "figures": found}, indent=2))
+    elif bench.conditions:
+        print("\n" + "\n".join(f"{key}: {value}" for key, value in bench.conditions.items()))
     return 2 if missing else 0
 
 

@@ -7,9 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Bench:
 
     folder: Path
     quick: bool = False
+    conditions: dict[str, str] = field(default_factory=dict)
+    """How the servers that were measured were set."""
 
     def many(self, full: int, quick: int) -> int:
         """How many, in the full form or in the smallest one that gives figures."""
@@ -40,11 +42,26 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="file-") as folder:
             yield Path(folder).resolve() / name
 
-    def fresh(self, module: str, *, python: str = sys.executable, **arguments: Any) -> Any:
-        """What `module` prints as JSON when it is started in a process of its own with these arguments."""
+    def fresh(
+        self,
+        module: str,
+        *,
+        python: str = sys.executable,
+        settings: Mapping[str, str] | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """What `module` prints as JSON when it is started in a process of its own with these arguments.
+
+        `settings` are more variables of its environment.
+        """
         command = [python, "-m", module, json.dumps(arguments)]
         done = subprocess.run(
-            command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
+            command,
+            cwd=ROOT,
+            env=environment(**(settings or {})),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise RuntimeError(f"{module} ended with {done.returncode}:\n{done.stderr[-4000:]}")

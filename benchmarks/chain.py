@@ -1,6 +1,6 @@
-"""The workload on Paigeant: client and worker in one process, one SQLite file as transport and store.
+"""The workload on Paigeant. By default client and worker are one process, and the store is also the transport.
 
-`python -m benchmarks.chain '{"file": ..., "runs": ..., "in_flight": ..., "alone": ...}'` prints the figures as JSON.
+`python -m benchmarks.chain '{"store": ..., "runs": ..., "in_flight": ..., "alone": ...}'` prints the figures as JSON.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks.workload import WARM_UP, Order, all_at_once, one_by_one, raised
@@ -52,10 +51,9 @@ async def notify(ship: Order) -> Order:
 chain = Workflow("chain", ["reserve", "charge", "pack", "ship", "notify"])
 
 
-def connected(file: Path) -> Paigeant:
-    """An application on this file."""
-    url = f"sqlite:///{file}"
-    return Paigeant(Settings(transport_url=url, store_url=url), activities=activity)
+def connected(store: str, transport: str | None = None) -> Paigeant:
+    """An application on this store and this transport; without one the store is both."""
+    return Paigeant(Settings(store_url=store, transport_url=transport or store), activities=activity)
 
 
 async def one_run(app: Paigeant, order: Order) -> Order:
@@ -65,11 +63,16 @@ async def one_run(app: Paigeant, order: Order) -> Order:
     return output
 
 
-async def measure(*, file: str, runs: int, in_flight: int, alone: int) -> dict[str, Any]:
-    """Steps a second of `runs` runs with so many in flight, then the milliseconds of `alone` runs one by one."""
-    async with connected(Path(file)) as app:
+async def measure(
+    *, store: str, transport: str | None = None, works: bool = True, runs: int, in_flight: int, alone: int
+) -> dict[str, Any]:
+    """Steps a second of `runs` runs with so many in flight, then the milliseconds of `alone` runs one by one.
+
+    Where it doesn't work itself, worker processes do.
+    """
+    async with connected(store, transport) as app:
         worker = app.worker(concurrency=in_flight)
-        working = asyncio.create_task(worker.run())
+        working = asyncio.create_task(worker.run()) if works else None
 
         async def run(order: Order) -> Order:
             return await one_run(app, order)
@@ -77,8 +80,9 @@ async def measure(*, file: str, runs: int, in_flight: int, alone: int) -> dict[s
         await all_at_once(run, WARM_UP, in_flight=in_flight)
         steps = await all_at_once(run, runs, in_flight=in_flight) if runs else None
         took = await one_by_one(run, alone)
-        await worker.stop()
-        await working
+        if working is not None:
+            await worker.stop()
+            await working
     return {"steps": steps, "ms": took}
 
 

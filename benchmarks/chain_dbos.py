@@ -1,4 +1,4 @@
-"""The workload on DBOS Transact with its SQLite system database. Runs in a virtual environment of its own.
+"""The workload on DBOS Transact, `store` being its system database. Runs in a virtual environment of its own.
 
 Client and worker are one process, as in `chain.py`. `python -m benchmarks.chain_dbos '{...}'`, the same arguments.
 """
@@ -36,9 +36,9 @@ async def one_run(order: Order) -> Order:
     return result
 
 
-async def measure(*, file: str, runs: int, in_flight: int, alone: int) -> dict[str, Any]:
+async def measure(*, store: str, runs: int, in_flight: int, alone: int) -> dict[str, Any]:
     """Steps a second of `runs` runs with so many in flight, then the milliseconds of `alone` runs one by one."""
-    DBOS(config={"name": "chain", "system_database_url": f"sqlite:///{file}", "log_level": "WARNING"})
+    DBOS(config={"name": "chain", "system_database_url": store, "log_level": "WARNING"})
     DBOS.launch()
     await all_at_once(one_run, WARM_UP, in_flight=in_flight)
     steps = await all_at_once(one_run, runs, in_flight=in_flight) if runs else None

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.bench import Bench
@@ -70,7 +69,9 @@ _THREADS = {"MainThread": "loop", "paigeant-writer": "writer", "paigeant-reader"
 def run(bench: Bench) -> list[Figure]:
     """Microseconds a step: what each part takes of its processor, and for the writer also what it waits for."""
     with bench.file() as file:
-        found = bench.fresh("benchmarks.cost", file=str(file), runs=bench.many(4000, 100), in_flight=500)
+        found = bench.fresh(
+            "benchmarks.cost", store=f"sqlite:///{file}", runs=bench.many(4000, 100), in_flight=500
+        )
     figures = [Figure("while it is measured", found["steps"], "steps/s")]
     for thread, parts in found["threads"].items():
         figures += [Figure(f"{thread}: {name}", micros, "us/step") for name, micros in parts.items()]
@@ -168,11 +169,11 @@ def _watch(clock: _Clock) -> None:
         setattr(owner, name, _timed(clock, part.name, getattr(owner, name)))
 
 
-async def measure(*, file: str, runs: int, in_flight: int) -> dict[str, Any]:
+async def measure(*, store: str, runs: int, in_flight: int) -> dict[str, Any]:
     """Steps a second, and for each thread the microseconds a step of each part."""
     clock = _Clock()
     _watch(clock)
-    async with connected(Path(file)) as app:
+    async with connected(store) as app:
         worker = app.worker(concurrency=in_flight)
         working = asyncio.create_task(worker.run())
 

@@ -69,7 +69,7 @@ def _copy(connection: sqlite3.Connection, table: str, key: str) -> None:
 
 
 async def _a_few_runs(file: Path) -> None:
-    async with connected(file) as app:
+    async with connected(f"sqlite:///{file}") as app:
         worker = app.worker()
         working = asyncio.create_task(worker.run())
         await asyncio.gather(*(one_run(app, order()) for _ in range(10)))
@@ -79,5 +79,5 @@ async def _a_few_runs(file: Path) -> None:
 
 def _steps(bench: Bench, file: Path) -> float:
     runs = bench.many(3000, 100)
-    found = bench.fresh("benchmarks.chain", file=str(file), runs=runs, in_flight=500, alone=0)
+    found = bench.fresh("benchmarks.chain", store=f"sqlite:///{file}", runs=runs, in_flight=500, alone=0)
     return float(found["steps"])

@@ -23,7 +23,7 @@ def took(bench: Bench) -> list[float]:
     """Milliseconds of each run in a new process on a new file."""
     with bench.file() as file:
         alone = bench.many(300, 10)
-        found = bench.fresh("benchmarks.chain", file=str(file), runs=0, in_flight=100, alone=alone)
+        found = bench.fresh("benchmarks.chain", store=f"sqlite:///{file}", runs=0, in_flight=100, alone=alone)
         return list(found["ms"])
 
 

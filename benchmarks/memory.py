@@ -25,7 +25,7 @@ def run(bench: Bench) -> list[Figure]:
         raise NotMeasured("the peak of a process's memory is read from /proc, which this system doesn't have")
     runs = bench.many(10_000, 100)
     with bench.file() as file:
-        bench.fresh("benchmarks.memory", file=str(file), runs=runs)
+        bench.fresh("benchmarks.memory", store=f"sqlite:///{file}", runs=runs)
         peak, seconds = _worked_off(file)
     return [
         Figure(f"peak of a worker with {runs:,} runs queued", peak, "MB", most=120),
@@ -67,9 +67,9 @@ def _peak(pid: int) -> float:
     return int(found[0].split()[1]) / 1024 if found else 0.0
 
 
-async def dispatch(*, file: str, runs: int) -> None:
+async def dispatch(*, store: str, runs: int) -> None:
     """Dispatch so many runs, and do none of them."""
-    async with connected(Path(file)) as app:
+    async with connected(store) as app:
         for _ in range(0, runs, 100):
             await asyncio.gather(*(app.dispatch(chain, {"order": order()}) for _ in range(min(100, runs))))
 

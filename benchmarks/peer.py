@@ -51,7 +51,9 @@ def run(bench: Bench, python: Path = PEER) -> list[Figure]:
 def _ours(bench: Bench) -> _Round:
     with bench.file() as file:
         runs, alone = bench.many(4000, 100), bench.many(200, 10)
-        found = bench.fresh("benchmarks.chain", file=str(file), runs=runs, in_flight=500, alone=alone)
+        found = bench.fresh(
+            "benchmarks.chain", store=f"sqlite:///{file}", runs=runs, in_flight=500, alone=alone
+        )
     return _Round(found["steps"], statistics.median(found["ms"]), p95(found["ms"]))
 
 
@@ -60,7 +62,7 @@ def _peers(bench: Bench, python: Path) -> _Round:
         found = bench.fresh(
             "benchmarks.chain_dbos",
             python=str(python),
-            file=str(file),
+            store=f"sqlite:///{file}",
             runs=bench.many(400, 20),
             in_flight=_PEER_IN_FLIGHT,
             alone=bench.many(200, 10),

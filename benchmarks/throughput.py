@@ -22,5 +22,7 @@ def steps(bench: Bench, in_flight: int) -> float:
     """Steps a second in a new process on a new file."""
     with bench.file() as file:
         runs = bench.many(4000, 100)
-        found = bench.fresh("benchmarks.chain", file=str(file), runs=runs, in_flight=in_flight, alone=0)
+        found = bench.fresh(
+            "benchmarks.chain", store=f"sqlite:///{file}", runs=runs, in_flight=in_flight, alone=0
+        )
         return float(found["steps"])

@@ -6,12 +6,16 @@ import asyncio
 import json
 from pathlib import Path
 
+import psycopg
 import pytest
 from benchmarks.__main__ import NAMES, main
 from benchmarks.bench import Bench, NotMeasured
+from benchmarks.drivers import run as run_drivers
 from benchmarks.growth import fill
 from benchmarks.peer import run as run_peer
 from benchmarks.report import Figure, lines
+from benchmarks.server_peers import run as run_server_peers
+from benchmarks.transactions import measure as measure_transactions
 
 from paigeant import Paigeant, Settings
 from paigeant.slip import RunStatus
@@ -24,10 +28,18 @@ FIGURES = {
     "startup": {"import paigeant", "paigeant --help"},
     "cost": {"loop: perform", "writer: SQL that writes", "reader: rows to results", "all: a step"},
     "floor": {"insert and commit", "100 inserts a commit", "Paigeant over single commits"},
+    "servers": {
+        "rabbitmq, continued locally",
+        *(f"{transport}, crossing" for transport in ("postgres", "redis", "rabbitmq")),
+        *(f"{transport}, crossing, median of a run" for transport in ("postgres", "redis", "rabbitmq")),
+    },
+    "server_floor": {"postgres: insert and commit", "redis: XADD, XREADGROUP, XACK", "over one by one"},
+    "commits": {"postgres, crossing, alone: synced commits", "redis, crossing, 500 in flight: log"},
 }
+PEERS = {"peer": run_peer, "server_peers": run_server_peers, "drivers": run_drivers}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "peer"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in PEERS])
 def test_a_benchmark_runs_and_gives_its_figures(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,13 +53,22 @@ def test_a_benchmark_runs_and_gives_its_figures(
 
 def test_every_benchmark_is_expected_here() -> None:
     """A new benchmark gets its smoke test."""
-    assert set(FIGURES) | {"peer"} == set(NAMES)
+    assert set(FIGURES) | set(PEERS) == set(NAMES)
 
 
-def test_without_its_environment_the_peer_says_what_makes_it(tmp_path: Path) -> None:
-    """The peer isn't installed for tests; what is missing, and the command that brings it, are named."""
+@pytest.mark.parametrize("name", PEERS)
+def test_without_its_environment_a_peer_says_what_makes_it(name: str, tmp_path: Path) -> None:
+    """The peers aren't installed for tests; what is missing, and the command that brings it, are named."""
     with pytest.raises(NotMeasured, match="`make bench` makes it"):
-        run_peer(Bench(tmp_path, quick=True), python=tmp_path / "python")
+        PEERS[name](Bench(tmp_path, quick=True), python=tmp_path / "python")
+
+
+async def test_our_transaction_is_done_by_the_driver_as_it_would_be_by_us(postgres_url: str) -> None:
+    """What the drivers are compared with leaves each run with one step completed in each transaction, and one open."""
+    await measure_transactions(driver="psycopg", url=postgres_url, batch=3, count=2)
+    with psycopg.connect(postgres_url) as connection:
+        rows = connection.execute("SELECT status, count(*) FROM steps GROUP BY status").fetchall()
+    assert dict(rows) == {"completed": 3 * (20 + 2), "running": 3}
 
 
 def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
