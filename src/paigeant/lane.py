@@ -308,6 +308,8 @@ class Lane:
     def _disconnect(self) -> None:
         if self._connection is not None:
             with contextlib.suppress(Exception):  # what can't be used can't be closed properly either
+                if self._is_lost(self._connection):
+                    self._connection.invalidate()
                 self._connection.close()
             self._connection = None
 

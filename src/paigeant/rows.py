@@ -26,6 +26,7 @@ from sqlalchemy import (
     insert,
     literal_column,
     null,
+    or_,
     select,
     table,
     update,
@@ -228,14 +229,16 @@ def orphan_steps() -> Select[Any]:
     return select(*KEY).where(is_in(StepStatus.RUNNING), step_executions.c.worker.not_in(alive))
 
 
-def due_steps(now: float) -> Select[Any]:
-    """The ready steps that should have been claimed by now, the longest due first, and since when they are due."""
+def due_steps(now: float, overdue_since: float | None = None) -> Select[Any]:
+    """The ready steps that should have been claimed by now, the longest due first, and since when they are due.
+
+    `overdue_since`: also those that were due then, whenever their message was sent last.
+    """
     steps = step_executions.c
-    return (
-        select(*KEY, steps.epoch, _due_at.label("due_at"))
-        .where(is_in(StepStatus.READY), steps.wake_at <= now)
-        .order_by(steps.wake_at)
-    )
+    query = select(*KEY, steps.epoch, _due_at.label("due_at")).where(is_in(StepStatus.READY))
+    if overdue_since is None:
+        return query.where(steps.wake_at <= now).order_by(steps.wake_at)
+    return query.where(or_(steps.wake_at <= now, _due_at <= overdue_since)).order_by(_due_at)
 
 
 def open_topics(connection: Connection, now: float) -> list[OpenTopic]:
@@ -321,12 +324,16 @@ def save_variables(tx: Tx, rows: Sequence[tuple[str, str, str]]) -> None:
 
 
 # JSONB keeps numbers as decimals and has no text with a zero in it: 1e22 would come back as an integer, -0.0 as 0.0.
-_CHANGED_BY_JSONB = re.compile(r'\\u0000|\\u[dD][89a-fA-F]|\d[eE][-+\d]|-0(?!\.?\d*[1-9])|"\$json"')
+_TEXT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
+_CHANGED_TEXT = re.compile(r'\\u0000|\\u[dD][89a-fA-F]|"\$json"')
+_CHANGED_NUMBER = re.compile(r"\d[eE]|-0(?!\.?\d*[1-9])")
 
 
 def _sealed(text: str) -> str:
     """The JSON as JSONB can hold it: a text within an object, where JSONB would change what it says."""
-    return json.dumps({"$json": text}) if _CHANGED_BY_JSONB.search(text) else text
+    # What looks like such a number is mostly part of a text, of a UUID say, which JSONB leaves as it is.
+    number = _CHANGED_NUMBER.search(text) and _CHANGED_NUMBER.search(_TEXT.sub("", text))
+    return json.dumps({"$json": text}) if number or _CHANGED_TEXT.search(text) else text
 
 
 def variable_in(column: str) -> bytes:

@@ -166,6 +166,7 @@ class PostgresDatabase(Database):
     def _connected_beater(self) -> Connection:
         if self._beater is not None and _is_lost(self._beater):
             with contextlib.suppress(Exception):
+                self._beater.invalidate()
                 self._beater.close()
             self._beater = None
         if self._beater is None:
