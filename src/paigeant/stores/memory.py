@@ -6,6 +6,7 @@ It loads and writes values in dicts; what may change is decided in `ledger.py`, 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -195,7 +196,14 @@ class MemoryStore:
                     expired.append(run_id)
                     self._write(changes)
             changes = Changes()
-            due = [row for row in self.rows(StepStatus.READY) if row.wake_at <= now][:limit]
+            # A worker that is lost had fetched messages, the oldest first, and which ones nobody knows.
+            overdue_since = now - self.grace if lost else -math.inf
+            ready = [
+                row
+                for row in self.rows(StepStatus.READY)
+                if row.wake_at <= now or row.due_at <= overdue_since
+            ]
+            due = sorted(ready, key=lambda row: row.due_at if lost else row.wake_at)[:limit]
             for row in due:
                 ledger.postpone(row.key, changes, now=now, due_at=row.due_at, grace=self.grace)
             self._write(changes)

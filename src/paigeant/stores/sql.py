@@ -408,7 +408,9 @@ class SqlStore:
         self._write(tx, changes)
         changes = Changes()
         due = {}
-        for row in self._locked(tx, due_steps(tx.now).limit(limit)):
+        # A worker that is lost had fetched messages, the oldest first, and which ones nobody knows.
+        overdue_since = tx.now - self.grace if lost else None
+        for row in self._locked(tx, due_steps(tx.now, overdue_since).limit(limit)):
             key = key_of(row)
             due[key] = row.epoch
             ledger.postpone(key, changes, now=tx.now, due_at=row.due_at, grace=self.grace)
@@ -693,7 +695,9 @@ class SqlStore:
     def _write(self, tx: Tx, changes: Changes, postings: Sequence[Posting] = ()) -> None:
         """Write all changes, one statement for each kind."""
         for key in changes.dropped:  # rarely any: SQLAlchemy's connection ends the pipeline
-            tx.connection.execute(delete(step_executions).where(*(c == v for c, v in zip(KEY, key, strict=True))))
+            tx.connection.execute(
+                delete(step_executions).where(*(c == v for c, v in zip(KEY, key, strict=True)))
+            )
         patch_rows(tx, step_executions, changes.steps)
         if changes.added:
             NEW_STEP.each(tx, [new_step(row) for row in changes.added])

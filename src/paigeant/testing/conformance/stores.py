@@ -647,6 +647,19 @@ class StoreConformance:
         assert key in (await store.sweep()).due
         assert await self.found_after(store, 10) == [1, 2, 4, 8]
 
+    async def test_what_a_lost_worker_may_have_fetched_is_sent_again_at_once(self, store: Store) -> None:
+        """However long a step has waited: its message may have been with the worker that is gone."""
+        key = await self.start(store)
+        assert await self.found_after(store, 10) == [1, 2, 4, 8]
+        fresh = await self.start(store, run_id="fresh")
+        await asyncio.to_thread(self.beat, store, lease=1.0)
+        assert (await store.sweep()).due == ()
+        self.clock.advance(1.0)
+        swept = await store.sweep()
+        assert (swept.lost, swept.due) == (("mine",), (key,))  # not that of which the message is just on its way
+        assert await store.open_steps(fresh.workflow_id) == [fresh]
+        assert (await store.sweep()).due == ()
+
     async def test_a_waiting_attempt_is_due_after_its_time(self, store: Store) -> None:
         """The grace time of another attempt counts from its not_before."""
         key = await self.start(store)
