@@ -1,4 +1,4 @@
-"""Whole runs through Paigeant: dispatched, worked on, broken, put right. On memory and on one SQLite file."""
+"""Whole runs through Paigeant: dispatched, worked on, broken, put right. On memory, one SQLite file, and Postgres."""
 
 from __future__ import annotations
 
@@ -69,16 +69,20 @@ class Seen:
                 await self._changed.wait()
 
 
-@pytest.fixture(params=["memory://", "sqlite:///p.db"], ids=["memory", "sqlite"])
+@pytest.fixture(params=["memory://", "sqlite:///p.db", "postgres"], ids=["memory", "sqlite", "postgres"])
 def url(request: pytest.FixtureRequest) -> str:
     """Where the runs of a test live: transport and store alike."""
-    return str(request.param)
+    return str(request.getfixturevalue("postgres_tables") if request.param == "postgres" else request.param)
 
 
-@pytest.fixture(params=["memory://", "sqlite:///p.db", "apart"], ids=["memory", "sqlite", "apart"])
+@pytest.fixture(
+    params=["memory://", "sqlite:///p.db", "apart", "postgres"], ids=["memory", "sqlite", "apart", "postgres"]
+)
 def settings(request: pytest.FixtureRequest) -> Settings:
-    """Settings for one file, for memory, and for a transport of its own beside the file."""
+    """Settings for one file, for memory, for a transport of its own beside the file, and for one Postgres database."""
     urls = ("memory://", "sqlite:///p.db") if request.param == "apart" else (request.param,) * 2
+    if request.param == "postgres":
+        urls = (request.getfixturevalue("postgres_tables"),) * 2
     return Settings(transport_url=urls[0], store_url=urls[1], retry_base=0.0, sweep_interval=0.05)
 
 
