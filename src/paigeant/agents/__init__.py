@@ -1,7 +1,8 @@
 """pydantic-ai agents as activities. The only part of the engine that imports pydantic_ai.
 
-`activity.py` runs an agent as one step, `prompt.py` fills its prompt, `durability.py` records what it does inside the
-step. `effect_key()` is for tools: a key for the effects of the call that asks for it, the same when it is repeated.
+`activity.py` runs an agent as one step, `prompt.py` fills its prompt, `conversation.py` keeps its messages for later
+steps, `durability.py` records what it does inside a step. `effect_key()` is for tools: a key for the effects of the
+call that asks for it, the same when that call is repeated.
 """
 
 from paigeant.agents.durability import PaigeantDurability, effect_key

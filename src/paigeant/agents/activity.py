@@ -1,13 +1,5 @@
 """An agent as an activity: its prompt and deps come from the payload, its output is the step's.
 
-**Conversations.** An activity with `message_history="outline"` goes on where the agent of step `outline` stopped, in
-any process. So each agent step that has steps after it keeps its messages, as a unit of the step in the store: they
-don't travel, and only the step that continues them reads them. The unit is named after a digest of the step's output.
-That is what ties it to the attempt whose result was recorded: messages of an attempt that failed, lost its lease or
-died before its result was durable are under a name that no recorded output leads to. (One and the same name would not
-do: the first value of a unit stands, and the first attempt may be one that left no result.) It costs one small commit
-a step, beside the seconds that a model takes.
-
 **Failures.** What a model or a tool raises is the failure of an attempt, and retried by the step's policy. A usage
 limit that was reached, and a wrong use of pydantic-ai, stay what they are however often they are tried:
 NonRetryableError.
@@ -23,39 +15,34 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
-import hashlib
 import inspect
-import json
 import types
 import typing
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import Executor as Threads
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic_ai import ModelMessage, ModelMessagesTypeAdapter, RunUsage
+from pydantic_ai import RunUsage
 from pydantic_ai.agent import AbstractAgent
 from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.capabilities.abstract import leaf_capabilities
 from pydantic_ai.durable_exec import BaseDurabilityCapability
 from pydantic_ai.exceptions import UsageLimitExceeded, UserError
-from pydantic_core import from_json
 
 from paigeant import codec
 from paigeant.activity import Activity, Parameter, read_parameters, typed
+from paigeant.agents.conversation import continued, keep
 from paigeant.agents.durability import PaigeantDurability
 from paigeant.agents.prompt import Prompt
 from paigeant.context import StepContext
 from paigeant.errors import ArgumentError, InvalidDefinition, NonRetryableError
-from paigeant.slip import Phase, StepStatus
-from paigeant.store import StepKey
 
 __all__ = ["agent_activity", "check_agent"]
 
 AnyAgent = AbstractAgent[Any, Any]
 
-_UNIT = "paigeant.messages:"
 _UNIONS = (typing.Union, types.UnionType)
 
 
@@ -88,14 +75,14 @@ def agent_activity(
 
     async def call(arguments: Mapping[str, Any], context: StepContext, threads: Threads | None) -> Any:
         text = template.render(name, arguments)
-        history = None if message_history is None else await _continued(name, message_history, context)
+        earlier = None if message_history is None else await continued(name, message_history, context)
         given = await source.make(arguments, threads)
         usage = RunUsage()
         try:
             result = await agent.run(
                 text,
                 deps=given,
-                message_history=history,
+                message_history=None if earlier is None else earlier.messages,
                 usage=usage,
                 infer_name=False,
                 capabilities=engines,
@@ -105,7 +92,7 @@ def agent_activity(
         finally:
             context._usage = _counted(usage)
         if context.remaining:
-            await _keep(context, output, result.output, result.all_messages())
+            await keep(context, output, result.output, result.all_messages(), earlier)
         return result.output
 
     return Activity(
@@ -133,52 +120,6 @@ def _engines(agent: AnyAgent, name: str) -> list[AbstractCapability[Any]]:
         except UserError as exc:
             raise InvalidDefinition(f"activity '{name}': {exc}") from exc
     return [engine]
-
-
-# -- conversations
-
-
-async def _keep(
-    context: StepContext, output: TypeAdapter[Any] | None, value: Any, messages: Sequence[ModelMessage]
-) -> None:
-    """Record the messages that led to this output, before the output itself is recorded."""
-    try:
-        text = codec.dump(value) if output is None else codec.dump_as(output, value)
-    except codec.JsonInvalid:
-        return  # the step fails for its output, with a message that says so
-    await context._store.save_unit(
-        context._key, _unit_of(text), ModelMessagesTypeAdapter.dump_json(list(messages))
-    )
-
-
-async def _continued(name: str, earlier: str, context: StepContext) -> list[ModelMessage] | None:
-    """The messages of the recorded step `earlier`; None when its `when` skipped it: a new conversation begins."""
-    slip = context._slip
-    done = slip.find(earlier)
-    if done is None:
-        skipped = [entry for entry in slip.executed if entry.status is StepStatus.SKIPPED]
-        if any(earlier in (entry.step_id, entry.activity) for entry in skipped):
-            return None
-        there = ", ".join(entry.step_id for entry in slip.executed) or "none"
-        raise ArgumentError(
-            f"activity '{name}' continues the conversation of '{earlier}', but no such step was done before it; "
-            f"done: {there}"
-        )
-    recorded = await context._store.load_output(context.workflow_id, done.step_id)
-    key = StepKey(context.workflow_id, done.step_id, Phase.DO)
-    messages = None if recorded is None else await context._store.load_unit(key, _unit_of(recorded))
-    if messages is None:
-        raise ArgumentError(
-            f"activity '{name}' continues the conversation of '{earlier}', but step '{done.step_id}' "
-            f"(activity '{done.activity}') was not done by an agent, so that there is none"
-        )
-    return ModelMessagesTypeAdapter.validate_json(messages)
-
-
-def _unit_of(output: bytes) -> str:
-    """The unit that holds the messages which led to `output`, however a store may have laid out its JSON."""
-    canonical = json.dumps(from_json(output), sort_keys=True, separators=(",", ":"))
-    return _UNIT + hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _counted(usage: RunUsage) -> bytes:
