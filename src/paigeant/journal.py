@@ -174,6 +174,19 @@ class Place:
         value = await self._produce(name, unit, produce)
         return Done(await self.journal.save(name, value), executed=True)
 
+    async def standing(self, name: str) -> str:
+        """The name under which the unit `name` is done now: another one for each time that it was `refuse`d."""
+        unit = name
+        for number in itertools.count(2):
+            if await self.journal.find(f"{unit}!refused", again=self.again) is None:
+                return unit
+            unit = f"{name}!{number}"
+        raise AssertionError("unreachable")
+
+    async def refuse(self, unit: str) -> None:
+        """Have later attempts do this unit anew: what is recorded of it would have them fail in the same way."""
+        await self.journal.save(f"{unit}!refused", b"true")
+
     async def _intend(self, name: str, unit: Unit) -> None:
         mine = codec.dump(uuid.uuid4().hex)
         if await self.journal.save(f"{name}!begun", mine) != mine:

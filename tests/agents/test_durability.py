@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,13 @@ from pydantic_ai import (
     ToolFailed,
 )
 from pydantic_ai.capabilities import AbstractCapability, durable_operation
-from pydantic_ai.exceptions import ModelHTTPError, RunCancelled, UsageLimitExceeded, UserError
+from pydantic_ai.exceptions import (
+    ModelHTTPError,
+    RunCancelled,
+    UnexpectedModelBehavior,
+    UsageLimitExceeded,
+    UserError,
+)
 from pydantic_ai.messages import AgentStreamEvent
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 from pydantic_ai.models.test import TestModel
@@ -1069,3 +1076,70 @@ async def test_rule_16_a_pause_of_the_library_isn_t_begun_anew(monkeypatch: pyte
     clock.advance(45)
     await step.attempt(lambda: agent.run("go"))
     assert slept == [15.0]
+
+
+# -- what an attempt can and can't mend
+
+
+async def test_an_answer_that_the_agent_gave_up_on_is_asked_for_again() -> None:
+    """An attempt that failed on what the model said isn't replayed to the same end: its last answer is asked for."""
+    asked: list[int] = []
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        asked.append(sum(isinstance(message, ModelResponse) for message in messages))
+        size = 7 if len(asked) > 4 else -1
+        return ModelResponse(parts=[called(info.output_tools[0].name, f"o{len(asked)}", size=size)])
+
+    class Size(BaseModel):
+        size: int = Field(gt=0)
+
+    agent = durable(FunctionModel(respond), output_type=Size)
+    step = Step()
+    for _ in range(3):
+        with pytest.raises(UnexpectedModelBehavior):
+            await step.attempt(lambda: agent.run("go"))
+    assert (await step.attempt(lambda: agent.run("go"))).output.size == 7
+    assert asked == [0, 1, 1, 1, 1]
+    assert (await step.attempt(lambda: agent.run("go"))).output.size == 7
+    assert len(asked) == 5
+
+
+async def test_a_nested_agent_that_gave_up_is_asked_again_by_itself() -> None:
+    """Only its own last answer is: the agent around it said nothing wrong."""
+    asked: list[str] = []
+
+    def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        asked.append("inner")
+        return ModelResponse(parts=[] if len(asked) < 4 else [TextPart("there")])
+
+    inner = durable(FunctionModel(respond), name="inner", retries=0)
+    model, requests = scripted(called("ask", "c1"), both_answers)
+    outer = durable(model, name="outer")
+
+    @outer.tool_plain
+    async def ask() -> str:
+        return str((await inner.run("go")).output)
+
+    step = Step()
+    with pytest.raises(UnexpectedModelBehavior):
+        await step.attempt(lambda: outer.run("go"))
+    failures = 1
+    while len(asked) < 4:
+        failures += 1
+        with contextlib.suppress(UnexpectedModelBehavior):
+            await step.attempt(lambda: outer.run("go"))
+        assert failures < 5
+    result = await step.attempt(lambda: outer.run("go"))
+    assert (result.output, requests) == ("c1=there", [0, 1])
+
+
+async def test_two_workers_at_once_go_on_with_the_same_records() -> None:
+    """A worker that was given up and one that took over reach the same result, whoever recorded what."""
+    outer, _ = nesting()
+    step = Step()
+    one, other = await asyncio.gather(
+        step.attempt(lambda: outer.run("go")), step.attempt(lambda: outer.run("go"))
+    )
+    assert one.output == other.output == "c1=ans-2 c2=ans-1"
+    assert without_moments(one.all_messages_json()) == without_moments(other.all_messages_json())
+    assert one.usage == other.usage

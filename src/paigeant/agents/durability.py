@@ -10,7 +10,8 @@ tool call and, where all that is the same, by how often it has occurred. Neither
 nor nesting can give one call what another was answered. These names are stored: a test pins them.
 
 **What is data.** What a tool tells the run by raising (ModelRetry, approval, deferral, failure) is recorded like a
-result. Any other error is not: the attempt fails, and the next one tries that unit again.
+result. Any other error is not: the attempt fails, and the next one tries that unit again. When an agent gives up
+because of what its model said, the next attempt asks for the last answer again.
 
 **At least once.** A crash after an effect and before its record repeats the unit. `effect_key()` is the same then, for
 whoever has the effect; a tool marked `at_most_once` isn't repeated, and its step fails for good.
@@ -60,6 +61,7 @@ from pydantic_ai.exceptions import (
     ModelRequestRejectedError,
     ModelServerError,
     ModelUnavailableError,
+    UnexpectedModelBehavior,
     UsageLimitExceeded,
     UserError,
 )
@@ -256,8 +258,16 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         async def sleep(seconds: float) -> None:
             await self._sleep(ctx.run_id or "", seconds)
 
-        with mode, agent.using_sleep(sleep):
-            return await super().wrap_run(ctx, handler=handler)
+        progress = _Progress()
+        token = _PROGRESS.set(progress)
+        try:
+            with mode, agent.using_sleep(sleep):
+                return await super().wrap_run(ctx, handler=handler)
+        except UnexpectedModelBehavior as exc:
+            await progress.failed(exc)
+            raise
+        finally:
+            _PROGRESS.reset(token)
 
     # -- units of its own
 
@@ -358,6 +368,27 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             _EVENT_OF.reset(token)
 
 
+@dataclass(slots=True)
+class _Progress:
+    """How far one run of an agent has come: the last answer of its model, and the last error of one of its units."""
+
+    answer: tuple[Place, str] | None = None
+    error: Exception | None = None
+
+    async def failed(self, error: Exception) -> None:
+        """The run gave up because of what its model said: the next attempt asks for the last answer again.
+
+        Otherwise it would read the same answers and give up as well. An error that comes from a unit is none of this:
+        that unit isn't recorded.
+        """
+        if self.answer is not None and error is not self.error:
+            place, unit = self.answer
+            await place.refuse(unit)
+
+
+_PROGRESS: contextvars.ContextVar[_Progress | None] = contextvars.ContextVar(
+    "paigeant.progress", default=None
+)
 _EVENT_OF: contextvars.ContextVar[RunContext[Any] | None] = contextvars.ContextVar(
     "paigeant.event_of", default=None
 )
@@ -434,7 +465,18 @@ class _Backend(CallableOperationBackend[Unit]):
             finally:
                 ctx.usage = before
 
-        done = await place.do(place.name(_identity(place, name, ctx, cache_key)), config, produce)
+        unit = place.name(_identity(place, name, ctx, cache_key))
+        progress = _PROGRESS.get() or _Progress()
+        is_answer = isinstance(operation_id, ModelRequestId)
+        if is_answer:
+            unit = await place.standing(unit)
+        try:
+            done = await place.do(unit, config, produce)
+        except Exception as exc:
+            progress.error = exc
+            raise
+        if is_answer:
+            progress.answer = (place, unit)
         record_durable_unit(executed=done.executed)
         try:
             recorded = from_json(done.value)
