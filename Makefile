@@ -16,7 +16,7 @@ LOCK := .lock/bin/uv pip compile --quiet --no-config --universal --generate-hash
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # one pip at a time in .venv
-.PHONY: help demo services test lint typecheck bench format lock venv clean
+.PHONY: help demo services test chaos lint typecheck bench format lock venv clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -31,6 +31,9 @@ services: .venv/.installed-dev  ## Show the servers the tests will use; as root 
 test: services  ## Run all tests
 	$(BIN)/pytest $(PYTEST_ARGS)
 
+chaos: services  ## Kill, cut, wipe and freeze everything for about an hour (CHAOS_ARGS="-k redis")
+	$(BIN)/pytest tests/chaos -m chaos -s $(CHAOS_ARGS)
+
 lint: .venv/.installed-dev  ## Check style, formatting and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,7 +42,7 @@ lint: .venv/.installed-dev  ## Check style, formatting and the direction of impo
 typecheck: .venv/.installed-dev  ## Check the types
 	$(BIN)/mypy $(wildcard src tests benchmarks)
 
-bench: .venv/.installed-dev .bench/venv/.installed  ## Measure, also against a peer (BENCH_ARGS="latency --quick")
+bench: services .bench/venv/.installed  ## Measure, also against peers (BENCH_ARGS="latency --quick")
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 format: .venv/.installed-dev  ## Format the code and apply the safe fixes
