@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -40,6 +41,20 @@ SCRIPT: dict[str, list[Turn]] = {
 }
 
 REQUESTS = {("writer", 0), ("writer", 1), ("writer", 2), ("expert", 0)}
+
+
+UNITS = {
+    "writer__mcp_server__sums.get_tools(writer:1,1)",
+    "writer__model.request(writer:1,1)",
+    'writer__function_toolset__<agent>.call_tool:weather(writer:1,1,"c1")',
+    'writer__function_toolset__<agent>.call_tool:price(writer:1,1,"c2")',
+    "writer__model.request(writer:1,2)",
+    ".../expert__model.request(expert:1,1)",
+    'writer__function_toolset__<agent>.call_tool:ask(writer:1,2,"c3")',
+    'writer__mcp_server__sums.call_tool:add(writer:1,2,"c4")',
+    "writer__model.request(writer:1,3)",
+}
+"""The names of all units. They are stored: never change them along with code."""
 
 
 @dataclass
@@ -133,7 +148,10 @@ async def whole_run(scene: Scene) -> tuple[tuple[Any, Any], set[tuple[str, str]]
         "c3": "because of the clouds",
         "c4": "5",
     }
-    return outcome, set(effects), sorted(await scene.units("whole"))
+    units = await scene.units("whole")
+    if not any("event_stream_handler" in unit for unit in units):
+        assert {re.sub("^[0-9a-f]{32}/", ".../", unit) for unit in units} == UNITS
+    return outcome, set(effects), sorted(units)
 
 
 async def check(scene: Scene, run: str, before: set[str], effects: Counter[tuple[str, str]]) -> None:

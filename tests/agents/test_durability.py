@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -26,10 +27,12 @@ from pydantic_ai import (
     ToolDefinition,
     ToolFailed,
 )
+from pydantic_ai._agent_graph import _agent_graph_sleep
 from pydantic_ai.capabilities import AbstractCapability, durable_operation
 from pydantic_ai.exceptions import (
     ModelHTTPError,
     RunCancelled,
+    RunTimedOut,
     UnexpectedModelBehavior,
     UsageLimitExceeded,
     UserError,
@@ -50,8 +53,9 @@ from tests.agents.steps import (
 )
 
 from paigeant import RetryPolicy
-from paigeant.agents import PaigeantDurability, effect_key
+from paigeant.agents import PaigeantDurability, durability, effect_key
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutputInvalid, UnitUnreadable
+from paigeant.testing import ManualClock
 
 AnyAgent = Agent[Any, Any]
 
@@ -388,8 +392,6 @@ async def test_rule_2_a_provider_may_use_a_call_id_again() -> None:
 
 async def test_rule_2_the_library_hands_over_what_identifies_a_call() -> None:
     """The inputs of each operation hold its run's context, which has run id, run step and tool call id."""
-    from paigeant.agents import durability
-
     found: list[tuple[str, Any]] = []
     original = durability._identity
 
@@ -1025,36 +1027,44 @@ async def test_rule_15_what_is_written_grows_with_the_conversation() -> None:
 
 async def test_rule_16_a_deadline_counts_from_the_first_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """`timeout=` of a run is over when it is over, however many attempts there were."""
-    from paigeant.agents import durability
-    from paigeant.testing import ManualClock
-
-    clock = ManualClock()
+    clock = ManualClock(datetime.now(UTC) - timedelta(seconds=1000))
     monkeypatch.setattr(durability, "_CLOCK", clock)
-    agent = durable(scripted("done")[0])
+    model, requests = scripted("done")
+    agent = durable(model)
     step = Step()
     with pytest.raises(Crash):
-        await step.attempt(lambda: agent.run("go", timeout=5), crash_after=1)
-    deadlines: list[Any] = []
+        await step.attempt(lambda: agent.run("go", timeout=500), crash_after=1)
+    clock.advance(1000)
+    with pytest.raises(RunTimedOut):
+        await step.attempt(lambda: agent.run("go", timeout=500))
+    assert requests == []
+    assert (await step.attempt(lambda: agent.run("go", timeout=5000))).output == "done"
 
-    @agent.instructions
+
+async def test_rule_16_nested_runs_inherit_the_deadline() -> None:
+    """An agent that a tool runs has no more time than the run that it works for."""
+    deadlines: list[datetime | None] = []
+    inner = durable(scripted("done")[0], name="inner")
+
+    @inner.instructions
     def note(ctx: RunContext[Any]) -> str:
         deadlines.append(ctx.deadline)
         return ""
 
-    began = clock.now()
-    clock.advance(1000)
-    with pytest.raises(Exception, match=r"timeout|timed out|deadline|Timed out"):
-        await step.attempt(lambda: agent.run("go", timeout=5))
-    assert began  # the instant that was recorded lies long back, for the library's own clock as well
+    outer = durable(scripted(called("ask", "c1"), "done")[0], name="outer")
+
+    @outer.tool
+    async def ask(ctx: RunContext[Any]) -> str:
+        deadlines.append(ctx.deadline)
+        return str((await inner.run("go", timeout=5000)).output)
+
+    await Step().attempt(lambda: outer.run("go", timeout=500))
+    assert deadlines[0] is not None
+    assert deadlines == deadlines[:1] * 2
 
 
 async def test_rule_16_a_pause_of_the_library_isn_t_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two polls of a response the run waits until a recorded instant: a resumed run waits for the rest."""
-    from pydantic_ai._agent_graph import _agent_graph_sleep
-
-    from paigeant.agents import durability
-    from paigeant.testing import ManualClock
-
     clock = ManualClock()
     monkeypatch.setattr(durability, "_CLOCK", clock)
     slept: list[float] = []
