@@ -1,0 +1,589 @@
+"""A Postgres database with its own clock and faults: what is lost, blocked, stopped or cut off changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import text
+from tests.integration.postgres_tables import database_with_tables, make_tables
+from tests.services import PostgresServer, free_port
+from tests.services.proxy import Direction, Proxy
+
+from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, rows
+from paigeant.databases import postgres
+from paigeant.databases.bell import PostgresBell
+from paigeant.databases.postgres import PostgresDatabase
+from paigeant.errors import ConfigurationError, SchemaMismatch, StoreUnavailable
+from paigeant.lane import Tx
+from paigeant.slip import RunStatus, StepStatus
+from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, StepKey, StepResult
+from paigeant.stores.sql import SqlStore
+from paigeant.testing.conformance.stores import run
+
+PATIENCE = 30.0
+ROOT = Path(__file__).parents[2]
+
+
+@asynccontextmanager
+async def opened(url: str, **options: Any) -> AsyncIterator[SqlStore]:
+    """A store on the database, by the server's clock."""
+    store = SqlStore(PostgresDatabase(url), **options)
+    await store.connect()
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def claimed(store: SqlStore, run_id: str) -> StepResult:
+    """A run is started and its step claimed; gives the result that ends it."""
+    key = StepKey(run_id, "a")
+    await store.record_workflow_start(run(run_id, "a"), NextStep(key, "a", "a"))
+    grant = await store.claim_step(ClaimRequest(key, "w", 9))
+    assert isinstance(grant, Grant)
+    return StepResult(
+        key, "w", grant.epoch, grant.attempt, StepStatus.COMPLETED, run=RunStatus.COMPLETED, output=b"1"
+    )
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    async with asyncio.timeout(PATIENCE):
+        while not holds():  # noqa: ASYNC110  # for what tells nobody
+            await asyncio.sleep(0.01)
+
+
+# -- opening
+
+
+async def test_a_database_without_tables_is_refused(postgres_url: str) -> None:
+    """Nothing makes tables on a server but the command, which the error names."""
+    with pytest.raises(SchemaMismatch, match="no tables of Paigeant yet; `paigeant db upgrade` makes them"):
+        await SqlStore(PostgresDatabase(postgres_url)).connect()
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [("0000", "made by another version of Paigeant than this one"), ("9999", "Install the newer version")],
+)
+async def test_tables_of_another_version_are_refused(postgres_tables: str, found: str, says: str) -> None:
+    """A schema that this code doesn't know is left alone, and the error says what to do."""
+    with psycopg.connect(postgres_tables, autocommit=True) as connection:
+        [(before,)] = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+        connection.execute("UPDATE alembic_version SET version_num = %s", [found])
+        try:
+            with pytest.raises(SchemaMismatch, match=says):
+                await SqlStore(PostgresDatabase(postgres_tables)).connect()
+        finally:
+            connection.execute("UPDATE alembic_version SET version_num = %s", [before])
+
+
+async def test_a_missing_database_is_named(postgres_server_url: str) -> None:
+    """Whoever names a database that isn't there learns how to make it."""
+    url = f"{postgres_server_url.rpartition('/')[0]}/nobody_made_this"
+    with pytest.raises(
+        ConfigurationError, match=r'"nobody_made_this" does not exist; make it with `createdb`'
+    ):
+        await SqlStore(PostgresDatabase(url)).connect()
+
+
+async def test_a_server_that_can_t_be_reached_is_unavailable() -> None:
+    """Nobody listening is no mistake in the settings, but a server that is down."""
+    url = f"postgresql://postgres:secret@127.0.0.1:{free_port()}/x"
+    with pytest.raises(StoreUnavailable, match="is the server running") as caught:
+        await SqlStore(PostgresDatabase(url)).connect()
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_server_that_can_only_be_read_is_refused(postgres_tables: str) -> None:
+    """A replica, or a database set to be read only, is of no use to a store."""
+    url = f"{postgres_tables}?options=-cdefault_transaction_read_only%3Don"
+    with pytest.raises(StoreUnavailable, match="only lets itself be read"):
+        await SqlStore(PostgresDatabase(url)).connect()
+
+
+async def test_when_it_can_only_be_read_another_server_is_looked_for(postgres_tables: str) -> None:
+    """A primary that has become a replica says so at a write: the connection is left, and made anew."""
+    backends = []
+
+    def turned(tx: Tx, requests: Sequence[bool]) -> list[None]:
+        backends.append(tx.connection.execute(text("SELECT pg_backend_pid()")).scalar())
+        if requests[0]:
+            tx.connection.execute(text("SET TRANSACTION READ ONLY"))
+        tx.connection.execute(text("DELETE FROM workers"))
+        return [None]
+
+    async with opened(postgres_tables) as store:
+        with pytest.raises(StoreUnavailable, match="read-only transaction"):
+            await store.database.write(turned, True)
+        await store.database.write(turned, False)
+    assert len(set(backends)) == 2
+
+
+async def test_accounts_that_are_not_let_in() -> None:
+    """A wrong password and an unknown user are mistakes in the settings, told without the password."""
+    with PostgresServer(lines=["fsync = off"]) as server:
+        with psycopg.connect(server.url, autocommit=True) as connection:
+            connection.execute("CREATE USER someone PASSWORD 'right'")
+            (server.folder / "data" / "pg_hba.conf").write_text(
+                "host all postgres all trust\nhost all all all scram-sha-256\n"
+            )
+            connection.execute("SELECT pg_reload_conf()")
+        place = f"{server.host}:{server.port}/postgres"
+        for account in ("someone:wrong", "nobody:wrong", "someone"):
+            with pytest.raises(ConfigurationError, match="doesn't let the user in") as caught:
+                await SqlStore(PostgresDatabase(f"postgresql://{account}@{place}")).connect()
+            assert "wrong" not in str(caught.value)
+
+
+# -- transactions that others get ahead of
+
+
+async def test_starts_in_opposite_order_agree(postgres_tables: str) -> None:
+    """Two processes that start the same runs, one forwards and one backwards, have started each once."""
+    ids = [f"r{number:03}" for number in range(150)]
+
+    async def start(store: SqlStore, run_id: str) -> bool:
+        return await store.record_workflow_start(run(run_id, "a"), NextStep(StepKey(run_id, "a"), "a", "a"))
+
+    async with opened(postgres_tables) as one, opened(postgres_tables) as other:
+        forwards = asyncio.gather(*(start(one, run_id) for run_id in ids))
+        backwards = asyncio.gather(*(start(other, run_id) for run_id in reversed(ids)))
+        first, second = await forwards, (await backwards)[::-1]
+    assert [a + b for a, b in zip(first, second, strict=True)] == [1] * len(ids)
+
+
+async def test_a_deadlock_is_done_again(postgres_tables: str) -> None:
+    """Of two transactions that wait for each other one is begun anew; both are done."""
+    met = [asyncio.Event(), asyncio.Event()]
+    loop = asyncio.get_running_loop()
+    tries = []
+
+    def crossing(tx: Tx, requests: Sequence[tuple[int, str, str]]) -> list[None]:
+        [(number, first, second)] = requests
+        tries.append(number)
+        touch = text("UPDATE workers SET process = process || :n WHERE id = :id")
+        tx.connection.execute(touch, {"n": str(number), "id": first})
+        loop.call_soon_threadsafe(met[number].set)
+        asyncio.run_coroutine_threadsafe(met[1 - number].wait(), loop).result(PATIENCE)
+        tx.connection.execute(touch, {"n": str(number), "id": second})
+        return [None]
+
+    with psycopg.connect(postgres_tables, autocommit=True) as connection:
+        connection.execute("INSERT INTO workers VALUES ('x', 'h', '', 9e9), ('y', 'h', '', 9e9)")
+        async with opened(postgres_tables) as one, opened(postgres_tables) as other:
+            await asyncio.gather(
+                one.database.write(crossing, (0, "x", "y")), other.database.write(crossing, (1, "y", "x"))
+            )
+        found = connection.execute("SELECT process FROM workers").fetchall()
+    assert sorted(tries) in ([0, 0, 1], [0, 1, 1])
+    assert sorted("".join(sorted(process)) for (process,) in found) == ["01", "01"]
+
+
+async def test_a_row_that_somebody_keeps_stops_only_who_needs_it(
+    postgres_tables: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that share a transaction with one that is blocked are done all the same."""
+    monkeypatch.setitem(postgres._SESSION, "lock_timeout", "200ms")
+    async with opened(postgres_tables) as store:
+        results = [await claimed(store, run_id) for run_id in ("kept", "free", "also")]
+        with psycopg.connect(postgres_tables) as connection:
+            connection.execute("SELECT 1 FROM workflow_runs WHERE id = 'kept' FOR UPDATE")
+            kept, *free = await asyncio.gather(
+                *(store.record_step_result(result) for result in results), return_exceptions=True
+            )
+            assert isinstance(kept, StoreUnavailable)
+            assert "somebody keeps a row" in str(kept)
+            assert free == [Recorded(), Recorded()]
+        assert await store.record_step_result(results[0]) == Recorded()
+
+
+async def test_a_session_that_is_ended_in_the_middle_is_done_again(postgres_tables: str) -> None:
+    """A transaction whose session an operator ends has done nothing, and is done on another connection."""
+    tries = []
+
+    def interrupted(tx: Tx, requests: Sequence[None]) -> list[None]:
+        tx.connection.execute(text("INSERT INTO workers VALUES ('x', 'h', 'p', 1)"))
+        [backend] = tx.connection.execute(text("SELECT pg_backend_pid()")).scalars()
+        tries.append(backend)
+        if len(tries) == 1:
+            with psycopg.connect(postgres_tables, autocommit=True) as connection:
+                connection.execute("SELECT pg_terminate_backend(%s)", [backend])
+        tx.connection.execute(text("SELECT 1"))
+        return [None]
+
+    async with opened(postgres_tables) as store:
+        await store.database.write(interrupted, None)
+        assert [worker.id for worker in await store.list_workers()] == ["x"]
+    assert len(set(tries)) == 2
+
+
+# -- processes that are stopped
+
+
+_STOPPED = """
+import asyncio, os, signal, sys
+from sqlalchemy import text
+from paigeant import rows
+from paigeant.databases import postgres
+from paigeant.stores.sql import SqlStore
+from paigeant.errors import StoreUnavailable
+
+postgres._SESSION["idle_in_transaction_session_timeout"] = "300ms"
+
+def stop(tx, requests):
+    rows.lock_runs(tx, ["r"])
+    if sys.argv[2] == "reading":
+        rows.statuses_of(tx, ["r"])  # an answer has come: the server waits for what follows
+    else:
+        tx.driver._send()  # it is in the middle of what it has to say
+    if requests[0].pop("stop", False):
+        print("stopping", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return [None]
+
+async def main():
+    store = SqlStore(postgres.PostgresDatabase(sys.argv[1]))
+    await store.connect()
+    what = {"stop": True}
+    while what is not None:
+        try:
+            what = await store.database.write(stop, what)
+        except StoreUnavailable:
+            pass  # it was ended when it asked for the commit: whether it was done is asked, as workers do
+    await store.close()
+    print("done", flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("where", ["reading", "writing"])
+async def test_a_stopped_process_keeps_no_run(
+    postgres_tables: str, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """What a process had locked when it was stopped is free for others soon; when it goes on, so does its work."""
+    monkeypatch.setattr(rows, "STUCK_SECONDS", 1)
+    async with opened(postgres_tables, grace=0.0) as store:
+        result = await claimed(store, "r")
+        child = subprocess.Popen(  # noqa: ASYNC220  # asyncio's would wait for it while it is stopped
+            [sys.executable, "-c", _STOPPED, postgres_tables, where], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        assert await asyncio.to_thread(child.stdout.readline) == "stopping\n"
+        async with asyncio.timeout(PATIENCE):
+            while not (await store.sweep(gone=["w"])).freed:  # noqa: ASYNC110  # the server's doing
+                await asyncio.sleep(0.05)
+            grant = await store.claim_step(ClaimRequest(result.key, "other", 9))
+        assert isinstance(grant, Grant)
+        os.kill(child.pid, signal.SIGCONT)
+        assert await asyncio.to_thread(child.stdout.readline) == "done\n"
+        assert child.wait() == 0
+        child.stdout.close()
+
+
+# -- networks
+
+
+@pytest.fixture
+def proxied(postgres_server_url: str) -> Iterator[tuple[Proxy, str]]:
+    """A proxy, and the url of a database with tables behind it."""
+    with database_with_tables(postgres_server_url) as url:
+        parts = psycopg.conninfo.conninfo_to_dict(url)
+        with Proxy(str(parts["host"]), int(parts["port"] or 5432)) as proxy:
+            yield proxy, f"{proxy.url(url)}?connect_timeout=2"
+
+
+@pytest.mark.parametrize(("direction", "step"), [("to_server", 61), ("to_client", 23)])
+async def test_a_commit_that_is_cut_anywhere_is_settled_by_asking_again(
+    proxied: tuple[Proxy, str], direction: Direction, step: int
+) -> None:
+    """Whatever byte is the last to pass: the result is recorded or not, and recorded once when it is sent again."""
+    proxy, url = proxied
+    answered, lost, stood = 0, 0, 0
+    async with opened(url) as store:
+        for number in range(1000):
+            result = await claimed(store, f"r{number}")
+            proxy.cut_after(direction, number * step, each=True)
+            cuts = proxy.cuts
+            try:
+                assert await store.record_step_result(result) == Recorded()
+                answered += 1
+            except StoreUnavailable:
+                lost += 1
+            proxy.resume()
+            detail = await settled(lambda: store.load_run(result.key.workflow_id))  # noqa: B023
+            stood += detail.run.status is RunStatus.COMPLETED
+            assert await settled(lambda: store.record_step_result(result)) == Recorded()  # noqa: B023
+            detail = await settled(lambda: store.load_run(result.key.workflow_id))  # noqa: B023
+            assert [(row.status, row.output) for row in detail.steps] == [(StepStatus.COMPLETED, b"1")]
+            if proxy.cuts == cuts:
+                break
+        else:
+            raise AssertionError("it was always cut: the count is beyond the transaction")
+    assert lost > 3
+    assert stood >= answered
+
+
+async def settled(ask: Callable[[], Awaitable[Any]]) -> Any:
+    """The answer, asked for again while it can't be had."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            try:
+                return await ask()
+            except StoreUnavailable:
+                await asyncio.sleep(0.01)
+
+
+async def test_silence_is_given_up(proxied: tuple[Proxy, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server from which nothing comes any more is unavailable within a limit, and used again when it is back."""
+    monkeypatch.setattr(postgres, "_STUCK_SECONDS", 0.5)
+    proxy, url = proxied
+    async with opened(url) as store:
+        result = await claimed(store, "r")
+        proxy.blackhole()
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable):
+            await store.record_step_result(result)
+        with pytest.raises(StoreUnavailable):
+            await store.run_status("r")
+        assert time.monotonic() - began < 15
+        proxy.resume()
+        assert await settled(lambda: store.record_step_result(result)) == Recorded()
+        assert await store.run_status("r") is RunStatus.COMPLETED
+
+
+@pytest.mark.parametrize("passed", [400, 600, 900])
+async def test_silence_while_connecting_is_given_up(
+    proxied: tuple[Proxy, str], monkeypatch: pytest.MonkeyPatch, passed: int
+) -> None:
+    """A server that falls silent after it has let us in is given up, too."""
+    monkeypatch.setattr(postgres, "_STUCK_SECONDS", 0.5)
+    proxy, url = proxied
+    proxy.cut_after("to_client", passed, ending="blackhole", each=True)
+    with pytest.raises(StoreUnavailable):
+        async with asyncio.timeout(20):
+            await SqlStore(PostgresDatabase(url)).connect()
+
+
+# -- servers
+
+
+@pytest.mark.timeout(180)
+async def test_a_server_that_crashes_under_load_loses_nothing() -> None:
+    """Runs that were begun before, during and after three crashes of the server all end, each step recorded once."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=9)
+    async def first(n: int) -> int:
+        return n + 1
+
+    @activity.execute(retries=9)
+    async def second(first: int) -> int:
+        return first * 2
+
+    work = Workflow("work", ["first", "second"])
+    # What a process has written outlives it whether it was synced or not; recovery would sync the whole folder.
+    with PostgresServer(lines=["fsync = off"]) as server:
+        make_tables(server.url)
+        settings = Settings(transport_url=server.url, store_url=server.url, grace=1.0, sweep_interval=0.2)
+        async with Paigeant(settings, activities=activity) as app:
+            worker = app.worker(concurrency=20)
+            working = asyncio.create_task(worker.run())
+            runs = []
+
+            async def dispatch() -> None:
+                for n in range(150):
+                    runs.append(
+                        await settled(lambda: app.dispatch(work, {"n": n}, workflow_id=f"r{n}"))  # noqa: B023
+                    )
+
+            dispatching = asyncio.create_task(dispatch())
+            for crash in range(3):
+                await eventually(lambda: len(runs) >= 40 * (crash + 1))  # noqa: B023
+                await asyncio.to_thread(server.restart, "immediate")
+            await dispatching
+            async with asyncio.timeout(60):
+                results = [await settled(each.wait) for each in runs]
+            await worker.stop(grace=PATIENCE)
+            await working
+            assert [result.output for result in results] == [(n + 1) * 2 for n in range(150)]
+            details = [await each.detail() for each in runs]
+            assert {len(detail.steps) for detail in details} == {2}
+
+
+# -- the bell
+
+
+@asynccontextmanager
+async def bells(url: str, count: int) -> AsyncIterator[list[tuple[PostgresBell, list[frozenset[str]]]]]:
+    """Bells on a database, each with what it has heard."""
+    made = []
+    for _ in range(count):
+        heard: list[frozenset[str]] = []
+        bell = PostgresBell({"conninfo": url, "application_name": "paigeant"}, heard.append)
+        bell.open()
+        made.append((bell, heard))
+    try:
+        await eventually(lambda: all(bell.works for bell, _ in made))
+        yield made
+    finally:
+        for bell, _ in made:
+            await bell.close()
+
+
+def ring(url: str, bell: PostgresBell, names: list[str]) -> None:
+    """Ring from the side of this bell."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        bell.ring(connection, names)
+
+
+async def test_a_ring_is_heard_by_the_others(postgres_url: str) -> None:
+    """Names reach every other process, and not the one that rang."""
+    async with bells(postgres_url, 3) as [(ringing, own), (_, one), (_, other)]:
+        ring(postgres_url, ringing, ["ended completed r", "topic ä"])
+        for heard in (one, other):
+            await eventually(lambda: frozenset({"ended completed r", "topic ä"}) <= frozenset().union(*heard))  # noqa: B023
+        assert "topic ä" not in frozenset().union(*own)
+
+
+async def test_a_ring_may_be_long(postgres_url: str) -> None:
+    """More names than one notification holds are all heard; one that is too long wakes everybody."""
+    names = {f"ended completed {number:05}{'x' * 200}" for number in range(500)}
+    async with bells(postgres_url, 2) as [(ringing, _), (_, heard)]:
+        heard.clear()
+        ring(postgres_url, ringing, [*names, "y" * 10_000])
+        await eventually(lambda: names | {"*"} <= frozenset().union(*heard))
+
+
+async def test_a_bell_that_lost_its_connections_hears_again(postgres_url: str) -> None:
+    """Ended sessions are replaced, and whoever may have missed something is told to look."""
+    async with bells(postgres_url, 2) as [(ringing, _), (listening, heard)]:
+        heard.clear()
+        with psycopg.connect(postgres_url, autocommit=True) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND application_name = 'paigeant'"
+            )
+        await eventually(lambda: frozenset({"*"}) in heard)
+        ring(postgres_url, ringing, ["again"])
+        await eventually(lambda: frozenset({"again"}) in heard and listening.works)
+
+
+async def test_without_the_bell_everything_still_ends(
+    postgres_tables: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where notifications don't come through, as behind some poolers, waiting is looking often."""
+    monkeypatch.setattr(PostgresBell, "open", lambda self: None)
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def work(n: int) -> int:
+        return n + 1
+
+    settings = Settings(transport_url=postgres_tables, store_url=postgres_tables)
+    async with Paigeant(settings, activities=activity) as here, Paigeant(settings) as there:
+        worker = here.worker()
+        working = asyncio.create_task(worker.run())
+        begun = await there.dispatch(Workflow("w", ["work"]), {"n": 1})
+        result = await begun.wait(timeout=PATIENCE)
+        await worker.stop(grace=PATIENCE)
+        await working
+    assert result.output == 2
+
+
+# -- processes
+
+
+_DISPATCH = """
+import asyncio, sys
+from paigeant import Paigeant, Settings, Workflow
+
+async def main():
+    settings = Settings(transport_url=sys.argv[1], store_url=sys.argv[1])
+    async def dispatch():
+        async with Paigeant(settings) as app:
+            return (await app.dispatch(Workflow("w", ["work"]), {"n": 1}, workflow_id="same")).id
+    assert await asyncio.gather(*(dispatch() for _ in range(5))) == ["same"] * 5
+
+asyncio.run(main())
+"""
+
+
+async def test_one_id_dispatched_by_many_is_one_run(postgres_tables: str) -> None:
+    """Twenty applications in four processes that dispatch one id at the same time have one run, with one message."""
+    children = [
+        await asyncio.create_subprocess_exec(sys.executable, "-c", _DISPATCH, postgres_tables)
+        for _ in range(4)
+    ]
+    assert [await child.wait() for child in children] == [0] * 4
+    with psycopg.connect(postgres_tables) as connection:
+        counts = [
+            connection.execute(f"SELECT count(*) FROM {table}".encode()).fetchall()[0][0]
+            for table in ("workflow_runs", "step_executions", "messages")
+        ]
+    assert counts == [1, 1, 1]
+
+
+_WORK = """
+import asyncio, os, sys
+from paigeant import ActivityRegistry, Paigeant, Settings
+
+activity = ActivityRegistry()
+
+@activity.execute(topic="first")
+async def first(n: int) -> int:
+    await asyncio.sleep(0.005)
+    return os.getpid()
+
+@activity.execute(topic="second")
+async def second() -> int:
+    return os.getpid()
+
+async def main():
+    settings = Settings(transport_url=sys.argv[1], store_url=sys.argv[1])
+    async with Paigeant(settings, activities=activity) as app:
+        worker = app.worker(concurrency=2)
+        task = asyncio.create_task(worker.run())
+        await asyncio.to_thread(sys.stdin.read)
+        await worker.stop(grace=10)
+        await task
+
+asyncio.run(main())
+"""
+
+
+async def test_processes_share_the_runs(postgres_tables: str) -> None:
+    """Two workers in processes of their own both take part, and each step is done by one of them."""
+    children = [
+        await asyncio.create_subprocess_exec(
+            sys.executable, "-c", _WORK, postgres_tables, stdin=asyncio.subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    settings = Settings(transport_url=postgres_tables, store_url=postgres_tables)
+    pids: set[int] = set()
+    async with Paigeant(settings) as app, asyncio.timeout(PATIENCE):
+        work = Workflow("work", ["first", "second"])
+        while len(pids) < 2:
+            runs = await asyncio.gather(*(app.dispatch(work, {"n": n}) for n in range(40)))
+            results = await asyncio.gather(*(each.wait() for each in runs))
+            assert {result.status for result in results} == {RunStatus.COMPLETED}
+            pids |= {result.outputs[step] for result in results for step in ("first", "second")}
+            rows_ = [row for each in runs for row in (await each.detail()).steps]
+            assert [row.attempt for row in rows_] == [1] * 80
+    assert pids == {child.pid for child in children}
+    for child in children:
+        await child.communicate(b"")
+        assert child.returncode == 0

@@ -1,0 +1,117 @@
+"""`paigeant db` on a Postgres server, and what every command says of one that it can't use."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+
+import psycopg
+import pytest
+from tests.integration.processes import PAIGEANT
+from tests.services import free_port
+
+from paigeant.tables import SCHEMA_VERSION, metadata
+
+
+def command(url: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """What a command gives with this database as store and transport."""
+    return subprocess.run([*PAIGEANT, *args], env=_env(url), capture_output=True, text=True, check=False)
+
+
+def _env(url: str) -> dict[str, str]:
+    return {"PAIGEANT_STORE_URL": url, "PAIGEANT_TRANSPORT_URL": url, "TERM": "dumb", "COLUMNS": "400"}
+
+
+def tables(url: str) -> set[str]:
+    """The tables that are there."""
+    with psycopg.connect(url) as connection:
+        found = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'").fetchall()
+    return {name for (name,) in found}
+
+
+def test_tables_are_made_shown_and_taken_away(postgres_url: str) -> None:
+    """`db upgrade` makes the tables, once; `db current` tells where they are; `db downgrade` takes them away."""
+    assert json.loads(command(postgres_url, "db", "current", "--json").stdout)["current"] is None
+    refused = command(postgres_url, "runs", "list")
+    assert refused.returncode == 2
+    assert "`paigeant db upgrade` makes them" in refused.stderr
+    for before in (None, SCHEMA_VERSION):
+        done = command(postgres_url, "db", "upgrade", "--json")
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert (told["before"], told["current"]) == (before, SCHEMA_VERSION)
+    assert tables(postgres_url) == {*metadata.tables, "alembic_version"}
+    assert command(postgres_url, "runs", "list").returncode == 0
+    assert json.loads(command(postgres_url, "db", "current", "--json").stdout)["current"] == SCHEMA_VERSION
+    assert command(postgres_url, "db", "downgrade", "base").returncode == 0
+    assert tables(postgres_url) == {"alembic_version"}
+
+
+async def test_two_upgrades_at_once_are_one(postgres_url: str) -> None:
+    """Services that start together may all bring the tables up to date; nobody fails."""
+    children = [
+        await asyncio.create_subprocess_exec(*PAIGEANT, "db", "upgrade", env=_env(postgres_url))
+        for _ in range(4)
+    ]
+    assert [await child.wait() for child in children] == [0] * 4
+    assert tables(postgres_url) == {*metadata.tables, "alembic_version"}
+
+
+def test_a_foreign_table_is_left_alone(postgres_url: str) -> None:
+    """A table of ours by name that another program made is not touched; the error says where else to go."""
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("CREATE TABLE workers (name text)")
+    done = command(postgres_url, "db", "upgrade")
+    assert done.returncode == 2
+    assert "has a table 'workers' that Paigeant did not make" in done.stderr
+    assert tables(postgres_url) == {"workers"}
+
+
+def test_a_schema_of_its_own(postgres_url: str) -> None:
+    """The tables can live beside others' in a schema that the URL names, which has to be made before."""
+    url = f"{postgres_url}?options=-csearch_path%3Dpaigeant"
+    missing = command(url, "db", "upgrade")
+    assert missing.returncode == 2
+    assert "CREATE SCHEMA" in missing.stderr
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("CREATE SCHEMA paigeant")
+        connection.execute("CREATE TABLE workers (name text)")
+    assert command(url, "db", "upgrade").returncode == 0
+    assert command(url, "runs", "list", "--json").stdout.strip() == "[]"
+    assert tables(postgres_url) == {"workers"}
+
+
+@pytest.mark.parametrize(
+    "args", [("db", "upgrade"), ("db", "current"), ("db", "downgrade"), ("runs", "list")]
+)
+def test_newer_tables_are_left_alone(postgres_url: str, args: tuple[str, ...]) -> None:
+    """Tables that newer code has made are used by nothing but that; looking is allowed."""
+    assert command(postgres_url, "db", "upgrade").returncode == 0
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    done = command(postgres_url, *args)
+    if args == ("db", "current"):
+        assert (done.returncode, done.stdout) == (0, f"9999 (newest: {SCHEMA_VERSION})\n")
+    else:
+        assert done.returncode == 2
+        assert "Install the newer version, or name another database" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "args", [("db", "upgrade"), ("db", "current"), ("runs", "list"), ("config", "check")]
+)
+def test_a_server_that_is_down_is_exit_code_3(args: tuple[str, ...]) -> None:
+    """A server that can't be reached is told from a mistake, and its password is never shown."""
+    done = command(f"postgresql://someone:hidden@127.0.0.1:{free_port()}/x", *args)
+    assert done.returncode == 3, done.stderr
+    assert "is the server running" in done.stderr + done.stdout
+    assert "hidden" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize("args", [("db", "upgrade"), ("runs", "list")])
+def test_a_missing_database_is_exit_code_2(postgres_server_url: str, args: tuple[str, ...]) -> None:
+    """A database that isn't there is a mistake in the settings."""
+    done = command(f"{postgres_server_url.rpartition('/')[0]}/nobody_made_this", *args)
+    assert done.returncode == 2
+    assert "make it with `createdb`" in done.stderr
