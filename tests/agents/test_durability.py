@@ -8,6 +8,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from pydantic_ai import (
     ToolFailed,
 )
 from pydantic_ai._agent_graph import _agent_graph_sleep
-from pydantic_ai.capabilities import AbstractCapability, durable_operation
+from pydantic_ai.capabilities import AbstractCapability, LocalWorkspace, durable_operation
 from pydantic_ai.exceptions import (
     ModelHTTPError,
     RunCancelled,
@@ -1153,3 +1154,29 @@ async def test_two_workers_at_once_go_on_with_the_same_records() -> None:
     assert one.output == other.output == "c1=ans-2 c2=ans-1"
     assert without_moments(one.all_messages_json()) == without_moments(other.all_messages_json())
     assert one.usage == other.usage
+
+
+async def test_what_is_read_of_a_workspace_is_a_unit(tmp_path: Path) -> None:
+    """A resumed run sees the files as they were, outside of tools; what a tool does with them belongs to its call."""
+    (tmp_path / "note").write_text("before")
+    model, _ = scripted(called("write", "c1"), lambda messages: "done")
+    agent = durable(model, capabilities=[LocalWorkspace(tmp_path)])
+    seen: list[str] = []
+
+    @agent.instructions
+    async def read(ctx: RunContext[Any]) -> str:
+        seen.append(await ctx.workspace.read_text("note"))
+        return seen[-1]
+
+    @agent.tool
+    async def write(ctx: RunContext[Any]) -> None:
+        await ctx.workspace.write_text("note", "after")
+
+    step = Step()
+    _, crashes = await step.resumed(lambda: agent.run("go"))
+    assert crashes == len(step.units)
+    assert seen[-1] == "after"
+    seen.clear()
+    (tmp_path / "note").write_text("much later")
+    await step.attempt(lambda: agent.run("go"))
+    assert seen == ["before", "after"]
