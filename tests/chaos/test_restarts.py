@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.chaos.places import BOUND, Place
 from tests.chaos.sizes import full, say, short
-from tests.kill.audit import audit, open_runs, recoveries
+from tests.kill.audit import audit, open_runs, recoveries, usual_wait
 from tests.kill.loop import WORKERS, records_of
 from tests.kill.nursery import Nursery
 from tests.kill.roles import length
@@ -36,8 +36,10 @@ def restart_all_the_time(
     stop: Callable[[], None],
     start: Callable[[], None],
     settled: float = 0.0,
-) -> list[float]:
-    """Have runs done while `stop` and `start` are called again and again; gives when each start was done.
+) -> tuple[float, list[float]]:
+    """Have runs done while `stop` and `start` are called again and again.
+
+    Gives when the first stop came, and when each start was done.
 
     Unless `local`, each step crosses the transport. The next stop comes when all that was in flight has gone on, and
     a part of the work is done.
@@ -46,14 +48,19 @@ def restart_all_the_time(
     settings = {} if local else {"local_steps": 1}
     for _ in range(WORKERS):
         nursery.start("worker", pause=0.02, settings=settings)
+    if settled:  # the first runs have all queues made
+        nursery.start("dispatcher", runs=10, flight=10)
+        nursery.until(lambda: "dispatcher" not in nursery.alive.values())
+        time.sleep(settled)
     nursery.start("dispatcher", runs=runs, flight=FLIGHT)
-    nursery.until(lambda: length(nursery.folder))
-    time.sleep(settled)
+    stopped: list[float] = []
     healed: list[float] = []
     for number in range(1, restarts + 1):
         amount = records_of(runs) * number // (restarts + 1)
         nursery.until(lambda amount=amount: length(nursery.folder) >= amount)  # type: ignore[misc]
         time.sleep(chance.random() * 0.05)
+        assert open_runs(nursery.store), "all was done before the fault"
+        stopped.append(time.time())
         stop()
         time.sleep(chance.random())
         start()
@@ -64,7 +71,7 @@ def restart_all_the_time(
     assert not open_runs(nursery.store)
     nursery.stop(signal.SIGTERM)
     assert set(nursery.ended.values()) == {0}, nursery.errors
-    return healed
+    return stopped[0], healed
 
 
 @pytest.mark.parametrize(("runs", "restarts"), [short(150, 1), full(2_000, 10)])
@@ -74,7 +81,7 @@ def test_the_broker_is_killed_and_started_again(
     """SIGKILL to the broker under load, each step crossing it: within lease + sweep + 5 s all goes on, once each."""
     began = time.monotonic()
     with Nursery(tmp_path, **place.settings) as nursery:
-        healed = restart_all_the_time(
+        first, healed = restart_all_the_time(
             nursery,
             runs=runs,
             restarts=restarts,
@@ -84,12 +91,12 @@ def test_the_broker_is_killed_and_started_again(
             settled=place.settled,
         )
     repeats = audit(nursery, runs=range(runs))
-    waits = recoveries(nursery.store, healed)
+    waits, usual = recoveries(nursery.store, healed), usual_wait(nursery.store, first)
     say(
         f"{place.name}: broker killed {restarts} times in {time.monotonic() - began:.1f} s and {runs} runs; "
-        f"{repeats} repeats; recovered within {', '.join(f'{wait:.1f}' for wait in waits)} s"
+        f"{repeats} repeats; recovered within {', '.join(f'{wait:.1f}' for wait in waits)} s, usual {usual:.1f} s"
     )
-    assert max(waits) < BOUND
+    assert max(waits) < BOUND + usual
     if place.name != "joined":
         assert repeats == 0
 
@@ -99,7 +106,7 @@ def test_postgres_is_stopped_at_once(place: Place, tmp_path: Path, runs: int, re
     """`immediate` stops of the store under load: within lease + sweep + 5 s all goes on, and results stay single."""
     began = time.monotonic()
     with Nursery(tmp_path, **place.settings) as nursery:
-        healed = restart_all_the_time(
+        first, healed = restart_all_the_time(
             nursery,
             runs=runs,
             restarts=restarts,
@@ -108,9 +115,9 @@ def test_postgres_is_stopped_at_once(place: Place, tmp_path: Path, runs: int, re
             start=place.store.start,
         )
     repeats = audit(nursery, runs=range(runs))
-    waits = recoveries(nursery.store, healed)
+    waits, usual = recoveries(nursery.store, healed), usual_wait(nursery.store, first)
     say(
         f"{place.name}: Postgres stopped {restarts} times in {time.monotonic() - began:.1f} s and {runs} runs; "
-        f"{repeats} repeats; recovered within {', '.join(f'{wait:.1f}' for wait in waits)} s"
+        f"{repeats} repeats; recovered within {', '.join(f'{wait:.1f}' for wait in waits)} s, usual {usual:.1f} s"
     )
-    assert max(waits) < BOUND
+    assert max(waits) < BOUND + usual

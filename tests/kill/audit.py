@@ -11,7 +11,16 @@ from tests.kill.nursery import Nursery
 from tests.kill.roles import BEGAN, LOST, Record, diary, steps_of
 from tests.kill.sql import rows
 
-__all__ = ["audit", "begun", "executions_of", "longest_pause", "open_runs", "recoveries", "violations"]
+__all__ = [
+    "audit",
+    "begun",
+    "executions_of",
+    "longest_pause",
+    "open_runs",
+    "recoveries",
+    "usual_wait",
+    "violations",
+]
 
 Execution = tuple[int, int, int]
 """A run, the place of a step in it, and whether the step is undone."""
@@ -108,19 +117,31 @@ def recoveries(store: str, healed: Collection[float]) -> list[float]:
 
     A run goes on when one of its steps is claimed or recorded, or with its end. Instants are seconds since 1970.
     """
-    runs = rows(store, "SELECT id, created_at, completed_at FROM workflow_runs")
-    moves: dict[str, list[float]] = {run: [completed] for run, _, completed in runs if completed is not None}
-    for run, *instants in rows(store, "SELECT workflow_id, started_at, completed_at FROM step_executions"):
-        moves.setdefault(run, []).extend(instant for instant in instants if instant is not None)
+    moves = _moves(store)
     waits = []
     for heal in healed:
-        in_flight = [
-            run for run, created, ended in runs if created < heal and (ended is None or ended > heal)
-        ]
-        waits.append(
-            max((min(at for at in moves[run] if at > heal) - heal for run in in_flight), default=0.0)
-        )
+        in_flight = [run for run in moves if run[0] < heal < run[-1]]
+        waits.append(max((min(at for at in run if at > heal) - heal for run in in_flight), default=0.0))
     return waits
+
+
+def usual_wait(store: str, until: float) -> float:
+    """The longest time that a run didn't go on before any fault: what waiting for one's turn takes on this machine."""
+    return max(
+        (later - earlier for run in _moves(store) for earlier, later in pairwise(run) if later < until),
+        default=0.0,
+    )
+
+
+def _moves(store: str) -> list[list[float]]:
+    """For each run the instants at which it began, went on, and ended."""
+    moves = {
+        run: [created, ended]
+        for run, created, ended in rows(store, "SELECT id, created_at, completed_at FROM workflow_runs")
+    }
+    for run, *instants in rows(store, "SELECT workflow_id, started_at, completed_at FROM step_executions"):
+        moves[run] += instants
+    return [sorted(at for at in run if at is not None) for run in moves.values()]
 
 
 def longest_pause(store: str, since: float) -> float:
