@@ -1,4 +1,4 @@
-"""Transport: what moves messages, and what each method promises. Adapters live in `transports/`, one file each.
+"""Transport: what moves messages, and what each method promises. Adapters live in `transports/`.
 
 A transport only wakes workers up. It may lose, double, delay and reorder messages: the store decides what happened.
 """

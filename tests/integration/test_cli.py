@@ -914,6 +914,8 @@ def test_a_missing_library_is_named_with_what_installs_it(
     for module in ("transports.redis", "transports.rabbitmq", "transports.postgres", "databases.postgres"):
         monkeypatch.delitem(sys.modules, f"paigeant.{module}", raising=False)
     monkeypatch.delitem(sys.modules, "paigeant.databases.bell", raising=False)
+    for name in [name for name in sys.modules if name.startswith("paigeant.transports.redis.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", url)
     assert f"pip install 'paigeant[{extra}]'" in checked(2)["transport"][1]

@@ -26,10 +26,10 @@ from tests.services import RedisServer, free_port
 from tests.services.proxy import Proxy
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
-from paigeant.message import PaigeantMessage
+from paigeant.message import PaigeantMessage, encode
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
-from paigeant.transports.redis import _FORGET, RedisStreamTransport
+from paigeant.transports.redis import RedisStreamTransport
 
 pytestmark = pytest.mark.asyncio
 
@@ -435,7 +435,7 @@ async def test_what_went_to_another_cannot_be_settled(server: RedisServer, opene
 
 async def _is_sent(transport: RedisStreamTransport) -> bool:
     await transport.topics()  # answered after all that was sent before on the same connection
-    return transport._acking is None
+    return not transport._hands.is_acking
 
 
 async def _is_empty(transport: RedisStreamTransport) -> bool:
@@ -510,7 +510,7 @@ async def test_a_consumer_that_holds_messages_is_not_deleted(
     await transport.publish("work", message("m"))
     await client.xgroup_create(stream, GROUP, id="0")
     await client.xreadgroup(GROUP, "elsewhere|1@1|x|0", {stream: ">"})
-    assert await transport._run(_FORGET, "work", "elsewhere|1@1|x|0", 0) == 0
+    assert not await transport._streams.forget("work", "elsewhere|1@1|x|0")
     assert await consumers(client, transport) == ["elsewhere|1@1|x|0"]
     assert [depth.taken for depth in await transport.topics()] == [1]
 
@@ -565,6 +565,36 @@ async def test_a_cancelled_read_takes_nothing_along(server: RedisServer, client:
         await transport.nack(f"m-{n}")  # in case it got as far as its hands: then it was delivered
         assert await take(other) == [f"m-{n}"]
         await other.ack(f"m-{n}")
+
+
+async def test_what_was_not_yielded_is_given_back_whatever_is_held(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """An iteration that ends gives back what it fetched, also when an entry of another topic has the same number."""
+    transport = await opened(server.url, hold=3600.0)
+    for topic, number in (("one", 2), ("other", 1), ("other", 2)):
+        sent: Any = {"id": f"{topic}-{number}", "body": encode(message(f"{topic}-{number}"))}
+        await client.xadd(transport.stream_key(topic), sent, id=f"5-{number}")
+    assert await take(transport, topic="one") == ["one-2"]
+    messages = transport.subscribe("other", prefetch=2)
+    assert (await anext(messages)).message_id == "other-1"
+    await messages.aclose()  # type: ignore[attr-defined]  # a generator
+    assert await take(await opened(server.url), topic="other") == ["other-2"]
+
+
+async def test_what_was_acked_before_the_end_does_not_come_again(server: RedisServer, opened: Open) -> None:
+    """An iteration that ends while acks are on their way gives back none of the messages that were acked."""
+    transport = await opened(server.url)
+    for turns in range(30):
+        await asyncio.gather(*(transport.publish("work", message(f"m-{n}")) for n in range(2)))
+        messages = transport.subscribe("work", prefetch=2)
+        for _ in range(2):
+            await transport.ack((await anext(messages)).message_id)
+            for _ in range(turns // 10):
+                await asyncio.sleep(0)
+        await messages.aclose()  # type: ignore[attr-defined]  # a generator
+        await until(lambda: _is_sent(transport))
+        assert await transport.topics() == []
 
 
 # --- what is promised of messages
@@ -849,6 +879,7 @@ async def test_an_old_server_is_refused(server: RedisServer) -> None:
         ("redis://a:6379?socket_timeout=soon", "socket_timeout"),
         ("redis://user:secret/word@a:6379/0", "%2F"),
         ("redis://user:secret#word@a:6379/0", "%23"),
+        ("redis://user:secret[word@a:6379/0", "%5B"),
     ],
 )
 async def test_a_url_that_cannot_work_is_a_configuration_error(url: str, says: str) -> None:
@@ -973,6 +1004,31 @@ async def test_a_subscription_follows_a_failover_of_the_cluster(opened: Open) ->
             await publish_until_taken(transport, message("after"))
             await listening.wait_for("after")
             assert cluster.primary(transport.stream_key("work")) is not primary
+
+
+async def test_closing_leaves_no_connection_to_a_cluster(opened: Open) -> None:
+    """Also after a node has failed, a closed transport has no connection to the others."""
+    async with contextlib.AsyncExitStack() as stack:
+        cluster = stack.enter_context(redis_cluster())
+        dead, *others = cluster.nodes
+        clients = [Redis(host=node.host, port=node.port) for node in others]
+        for client in clients:
+            stack.push_async_callback(client.aclose)
+        before = await _connections(clients)
+        transport = await opened(cluster.url)
+        await asyncio.to_thread(dead.kill)
+        failures = [await _published(transport, f"topic-{n}") for n in range(6)].count(False)
+        assert 0 < failures < 6
+        await transport.close()
+        await until(lambda: _are_only(clients, before))
+
+
+async def _are_only(clients: list[Redis], connections: list[set[str]]) -> bool:
+    return await _connections(clients) == connections
+
+
+async def _connections(clients: list[Redis]) -> list[set[str]]:
+    return [{each["id"] for each in await client.client_list()} for client in clients]
 
 
 async def test_one_server_is_no_cluster(server: RedisServer) -> None:

@@ -1,4 +1,4 @@
-"""The transports, one file each. `open_transport` gives the one that a URL names."""
+"""The transports, a file or a package each. `open_transport` gives the one that a URL names."""
 
 from __future__ import annotations
 

@@ -1,0 +1,145 @@
+"""Where the servers are: what a URL says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+from urllib.parse import unquote, urlencode, urlsplit
+
+from redis.asyncio import ConnectionPool, SSLConnection
+from redis.exceptions import RedisError
+
+from paigeant.errors import ConfigurationError
+
+__all__ = ["Place", "one_line"]
+
+_SCHEMES = ("redis", "rediss")
+_OWN = ("namespace", "sentinel", "cluster", "sentinel_username", "sentinel_password")
+"""The parameters that are ours; the others are redis-py's."""
+
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a URL says. Its text is never shown: it may hold a password."""
+
+    nodes: tuple[Address, ...]
+    options: dict[str, Any] = field(repr=False)
+    """What redis-py's connections take."""
+    is_tls: bool
+    is_cluster: bool
+    service: str | None
+    """The name by which sentinels know the primary; the nodes are these sentinels then."""
+    sentinel_options: dict[str, Any] = field(repr=False)
+    namespace: str | None
+
+    @property
+    def where(self) -> str:
+        """The addresses, for messages."""
+        return ", ".join(f"{_bracketed(name)}:{port}" for name, port in self.nodes)
+
+    @property
+    def scheme(self) -> str:
+        return "rediss" if self.is_tls else "redis"
+
+    @property
+    def user(self) -> str:
+        """Who logs in, for messages."""
+        name = self.options.get("username")
+        return f"user '{name}'" if name else "the default user"
+
+    @classmethod
+    def read(cls, url: str) -> Place:
+        """The place that `url` names. Raises ConfigurationError for one that can't work."""
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            _refuse_address()
+        if parts.scheme not in _SCHEMES:
+            raise ConfigurationError(f"expected a redis:// or rediss:// URL, found {parts.scheme}://")
+        own, others = _parameters(parts.query)
+        service = own.get("sentinel")
+        is_cluster = own.get("cluster", "false").lower() in ("1", "true", "yes")
+        login, at, hosts = parts.netloc.rpartition("@")
+        default = 6379 if service is None else 26379
+        nodes = tuple(_address(each, default) for each in hosts.split(",") if each)
+        nodes = nodes or (("localhost", default),)
+        database = parts.path.strip("/")
+        _check(nodes, database, service, is_cluster=is_cluster)
+        name, port = nodes[0]
+        others.pop("protocol", None)  # see Servers: it is chosen there
+        one = f"{parts.scheme}://{login}{at}{_bracketed(name)}:{port}/{database}?{urlencode(others)}"
+        options, is_tls = _options(one)
+        begin = "sentinel_"
+        of_sentinels = {name.removeprefix(begin): own[name] for name in own if name.startswith(begin)}
+        return cls(nodes, options, is_tls, is_cluster, service, of_sentinels, own.get("namespace"))
+
+
+def _parameters(query: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Those that are ours, and redis-py's."""
+    own: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for name, _, value in (pair.partition("=") for pair in query.split("&") if pair):
+        (own if name in _OWN else others)[name] = unquote(value)
+    return own, others
+
+
+def _check(nodes: tuple[Address, ...], database: str, service: str | None, *, is_cluster: bool) -> None:
+    if is_cluster and service is not None:
+        raise ConfigurationError("transport_url has both sentinel= and cluster=; a server is one of them")
+    if len(nodes) > 1 and service is None and not is_cluster:
+        raise ConfigurationError(
+            "transport_url names several servers; say what they are: ?sentinel=NAME for sentinels that know the "
+            "primary by NAME, ?cluster=true for nodes of a cluster"
+        )
+    if database and not database.isdecimal():
+        raise ConfigurationError("the path of a redis URL is the number of a database, such as /0")
+    if is_cluster and database.strip("0"):
+        raise ConfigurationError(
+            "a redis cluster has the database 0 only; leave the number out of transport_url"
+        )
+
+
+def _options(url: str) -> tuple[dict[str, Any], bool]:
+    """What redis-py reads in the URL of one server, and whether that is TLS."""
+    try:
+        pool = ConnectionPool.from_url(url, protocol=2)
+        pool.make_connection()  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, RedisError) as exc:
+        # The text of such an error names the parameter, never its value.
+        raise ConfigurationError(
+            f"transport_url has a parameter that can't be used: {one_line(str(exc))}"
+        ) from None
+    options = dict(pool.connection_kwargs)
+    for name in ("host", "port", "protocol", "decode_responses", "himport_registry", "retry"):
+        options.pop(name, None)
+    return options, pool.connection_class is SSLConnection
+
+
+def _address(text: str, default: int) -> Address:
+    try:
+        parts = urlsplit(f"//{text}")
+        name, port = parts.hostname, parts.port
+    except ValueError:
+        _refuse_address()
+    if not name or (":" in text and port is None and not text.endswith("]")):
+        _refuse_address()
+    return name, port or default
+
+
+def _refuse_address() -> NoReturn:
+    # What stands there may be a part of a password, so it isn't shown.
+    raise ConfigurationError(
+        "transport_url names no server that can be read; expected redis://user:password@host:port/0, "
+        "with / ? # @ [ ] and % in a password written as %2F %3F %23 %40 %5B %5D and %25"
+    ) from None
+
+
+def _bracketed(name: str) -> str:
+    return f"[{name}]" if ":" in name else name
+
+
+def one_line(text: str) -> str:
+    """A library's text as a part of a sentence of ours."""
+    return " ".join(text.split()).rstrip(".")

@@ -1,0 +1,231 @@
+"""What is done at the server in one go, because only there it can be looked whose an entry is.
+
+All scripts get the keys and the group of a topic, and find them on one node of a cluster.
+
+An entry of a stream has the fields `id` and `body`; one that was delivered before also `n`, how often, and `t`, the
+millisecond in which the message came first. A bell is an entry without a message: it wakes one of the subscribers, so
+that it looks when the next delayed message is due. Delayed messages wait as entries of a second stream, whose ids a
+sorted set has with the microsecond in which each is due.
+
+What frees memory comes before what takes some: a script that has written may go on when memory is full, so that a topic
+can be emptied then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+__all__ = [
+    "ACK",
+    "CLAIM",
+    "CONSUMERS",
+    "DEPTH",
+    "DUE",
+    "EXAMINE",
+    "FORGET",
+    "LATER",
+    "PENDING",
+    "RECLAIM",
+    "RETURN",
+    "Script",
+]
+
+_COMMON = """
+local stream, later, due, group = KEYS[1], KEYS[2], KEYS[3], ARGV[1]
+
+local function now()
+  local time = redis.call('TIME')
+  return time[1] * 1000000 + time[2]
+end
+
+local function whole(number)
+  return string.format('%.0f', number)
+end
+
+local function named(flat)
+  local found = {}
+  for i = 1, #flat, 2 do found[flat[i]] = flat[i + 1] end
+  return found
+end
+
+local function fields(entry)
+  return named(entry[2])
+end
+
+local function add(to, id, body, n, t)
+  return redis.call('XADD', to, '*', 'id', id, 'body', body, 'n', whole(n), 't', t)
+end
+
+local function group_info()
+  local groups = redis.pcall('XINFO', 'GROUPS', stream)
+  if groups.err then return nil end
+  for _, flat in ipairs(groups) do
+    local found = named(flat)
+    if found.name == group then return found end
+  end
+end
+
+local function next_undelivered(info)
+  return redis.call('XRANGE', stream, '(' .. info['last-delivered-id'], '+', 'COUNT', 1)[1]
+end
+
+local function is_bell(entry)
+  return entry ~= nil and fields(entry).bell ~= nil
+end
+
+local function set_aside(id, body, n, t, delay, look)
+  local entry = add(later, id, body, n, t)
+  redis.call('ZADD', due, whole(now() + delay), entry)
+  -- Who is blocked looks again within `look`. One that is due before that, and before all others, must wake somebody,
+  -- unless there is something that does so anyway.
+  if delay <= look and redis.call('ZRANGE', due, 0, 0)[1] == entry then
+    local info = group_info()
+    if info and not next_undelivered(info) then redis.call('XADD', stream, '*', 'bell', '1') end
+  end
+end
+
+local function pending(entry, consumer)
+  local found = redis.pcall('XPENDING', stream, group, entry, entry, 1, consumer)
+  return found[1]
+end
+
+local function remove(entry)
+  redis.call('XACK', stream, group, entry)
+  redis.call('XDEL', stream, entry)
+end
+
+local function give_back(entry, delivered, delay, look)
+  local found = redis.call('XRANGE', stream, entry, entry)[1]
+  remove(entry)
+  if not found or is_bell(found) then return end
+  local old = fields(found)
+  local n = (tonumber(old.n) or 0) + delivered
+  local t = old.t or string.match(entry, '^%d+')
+  if delay > 0 then
+    set_aside(old.id or entry, old.body or '', n, t, delay, look)
+  else
+    add(stream, old.id or entry, old.body or '', n, t)
+  end
+end
+"""
+
+
+class Script:
+    """A script, and the digest by which a server knows it."""
+
+    def __init__(self, text: str) -> None:
+        self.text = _COMMON + text
+        self.sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+
+LATER = Script("""
+set_aside(ARGV[4], ARGV[5], 0, whole(math.floor(now() / 1000)), tonumber(ARGV[3]), tonumber(ARGV[2]))
+""")
+"""look, delay, id, body: have a message delivered later."""
+
+DUE = Script("""
+for i = 3, #ARGV do remove(ARGV[i]) end
+local entries = redis.call('ZRANGEBYSCORE', due, '-inf', whole(now()), 'LIMIT', 0, ARGV[2])
+for _, entry in ipairs(entries) do
+  local found = redis.call('XRANGE', later, entry, entry)[1]
+  redis.call('ZREM', due, entry)
+  redis.call('XDEL', later, entry)
+  if found then
+    local old = fields(found)
+    add(stream, old.id, old.body, tonumber(old.n), old.t)
+  end
+end
+local following = redis.call('ZRANGE', due, 0, 0, 'WITHSCORES')
+if not following[1] then return -1 end
+return math.max(0, tonumber(following[2]) - now())
+""")
+"""limit, bells: move what is due into the stream; gives the microseconds until more is, or -1."""
+
+CLAIM = Script("""
+local found = redis.call('XAUTOCLAIM', stream, group, ARGV[2], ARGV[3], ARGV[4], 'COUNT', ARGV[5])
+return {found[1], found[2]}
+""")
+"""consumer, idle_ms, cursor, count: take over what was held for so long; gives the next cursor and the entries."""
+
+ACK = Script("""
+for i = 3, #ARGV do
+  if pending(ARGV[i], ARGV[2]) then remove(ARGV[i]) end
+end
+""")
+"""consumer, entries: delete those that are still its own."""
+
+RETURN = Script("""
+for i = 6, #ARGV do
+  local mine = pending(ARGV[i], ARGV[2])
+  if mine then give_back(ARGV[i], mine[4] - tonumber(ARGV[5]), tonumber(ARGV[4]), tonumber(ARGV[3])) end
+end
+""")
+"""consumer, look, delay, uncounted deliveries, entries: give back those that are still its own."""
+
+EXAMINE = Script("""
+local mine = pending(ARGV[3], ARGV[2])
+local found = redis.call('XRANGE', stream, ARGV[3], ARGV[3])[1]
+if not mine or not found then return false end
+local old = fields(found)
+return {(tonumber(old.n) or 0) + mine[4], string.sub(old.body or '', 1, tonumber(ARGV[4]))}
+""")
+"""consumer, entry, bytes: how often it was delivered and the beginning of its body, if it is its own."""
+
+PENDING = Script("""
+local ids = {}
+local found = redis.pcall('XPENDING', stream, group, ARGV[3], '+', ARGV[4], ARGV[2])
+for i = 1, #found do ids[i] = found[i][1] end
+return ids
+""")
+"""consumer, start, count: the ids of the entries that it has."""
+
+CONSUMERS = Script("""
+local consumers = {}
+for i, flat in ipairs(redis.call('XINFO', 'CONSUMERS', stream, group)) do
+  local found = named(flat)
+  consumers[i] = {found.name, found.pending, found.idle}
+end
+return consumers
+""")
+"""Each consumer's name, how many entries it has, and for how many milliseconds it was not heard of."""
+
+RECLAIM = Script("""
+for _, each in ipairs(redis.call('XPENDING', stream, group, '-', '+', ARGV[3], ARGV[2])) do
+  give_back(each[1], each[4], 0, 0)
+end
+return #redis.call('XPENDING', stream, group, '-', '+', 1, ARGV[2])
+""")
+"""consumer, limit: give back what a consumer had that is gone; gives whether there is more."""
+
+FORGET = Script("""
+local consumers = redis.pcall('XINFO', 'CONSUMERS', stream, group)
+for i = 1, #consumers do
+  local found = named(consumers[i])
+  if found.name == ARGV[2] then
+    if found.pending > 0 or found.idle < tonumber(ARGV[3]) then return 0 end
+    redis.call('XGROUP', 'DELCONSUMER', stream, group, ARGV[2])
+  end
+end
+return 1
+""")
+"""consumer, idle_ms: delete it if it has nothing and was not heard of for so long; gives whether it is gone."""
+
+DEPTH = Script("""
+local waiting, taken, oldest = redis.call('XLEN', stream), 0, -1
+local info = waiting > 0 and group_info()
+if info then
+  taken = info.pending
+  waiting = waiting - taken
+  if is_bell(next_undelivered(info)) then waiting = waiting - 1 end
+end
+local firsts = redis.call('XRANGE', stream, '-', '+', 'COUNT', 2)
+table.insert(firsts, redis.call('XRANGE', later, '-', '+', 'COUNT', 1)[1])
+for _, entry in ipairs(firsts) do
+  if not is_bell(entry) then
+    local age = now() / 1000 - tonumber(fields(entry).t or string.match(entry[1], '^%d+'))
+    if age > oldest then oldest = age end
+  end
+end
+return {waiting + redis.call('ZCARD', due), taken, oldest}
+""")
+"""How many wait, how many are taken, and the age of the oldest in milliseconds, or -1."""

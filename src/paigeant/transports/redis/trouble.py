@@ -1,0 +1,103 @@
+"""What can be wrong at the servers, and what to do about it: redis-py's errors as ours."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from redis.asyncio.sentinel import MasterNotFoundError
+from redis.exceptions import (
+    AuthenticationError,
+    AuthenticationWrongNumberOfArgsError,
+    AuthorizationError,
+    BusyLoadingError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import TimeoutError as TimedOut
+
+from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.transports.redis.place import Place, one_line
+
+__all__ = ["FAILURES", "TROUBLE", "explained", "refusal", "told"]
+
+TROUBLE = (RedisError, RedisClusterException, OSError)
+"""What redis-py raises."""
+
+FAILURES = (*TROUBLE, TransportUnavailable)
+"""What may be over after a while."""
+
+_REFUSALS = (
+    AuthenticationError,
+    AuthenticationWrongNumberOfArgsError,
+    AuthorizationError,
+    NoPermissionError,
+)
+
+
+@contextlib.contextmanager
+def told(place: Place) -> Iterator[None]:
+    """Raises TransportUnavailable for redis-py's errors in the block."""
+    try:
+        yield
+    except TROUBLE as exc:
+        raise TransportUnavailable(explained(exc, place)) from exc
+
+
+def refusal(exc: BaseException, place: Place) -> ConfigurationError | TransportUnavailable:
+    """What `connect` raises: settings that can't work, or a server that isn't there now."""
+    text = one_line(str(exc))
+    if isinstance(exc, _REFUSALS) or text.startswith("NOAUTH"):
+        return ConfigurationError(
+            f"redis at {place.where} refuses {place.user}: {text}; "
+            "check the user name and password in transport_url, and what the ACL of that user allows"
+        )
+    if "DB index is out of range" in text or "invalid DB index" in text:
+        return ConfigurationError(f"redis at {place.where} has no such database: {text}")
+    if "Cluster mode is not enabled" in text:
+        return ConfigurationError(
+            f"redis at {place.where} is no cluster; remove cluster=true from transport_url"
+        )
+    return TransportUnavailable(explained(exc, place))
+
+
+def explained(exc: BaseException, place: Place) -> str:
+    """What is wrong at the server, and what to do."""
+    where, text = place.where, one_line(str(exc))
+    match exc:
+        case TransportUnavailable():
+            return text
+        case OutOfMemoryError():
+            return f"redis at {where} has no memory left: raise its maxmemory, or let workers catch up"
+        case ReadOnlyError():
+            return f"redis at {where} is a replica now and can't be written to: name its primary, or its sentinels"
+        case BusyLoadingError():
+            return f"redis at {where} is still loading its data: try again when it has"
+        case MasterNotFoundError():
+            return (
+                f"no sentinel of {where} names a healthy primary '{place.service}': check the name and that "
+                "they run; if they ask for a password, give sentinel_password"
+            )
+        case ResponseError() if text.startswith("MISCONF"):
+            return f"redis at {where} can't write to its disk and takes no messages: see its log ({text})"
+        case ResponseError():
+            return f"redis at {where} refuses: {text}"
+        case TimedOut() | TimeoutError():
+            return (
+                f"redis at {where} doesn't answer: check that it runs, that the network lets it be reached, and "
+                f"whether it speaks TLS ({place.scheme}:// was asked for)"
+            )
+        case _:
+            return f"redis at {where} can't be reached: {text or type(exc).__name__}; {_hint(text.lower())}"
+
+
+def _hint(text: str) -> str:
+    if "certificate" in text:
+        return "check its certificate, and name the authority that signed it with ssl_ca_certs=/path"
+    if "ssl" in text:
+        return "it seems not to speak TLS: write redis:// instead of rediss://"
+    return "check that it runs, that the address is right, and whether it speaks TLS (rediss://)"
