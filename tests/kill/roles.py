@@ -151,12 +151,14 @@ async def _worker(settings: Settings, options: dict[str, Any]) -> None:
 
 
 async def _dispatcher(settings: Settings, options: dict[str, Any]) -> None:
-    """Dispatch those of the runs that aren't there yet, at most `flight` of them open at once."""
+    """Dispatch those of the runs that aren't there yet; with `flight` so that at most this many are open at once."""
     async with Paigeant(settings, activities=activity) as app:
-        there = {run for (run,) in rows(settings.store_url, "SELECT id FROM workflow_runs")}
+        waits = "flight" in options
+        # One that was killed has a successor, which takes over what is open: dispatching it again changes nothing.
+        done = "SELECT id FROM workflow_runs" + (" WHERE completed_at IS NOT NULL" if waits else "")
+        there = {run for (run,) in rows(settings.store_url, done)}
         missing = iter([n for n in range(options.get("begin", 0), options["runs"]) if f"r{n}" not in there])
         first = options.get("first")
-        waits = "flight" in options
 
         async def lane() -> None:
             for number in missing:
