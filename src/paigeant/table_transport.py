@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -15,7 +16,7 @@ from sqlalchemy import Update, bindparam, case, delete, func, literal_column, nu
 
 from paigeant import host
 from paigeant.database import Database
-from paigeant.errors import MessageInvalid, StoreUnavailable, TransportUnavailable
+from paigeant.errors import MessageInvalid, PaigeantError, StoreUnavailable, TransportUnavailable
 from paigeant.lane import Tx
 from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encode
 from paigeant.prepared import Answer, Prepared, each_of, upsert
@@ -24,6 +25,8 @@ from paigeant.tables import dead_letters, messages
 from paigeant.transport import Bury, Posting, TopicDepth
 
 __all__ = ["TableTransport"]
+
+log = logging.getLogger("paigeant.transports")
 
 _HOLD_SECONDS = 30.0
 """How long a fetched message is kept from others. A claim acks it within milliseconds."""
@@ -185,9 +188,13 @@ class TableTransport:
         try:
             return decode(item.body, limit_bytes=self.limit_bytes)
         except MessageInvalid as exc:
-            await self._reject(
-                DeadLetter.about(item.message_id, topic, exc.reason, str(exc), item.body, item.deliveries)
+            letter = DeadLetter.about(
+                item.message_id, topic, exc.reason, str(exc), item.body, item.deliveries
             )
+            try:
+                await self._reject(letter)
+            except PaigeantError as trouble:
+                log.warning("the dead letter %s is not kept yet, it comes again: %s", letter.id, trouble)
             return None
 
     async def _sleep(self, waker: asyncio.Event, next_in: float | None) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import logging
 import random
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 
 from paigeant.clock import Clock, SystemClock
-from paigeant.errors import MessageInvalid
+from paigeant.errors import MessageInvalid, PaigeantError
 from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encode
 from paigeant.store import DeadLetter, Store
 from paigeant.transport import Bury, TopicDepth
 
 __all__ = ["MemoryTransport"]
+
+log = logging.getLogger("paigeant.transports")
 
 _HOLD_SECONDS = 30.0
 """How long a delivered message is kept from others. A claim acks it within milliseconds."""
@@ -144,7 +147,10 @@ class MemoryTransport:
         try:
             return decode(held.body, limit_bytes=self.limit_bytes)
         except MessageInvalid as exc:
-            await self._reject(message_id, held, exc.reason, str(exc))
+            try:
+                await self._reject(message_id, held, exc.reason, str(exc))
+            except PaigeantError as trouble:
+                log.warning("the dead letter %s is not kept yet, it comes again: %s", message_id, trouble)
             return None
 
     # -- settling

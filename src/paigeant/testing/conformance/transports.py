@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 import pytest_asyncio
 
-from paigeant.errors import MessageTooLarge
+from paigeant.errors import MessageTooLarge, StoreUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.slip import RoutingSlip, Step
 from paigeant.store import DeadLetter
@@ -322,6 +322,25 @@ class TransportConformance:
         async with self.other(transport) as other:
             rest = await self.take(other, 3)
         assert sorted(first + rest) == ids
+
+    async def test_a_dead_letter_that_can_t_be_kept_ends_no_subscription(self, transport: Transport) -> None:
+        """While the store can't take a dead letter, the subscription goes on; the letter comes again, and is kept."""
+        troubled = iter([True])
+
+        async def bury(letter: DeadLetter) -> None:
+            if next(troubled, False):
+                raise StoreUnavailable("away")
+            self.letters.append(letter)
+
+        transport.bury_with(bury)
+        await self.deliver_raw(transport, "work", "broken", b"no message")
+        await transport.publish("work", message("whole"))
+        assert await self.take_and_ack(transport) == ["whole"]
+        await self.pass_time((self.hold or 0) + 1)
+        async with asyncio.timeout(_PATIENCE):
+            while not self.letters:
+                assert await self.is_empty(transport)
+        assert [letter.body for letter in self.letters] == [b"no message"]
 
     async def test_prefetch_leaves_the_rest_to_others(self, transport: Transport) -> None:
         """No more than `prefetch` messages are fetched ahead of the one that is yielded."""
