@@ -24,7 +24,7 @@ class TestQuorumQueues(TransportConformance):
     tells_topics = False  # it doesn't know what others hold, nor since when anything waits
     merges_repeats = False
     hold = None
-    delay = 0.4
+    delay = 1.5
     queue_type: ClassVar[Literal["quorum", "classic"]] = "quorum"
 
     @pytest_asyncio.fixture(autouse=True)

@@ -44,7 +44,7 @@ from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 from pamqp.commands import Basic
 from yarl import URL
 
-from paigeant.errors import ConfigurationError, MessageInvalid, TransportUnavailable
+from paigeant.errors import ConfigurationError, MessageInvalid, PaigeantError, TransportUnavailable
 from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encode
 from paigeant.store import DeadLetter, Store
 from paigeant.transport import Bury, TopicDepth
@@ -73,6 +73,13 @@ _LONGEST_PAUSE_SECONDS = 2.0
 
 _STARVED_SECONDS = 0.02
 """How long an iteration waits for a message while all that it has fetched is unsettled, before it fetches more."""
+
+_DELETED_SECONDS = 1.0
+"""How long a deleted queue is left alone before it is declared anew. RabbitMQ 3.10 tells its consumers a moment later;
+if there is one of the same name again by then, it attaches them to that without a word, and nothing reaches them."""
+
+_IDLE_SECONDS = 10.0
+"""After this time without a message a consumer is opened anew, should it have been attached so."""
 
 _RETURNS = 10
 """So often a message goes back to its queue, then a copy takes its place: RabbitMQ 4 drops what came back 20 times."""
@@ -210,10 +217,11 @@ class RabbitMQTransport:
             message = decode(delivery.body, limit_bytes=self.limit_bytes)
         except MessageInvalid as exc:
             about = (delivery.property_id, topic, exc.reason, str(exc), delivery.body, delivery.attempts)
-            with contextlib.suppress(
-                TransportUnavailable
-            ):  # given back; the next attempt waits as long as this one
+            try:
                 await self._reject(delivery, DeadLetter.about(*about))
+            except PaigeantError as trouble:
+                log.warning("the dead letter %s is not kept yet, it comes again: %s", about[0], trouble)
+                await asyncio.sleep(_PAUSE_SECONDS)  # it has been given back, and comes at once
             return None
         if _DUE in delivery.headers and not await self._is_due(topic, message, delivery):
             return None
@@ -245,7 +253,7 @@ class RabbitMQTransport:
         delivery = self._take(message_id)
         if delivery is None:
             return
-        if delay <= 0 and delivery.returns < _RETURNS:
+        if delay <= 0 and delivery.returns < self.queues.most_returns:
             await delivery.give_back()
             return
         headers = {_ATTEMPTS: delivery.attempts}
@@ -386,6 +394,8 @@ class _Queues:
         self.namespace = namespace
         self.queue_type = queue_type
         self.delivery_limit = delivery_limit
+        # What is returned on purpose must not end as a dead letter: the limit is for those whose consumers die.
+        self.most_returns = _RETURNS if delivery_limit is None else min(_RETURNS, delivery_limit // 2)
         self.dead = _Queue(f"{namespace}:dead-letters", {"x-queue-type": queue_type})
         self.names = {self.dead.name}
         """Of those that were asked for."""
@@ -395,7 +405,7 @@ class _Queues:
         """The queue of a topic. What RabbitMQ itself takes out of it goes to the dead letters."""
         queue = self._topics.get(topic)
         if queue is None:
-            arguments = self._dying_to(self.dead)
+            arguments = self._dying_to(self.dead, self.queue_type)
             if self.delivery_limit is not None:
                 arguments["x-delivery-limit"] = self.delivery_limit
             name = self._name(f"{self.namespace}.", _quoted(topic), f"{self.namespace}:topic.")
@@ -406,12 +416,16 @@ class _Queues:
     def wait(self, target: _Queue, delay: float) -> _Queue:
         """The queue in which messages wait for at least `delay` seconds before they go on to `target`.
 
-        Such a queue vanishes by itself. RabbitMQ counts the time from when a quorum queue was declared first, used or
-        not, so there is a new one for each span of time, which outlives the last message sent to it in that span.
+        Always a classic queue: wait queues come and go, and with 3.10.8 a quorum queue that was made within the last
+        second is dead for good when the broker crashes. A crash may cost a classic queue some of what waits in it, and
+        what comes due before the topic's queue has a leader again is lost; the sweeper sends both when they are due.
+
+        It vanishes by itself, at a time that it is given once, so there is a new one for each span of time, which
+        outlives the last message sent to it in that span.
         """
         wait_ms = _rounded_up(delay)
         span = max(_WAIT_SPAN, wait_ms / 1000)
-        arguments = self._dying_to(target) | {
+        arguments = self._dying_to(target, "classic") | {
             "x-message-ttl": wait_ms,
             "x-expires": int((span + wait_ms / 1000 + _WAIT_SLACK) * 1000),
         }
@@ -426,16 +440,14 @@ class _Queues:
             return unquote(queue.removeprefix(f"{self.namespace}.").replace("+", "%"))
         return next((topic for topic in used if self.topic(topic).name == queue), queue)
 
-    def _dying_to(self, target: _Queue) -> dict[str, Any]:
-        arguments: dict[str, Any] = {
-            "x-queue-type": self.queue_type,
+    def _dying_to(self, target: _Queue, queue_type: str) -> dict[str, Any]:
+        # At most once, as RabbitMQ does by default: what gets lost on this way the store has sent again. The strategy
+        # at-least-once would need overflow=reject-publish, and quorum queues on both sides.
+        return {
+            "x-queue-type": queue_type,
             "x-dead-letter-exchange": "",
             "x-dead-letter-routing-key": target.name,
         }
-        if self.queue_type == "quorum":
-            # Kept until the target has confirmed it, which RabbitMQ does only together with reject-publish.
-            arguments |= {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
-        return arguments
 
     @staticmethod
     def _name(begin: str, rest: str, begin_of_digest: str) -> str:
@@ -528,6 +540,8 @@ class _Link:
         connection, self._connection = self._connection, None
         if connection is not None:
             await self._dispose(connection, self._socket)
+        for task in self._tasks:
+            task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self) -> None:
@@ -662,20 +676,28 @@ class _Publisher:
                 self._outstanding.discard(told_id)
 
     async def _sent(self, queue: _Queue, properties: Basic.Properties, body: bytes, *, again: bool) -> bool:
+        channel = None
         try:
             channel = await self._ready(queue)
             await channel.basic_publish(
                 body, routing_key=queue.name, properties=properties, mandatory=True, wait=False
             )
         except PublishError as exc:
-            self._forget(queue)
+            self._declared.discard(queue.name)
+            if channel is not None and channel is self._channel:
+                # A channel numbers what it sends to a quorum queue. One that is deleted and declared anew confirms what
+                # comes on an old channel, and waits for ever for what it takes to have come before.
+                self._channel = None
+                self._link.start(self._retire(channel))
             if not again:
                 raise self._unavailable(exc) from exc
+            await asyncio.sleep(_DELETED_SECONDS)
             return False
         except DeliveryError as exc:
             raise TransportUnavailable(
                 f"RabbitMQ at {place(self._link.url)} refuses a message for the queue '{queue.name}'; "
-                "it may be full (max-length of a policy), or too few of its replicas are there"
+                "it is full (max-length of a policy), or not enough of its replicas are there; when a queue doesn't "
+                f"recover, delete it (rabbitmqctl delete_queue {queue.name}): it is declared anew"
             ) from exc
         except CONNECTION_EXCEPTIONS as exc:
             if not again:
@@ -685,6 +707,12 @@ class _Publisher:
             if _is_cancelled():
                 raise
             raise self._unavailable(exc) from exc  # the connection was closed meanwhile
+        except Exception as exc:
+            if (
+                type(exc) is not Exception
+            ):  # which is what aiormq raises when somebody closes it without a reason
+                raise
+            raise self._unavailable(exc) from exc
         self._confirmed_at = time.monotonic()
         return True
 
@@ -718,7 +746,9 @@ class _Publisher:
                 raise TransportUnavailable(str(exc)) from exc
         if queue.name not in self._declared:
             async with self._declaring:
-                await _declare(await self._link.open(), queue, self._declared)
+                if queue.name not in self._declared:
+                    await _declare(await self._link.open(), queue)
+                    self._declared.add(queue.name)
         await (
             channel.connection.ready()
         )  # waits while an alarm blocks publishers: what isn't sent isn't doubled
@@ -733,10 +763,10 @@ class _Publisher:
         self._channel = await _underlay(channel)
         return self._channel
 
-    def _forget(self, queue: _Queue) -> None:
-        self._declared.discard(queue.name)
-        for needed in queue.needs:
-            self._forget(needed)
+    async def _retire(self, channel: aiormq.Channel) -> None:
+        await asyncio.sleep(self._timeout)  # until nobody waits for a confirm on it
+        with contextlib.suppress(*CONNECTION_EXCEPTIONS):
+            await channel.close()
 
     async def _late(self, began_at: float) -> TransportUnavailable:
         why = "it is overloaded, frozen, or cut off"
@@ -820,6 +850,8 @@ class _Line:
         self._consumers: dict[str, int] = {}  # and how many of what each has received are out
         self.out: set[_Delivery] = set()
         self.is_ending = False
+        self.received = 0
+        self.watching: asyncio.Task[None] | None = None
         self.is_void = False
         """Whether what came on it can't be settled any more."""
         self.receive: Callable[[DeliveredMessage], Coroutine[Any, Any, None]]
@@ -889,6 +921,7 @@ class _Feed:
         self._inbox: deque[_Delivery] = deque()
         self._news = asyncio.Event()
         self._has_worked = False
+        self._was_deleted = False
         self._is_over = False
 
     async def next(self) -> _Delivery | None:
@@ -912,7 +945,11 @@ class _Feed:
 
     async def end(self) -> None:
         """Give back what was not handed out. The channel stays open for what was, until that is settled."""
-        await asyncio.shield(self._link.start(self._end()))
+        try:
+            await asyncio.shield(self._link.start(self._end()))
+        except asyncio.CancelledError:
+            if _is_cancelled():  # else the transport was closed meanwhile, which gives back all of it
+                raise
 
     async def _end(self) -> None:
         self._is_over = True
@@ -920,6 +957,8 @@ class _Feed:
         if line is None:
             return
         line.is_ending = True
+        if line.watching is not None:
+            line.watching.cancel()
         with contextlib.suppress(*CONNECTION_EXCEPTIONS):
             async with asyncio.timeout(_CLOSE_SECONDS):
                 if line.out:
@@ -947,7 +986,10 @@ class _Feed:
         pause = _PAUSE_SECONDS
         while not self._is_over and self._line is None:
             if self._has_worked:
-                await self._rest(pause)
+                await self._rest(pause / 4, pause)
+                if self._was_deleted:
+                    self._was_deleted = False
+                    await self._rest(_DELETED_SECONDS, 2 * _DELETED_SECONDS)
             try:
                 async with asyncio.timeout(_OPEN_SECONDS):
                     line = await self._open()
@@ -975,11 +1017,11 @@ class _Feed:
             if isinstance(trouble, TimeoutError):
                 self._link.cut()
             if not self._has_worked:
-                await self._rest(pause)
+                await self._rest(pause / 4, pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
-    async def _rest(self, pause: float) -> None:
-        until = asyncio.get_running_loop().time() + pause * random.uniform(0.25, 1.0)
+    async def _rest(self, least: float, most: float) -> None:
+        until = asyncio.get_running_loop().time() + random.uniform(least, most)
         while not self._is_over:
             self._news.clear()
             try:
@@ -991,7 +1033,7 @@ class _Feed:
     async def _open(self) -> _Line:
         self._inbox.clear()
         connection = await self._link.open()
-        await _declare(connection, self._queue, set())
+        await _declare(connection, self._queue)
         opening = connection.channel(publisher_confirms=False)
         try:
             await opening.initialize()
@@ -999,6 +1041,7 @@ class _Feed:
             line = _Line(channel, self._queue.name, self._prefetch)
 
             async def receive(message: DeliveredMessage) -> None:
+                line.received += 1
                 if not line.is_void:
                     self._inbox.append(_Delivery(line, message))
                     self._news.set()
@@ -1008,6 +1051,7 @@ class _Feed:
 
             async def cancelled(_: object) -> None:
                 # The queue was deleted, or the node that has it is gone.
+                self._was_deleted = True
                 self._lose(line)
                 self._link.start(line.close())
 
@@ -1016,6 +1060,7 @@ class _Feed:
             channel.closing.add_done_callback(lost)
             await channel.basic_qos(prefetch_count=self._prefetch)
             await line.consume()
+            line.watching = self._link.start(self._watch(line))
         except BaseException:
             if opening.is_initialized and not opening.is_closed:
                 with contextlib.suppress(*CONNECTION_EXCEPTIONS):
@@ -1023,9 +1068,21 @@ class _Feed:
             raise
         return line
 
+    async def _watch(self, line: _Line) -> None:
+        """Open the line anew when nothing comes: whether the broker still knows it can't be asked."""
+        before = -1
+        while line.received != before or line.out:
+            before = line.received
+            await asyncio.sleep(_IDLE_SECONDS * random.uniform(0.75, 1.25))
+        line.watching = None  # this, which `_lose` would cancel
+        self._lose(line)
+        await line.close()
+
     def _lose(self, line: _Line) -> None:
         """What came on a channel that is gone will come again: forget it."""
         line.is_void = True
+        if line.watching is not None:
+            line.watching.cancel()
         for delivery in tuple(line.out):
             self._drop(delivery)
         line.out.clear()
@@ -1035,12 +1092,10 @@ class _Feed:
             self._news.set()
 
 
-async def _declare(connection: aio_pika.Connection, queue: _Queue, declared: set[str]) -> None:
+async def _declare(connection: aio_pika.Connection, queue: _Queue) -> None:
     """Make sure that there are this queue and those that it needs. Raises ConfigurationError when it doesn't fit."""
-    if queue.name in declared:
-        return
     for needed in queue.needs:
-        await _declare(connection, needed, declared)
+        await _declare(connection, needed)
     try:
         # On a channel of its own: RabbitMQ closes it when the queue doesn't fit, with all that is under way on it.
         async with _throwaway(connection) as channel:
@@ -1056,7 +1111,6 @@ async def _declare(connection: aio_pika.Connection, queue: _Queue, declared: set
             f"the user of transport_url may not declare the queue '{queue.name}' of RabbitMQ at "
             f"{place(connection.url)}: {exc}. It needs the permissions configure, write and read"
         ) from exc
-    declared.add(queue.name)
 
 
 async def _underlay(channel: AbstractChannel) -> aiormq.Channel:

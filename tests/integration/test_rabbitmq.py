@@ -1,0 +1,544 @@
+"""The transport on RabbitMQ when something breaks: the broker, a connection, a channel, a queue, or a setting."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import aio_pika
+import pytest
+from tests.services import RabbitServer, free_port
+
+from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.message import PaigeantMessage
+from paigeant.store import DeadLetter
+from paigeant.testing.conformance.transports import message
+from paigeant.transports import rabbitmq
+from paigeant.transports.rabbitmq import RabbitMQTransport
+
+RECOVERY = 10.0
+"""Seconds after which all must go on, once the broker is there again. On an idle machine it is one or two."""
+
+CONSUMER_TIMEOUT = 1.0
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[RabbitServer]:
+    """A broker for these tests alone, which may kill it. It soon closes channels that hold deliveries."""
+    lines = [f"consumer_timeout = {int(CONSUMER_TIMEOUT * 1000)}"]
+    with RabbitServer(lines=lines, advanced={"channel_tick_interval": "200"}) as server:
+        yield server
+
+
+@pytest.fixture
+def server(own_server: RabbitServer) -> RabbitServer:
+    """It, running."""
+    if not own_server.is_running:
+        own_server.start()
+    return own_server
+
+
+@contextlib.asynccontextmanager
+async def opened(url: str, namespace: str | None = None, **settings) -> AsyncIterator[RabbitMQTransport]:
+    """A connected transport with queues of its own, which are deleted afterwards."""
+    transport = RabbitMQTransport(
+        url, namespace=namespace or f"test-{secrets.token_hex(6)}", publish_timeout=5.0, **settings
+    )
+    await transport.connect()
+    try:
+        yield transport
+    finally:
+        await transport.close()
+        async with await aio_pika.connect(url) as connection, connection.channel() as channel:
+            for name in transport.queues.names:
+                await channel.queue_delete(name)
+
+
+class Listener:
+    """Receives from a topic all the time, in one iteration that must never end, and acks."""
+
+    def __init__(self, transport: RabbitMQTransport, topic: str = "work") -> None:
+        self.transport = transport
+        self.seen: list[str] = []
+        self._came = asyncio.Event()
+        self._task = asyncio.create_task(self._listen(topic))
+
+    async def _listen(self, topic: str) -> None:
+        async for received in self.transport.subscribe(topic):
+            self.seen.append(received.message_id)
+            await self.transport.ack(received.message_id)
+            self._came.set()
+
+    async def until(self, message_id: str, seconds: float = 30.0) -> None:
+        """Wait until it has come."""
+        async with asyncio.timeout(seconds):
+            while message_id not in self.seen:
+                self._came.clear()
+                await self._came.wait()
+        assert not self._task.done()
+
+
+async def until_it_outlives_a_crash() -> None:
+    """Wait until RabbitMQ has written down which quorum queues there are, which 3.10 does behind our backs."""
+    await asyncio.sleep(1.5)
+
+
+async def publish_until_taken(transport: RabbitMQTransport, message_id: str, topic: str = "work") -> None:
+    """Publish as often as it takes."""
+    while True:
+        with contextlib.suppress(TransportUnavailable):
+            return await transport.publish(topic, message(message_id))
+        await asyncio.sleep(0.05)
+
+
+async def test_a_killed_broker_is_survived(server: RabbitServer) -> None:
+    """The same iteration and the same publisher go on when it is back; what was confirmed before is not lost."""
+    async with opened(server.url) as transport:
+        listener = Listener(transport)
+        await transport.publish("work", message("first"))
+        await listener.until("first")
+        await transport.publish("elsewhere", message("kept"))
+        await until_it_outlives_a_crash()
+        await asyncio.to_thread(server.kill)
+        began = time.monotonic()
+        with pytest.raises(TransportUnavailable, match=rf"127\.0\.0\.1:{server.port}"):
+            await transport.publish("work", message("never"))
+        assert time.monotonic() - began < 2.0, "it is said at once"
+        await asyncio.to_thread(server.start)
+        began = time.monotonic()
+        await publish_until_taken(transport, "second")
+        await listener.until("second", RECOVERY)
+        assert time.monotonic() - began < RECOVERY
+        assert await take(transport, "elsewhere") == "kept"
+        await transport.publish("work", message("delayed"), delay=0.1)
+        await listener.until("delayed")
+        assert "never" not in listener.seen
+
+
+async def test_a_broker_that_was_emptied_is_survived(server: RabbitServer) -> None:
+    """With all queues gone the publisher and the iteration make them anew."""
+    async with opened(server.url) as transport:
+        listener = Listener(transport)
+        await transport.publish("work", message("first"))
+        await listener.until("first")
+        await asyncio.to_thread(server.kill)
+        shutil.rmtree(server.folder / "mnesia")
+        await asyncio.to_thread(server.start)
+        await publish_until_taken(transport, "second")
+        await listener.until("second", RECOVERY)
+        await transport.publish("work", message("third"), delay=0.1)
+        await listener.until("third")
+
+
+async def test_cut_connections_are_opened_again(server: RabbitServer) -> None:
+    """A message published after its connections were closed by the broker arrives in the same iteration."""
+    async with opened(server.url) as transport:
+        listener = Listener(transport)
+        for turn in range(3):
+            await transport.publish("work", message(f"m-{turn}"))
+            await listener.until(f"m-{turn}", RECOVERY)
+            await asyncio.to_thread(server.ctl, "close_all_connections", "a test")
+        await transport.publish("work", message("last"))
+        await listener.until("last", RECOVERY)
+
+
+async def test_publishes_under_way_fail_or_arrive_when_the_broker_dies(server: RabbitServer) -> None:
+    """None of many outstanding publishes hangs, and each that returned is there afterwards."""
+    async with opened(server.url) as transport:
+        confirmed: set[str] = set()
+        failed = 0
+
+        async def publish(number: int) -> None:
+            nonlocal failed
+            try:
+                await transport.publish("work", message(f"m-{number}"))
+                confirmed.add(f"m-{number}")
+            except TransportUnavailable:
+                failed += 1
+
+        await transport.publish("work", message("warm"))
+        await until_it_outlives_a_crash()
+        publishing = [asyncio.create_task(publish(number)) for number in range(2000)]
+        await asyncio.wait(publishing, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.to_thread(server.kill)
+        async with asyncio.timeout(20):
+            await asyncio.gather(*publishing)
+        assert failed
+        assert len(confirmed) + failed == 2000
+        await asyncio.to_thread(server.start)
+        listener = Listener(transport)
+        await publish_until_taken(transport, "last")
+        for message_id in confirmed:
+            await listener.until(message_id)
+
+
+async def test_a_frozen_broker_is_told_from_a_working_one(server: RabbitServer) -> None:
+    """A publish ends in time, and when the broker goes on so do publisher and iteration."""
+    async with opened(f"{server.url}?heartbeat=1") as transport:
+        listener = Listener(transport)
+        await transport.publish("work", message("first"))
+        await listener.until("first")
+        server.freeze()
+        try:
+            began = time.monotonic()
+            with pytest.raises(TransportUnavailable, match=r"within 5 s"):
+                await transport.publish("work", message("second"))
+            assert time.monotonic() - began < 8.0
+            await asyncio.sleep(3.0)  # the heartbeats have been missed by now
+        finally:
+            server.thaw()
+        await publish_until_taken(transport, "third")
+        await listener.until("third", RECOVERY)
+
+
+async def test_a_closed_transport_ends_its_publishes(rabbitmq_url: str) -> None:
+    """Who publishes while the transport is closed gets our error, not a cancellation that nobody asked for."""
+    async with opened(rabbitmq_url) as transport:
+        await transport.publish("work", message("first"))
+        publishing = [
+            asyncio.create_task(transport.publish("work", message(f"m-{number}"))) for number in range(50)
+        ]
+        await asyncio.sleep(0)
+        await transport.close()
+        results = await asyncio.wait_for(asyncio.gather(*publishing, return_exceptions=True), 10)
+        assert {type(result) for result in results} <= {type(None), TransportUnavailable}
+
+
+async def test_a_queue_deleted_under_its_consumer_is_made_anew(rabbitmq_url: str) -> None:
+    """The broker cancels the consumer; the same iteration goes on with a new queue."""
+    async with opened(rabbitmq_url) as transport:
+        listener = Listener(transport)
+        for turn in range(3):
+            await transport.publish("work", message(f"m-{turn}"))
+            await listener.until(f"m-{turn}")  # within seconds, even if the broker has forgotten the consumer
+            await delete(rabbitmq_url, transport.queues.topic("work").name)
+
+
+async def test_a_consumer_that_the_broker_has_forgotten_is_noticed(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When somebody deletes a queue and declares it at once, its consumers soon receive again."""
+    monkeypatch.setattr(rabbitmq, "_IDLE_SECONDS", 1.0)
+    async with opened(rabbitmq_url) as transport:
+        listener = Listener(transport)
+        await transport.publish("work", message("first"))
+        await listener.until("first")
+        queue = transport.queues.topic("work")
+        async with await aio_pika.connect(rabbitmq_url) as connection, connection.channel() as channel:
+            for turn in range(3):
+                await channel.queue_delete(queue.name)
+                await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
+                async with opened(rabbitmq_url, transport.queues.namespace) as other:
+                    await other.publish("work", message(f"m-{turn}"))
+                    await listener.until(f"m-{turn}")
+
+
+async def test_a_queue_deleted_under_its_publisher_is_made_anew(rabbitmq_url: str) -> None:
+    """No message goes nowhere: what the broker returns is published again, into a new queue, delayed or not."""
+    async with opened(rabbitmq_url) as transport:
+        await transport.publish("work", message("gone"))
+        await transport.publish("work", message("also gone"), delay=0.2)
+        await delete(rabbitmq_url, *transport.queues.names)
+        together = [f"m-{number}" for number in range(20)]
+        await asyncio.gather(*(transport.publish("work", message(each)) for each in [*together, "m-1"]))
+        listener = Listener(transport)
+        for message_id in together:
+            await listener.until(message_id)
+        await delete(rabbitmq_url, *transport.queues.names)
+        await transport.publish("work", message("delayed"), delay=0.2)
+        await listener.until("delayed")
+        assert "gone" not in listener.seen
+
+
+async def test_a_message_that_goes_nowhere_is_an_error(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the queue is deleted again as often as it is declared, publishing says so."""
+    declare = rabbitmq._declare
+
+    async def declare_and_delete(connection, queue) -> None:
+        await declare(connection, queue)
+        if queue.needs:
+            await delete(rabbitmq_url, queue.name)
+
+    async with opened(rabbitmq_url) as transport:
+        transport._publisher._timeout = 60.0  # only the answer counts here
+        monkeypatch.setattr(rabbitmq, "_declare", declare_and_delete)
+        with pytest.raises(TransportUnavailable, match="NO_ROUTE"):
+            await transport.publish("work", message("m"))
+        monkeypatch.undo()
+        await transport.publish("work", message("n"))
+        assert await take(transport) == "n"
+
+
+async def test_a_queue_that_is_full_is_an_error(server: RabbitServer) -> None:
+    """What the broker refuses to keep is not taken for sent."""
+    async with opened(server.url) as transport:
+        await transport.publish("work", message("m"))
+        await asyncio.to_thread(
+            server.ctl, "set_policy", "full", "^test-", '{"max-length":1,"overflow":"reject-publish"}'
+        )
+        refused: TransportUnavailable | None = None
+        try:
+            for number in range(200):  # a quorum queue takes some more than its limit
+                try:
+                    await transport.publish("work", message(f"m-{number}"))
+                except TransportUnavailable as exc:
+                    refused = exc
+                    break
+        finally:
+            await asyncio.to_thread(server.ctl, "clear_policy", "full")
+        assert "it is full" in str(refused)
+
+
+async def test_a_channel_closed_for_a_slow_consumer_is_opened_again(server: RabbitServer) -> None:
+    """After consumer_timeout the message comes again in the same iteration, and its late ack is harmless."""
+    async with opened(server.url) as transport:
+        messages = transport.subscribe("work", prefetch=2)
+        await transport.publish("work", message("slow"))
+        await transport.publish("work", message("next"))
+        async with asyncio.timeout(60):
+            assert (await anext(messages)).message_id == "slow"
+            came = [(await anext(messages)).message_id]
+            # Nothing is settled, until the broker has had enough of it.
+            while "slow" not in came:
+                came.append((await anext(messages)).message_id)
+            await transport.ack("slow")
+            await transport.ack("slow")
+            await transport.ack("next")
+            await transport.publish("work", message("last"))
+            while "last" not in came:
+                came.append((await anext(messages)).message_id)
+            await transport.ack("last")
+        await messages.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_message_whose_consumers_die_becomes_a_dead_letter(rabbitmq_url: str) -> None:
+    """RabbitMQ takes it out at the delivery limit, and it is recorded like our own dead letters."""
+    letters: list[DeadLetter] = []
+    came = asyncio.Event()
+
+    async def bury(letter: DeadLetter) -> None:
+        letters.append(letter)
+        came.set()
+
+    namespace = f"test-{secrets.token_hex(6)}"
+    async with opened(rabbitmq_url, namespace, delivery_limit=2) as transport:
+        await transport.publish("wörk", message("poison"))
+        for _ in range(3):
+            victim = RabbitMQTransport(rabbitmq_url, namespace=namespace, delivery_limit=2)
+            await victim.connect()
+            assert await take(victim, "wörk", ack=False) == "poison"
+            await victim.close()
+        transport.bury_with(bury)
+        listener = Listener(transport, "wörk")
+        await asyncio.wait_for(came.wait(), 20)
+        [letter] = letters
+        assert (letter.id, letter.topic, letter.reason, letter.attempts) == (
+            "poison",
+            "wörk",
+            "delivery_limit",
+            3,
+        )
+        assert b'"run-of-poison"' in letter.body
+        assert listener.seen == []
+
+
+async def test_what_is_returned_on_purpose_does_not_reach_the_limit(rabbitmq_url: str) -> None:
+    """nack counts no delivery of a dead consumer: the message comes again, however low the limit is."""
+    async with opened(rabbitmq_url, delivery_limit=2) as transport:
+        await transport.publish("work", message("m"))
+        for _ in range(8):
+            assert await take(transport, ack=False) == "m"
+            await transport.nack("m")
+        assert await take(transport) == "m"
+
+
+async def test_an_alarm_stops_publishers_only(server: RabbitServer) -> None:
+    """While the broker takes no messages a publish ends in time and says why, and consumers go on."""
+    async with opened(server.url) as transport:
+        for number in range(3):
+            await transport.publish("work", message(f"m-{number}"))
+        await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.000001")
+        try:
+            listener = Listener(transport)
+            with pytest.raises(TransportUnavailable, match="within 5 s"):
+                await transport.publish("work", message("refused"))
+            with pytest.raises(TransportUnavailable, match="memory or disk alarm"):
+                await transport.publish("work", message("refused as well"))
+            await listener.until("m-2")
+        finally:
+            await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.6")
+        await publish_until_taken(transport, "after")
+        await listener.until("after")
+
+
+# -- settings
+
+
+async def test_wrong_passwords_are_told(server: RabbitServer) -> None:
+    """connect() says whom the broker refuses, and shows no password."""
+    transport = RabbitMQTransport(f"amqp://guest:secret-word@127.0.0.1:{server.port}/")
+    with pytest.raises(
+        ConfigurationError, match=rf"127.0.0.1:{server.port} refuses the user 'guest'"
+    ) as caught:
+        await transport.connect()
+    assert "secret-word" not in str(caught.value)
+    await transport.close()
+
+
+async def test_a_wrong_virtual_host_is_told(rabbitmq_url: str) -> None:
+    """connect() names the virtual host and how to make it."""
+    transport = RabbitMQTransport(f"{rabbitmq_url}nowhere")
+    with pytest.raises(ConfigurationError, match="add_vhost nowhere"):
+        await transport.connect()
+    await transport.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        (
+            "amqp://guest:secret-word@127.0.0.1:{port}/",
+            r"127.0.0.1:{port} can't be reached: .*Connect call failed",
+        ),
+        ("amqp://guest:secret-word@nowhere.invalid/", r"nowhere.invalid:5672 can't be reached"),
+        ("amqps://guest:secret-word@127.0.0.1:{port}/", r"127.0.0.1:{port} can't be reached"),
+    ],
+)
+async def test_a_broker_that_is_not_there_is_told(url: str, said: str) -> None:
+    """connect() says where it looked, and shows no password."""
+    port = free_port()
+    transport = RabbitMQTransport(url.format(port=port))
+    with pytest.raises(TransportUnavailable, match=said.format(port=port)) as caught:
+        await transport.connect()
+    assert "secret-word" not in str(caught.value)
+    with pytest.raises(TransportUnavailable):
+        await transport.publish("work", message("m"))
+    with pytest.raises(TransportUnavailable):
+        await transport.topics(["work"])
+    await transport.close()
+
+
+async def test_another_server_on_the_port_is_told(redis_url: str) -> None:
+    """What answers nothing that AMQP knows is not waited for without end."""
+    transport = RabbitMQTransport(redis_url.replace("redis://", "amqp://").partition("/0")[0])
+    with pytest.raises(TransportUnavailable, match="can't be reached"):
+        await asyncio.wait_for(transport.connect(), 10)
+    await transport.close()
+
+
+async def test_a_queue_of_another_type_is_told(rabbitmq_url: str) -> None:
+    """Publishing, subscribing and connecting say which setting doesn't fit, and what to do."""
+    namespace = f"test-{secrets.token_hex(6)}"
+    async with opened(rabbitmq_url, namespace) as quorum:
+        await quorum.publish("work", message("m"))
+        classic = RabbitMQTransport(rabbitmq_url, namespace=namespace, queue_type="classic")
+        with pytest.raises(ConfigurationError, match=f"'{namespace}:dead-letters'.*Set queue_type"):
+            await classic.connect()
+        await delete(rabbitmq_url, f"{namespace}:dead-letters")
+        await classic.connect()
+        with pytest.raises(ConfigurationError, match=f"'{namespace}.work'.*Set queue_type"):
+            await classic.publish("work", message("n"))
+        with pytest.raises(ConfigurationError, match=f"'{namespace}.work'.*Set queue_type"):
+            await anext(classic.subscribe("work"))
+        await classic.publish("other", message("n"))
+        assert await take(classic, "other") == "n"
+        await classic.close()
+
+
+async def test_tls_is_verified(tmp_path: Path) -> None:
+    """amqps works with the authority that the URL names, and with no other; a missing file is told."""
+    make_certificate(tmp_path)
+    port = free_port()
+    lines = [
+        f"listeners.ssl.1 = 127.0.0.1:{port}",
+        f"ssl_options.cacertfile = {tmp_path}/cert.pem",
+        f"ssl_options.certfile = {tmp_path}/cert.pem",
+        f"ssl_options.keyfile = {tmp_path}/key.pem",
+    ]
+    with RabbitServer(lines=lines) as server:
+        url = f"amqps://guest:guest@127.0.0.1:{port}/"
+        transport = RabbitMQTransport(f"{url}?cafile={tmp_path}/cert.pem")
+        await transport.connect()
+        listener = Listener(transport)
+        await transport.publish("work", message("m"))
+        await listener.until("m")
+        await asyncio.to_thread(server.restart)
+        await publish_until_taken(transport, "n")
+        await listener.until("n", RECOVERY)
+        await transport.close()
+        stranger = RabbitMQTransport(url)
+        with pytest.raises(TransportUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            await stranger.connect()
+        await stranger.close()
+        mistaken = RabbitMQTransport(f"{url}?cafile={tmp_path}/none.pem")
+        with pytest.raises(ConfigurationError, match="cafile"):
+            await mistaken.connect()
+        await mistaken.close()
+        careless = RabbitMQTransport(f"{url}?no_verify_ssl=1")
+        await careless.connect()
+        await careless.close()
+
+
+# -- what isn't broken
+
+
+async def test_many_publishes_are_under_way_at_once(rabbitmq_url: str) -> None:
+    """A thousand at the same time, many of them of one id, are all confirmed and all there."""
+    async with opened(rabbitmq_url) as transport:
+        await asyncio.gather(
+            *(transport.publish("work", message(f"m-{number % 500}")) for number in range(1000))
+        )
+        [depth] = await transport.topics()
+        assert depth.waiting == 1000
+
+
+async def test_a_dispatcher_needs_no_worker(rabbitmq_url: str) -> None:
+    """What is published before anybody has ever subscribed is there for who comes first."""
+    namespace = f"test-{secrets.token_hex(6)}"
+    async with opened(rabbitmq_url, namespace) as transport:
+        await transport.publish("work", message("m"))
+    # `opened` has deleted the queues; a publisher that closes leaves them
+    async with opened(rabbitmq_url, namespace) as transport:
+        await transport.publish("work", message("m"))
+        await transport.close()
+        async with opened(rabbitmq_url, namespace) as worker:
+            assert await take(worker) == "m"
+
+
+async def take(transport: RabbitMQTransport, topic: str = "work", *, ack: bool = True) -> str:
+    """The id of the next message."""
+    async with asyncio.timeout(20), contextlib.aclosing(transport.subscribe(topic)) as messages:  # type: ignore[type-var]
+        received: PaigeantMessage = await anext(messages)
+    if ack:
+        await transport.ack(received.message_id)
+    return received.message_id
+
+
+async def delete(url: str, *names: str) -> None:
+    """Delete these queues."""
+    async with await aio_pika.connect(url) as connection, connection.channel() as channel:
+        for name in names:
+            await channel.queue_delete(name)
+
+
+def make_certificate(folder: Path) -> None:
+    """A key and a certificate signed with it, for 127.0.0.1."""
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem")),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    for file in folder.iterdir():
+        file.chmod(0o644)
