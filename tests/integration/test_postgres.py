@@ -233,8 +233,7 @@ async def test_a_session_that_is_ended_in_the_middle_is_done_again(postgres_tabl
 
 
 _STOPPED = """
-import asyncio, os, signal, sys
-from sqlalchemy import text
+import asyncio, os, signal, sys, time
 from paigeant import rows
 from paigeant.databases import postgres
 from paigeant.stores.sql import SqlStore
@@ -251,6 +250,7 @@ def stop(tx, requests):
     if requests[0].pop("stop", False):
         print("stopping", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.5)  # it takes a moment until all threads have stopped: this one must not go on before
     return [None]
 
 async def main():
@@ -280,17 +280,25 @@ async def test_a_stopped_process_keeps_no_run(
         child = subprocess.Popen(  # noqa: ASYNC220  # asyncio's would wait for it while it is stopped
             [sys.executable, "-c", _STOPPED, postgres_tables, where], stdout=subprocess.PIPE, text=True
         )
-        assert child.stdout is not None
-        assert await asyncio.to_thread(child.stdout.readline) == "stopping\n"
-        async with asyncio.timeout(PATIENCE):
-            while not (await store.sweep(gone=["w"])).freed:  # noqa: ASYNC110  # the server's doing
-                await asyncio.sleep(0.05)
-            grant = await store.claim_step(ClaimRequest(result.key, "other", 9))
-        assert isinstance(grant, Grant)
-        os.kill(child.pid, signal.SIGCONT)
-        assert await asyncio.to_thread(child.stdout.readline) == "done\n"
-        assert child.wait() == 0
-        child.stdout.close()
+        try:
+            await taken_from(store, child, result.key)
+        finally:
+            child.kill()
+            child.communicate()
+
+
+async def taken_from(store: SqlStore, child: subprocess.Popen[str], key: StepKey) -> None:
+    """Wait until the child has stopped, take its step over, and let it go on to its end."""
+    assert child.stdout is not None
+    assert await asyncio.to_thread(child.stdout.readline) == "stopping\n"
+    async with asyncio.timeout(PATIENCE):
+        while not (await store.sweep(gone=["w"])).freed:  # noqa: ASYNC110  # the server's doing
+            await asyncio.sleep(0.05)
+        grant = await store.claim_step(ClaimRequest(key, "other", 9))
+    assert isinstance(grant, Grant)
+    os.kill(child.pid, signal.SIGCONT)
+    assert await asyncio.to_thread(child.stdout.readline) == "done\n"
+    assert await asyncio.to_thread(child.wait) == 0
 
 
 # -- networks
