@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 from pydantic_ai import (
     Agent,
@@ -1180,3 +1182,20 @@ async def test_what_is_read_of_a_workspace_is_a_unit(tmp_path: Path) -> None:
     (tmp_path / "note").write_text("much later")
     await step.attempt(lambda: agent.run("go"))
     assert seen == ["before", "after"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(crashes=st.lists(st.integers(1, 6), max_size=12), sequential=st.booleans())
+def test_any_crashes_leave_the_outcome_of_none(crashes: list[int], sequential: bool) -> None:
+    """Wherever attempts end, the result, the usage and the effect keys are those of a run that nothing ended."""
+
+    async def outcome(crashes: list[int]) -> tuple[str, RunUsage, set[Any], list[str]]:
+        outer, seen = nesting(sequential=sequential)
+        step = Step()
+        for crash_after in crashes:
+            with contextlib.suppress(Crash):
+                await step.attempt(lambda: outer.run("go"), crash_after=crash_after)
+        result = await step.attempt(lambda: outer.run("go"))
+        return str(result.output), result.usage, set(seen["noted"]), sorted(step.units)
+
+    assert asyncio.run(outcome(crashes)) == asyncio.run(outcome([]))

@@ -301,8 +301,10 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
                 return False
             if isinstance(operation, ToolsetValidateToolArgumentsId):
                 return _PLAIN
-            policy = RetryPolicy.of(options.retries)
             label = f"tool '{name}' of agent '{self.name}'"
+            if options is _DEFAULT:
+                return Unit(label)
+            policy = RetryPolicy.of(options.retries)
             return Unit(label, _retrying(policy), options.timeout, options.at_most_once)
 
         model = Unit(f"the model request of agent '{self.name}'", self._delay_of_model, self._model_timeout)
