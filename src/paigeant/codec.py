@@ -16,7 +16,7 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.errors import MessageInvalid
 
-__all__ = ["MAX_DEPTH", "JsonInvalid", "dump", "dump_as", "dump_sorted", "parse_strict", "plain"]
+__all__ = ["MAX_DEPTH", "JsonInvalid", "dump", "dump_as", "dump_sorted", "parse_strict", "plain", "storable"]
 
 MAX_DEPTH = 64
 """How deep lists and objects may be nested in anything that is stored or travels."""
@@ -27,6 +27,11 @@ _LONG_NUMBER = re.compile(rb"[0-9]{4301}")
 
 class JsonInvalid(ValueError):
     """A value that can't be written as JSON, with the reason as its message."""
+
+
+def storable(text: str) -> str:
+    """`text` with what not every database can hold written out: halves of surrogate pairs, and null characters."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
 
 
 def dump(value: Any) -> bytes:

@@ -200,8 +200,7 @@ def _text(error: BaseException) -> str:
         said = "(its text can't be had)"
     text = f"{type(error).__name__}: {said}" if said else type(error).__name__
     text = text if len(text) <= _ERROR_CHARACTERS else f"{text[:_ERROR_CHARACTERS]}..."
-    # Neither half of a surrogate pair nor a null character can be stored in every database.
-    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    return codec.storable(text)
 
 
 def _timeout_text(claim: Claim, timeout: float | None) -> str:

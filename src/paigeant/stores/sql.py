@@ -663,10 +663,10 @@ class SqlStore:
         await self.database.write(self._bury, letter)
 
     def _bury(self, tx: Tx, requests: Sequence[DeadLetter]) -> list[None]:
+        # Whoever writes to a broker chooses ids and names: none of them may keep a letter from being kept.
         letters = [replace(letter, created_at=letter.created_at or tx.now) for letter in requests]
-        _BURY.each(
-            tx, [tuple(getattr(letter, column.name) for column in dead_letters.c) for letter in letters]
-        )
+        rows = [[getattr(letter, column.name) for column in dead_letters.c] for letter in letters]
+        _BURY.each(tx, [tuple(codec.storable(v) if isinstance(v, str) else v for v in row) for row in rows])
         return [None] * len(requests)
 
     async def list_dead_letters(self, *, limit: int = 100) -> list[DeadLetter]:

@@ -656,7 +656,10 @@ class StoreConformance:
         assert (await store.sweep()).due == ()
         self.clock.advance(1.0)
         swept = await store.sweep()
-        assert (swept.lost, swept.due) == (("mine",), (key,))  # not that of which the message is just on its way
+        assert (swept.lost, swept.due) == (
+            ("mine",),
+            (key,),
+        )  # not that of which the message is just on its way
         assert await store.open_steps(fresh.workflow_id) == [fresh]
         assert (await store.sweep()).due == ()
 
@@ -1237,6 +1240,12 @@ class StoreConformance:
         await store.bury(DeadLetter("l", "work", "second", "", b"2"))
         [letter] = await store.list_dead_letters()
         assert letter.reason == "first"
+
+    async def test_a_dead_letter_may_be_called_anything(self, store: Store) -> None:
+        """Whoever writes to a broker chooses the id: a null character or half a surrogate pair loses no letter."""
+        for name in ("nul\0", "half\ud800", "\U0001f600"):
+            await store.bury(DeadLetter(name, f"topic {name}", "not_json", f"about {name}", b"bytes", 1))
+        assert len(await store.list_dead_letters()) == 3
 
     async def test_a_dead_letter_can_be_forgotten(self, store: Store) -> None:
         """Deleting says whether there was one."""
