@@ -36,6 +36,7 @@ from pydantic import TypeAdapter
 from pydantic_ai import ModelMessage, RunContext, RunUsage, ToolDefinition
 from pydantic_ai._run_context import get_current_run_context
 from pydantic_ai.agent import AbstractAgent, EventStreamHandler, WrapperAgent
+from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.capabilities.abstract import WrapRunHandler
 from pydantic_ai.durable_exec import (
     JSON_CODEC,
@@ -214,6 +215,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         sequential: bool = False,
     ) -> None:
         super().__init__(models=models, event_stream_handler=event_stream_handler, name=name)
+        self._binding: tuple[tuple[object, ...], AbstractCapability[AgentDepsT]] | None = None
         self._model_policy = RetryPolicy.of(model_retries)
         self._model_timeout = ToolOptions(timeout=model_timeout).timeout
         self._mode: Literal["sequential", "parallel_ordered_events"] = (
@@ -221,6 +223,13 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         )
 
     # -- what pydantic-ai asks for
+
+    def for_agent(self, agent: AbstractAgent[AgentDepsT, Any]) -> AbstractCapability[AgentDepsT]:
+        # One that is handed to each run of an agent is bound for each run: to the same again, mostly.
+        parts = (agent, agent.name, agent.model, agent.root_capability, *agent.toolsets)
+        if self._binding is None or not _are_same(self._binding[0], parts):
+            self._binding = (parts, super().for_agent(agent))
+        return self._binding[1]
 
     @property
     def in_durable_context(self) -> bool:
@@ -395,6 +404,10 @@ _EVENT_OF: contextvars.ContextVar[RunContext[Any] | None] = contextvars.ContextV
     "paigeant.event_of", default=None
 )
 _PLAIN = Unit("a unit of an agent")
+
+
+def _are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:
+    return len(these) == len(those) and all(one is other for one, other in zip(these, those, strict=True))
 
 
 def _may_pass(error: Exception) -> bool:
