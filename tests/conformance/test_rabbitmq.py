@@ -12,8 +12,10 @@ import aio_pika
 import pytest
 import pytest_asyncio
 
+from paigeant.clock import Clock
 from paigeant.errors import ConfigurationError
 from paigeant.store import DeadLetter
+from paigeant.testing import ManualClock
 from paigeant.testing.conformance import TransportConformance
 from paigeant.testing.conformance.transports import message
 from paigeant.transport import Transport
@@ -39,9 +41,13 @@ class TestQuorumQueues(TransportConformance):
             for name in names:
                 await channel.queue_delete(name)
 
-    def make(self) -> RabbitMQTransport:
+    def make(self, clock: Clock | None = None) -> RabbitMQTransport:
         made = RabbitMQTransport(
-            self.url, namespace=self.namespace, limit_bytes=self.limit_bytes, queue_type=self.queue_type
+            self.url,
+            namespace=self.namespace,
+            limit_bytes=self.limit_bytes,
+            queue_type=self.queue_type,
+            clock=clock,
         )
         self.made.append(made)
         return made
@@ -101,11 +107,10 @@ class TestQuorumQueues(TransportConformance):
         assert await self.take_and_ack(transport) == [long]
         assert await self.is_empty(transport)
 
-    async def test_a_longer_delay_than_any_queue_holds_is_kept(
-        self, transport: Transport, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_a_longer_delay_than_any_queue_holds_is_kept(self, transport: Transport) -> None:
         """A message that has further to go than a wait queue takes it goes another round, and is never early."""
-        monkeypatch.setattr("paigeant.transports.rabbitmq._LONGEST_WAIT", 0.1)
+        assert isinstance(transport, RabbitMQTransport)
+        transport.queues.longest_wait = 0.1
         began = asyncio.get_running_loop().time()
         await transport.publish("work", message("later"), delay=0.45)
         assert await self.is_empty(transport)
@@ -118,6 +123,19 @@ class TestQuorumQueues(TransportConformance):
         await transport.dead_letter("later", "enough")
         [letter] = self.letters
         assert letter.attempts == 2, "rounds are no attempts"
+
+    async def test_the_clock_says_when_a_long_delay_is_over(self) -> None:
+        """A message that goes round after round is delivered once the transport's clock has reached its time."""
+        clock = ManualClock()
+        transport = self.make(clock)
+        transport.queues.longest_wait = 0.1
+        await transport.connect()
+        await transport.publish("work", message("next week"), delay=604_800)
+        clock.advance(604_799)
+        assert await self.is_empty(transport)
+        clock.advance(1)
+        assert await self.take_and_ack(transport) == ["next week"]
+        await transport.close()
 
     async def test_what_is_returned_often_stays(self, transport: Transport) -> None:
         """However often a message is given back it is delivered again, beyond any limit of the broker."""
@@ -166,7 +184,7 @@ class TestQuorumQueues(TransportConformance):
         self, transport: Transport, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """What can't be recorded is held and tried again, and is recorded once."""
-        monkeypatch.setattr("paigeant.transports.rabbitmq._LONGEST_PAUSE_SECONDS", 0.01)
+        monkeypatch.setattr("paigeant.transports.rabbitmq.transport.LONGEST_PAUSE_SECONDS", 0.01)
         lone = self.make()
         await lone.connect()
         await self.deliver_raw(lone, "work", "b", b"nonsense")
@@ -205,19 +223,22 @@ class TestClassicQueues(TestQuorumQueues):
 
 def test_wait_queues_hold_at_least_as_long() -> None:
     """Each delay has a queue that holds it no shorter, at most a third longer, and ten queues serve a decade."""
-    from paigeant.transports.rabbitmq import _rounded_up
+    queues = RabbitMQTransport("amqp://host").queues
+
+    def milliseconds(delay: float) -> int:
+        return int(queues.wait(queues.topic("work"), delay).arguments["x-message-ttl"])
 
     waits = {}
     for step in range(1, 60_000):
         delay = step * 1.2345 / 1000
-        waits[delay] = _rounded_up(delay) / 1000
+        waits[delay] = milliseconds(delay) / 1000
     assert all(wait >= delay for delay, wait in waits.items())
     assert all(wait <= delay * 1.3347 for delay, wait in waits.items() if delay >= 0.03)
     assert len({wait for wait in waits.values() if 0.1 < wait <= 1.0}) == 10
     for exact in (0.01, 0.5, 1.0, 2.0, 5.0, 15.0, 30.0, 60.0, 300.0, 600.0):
-        assert _rounded_up(exact) == exact * 1000
-    assert _rounded_up(0.0000001) == 10
-    assert _rounded_up(86_400) == 86_400_000
+        assert milliseconds(exact) == exact * 1000
+    assert milliseconds(0.0000001) == 10
+    assert milliseconds(86_400) == 86_400_000
 
 
 @pytest.mark.parametrize(

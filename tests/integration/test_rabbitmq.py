@@ -19,8 +19,8 @@ from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
-from paigeant.transports import rabbitmq
-from paigeant.transports.rabbitmq import RabbitMQTransport
+from paigeant.transports.rabbitmq import RabbitMQTransport, feed, publisher
+from paigeant.transports.rabbitmq.queues import declare
 
 RECOVERY = 10.0
 """Seconds after which all must go on, once the broker is there again. On an idle machine it is one or two."""
@@ -45,10 +45,15 @@ def server(own_server: RabbitServer) -> RabbitServer:
 
 
 @contextlib.asynccontextmanager
-async def opened(url: str, namespace: str | None = None, **settings) -> AsyncIterator[RabbitMQTransport]:
+async def opened(
+    url: str, namespace: str | None = None, *, publish_timeout: float = 5.0, **settings
+) -> AsyncIterator[RabbitMQTransport]:
     """A connected transport with queues of its own, which are deleted afterwards."""
     transport = RabbitMQTransport(
-        url, namespace=namespace or f"test-{secrets.token_hex(6)}", publish_timeout=5.0, **settings
+        url,
+        namespace=namespace or f"test-{secrets.token_hex(6)}",
+        publish_timeout=publish_timeout,
+        **settings,
     )
     await transport.connect()
     try:
@@ -224,7 +229,7 @@ async def test_a_consumer_that_the_broker_has_forgotten_is_noticed(
     rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When somebody deletes a queue and declares it at once, its consumers soon receive again."""
-    monkeypatch.setattr(rabbitmq, "_IDLE_SECONDS", 1.0)
+    monkeypatch.setattr(feed, "IDLE_SECONDS", 1.0)
     async with opened(rabbitmq_url) as transport:
         listener = Listener(transport)
         await transport.publish("work", message("first"))
@@ -260,16 +265,15 @@ async def test_a_message_that_goes_nowhere_is_an_error(
     rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the queue is deleted again as often as it is declared, publishing says so."""
-    declare = rabbitmq._declare
 
     async def declare_and_delete(connection, queue) -> None:
         await declare(connection, queue)
         if queue.needs:
             await delete(rabbitmq_url, queue.name)
 
-    async with opened(rabbitmq_url) as transport:
-        transport._publisher._timeout = 60.0  # only the answer counts here
-        monkeypatch.setattr(rabbitmq, "_declare", declare_and_delete)
+    # only the answer counts here, not how soon it comes
+    async with opened(rabbitmq_url, publish_timeout=60.0) as transport:
+        monkeypatch.setattr(publisher, "declare", declare_and_delete)
         with pytest.raises(TransportUnavailable, match="NO_ROUTE"):
             await transport.publish("work", message("m"))
         monkeypatch.undo()
@@ -380,6 +384,31 @@ async def test_an_alarm_stops_publishers_only(server: RabbitServer) -> None:
 
 
 # -- settings
+
+
+async def test_a_user_needs_the_rights_that_the_guide_names(server: RabbitServer) -> None:
+    """With configure and read on our queues and write on the default exchange all works; without, it is told."""
+    namespace = f"test-{secrets.token_hex(6)}"
+    ours = f"^{namespace}[.:]"
+    await asyncio.to_thread(server.ctl, "add_user", "orders", "word")
+    await asyncio.to_thread(server.ctl, "set_permissions", "orders", ours, r"^amq\.default$", ours)
+    url = f"amqp://orders:word@127.0.0.1:{server.port}/"
+    transport = RabbitMQTransport(url, namespace=namespace)
+    await transport.connect()
+    try:
+        listener = Listener(transport)
+        await transport.publish("work", message("m"))
+        await transport.publish("work", message("delayed"), delay=0.1)
+        await listener.until("m")
+        await listener.until("delayed")
+        assert await transport.topics() == []
+        stranger = RabbitMQTransport(url, namespace="others")
+        with pytest.raises(ConfigurationError, match="may not declare the queue 'others:dead-letters'"):
+            await stranger.connect()
+        await stranger.close()
+    finally:
+        await transport.close()
+        await delete(server.url, *transport.queues.names)
 
 
 async def test_wrong_passwords_are_told(server: RabbitServer) -> None:

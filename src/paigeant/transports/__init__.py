@@ -69,6 +69,7 @@ def open_transport(
                 namespace=None if "namespace" in told else namespace,
                 limit_bytes=limit,
                 queue_type=None if "queue_type" in told else queue_type,
+                clock=clock,
             )
     return made
 

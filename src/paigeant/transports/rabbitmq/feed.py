@@ -1,0 +1,345 @@
+"""Receiving: a `Feed` is what one queue delivers for ever, over one `Line` after the other; a `Delivery` is settled on
+the line that brought it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import aiormq
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS
+from aiormq.abc import DeliveredMessage
+
+from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.transports.rabbitmq.link import CLOSE_SECONDS, OPEN_SECONDS, Link, is_cancelled, underlay
+from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, Queue, declare
+
+__all__ = ["ATTEMPTS", "IDLE_SECONDS", "LONGEST_PAUSE_SECONDS", "PAUSE_SECONDS", "Delivery", "Feed"]
+
+log = logging.getLogger("paigeant.transport")
+
+ATTEMPTS = "paigeant-attempts"
+"""The header that says of a copy how often the message was delivered before."""
+
+PAUSE_SECONDS = 0.05
+LONGEST_PAUSE_SECONDS = 2.0
+"""Between attempts to receive again: first and last."""
+
+_STARVED_SECONDS = 0.02
+"""How long an iteration waits for a message while all that it has fetched is unsettled, before it fetches more."""
+
+IDLE_SECONDS = 10.0
+"""After this time without a message a consumer is opened anew, should it have been attached so."""
+
+
+class Delivery:
+    """A message as it came, on the channel on which alone it can be settled."""
+
+    __slots__ = ("_line", "_message", "body", "message_id", "topic")
+
+    def __init__(self, line: Line, message: DeliveredMessage) -> None:
+        self._line = line
+        self._message = message
+        self.body = message.body
+        self.message_id = self.topic = ""
+
+    @property
+    def line(self) -> Line:
+        return self._line
+
+    @property
+    def consumer(self) -> str:
+        return self._message.consumer_tag or ""
+
+    @property
+    def tag(self) -> int:
+        return self._message.delivery_tag or 0
+
+    @property
+    def property_id(self) -> str:
+        """The message's id as the envelope says, for a body that doesn't say any."""
+        found = self._message.header.properties.message_id
+        return str(found) if found else f"amqp-{hashlib.sha256(self.body).hexdigest()[:32]}"
+
+    @property
+    def headers(self) -> dict[str, Any]:
+        return self._message.header.properties.headers or {}
+
+    @property
+    def returns(self) -> int:
+        """How often it has come back to this queue; what a classic queue knows is only whether."""
+        return int(self.headers.get("x-delivery-count", bool(self._message.redelivered)))
+
+    @property
+    def attempts(self) -> int:
+        """How often it was delivered, this time included; copies are counted on."""
+        return int(self.headers.get(ATTEMPTS, 0)) + self.returns + 1
+
+    async def ack(self) -> None:
+        await self._line.settle(self, lambda channel: channel.basic_ack(self.tag, wait=False))
+
+    async def give_back(self) -> None:
+        await self._line.settle(self, lambda channel: channel.basic_nack(self.tag, requeue=True, wait=False))
+
+
+class Line:
+    """A channel with the consumers of one feed, and what was handed out of it and is not settled.
+
+    RabbitMQ sends a consumer no more than `prefetch` unsettled messages, those that have been handed out included. For
+    an iteration that goes on without settling any there are more consumers, so that `prefetch` counts what is ahead.
+    """
+
+    def __init__(self, channel: aiormq.Channel, queue: str, prefetch: int) -> None:
+        self.channel = channel
+        self._queue = queue
+        self._prefetch = prefetch
+        self._consumers: dict[str, int] = {}  # and how many of what each has received are out
+        self.out: set[Delivery] = set()
+        self.is_ending = False
+        self.received = 0
+        self.watching: asyncio.Task[None] | None = None
+        self.is_void = False
+        """Whether what came on it can't be settled any more."""
+        self.receive: Callable[[DeliveredMessage], Coroutine[Any, Any, None]]
+
+    @property
+    def is_starved(self) -> bool:
+        """Whether RabbitMQ sends nothing more before something is settled."""
+        return self._ahead <= 0
+
+    @property
+    def _ahead(self) -> int:
+        """How many messages RabbitMQ sends, or has sent, before one that is out is settled."""
+        return self._prefetch * len(self._consumers) - sum(self._consumers.values())
+
+    def hand_out(self, delivery: Delivery) -> None:
+        self.out.add(delivery)
+        if delivery.consumer in self._consumers:
+            self._consumers[delivery.consumer] += 1
+
+    async def consume(self) -> None:
+        """Receive `prefetch` messages more ahead."""
+        consuming = await self.channel.basic_consume(self._queue, self.receive)
+        self._consumers[str(consuming.consumer_tag)] = 0
+
+    async def stop(self) -> None:
+        """Receive nothing more; returns when nothing more can come."""
+        while self._consumers:
+            await self._cancel(next(iter(self._consumers)))
+
+    async def _cancel(self, consumer: str) -> None:
+        del self._consumers[consumer]
+        await self.channel.basic_cancel(consumer)
+
+    async def settle(self, delivery: Delivery, how: Callable[[aiormq.Channel], Awaitable[None]]) -> None:
+        """Tell the broker. On a channel that is gone nothing happens: the message comes again by itself."""
+        self.out.discard(delivery)
+        try:
+            if delivery.consumer in self._consumers:
+                self._consumers[delivery.consumer] -= 1
+                if len(self._consumers) > 1 and self._ahead > self._prefetch:
+                    await self._cancel(delivery.consumer)  # first, or RabbitMQ sends another in its place
+            await how(self.channel)
+            if self.is_ending and not self.out:
+                await self.close()
+        except CONNECTION_EXCEPTIONS:
+            pass
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+
+    async def close(self) -> None:
+        """End it; RabbitMQ gives what is unsettled to others."""
+        with contextlib.suppress(*CONNECTION_EXCEPTIONS):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self.channel.close(None)
+
+
+class Feed:
+    """What one queue delivers, for ever: over one line at a time, and a new one when it has gone, however it went."""
+
+    def __init__(self, link: Link, queue: Queue, prefetch: int, drop: Callable[[Delivery], None]) -> None:
+        self._link = link
+        self._queue = queue
+        self._prefetch = prefetch
+        self._drop = drop
+        self._line: Line | None = None
+        self._inbox: deque[Delivery] = deque()
+        self._news = asyncio.Event()
+        self._has_worked = False
+        self._was_deleted = False
+        self._is_over = False
+
+    async def next(self) -> Delivery | None:
+        """The next message; None when the transport was closed. Raises ConfigurationError before it first works."""
+        while not self._is_over:
+            line = self._line
+            if line is None:
+                await self._reopen()
+            elif self._inbox:
+                delivery = self._inbox.popleft()
+                line.hand_out(delivery)
+                return delivery
+            else:
+                await self._wait(line)
+        return None
+
+    def stop(self) -> None:
+        """The transport closes."""
+        self._is_over = True
+        self._news.set()
+
+    async def end(self) -> None:
+        """Give back what was not handed out. The channel stays open for what was, until that is settled."""
+        try:
+            await asyncio.shield(self._link.start(self._end()))
+        except asyncio.CancelledError:
+            if is_cancelled():  # else the transport was closed meanwhile, which gives back all of it
+                raise
+
+    async def _end(self) -> None:
+        self._is_over = True
+        line, self._line = self._line, None
+        if line is None:
+            return
+        line.is_ending = True
+        if line.watching is not None:
+            line.watching.cancel()
+        with contextlib.suppress(*CONNECTION_EXCEPTIONS):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                if line.out:
+                    await line.stop()
+                    while self._inbox:
+                        tag = self._inbox.popleft().tag
+                        await line.channel.basic_nack(tag, requeue=True, wait=False)
+        if not line.out:
+            await line.close()
+
+    async def _wait(self, line: Line) -> None:
+        self._news.clear()
+        if not line.is_starved:
+            await self._news.wait()
+            return
+        try:
+            async with asyncio.timeout(_STARVED_SECONDS):
+                await self._news.wait()
+        except TimeoutError:
+            if line.is_starved and line is self._line:
+                with contextlib.suppress(*CONNECTION_EXCEPTIONS):
+                    await line.consume()
+
+    async def _reopen(self) -> None:
+        pause = PAUSE_SECONDS
+        while not self._is_over and self._line is None:
+            if self._has_worked:
+                await self._rest(pause / 4, pause)
+                if self._was_deleted:
+                    self._was_deleted = False
+                    await self._rest(DELETED_SECONDS, 2 * DELETED_SECONDS)
+            try:
+                async with asyncio.timeout(OPEN_SECONDS):
+                    line = await self._open()
+                self._has_worked = True
+                if not line.is_void:
+                    self._line = line
+                    return
+                trouble: BaseException = ConnectionError("it was lost at once")
+            except ConfigurationError as exc:
+                # After it has worked, a setting may be refused by a broker that is still starting.
+                if not self._has_worked:
+                    raise
+                trouble = exc
+            except (TransportUnavailable, *CONNECTION_EXCEPTIONS) as exc:
+                trouble = exc
+            except asyncio.CancelledError as exc:
+                if is_cancelled():
+                    raise
+                trouble = exc
+            log.warning(
+                "can't receive from '%s', will try again: %s",
+                self._queue.name,
+                str(trouble) or type(trouble).__name__,
+            )
+            if isinstance(trouble, TimeoutError):
+                self._link.cut()
+            if not self._has_worked:
+                await self._rest(pause / 4, pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    async def _rest(self, least: float, most: float) -> None:
+        until = asyncio.get_running_loop().time() + random.uniform(least, most)
+        while not self._is_over:
+            self._news.clear()
+            try:
+                async with asyncio.timeout_at(until):
+                    await self._news.wait()
+            except TimeoutError:
+                return
+
+    async def _open(self) -> Line:
+        self._inbox.clear()
+        connection = await self._link.open()
+        await declare(connection, self._queue)
+        opening = connection.channel(publisher_confirms=False)
+        try:
+            await opening.initialize()
+            channel = await underlay(opening)
+            line = Line(channel, self._queue.name, self._prefetch)
+
+            async def receive(message: DeliveredMessage) -> None:
+                line.received += 1
+                if not line.is_void:
+                    self._inbox.append(Delivery(line, message))
+                    self._news.set()
+
+            def lost(_: object) -> None:
+                self._lose(line)
+
+            async def cancelled(_: object) -> None:
+                # The queue was deleted, or the node that has it is gone.
+                self._was_deleted = True
+                self._lose(line)
+                self._link.start(line.close())
+
+            line.receive = receive
+            channel.on_consumer_cancel_callbacks.add(cancelled)
+            channel.closing.add_done_callback(lost)
+            await channel.basic_qos(prefetch_count=self._prefetch)
+            await line.consume()
+            line.watching = self._link.start(self._watch(line))
+        except BaseException:
+            if opening.is_initialized and not opening.is_closed:
+                with contextlib.suppress(*CONNECTION_EXCEPTIONS):
+                    await opening.close()
+            raise
+        return line
+
+    async def _watch(self, line: Line) -> None:
+        """Open the line anew when nothing comes: whether the broker still knows it can't be asked."""
+        before = -1
+        while line.received != before or line.out:
+            before = line.received
+            await asyncio.sleep(IDLE_SECONDS * random.uniform(0.75, 1.25))
+        line.watching = None  # this, which `_lose` would cancel
+        self._lose(line)
+        await line.close()
+
+    def _lose(self, line: Line) -> None:
+        """What came on a channel that is gone will come again: forget it."""
+        line.is_void = True
+        if line.watching is not None:
+            line.watching.cancel()
+        for delivery in tuple(line.out):
+            self._drop(delivery)
+        line.out.clear()
+        if self._line is line:
+            self._line = None
+            self._inbox.clear()
+            self._news.set()

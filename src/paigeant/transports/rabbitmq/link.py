@@ -1,0 +1,278 @@
+"""A connection to the broker: where the URL says it is, how its socket is watched and cut, and what keeps it from
+being opened.
+
+Reconnecting is done here, on plain connections of aio-pika: its robust ones restore what they know after a lost
+connection, but not a consumer that the broker has cancelled, and they don't tell when a delivery has become void.
+Messages are published, consumed and acked on the channels of aiormq underneath, which costs half as much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+import aio_pika
+import aiormq
+from aio_pika.abc import AbstractChannel, ConnectionParameter
+from aio_pika.exceptions import (
+    CONNECTION_EXCEPTIONS,
+    AuthenticationError,
+    InvalidFrameError,
+    ProbableAuthenticationError,
+)
+from aiormq.connection import TCPTransportFactory, TLSTransportFactory, TransportFactory
+from yarl import URL
+
+from paigeant.errors import ConfigurationError, TransportUnavailable
+
+__all__ = [
+    "CLOSE_SECONDS",
+    "OPEN_SECONDS",
+    "Link",
+    "Single",
+    "is_cancelled",
+    "place",
+    "read_url",
+    "throwaway",
+    "underlay",
+]
+
+_HEARTBEAT_SECONDS = 10
+"""A broker that has frozen is noticed after three of these. `?heartbeat=` in the URL overrides it."""
+
+_PEER_SECONDS = 10
+"""After this time a peer that is no longer there is noticed by the kernel, however busy or idle the connection is."""
+
+_CONNECT_SECONDS = 5.0
+CLOSE_SECONDS = 5.0
+OPEN_SECONDS = 15.0
+"""How long it may take to declare a queue and consume from it: of a cluster that recovers, several seconds."""
+
+_SETTINGS = ("namespace", "queue_type", "delivery_limit")
+"""What the URL may say besides aio-pika's own parameters."""
+
+_Opened = TypeVar("_Opened")
+
+
+def place(url: URL) -> str:
+    """host:port, for messages."""
+    return f"{url.host}:{url.port or (5671 if url.scheme == 'amqps' else 5672)}"
+
+
+def read_url(url: str) -> tuple[URL, dict[str, str]]:
+    """The URL as aio-pika takes it, and the settings of ours that stood in it."""
+    try:
+        parsed = URL(url)
+        if parsed.scheme not in ("amqp", "amqps") or not parsed.host:
+            raise ValueError
+        place(parsed)
+    except ValueError:
+        raise ConfigurationError(
+            "transport_url is not one of RabbitMQ; expected amqp://user:password@host:port/vhost, or amqps://"
+        ) from None
+    query = dict(parsed.query)
+    told: dict[str, str] = {name: query.pop(name) for name in _SETTINGS if name in query}
+    query.setdefault("heartbeat", str(_HEARTBEAT_SECONDS))
+    return parsed.with_query(query), told
+
+
+class _Socket(TransportFactory):
+    """Opens the socket of a connection, and keeps it at hand to cut it."""
+
+    def __init__(self) -> None:
+        self.writer: asyncio.StreamWriter | None = None
+
+    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        factory = TLSTransportFactory() if url.scheme == "amqps" else TCPTransportFactory()
+        reader, self.writer = await factory.create(url, **kwargs)
+        _watch_peer(self.writer.get_extra_info("socket"))
+        return reader, self.writer
+
+    def cut(self) -> None:
+        if self.writer is not None:
+            self.writer.transport.abort()
+
+
+class _Connection(aio_pika.Connection):
+    PARAMETERS = (
+        *aio_pika.Connection.PARAMETERS,
+        ConnectionParameter("transport_factory", parser=lambda factory: factory, is_kwarg=True),
+    )
+
+
+class Single(Generic[_Opened]):
+    """Does something once for all who ask for it at the same time."""
+
+    def __init__(self, make: Callable[[], Awaitable[_Opened]]) -> None:
+        self._make = make
+        self._making: asyncio.Task[_Opened] | None = None
+
+    async def get(self) -> _Opened:
+        if self._making is None:
+            self._making = asyncio.create_task(self._run())
+            self._making.add_done_callback(self._done)
+        return await asyncio.shield(self._making)
+
+    async def cancel(self) -> None:
+        if self._making is not None:
+            self._making.cancel()
+            await asyncio.gather(self._making, return_exceptions=True)
+
+    async def _run(self) -> _Opened:
+        return await self._make()
+
+    def _done(self, making: asyncio.Task[_Opened]) -> None:
+        self._making = None
+        if not making.cancelled():
+            making.exception()  # those who asked have it; it isn't lost when none is there any more
+
+
+class Link:
+    """One connection to the broker: opened when it is asked for, and anew when it has gone."""
+
+    def __init__(self, url: URL, role: str) -> None:
+        self.url = url
+        self._role = role
+        self._connection: _Connection | None = None
+        self._socket = _Socket()
+        self._single = Single(self._open)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Have `work` go on by itself, for as long as the link isn't closed; it must not raise."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def open(self) -> aio_pika.Connection:
+        """The connection. Raises TransportUnavailable, and ConfigurationError for what waiting can't mend."""
+        if self._connection is not None and self._is_open(self._connection):
+            return self._connection
+        return await self._single.get()
+
+    async def close(self) -> None:
+        await self._single.cancel()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await self._dispose(connection, self._socket)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def cut(self) -> None:
+        """Break a connection that doesn't answer."""
+        self._socket.cut()
+
+    async def is_blocked(self) -> bool:
+        """Whether the broker has said that it takes no messages for now."""
+        if self._connection is None or not self._is_open(self._connection):
+            return False
+        try:
+            async with asyncio.timeout(0):
+                await self._connection.transport.ready()  # type: ignore[union-attr]  # is open
+        except TimeoutError:
+            return True
+        return False
+
+    @staticmethod
+    def _is_open(connection: aio_pika.Connection) -> bool:
+        return connection.transport is not None and bool(connection.transport.connection.is_opened)
+
+    async def _open(self) -> aio_pika.Connection:
+        gone, self._connection = self._connection, None
+        if gone is not None:
+            await self._dispose(gone, self._socket)
+        self._socket = wire = _Socket()
+        connection = _Connection(
+            self.url,
+            client_properties={"connection_name": f"paigeant {self._role}"},
+            transport_factory=wire,
+        )
+        try:
+            await connection.connect(timeout=_CONNECT_SECONDS)
+        except BaseException as exc:
+            wire.cut()
+            await connection.close()
+            if isinstance(exc, CONNECTION_EXCEPTIONS):
+                raise self._failure(exc) from exc
+            raise
+        self._connection = connection
+        return connection
+
+    @staticmethod
+    async def _dispose(connection: aio_pika.Connection, wire: _Socket) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await connection.close()
+        except CONNECTION_EXCEPTIONS:
+            wire.cut()
+
+    def _failure(self, exc: BaseException) -> TransportUnavailable | ConfigurationError:
+        where, user = place(self.url), self.url.user or "guest"
+        if isinstance(exc, (ProbableAuthenticationError, AuthenticationError)):
+            return ConfigurationError(
+                f"RabbitMQ at {where} refuses the user '{user}' or its password; correct transport_url, "
+                "and mind that 'guest' may only connect from the broker's own host"
+            )
+        if isinstance(exc, InvalidFrameError) and "Connection.Close" in str(exc):
+            vhost = self.url.path.removeprefix("/") or "/"
+            return ConfigurationError(
+                f"RabbitMQ at {where} doesn't open the virtual host '{vhost}' to the user '{user}'; correct the path "
+                f"of transport_url, or create it (rabbitmqctl add_vhost {vhost}) and permit it "
+                f"(rabbitmqctl set_permissions -p {vhost} {user} '.*' '.*' '.*')"
+            )
+        if isinstance(exc, FileNotFoundError):
+            return ConfigurationError(
+                "a certificate that transport_url names isn't there; correct cafile, certfile and keyfile"
+            )
+        if isinstance(exc, TimeoutError):
+            what = f"no answer within {_CONNECT_SECONDS:g} s"
+        else:
+            what = str(exc) or type(exc).__name__
+        return TransportUnavailable(
+            f"RabbitMQ at {where} can't be reached: {what}; start it, or correct transport_url"
+        )
+
+
+async def underlay(channel: AbstractChannel) -> aiormq.Channel:
+    """The channel of aiormq beneath an open one of aio-pika."""
+    found = await channel.get_underlay_channel()
+    assert isinstance(found, aiormq.Channel)
+    return found
+
+
+@contextlib.asynccontextmanager
+async def throwaway(connection: aio_pika.Connection) -> AsyncIterator[AbstractChannel]:
+    """A channel for what makes RabbitMQ close it when the answer is no."""
+    channel = connection.channel(publisher_confirms=False)
+    await channel.initialize()
+    try:
+        yield channel
+    finally:
+        if not channel.is_closed:
+            await channel.close()
+
+
+def is_cancelled() -> bool:
+    """Whether a CancelledError is for us. aiormq raises it as well in those who wait on what is being closed."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _watch_peer(wire: socket.socket | None) -> None:
+    """Have the kernel notice a peer that vanished without a word, within seconds."""
+    if wire is None:
+        return
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", _PEER_SECONDS // 2),
+        ("TCP_KEEPINTVL", max(_PEER_SECONDS // 5, 1)),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", _PEER_SECONDS * 1000),
+    ):
+        if hasattr(socket, name):  # not on every platform
+            wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -1,0 +1,191 @@
+"""Sending: every message is confirmed, or an error."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import aiormq
+from aio_pika.abc import AbstractChannel
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelNotFoundEntity, DeliveryError, PublishError
+from pamqp.commands import Basic
+
+from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.transports.rabbitmq.link import (
+    OPEN_SECONDS,
+    Link,
+    Single,
+    is_cancelled,
+    place,
+    throwaway,
+    underlay,
+)
+from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, NAME_BYTES, Queue, declare
+
+__all__ = ["Publisher"]
+
+
+class Publisher:
+    """Sends with confirms, over a connection of its own: alarms of the broker block publishers and nobody else."""
+
+    def __init__(self, link: Link, timeout: float) -> None:
+        self._link = link
+        self._timeout = timeout
+        self._channel: aiormq.Channel | None = None
+        self._confirmed_at = 0.0
+        self._single = Single(self._open)
+        self._declared: set[str] = set()
+        self._declaring = asyncio.Lock()
+        self._outstanding: set[str] = set()
+
+    async def open(self, queue: Queue) -> None:
+        """Open it, and see to it that `queue` is there. Raises TransportUnavailable, ConfigurationError."""
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                if self._channel is None or self._channel.is_closed:
+                    await self._single.get()  # tells a wrong setting; `_ready` puts it down to the broker
+                await self._ready(queue)
+        except CONNECTION_EXCEPTIONS as exc:
+            raise self._unavailable(exc) from exc
+
+    async def close(self) -> None:
+        await self._single.cancel()
+        self._channel = None
+        await self._link.close()
+
+    async def send(
+        self, queue: Queue, message_id: str, body: bytes, headers: Mapping[str, Any] | None = None
+    ) -> None:
+        """Publish; returns when the broker has confirmed that the message is in the queue, and safe there."""
+        # aiormq finds what came back by its id: two that are under way at the same time need different ones.
+        told_id = message_id if len(message_id.encode()) <= NAME_BYTES else None
+        if told_id in self._outstanding:
+            told_id = None
+        properties = Basic.Properties(
+            content_type="application/json",
+            delivery_mode=2,
+            message_id=told_id,
+            headers=dict(headers) if headers else None,
+        )
+        if told_id is not None:
+            self._outstanding.add(told_id)
+        began_at = time.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout):
+                # Once more when the queue has been deleted or the connection has broken. A message that was confirmed
+                # unheard is doubled by that, which is harmless.
+                if not await self._sent(queue, properties, body, again=True):
+                    await self._sent(queue, properties, body, again=False)
+        except TimeoutError as exc:
+            raise await self._late(began_at) from exc
+        finally:
+            if told_id is not None:
+                self._outstanding.discard(told_id)
+
+    async def _sent(self, queue: Queue, properties: Basic.Properties, body: bytes, *, again: bool) -> bool:
+        channel = None
+        try:
+            channel = await self._ready(queue)
+            await channel.basic_publish(
+                body, routing_key=queue.name, properties=properties, mandatory=True, wait=False
+            )
+        except PublishError as exc:
+            self._declared.discard(queue.name)
+            if channel is not None and channel is self._channel:
+                # A channel numbers what it sends to a quorum queue. One that is deleted and declared anew confirms what
+                # comes on an old channel, and waits for ever for what it takes to have come before.
+                self._channel = None
+                self._link.start(self._retire(channel))
+            if not again:
+                raise self._unavailable(exc) from exc
+            await asyncio.sleep(DELETED_SECONDS)
+            return False
+        except DeliveryError as exc:
+            raise TransportUnavailable(
+                f"RabbitMQ at {place(self._link.url)} refuses a message for the queue '{queue.name}'; "
+                "it is full (max-length of a policy), or not enough of its replicas are there; when a queue doesn't "
+                f"recover, delete it (rabbitmqctl delete_queue {queue.name}): it is declared anew"
+            ) from exc
+        except CONNECTION_EXCEPTIONS as exc:
+            if not again:
+                raise self._unavailable(exc) from exc
+            return False
+        except asyncio.CancelledError as exc:
+            if is_cancelled():
+                raise
+            raise self._unavailable(exc) from exc  # the connection was closed meanwhile
+        except Exception as exc:
+            # This very type is what aiormq raises when somebody closes it without a reason.
+            if type(exc) is not Exception:
+                raise
+            raise self._unavailable(exc) from exc
+        self._confirmed_at = time.monotonic()
+        return True
+
+    async def counts(self, names: Collection[str]) -> list[int]:
+        """How many messages wait in each of these queues; 0 for one that isn't there."""
+        found = []
+        try:
+            async with asyncio.timeout(OPEN_SECONDS), contextlib.AsyncExitStack() as stack:
+                connection = await self._link.open()
+                channel: AbstractChannel | None = None
+                for name in names:
+                    if channel is None:
+                        channel = await stack.enter_async_context(throwaway(connection))
+                    try:
+                        queue = await channel.declare_queue(name, passive=True)
+                        found.append(queue.declaration_result.message_count or 0)
+                    except ChannelNotFoundEntity:
+                        found.append(0)
+                        channel = None  # RabbitMQ has closed it
+        except CONNECTION_EXCEPTIONS as exc:
+            raise self._unavailable(exc) from exc
+        return found
+
+    async def _ready(self, queue: Queue) -> aiormq.Channel:
+        """The channel, with `queue` declared and the broker willing to take messages."""
+        channel = self._channel
+        if channel is None or channel.is_closed:
+            try:
+                channel = await self._single.get()
+            except ConfigurationError as exc:  # it has worked before: perhaps the broker is still starting
+                raise TransportUnavailable(str(exc)) from exc
+        if queue.name not in self._declared:
+            async with self._declaring:
+                if queue.name not in self._declared:
+                    await declare(await self._link.open(), queue)
+                    self._declared.add(queue.name)
+        # Waits while an alarm blocks publishers: what isn't sent isn't doubled.
+        await channel.connection.ready()
+        return channel
+
+    async def _open(self) -> aiormq.Channel:
+        connection = await self._link.open()
+        channel = connection.channel(publisher_confirms=True, on_return_raises=True)
+        async with asyncio.timeout(OPEN_SECONDS):
+            await channel.initialize()
+        self._declared.clear()  # by now it may be another broker, or an emptied one
+        self._channel = await underlay(channel)
+        return self._channel
+
+    async def _retire(self, channel: aiormq.Channel) -> None:
+        await asyncio.sleep(self._timeout)  # until nobody waits for a confirm on it
+        with contextlib.suppress(*CONNECTION_EXCEPTIONS):
+            await channel.close()
+
+    async def _late(self, began_at: float) -> TransportUnavailable:
+        why = "it is overloaded, frozen, or cut off"
+        if await self._link.is_blocked():
+            why = "it blocks publishers by a memory or disk alarm (see `rabbitmqctl status`)"
+        elif self._confirmed_at < began_at:
+            self._link.cut()  # what doesn't answer at all is opened anew
+        return TransportUnavailable(
+            f"RabbitMQ at {place(self._link.url)} has not confirmed a message within {self._timeout:g} s: {why}"
+        )
+
+    def _unavailable(self, exc: BaseException) -> TransportUnavailable:
+        what = str(exc) or type(exc).__name__
+        return TransportUnavailable(f"RabbitMQ at {place(self._link.url)} doesn't serve: {what}")
