@@ -38,6 +38,7 @@ from paigeant.store import (
 )
 
 __all__ = [
+    "MOST_GRACES",
     "OPEN",
     "Changes",
     "Head",
@@ -46,6 +47,7 @@ __all__ = [
     "expire",
     "fold",
     "free",
+    "is_resendable",
     "life",
     "pack_revision",
     "pack_slip",
@@ -61,7 +63,7 @@ OPEN = frozenset({StepStatus.READY, StepStatus.RUNNING, StepStatus.WAITING})
 
 Patch = dict[str, Any]
 
-_MOST_GRACES = 30
+MOST_GRACES = 30
 """A ready step is sent again at least every so many grace times, however long it has waited."""
 
 _LIFE = 1_000_000
@@ -254,7 +256,16 @@ def postpone(key: StepKey, changes: Changes, *, now: float, due_at: float, grace
     The longer nobody has claimed it since `due_at`, the later: it is sent at doubling intervals, up to 30 grace times.
     A transport that can't tell a repeated message would else hold as many of each as its backlog has grace times.
     """
-    changes.steps.append((key, {"wake_at": now + min(max(now - due_at, grace), _MOST_GRACES * grace)}))
+    changes.steps.append((key, {"wake_at": now + min(max(now - due_at, grace), MOST_GRACES * grace)}))
+
+
+def is_resendable(*, wake_at: float, due_at: float, now: float, grace: float) -> bool:
+    """Whether a ready step that was sent again may be sent once more before its time, since its message is lost.
+
+    Once in a grace time, that is. When it was sent last follows from when it is to be sent next, see `postpone`:
+    max(wake_at - 30 graces, min(wake_at - grace, halfway from due_at to wake_at)).
+    """
+    return wake_at <= now + (MOST_GRACES - 1) * grace and wake_at + due_at <= 2 * (now - grace)
 
 
 def adopted(row: StepRecord, *, now: float, grace: float) -> StepRecord:

@@ -34,7 +34,7 @@ from sqlalchemy import (
 
 from paigeant.errors import RunNotFound
 from paigeant.lane import Tx
-from paigeant.ledger import Head
+from paigeant.ledger import MOST_GRACES, Head
 from paigeant.prepared import Prepared, byte_length, each_of, item, upsert
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import (
@@ -229,16 +229,25 @@ def orphan_steps() -> Select[Any]:
     return select(*KEY).where(is_in(StepStatus.RUNNING), step_executions.c.worker.not_in(alive))
 
 
-def due_steps(now: float, overdue_since: float | None = None) -> Select[Any]:
+def due_steps(
+    now: float, overdue_since: float | None = None, empty: Collection[str] = (), *, grace: float = 0.0
+) -> Select[Any]:
     """The ready steps that should have been claimed by now, the longest due first, and since when they are due.
 
-    `overdue_since`: also those that were due then, whenever their message was sent last.
+    `overdue_since`: also those that were due then, whenever their message was sent last. `empty`: in these topics also
+    those that `ledger.is_resendable`, which stands here once more.
     """
     steps = step_executions.c
     query = select(*KEY, steps.epoch, _due_at.label("due_at")).where(is_in(StepStatus.READY))
-    if overdue_since is None:
-        return query.where(steps.wake_at <= now).order_by(steps.wake_at)
-    return query.where(or_(steps.wake_at <= now, _due_at <= overdue_since)).order_by(_due_at)
+    wanted = [steps.wake_at <= now]
+    if overdue_since is not None:
+        wanted.append(_due_at <= overdue_since)
+    if empty:
+        may = and_(
+            steps.wake_at <= now + (MOST_GRACES - 1) * grace, steps.wake_at + _due_at <= 2 * (now - grace)
+        )
+        wanted.append(and_(steps.topic.in_(sorted(empty)), may))
+    return query.where(or_(*wanted)).order_by(steps.wake_at if len(wanted) == 1 else _due_at)
 
 
 def open_topics(connection: Connection, now: float) -> list[OpenTopic]:

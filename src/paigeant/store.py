@@ -428,8 +428,13 @@ class Store(RunHistory, RunValues, Protocol):
         """The worker goes by its own will; what it still held is given back, uncounted, and sent at the next sweep."""
         ...
 
-    async def sweep(self, *, gone: Collection[str] = (), limit: int = 500) -> Swept:
+    async def sweep(
+        self, *, gone: Collection[str] = (), empty: Collection[str] = (), limit: int = 500
+    ) -> Swept:
         """Free what belongs to workers whose lease is over, or that are `gone`; find ready steps that wait too long.
+
+        In `empty` topics, for which the transport has no message, these are all that wait for longer than the grace
+        time and weren't sent within it.
 
         Each step in `due` is looked at again only after the grace time: its message is to be sent now. Runs over
         their deadline are ended like failed ones. All workers may sweep at once.

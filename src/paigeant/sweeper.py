@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import islice
 
 from paigeant import host
-from paigeant.errors import PaigeantError
+from paigeant.errors import PaigeantError, TransportUnavailable
 from paigeant.forwarder import Forwarder
 from paigeant.observer import Event, Observers
 from paigeant.store import StepKey, Store, Swept, WorkerRecord
@@ -42,6 +42,7 @@ class Sweeper:
         self.observers = observers or Observers()
         self._chance = chance
         self._unsent: dict[StepKey, str] = {}
+        self._look_at = 0.0
 
     async def run(self) -> None:
         """Sweep for ever, about every `interval` seconds. A sweep that fails is logged; the next one tries again."""
@@ -57,7 +58,7 @@ class Sweeper:
 
     async def sweep(self) -> Swept:
         """Sweep once; gives what was found."""
-        swept = await self.store.sweep(gone=await self._gone())
+        swept = await self.store.sweep(gone=await self._gone(), empty=await self._empty())
         for worker_id in swept.lost:
             self.observers.observe(Event("worker.lost", worker=worker_id))
         for workflow_id in swept.expired:
@@ -69,6 +70,34 @@ class Sweeper:
         unsent = await self.forwarder.send_again(swept.due, self._unsent)
         self._unsent = dict(islice(unsent.items(), _MOST_UNSENT))
         return swept
+
+    async def _empty(self) -> list[str]:
+        """Topics of which steps wait for long and the transport has no message: what was sent is lost.
+
+        A broker that was wiped would else be found out only when each step's next message is due, and the longer a
+        step waits, the later that is. Looked at once in a grace time.
+        """
+        now = await self.store.now()
+        if now < self._look_at:
+            return []
+        self._look_at = now + self.store.grace * (0.75 + 0.5 * self._chance())
+        waiting = [
+            topic.topic
+            for topic in await self.store.open_topics()
+            if topic.oldest is not None and topic.oldest > self.store.grace
+        ]
+        if not waiting:
+            return []
+        try:
+            there = {
+                depth.topic
+                for depth in await self.forwarder.transport.topics(waiting)
+                if depth.waiting or depth.taken
+            }
+        except TransportUnavailable as exc:
+            log.warning("can't tell which topics are empty: %s", exc)
+            return []
+        return [topic for topic in waiting if topic not in there]
 
     async def _gone(self) -> list[str]:
         """Workers of this host whose process has ended: no need to wait for their lease."""

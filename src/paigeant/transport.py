@@ -94,7 +94,7 @@ class Transport(Protocol):
         ...
 
     async def topics(self, known: Collection[str] = ()) -> list[TopicDepth]:
-        """The topics that hold messages, by name. Empty when the transport can't tell.
+        """The topics that hold messages, by name. One that is left out is taken to be empty: its steps are sent again.
 
         `known` names topics to look at where a broker can't list its queues; a transport that can ignores it. What
         holds no message is left out, whoever knows it. Raises TransportUnavailable.

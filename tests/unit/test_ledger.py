@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from paigeant import RetryPolicy, RoutingSlip, codec, ledger
@@ -236,3 +236,24 @@ def test_a_run_that_failed_before_its_first_step_can_t_be_retried() -> None:
     failed = replace(detail, run=replace(detail.run, status=RunStatus.FAILED), steps=())
     with pytest.raises(InvalidTransition, match="dispatch it again"):
         ledger.resume(failed, Changes(), now=0.0, inline_bytes=INLINE)
+
+
+@given(
+    due_at=st.floats(0, 1e6),
+    graces=st.lists(st.floats(1.0, 40.0), min_size=1, max_size=8),
+    later=st.floats(0, 100),
+    grace=st.sampled_from([0.5, 1.0, 10.0]),
+)
+def test_when_a_step_was_sent_last_follows_from_when_it_is_sent_next(
+    due_at: float, graces: list[float], later: float, grace: float
+) -> None:
+    """It may be sent before its time a grace time after it was sent last, and no sooner."""
+    sent = due_at
+    for gap in graces:
+        sent += gap * grace
+    changes = Changes()
+    ledger.postpone(StepKey("r", "s"), changes, now=sent, due_at=due_at, grace=grace)
+    wake_at = changes.steps[0][1]["wake_at"]
+    now = sent + later * grace
+    assume(abs(later - 1) > 1e-6 and now < wake_at)
+    assert ledger.is_resendable(wake_at=wake_at, due_at=due_at, now=now, grace=grace) == (later >= 1)

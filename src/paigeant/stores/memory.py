@@ -173,7 +173,9 @@ class MemoryStore:
             self._write(changes)
             self._workers.pop(worker_id, None)
 
-    async def sweep(self, *, gone: Collection[str] = (), limit: int = 500) -> Swept:
+    async def sweep(
+        self, *, gone: Collection[str] = (), empty: Collection[str] = (), limit: int = 500
+    ) -> Swept:
         with self._lock:
             now = self.clock.now()
             lost = [
@@ -201,9 +203,16 @@ class MemoryStore:
             ready = [
                 row
                 for row in self.rows(StepStatus.READY)
-                if row.wake_at <= now or row.due_at <= overdue_since
+                if row.wake_at <= now
+                or row.due_at <= overdue_since
+                or (
+                    row.topic in empty
+                    and ledger.is_resendable(
+                        wake_at=row.wake_at, due_at=row.due_at, now=now, grace=self.grace
+                    )
+                )
             ]
-            due = sorted(ready, key=lambda row: row.due_at if lost else row.wake_at)[:limit]
+            due = sorted(ready, key=lambda row: row.due_at if lost or empty else row.wake_at)[:limit]
             for row in due:
                 ledger.postpone(row.key, changes, now=now, due_at=row.due_at, grace=self.grace)
             self._write(changes)

@@ -366,10 +366,12 @@ class SqlStore:
         tx.connection.execute(delete(workers).where(workers.c.id.in_(requests)))
         return [None] * len(requests)
 
-    async def sweep(self, *, gone: Collection[str] = (), limit: int = 500) -> Swept:
-        if not gone and not await self.database.read(self._has_work, None):
+    async def sweep(
+        self, *, gone: Collection[str] = (), empty: Collection[str] = (), limit: int = 500
+    ) -> Swept:
+        if not gone and not empty and not await self.database.read(self._has_work, None):
             return Swept()
-        return await self.database.write(self._sweep, (gone, limit))
+        return await self.database.write(self._sweep, (gone, empty, limit))
 
     def _has_work(self, tx: Tx, requests: Sequence[None]) -> list[bool]:
         # Sweeps are many and mostly find nothing: look without taking any lock.
@@ -385,10 +387,10 @@ class SqlStore:
         )
         return [has_work] * len(requests)
 
-    def _sweep(self, tx: Tx, requests: Sequence[tuple[Collection[str], int]]) -> list[Swept]:
-        return [self._sweep_once(tx, gone, limit) for gone, limit in requests]
+    def _sweep(self, tx: Tx, requests: Sequence[tuple[Collection[str], Collection[str], int]]) -> list[Swept]:
+        return [self._sweep_once(tx, *request) for request in requests]
 
-    def _sweep_once(self, tx: Tx, gone: Collection[str], limit: int) -> Swept:
+    def _sweep_once(self, tx: Tx, gone: Collection[str], empty: Collection[str], limit: int) -> Swept:
         execute = tx.connection.execute
         over = or_(workers.c.lease_until <= tx.now, workers.c.id.in_(list(gone)))
         lost = tuple(execute(delete(workers).where(over).returning(workers.c.id)).scalars())
@@ -410,7 +412,8 @@ class SqlStore:
         due = {}
         # A worker that is lost had fetched messages, the oldest first, and which ones nobody knows.
         overdue_since = tx.now - self.grace if lost else None
-        for row in self._locked(tx, due_steps(tx.now, overdue_since).limit(limit)):
+        wanted = due_steps(tx.now, overdue_since, empty, grace=self.grace)
+        for row in self._locked(tx, wanted.limit(limit)):
             key = key_of(row)
             due[key] = row.epoch
             ledger.postpone(key, changes, now=tx.now, due_at=row.due_at, grace=self.grace)

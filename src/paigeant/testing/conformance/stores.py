@@ -562,6 +562,20 @@ class StoreConformance:
         assert (await self.claim(store, key, "other")).epoch == 2
         assert (await self.refused(store, other)).reason == "taken"
 
+    async def test_what_an_empty_topic_has_lost_is_sent_once_more(self, store: Store) -> None:
+        """Of a topic without messages a step that waits for long is due at once, though only once in a grace time."""
+        key = await self.start(store)
+        [topic] = [each.topic for each in await store.open_topics()]
+        for _ in range(2):
+            self.clock.advance(store.grace)
+            assert (await store.sweep()).due == (key,)
+        assert (await store.sweep(empty=[topic])).due == ()
+        self.clock.advance(store.grace)
+        assert (await store.sweep()).due == ()
+        assert (await store.sweep(empty=["other"])).due == ()
+        assert (await store.sweep(empty=[topic, "other"])).due == (key,)
+        assert (await store.sweep(empty=[topic])).due == ()
+
     async def test_a_lease_protects_its_steps(self, store: Store) -> None:
         """While a worker beats, a sweep takes nothing from it, however long a step lasts."""
         key = await self.start(store)
