@@ -20,6 +20,8 @@ from paigeant.app import Paigeant
 from paigeant.slip import RunStatus
 from paigeant.store import StepKey
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 
 def told(messages: list[dict[str, Any]]) -> Answer:
     """A turn that repeats what all tools gave."""

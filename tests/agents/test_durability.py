@@ -56,7 +56,7 @@ from tests.agents.steps import (
 )
 
 from paigeant import RetryPolicy
-from paigeant.agents import PaigeantDurability, durability, effect_key
+from paigeant.agents import PaigeantDurability, durability, effect_key, operations
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutputInvalid, UnitUnreadable
 from paigeant.testing import ManualClock
 
@@ -396,7 +396,7 @@ async def test_rule_2_a_provider_may_use_a_call_id_again() -> None:
 async def test_rule_2_the_library_hands_over_what_identifies_a_call() -> None:
     """The inputs of each operation hold its run's context, which has run id, run step and tool call id."""
     found: list[tuple[str, Any]] = []
-    original = durability._identity
+    original = operations._identity
 
     def looked_into(place: Any, name: str, ctx: RunContext[Any] | None, cache_key: tuple[object, ...]) -> str:
         assert ctx is not None
@@ -405,7 +405,7 @@ async def test_rule_2_the_library_hands_over_what_identifies_a_call() -> None:
 
     outer, _ = nesting()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(durability, "_identity", looked_into)
+        patch.setattr(operations, "_identity", looked_into)
         await Step().attempt(lambda: outer.run("go", run_id="R"))
     assert ("model.request", ("R", 1, None)) in found
     assert ("function_toolset__<agent>.call_tool:ask", ("R", 1, "c2")) in found
@@ -810,13 +810,14 @@ async def test_rule_12_a_crash_before_the_record_repeats_the_call_under_the_same
     assert len(set(keys)) == 1
 
 
-async def test_rule_12_a_tool_that_is_called_once_at_most() -> None:
+@pytest.mark.parametrize("more", [{}, {"retries": RetryPolicy(attempts=1), "timeout": 9.0}])
+async def test_rule_12_a_tool_that_is_called_once_at_most(more: dict[str, Any]) -> None:
     """Marked so in its metadata, it isn't called again when its outcome was lost: the step fails for good."""
     model, _ = scripted(called("pay", "c1"), "done")
     agent = durable(model)
     paid: list[int] = []
 
-    @agent.tool_plain(metadata={"paigeant": {"at_most_once": True}})
+    @agent.tool_plain(metadata={"paigeant": {"at_most_once": True, **more}})
     async def pay() -> int:
         paid.append(1)
         raise Crash

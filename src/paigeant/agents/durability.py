@@ -24,31 +24,21 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import copy
-import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
 
-from pydantic import TypeAdapter
-from pydantic_ai import ModelMessage, RunContext, RunUsage, ToolDefinition
+from pydantic_ai import ModelMessage, RunContext, ToolDefinition
 from pydantic_ai._run_context import get_current_run_context
 from pydantic_ai.agent import AbstractAgent, EventStreamHandler, WrapperAgent
 from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.capabilities.abstract import WrapRunHandler
 from pydantic_ai.durable_exec import (
-    JSON_CODEC,
     BaseDurabilityCapability,
-    CallableOperationBackend,
-    DurabilityCodec,
     DurabilityEngineSpec,
     DurableOperationId,
-    JournalOperationNamer,
-    ModelRequestId,
     RoleBasedOperationConfig,
-    ToolsetCallToolId,
     ToolsetValidateToolArgumentsId,
     conversation_id_from_run_id,
     record_durable_unit,
@@ -72,15 +62,17 @@ from pydantic_ai.run import AgentRunResult
 from pydantic_ai.tool_manager import ToolManager
 from pydantic_ai.tools import AgentDepsT
 from pydantic_ai.toolsets import FunctionToolset, ToolsetTool
-from pydantic_core import PydanticSerializationError, from_json, to_json
+from pydantic_core import from_json, to_json
 
 from paigeant import journal
-from paigeant.clock import SystemClock, as_datetime, is_duration
-from paigeant.errors import InvalidDefinition, NonRetryableError, OutputInvalid, UnitUnreadable, nearest
+from paigeant.agents.operations import EVENT_OF, PROGRESS, Codec, Operations, Progress, not_json, run_in_name
+from paigeant.agents.options import METADATA, ToolOptions
+from paigeant.clock import SystemClock, as_datetime
+from paigeant.errors import InvalidDefinition, NonRetryableError
 from paigeant.journal import Place, Unit, current_place
 from paigeant.retry import RetryPolicy
 
-__all__ = ["PaigeantDurability", "ToolOptions", "effect_key", "replay_scope"]
+__all__ = ["PaigeantDurability", "effect_key", "replay_scope"]
 
 
 def effect_key() -> str:
@@ -94,83 +86,11 @@ def effect_key() -> str:
     return journal.effect_key() if ctx is None else f"{ctx.run_id}:{ctx.run_step}:{ctx.tool_call_id}"
 
 
-METADATA = "paigeant"
-"""The key of a tool's metadata whose value says how calls of it are recorded."""
-
-_USAGE = TypeAdapter(RunUsage)
+_PLAIN = Unit("a unit of an agent")
 _TRANSIENT = (ModelRateLimitError, ModelUnavailableError, ModelServerError, ModelConnectionError)
 _FINAL = (NonRetryableError, InvalidDefinition, UsageLimitExceeded, UserError)
 
 _CLOCK = SystemClock()
-
-
-class _Codec(DurabilityCodec):
-    """JSON; a record that can't be read is our error, not one that a tool's arguments could have caused."""
-
-    def dump(self, tp: Any, value: Any) -> Any:
-        return JSON_CODEC.dump(tp, value)
-
-    def load(self, tp: Any, payload: Any) -> Any:
-        try:
-            return JSON_CODEC.load(tp, payload)
-        except Exception as exc:  # whatever a type's own validators raise
-            raise UnitUnreadable(
-                f"a recorded unit can't be read as {tp!r}: {' '.join(str(exc).split())[:500]}; it was recorded by "
-                "other code: go on with that code, or dispatch the work again under another id"
-            ) from exc
-
-
-def _not_json(error: Exception) -> OutputInvalid:
-    said = " ".join(str(error).split())
-    return OutputInvalid(f"what a model or a tool gave can't be recorded as JSON: {said[:500]}")
-
-
-@dataclass(frozen=True, slots=True)
-class ToolOptions:
-    """How calls of one tool are recorded, as its metadata says: {"paigeant": {"retries": 2, "timeout": 30.0}}.
-
-    `retries` is a number of further tries or a RetryPolicy, within one attempt of the step; `timeout` is in seconds,
-    for each try. `inline`: the call isn't recorded. `at_most_once`: what began and left no record is not begun again.
-    """
-
-    retries: int | RetryPolicy = 0
-    timeout: float | None = None
-    inline: bool = False
-    at_most_once: bool = False
-
-    def __post_init__(self) -> None:
-        RetryPolicy.of(self.retries)
-        if self.timeout is not None and not is_duration(self.timeout):
-            raise InvalidDefinition(f"timeout is in seconds and above 0, found {self.timeout!r}")
-        for name in ("inline", "at_most_once"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidDefinition(f"{name} is True or False, found {getattr(self, name)!r}")
-        if self.at_most_once and (self.inline or RetryPolicy.of(self.retries).attempts > 1):
-            raise InvalidDefinition(
-                "what is done at most once is recorded and not tried again: leave out inline and retries"
-            )
-
-    @classmethod
-    def of(cls, tool: str, definition: ToolDefinition) -> ToolOptions:
-        """What the metadata of a tool says. Raises InvalidDefinition."""
-        told = (definition.metadata or {}).get(METADATA)
-        if told is None:
-            return _DEFAULT
-        if told is False:
-            return cls(inline=True)
-        try:
-            if not isinstance(told, Mapping):
-                raise InvalidDefinition(f"it is a dict or False, found {told!r}")
-            known = [field.name for field in fields(cls)]
-            for name in told:
-                if name not in known:
-                    raise InvalidDefinition(f"there is no {name!r}; {nearest(str(name), known)}")
-            return cls(**told)
-        except InvalidDefinition as exc:
-            raise InvalidDefinition(f"metadata '{METADATA}' of tool '{tool}': {exc}") from exc
-
-
-_DEFAULT = ToolOptions()
 
 
 class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
@@ -188,8 +108,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         engine_name="Paigeant",
         durable_unit_noun="unit",
         durable_container_noun="step",
-        codec=_Codec(),
-        serialization_failure=_not_json,
+        codec=Codec(),
+        serialization_failure=not_json,
         wrapped_toolset_kinds=frozenset({"function", "mcp", "dynamic"}),
         toolset_lifecycles={
             "function": "enter-always",
@@ -236,8 +156,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         """Whether the code that asks is part of a step."""
         return current_place() is not None
 
-    def get_durable_operation_backend(self) -> _Backend:
-        return _Backend(self.name, self.default_model_id, self._config())
+    def get_durable_operation_backend(self) -> Operations:
+        return Operations(self.name, self.default_model_id, self._config())
 
     def get_default_run_id(self) -> str | None:
         place = current_place()
@@ -267,8 +187,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         async def sleep(seconds: float) -> None:
             await self._sleep(ctx.run_id or "", seconds)
 
-        progress = _Progress()
-        token = _PROGRESS.set(progress)
+        progress = Progress()
+        token = PROGRESS.set(progress)
         try:
             with mode, agent.using_sleep(sleep):
                 return await super().wrap_run(ctx, handler=handler)
@@ -276,7 +196,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             await progress.failed(exc)
             raise
         finally:
-            _PROGRESS.reset(token)
+            PROGRESS.reset(token)
 
     # -- units of its own
 
@@ -294,7 +214,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         async def produce() -> bytes:
             return to_json(_CLOCK.now() + offset)
 
-        name = place.name(f"{self.name}__{what}({_run(place, run_id)})")
+        name = place.name(f"{self.name}__{what}({run_in_name(place, run_id)})")
         done = await place.do(name, Unit(f"{what} of agent '{self.name}'"), produce)
         record_durable_unit(executed=done.executed)
         return float(from_json(done.value))
@@ -311,10 +231,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             if isinstance(operation, ToolsetValidateToolArgumentsId):
                 return _PLAIN
             label = f"tool '{name}' of agent '{self.name}'"
-            if options is _DEFAULT:
-                return Unit(label)
-            policy = RetryPolicy.of(options.retries)
-            return Unit(label, _retrying(policy), options.timeout, options.at_most_once)
+            delay = _retrying(RetryPolicy.of(options.retries)) if options.retries else _never
+            return Unit(label, delay, options.timeout, options.at_most_once)
 
         model = Unit(f"the model request of agent '{self.name}'", self._delay_of_model, self._model_timeout)
         return RoleBasedOperationConfig(
@@ -372,38 +290,11 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         self, ctx: RunContext[AgentDepsT], event: AgentStreamEvent
     ) -> None:
         # All that the unit of an event is given is the event; its run has to come along in another way.
-        token = _EVENT_OF.set(ctx)
+        token = EVENT_OF.set(ctx)
         try:
             await super()._dispatch_event_stream_event(ctx, event)
         finally:
-            _EVENT_OF.reset(token)
-
-
-@dataclass(slots=True)
-class _Progress:
-    """How far one run of an agent has come: the last answer of its model, and the last error of one of its units."""
-
-    answer: tuple[Place, str] | None = None
-    error: Exception | None = None
-
-    async def failed(self, error: Exception) -> None:
-        """The run gave up because of what its model said: the next attempt asks for the last answer again.
-
-        Otherwise it would read the same answers and give up as well. An error that comes from a unit is none of this:
-        that unit isn't recorded.
-        """
-        if self.answer is not None and error is not self.error:
-            place, unit = self.answer
-            await place.refuse(unit)
-
-
-_PROGRESS: contextvars.ContextVar[_Progress | None] = contextvars.ContextVar(
-    "paigeant.progress", default=None
-)
-_EVENT_OF: contextvars.ContextVar[RunContext[Any] | None] = contextvars.ContextVar(
-    "paigeant.event_of", default=None
-)
-_PLAIN = Unit("a unit of an agent")
+            EVENT_OF.reset(token)
 
 
 def _are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:
@@ -422,6 +313,10 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, _TRANSIENT) or type(error) is TimeoutError
 
 
+def _never(*_: object) -> None:
+    return None
+
+
 def _retrying(policy: RetryPolicy) -> Callable[[int, Exception], float | None]:
     def delay(number: int, error: Exception) -> float | None:
         if number >= policy.attempts or isinstance(error, _FINAL):
@@ -429,129 +324,3 @@ def _retrying(policy: RetryPolicy) -> Callable[[int, Exception], float | None]:
         return policy.next_delay(number, chance=0.0)
 
     return delay
-
-
-class _Namer(JournalOperationNamer):
-    """The library's names. Those of MCP calls and validations tell their tool as well, like that of any other call."""
-
-    def invocation_name(self, operation_id: DurableOperationId, *, label: str | None) -> Any:
-        invocation = super().invocation_name(operation_id, label=label)
-        bare = self.operation_name(operation_id)
-        if label is not None and invocation.operation_name == bare:
-            return type(invocation)(f"{bare}:{label}")
-        return invocation
-
-
-class _Backend(CallableOperationBackend[Unit]):
-    """Does the library's operations as units at the current place of the step."""
-
-    def __init__(self, agent: str, model: str | None, config: RoleBasedOperationConfig[Unit]) -> None:
-        super().__init__(namer=_Namer(agent, default_model_id=model or "default"), config=config)
-
-    async def execute(
-        self,
-        *,
-        operation_id: DurableOperationId,
-        name: str,
-        body: Callable[[], Awaitable[object]],
-        cache_key: tuple[object, ...],
-        config: Unit,
-    ) -> object:
-        """The recorded result of the operation; `body` is called where there is none."""
-        place = current_place()
-        if place is None:  # the step has ended, or this is a thread that knows nothing of it
-            return await body()
-        ctx = _context_in(cache_key)
-        if isinstance(operation_id, ModelRequestId) and operation_id.streaming:
-            # Whoever watches the stream has seen a part of it: the step's next attempt is told apart, a try isn't.
-            config = Unit(config.label)
-        calls_tool = isinstance(operation_id, (ToolsetCallToolId, ToolsetValidateToolArgumentsId))
-        usage = ctx.usage if calls_tool and ctx is not None else None
-
-        async def produce() -> bytes:
-            if ctx is None or usage is None:
-                return _packed(await body(), None)
-            # The library gives each call of a tool a context of its own, and the parallel ones a usage in common.
-            before, ctx.usage = usage, _copied(usage)
-            start = _copied(usage)
-            try:
-                payload = await body()
-                return _packed(payload, ctx.usage - start)
-            finally:
-                ctx.usage = before
-
-        unit = place.name(_identity(place, name, ctx, cache_key))
-        progress = _PROGRESS.get() or _Progress()
-        is_answer = isinstance(operation_id, ModelRequestId)
-        if is_answer:
-            unit = await place.standing(unit)
-        try:
-            done = await place.do(unit, config, produce)
-        except Exception as exc:
-            progress.error = exc
-            raise
-        if is_answer:
-            progress.answer = (place, unit)
-        record_durable_unit(executed=done.executed)
-        try:
-            recorded = from_json(done.value)
-            payload = recorded["value"]
-            used = _USAGE.validate_python(recorded["usage"]) if "usage" in recorded else None
-        except (ValueError, KeyError, TypeError) as exc:
-            raise UnitUnreadable(f"the record of unit '{name}' is no record of a unit: {exc}") from exc
-        if used is not None and usage is not None:
-            usage.incr(used)
-        return payload
-
-
-def _packed(payload: object, used: RunUsage | None) -> bytes:
-    record = {"value": payload}
-    if used is not None and (used.has_values() or used.requests or used.tool_calls):
-        record["usage"] = _USAGE.dump_python(used, mode="json", exclude_defaults=True)
-    try:
-        return to_json(record, inf_nan_mode="strings")
-    except (PydanticSerializationError, ValueError) as exc:
-        raise _not_json(exc) from exc
-
-
-def _copied(usage: RunUsage) -> RunUsage:
-    same = copy.copy(usage)
-    same.details = dict(usage.details)
-    return same
-
-
-def _context_in(cache_key: tuple[object, ...]) -> RunContext[Any] | None:
-    """The context of the operation, which stands among the inputs that the library gives for hashing."""
-    for part in reversed(cache_key):
-        if isinstance(part, RunContext):
-            return part
-    return _EVENT_OF.get()
-
-
-def _identity(place: Place, name: str, ctx: RunContext[Any] | None, cache_key: tuple[object, ...]) -> str:
-    """What tells an operation from all others at this place, but for its repetitions."""
-    if ctx is None:
-        run = (
-            cache_key[-1] if cache_key else None
-        )  # of a call of a workspace all that is known of its run is the id
-        return f"{name}({_run(place, run)})" if isinstance(run, str) else f"{name}()"
-    call = ctx.tool_call_id or _call_of(cache_key)
-    about = [_run(place, ctx.run_id or ""), str(ctx.run_step)]
-    if call is not None:
-        about.append(json.dumps(call))
-    return f"{name}({','.join(about)})"
-
-
-def _call_of(cache_key: tuple[object, ...]) -> str | None:
-    """The tool call that an event tells of; None for anything else."""
-    if len(cache_key) != 1:
-        return None
-    event = cache_key[0]
-    call = getattr(event, "tool_call_id", None)
-    return call if isinstance(call, str) else None
-
-
-def _run(place: Place, run_id: str) -> str:
-    """A run id in the name of a unit: without what all of the default ones at this place begin with."""
-    own = f"{place.effect_key}:"
-    return run_id.removeprefix(own) if run_id.startswith(own) else json.dumps(run_id)

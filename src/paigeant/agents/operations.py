@@ -1,0 +1,213 @@
+"""Operations of the library as units of a step: what they are called, how they are written and read."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic_ai import RunContext, RunUsage
+from pydantic_ai.durable_exec import (
+    JSON_CODEC,
+    CallableOperationBackend,
+    DurabilityCodec,
+    DurableOperationId,
+    EventStreamHandlerId,
+    JournalOperationNamer,
+    ModelRequestId,
+    RoleBasedOperationConfig,
+    ToolsetCallToolId,
+    ToolsetValidateToolArgumentsId,
+    record_durable_unit,
+)
+from pydantic_core import PydanticSerializationError, from_json, to_json
+
+from paigeant.errors import OutputInvalid, UnitUnreadable
+from paigeant.journal import Place, Unit, current_place
+
+__all__ = ["EVENT_OF", "PROGRESS", "Codec", "Operations", "Progress", "not_json", "run_in_name"]
+
+_USAGE = TypeAdapter(RunUsage)
+
+
+class Codec(DurabilityCodec):
+    """JSON; a record that can't be read is our error, not one that a tool's arguments could have caused."""
+
+    def dump(self, tp: Any, value: Any) -> Any:
+        return JSON_CODEC.dump(tp, value)
+
+    def load(self, tp: Any, payload: Any) -> Any:
+        try:
+            return JSON_CODEC.load(tp, payload)
+        except Exception as exc:  # whatever a type's own validators raise
+            raise UnitUnreadable(
+                f"a recorded unit can't be read as {tp!r}: {' '.join(str(exc).split())[:500]}; it was recorded by "
+                "other code: go on with that code, or dispatch the work again under another id"
+            ) from exc
+
+
+def not_json(error: Exception) -> OutputInvalid:
+    """The error for a value that JSON can't hold, whatever it met: no further attempt can record it."""
+    said = " ".join(str(error).split())
+    return OutputInvalid(f"what a model or a tool gave can't be recorded as JSON: {said[:500]}")
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far one run of an agent has come: the last answer of its model, and the last error of one of its units."""
+
+    answer: tuple[Place, str] | None = None
+    error: Exception | None = None
+
+    async def failed(self, error: Exception) -> None:
+        """The run gave up because of what its model said: the next attempt asks for the last answer again.
+
+        Otherwise it would read the same answers and give up as well. An error that comes from a unit is none of this:
+        that unit isn't recorded.
+        """
+        if self.answer is not None and error is not self.error:
+            place, unit = self.answer
+            await place.refuse(unit)
+
+
+PROGRESS: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("paigeant.progress", default=None)
+EVENT_OF: contextvars.ContextVar[RunContext[Any] | None] = contextvars.ContextVar(
+    "paigeant.event_of", default=None
+)
+
+
+class _Namer(JournalOperationNamer):
+    """The library's names. Those of MCP calls and validations tell their tool as well, like that of any other call."""
+
+    def invocation_name(self, operation_id: DurableOperationId, *, label: str | None) -> Any:
+        invocation = super().invocation_name(operation_id, label=label)
+        bare = self.operation_name(operation_id)
+        if label is not None and invocation.operation_name == bare:
+            return type(invocation)(f"{bare}:{label}")
+        return invocation
+
+
+class Operations(CallableOperationBackend[Unit]):
+    """Does the library's operations as units at the current place of the step."""
+
+    def __init__(self, agent: str, model: str | None, config: RoleBasedOperationConfig[Unit]) -> None:
+        super().__init__(namer=_Namer(agent, default_model_id=model or "default"), config=config)
+
+    async def execute(
+        self,
+        *,
+        operation_id: DurableOperationId,
+        name: str,
+        body: Callable[[], Awaitable[object]],
+        cache_key: tuple[object, ...],
+        config: Unit,
+    ) -> object:
+        """The recorded result of the operation; `body` is called where there is none."""
+        place = current_place()
+        if place is None:  # the step has ended, or this is a thread that knows nothing of it
+            return await body()
+        ctx = _context_in(cache_key) or (
+            EVENT_OF.get() if isinstance(operation_id, EventStreamHandlerId) else None
+        )
+        is_answer = isinstance(operation_id, ModelRequestId)
+        if isinstance(operation_id, ModelRequestId) and operation_id.streaming:
+            # Whoever watches the stream has seen a part of it: the step's next attempt is told apart, a try isn't.
+            config = Unit(config.label)
+        calls_tool = isinstance(operation_id, (ToolsetCallToolId, ToolsetValidateToolArgumentsId))
+        caller = ctx if calls_tool else None
+        usage = None if caller is None else caller.usage
+        unit = place.name(_identity(place, name, ctx, cache_key))
+        if is_answer:
+            unit = await place.standing(unit)
+        progress = PROGRESS.get() or Progress()
+        try:
+            done = await place.do(unit, config, lambda: _packed(body, caller))
+        except Exception as exc:
+            progress.error = exc
+            raise
+        if is_answer:
+            progress.answer = (place, unit)
+        record_durable_unit(executed=done.executed)
+        payload, used = _unpacked(unit, done.value)
+        if usage is not None and used is not None:
+            usage.incr(used)
+        return payload
+
+
+async def _packed(body: Callable[[], Awaitable[object]], caller: RunContext[Any] | None) -> bytes:
+    """What `body` gives, with the usage that it caused in its `caller`, as JSON. Raises OutputInvalid."""
+    if caller is None:
+        return _json({"value": await body()})
+    # The library gives each call of a tool a context of its own, and the parallel ones a usage in common.
+    common = caller.usage
+    before, caller.usage = _copied(common), _copied(common)
+    try:
+        record = {"value": await body()}
+        used = caller.usage - before
+    finally:
+        caller.usage = common
+    if used.has_values() or used.requests or used.tool_calls:
+        record["usage"] = _USAGE.dump_python(used, mode="json", exclude_defaults=True)
+    return _json(record)
+
+
+def _json(record: dict[str, object]) -> bytes:
+    try:
+        return to_json(record, inf_nan_mode="strings")
+    except (PydanticSerializationError, ValueError) as exc:
+        raise not_json(exc) from exc
+
+
+def _unpacked(unit: str, record: bytes) -> tuple[object, RunUsage | None]:
+    """The value in a record, and the usage if any. Raises UnitUnreadable."""
+    try:
+        found = from_json(record)
+        return found["value"], _USAGE.validate_python(found["usage"]) if "usage" in found else None
+    except (ValueError, KeyError, TypeError) as exc:
+        raise UnitUnreadable(f"the record of unit '{unit}' is no record of an operation: {exc}") from exc
+
+
+def _copied(usage: RunUsage) -> RunUsage:
+    same = copy.copy(usage)
+    same.details = dict(usage.details)
+    return same
+
+
+def _context_in(cache_key: tuple[object, ...]) -> RunContext[Any] | None:
+    """The context of the operation, which stands among the inputs that the library gives for hashing."""
+    for part in reversed(cache_key):
+        if isinstance(part, RunContext):
+            return part
+    return None
+
+
+def _identity(place: Place, name: str, ctx: RunContext[Any] | None, cache_key: tuple[object, ...]) -> str:
+    """What tells an operation from all others at this place, but for its repetitions."""
+    if ctx is None:
+        # Of a call of a workspace all that is known of its run is the id.
+        run = cache_key[-1] if cache_key else None
+        return f"{name}({run_in_name(place, run)})" if isinstance(run, str) else f"{name}()"
+    call = ctx.tool_call_id or _call_of(cache_key)
+    about = [run_in_name(place, ctx.run_id or ""), str(ctx.run_step)]
+    if call is not None:
+        about.append(json.dumps(call))
+    return f"{name}({','.join(about)})"
+
+
+def _call_of(cache_key: tuple[object, ...]) -> str | None:
+    """The tool call that an event tells of; None for anything else."""
+    if len(cache_key) != 1:
+        return None
+    event = cache_key[0]
+    call = getattr(event, "tool_call_id", None)
+    return call if isinstance(call, str) else None
+
+
+def run_in_name(place: Place, run_id: str) -> str:
+    """A run id in the name of a unit: without what all of the default ones at this place begin with."""
+    own = f"{place.effect_key}:"
+    return run_id.removeprefix(own) if run_id.startswith(own) else json.dumps(run_id)

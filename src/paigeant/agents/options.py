@@ -1,0 +1,65 @@
+"""How calls of a tool are recorded, as its metadata says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from pydantic_ai import ToolDefinition
+
+from paigeant.clock import is_duration
+from paigeant.errors import InvalidDefinition, nearest
+from paigeant.retry import RetryPolicy
+
+__all__ = ["METADATA", "ToolOptions"]
+
+METADATA = "paigeant"
+"""The key of a tool's metadata whose value says how calls of it are recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolOptions:
+    """How calls of one tool are recorded, as its metadata says: {"paigeant": {"retries": 2, "timeout": 30.0}}.
+
+    `retries` is a number of further tries or a RetryPolicy, within one attempt of the step; `timeout` is in seconds,
+    for each try. `inline`: the call isn't recorded. `at_most_once`: what began and left no record is not begun again.
+    """
+
+    retries: int | RetryPolicy = 0
+    timeout: float | None = None
+    inline: bool = False
+    at_most_once: bool = False
+
+    def __post_init__(self) -> None:
+        RetryPolicy.of(self.retries)
+        if self.timeout is not None and not is_duration(self.timeout):
+            raise InvalidDefinition(f"timeout is in seconds and above 0, found {self.timeout!r}")
+        for name in ("inline", "at_most_once"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidDefinition(f"{name} is True or False, found {getattr(self, name)!r}")
+        if self.at_most_once and (self.inline or RetryPolicy.of(self.retries).attempts > 1):
+            raise InvalidDefinition(
+                "what is done at most once is recorded and not tried again: leave out inline and retries"
+            )
+
+    @classmethod
+    def of(cls, tool: str, definition: ToolDefinition) -> ToolOptions:
+        """What the metadata of a tool says. Raises InvalidDefinition."""
+        told = (definition.metadata or {}).get(METADATA)
+        if told is None:
+            return _DEFAULT
+        if told is False:
+            return cls(inline=True)
+        try:
+            if not isinstance(told, Mapping):
+                raise InvalidDefinition(f"it is a dict or False, found {told!r}")
+            known = [field.name for field in fields(cls)]
+            for name in told:
+                if name not in known:
+                    raise InvalidDefinition(f"there is no {name!r}; {nearest(str(name), known)}")
+            return cls(**told)
+        except InvalidDefinition as exc:
+            raise InvalidDefinition(f"metadata '{METADATA}' of tool '{tool}': {exc}") from exc
+
+
+_DEFAULT = ToolOptions()
