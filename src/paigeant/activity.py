@@ -202,8 +202,8 @@ class ActivityRegistry:
         `prompt` is a template over the payload: `{quantity}` and `{reserve_stock.id}` stand for values. `deps` is the
         agent's deps: a value, a function that makes one (its parameters are resolved like an activity's), or a type,
         which is read from the payload's field `deps` or from its fields. `message_history` names an earlier agent step
-        whose conversation this one continues. What the agent does is recorded as it goes, so that a further attempt doesn't
-        do it again; tokens and requests are recorded with the step.
+        whose conversation this one continues. What the agent does is recorded as it goes, so that a further attempt
+        doesn't do it again; tokens and requests are recorded with the step.
         """
         from paigeant.agents.activity import agent_activity, check_agent  # here, because it loads pydantic-ai
 
