@@ -25,7 +25,7 @@ _TRANSPORTS = ("postgres", "redis")
 
 def run(bench: Bench, python: Path = PEER) -> list[Figure]:
     """For each transport and layout a step's share: one run after the other, and with 500 in flight."""
-    alone, many = bench.many(400, 10), bench.many(4000, 100)
+    alone, many = bench.many(800, 10), bench.many(4000, 100)
     figures = []
     with services(bench, postgres=["wal_writer_delay = 10s"]) as started:
         for layout in (CROSSING,) if bench.quick else (LOCALLY, CROSSING):
