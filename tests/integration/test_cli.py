@@ -911,10 +911,8 @@ def test_a_missing_library_is_named_with_what_installs_it(
     """The drivers are extras; the error has the command to copy."""
     for name in [name for name in sys.modules if name.partition(".")[0] == library]:
         monkeypatch.delitem(sys.modules, name)
-    for module in ("transports.redis", "transports.rabbitmq", "transports.postgres", "databases.postgres"):
-        monkeypatch.delitem(sys.modules, f"paigeant.{module}", raising=False)
-    monkeypatch.delitem(sys.modules, "paigeant.databases.bell", raising=False)
-    for name in [name for name in sys.modules if name.startswith("paigeant.transports.redis.")]:
+    adapters = ("paigeant.transports.", "paigeant.databases.")
+    for name in [name for name in sys.modules if name.startswith(adapters)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", url)
