@@ -152,4 +152,5 @@ def _file_system(folder: Path) -> str:
     except OSError:
         return "an unknown file system"
     fitting = [(place, kind) for place, kind in mounts if folder.is_relative_to(place)]
-    return max(fitting, key=lambda mount: len(mount[0]))[1]
+    # In a chroot the root may be on no list.
+    return max(fitting, key=lambda mount: len(mount[0]), default=("", "an unknown file system"))[1]

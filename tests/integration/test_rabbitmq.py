@@ -19,7 +19,7 @@ from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
-from paigeant.transports.rabbitmq import RabbitMQTransport, feed, publisher
+from paigeant.transports.rabbitmq import RabbitMQTransport, publisher
 from paigeant.transports.rabbitmq.queues import declare
 
 RECOVERY = 10.0
@@ -225,11 +225,8 @@ async def test_a_queue_deleted_under_its_consumer_is_made_anew(rabbitmq_url: str
             await delete(rabbitmq_url, transport.queues.topic("work").name)
 
 
-async def test_a_consumer_that_the_broker_has_forgotten_is_noticed(
-    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_consumer_that_the_broker_has_forgotten_is_noticed(rabbitmq_url: str) -> None:
     """When somebody deletes a queue and declares it at once, its consumers soon receive again."""
-    monkeypatch.setattr(feed, "IDLE_SECONDS", 1.0)
     async with opened(rabbitmq_url) as transport:
         listener = Listener(transport)
         await transport.publish("work", message("first"))

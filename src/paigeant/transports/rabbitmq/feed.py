@@ -35,6 +35,9 @@ LONGEST_PAUSE_SECONDS = 2.0
 _STARVED_SECONDS = 0.02
 """How long an iteration waits for a message while all that it has fetched is unsettled, before it fetches more."""
 
+LOOK_SECONDS = 1.5
+"""How often a consumer to which nothing comes looks whether messages wait: then RabbitMQ has forgotten it."""
+
 IDLE_SECONDS = 10.0
 """After this time without a message a consumer is opened anew, should it have been attached so."""
 
@@ -323,13 +326,28 @@ class Feed:
 
     async def _watch(self, line: Line) -> None:
         """Open the line anew when nothing comes: whether the broker still knows it can't be asked."""
-        before = -1
-        while line.received != before or line.out:
-            before = line.received
-            await asyncio.sleep(IDLE_SECONDS * random.uniform(0.75, 1.25))
+        before, quiet = -1, 0.0
+        while quiet < IDLE_SECONDS:
+            pause = LOOK_SECONDS * random.uniform(0.75, 1.25)
+            await asyncio.sleep(pause)
+            if line.received != before or line.out:
+                before, quiet = line.received, 0.0
+                continue
+            quiet += pause
+            if await self._is_passed_over(line) and line.received == before:
+                log.warning("messages wait in '%s' and don't come: receiving anew", self._queue.name)
+                break
         line.watching = None  # this, which `_lose` would cancel
         self._lose(line)
         await line.close()
+
+    async def _is_passed_over(self, line: Line) -> bool:
+        """Whether messages wait, though this line has room for them."""
+        with contextlib.suppress(*CONNECTION_EXCEPTIONS):
+            async with asyncio.timeout(OPEN_SECONDS):
+                declared = await line.channel.queue_declare(self._queue.name, passive=True)
+            return bool(declared.message_count)
+        return False
 
     def _lose(self, line: Line) -> None:
         """What came on a channel that is gone will come again: forget it."""
