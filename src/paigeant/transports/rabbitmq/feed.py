@@ -35,11 +35,12 @@ LONGEST_PAUSE_SECONDS = 2.0
 _STARVED_SECONDS = 0.02
 """How long an iteration waits for a message while all that it has fetched is unsettled, before it fetches more."""
 
-LOOK_SECONDS = 1.5
-"""How often a consumer to which nothing comes looks whether messages wait: then RabbitMQ has forgotten it."""
+LOOK_SECONDS = 1.0
+"""How often a consumer to which nothing comes looks whether messages wait: then RabbitMQ passes it over."""
 
-IDLE_SECONDS = 10.0
-"""After this time without a message a consumer is opened anew, should it have been attached so."""
+IDLE_SECONDS, LONGEST_IDLE_SECONDS = 2.0, 10.0
+"""Without a message for so long, and then for twice as long, ..., a consumer is opened anew: RabbitMQ may send its
+messages to one that is no more."""
 
 
 class Delivery:
@@ -178,6 +179,7 @@ class Feed:
         self._news = asyncio.Event()
         self._has_worked = False
         self._was_deleted = False
+        self._idle = IDLE_SECONDS
         self._is_over = False
 
     async def next(self) -> Delivery | None:
@@ -298,6 +300,7 @@ class Feed:
 
             async def receive(message: DeliveredMessage) -> None:
                 line.received += 1
+                self._idle = IDLE_SECONDS
                 if not line.is_void:
                     self._inbox.append(Delivery(line, message))
                     self._news.set()
@@ -327,7 +330,7 @@ class Feed:
     async def _watch(self, line: Line) -> None:
         """Open the line anew when nothing comes: whether the broker still knows it can't be asked."""
         before, quiet = -1, 0.0
-        while quiet < IDLE_SECONDS:
+        while quiet < self._idle:
             pause = LOOK_SECONDS * random.uniform(0.75, 1.25)
             await asyncio.sleep(pause)
             if line.received != before or line.out:
@@ -337,6 +340,7 @@ class Feed:
             if await self._is_passed_over(line) and line.received == before:
                 log.warning("messages wait in '%s' and don't come: receiving anew", self._queue.name)
                 break
+        self._idle = min(2 * self._idle, LONGEST_IDLE_SECONDS)
         line.watching = None  # this, which `_lose` would cancel
         self._lose(line)
         await line.close()
