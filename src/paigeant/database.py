@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ Result = TypeVar("Result")
 WRITER, READER = "paigeant-writer", "paigeant-reader"
 
 
-class Database:
+class Database(ABC):
     """An open database with the tables of this version of the code. One for each process and place.
 
     A kind of database says how to `_open` and `_shut` it, and how to do one transaction from any thread
@@ -42,19 +43,19 @@ class Database:
         self._listeners: list[Callable[[frozenset[str]], None]] = []
 
     @property
+    @abstractmethod
     def hears_others(self) -> bool:
         """Whether commits of other processes are heard at once. Otherwise whoever waits has to look often."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def place(self) -> str:
         """Which database it is, as a message may say it: without secrets."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def exists(self) -> bool:
         """Whether there is something to open. What isn't there is made when it is opened."""
-        raise NotImplementedError
 
     def elapsed(self) -> float:
         """Seconds by a steady clock of this process; an embedded database of a test goes by the test's clock."""
@@ -62,19 +63,19 @@ class Database:
 
     # -- as it is, for those who change its tables
 
+    @abstractmethod
     def as_it_is(self) -> AbstractContextManager[Connection]:
         """A transaction on the database as it is, whatever tables it has. Committed at the end of the block.
 
         Raises ConfigurationError, StoreUnavailable.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def prepare(self, connection: Connection) -> None:
         """Make the tables of this version, or bring those of an older one to it.
 
         Raises SchemaMismatch for a database that newer code has changed, or that has other tables of these names.
         """
-        raise NotImplementedError
 
     # -- opening and closing
 
@@ -99,11 +100,11 @@ class Database:
             await self._close_lanes()
             await self._shut()
 
-    async def _open(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _open(self) -> None: ...
 
-    async def _shut(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _shut(self) -> None: ...
 
     async def _close_lanes(self) -> None:
         for lane in (self._writer, self._reader):
@@ -162,8 +163,8 @@ class Database:
             result: Result = self._transact_now(handler, request)
         return result
 
-    def _transact_now(self, handler: Handler, request: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _transact_now(self, handler: Handler, request: Any) -> Any: ...
 
     # -- word of commits
 

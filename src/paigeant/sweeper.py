@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import islice
 
 from paigeant import host
-from paigeant.errors import PaigeantError, TransportUnavailable
+from paigeant.errors import PaigeantError
 from paigeant.forwarder import Forwarder
 from paigeant.observer import Event, Observers
 from paigeant.store import StepKey, Store, Swept, WorkerRecord
@@ -42,6 +42,7 @@ class Sweeper:
         self.observers = observers or Observers()
         self._chance = chance
         self._unsent: dict[StepKey, str] = {}
+        self._empty: list[str] = []
         self._look_at = 0.0
 
     async def run(self) -> None:
@@ -58,7 +59,7 @@ class Sweeper:
 
     async def sweep(self) -> Swept:
         """Sweep once; gives what was found."""
-        swept = await self.store.sweep(gone=await self._gone(), empty=await self._empty())
+        swept = await self.store.sweep(gone=await self._gone(), empty=self._empty)
         for worker_id in swept.lost:
             self.observers.observe(Event("worker.lost", worker=worker_id))
         for workflow_id in swept.expired:
@@ -69,9 +70,11 @@ class Sweeper:
         # after as long as it has waited.
         unsent = await self.forwarder.send_again(swept.due, self._unsent)
         self._unsent = dict(islice(unsent.items(), _MOST_UNSENT))
+        # Asked last, and for the next sweep: what dead workers held is freed however long a broker takes to answer.
+        self._empty = await self._emptied()
         return swept
 
-    async def _empty(self) -> list[str]:
+    async def _emptied(self) -> list[str]:
         """Topics of which steps wait for long and the transport has no message: what was sent is lost.
 
         A broker that was wiped would else be found out only when each step's next message is due, and the longer a
@@ -94,7 +97,7 @@ class Sweeper:
                 for depth in await self.forwarder.transport.topics(waiting)
                 if depth.waiting or depth.taken
             }
-        except TransportUnavailable as exc:
+        except PaigeantError as exc:
             log.warning("can't tell which topics are empty: %s", exc)
             return []
         return [topic for topic in waiting if topic not in there]

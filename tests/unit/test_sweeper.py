@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Collection
+
 from paigeant.activity import ActivityRegistry
 from paigeant.dispatcher import Dispatcher
-from paigeant.errors import TransportUnavailable
+from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.forwarder import Forwarder
 from paigeant.message import PaigeantMessage
-from paigeant.store import WorkerRecord
+from paigeant.store import ClaimRequest, StepKey, WorkerRecord
 from paigeant.stores.memory import MemoryStore
 from paigeant.sweeper import Sweeper
 from paigeant.testing import ManualClock
+from paigeant.transport import TopicDepth
 from paigeant.transports.memory import MemoryTransport
 from paigeant.workflow import Workflow
 
@@ -22,12 +26,18 @@ class Broker(MemoryTransport):
 
     away: frozenset[str] = frozenset()
     tried = 0
+    refuses = False
 
     async def publish(self, topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
         self.tried += 1
         if topic in self.away:
             raise TransportUnavailable(f"{topic} is away")
         await super().publish(topic, message, delay=delay)
+
+    async def topics(self, known: Collection[str] = ()) -> list[TopicDepth]:
+        if self.refuses:
+            raise ConfigurationError("it doesn't let the user look")
+        return await super().topics(known)
 
     async def depths(self) -> dict[str, int]:
         return {each.topic: each.waiting for each in await self.topics()}
@@ -64,3 +74,50 @@ async def test_what_a_broker_missed_is_sent_once_it_is_back(clock: ManualClock) 
     clock.advance(1.0)
     await sweeper.sweep()
     assert broker.tried == 0
+
+
+async def test_what_a_wiped_broker_has_lost_is_sent_before_its_time(clock: ManualClock) -> None:
+    """A step that waits for long is sent again two graces after its topic was emptied, not after its own age again."""
+    store, broker = MemoryStore(clock=clock, grace=GRACE), Broker(clock=clock)
+    forwarder = Forwarder(store, broker, ActivityRegistry())
+    sweeper = Sweeper(
+        store, forwarder, worker=WorkerRecord("me", "host", "1"), interval=1.0, chance=lambda: 0.0
+    )
+    await Dispatcher(store, forwarder, ActivityRegistry()).dispatch(Workflow("order", ["paid"]), {})
+    for _ in range(8):  # sent after 10, 20, 40 and 80 s, and next after 160
+        clock.advance(GRACE)
+        await sweeper.sweep()
+    broker.tried = 0
+    clock.advance(GRACE)
+    await sweeper.sweep()
+    assert broker.tried == 0  # the message is there
+    for message_id in await _taken(broker):
+        await broker.ack(message_id)
+    for _ in range(2):
+        clock.advance(GRACE)
+        await sweeper.sweep()
+    assert await broker.depths() == {"paid": 1}
+
+
+async def test_leases_are_freed_though_the_broker_can_t_be_asked(clock: ManualClock) -> None:
+    """What a lost worker held is free whatever the transport says of its topics."""
+    store, broker = MemoryStore(clock=clock, grace=GRACE), Broker(clock=clock)
+    broker.refuses = True
+    forwarder = Forwarder(store, broker, ActivityRegistry())
+    sweeper = Sweeper(store, forwarder, worker=WorkerRecord("me", "host", "1"), interval=1.0)
+    dispatcher = Dispatcher(store, forwarder, ActivityRegistry())
+    for name in ("held", "waits"):
+        await dispatcher.dispatch(Workflow("order", ["paid"]), {}, workflow_id=name)
+    await asyncio.to_thread(store.beat, WorkerRecord("lost", "host", "2"), lease=5.0, running=[])
+    await store.claim_step(ClaimRequest(StepKey("held", "paid"), "lost", 3))
+    for _ in range(3):
+        clock.advance(2 * GRACE)
+        await sweeper.sweep()
+    assert await store.open_steps("held") == [StepKey("held", "paid")]
+
+
+async def _taken(broker: Broker) -> list[str]:
+    async with asyncio.timeout(10):
+        async for message in broker.subscribe("paid"):
+            return [message.message_id]
+    return []
