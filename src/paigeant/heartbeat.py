@@ -94,9 +94,8 @@ class Heartbeat:
                 self._beat_once(frozenset(self._running()))
             except PaigeantError as exc:
                 log.warning("heartbeat failed, will be tried again: %s", exc)
-            except (
-                Exception
-            ):  # the thread must outlive whatever one beat meets, or the worker loses all it does
+            except Exception:
+                # The thread must outlive whatever one beat meets, or the worker loses all it does.
                 log.exception("heartbeat failed, will be tried again")
 
     def _beat_once(self, running: Steps) -> None:

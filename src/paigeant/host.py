@@ -7,7 +7,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-__all__ = ["host_id", "is_gone", "process_id"]
+__all__ = ["host_id", "is_gone", "is_holder_gone", "named_holder", "process_id"]
 
 
 @cache
@@ -40,6 +40,17 @@ def is_gone(process: str) -> bool:
     if not started:
         return False
     return _started(int(number)) != started
+
+
+def named_holder(token: str) -> str:
+    """Names, for all hosts, who holds a message: `token` is the holder's own name within this process."""
+    return f"{host_id()}|{process_id()}|{token}"
+
+
+def is_holder_gone(holder: str) -> bool:
+    """Whether whoever has this `named_holder` was in a process of this host that has ended for certain."""
+    parts = holder.split("|", 2)
+    return len(parts) == 3 and parts[0] == host_id() and is_gone(parts[1])
 
 
 def _started(pid: int) -> str | None:

@@ -62,7 +62,7 @@ class TableTransport:
         self.database = database
         self.limit_bytes = limit_bytes
         # Names this process, so that others can tell when it is gone, and this transport within it.
-        self._holder = f"{host.host_id()}|{host.process_id()}|{secrets.token_hex(4)}"
+        self._holder = host.named_holder(secrets.token_hex(4))
         self._wakers: dict[str, set[asyncio.Event]] = {}
         self._bury: Bury | None = None
         self._forget: Callable[[], None] | None = None

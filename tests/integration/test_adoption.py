@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from tests.integration.workers import working
 
 from paigeant import (
     ActivityRegistry,
-    ActivityWorker,
     NonRetryableError,
     Paigeant,
     Settings,
@@ -52,17 +50,6 @@ class Seen:
 def settings(store: str, **more: Any) -> Settings:
     """One broker for both, and a store for each."""
     return Settings(transport_url=BROKER, store_url=store, sweep_interval=0.1, **more)
-
-
-@asynccontextmanager
-async def working(worker: ActivityWorker) -> AsyncIterator[None]:
-    """The worker at work."""
-    task = asyncio.create_task(worker.run())
-    try:
-        yield
-    finally:
-        await worker.stop(5)
-        await task
 
 
 done: list[tuple[str, Any]] = []

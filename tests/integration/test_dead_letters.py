@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.integration.workers import working
 
-from paigeant import ActivityRegistry, ActivityWorker, NonRetryableError, Paigeant, Settings, Workflow
+from paigeant import ActivityRegistry, NonRetryableError, Paigeant, Settings, Workflow
 from paigeant.errors import InputInvalid, RunNotFound, TransportUnavailable
 from paigeant.message import MessageId, PaigeantMessage, encode
 from paigeant.slip import Phase, RoutingSlip, RunStatus
@@ -19,17 +18,6 @@ from paigeant.testing import MemoryApp
 from paigeant.transport import BODY_KEPT_BYTES
 
 HERE, THERE = "sqlite:///here.db", "sqlite:///there.db"
-
-
-@asynccontextmanager
-async def working(worker: ActivityWorker) -> AsyncIterator[None]:
-    """The worker at work."""
-    task = asyncio.create_task(worker.run())
-    try:
-        yield
-    finally:
-        await worker.stop(5)
-        await task
 
 
 class Work:

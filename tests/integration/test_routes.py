@@ -6,13 +6,12 @@ import asyncio
 import logging
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from tests.integration.workers import working
 
-from paigeant import ActivityRegistry, ActivityWorker, Paigeant, Settings, Workflow
+from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
 from paigeant.errors import TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.slip import RoutingSlip, RunStatus, Step
@@ -26,17 +25,6 @@ FAST = {"grace": 0.3, "sweep_interval": 0.1, "store_url": HERE}
 def message(message_id: str) -> PaigeantMessage:
     """A message for a step of a run of its own."""
     return PaigeantMessage(message_id, f"run-{message_id}", RoutingSlip(itinerary=(Step("a", id="a"),)))
-
-
-@asynccontextmanager
-async def working(worker: ActivityWorker) -> AsyncIterator[None]:
-    """The worker at work."""
-    task = asyncio.create_task(worker.run())
-    try:
-        yield
-    finally:
-        await worker.stop(5)
-        await task
 
 
 async def test_a_run_goes_to_and_fro_between_two_brokers() -> None:

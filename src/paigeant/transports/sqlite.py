@@ -21,9 +21,4 @@ class SqliteTransport(TableTransport):
             holders = await self.database.ask(lambda connection: connection.execute(query).scalars().all())
         except StoreUnavailable:
             return ()  # locked, or closed meanwhile: their hold runs out by itself
-        return tuple(holder for holder in holders if holder and _is_gone(holder))
-
-
-def _is_gone(holder: str) -> bool:
-    place, process, _ = holder.rsplit("|", 2)
-    return place == host.host_id() and host.is_gone(process)
+        return tuple(holder for holder in holders if holder and host.is_holder_gone(holder))

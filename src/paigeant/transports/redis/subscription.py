@@ -175,7 +175,7 @@ class Subscription:
     async def _tidy(self) -> None:
         """Give back at once what a process of this host held that is gone, and delete consumers that are no more."""
         for name, pending, idle in await self._streams.consumers(self.topic):
-            is_gone = _is_gone(name)
+            is_gone = host.is_holder_gone(name)
             if is_gone and pending > 0:
                 await self._streams.reclaim(self.topic, name)
             has_ended = is_gone or (self.topic, name) in self._hands.left
@@ -248,13 +248,7 @@ class Subscription:
 
 def names_of_consumers(transport: str) -> str:
     """What the names of a transport's consumers begin with, by which others of its host can tell when it is gone."""
-    return f"{host.host_id()}|{host.process_id()}|{transport}"
-
-
-def _is_gone(consumer: str) -> bool:
-    """Whether `consumer` belonged to a process of this host that has ended for certain."""
-    place, process, *rest = consumer.rsplit("|", 3)
-    return len(rest) == 2 and place == host.host_id() and host.is_gone(process)
+    return host.named_holder(transport)
 
 
 def _is_group_missing(exc: Exception) -> bool:
