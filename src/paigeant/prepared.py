@@ -33,34 +33,41 @@ class Prepared:
     ) -> None:
         self._statement = statement
         self._parameters = list(parameters)
-        self._texts: dict[str, str] = {}
+        self._written: dict[str, tuple[str, list[int] | None]] = {}
 
     def rows(self, tx: Tx, *values: Any) -> list[tuple[Any, ...]]:
         """What the statement gives for one set of `values`."""
-        return tx.driver.rows(self._text(tx.driver.dialect), values)
+        text, places = self._for(tx.driver.dialect)
+        return tx.driver.rows(text, values if places is None else [values[place] for place in places])
 
     def ask(self, tx: Tx, *values: Any) -> Answer:
         """Like `rows`, to be read later: what is asked meanwhile goes along in one round trip."""
-        return tx.driver.ask(self._text(tx.driver.dialect), values)
+        text, places = self._for(tx.driver.dialect)
+        return tx.driver.ask(text, values if places is None else [values[place] for place in places])
 
     def each(self, tx: Tx, rows: list[tuple[Any, ...]]) -> None:
         """Run it for each of `rows`; none at all is harmless."""
         if rows:
-            tx.driver.each(self._text(tx.driver.dialect), rows)
+            text, places = self._for(tx.driver.dialect)
+            if places is not None:
+                rows = [tuple(row[place] for place in places) for row in rows]
+            tx.driver.each(text, rows)
 
-    def _text(self, dialect: Dialect) -> str:
-        text = self._texts.get(dialect.name)
-        if text is None:
+    def _for(self, dialect: Dialect) -> tuple[str, list[int] | None]:
+        """The statement for a dialect, and in which order that takes the parameters, where it isn't their own."""
+        written = self._written.get(dialect.name)
+        if written is None:
             statement = self._statement
             if not isinstance(statement, ClauseElement):
                 statement = statement(dialect.name)
             columns = self._parameters if isinstance(statement, Insert) else None
             compiled: Any = statement.compile(dialect=dialect, column_keys=columns)
             order = list(compiled.positiontup or ())
-            if order != self._parameters:
-                raise AssertionError(f"parameters are in the order {order}, not {self._parameters}")
-            text = self._texts[dialect.name] = str(compiled)
-        return text
+            if sorted(order) != sorted(self._parameters):
+                raise AssertionError(f"parameters are {order}, not {self._parameters}")
+            places = None if order == self._parameters else [self._parameters.index(name) for name in order]
+            written = self._written[dialect.name] = str(compiled), places
+        return written
 
 
 _INSERTS: dict[str, Callable[[Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}

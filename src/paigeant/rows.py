@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -15,6 +14,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Float,
     Select,
     Table,
     and_,
@@ -89,8 +89,13 @@ def encoded(text: str | None) -> bytes | None:
     return None if text is None else text.encode()
 
 
+_PLAIN = frozenset({str, int, float, type(None)})
+
+
 def _plain(value: Any) -> Any:
     """`value` as the driver takes it without a detour: texts for JSON and for states."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, bytes):
         return value.decode()
     return value.value if isinstance(value, StrEnum) else value
@@ -158,7 +163,7 @@ _END_STUCK = Prepared(
         _others.application_name == func.current_setting(literal_column("'application_name'")),
         _others.wait_event == literal_column("'ClientRead'"),
         _others.state == literal_column("'active'"),
-        extract("epoch", func.clock_timestamp() - _others.xact_start) > bindparam("seconds"),
+        extract("epoch", func.clock_timestamp() - _others.xact_start) > bindparam("seconds", type_=Float),
     ),
     ["seconds"],
 )
@@ -477,10 +482,14 @@ _DETAIL_VARIABLES = Prepared(_of_runs(workflow_variables), ["ids"])
 _DETAIL_SIGNALS = Prepared(_of_runs(workflow_signals).order_by(workflow_signals.c.id), ["ids"])
 
 
+_MOST_BYTES = 2**31 - 1
+"""What no value in a database exceeds."""
+
+
 def details_of(tx: Tx, workflow_ids: Collection[str], inline_bytes: int | None) -> dict[str, RunDetail]:
     """The runs that there are, with all of their rows."""
     ids = json.dumps(list(workflow_ids))
-    limit = sys.maxsize if inline_bytes is None else inline_bytes
+    limit = _MOST_BYTES if inline_bytes is None else min(inline_bytes, _MOST_BYTES)
     # All asked first and then read: one round trip.
     step_rows = _DETAIL_STEPS.ask(tx, limit, limit, ids)
     variable_rows, signal_rows = _DETAIL_VARIABLES.ask(tx, ids), _DETAIL_SIGNALS.ask(tx, ids)

@@ -453,8 +453,9 @@ async def bells(url: str, count: int) -> AsyncIterator[list[tuple[PostgresBell, 
 
 def ring(url: str, bell: PostgresBell, names: list[str]) -> None:
     """Ring from the side of this bell."""
-    with psycopg.connect(url, autocommit=True) as connection:
-        bell.ring(connection, names)
+    with psycopg.connect(url, autocommit=True, cursor_factory=psycopg.RawCursor) as connection:
+        for statement, values in bell.rings(names):
+            connection.execute(statement, values)
 
 
 async def test_a_ring_is_heard_by_the_others(postgres_url: str) -> None:

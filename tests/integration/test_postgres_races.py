@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from tests.integration.postgres_hammer import faults
+from tests.integration.postgres_hammer import FINISH_SECONDS, LIMIT_SECONDS, faults
 from tests.integration.postgres_tables import database_with_tables
 
 from paigeant.databases.postgres import PostgresDatabase
@@ -19,6 +19,7 @@ from paigeant.stores.sql import SqlStore
 
 PROCESSES = 3
 RUNS = 12
+LONGEST_SECONDS = LIMIT_SECONDS + FINISH_SECONDS + 10
 
 Facts = list[tuple[str, ...]]
 
@@ -35,8 +36,11 @@ def url(postgres_server_url: str) -> Iterator[str]:
         yield url
 
 
-async def hammer(url: str, *how: str) -> Facts:
-    """Let several processes hammer on the runs of a database; gives what was told in all of them."""
+async def hammer(url: str, *how: str) -> tuple[list[int | None], Facts]:
+    """Let several processes hammer on the runs of a database; gives how they ended, and what was told in all of them.
+
+    One that doesn't come to an end is killed.
+    """
     command = [sys.executable, "-m", "tests.integration.postgres_hammer", url]
     processes = [
         await asyncio.create_subprocess_exec(
@@ -49,9 +53,16 @@ async def hammer(url: str, *how: str) -> Facts:
         )
         for number in range(PROCESSES)
     ]
-    told = await asyncio.gather(*(process.communicate() for process in processes))
-    assert [process.returncode for process in processes] == [0] * PROCESSES
-    return [tuple(fact) for said, _ in told for fact in json.loads(said)]
+    talking = asyncio.gather(*(process.communicate() for process in processes))
+    try:
+        told = await asyncio.wait_for(asyncio.shield(talking), LONGEST_SECONDS)
+    except TimeoutError:
+        for process in processes:
+            if process.returncode is None:
+                process.kill()
+        told = await talking
+    facts = [tuple(fact) for said, _ in told if said for fact in json.loads(said)]
+    return [process.returncode for process in processes], facts
 
 
 async def all_runs(url: str) -> list[RunDetail]:
@@ -69,7 +80,8 @@ async def test_processes_on_the_same_runs_do_everything_once(url: str) -> None:
 
     And none of them ever waits for one that waits for it.
     """
-    told = await hammer(url)
+    codes, told = await hammer(url)
+    assert codes == [0] * PROCESSES
     details = await all_runs(url)
     assert len(details) >= RUNS
     assert faults(details, told) == []
@@ -90,7 +102,8 @@ async def test_so_do_they_while_their_connections_are_ended(url: str) -> None:
                 await asyncio.sleep(0.05)
 
     ending = asyncio.create_task(end_sessions())
-    told = await hammer(url)
+    codes, told = await hammer(url)
+    assert codes == [0] * PROCESSES
     ending.cancel()
     await asyncio.gather(ending, return_exceptions=True)
     details = await all_runs(url)
@@ -100,5 +113,5 @@ async def test_so_do_they_while_their_connections_are_ended(url: str) -> None:
 
 async def test_without_locks_the_audit_finds_what_went_wrong(url: str) -> None:
     """Processes that don't lock the runs do things twice: what holds above holds because of the locks."""
-    told = await hammer(url, "no-locks")
-    assert faults(await all_runs(url), told) != []
+    codes, told = await hammer(url, "no-locks")
+    assert codes != [0] * PROCESSES or faults(await all_runs(url), told) != []

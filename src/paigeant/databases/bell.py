@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import psycopg
@@ -27,7 +27,7 @@ _LONGEST_BYTES = 7000
 _LONGEST_PAUSE = 2.0
 
 # It writes nothing that would have to be kept.
-_RING = f"SELECT set_config('synchronous_commit', 'off', true), pg_notify('{_CHANNEL}', %s)"
+_RING = f"SELECT set_config('synchronous_commit', 'off', true), pg_notify('{_CHANNEL}', $1)"
 
 
 class PostgresBell:
@@ -55,13 +55,9 @@ class PostgresBell:
             self._listening = None
         self.works = False
 
-    def ring(self, connection: psycopg.Connection[Any], names: Iterable[str]) -> None:
-        """Tell the others that something of each of `names` has happened, from any thread.
-
-        Not within a transaction: one with a NOTIFY makes the commits of the whole database wait for one another.
-        """
-        for payload in _payloads(names):
-            connection.execute(_RING, [f"{self._name}\n{payload}"])
+    def rings(self, names: Collection[str]) -> list[tuple[str, list[str]]]:
+        """The statements, with their values, that tell the others that something of each of `names` has happened."""
+        return [(_RING, [f"{self._name}\n{payload}"]) for payload in _payloads(names)] if names else []
 
     async def _forever(self) -> None:
         pause = 0.05

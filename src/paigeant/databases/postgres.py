@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,13 +20,14 @@ import psycopg
 from psycopg import errors
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.types.string import TextLoader
-from sqlalchemy import Connection, Dialect, Engine, create_engine, inspect, text
+from sqlalchemy import Connection, Engine, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock
 from paigeant.database import READER, WRITER, Database, current_version
 from paigeant.databases.bell import PostgresBell
+from paigeant.databases.pipeline import Pipeline, Transaction, driver_of
 from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, SchemaMismatch, StoreUnavailable
 from paigeant.lane import Blocked, Contended, Handler, Lane, Tx, transact
 from paigeant.tables import SCHEMA_VERSION, metadata
@@ -59,7 +60,6 @@ _SESSION = {
 }
 _BEGIN = "BEGIN"
 _BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
-_NOW = "SELECT extract(epoch FROM clock_timestamp())::float8"
 _UPGRADE_LOCK = 0x70616967
 
 
@@ -125,7 +125,7 @@ class PostgresDatabase(Database):
             begin=partial(self._begun, _BEGIN),
             is_lost=_is_lost,
             heard=self._heard,
-            tidy=self._ring,
+            tidy=_settle,
             limit=_STUCK_SECONDS,
             cut=_cut,
         )
@@ -160,7 +160,7 @@ class PostgresDatabase(Database):
             if rings:
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody here waits any more
                     self._loop.call_soon_threadsafe(self._heard, frozenset(rings))
-                self._ring(self._connected_beater(), rings)
+                _settle(self._connected_beater(), rings)
         return result
 
     def _connected_beater(self) -> Connection:
@@ -182,11 +182,6 @@ class PostgresDatabase(Database):
             if self._opening.watch is not None:
                 self._opening.watch.cancel()
                 self._opening.watch = None
-
-    def _ring(self, connection: Connection, names: set[str]) -> None:
-        if names:
-            with contextlib.suppress(psycopg.Error):  # they look by themselves, only later
-                self._bell.ring(_driver_of(connection), names)
 
     # -- as it is, for those who change its tables
 
@@ -223,9 +218,9 @@ class PostgresDatabase(Database):
             for kind in ("json", "jsonb"):
                 driver.adapters.register_loader(kind, TextLoader)
             if not plain:
-                driver.prepare_threshold = 0
+                driver.prepare_threshold = None  # it would do away with ours along with its own
                 settings = "; ".join(f"SET {name} = '{value}'" for name, value in _SESSION.items())
-                driver.execute(settings, prepare=False)
+                driver.execute(settings)
             return driver
 
         options: dict[str, Any] = {} if plain else {"isolation_level": "AUTOCOMMIT"}
@@ -289,11 +284,13 @@ class PostgresDatabase(Database):
 
     @contextlib.contextmanager
     def _begun(self, opening: str, connection: Connection, durable: bool) -> Iterator[Tx]:
-        driver = _Driver(connection, self._clock, self.clock)
+        driver = Transaction(connection, None if self.clock is None else self.clock.now, self._clock.set)
         try:
             driver.begin(opening, durable=durable)
-            yield Tx(driver)
-            driver.commit()
+            tx = Tx(driver)
+            yield tx
+            # Rung for right behind the commit, not in it: a NOTIFY makes the commits of all wait for one another.
+            driver.commit(*self._bell.rings(tx.rings))
         except (psycopg.Error, DBAPIError) as exc:
             driver.abandon()
             cause = exc.orig if isinstance(exc, DBAPIError) else exc
@@ -314,7 +311,7 @@ class PostgresDatabase(Database):
 
     @contextlib.contextmanager
     def _begun_in_time(self, opening: str, connection: Connection, durable: bool) -> Iterator[Tx]:
-        watch = _watched(_driver_of(connection))
+        watch = _watched(driver_of(connection))
         try:
             with self._begun(opening, connection, durable) as tx:
                 yield tx
@@ -392,125 +389,14 @@ class _Opening(threading.local):
     watch: threading.Timer | None = None
 
 
-class _Driver:
-    """The driver's own connection within a transaction, in pipeline mode for as long as that is possible."""
-
-    __slots__ = (
-        "_asked",
-        "_clock",
-        "_connection",
-        "_driver",
-        "_leaving",
-        "_now",
-        "_pipeline",
-        "_set",
-        "_unsent",
-        "committing",
-        "dialect",
-    )
-
-    def __init__(self, connection: Connection, clock: _ServerClock, fixed: Clock | None) -> None:
-        self.dialect: Dialect = connection.dialect
-        self._connection = connection
-        self._driver = _driver_of(connection)
-        self._clock = clock
-        self._set = fixed
-        self._leaving = contextlib.ExitStack()
-        self._pipeline: psycopg.Pipeline | None = None
-        self._asked: psycopg.Cursor[Any] | None = None
-        self._unsent: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
-        self._now: float | None = None
-        self.committing = False
-
-    def begin(self, opening: str, *, durable: bool) -> None:
-        self._pipeline = self._leaving.enter_context(self._driver.pipeline())
-        self._driver.execute(opening)
-        if not durable:
-            self._driver.execute("SET LOCAL synchronous_commit = off")
-        if self._set is None:
-            self._asked = self._driver.execute(_NOW)
-        else:
-            self._now = self._set.now()
-
-    def rows(self, text: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
-        return self.ask(text, values)()
-
-    def ask(self, text: str, values: Sequence[Any]) -> Callable[[], list[tuple[Any, ...]]]:
-        self._send()
-        cursor = self._driver.execute(text, values)
-        return lambda: self._answered(cursor).fetchall()
-
-    def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        # In a pipeline it is sent along with what is asked next, or with the commit: see `_answered`.
-        self._unsent.append((text, rows))
-        if self._pipeline is None:
-            self._send()
-
-    def plain(self) -> Connection:
-        # SQLAlchemy looks at each result at once, which a pipeline hasn't got yet.
-        self._send()
-        self._leave_pipeline()
-        return self._connection
-
-    def now(self) -> float:
-        if self._now is None:
-            assert self._asked is not None, "a transaction has begun"
-            row = self._answered(self._asked).fetchone()
-            assert row is not None
-            self._now = float(row[0])
-            self._clock.set(self._now)
-        return self._now
-
-    def commit(self) -> None:
-        self._send()
-        self.committing = True
-        done = self._driver.execute("COMMIT")
-        self._leave_pipeline()
-        if done.statusmessage != "COMMIT":
-            raise Contended(f"the server was asked to commit and answered {done.statusmessage}")
-
-    def close(self) -> None:
-        """End the connection."""
-        self._driver.close()
-
-    def abandon(self) -> None:
-        """Have nothing of it done. A connection on which that fails is closed, which does it as well."""
-        with contextlib.suppress(psycopg.Error):
-            self._leave_pipeline()
-        try:
-            self._driver.rollback()
-        except psycopg.Error:
-            self._driver.close()
-
-    def _send(self) -> None:
-        unsent, self._unsent = self._unsent, []
-        for statement, rows in unsent:
-            if len(rows) == 1:
-                self._driver.execute(statement, rows[0])
-            else:
-                self._driver.cursor().executemany(statement, rows)
-
-    def _answered(self, cursor: psycopg.Cursor[Any]) -> psycopg.Cursor[Any]:
-        # By a sync, not a flush: without one the server takes us to be in the middle of what we have to say, and waits
-        # for the rest, the locks in its hands, without counting the time. So whatever takes time here comes after one,
-        # and the statements between it and the next are sent in one go.
-        if cursor.pgresult is None and self._pipeline is not None:
-            self._pipeline.sync()
-        return cursor
-
-    def _leave_pipeline(self) -> None:
-        self._pipeline = None
-        self._leaving.close()
-
-
-def _driver_of(connection: Connection) -> psycopg.Connection[Any]:
-    driver: Any = connection.connection.dbapi_connection
-    assert isinstance(driver, psycopg.Connection)
-    return driver
+def _settle(connection: Connection, rings: set[str]) -> None:
+    if rings:
+        with contextlib.suppress(psycopg.Error):  # the others look by themselves, only later
+            Pipeline.of(connection).settle()
 
 
 def _is_lost(connection: Connection) -> bool:
-    return connection.closed or connection.invalidated or _driver_of(connection).closed
+    return connection.closed or connection.invalidated or driver_of(connection).closed
 
 
 def _watched(driver: psycopg.Connection[Any]) -> threading.Timer:
@@ -523,7 +409,7 @@ def _watched(driver: psycopg.Connection[Any]) -> threading.Timer:
 
 def _cut(connection: Connection) -> None:
     with contextlib.suppress(Exception):  # it is just being closed
-        _cut_driver(_driver_of(connection))
+        _cut_driver(driver_of(connection))
 
 
 def _cut_driver(driver: psycopg.Connection[Any]) -> None:

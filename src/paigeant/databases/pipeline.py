@@ -1,0 +1,332 @@
+"""Transactions on Postgres in two round trips, through libpq's pipeline mode by psycopg's own interface to it.
+
+A transaction sends what opens it along with its first question, and all that it writes along with its commit. psycopg's
+cursors could do that as well, but take several times as long a statement and send each in a packet of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import select
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg.adapt import Transformer
+from psycopg.errors import lookup
+from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, Format, PipelineStatus
+from psycopg.pq.abc import PGconn, PGresult
+from sqlalchemy import Connection, Dialect
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+
+from paigeant.lane import Contended
+
+__all__ = ["Pipeline", "Transaction", "driver_of"]
+
+_DIALECT: Dialect = PGDialect_psycopg(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
+"""Statements as the server itself takes them."""
+
+_NOW = "SELECT extract(epoch FROM clock_timestamp())::float8"
+_NOT_SYNCED = "SET LOCAL synchronous_commit = off"
+
+Rows = list[tuple[Any, ...]]
+
+
+def driver_of(connection: Connection) -> psycopg.Connection[Any]:
+    """psycopg's connection below SQLAlchemy's."""
+    driver: Any = connection.connection.dbapi_connection
+    assert isinstance(driver, psycopg.Connection)
+    return driver
+
+
+class _Sent(NamedTuple):
+    """A command whose result the server owes us: what it prepares, or who wants to have its rows; a sync is neither."""
+
+    answer: Answer | None = None
+    prepares: str | None = None
+
+
+_SYNC = _Sent()
+
+
+class Answer:
+    """What a statement gives; `result` is None until the server has said it."""
+
+    __slots__ = ("result",)
+
+    def __init__(self) -> None:
+        self.result: PGresult | None = None
+
+
+class Pipeline:
+    """The commands on one connection and their results, in their order.
+
+    Each statement is prepared when it is first sent. Nothing else may use the connection between `send` and `leave`.
+    Raises psycopg's errors, the first one of what was sent between two calls of `sync`: the server leaves the rest out.
+    """
+
+    def __init__(self, driver: psycopg.Connection[Any]) -> None:
+        self._conn: PGconn = driver.pgconn
+        self._loads = Transformer(driver)
+        self._names: dict[str, bytes] = {}
+        self._numbers = itertools.count()
+        self._sent: deque[_Sent] = deque()
+        self._poll = select.poll()
+        self._poll.register(driver.fileno(), select.POLLIN)
+
+    @classmethod
+    def of(cls, connection: Connection) -> Pipeline:
+        """That of this connection."""
+        found = connection.info.get("pipeline")
+        if not isinstance(found, Pipeline):
+            found = connection.info["pipeline"] = cls(driver_of(connection))
+        return found
+
+    def send(self, text: str, values: Sequence[Any] = ()) -> Answer:
+        """Have a statement done, with the next `sync`; gives what will have its result."""
+        if self._conn.pipeline_status == PipelineStatus.OFF:
+            self._conn.enter_pipeline_mode()
+        name = self._names.get(text)
+        if name is None:
+            name = self._names[text] = b"paigeant_%d" % next(self._numbers)
+            self._conn.send_prepare(name, text.encode())
+            self._sent.append(_Sent(prepares=text))
+        formats = None
+        if bytes in map(type, values):
+            formats = [Format.BINARY if type(value) is bytes else Format.TEXT for value in values]
+        self._conn.send_query_prepared(name, [_WRITERS[type(value)](value) for value in values], formats)
+        answer = Answer()
+        self._sent.append(_Sent(answer))
+        return answer
+
+    def rows(self, answer: Answer) -> Rows:
+        """The rows that a statement gave."""
+        if answer.result is None:
+            self.sync()
+        assert answer.result is not None, "a sync brings all results"
+        self._loads.set_pgresult(answer.result)
+        return self._loads.load_rows(0, answer.result.ntuples, tuple)
+
+    def mark(self) -> None:
+        """What was sent so far stands by itself: the server does what comes then even if this fails."""
+        if self._conn.pipeline_status != PipelineStatus.OFF:
+            self._conn.pipeline_sync()
+            self._sent.append(_SYNC)
+
+    def sync(self) -> None:
+        """Have what was sent done up to the first mark, or all of it, and wait for the results."""
+        if not any(sent is _SYNC for sent in self._sent):
+            self.mark()
+        self._flush()
+        trouble: psycopg.Error | None = None
+        while self._sent:
+            sent = self._sent.popleft()
+            if sent is _SYNC:
+                self._result()
+                break
+            trouble = self._take(sent, trouble)
+        if trouble is not None:
+            raise trouble
+
+    def settle(self) -> None:
+        """Have all that was sent done, and wait for the results. Raises the first error there was."""
+        trouble: psycopg.Error | None = None
+        while self._sent:
+            try:
+                self.sync()
+            except psycopg.Error as exc:
+                trouble = trouble or exc
+                if self._conn.status != ConnStatus.OK:
+                    break
+        if trouble is not None:
+            raise trouble
+
+    def leave(self) -> None:
+        """The same, and let others use the connection."""
+        try:
+            self.settle()
+        finally:
+            if self._conn.status == ConnStatus.OK:
+                self._conn.exit_pipeline_mode()
+
+    def _take(self, sent: _Sent, trouble: psycopg.Error | None) -> psycopg.Error | None:
+        result = self._result()
+        if result is None:
+            raise psycopg.OperationalError("the server gave no answer")
+        if result.status in (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK):
+            if sent.answer is not None:
+                sent.answer.result = result
+        else:
+            if sent.prepares is not None:
+                self._names.pop(sent.prepares, None)
+            if result.status == ExecStatus.FATAL_ERROR and trouble is None:
+                trouble = _error(result)
+        self._result()  # the end of this one's results
+        return trouble
+
+    def _flush(self) -> None:
+        while self._conn.flush() == 1:
+            self._poll.modify(self._conn.socket, select.POLLIN | select.POLLOUT)
+            events = self._poll.poll()
+            self._poll.modify(self._conn.socket, select.POLLIN)
+            if any(event & ~select.POLLOUT for _, event in events):
+                self._conn.consume_input()
+
+    def _result(self) -> PGresult | None:
+        while self._conn.is_busy():
+            self._poll.poll()
+            self._conn.consume_input()
+        return self._conn.get_result()
+
+
+class Transaction:
+    """A transaction in a pipeline. `clock` goes before the server's; `saw` gets what that says."""
+
+    __slots__ = (
+        "_asked",
+        "_clock",
+        "_connection",
+        "_driver",
+        "_now",
+        "_pipeline",
+        "_saw",
+        "_unsent",
+        "committing",
+        "dialect",
+    )
+
+    def __init__(
+        self, connection: Connection, clock: Callable[[], float] | None, saw: Callable[[float], None]
+    ) -> None:
+        self.dialect = _DIALECT
+        self.committing = False
+        self._connection = connection
+        self._driver = driver_of(connection)
+        self._pipeline = Pipeline.of(connection)
+        self._clock = clock
+        self._saw = saw
+        self._asked: Answer | None = None
+        self._unsent: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
+        self._now: float | None = None
+
+    def begin(self, opening: str, *, durable: bool) -> None:
+        """Begin it by this statement; not `durable`, its commit doesn't wait for the disk."""
+        self.settle()
+        self._pipeline.send(opening)
+        if not durable:
+            self._pipeline.send(_NOT_SYNCED)
+        if self._clock is None:
+            self._asked = self._pipeline.send(_NOW)
+        else:
+            self._now = self._clock()
+
+    def settle(self) -> None:
+        """Take the results of what was sent after the last commit, of which an error means nothing to anyone."""
+        with contextlib.suppress(psycopg.Error):
+            self._pipeline.settle()
+
+    def rows(self, text: str, values: Sequence[Any]) -> Rows:
+        return self.ask(text, values)()
+
+    def ask(self, text: str, values: Sequence[Any]) -> Callable[[], Rows]:
+        self._send()
+        answer = self._pipeline.send(text, values)
+        return lambda: self._pipeline.rows(answer)
+
+    def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        # Sent along with what is asked next, or with the commit. Until a sync the server takes us to be in the middle
+        # of what we have to say, and waits for the rest, locks in its hands, without counting the time.
+        self._unsent.append((text, rows))
+
+    def plain(self) -> Connection:
+        self._send()
+        self._pipeline.leave()
+        return self._connection
+
+    def now(self) -> float:
+        if self._now is None:
+            assert self._asked is not None, "a transaction has begun"
+            [(self._now,)] = self._pipeline.rows(self._asked)
+            self._saw(self._now)
+        return self._now
+
+    def commit(self, *after: tuple[str, Sequence[Any]]) -> None:
+        """Commit it, and send the statements `after` it right behind, each on its own; `settle` waits for these.
+
+        Raises Contended when the server has rolled it back instead.
+        """
+        self._send()
+        self.committing = True
+        done = self._pipeline.send("COMMIT")
+        self._pipeline.mark()
+        for text, values in after:
+            self._pipeline.send(text, values)
+            self._pipeline.mark()
+        self._pipeline.sync()
+        assert done.result is not None, "a sync brings all results"
+        answer = done.result.command_status
+        if answer != b"COMMIT":
+            said = "nothing" if answer is None else answer.decode()
+            raise Contended(f"the server was asked to commit and answered {said}")
+
+    def abandon(self) -> None:
+        """Have nothing of it done. A connection on which that fails is closed, which does it as well."""
+        with contextlib.suppress(psycopg.Error):
+            self._pipeline.leave()
+        try:
+            self._driver.rollback()
+        except psycopg.Error:
+            self.close()
+
+    def close(self) -> None:
+        """End the connection."""
+        self._driver.close()
+
+    def _send(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        for text, rows in unsent:
+            for values in rows:
+                self._pipeline.send(text, values)
+
+
+def _text(value: str) -> bytes:
+    if "\0" in value:
+        raise psycopg.DataError("a text can't contain a NUL (0x00) in Postgres")
+    return value.encode()
+
+
+class _Writers(dict[type, Callable[[Any], bytes | None]]):
+    """For each type what gives a value as the server reads it; it knows from the statement what it has to be."""
+
+    def __missing__(self, kind: type) -> Callable[[Any], bytes | None]:
+        for base in kind.__mro__[1:]:
+            if base in self:
+                self[kind] = self[base]
+                return self[base]
+        raise TypeError(f"a parameter is a {kind.__name__}; expected text, bytes, a number or None")
+
+
+_WRITERS = _Writers(
+    {
+        str: _text,
+        int: lambda value: b"%d" % value,
+        float: lambda value: repr(value).encode(),
+        bool: lambda value: b"true" if value else b"false",
+        bytes: lambda value: value,
+        type(None): lambda value: None,
+    }
+)
+
+
+def _error(result: PGresult) -> psycopg.Error:
+    state = result.error_field(DiagnosticField.SQLSTATE)
+    message = result.get_error_message()
+    if state is None:  # libpq's own: the connection is gone
+        return psycopg.OperationalError(message)
+    try:
+        kind = lookup(state.decode())
+    except KeyError:
+        kind = psycopg.DatabaseError
+    return kind(message)
