@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from paigeant.activity import ActivityRegistry
+    from paigeant.agents.plans import Handoff
     from paigeant.app import Paigeant, Run, RunResult
     from paigeant.context import StepContext
     from paigeant.errors import (
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         RunTimeout,
         UnknownActivity,
         UnknownWorkflow,
+        WaitTimeout,
     )
     from paigeant.message import PaigeantMessage
     from paigeant.policy import ItineraryPolicy
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
     from paigeant.slip import RoutingSlip, RunStatus, Step, StepStatus
     from paigeant.store import Store
     from paigeant.transport import Transport
+    from paigeant.waits import Sleep, WaitFor
     from paigeant.worker import ActivityWorker
     from paigeant.workflow import Workflow
 
 __all__ = [
     "ActivityRegistry",
     "ActivityWorker",
+    "Handoff",
     "ItineraryPolicy",
     "NonRetryableError",
     "Paigeant",
@@ -47,6 +51,7 @@ __all__ = [
     "RunTimeout",
     "SecurityContext",
     "Settings",
+    "Sleep",
     "Step",
     "StepContext",
     "StepStatus",
@@ -54,11 +59,14 @@ __all__ = [
     "Transport",
     "UnknownActivity",
     "UnknownWorkflow",
+    "WaitFor",
+    "WaitTimeout",
     "Workflow",
 ]
 
 _MODULES = {
     "activity": ("ActivityRegistry",),
+    "agents.plans": ("Handoff",),
     "app": ("Paigeant", "Run", "RunResult"),
     "context": ("StepContext",),
     "errors": (
@@ -69,6 +77,7 @@ _MODULES = {
         "RunTimeout",
         "UnknownActivity",
         "UnknownWorkflow",
+        "WaitTimeout",
     ),
     "message": ("PaigeantMessage",),
     "policy": ("ItineraryPolicy",),
@@ -78,6 +87,7 @@ _MODULES = {
     "slip": ("RoutingSlip", "RunStatus", "Step", "StepStatus"),
     "store": ("Store",),
     "transport": ("Transport",),
+    "waits": ("Sleep", "WaitFor"),
     "worker": ("ActivityWorker",),
     "workflow": ("Workflow",),
 }

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from paigeant.forwarder import Forwarder
 from paigeant.observer import Event, Observer, Observers
 from paigeant.settings import Settings
 from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
-from paigeant.store import DeadLetter, RunDetail, Store
+from paigeant.store import DeadLetter, Request, RunDetail, Store
 from paigeant.stores import open_store
 from paigeant.transport import Transport
 from paigeant.transports import open_transport
@@ -86,9 +87,17 @@ class Run:
         """Take up a failed or compensation_failed run where it stopped. Raises InvalidTransition, RunNotFound."""
         return await self._app.dispatcher.retry(self.id)
 
-    async def signal(self, name: str, value: Any = None) -> None:
-        """Send a named value to the run. Raises RunNotFound, InvalidTransition, InputInvalid."""
-        await self._app.dispatcher.signal(self.id, name, value)
+    async def signal(self, name: str, value: Any = None, *, sender: str = "") -> None:
+        """Send a named value to the run, by `sender`. Raises RunNotFound, InvalidTransition, InputInvalid.
+
+        It is kept until a step waits for it: `WaitFor` or `StepContext.wait_for`.
+        """
+        await self._app.dispatcher.signal(self.id, name, value, sender=sender)
+
+    async def requests(self, *, only_open: bool = True) -> list[Request]:
+        """What the run asks of people, the oldest first. Raises RunNotFound."""
+        await self.status()
+        return await self._app.store.list_requests(workflow_id=self.id, only_open=only_open)
 
 
 class Paigeant:
@@ -166,8 +175,13 @@ class Paigeant:
         workflow_id: str | None = None,
         correlation_id: str | None = None,
         headers: Mapping[str, str] | None = None,
+        start_at: datetime | None = None,
+        deadline: float | None = None,
     ) -> Run:
         """Start a run of `workflow` (or of the one of that name); returns once its start is durable.
+
+        Its first step is done at `start_at` (an aware datetime) at the earliest. `deadline` is the time in seconds that
+        the run may take from then on, instead of the workflow's own.
 
         Dispatching the same `workflow_id` with the same input again gives the same run; with another input it raises
         RunConflict. See `Dispatcher.dispatch` for what else it raises.
@@ -179,13 +193,35 @@ class Paigeant:
         elif not isinstance(workflow, Workflow):
             raise InvalidDefinition(f"dispatch takes a Workflow or the name of one, found {workflow!r}")
         run_id = await self.dispatcher.dispatch(
-            workflow, input, workflow_id=workflow_id, correlation_id=correlation_id, headers=headers
+            workflow,
+            input,
+            workflow_id=workflow_id,
+            correlation_id=correlation_id,
+            headers=headers,
+            start_at=start_at,
+            deadline=deadline,
         )
         return Run(self, run_id)
 
     def run(self, workflow_id: str) -> Run:
         """The run of this id; whether there is one is found out when it is asked something."""
         return Run(self, workflow_id)
+
+    async def requests(self, *, only_open: bool = True, limit: int = 100) -> list[Request]:
+        """What runs ask of people, the oldest first. `only_open`: what still waits for an answer."""
+        return await self.store.list_requests(only_open=only_open, limit=limit)
+
+    async def answer(self, request_id: str, value: Any, *, sender: str = "") -> Request:
+        """Answer a request, once: the run that has asked goes on. See `Dispatcher.answer` for values and errors."""
+        return await self.dispatcher.answer(request_id, value, sender=sender)
+
+    async def approve(self, request_id: str, *, sender: str = "") -> Request:
+        """Approve of what a request asks for. Raises RequestNotFound, InvalidTransition."""
+        return await self.answer(request_id, {"approved": True}, sender=sender)
+
+    async def deny(self, request_id: str, reason: str = "", *, sender: str = "") -> Request:
+        """Deny what a request asks for; whoever asked gets the reason. Raises RequestNotFound, InvalidTransition."""
+        return await self.answer(request_id, {"approved": False, "reason": reason}, sender=sender)
 
     async def prune(self, *, older_than: float, statuses: Collection[RunStatus | str] | None = None) -> int:
         """Delete the runs that ended more than `older_than` seconds ago, with all that belongs to them.

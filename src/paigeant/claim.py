@@ -41,6 +41,8 @@ class Claim:
     activity: Activity
     claimed_at: float
     local: int = 0
+    resumed: bool = False
+    """Whether this very claim has been begun before: what it waited for came while it was being parked."""
     bound: asyncio.Semaphore | None = None
     """The activity's own bound, taken for this step already; None where it has none."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -12,14 +14,17 @@ from typing import Any
 from pydantic_core import from_json
 
 from paigeant import codec
-from paigeant.clock import as_datetime
+from paigeant.clock import as_datetime, is_duration
 from paigeant.errors import InvalidDefinition, OutputInvalid
 from paigeant.journal import Journal, Place, Unit, current_place
+from paigeant.policy import ItineraryPolicy
 from paigeant.security import SecurityContext
 from paigeant.slip import Revision, RoutingSlip, Step, check_name, identify
-from paigeant.store import RunValues, StepKey
+from paigeant.store import RequestKind, RunValues, StepKey
 
 __all__ = ["StepContext"]
+
+Change = Callable[[list[Step], list[Step]], list[Step]]
 
 
 @dataclass(slots=True, eq=False)
@@ -50,10 +55,15 @@ class StepContext:
     _inserted: int = 0
     _usage: bytes | None = None
     _is_fresh: bool = False
+    _now: Callable[[], float] = time.time
     _place: Place = field(init=False)
+    _policy: ItineraryPolicy = field(init=False)
 
     def __post_init__(self) -> None:
-        journal = Journal(self._key, self._store, self.idempotency_key, is_fresh=self._is_fresh)
+        self._policy = self._slip.policy
+        journal = Journal(
+            self._key, self._store, self.idempotency_key, is_fresh=self._is_fresh, now=self._now
+        )
         self._place = Place(journal)
 
     # -- variables
@@ -90,11 +100,63 @@ class StepContext:
             except codec.JsonInvalid as exc:
                 raise OutputInvalid(f"what '{name}' returned can't be written as JSON: {exc}") from exc
 
-        place = current_place()
-        if place is None or place.journal is not self._place.journal:
-            place = self._place
+        place = self._here()
         done = await place.do(place.name(name), Unit(f"'{name}'"), produce)
         return from_json(done.value)
+
+    # -- waits
+
+    async def sleep(self, seconds: float) -> None:
+        """Let so many seconds pass, without a worker: the step is left meanwhile, and its activity called again.
+
+        What came before in the activity is done again then, unless it is a unit: see `once`.
+        """
+        if not is_duration(seconds) and seconds != 0:
+            raise InvalidDefinition(f"a step sleeps for a number of seconds, found {seconds!r}")
+        place = self._here()
+        await place.sleep(place.name("sleep"), seconds)
+
+    async def wait_for(self, name: str, *, timeout: float | None = None) -> Any:
+        """The value of the next signal of this name, which `Run.signal()` sends; one that came before counts, too.
+
+        Each signal is taken by one wait, the oldest first. The step is left until it is there, as with `sleep`. Raises
+        WaitTimeout when it isn't after `timeout` seconds.
+        """
+        check_name("the name of a signal", name)
+        _check_timeout(timeout)
+        place = self._here()
+        found = await place.signal(
+            place.name(f"signal {name}"), name, timeout=timeout, what=f"the signal '{name}'"
+        )
+        return found["value"]
+
+    async def ask(self, question: str, *, timeout: float | None = None, about: Any = None) -> Any:
+        """The answer to a question that `paigeant requests` or `Paigeant.answer()` gives; the step is left until then.
+
+        `about` is shown along with the question. Raises WaitTimeout when nobody has answered after `timeout` seconds.
+        """
+        return (await self._ask("question", question, timeout, about))["value"]
+
+    async def approve(self, question: str, *, timeout: float | None = None, about: Any = None) -> bool:
+        """Whether somebody approved of what is asked; like `ask`."""
+        answer = await self._ask("approval", question, timeout, about)
+        return bool(answer["value"]["approved"])
+
+    async def _ask(
+        self, kind: RequestKind, question: str, timeout: float | None, about: Any
+    ) -> dict[str, Any]:
+        if not isinstance(question, str) or not question.strip():
+            raise InvalidDefinition(f"a question is a non-empty text, found {question!r}")
+        _check_timeout(timeout)
+        try:
+            asked = codec.dump({"question": question, **({} if about is None else {"about": about})})
+        except codec.JsonInvalid as exc:
+            raise OutputInvalid(f"what is asked can't be written as JSON: {exc}") from exc
+        return await self._here().ask(kind, question, asked, timeout=timeout)
+
+    def _here(self) -> Place:
+        place = current_place()
+        return self._place if place is None or place.journal is not self._place.journal else place
 
     # -- revisions
 
@@ -119,26 +181,42 @@ class StepContext:
         self._inserted = len(steps)
 
     def terminate(self) -> None:
-        """Do nothing after this step: the run completes with it."""
-        self._draft = []
+        """Do nothing after this step: the run completes with it. Raises PolicyViolation."""
+        self._revise((), lambda rest, new: [])
         self._inserted = 0
 
-    def _revise(
-        self, steps: tuple[str | Step, ...], change: Callable[[list[Step], list[Step]], list[Step]]
-    ) -> None:
+    @contextmanager
+    def _within(self, policy: ItineraryPolicy) -> Iterator[None]:
+        """Revisions inside are held against `policy` as well."""
+        before = self._policy
+        self._policy = before.narrowed(policy)
+        try:
+            yield
+        finally:
+            self._policy = before
+
+    def _revise(self, steps: tuple[str | Step, ...], change: Change) -> None:
+        self._added, self._draft = self._revised(steps, change)
+
+    def _revised(self, steps: tuple[str | Step, ...], change: Change) -> tuple[list[Step], list[Step]]:
+        """All steps that this one would have added, and the itinerary that it would leave. Raises PolicyViolation."""
         taken = self._slip.step_ids() | {step.id for step in self._added}
         first = len(self._added) + 1
         new = [
-            replace(step, args=_plain_args(step))
+            replace(step, args=_plain_args(step), depth=self._slip.depth + 1)
             for step in identify(steps, taken=taken, parent=self.step_id, first=first)
         ]
-        added = [*self._added, *new]
         draft = change(list(self.remaining), new)
-        self._slip.policy.check(self._slip, added, tuple(draft))
-        self._added, self._draft = added, draft
+        self._policy.check(self._slip, new, tuple(draft), before=self._added)
+        return [*self._added, *new], draft
 
     def _revision(self) -> Revision | None:
         return None if self._draft is None else Revision(tuple(self._draft), len(self._added))
+
+
+def _check_timeout(timeout: object) -> None:
+    if timeout is not None and not is_duration(timeout):
+        raise InvalidDefinition(f"a timeout is in seconds and above 0, found {timeout!r}")
 
 
 def _plain_args(step: Step) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ import secrets
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -16,18 +17,21 @@ from pydantic import TypeAdapter, ValidationError
 from paigeant import codec, ledger
 from paigeant.activity import ActivityRegistry, typed
 from paigeant.arguments import Namespace, resolve
+from paigeant.clock import is_duration
 from paigeant.errors import (
     InputInvalid,
     MessageInvalid,
     MessageTooLarge,
+    RequestNotFound,
     TransportUnavailable,
     UnknownActivity,
 )
-from paigeant.forwarder import Forwarder
+from paigeant.forwarder import LONGEST_DELAY, Forwarder
 from paigeant.message import MessageId, PaigeantMessage, decode
 from paigeant.observer import Event, Observers
 from paigeant.slip import RUN_ENDED, Phase, RoutingSlip, RunStatus, Step, is_text
-from paigeant.store import DeadLetter, RunRecord, StepKey, Store
+from paigeant.store import REQUEST_SIGNAL, DeadLetter, Request, RunRecord, StepKey, Store
+from paigeant.waits import WAITS
 from paigeant.workflow import Workflow
 
 __all__ = ["Dispatcher"]
@@ -61,17 +65,24 @@ class Dispatcher:
         workflow_id: str | None = None,
         correlation_id: str | None = None,
         headers: Mapping[str, str] | None = None,
+        start_at: datetime | None = None,
+        deadline: float | None = None,
     ) -> str:
         """Start a run; gives its id once the start is durable. The same id with the same input is the same run.
 
-        `input` is a mapping, or a model or dataclass that is written as one. Raises InputInvalid, ArgumentError when
-        the first step can't get its arguments, UnknownActivity when strict, RunConflict, MessageTooLarge.
+        Its first step is done at `start_at` (an aware datetime) at the earliest, else at once. `deadline` is the time
+        in seconds that it may take from then on, instead of the workflow's own. `input` is a mapping, or
+        a model or dataclass that is written as one. Raises InputInvalid, ArgumentError when the first step can't get
+        its arguments, UnknownActivity when strict, RunConflict, MessageTooLarge.
         """
         now = await self.store.now()
         run_id = _run_id(workflow_id, now)
         _check_texts(correlation_id, headers)
         text, payload = self._input(workflow, input)
-        slip = replace(workflow.slip(now=now), itinerary=_plain_steps(workflow))
+        begins = _instant(start_at, now)
+        slip = replace(workflow.slip(now=begins), itinerary=_plain_steps(workflow))
+        if deadline is not None:
+            slip = replace(slip, deadline=begins + _checked_deadline(deadline))
         self._check_known(workflow)
         await self._check_first(run_id, slip.next_step(), payload)
         trace_id, parent = _trace(headers or {})
@@ -99,7 +110,11 @@ class Dispatcher:
             deadline=slip.deadline,
         )
         first = self.forwarder.next_step(run_id, slip)
-        letter = None if first is None else self.forwarder.letter(message, first.topic, epoch=0)
+        if first is not None and begins > now:
+            first = replace(first, not_before=begins)
+        letter = None
+        if first is not None and begins - now <= LONGEST_DELAY:
+            letter = self.forwarder.letter(message, first.topic, epoch=0, delay=begins - now)
         posting = None if letter is None else self.forwarder.posting(letter)
         if await self.store.record_workflow_start(run, first, posting):
             self.observers.observe(
@@ -130,15 +145,41 @@ class Dispatcher:
         await self.wake(workflow_id)
         return status
 
-    async def signal(self, workflow_id: str, name: str, value: Any) -> None:
+    async def signal(self, workflow_id: str, name: str, value: Any, *, sender: str = "") -> None:
         """Send a named value to the run. Raises RunNotFound, InvalidTransition, InputInvalid."""
-        if not isinstance(name, str) or not name or not is_text(name):
-            raise InputInvalid(f"a signal has a non-empty text as its name, found {name!r}")
+        if not isinstance(name, str) or not name or not is_text(name) or name.startswith(REQUEST_SIGNAL):
+            raise InputInvalid(
+                f"a signal has a non-empty text as its name, which doesn't begin with {REQUEST_SIGNAL!r}, "
+                f"found {name!r}"
+            )
+        _check_sender(sender)
         try:
             text = codec.dump(value)
         except codec.JsonInvalid as exc:
             raise InputInvalid(f"signal '{name}' can't be written as JSON: {exc}") from exc
-        await self.store.record_signal(workflow_id, name, text)
+        await self.store.record_signal(workflow_id, name, text, sender=sender)
+        await self.wake(workflow_id)
+
+    async def answer(self, request_id: str, value: Any, *, sender: str = "") -> Request:
+        """Answer a request, once; the same answer again changes nothing.
+
+        `value` is what its kind calls for: for an approval whether it is given, or an object with `approved` and
+        perhaps a `reason`; for a question any JSON; for an external event what has happened. Raises RequestNotFound,
+        InputInvalid, InvalidTransition when it has another answer or nobody waits for it any more.
+        """
+        _check_sender(sender)
+        request = await self.store.load_request(request_id)
+        if request is None:
+            raise RequestNotFound(request_id)
+        if request.kind == "approval":
+            value = _approval(value)
+        try:
+            text = codec.dump(value)
+        except codec.JsonInvalid as exc:
+            raise InputInvalid(f"the answer can't be written as JSON: {exc}") from exc
+        answered = await self.store.answer_request(request_id, text, sender=sender)
+        await self.wake(answered.workflow_id)
+        return answered
 
     async def wake(self, workflow_id: str) -> None:
         """Send messages for the steps of the run that are ready."""
@@ -193,7 +234,7 @@ class Dispatcher:
         if not self.registry and not self.strict:
             return  # a dispatcher without code: others know the activities
         for step in workflow.steps:
-            if step.activity not in self.registry:
+            if step.activity not in self.registry and step.activity not in WAITS:
                 unknown = UnknownActivity(step.activity, self.registry)
                 if self.strict:
                     raise unknown
@@ -205,6 +246,38 @@ class Dispatcher:
             return
         namespace = Namespace(run_id, payload, RoutingSlip(itinerary=(step,)))
         await resolve(self.registry.get(step.activity), namespace, args=step.args)
+
+
+def _instant(start_at: object, now: float) -> float:
+    if start_at is None:
+        return now
+    if not isinstance(start_at, datetime) or start_at.tzinfo is None:
+        raise InputInvalid(f"start_at is a datetime with a time zone, found {_short(start_at)}")
+    return max(start_at.timestamp(), now)
+
+
+def _checked_deadline(deadline: object) -> float:
+    if not is_duration(deadline):
+        raise InputInvalid(f"a deadline is in seconds and above 0, found {_short(deadline)}")
+    assert isinstance(deadline, (int, float)), "a duration is a number"
+    return float(deadline)
+
+
+def _check_sender(sender: object) -> None:
+    if not isinstance(sender, str) or not is_text(sender):
+        raise InputInvalid(f"a sender is a text without control characters, found {_short(sender)}")
+
+
+def _approval(value: Any) -> dict[str, Any]:
+    answer = {"approved": value} if isinstance(value, bool) else value
+    if isinstance(answer, Mapping) and set(answer) <= {"approved", "reason", "arguments"}:
+        approved, reason = answer.get("approved"), answer.get("reason", "")
+        if isinstance(approved, bool) and isinstance(reason, str):
+            return dict(answer)
+    raise InputInvalid(
+        "an approval is answered by true or false, or by an object with `approved` (true or false) and, if need be, "
+        f"a `reason` (text) or other `arguments` of the call, found {_short(value)}"
+    )
 
 
 _NOT_CARRIED = frozenset({"obo_token", "jws_signature"})

@@ -146,6 +146,18 @@ class RunNotFound(PaigeantError):
         super().__init__(f"no run '{workflow_id}' in this store; `paigeant runs list` shows what is there")
 
 
+class RequestNotFound(PaigeantError):
+    """There is no request of this id."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"no request '{request_id}'; `paigeant requests list` shows those that wait")
+        self.request_id = request_id
+
+
+class WaitTimeout(NonRetryableError, TimeoutError):
+    """What a step waited for has not come in time. That is recorded, so that no further attempt waits again."""
+
+
 class NotAdopted(PaigeantError):
     """A run that began in another store can't go on in this one."""
 

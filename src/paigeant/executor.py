@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import Executor as Threads
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 from pydantic_core import from_json
@@ -30,13 +32,13 @@ from paigeant.errors import (
     StoreUnavailable,
     TransportUnavailable,
 )
-from paigeant.forwarder import Forwarder, Letter
+from paigeant.forwarder import LONGEST_DELAY, Forwarder, Letter
 from paigeant.message import PaigeantMessage
 from paigeant.observer import Observers
 from paigeant.patience import patiently
 from paigeant.performer import Attempt, Performer
 from paigeant.reporter import Reporter
-from paigeant.routing import Failed, Finish, Forward, Move, Retry, Succeeded, Undo, route
+from paigeant.routing import Failed, Finish, Forward, Move, Park, Retry, Succeeded, Undo, route
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, Refused, StepKey, StepResult, Store
 from paigeant.transport import Transport
@@ -145,10 +147,13 @@ class Executor:
         return following
 
     async def _work(self, claim: Claim) -> Claim | None:
-        attempt = await self.performer.perform(claim)
-        self._check_revision(claim, attempt)
-        move = route(claim.message.routing_slip, attempt.outcome, claim.now)
-        return await self.record(claim, attempt, move)
+        following: Claim | None = claim
+        while following is not None and following.key == claim.key:
+            attempt = await self.performer.perform(following)
+            self._check_revision(following, attempt)
+            move = route(following.message.routing_slip, attempt.outcome, following.now)
+            following = await self.record(following, attempt, move)
+        return following
 
     async def claim(self, message: PaigeantMessage) -> Claim | None:
         """Lease the step and count the attempt; only then may it be acked. None when there is nothing to do here."""
@@ -223,7 +228,10 @@ class Executor:
         return None
 
     async def record(self, claim: Claim, attempt: Attempt, move: Move) -> Claim | None:
-        """Make the result and what follows durable; gives the next step's claim, if the run goes on here."""
+        """Make the result and what follows durable; gives the next step's claim, if the run goes on here.
+
+        It is this same step's when what the attempt waits for has come meanwhile.
+        """
         following = self._following(claim, attempt, move)
         next_step = None if following is None else self.forwarder.next_step(claim.key.workflow_id, move.slip)
         activity = self._goes_on_here(claim, next_step)
@@ -237,13 +245,16 @@ class Executor:
         bound = None if activity is None else await self.slot(activity.name)
         try:
             answer = await self._persist(result, letter)
+            if isinstance(answer, Refused) and isinstance(move, Park) and answer.reason == "arrived":
+                self._recording.discard((claim.key, claim.grant.epoch))
+                return replace(claim, resumed=True)
             if isinstance(answer, Refused):
                 self.reporter.tell("step.lost", claim, error=answer.reason)
                 return None
             self.reporter.tell_recorded(claim, result, move)
             if activity is not None and answer.grant and following is not None and next_step is not None:
                 key, local = next_step.key, claim.local + 1
-                taken = Claim(key, answer.grant, following, activity, time.monotonic(), local, bound)
+                taken = Claim(key, answer.grant, following, activity, time.monotonic(), local, bound=bound)
                 bound = None
                 return taken
         finally:
@@ -356,10 +367,15 @@ class Executor:
     ) -> Letter | None:
         if following is None or next_step is None:
             return None
-        if isinstance(move, Retry):
-            return self.forwarder.letter(
-                following, next_step.topic, epoch=claim.grant.epoch, delay=move.delay
-            )
+        epoch = claim.grant.epoch
+        match move:
+            case Retry(delay=delay):
+                return self.forwarder.letter(following, next_step.topic, epoch=epoch, delay=delay)
+            case Park(until=until):
+                delay = math.inf if until is None else max(until - claim.now, 0.0)
+                if delay > LONGEST_DELAY:
+                    return None
+                return self.forwarder.letter(following, next_step.topic, epoch=epoch, delay=delay)
         return self.forwarder.letter(following, next_step.topic, epoch=ledger.life(claim.grant.epoch))
 
     def _result(
@@ -368,24 +384,16 @@ class Executor:
         outcome, context = attempt.outcome, attempt.context
         forward = claim.key.phase is Phase.DO
         error = outcome.error if isinstance(outcome, Failed) else None
-        if isinstance(move, Retry):
-            return StepResult(
-                key=claim.key,
-                worker=self.worker_id,
-                epoch=claim.grant.epoch,
-                attempt=claim.grant.attempt,
-                status=StepStatus.READY,
-                delay=move.delay,
-                error=error,
-            )
+        result = partial(StepResult, claim.key, self.worker_id, claim.grant.epoch, claim.grant.attempt)
+        match move:
+            case Retry(delay=delay):
+                return result(StepStatus.READY, delay=delay, error=error)
+            case Park(waits_for=waits_for, until=until):
+                return result(StepStatus.WAITING, waits_for=waits_for, until=until)
         done = outcome if isinstance(outcome, Succeeded) else Succeeded()
         succeeded = isinstance(outcome, Succeeded) and context is not None
-        return StepResult(
-            key=claim.key,
-            worker=self.worker_id,
-            epoch=claim.grant.epoch,
-            attempt=claim.grant.attempt,
-            status=move.status,
+        return result(
+            move.status,
             strict=claim.activity.strict_fencing,
             run=_run_status(move, forward=forward),
             ending="failed" if forward and error is not None else None,

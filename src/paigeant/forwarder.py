@@ -18,7 +18,10 @@ from paigeant.slip import Compensation, Phase, RoutingSlip, Step, StepStatus
 from paigeant.store import NextStep, RunDetail, StepKey, Store
 from paigeant.transport import Posting, Transport
 
-__all__ = ["STORED_PAYLOAD", "Forwarder", "Letter"]
+__all__ = ["LONGEST_DELAY", "STORED_PAYLOAD", "Forwarder", "Letter"]
+
+LONGEST_DELAY = 60.0
+"""Seconds. A message for a later time would only lie about: the sweeper sends it when it is due."""
 
 STORED_PAYLOAD = "paigeant-payload"
 """A header: the payload would make the message too large, and is to be read from the store."""

@@ -11,22 +11,30 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import secrets
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from pydantic_core import from_json, to_json
+
 from paigeant import codec
-from paigeant.errors import OutcomeUnknown, OutsideStep
-from paigeant.store import RunValues, StepKey
+from paigeant.errors import OutcomeUnknown, OutsideStep, WaitTimeout
+from paigeant.parking import Parking
+from paigeant.store import Request, RequestKind, RunValues, StepKey
 
 __all__ = ["Done", "Journal", "Place", "Unit", "current_place", "effect_key"]
 
 Value = TypeVar("Value")
 
 _LONGEST_NAME = 300
+_SHORT_SECONDS = 1.0
+"""What is over so soon isn't worth leaving the step for."""
+
 _PLACE: ContextVar[Place | None] = ContextVar("paigeant.place", default=None)
 
 
@@ -77,14 +85,24 @@ class Journal:
     """The records of one step. `effect` is the key of the step's own effects.
 
     `is_fresh`: nobody has begun this step before, so that there is nothing to read. Otherwise all of its records are
-    read at once, before the first is needed.
+    read at once, before the first is needed. `now` gives the store's time.
     """
 
-    __slots__ = ("_key", "_loop", "_reading", "_recorded", "_store", "effect")
+    __slots__ = ("_loop", "_reading", "_recorded", "_store", "effect", "key", "now", "parking")
 
-    def __init__(self, key: StepKey, store: RunValues, effect: str, *, is_fresh: bool = False) -> None:
+    def __init__(
+        self,
+        key: StepKey,
+        store: RunValues,
+        effect: str,
+        *,
+        is_fresh: bool = False,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self.effect = effect
-        self._key = key
+        self.now = now
+        self.parking = Parking()
+        self.key = key
         self._store = store
         self._recorded: dict[str, bytes] | None = {} if is_fresh else None
         self._reading: asyncio.Lock | None = None
@@ -104,15 +122,27 @@ class Journal:
                 self._reading = asyncio.Lock()
             async with self._reading:
                 if self._recorded is None:
-                    self._recorded = await self._store.load_units(self._key)
+                    self._recorded = await self._store.load_units(self.key)
         found = self._recorded.pop(unit, None)  # each is asked for once: large ones needn't stay
         if found is None and again:
-            found = await self._store.load_unit(self._key, unit)
+            found = await self._store.load_unit(self.key, unit)
         return found
 
     async def save(self, unit: str, value: bytes) -> bytes:
         """Record a unit, durably; gives the record that stands, which may be another worker's."""
-        return await self._at_home(self._store.save_unit(self._key, unit, value))
+        return await self._at_home(self._store.save_unit(self.key, unit, value))
+
+    async def take(self, unit: str, signal: str) -> bytes | None:
+        """Record the oldest signal of this name that nobody has taken; gives the record that stands, None without."""
+        return await self._at_home(self._store.take_signal(self.key, unit, signal))
+
+    async def request(self, request: Request) -> None:
+        """Keep what is asked of somebody outside. One of the same id stays as it is."""
+        await self._at_home(self._store.open_request(request))
+
+    async def park(self, waits_for: tuple[str, ...], until: float | None, around: frozenset[object]) -> None:
+        """Wait for one of the signals, or for an instant; see `Parking.wait`."""
+        await self._at_home(self.parking.wait(waits_for, until, around))
 
     async def _at_home(self, work: Coroutine[Any, Any, Value]) -> Value:
         if self._loop is None or self._loop is asyncio.get_running_loop():
@@ -131,6 +161,7 @@ class Place:
     journal: Journal
     within: str = ""
     again: bool = False
+    outer: Place | None = None
     _counts: dict[str, Iterator[int]] = field(default_factory=dict)
 
     @property
@@ -174,6 +205,79 @@ class Place:
         value = await self._produce(name, unit, produce)
         return Done(await self.journal.save(name, value), executed=True)
 
+    async def instant(self, name: str, *, offset: float = 0.0) -> float:
+        """A recorded instant: `offset` seconds after this was first asked for under this name."""
+        recorded = await self.journal.find(name, again=self.again)
+        if recorded is None:
+            recorded = await self.journal.save(name, to_json(self.journal.now() + offset))
+        return float(from_json(recorded))
+
+    async def sleep(self, name: str, seconds: float) -> None:
+        """Let so many seconds pass since this was first asked for under this name, whoever asks again and where.
+
+        Leaves the step meanwhile, unless it isn't long.
+        """
+        until = await self.instant(name, offset=seconds)
+        left = until - self.journal.now()
+        if left > _SHORT_SECONDS:
+            await self.journal.park((), until, self._around())
+        await asyncio.sleep(max(left, 0.0))
+
+    async def signal(
+        self,
+        name: str,
+        signal: str,
+        *,
+        timeout: float | None,
+        what: str,
+        ask: Callable[[float | None], Awaitable[None]] | None = None,
+    ) -> dict[str, Any]:
+        """The next signal of a name, as the unit `name`: an object with its `value`, `by` whom, and `at` which instant.
+
+        Leaves the step until it is there, after `ask`, which gets the instant at which the time is up and may be done
+        several times. Raises WaitTimeout when it isn't there after `timeout` seconds; `what` names it.
+        """
+        recorded = await self.journal.find(name, again=self.again)
+        if recorded is None:
+            recorded = await self.journal.take(name, signal)
+        if recorded is None:
+            until = None if timeout is None else await self.instant(f"{name}!until", offset=timeout)
+            if until is None or self.journal.now() < until:
+                if ask is not None:
+                    await ask(until)
+                await self.journal.park((signal,), until, self._around())
+            recorded = await self.journal.save(name, b"null")
+        found = from_json(recorded)
+        if found is None:
+            raise WaitTimeout(f"{what} has not come within {timeout:g} s")
+        answer: dict[str, Any] = found
+        return answer
+
+    async def token(self, name: str) -> str:
+        """A recorded text that nobody can guess, the same each time it is asked for under this name."""
+        recorded = await self.journal.find(name, again=self.again)
+        if recorded is None:
+            recorded = await self.journal.save(name, codec.dump(secrets.token_urlsafe(16)))
+        token: str = from_json(recorded)
+        return token
+
+    async def ask(
+        self, kind: RequestKind, name: str, asked: bytes, *, timeout: float | None
+    ) -> dict[str, Any]:
+        """The answer to a request, as the next unit at this place; `asked` (JSON) is what whoever answers is told.
+
+        An object with its `value`, `by` whom, and `at` which instant. The step is left until somebody has answered.
+        Raises WaitTimeout when nobody has after `timeout` seconds.
+        """
+        unit = self.name(f"{kind} {name}")
+        request = Request(await self.token(f"{unit}!token"), *self.journal.key[:2], kind, name, asked)
+
+        async def keep(until: float | None) -> None:
+            await self.journal.request(replace(request, expires_at=until))
+
+        what = f"the answer to '{name}'"
+        return await self.signal(unit, request.signal, timeout=timeout, what=what, ask=keep)
+
     async def standing(self, name: str) -> str:
         """The name under which the unit `name` is done now: another one for each time that it was `refuse`d."""
         unit = name
@@ -199,7 +303,8 @@ class Place:
         for number in itertools.count(1):
             limit = asyncio.timeout(unit.timeout)
             try:
-                with self._inner(name, again=self.again or number > 1).entered():
+                inner = self._inner(name, again=self.again or number > 1)
+                with self.journal.parking.working(inner), inner.entered():
                     async with limit:
                         return await produce()
             except Exception as exc:
@@ -219,7 +324,16 @@ class Place:
         raise AssertionError("unreachable")
 
     def _inner(self, name: str, *, again: bool) -> Place:
-        return Place(self.journal, name, again)
+        return Place(self.journal, name, again, self)
+
+    def _around(self) -> frozenset[object]:
+        """The units within which this is, that can't go on while something here waits."""
+        places: list[object] = []
+        place: Place | None = self
+        while place is not None and place.within:
+            places.append(place)
+            place = place.outer
+        return frozenset(places)
 
 
 def _digest(text: str) -> str:

@@ -7,7 +7,8 @@ and the payload of a run from its rows alone: what a message carried is never ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
-from paigeant.errors import InvalidDefinition, InvalidTransition
+from paigeant.errors import InvalidDefinition, InvalidTransition, RequestNotFound
 from paigeant.routing import Undo, turn_round
 from paigeant.slip import (
     RUN_ENDED,
@@ -31,6 +32,7 @@ from paigeant.store import (
     Grant,
     Recorded,
     Refused,
+    Request,
     RunDetail,
     StepKey,
     StepRecord,
@@ -39,10 +41,12 @@ from paigeant.store import (
 
 __all__ = [
     "MOST_GRACES",
+    "NEVER",
     "OPEN",
     "Changes",
     "Head",
     "adopted",
+    "answers",
     "claim",
     "expire",
     "fold",
@@ -56,6 +60,7 @@ __all__ = [
     "release",
     "resume",
     "stop",
+    "wake",
 ]
 
 OPEN = frozenset({StepStatus.READY, StepStatus.RUNNING, StepStatus.WAITING})
@@ -65,6 +70,12 @@ Patch = dict[str, Any]
 
 MOST_GRACES = 30
 """A ready step is sent again at least every so many grace times, however long it has waited."""
+
+NEVER = 253_402_300_800.0
+"""The instant (the year 10000) at which a step is to be woken that waits without an end."""
+
+_EARLY_SECONDS = 1.0
+"""A message that comes so much too early is given back; who comes earlier has heard of something that is over."""
 
 _LIFE = 1_000_000
 """Epochs of undos that a retry by an operator begins anew start at the next multiple of it: what was sent or claimed
@@ -83,6 +94,7 @@ class Head:
     attempt: int
     worker: str | None
     not_before: float
+    wake_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -103,9 +115,12 @@ def claim(head: Head | None, request: ClaimRequest, changes: Changes, *, now: fl
     if head.run in RUN_ENDED or (head.run is RunStatus.COMPENSATING and head.key.phase is Phase.DO):
         return Refused("ended")
     match head.status:
-        case StepStatus.RUNNING | StepStatus.WAITING:
+        case StepStatus.RUNNING:
             return Refused("taken")
-        case StepStatus.READY:
+        case StepStatus.WAITING if head.wake_at > now:
+            early = head.wake_at - now
+            return Refused("not_due", retry_in=early) if early < _EARLY_SECONDS else Refused("taken")
+        case StepStatus.READY | StepStatus.WAITING:
             pass
         case _:
             return Refused("recorded")
@@ -122,6 +137,7 @@ def claim(head: Head | None, request: ClaimRequest, changes: Changes, *, now: fl
                 "attempt": grant.attempt,
                 "worker": request.worker,
                 "started_at": now,
+                **({"waits_for": None} if head.status is StepStatus.WAITING else {}),
             },
         )
     )
@@ -134,9 +150,18 @@ def claim(head: Head | None, request: ClaimRequest, changes: Changes, *, now: fl
 
 
 def record(
-    head: Head | None, result: StepResult, changes: Changes, *, now: float, grace: float
+    head: Head | None,
+    result: StepResult,
+    changes: Changes,
+    *,
+    now: float,
+    grace: float,
+    arrived: Collection[str] = (),
 ) -> Recorded | Refused:
-    """T3: an attempt's end, and what follows, guarded by the state of the run and the epoch."""
+    """T3: an attempt's end, and what follows, guarded by the state of the run and the epoch.
+
+    `arrived`: names of the run's signals that nobody has taken. A step that would wait for one of them isn't parked.
+    """
     if head is None:
         return Refused("unknown")
     mine = head.epoch == result.epoch and head.worker == result.worker
@@ -152,6 +177,11 @@ def record(
     succeeded = result.status in (StepStatus.COMPLETED, StepStatus.SKIPPED, StepStatus.COMPENSATED)
     if not held and (result.strict or not succeeded):
         return Refused("stale")
+    if result.status is StepStatus.WAITING:
+        if not arrived or not set(result.waits_for).intersection(arrived):
+            _park(head, result, changes, forward=forward)
+            return Recorded()
+        return Refused("arrived")
     if result.status is StepStatus.READY:
         not_before = now + result.delay
         changes.steps.append(
@@ -220,6 +250,51 @@ def record(
     workflow_id = head.key.workflow_id
     changes.variables.extend((workflow_id, name, value) for name, value in result.variables.items())
     return Recorded(grant)
+
+
+def _park(head: Head, result: StepResult, changes: Changes, *, forward: bool) -> None:
+    """Nobody works on the step until what it waits for is there. The attempt goes on then: it doesn't count twice."""
+    changes.steps.append(
+        (
+            head.key,
+            {
+                "status": StepStatus.WAITING,
+                "worker": None,
+                "attempt": max(head.attempt - 1, 0),
+                "waits_for": json.dumps(result.waits_for).encode(),
+                "wake_at": NEVER if result.until is None else result.until,
+            },
+        )
+    )
+    if forward:
+        changes.runs.append((head.key.workflow_id, {"status": RunStatus.WAITING}))
+
+
+def wake(key: StepKey, changes: Changes, *, now: float) -> None:
+    """A waiting step is ready again, and due for a message at once."""
+    ready: Patch = {"status": StepStatus.READY, "waits_for": None, "not_before": now, "wake_at": now}
+    changes.steps.append((key, ready))
+
+
+def answers(request_id: str, request: Request | None, answer: bytes) -> bool:
+    """Whether this answer is to be kept; False when it is there already.
+
+    Raises RequestNotFound, and InvalidTransition when there is another one, or nobody waits for it any more.
+    """
+    if request is None:
+        raise RequestNotFound(request_id)
+    if request.answer is not None:
+        if from_json(request.answer) == from_json(answer):
+            return False
+        by = f" by {request.answered_by}" if request.answered_by else ""
+        raise InvalidTransition(
+            f"request '{request_id}' has been answered{by} already: {request.answer.decode()[:200]}"
+        )
+    if not request.is_open:
+        raise InvalidTransition(
+            f"nobody waits for an answer to request '{request_id}' any more: its time is up, or its run has ended"
+        )
+    return True
 
 
 def release(

@@ -29,6 +29,7 @@ EventName = Literal[
     "step.completed",
     "step.skipped",
     "step.retrying",
+    "step.waiting",
     "step.failed",
     "step.compensated",
     "step.compensation_failed",

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from paigeant.errors import StoreUnavailable
-from paigeant.store import RunValues, StepKey
+from paigeant.store import Request, RunValues, StepKey
 
 __all__ = ["PatientValues", "patiently"]
 
@@ -71,6 +71,12 @@ class PatientValues:
 
     async def load_units(self, key: StepKey) -> dict[str, bytes]:
         return await self._ask(lambda: self._values.load_units(key), f"records of step '{key.step}'")
+
+    async def take_signal(self, key: StepKey, unit: str, name: str) -> bytes | None:
+        return await self._ask(lambda: self._values.take_signal(key, unit, name), f"signal '{name}'")
+
+    async def open_request(self, request: Request) -> None:
+        await self._ask(lambda: self._values.open_request(request), f"request '{request.name}'")
 
     async def _ask(self, ask: Callable[[], Awaitable[Answer]], what: str) -> Answer:
         return await patiently(ask, what, seconds=self._seconds, chance=self._chance)

@@ -20,7 +20,7 @@ from paigeant.context import StepContext, deadline_of
 from paigeant.errors import ActivityRejected, InvalidDefinition, NonRetryableError, PaigeantError
 from paigeant.observer import CURRENT
 from paigeant.patience import PatientValues
-from paigeant.routing import Failed, Outcome, Skipped, Succeeded
+from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
 from paigeant.slip import Compensation, Phase
 from paigeant.store import Store
 
@@ -108,6 +108,10 @@ class Performer:
             error = exc
         finally:
             CURRENT.reset(token)
+        parking = context._place.journal.parking
+        if parking.is_parked and not limit.expired():
+            attempt.outcome = Parked(parking.waits_for, parking.until)
+            return attempt
         if self._is_stopping() and _is_cancelled():
             raise asyncio.CancelledError from error  # a library may put it in words of its own
         permanent = isinstance(error, (NonRetryableError, InvalidDefinition))
@@ -165,7 +169,8 @@ class Performer:
             _key=key,
             _slip=message.routing_slip,
             _store=self.values,
-            _is_fresh=claim.grant.epoch == 1,
+            _is_fresh=claim.grant.epoch == 1 and not claim.resumed,
+            _now=lambda: claim.now,
         )
         context._place.journal.open()
         return context

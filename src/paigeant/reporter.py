@@ -8,13 +8,15 @@ from typing import Any
 from paigeant.claim import Claim
 from paigeant.message import PaigeantMessage
 from paigeant.observer import Event, EventName, Observers
-from paigeant.routing import Move, Retry
+from paigeant.routing import Move, Park, Retry
 from paigeant.slip import RunStatus, StepStatus
 from paigeant.store import StepResult
 
 __all__ = ["Reporter"]
 
 _STEP_EVENTS: dict[StepStatus, EventName] = {
+    StepStatus.READY: "step.retrying",
+    StepStatus.WAITING: "step.waiting",
     StepStatus.COMPLETED: "step.completed",
     StepStatus.SKIPPED: "step.skipped",
     StepStatus.FAILED: "step.failed",
@@ -62,8 +64,12 @@ class Reporter:
         if not self.observers:
             return
         seconds = time.monotonic() - claim.claimed_at
-        name: EventName = "step.retrying" if isinstance(move, Retry) else _STEP_EVENTS[result.status]
-        more = {"delay": move.delay} if isinstance(move, Retry) else {}
-        self.tell(name, claim, seconds=seconds, error=result.error, more=more)
+        more: dict[str, Any] = {}
+        match move:
+            case Retry(delay=delay):
+                more = {"delay": delay}
+            case Park(waits_for=waits_for, until=until):
+                more = {"waits_for": list(waits_for), "until": until}
+        self.tell(_STEP_EVENTS[result.status], claim, seconds=seconds, error=result.error, more=more)
         if result.run is not None and result.run in _RUN_EVENTS:
             self.tell(_RUN_EVENTS[result.run], claim, error=result.run_error)

@@ -14,6 +14,8 @@ __all__ = [
     "Forward",
     "Move",
     "Outcome",
+    "Park",
+    "Parked",
     "Retry",
     "Skipped",
     "Succeeded",
@@ -51,7 +53,15 @@ class Failed:
     chance: float = 0.0
 
 
-Outcome = Succeeded | Skipped | Failed
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """The attempt is to go on when one of the signals `waits_for` is there, or at the instant `until`."""
+
+    waits_for: tuple[str, ...] = ()
+    until: float | None = None
+
+
+Outcome = Succeeded | Skipped | Failed | Parked
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,15 @@ class Retry:
     slip: RoutingSlip
     delay: float
     error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """The same step goes on when one of the signals `waits_for` is there, or at the instant `until`."""
+
+    slip: RoutingSlip
+    waits_for: tuple[str, ...]
+    until: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +111,7 @@ class Finish:
     error: str | None = None
 
 
-Move = Forward | Retry | Undo | Finish
+Move = Forward | Retry | Park | Undo | Finish
 
 
 def route(slip: RoutingSlip, outcome: Outcome, now: float) -> Move:
@@ -105,6 +124,8 @@ def route(slip: RoutingSlip, outcome: Outcome, now: float) -> Move:
         case Succeeded(revision=revision, compensation=compensation, stored=stored):
             done = slip.mark_complete(compensation=compensation, revision=revision, stored=stored)
             return _next_step(done, StepStatus.COMPLETED)
+        case Parked(waits_for=waits_for, until=until):
+            return Park(slip, waits_for, until)
         case Skipped():
             return _next_step(slip.mark_complete(status=StepStatus.SKIPPED), StepStatus.SKIPPED)
         case _:

@@ -74,11 +74,13 @@ __all__ = [
     "orphan_steps",
     "patch_rows",
     "run_of",
+    "save_units",
     "save_variables",
     "statuses_of",
     "unit_of",
     "units_of",
     "variable_in",
+    "waiting_steps",
 ]
 
 KEY = (step_executions.c.workflow_id, step_executions.c.step, step_executions.c.phase)
@@ -124,6 +126,7 @@ def _head_query() -> Select[Any]:
             steps.attempt,
             steps.worker,
             steps.not_before,
+            steps.wake_at,
         )
         .select_from(keys)
         .join(step_executions, and_(*same))
@@ -203,11 +206,9 @@ def heads_of(tx: Tx, keys: Sequence[StepKey]) -> dict[StepKey, Head]:
     """What decisions need to know of those of the steps that exist. Their runs are locked."""
     lock_runs(tx, [key.workflow_id for key in keys])
     heads = {}
-    for workflow_id, step, phase, seq, run, status, epoch, attempt, worker, not_before in _HEADS.rows(
-        tx, json.dumps(keys)
-    ):
+    for workflow_id, step, phase, seq, run, status, *rest in _HEADS.rows(tx, json.dumps(keys)):
         key = StepKey(workflow_id, step, _PHASES[phase])
-        heads[key] = Head(key, seq, _RUNS[run], _STEPS[status], epoch, attempt, worker, not_before)
+        heads[key] = Head(key, seq, _RUNS[run], _STEPS[status], *rest)
     return heads
 
 
@@ -226,6 +227,11 @@ _due_at = case(
 def is_in(status: StepStatus) -> ColumnElement[bool]:
     """Whether a step is in this state, written out, so that it fits the partial indexes of ready and running steps."""
     return step_executions.c.status == literal_column(f"'{status.value}'")
+
+
+def waiting_steps(now: float) -> Select[Any]:
+    """The waiting steps whose time has come."""
+    return select(*KEY).where(is_in(StepStatus.WAITING), step_executions.c.wake_at <= now)
 
 
 def orphan_steps() -> Select[Any]:
@@ -391,6 +397,21 @@ _UNITS = Prepared(
 )
 
 
+_SAVE_UNIT = upsert(
+    step_units,
+    ["workflow_id", "step", "phase", "name", "value"],
+    key=["workflow_id", "step", "phase", "name"],
+    update=None,
+)
+
+
+def save_units(tx: Tx, units: Iterable[tuple[StepKey, str, bytes]]) -> None:
+    """Record values of units; of one name the first stays the first."""
+    # In one order, so that no two transactions wait for each other.
+    rows = [(*key[:2], key.phase.value, name, value.decode()) for key, name, value in units]
+    _SAVE_UNIT.each(tx, sorted(rows, key=lambda row: row[:4]))
+
+
 def units_of(tx: Tx, key: StepKey) -> dict[str, bytes]:
     """The recorded values of all units inside a step, by name."""
     rows = _UNITS.rows(tx, key.workflow_id, key.step, key.phase.value)
@@ -453,7 +474,7 @@ def new_step(step: StepRecord) -> tuple[Any, ...]:
 
 def _step(values: dict[str, Any]) -> StepRecord:
     values["phase"], values["status"] = _PHASES[values["phase"]], _STEPS[values["status"]]
-    for name in ("input", "output", "revision", "usage"):
+    for name in ("input", "output", "revision", "usage", "waits_for"):
         values[name] = encoded(values[name])
     return StepRecord(**values)
 
@@ -505,8 +526,8 @@ def details_of(tx: Tx, workflow_ids: Collection[str], inline_bytes: int | None) 
     for run_id, name, value in variable_rows():
         variables.setdefault(run_id, {})[name] = variable_in(value)
     signals: dict[str, list[Signal]] = {}
-    for _, run_id, name, value, created_at in signal_rows():
-        signals.setdefault(run_id, []).append(Signal(name, value.encode(), created_at))
+    for _, run_id, name, value, *rest in signal_rows():
+        signals.setdefault(run_id, []).append(Signal(name, value.encode(), *rest))
     runs = [run_of(dict(zip(_RUN_FIELDS, row, strict=True))) for row in run_rows()]
     return {
         run.id: RunDetail(

@@ -132,7 +132,7 @@ STEP_MOVES: dict[StepStatus, frozenset[StepStatus]] = {
             StepStatus.COMPENSATION_FAILED,
         }
     ),
-    StepStatus.WAITING: frozenset({StepStatus.READY, StepStatus.FAILED}),
+    StepStatus.WAITING: frozenset({StepStatus.READY, StepStatus.RUNNING, StepStatus.FAILED}),
     StepStatus.COMPLETED: frozenset({StepStatus.COMPENSATED, StepStatus.COMPENSATION_FAILED}),
     StepStatus.SKIPPED: frozenset(),
     StepStatus.FAILED: frozenset({StepStatus.READY}),
@@ -167,7 +167,8 @@ class Step:
 
     `id` names the step within its run; a workflow gives it one where it is empty. `args` are arguments that don't come
     from the payload. `when` is a CEL expression over the payload, evaluated where the step would run; false skips the
-    step. `retries`, `timeout` (seconds, for each attempt) and `topic` override the activity's own.
+    step. `retries`, `timeout` (seconds, for each attempt) and `topic` override the activity's own. `depth` is set by
+    the engine: how many steps added each other down to this one, 0 for a step of the workflow.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
@@ -180,6 +181,7 @@ class Step:
     retries: int | RetryPolicy | None = None
     timeout: float | None = None
     topic: str | None = None
+    depth: int = 0
 
     def __post_init__(self) -> None:
         check_name("the activity of a step", self.activity)
@@ -264,6 +266,11 @@ class RoutingSlip:
     def next_undo(self) -> Compensation | None:
         """The step to undo next, the last recorded first; None when nothing is left or the run goes forward."""
         return self.compensations[-1] if self.compensations and self.ending is not None else None
+
+    @property
+    def depth(self) -> int:
+        """That of the step to do next."""
+        return self.itinerary[0].depth if self.itinerary else 0
 
     @property
     def is_done(self) -> bool:

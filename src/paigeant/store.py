@@ -6,15 +6,18 @@ for every store. Instants are seconds since 1970 (UTC) by the store's own clock,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from paigeant.message import MessageId
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.transport import BODY_KEPT_BYTES, Posting, Transport
 
 __all__ = [
+    "OPEN_FOR_ANSWERS",
+    "REQUEST_SIGNAL",
     "ClaimRequest",
     "DeadLetter",
     "Grant",
@@ -22,6 +25,8 @@ __all__ = [
     "OpenTopic",
     "Recorded",
     "Refused",
+    "Request",
+    "RequestKind",
     "RunDetail",
     "RunHistory",
     "RunRecord",
@@ -70,7 +75,8 @@ class StepRecord:
     """A row of `step_executions`: one step, done or undone, from ready to its end.
 
     `seq` orders the rows of a run. `epoch` rises with each claim, `attempt` counts the tries that may have run. A ready
-    row may start from `not_before` on; the sweeper looks at it from `wake_at` on. `input`, `output`, `revision` (the
+    row may start from `not_before` on; the sweeper looks at it from `wake_at` on, and wakes a waiting row then, which
+    else one of the signals in `waits_for` (JSON) wakes. `input`, `output`, `revision` (the
     itinerary that the step left, with the number of added steps) and `usage` are JSON. `undo_topic`: where its
     compensation runs, None when it has none.
     """
@@ -96,6 +102,7 @@ class StepRecord:
     created_at: float = 0.0
     started_at: float | None = None
     completed_at: float | None = None
+    waits_for: bytes | None = None
 
     @property
     def key(self) -> StepKey:
@@ -132,7 +139,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A change didn't take effect. `reason`: unknown, ended, recorded, taken, not_due or stale.
+    """A change didn't take effect. `reason`: unknown, ended, recorded, taken, not_due, stale or arrived.
 
     `retry_in`: seconds until it may be asked again, where that is known (not_due).
     """
@@ -143,18 +150,20 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class NextStep:
-    """What becomes ready with a result."""
+    """What becomes ready with a result, or with the start of a run; it may start from `not_before` on."""
 
     key: StepKey
     activity: str
     topic: str
+    not_before: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """How an attempt ended and what follows: all that one transaction records.
 
-    `status` READY means another attempt in `delay` seconds. `run` is the run's new state, None where it keeps its own.
+    `status` READY means another attempt in `delay` seconds; WAITING, that the attempt goes on once one of the signals
+    `waits_for` is there, or at the instant `until`. `run` is the run's new state, None where it keeps its own.
     `take_next`: the same worker goes on with `next` at once, which is claimed in the same transaction.
     """
 
@@ -177,6 +186,8 @@ class StepResult:
     variables: Mapping[str, bytes] = field(default_factory=dict)
     next: NextStep | None = None
     take_next: bool = False
+    waits_for: tuple[str, ...] = ()
+    until: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +244,71 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """A named value that was sent to a run from outside."""
+    """A named value that was sent to a run from outside. `sender` says who it was; `taken_by` which step took it."""
 
     name: str
     value: bytes
     created_at: float
+    sender: str = ""
+    taken_by: str | None = None
+
+    @property
+    def envelope(self) -> bytes:
+        """The record of the unit that takes it: its `value`, `by` whom it was sent, and `at` which instant."""
+        by, at = json.dumps(self.sender).encode(), json.dumps(self.created_at).encode()
+        return b'{"by":%s,"at":%s,"value":%s}' % (by, at, self.value)
+
+
+RequestKind = Literal["approval", "question", "external"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a step asks of somebody outside: to approve (or deny), to answer, or to report what has happened there.
+
+    `asked` (JSON) is what whoever answers is told. `answer` (JSON) is None until somebody has answered: `answered_by`
+    says who. `is_open`: its step still waits for it.
+    """
+
+    id: str
+    workflow_id: str
+    step: str
+    kind: RequestKind
+    name: str
+    asked: bytes
+    created_at: float = 0.0
+    expires_at: float | None = None
+    answer: bytes | None = None
+    answered_by: str = ""
+    answered_at: float | None = None
+    is_open: bool = True
+
+    @property
+    def signal(self) -> str:
+        """The name of the signal that its answer is."""
+        return f"{REQUEST_SIGNAL}{self.id}"
+
+    def with_answer(self, answer: Signal | None, run: RunStatus, now: float) -> Request:
+        """The request as it stands now, with its answer if there is one, in a run that is where it is."""
+        if answer is not None:
+            return replace(
+                self,
+                answer=answer.value,
+                answered_by=answer.sender,
+                answered_at=answer.created_at,
+                is_open=False,
+            )
+        past = self.expires_at is not None and self.expires_at <= now
+        return replace(self, is_open=not past and run in OPEN_FOR_ANSWERS)
+
+
+OPEN_FOR_ANSWERS = frozenset(
+    {RunStatus.PENDING, RunStatus.RUNNING, RunStatus.WAITING, RunStatus.COMPENSATING}
+)
+"""Where a run is whose requests can still be answered."""
+
+REQUEST_SIGNAL = "paigeant.request/"
+"""What the names of signals begin with that are answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +372,16 @@ class RunHistory(Protocol):
         """How many runs ended before the instant `before`, in one of `statuses` or any: what `prune_runs` deletes."""
         ...
 
+    async def list_requests(
+        self, *, workflow_id: str | None = None, only_open: bool = True, limit: int = 100
+    ) -> list[Request]:
+        """What is asked of people, the oldest first. `only_open`: that which is neither answered nor past."""
+        ...
+
+    async def load_request(self, request_id: str) -> Request | None:
+        """The request, or None."""
+        ...
+
     async def list_variables(self, workflow_id: str) -> dict[str, Any]:
         """All variables of the run, by name. Raises RunNotFound."""
         ...
@@ -343,6 +424,18 @@ class RunValues(Protocol):
 
     async def load_units(self, key: StepKey) -> dict[str, bytes]:
         """The recorded values of all units of a step, by name."""
+        ...
+
+    async def take_signal(self, key: StepKey, unit: str, name: str) -> bytes | None:
+        """Take the oldest signal of this name that nobody has taken, and record it as the value of `unit`.
+
+        Gives what is recorded of the unit then, or was before: an object with `value`, `by` and `at`; None when there
+        is no such signal.
+        """
+        ...
+
+    async def open_request(self, request: Request) -> None:
+        """Keep a request. One of the same id stays as it is."""
         ...
 
 
@@ -485,8 +578,18 @@ class Store(RunHistory, RunValues, Protocol):
         """Set a variable of the run to a value that JSON can hold. Raises RunNotFound, InputInvalid."""
         ...
 
-    async def record_signal(self, workflow_id: str, name: str, value: bytes) -> None:
-        """Keep a value for the run. Raises RunNotFound, InvalidTransition when the run has ended."""
+    async def record_signal(self, workflow_id: str, name: str, value: bytes, *, sender: str = "") -> None:
+        """Keep a value for the run, and make its step ready that waits for it.
+
+        Raises RunNotFound, InvalidTransition when the run has ended.
+        """
+        ...
+
+    async def answer_request(self, request_id: str, answer: bytes, *, sender: str = "") -> Request:
+        """Answer a request, once: doing it again with the same answer changes nothing.
+
+        Raises RequestNotFound, and InvalidTransition when it has another answer or nobody waits for it any more.
+        """
         ...
 
     async def wait_ended(self, workflow_id: str) -> RunStatus:

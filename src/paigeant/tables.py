@@ -33,6 +33,7 @@ __all__ = [
     "step_executions",
     "step_units",
     "workers",
+    "workflow_requests",
     "workflow_runs",
     "workflow_signals",
     "workflow_variables",
@@ -125,6 +126,7 @@ step_executions = Table(
     Column("created_at", Double, nullable=False),
     Column("started_at", Double),
     Column("completed_at", Double),
+    Column("waits_for", Json()),
     Index(
         "step_executions_ready",
         "wake_at",
@@ -136,6 +138,12 @@ step_executions = Table(
         "worker",
         sqlite_where=text("status = 'running'"),
         postgresql_where=text("status = 'running'"),
+    ),
+    Index(
+        "step_executions_waiting",
+        "wake_at",
+        sqlite_where=text("status = 'waiting'"),
+        postgresql_where=text("status = 'waiting'"),
     ),
     postgresql_with=_HISTORY,
 )
@@ -156,6 +164,21 @@ workflow_signals = Table(
     Column("name", Text, nullable=False),
     Column("value", Json(), nullable=False),
     Column("created_at", Double, nullable=False),
+    Column("sender", Text, nullable=False),
+    Column("taken_by", Text),
+)
+
+workflow_requests = Table(
+    "workflow_requests",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("workflow_id", Text, nullable=False, index=True),
+    Column("step", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("asked", Json(), nullable=False),
+    Column("created_at", Double, nullable=False, index=True),
+    Column("expires_at", Double),
 )
 
 step_units = Table(

@@ -30,6 +30,7 @@ from paigeant.observer import Event, Observers
 from paigeant.store import Store, WorkerRecord
 from paigeant.sweeper import Sweeper
 from paigeant.transport import Transport
+from paigeant.waits import WAITS
 
 __all__ = ["ActivityWorker"]
 
@@ -70,21 +71,24 @@ class ActivityWorker:
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise InvalidDefinition(f"concurrency is a number of 1 or more, found {concurrency!r}")
         registry.check()
+        known = ActivityRegistry.merged([registry, WAITS])
         self.id = f"{platform.node()}-{os.getpid()}-{secrets.token_hex(3)}"
         self.store = store
         self.transport = transport
         self.concurrency = concurrency
         self.topics = sorted(_topics(registry) if topics is None else topics)
+        # Steps that only wait are everybody's.
+        self._all_topics = sorted({*self.topics, *(WAITS.get(name).topic for name in WAITS)})
         self.shutdown_grace = shutdown_grace
         self.observers = observers or Observers()
         self._threads = ThreadPoolExecutor(min(concurrency, 64), thread_name_prefix="paigeant-step")
         self.executor = Executor(
             store,
             transport,
-            registry,
+            known,
             forwarder,
             worker_id=self.id,
-            topics=self.topics,
+            topics=self._all_topics,
             adopts=adopts,
             limits=limits,
             observers=self.observers,
@@ -134,7 +138,7 @@ class ActivityWorker:
         self.observers.observe(Event("worker.started", worker=self.id, more={"topics": self.topics}))
         forget = self.store.on_turn(self.heartbeat.soon)
         background = [asyncio.create_task(self.sweeper.run())]
-        consumers = [asyncio.create_task(self._consume(topic)) for topic in self.topics]
+        consumers = [asyncio.create_task(self._consume(topic)) for topic in self._all_topics]
         if until_idle:
             background.append(asyncio.create_task(self._stop_when_idle()))
         try:
@@ -212,7 +216,7 @@ class ActivityWorker:
             if self.executor.running or self._tasks:
                 continue
             try:
-                is_idle = not await self.store.has_open(self.topics)
+                is_idle = not await self.store.has_open(self._all_topics)
             except StoreUnavailable as exc:
                 log.warning("can't tell whether work is left, will look again: %s", exc)
                 await asyncio.sleep(1.0)

@@ -36,6 +36,7 @@ LEVELS: Mapping[EventName, int] = {
     "step.completed": logging.INFO,
     "step.skipped": logging.INFO,
     "step.retrying": logging.WARNING,
+    "step.waiting": logging.INFO,
     "step.failed": logging.ERROR,
     "step.compensated": logging.INFO,
     "step.compensation_failed": logging.ERROR,

@@ -27,6 +27,7 @@ from paigeant.store import (
     OpenTopic,
     Recorded,
     Refused,
+    Request,
     RunDetail,
     RunRecord,
     Signal,
@@ -57,6 +58,7 @@ class MemoryStore:
         self._variables: dict[str, dict[str, bytes]] = {}
         self._signals: dict[str, list[Signal]] = {}
         self._units: dict[tuple[StepKey, str], bytes] = {}
+        self._requests: dict[str, Request] = {}
         self._workers: dict[str, WorkerRecord] = {}
         self._letters: dict[str, DeadLetter] = {}
         self._ended: dict[str, asyncio.Event] = {}
@@ -100,7 +102,8 @@ class MemoryStore:
                 activity=first.activity,
                 topic=first.topic,
                 status=StepStatus.READY,
-                wake_at=now + self.grace,
+                not_before=first.not_before,
+                wake_at=max(now, first.not_before) + self.grace,
                 created_at=now,
             )
             self._write(Changes(added=[row]))
@@ -132,7 +135,14 @@ class MemoryStore:
         with self._lock:
             changes = Changes()
             head = self._head(result.key)
-            answer = ledger.record(head, result, changes, now=self.clock.now(), grace=self.grace)
+            untaken = [
+                signal.name
+                for signal in self._signals.get(result.key.workflow_id, ())
+                if signal.taken_by is None
+            ]
+            answer = ledger.record(
+                head, result, changes, now=self.clock.now(), grace=self.grace, arrived=untaken
+            )
             self._write(changes)
             return answer
 
@@ -198,6 +208,10 @@ class MemoryStore:
                     expired.append(run_id)
                     self._write(changes)
             changes = Changes()
+            for row in [row for row in self.rows(StepStatus.WAITING) if row.wake_at <= now][:limit]:
+                ledger.wake(row.key, changes, now=now)
+            self._write(changes)
+            changes = Changes()
             # A worker that is lost had fetched messages, the oldest first, and which ones nobody knows.
             overdue_since = now - self.grace if lost else -math.inf
             ready = [
@@ -256,6 +270,9 @@ class MemoryStore:
             for run_id in gone:
                 for kept in (self._runs, self._steps, self._variables, self._signals, self._ended):
                     kept.pop(run_id, None)
+            self._requests = {
+                id_: asked for id_, asked in self._requests.items() if asked.workflow_id not in gone
+            }
             self._units = {key: value for key, value in self._units.items() if key[0].workflow_id not in gone}
             self._letters = {
                 id_: letter for id_, letter in self._letters.items() if letter.workflow_id not in gone
@@ -279,7 +296,7 @@ class MemoryStore:
 
     async def has_open(self, topics: Collection[str]) -> bool:
         with self._lock:
-            return any(row.topic in topics for row in self._open.values())
+            return any(row.topic in topics and not _waits_for_others(row) for row in self._open.values())
 
     def on_turn(self, heard: Callable[[], None]) -> Callable[[], None]:
         self._turned.append(heard)
@@ -315,12 +332,67 @@ class MemoryStore:
     async def load_units(self, key: StepKey) -> dict[str, bytes]:
         return {name: value for (owner, name), value in self._units.items() if owner == key}
 
-    async def record_signal(self, workflow_id: str, name: str, value: bytes) -> None:
-        run = self._run(workflow_id)
-        if run.status in RUN_ENDED:
-            raise InvalidTransition(f"run '{workflow_id}' has ended {run.status.value}; it takes no signals")
-        signals = self._signals.setdefault(workflow_id, [])
-        signals.append(Signal(name, value, self.clock.now()))
+    async def take_signal(self, key: StepKey, unit: str, name: str) -> bytes | None:
+        with self._lock:
+            if (key, unit) not in self._units:
+                signals = self._signals.get(key.workflow_id, [])
+                for place, signal in enumerate(signals):
+                    if signal.name == name and signal.taken_by is None:
+                        signals[place] = replace(signal, taken_by=key.step)
+                        self._units[key, unit] = signal.envelope
+                        break
+            return self._units.get((key, unit))
+
+    async def record_signal(self, workflow_id: str, name: str, value: bytes, *, sender: str = "") -> None:
+        with self._lock:
+            run = self._run(workflow_id)
+            if run.status in RUN_ENDED:
+                raise InvalidTransition(
+                    f"run '{workflow_id}' has ended {run.status.value}; it takes no signals"
+                )
+            now = self.clock.now()
+            self._signals.setdefault(workflow_id, []).append(Signal(name, value, now, sender))
+            changes = Changes()
+            for row in self._steps[workflow_id].values():
+                if row.status is StepStatus.WAITING and name in from_json(row.waits_for or b"[]"):
+                    ledger.wake(row.key, changes, now=now)
+            self._write(changes)
+
+    # -- requests
+
+    async def open_request(self, request: Request) -> None:
+        self._requests.setdefault(request.id, replace(request, created_at=self.clock.now()))
+
+    async def load_request(self, request_id: str) -> Request | None:
+        request = self._requests.get(request_id)
+        return None if request is None else self._as_it_stands(request)
+
+    async def list_requests(
+        self, *, workflow_id: str | None = None, only_open: bool = True, limit: int = 100
+    ) -> list[Request]:
+        found = [
+            self._as_it_stands(request)
+            for request in sorted(self._requests.values(), key=lambda request: request.created_at)
+            if workflow_id is None or request.workflow_id == workflow_id
+        ]
+        return [request for request in found if request.is_open or not only_open][:limit]
+
+    async def answer_request(self, request_id: str, answer: bytes, *, sender: str = "") -> Request:
+        with self._lock:
+            request = await self.load_request(request_id)
+            if ledger.answers(request_id, request, answer):
+                assert request is not None, "it can be answered"
+                await self.record_signal(request.workflow_id, request.signal, answer, sender=sender)
+            answered = await self.load_request(request_id)
+            assert answered is not None, "it is there"
+            return answered
+
+    def _as_it_stands(self, request: Request) -> Request:
+        run = self._runs[request.workflow_id]
+        answers = [
+            signal for signal in self._signals.get(request.workflow_id, ()) if signal.name == request.signal
+        ]
+        return request.with_answer(answers[0] if answers else None, run.status, self.clock.now())
 
     # -- history
 
@@ -409,7 +481,9 @@ class MemoryStore:
         if row is None:
             return None
         run = self._runs[key.workflow_id].status
-        return Head(key, row.seq, run, row.status, row.epoch, row.attempt, row.worker, row.not_before)
+        return Head(
+            key, row.seq, run, row.status, row.epoch, row.attempt, row.worker, row.not_before, row.wake_at
+        )
 
     def _detail(self, workflow_id: str) -> RunDetail:
         run = self._run(workflow_id)
@@ -442,3 +516,8 @@ class MemoryStore:
             self._open[row.key] = row
         else:
             self._open.pop(row.key, None)
+
+
+def _waits_for_others(row: StepRecord) -> bool:
+    """Whether a step waits for somebody outside, and not only for its time."""
+    return row.status is StepStatus.WAITING and row.waits_for not in (None, b"[]")

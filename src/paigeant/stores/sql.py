@@ -15,7 +15,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from pydantic_core import from_json
 from sqlalchemy import (
     Select,
+    Text,
+    and_,
     bindparam,
+    cast,
     delete,
     func,
     insert,
@@ -24,9 +27,16 @@ from sqlalchemy import (
     tuple_,
 )
 
-from paigeant import codec, ledger
+from paigeant import codec, inbox, ledger
 from paigeant.database import Database
-from paigeant.errors import InputInvalid, InvalidTransition, PaigeantError, RunConflict, RunNotFound
+from paigeant.errors import (
+    InputInvalid,
+    InvalidTransition,
+    PaigeantError,
+    RequestNotFound,
+    RunConflict,
+    RunNotFound,
+)
 from paigeant.lane import Tx, needing
 from paigeant.ledger import Changes
 from paigeant.message import MessageId
@@ -51,11 +61,13 @@ from paigeant.rows import (
     orphan_steps,
     patch_rows,
     run_of,
+    save_units,
     save_variables,
     statuses_of,
     unit_of,
     units_of,
     variable_in,
+    waiting_steps,
 )
 from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
 from paigeant.store import (
@@ -66,6 +78,7 @@ from paigeant.store import (
     OpenTopic,
     Recorded,
     Refused,
+    Request,
     RunDetail,
     RunRecord,
     StepKey,
@@ -79,6 +92,7 @@ from paigeant.tables import (
     step_executions,
     step_units,
     workers,
+    workflow_requests,
     workflow_runs,
     workflow_signals,
     workflow_variables,
@@ -118,12 +132,6 @@ _HELD = Prepared(
     ["of_worker"],
 )
 _BURY = upsert(dead_letters, [column.name for column in dead_letters.c], key=["id"], update=None)
-_SAVE_UNIT = upsert(
-    step_units,
-    ["workflow_id", "step", "phase", "name", "value"],
-    key=["workflow_id", "step", "phase", "name"],
-    update=None,
-)
 
 
 class _Start(NamedTuple):
@@ -214,7 +222,8 @@ class SqlStore:
                     activity=first.activity,
                     topic=first.topic,
                     status=StepStatus.READY,
-                    wake_at=tx.now + self.grace,
+                    not_before=first.not_before,
+                    wake_at=max(tx.now, first.not_before) + self.grace,
                     created_at=tx.now,
                 )
             )
@@ -296,7 +305,15 @@ class SqlStore:
                 answers.append(Refused("recorded"))
                 continue
             written = len(changes.steps)
-            answer = ledger.record(heads.get(result.key), result, changes, now=tx.now, grace=self.grace)
+            waits = result.status is StepStatus.WAITING and result.waits_for
+            answer = ledger.record(
+                heads.get(result.key),
+                result,
+                changes,
+                now=tx.now,
+                grace=self.grace,
+                arrived=inbox.untaken(tx, result.key.workflow_id) if waits else (),
+            )
             answers.append(answer)
             if len(changes.steps) == written:
                 continue
@@ -382,6 +399,7 @@ class SqlStore:
                 select(workers.c.id).where(workers.c.lease_until <= now),
                 orphan_steps(),
                 due_steps(now),
+                waiting_steps(now),
                 late_runs(now),
             )
         )
@@ -407,6 +425,10 @@ class SqlStore:
             if ledger.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes):
                 expired.append(run_id)
                 tx.rings.add("turned")
+        self._write(tx, changes)
+        changes = Changes()
+        for row in self._locked(tx, waiting_steps(tx.now).limit(limit)):
+            ledger.wake(key_of(row), changes, now=tx.now)
         self._write(tx, changes)
         changes = Changes()
         due = {}
@@ -489,7 +511,8 @@ class SqlStore:
         query = _ended_runs(before, statuses).limit(limit).with_for_update(skip_locked=True)
         gone = tx.connection.execute(query).scalars().all()
         if gone:
-            for table in (step_executions, step_units, workflow_variables, workflow_signals, dead_letters):
+            theirs = (step_executions, step_units, workflow_variables, workflow_signals, workflow_requests)
+            for table in (*theirs, dead_letters):
                 tx.connection.execute(delete(table).where(table.c.workflow_id.in_(gone)))
             tx.connection.execute(delete(workflow_runs).where(workflow_runs.c.id.in_(gone)))
         return len(gone)
@@ -502,7 +525,12 @@ class SqlStore:
 
     async def has_open(self, topics: Collection[str]) -> bool:
         steps = step_executions.c
-        query = select(steps.step).where(steps.status.in_(sorted(ledger.OPEN)), steps.topic.in_(list(topics)))
+        # One that waits for somebody outside goes on when that comes, whoever works then.
+        goes_on = or_(
+            steps.status.in_([StepStatus.READY, StepStatus.RUNNING]),
+            and_(steps.status == StepStatus.WAITING, cast(steps.waits_for, Text) == "[]"),
+        )
+        query = select(steps.step).where(goes_on, steps.topic.in_(list(topics)))
         row = await self.database.ask(lambda connection: connection.execute(query.limit(1)).first())
         return row is not None
 
@@ -553,9 +581,7 @@ class SqlStore:
         return await self.database.write(self._save_unit, (key, name, value))
 
     def _save_unit(self, tx: Tx, requests: Sequence[tuple[StepKey, str, bytes]]) -> list[bytes]:
-        # In one order, so that no two transactions wait for each other; of one name the first stays the first.
-        units = [(*key[:2], key.phase.value, name, value.decode()) for key, name, value in requests]
-        _SAVE_UNIT.each(tx, sorted(units, key=lambda unit: unit[:4]))
+        save_units(tx, requests)
         return [
             found if (found := unit_of(tx, key, name)) is not None else value for key, name, value in requests
         ]
@@ -572,28 +598,90 @@ class SqlStore:
     def _load_units(self, tx: Tx, requests: Sequence[StepKey]) -> list[dict[str, bytes]]:
         return [units_of(tx, key) for key in requests]
 
-    async def record_signal(self, workflow_id: str, name: str, value: bytes) -> None:
-        _unwrap(await self.database.write(self._signal, (workflow_id, name, value)))
+    # -- from outside
+
+    async def take_signal(self, key: StepKey, unit: str, name: str) -> bytes | None:
+        return await self.database.write(self._take_signal, (key, unit, name))
+
+    @needing(lock_runs, lambda request: (request[0].workflow_id,))
+    def _take_signal(self, tx: Tx, requests: Sequence[tuple[StepKey, str, str]]) -> list[bytes | None]:
+        lock_runs(tx, {key.workflow_id for key, _, _ in requests})
+        return [inbox.take(tx, key, unit, name) for key, unit, name in requests]
+
+    async def record_signal(self, workflow_id: str, name: str, value: bytes, *, sender: str = "") -> None:
+        _unwrap(await self.database.write(self._signal, (workflow_id, name, value, sender)))
 
     @_its_run
-    def _signal(self, tx: Tx, requests: Sequence[tuple[str, str, bytes]]) -> list[PaigeantError | None]:
-        lock_runs(tx, {run_id for run_id, _, _ in requests})
-        statuses = statuses_of(tx, [run_id for run_id, _, _ in requests])
+    def _signal(self, tx: Tx, requests: Sequence[tuple[str, str, bytes, str]]) -> list[PaigeantError | None]:
+        lock_runs(tx, {run_id for run_id, *_ in requests})
+        statuses = statuses_of(tx, [run_id for run_id, *_ in requests])
         answers: list[PaigeantError | None] = []
-        for run_id, name, value in requests:
+        for run_id, name, value, sender in requests:
             status = statuses.get(run_id)
             if status is None:
                 answers.append(RunNotFound(run_id))
             elif status in RUN_ENDED:
                 answers.append(InvalidTransition(f"run '{run_id}' has ended {status}; it takes no signals"))
             else:
-                tx.connection.execute(
-                    insert(workflow_signals).values(
-                        workflow_id=run_id, name=name, value=value.decode(), created_at=tx.now
-                    )
-                )
+                self._write(tx, inbox.put(tx, run_id, name, value, sender))
                 answers.append(None)
         return answers
+
+    async def open_request(self, request: Request) -> None:
+        await self.database.write(self._open_request, request)
+
+    def _open_request(self, tx: Tx, requests: Sequence[Request]) -> list[None]:
+        for request in sorted(requests, key=lambda request: request.id):
+            inbox.keep_request(tx, request)
+        return [None] * len(requests)
+
+    async def answer_request(self, request_id: str, answer: bytes, *, sender: str = "") -> Request:
+        known = await self.load_request(request_id)
+        if known is None:
+            raise RequestNotFound(request_id)
+        answered: Request = _unwrap(
+            await self.database.write(self._answer, (known.workflow_id, request_id, answer, sender))
+        )
+        return answered
+
+    @_its_run
+    def _answer(
+        self, tx: Tx, requests: Sequence[tuple[str, str, bytes, str]]
+    ) -> list[Request | PaigeantError]:
+        return [self._answer_one(tx, *request) for request in requests]
+
+    def _answer_one(
+        self, tx: Tx, run_id: str, request_id: str, answer: bytes, sender: str
+    ) -> Request | PaigeantError:
+        lock_runs(tx, [run_id])
+        found = inbox.requests_of(tx, request_id=request_id)
+        request = found[0] if found else None
+        try:
+            if not ledger.answers(request_id, request, answer):
+                return found[0]
+        except PaigeantError as exc:
+            return exc
+        self._write(tx, inbox.put(tx, run_id, found[0].signal, answer, sender))
+        return inbox.requests_of(tx, request_id=request_id)[0]
+
+    async def load_request(self, request_id: str) -> Request | None:
+        found = await self.database.read(self._requests, (request_id, None, False, 1))
+        return found[0] if found else None
+
+    async def list_requests(
+        self, *, workflow_id: str | None = None, only_open: bool = True, limit: int = 100
+    ) -> list[Request]:
+        return await self.database.read(self._requests, (None, workflow_id, only_open, limit))
+
+    def _requests(
+        self, tx: Tx, requests: Sequence[tuple[str | None, str | None, bool, int]]
+    ) -> list[list[Request]]:
+        return [
+            inbox.requests_of(
+                tx, request_id=request_id, workflow_id=workflow_id, only_open=only_open, limit=limit
+            )
+            for request_id, workflow_id, only_open, limit in requests
+        ]
 
     # -- history
 

@@ -78,10 +78,12 @@ def upgrade() -> None:
         sa.Column("created_at", sa.Double, nullable=False),
         sa.Column("started_at", sa.Double),
         sa.Column("completed_at", sa.Double),
+        sa.Column("waits_for", _JSON),
         postgresql_with=_HISTORY,
     )
     _index("step_executions_ready", "step_executions", ["wake_at"], "status = 'ready'")
     _index("step_executions_running", "step_executions", ["worker"], "status = 'running'")
+    _index("step_executions_waiting", "step_executions", ["wake_at"], "status = 'waiting'")
 
     op.create_table(
         "workflow_variables",
@@ -97,8 +99,24 @@ def upgrade() -> None:
         sa.Column("name", sa.Text, nullable=False),
         sa.Column("value", _JSON, nullable=False),
         sa.Column("created_at", sa.Double, nullable=False),
+        sa.Column("sender", sa.Text, nullable=False),
+        sa.Column("taken_by", sa.Text),
     )
     op.create_index("ix_workflow_signals_workflow_id", "workflow_signals", ["workflow_id"])
+
+    op.create_table(
+        "workflow_requests",
+        sa.Column("id", sa.Text, primary_key=True),
+        sa.Column("workflow_id", sa.Text, nullable=False),
+        sa.Column("step", sa.Text, nullable=False),
+        sa.Column("kind", sa.Text, nullable=False),
+        sa.Column("name", sa.Text, nullable=False),
+        sa.Column("asked", _JSON, nullable=False),
+        sa.Column("created_at", sa.Double, nullable=False),
+        sa.Column("expires_at", sa.Double),
+    )
+    op.create_index("ix_workflow_requests_workflow_id", "workflow_requests", ["workflow_id"])
+    op.create_index("ix_workflow_requests_created_at", "workflow_requests", ["created_at"])
 
     op.create_table(
         "step_units",
@@ -157,6 +175,7 @@ def downgrade() -> None:
         "messages",
         "workers",
         "step_units",
+        "workflow_requests",
         "workflow_signals",
         "workflow_variables",
         "step_executions",

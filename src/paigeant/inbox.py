@@ -1,0 +1,131 @@
+"""The inbox of runs in SQL: signals from outside, the steps that wait for them, and the requests that some answer."""
+
+from __future__ import annotations
+
+from pydantic_core import from_json
+from sqlalchemy import Text, and_, bindparam, insert, literal, or_, select, update
+
+from paigeant import ledger
+from paigeant.lane import Tx
+from paigeant.ledger import Changes
+from paigeant.prepared import Prepared, upsert
+from paigeant.rows import KEY, is_in, save_units, unit_of
+from paigeant.slip import Phase, RunStatus, StepStatus
+from paigeant.store import OPEN_FOR_ANSWERS, REQUEST_SIGNAL, Request, Signal, StepKey
+from paigeant.tables import step_executions, workflow_requests, workflow_runs, workflow_signals
+
+__all__ = ["keep_request", "put", "requests_of", "take", "untaken"]
+
+_signals = workflow_signals.c
+_PUT = Prepared(insert(workflow_signals), ["workflow_id", "name", "value", "created_at", "sender"])
+_UNTAKEN = Prepared(
+    select(_signals.name).where(_signals.workflow_id == bindparam("of"), _signals.taken_by.is_(None)), ["of"]
+)
+_OLDEST = Prepared(
+    select(_signals.id, _signals.value, _signals.created_at, _signals.sender)
+    .where(
+        _signals.workflow_id == bindparam("of"),
+        _signals.name == bindparam("called"),
+        _signals.taken_by.is_(None),
+    )
+    .order_by(_signals.id),
+    ["of", "called"],
+)
+_TAKE = Prepared(
+    update(workflow_signals).where(_signals.id == bindparam("number")).values(taken_by=bindparam("by")),
+    ["by", "number"],
+)
+_WAITING = Prepared(
+    select(*KEY, step_executions.c.waits_for).where(
+        step_executions.c.workflow_id == bindparam("of"), is_in(StepStatus.WAITING)
+    ),
+    ["of"],
+)
+_KEEP = upsert(workflow_requests, [column.name for column in workflow_requests.c], key=["id"], update=None)
+
+
+def untaken(tx: Tx, workflow_id: str) -> set[str]:
+    """The names of the run's signals that nobody has taken."""
+    return {name for (name,) in _UNTAKEN.rows(tx, workflow_id)}
+
+
+def take(tx: Tx, key: StepKey, unit: str, name: str) -> bytes | None:
+    """The record of a unit: the oldest signal of this name that nobody has taken, unless it is there already."""
+    recorded = unit_of(tx, key, unit)
+    if recorded is not None:
+        return recorded
+    found = _OLDEST.rows(tx, key.workflow_id, name)
+    if not found:
+        return None
+    number, value, created_at, sender = found[0]
+    envelope = Signal(name, value.encode(), created_at, sender).envelope
+    _TAKE.each(tx, [(key.step, number)])
+    save_units(tx, [(key, unit, envelope)])
+    return envelope
+
+
+def put(tx: Tx, workflow_id: str, name: str, value: bytes, sender: str) -> Changes:
+    """Keep a signal; gives what changes with it: the step that waits for it is ready."""
+    _PUT.each(tx, [(workflow_id, name, value.decode(), tx.now, sender)])
+    changes = Changes()
+    for run_id, step, phase, waits_for in _WAITING.rows(tx, workflow_id):
+        if name in from_json(waits_for or "[]"):
+            ledger.wake(StepKey(run_id, step, Phase(phase)), changes, now=tx.now)
+    return changes
+
+
+def keep_request(tx: Tx, request: Request) -> None:
+    """Keep a request; one of the same id stays as it is."""
+    row = (
+        request.id,
+        request.workflow_id,
+        request.step,
+        request.kind,
+        request.name,
+        request.asked.decode(),
+        tx.now,
+        request.expires_at,
+    )
+    _KEEP.each(tx, [row])
+
+
+def requests_of(
+    tx: Tx,
+    *,
+    request_id: str | None = None,
+    workflow_id: str | None = None,
+    only_open: bool = False,
+    limit: int = 1,
+) -> list[Request]:
+    """The request of an id, or those of a run, or of all, as they stand now, the oldest first."""
+    asked = workflow_requests.c
+    # One answer at most: it is sent under the lock of the run, after a look whether there is one.
+    answer = and_(
+        _signals.workflow_id == asked.workflow_id, _signals.name == literal(REQUEST_SIGNAL, Text) + asked.id
+    )
+    query = (
+        select(
+            workflow_requests, workflow_runs.c.status, _signals.value, _signals.created_at, _signals.sender
+        )
+        .join(workflow_runs, workflow_runs.c.id == asked.workflow_id)
+        .outerjoin(workflow_signals, answer)
+        .order_by(asked.created_at, asked.id)
+        .limit(limit)
+    )
+    if request_id is not None:
+        query = query.where(asked.id == request_id)
+    if workflow_id is not None:
+        query = query.where(asked.workflow_id == workflow_id)
+    if only_open:
+        query = query.where(
+            _signals.id.is_(None),
+            workflow_runs.c.status.in_(OPEN_FOR_ANSWERS),
+            or_(asked.expires_at.is_(None), asked.expires_at > tx.now),
+        )
+    found = []
+    for *columns, status, value, answered_at, sender in tx.connection.execute(query):
+        id_, of, step, kind, name, text, created_at, expires_at = columns
+        request = Request(id_, of, step, kind, name, text.encode(), created_at, expires_at)
+        signal = None if value is None else Signal(request.signal, value.encode(), answered_at, sender)
+        found.append(request.with_answer(signal, RunStatus(status), tx.now))
+    return found

@@ -1,0 +1,94 @@
+"""Parking: how an attempt that only waits leaves its worker, to go on when what it waits for is there.
+
+An attempt may do several things at once, of which some wait for an answer, a signal or an hour while others work. It
+is parked once all that it does is wait: each wait then ends with `Parked`, which no activity should catch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+__all__ = ["Parked", "Parking"]
+
+_SETTLE_SECONDS = 0.02
+"""How long nothing but waiting must have gone on: what begins right after a wait may have something to ask as well."""
+
+
+class Parked(BaseException):
+    """The step is left, and its activity is called again later. Like a cancellation it is no error."""
+
+
+class _Wait(NamedTuple):
+    waits_for: tuple[str, ...]
+    until: float | None
+    around: frozenset[object]
+
+
+class Parking:
+    """The waits of one attempt, and the work that goes on beside them."""
+
+    def __init__(self) -> None:
+        self.is_parked = False
+        self.waits_for: tuple[str, ...] = ()
+        """Names of the signals of which one ends the waiting, once it `is_parked`."""
+        self.until: float | None = None
+        """The instant at which it ends at the latest; None when there is none."""
+        self._waits: dict[asyncio.Future[None], _Wait] = {}
+        self._working: set[object] = set()
+        self._settling: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @contextmanager
+    def working(self, place: object) -> Iterator[None]:
+        """The code inside works at this place, in any thread."""
+        self._working.add(place)
+        self._changed()
+        try:
+            yield
+        finally:
+            self._working.discard(place)
+            self._changed()
+
+    async def wait(
+        self, waits_for: tuple[str, ...], until: float | None, around: frozenset[object] = frozenset()
+    ) -> None:
+        """Wait for one of the signals, or for an instant. It ends with Parked and in no other way.
+
+        The places `around` are those that can't go on without it.
+        """
+        if self.is_parked:
+            raise Parked
+        self._loop = asyncio.get_running_loop()
+        over: asyncio.Future[None] = self._loop.create_future()
+        self._waits[over] = _Wait(waits_for, until, around)
+        self._changed()
+        try:
+            await over
+        finally:
+            del self._waits[over]
+
+    def _changed(self) -> None:
+        if self._waits and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: there is nothing left to park
+                self._loop.call_soon_threadsafe(self._settle)
+
+    def _settle(self) -> None:
+        if self._settling is not None:
+            self._settling.cancel()
+        assert self._loop is not None, "there is a wait"
+        self._settling = self._loop.call_later(_SETTLE_SECONDS, self._park)
+
+    def _park(self) -> None:
+        waits = list(self._waits.values())
+        if not waits or not self._working.issubset(frozenset().union(*(wait.around for wait in waits))):
+            return
+        self.is_parked = True
+        self.waits_for = tuple(dict.fromkeys(name for wait in waits for name in wait.waits_for))
+        self.until = min((wait.until for wait in waits if wait.until is not None), default=None)
+        for over in self._waits:
+            if not over.done():
+                over.set_exception(Parked())
