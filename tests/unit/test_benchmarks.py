@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 
 import psycopg
 import pytest
 from benchmarks.__main__ import NAMES, main
+from benchmarks.agents import run as run_agents
+from benchmarks.agents_paigeant import measure as measure_agents
 from benchmarks.bench import Bench, NotMeasured
 from benchmarks.drivers import run as run_drivers
 from benchmarks.growth import fill
@@ -36,7 +39,7 @@ FIGURES = {
     "server_floor": {"postgres: insert and commit", "redis: XADD, XREADGROUP, XACK", "over one by one"},
     "commits": {"postgres, crossing, alone: synced commits", "redis, crossing, 500 in flight: log"},
 }
-PEERS = {"peer": run_peer, "server_peers": run_server_peers, "drivers": run_drivers}
+PEERS = {"peer": run_peer, "server_peers": run_server_peers, "drivers": run_drivers, "agents": run_agents}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in PEERS])
@@ -61,6 +64,21 @@ def test_without_its_environment_a_peer_says_what_makes_it(name: str, tmp_path: 
     """The peers aren't installed for tests; what is missing, and the command that brings it, are named."""
     with pytest.raises(NotMeasured, match="`make bench` makes it"):
         PEERS[name](Bench(tmp_path, quick=True), python=tmp_path / "python")
+
+
+def test_an_older_environment_of_the_peers_is_told_from_a_good_one(tmp_path: Path) -> None:
+    """An interpreter without the libraries that the peer needs, as ours is, is as good as none."""
+    with pytest.raises(NotMeasured, match="misses libraries"):
+        run_agents(Bench(tmp_path, quick=True), python=Path(sys.executable))
+
+
+async def test_an_agents_requests_and_tools_are_recorded_while_it_is_measured(tmp_path: Path) -> None:
+    """Each way of running it is timed as often as asked; a run leaves two model requests and two tool calls."""
+    store = f"sqlite:///{tmp_path / 'agents.db'}"
+    found = await measure_agents(store=store, runs=4, in_flight=2, alone=3)
+    assert found["units"] == 4
+    assert [len(found[name]) for name in ("plain", "inside", "whole")] == [3, 3, 3]
+    assert min(*found["plain"], *found["inside"], *found["whole"], *found["many_plain"], *found["many"]) > 0
 
 
 async def test_our_transaction_is_done_by_the_driver_as_it_would_be_by_us(postgres_url: str) -> None:
