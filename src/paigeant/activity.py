@@ -37,7 +37,7 @@ from paigeant.slip import check_name
 if TYPE_CHECKING:
     from concurrent.futures import Executor as Threads
 
-    from pydantic_ai import Agent
+    from pydantic_ai import Agent, UsageLimits
 
 __all__ = ["Activity", "ActivityRegistry", "Parameter", "typed"]
 
@@ -188,10 +188,12 @@ class ActivityRegistry:
         self,
         agent: Agent[Any, Any],
         *,
-        prompt: str,
+        prompt: str | None = None,
         name: str | None = None,
         deps: Any = None,
         message_history: str | None = None,
+        deferred_tool_results: str | None = None,
+        usage_limits: UsageLimits | None = None,
         topic: str | None = None,
         retries: int | RetryPolicy | None = None,
         timeout: float | None = None,
@@ -201,21 +203,38 @@ class ActivityRegistry:
 
         `prompt` is a template over the payload: `{quantity}` and `{reserve_stock.id}` stand for values. `deps` is the
         agent's deps: a value, a function that makes one (its parameters are resolved like an activity's), or a type,
-        which is read from the payload's field `deps` or from its fields. `message_history` names an earlier agent step
-        whose conversation this one continues. What the agent does is recorded as it goes, so that a further attempt
-        doesn't do it again; tokens and requests are recorded with the step.
+        which is read from the payload's field `deps` or from its fields. What the agent does is recorded as it goes, so
+        that a further attempt doesn't do it again; requests, tokens and cost are recorded with the step.
+
+        `message_history` names an earlier agent step whose conversation this one continues. `usage_limits` hold for all
+        of the conversation. Where it ended with tool calls that wait for an answer (`DeferredToolRequests`),
+        `deferred_tool_results` names the value that answers them, like the output of a step in between; then `prompt`
+        may be left out.
         """
         from paigeant.agents.activity import agent_activity, check_agent  # here, because it loads pydantic-ai
 
         options = _Options(topic, retries, timeout, concurrency, False)
         called = name or getattr(agent, "name", None)
-        check_agent(agent, name=called or "", prompt=prompt, message_history=message_history)
+        check_agent(
+            agent,
+            name=called or "",
+            prompt=prompt,
+            message_history=message_history,
+            deferred_tool_results=deferred_tool_results,
+        )
         if not called:
             raise InvalidDefinition(
                 "the agent has no name; give it one, Agent(..., name='writer'), or pass name="
             )
         build = functools.partial(
-            agent_activity, agent, name=called, prompt=prompt, deps=deps, message_history=message_history
+            agent_activity,
+            agent,
+            name=called,
+            prompt=prompt,
+            deps=deps,
+            message_history=message_history,
+            deferred_tool_results=deferred_tool_results,
+            usage_limits=usage_limits,
         )
         self._add(self._activities, _Lazy(called, build, options, builds=True), "activity")
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
@@ -23,12 +23,13 @@ from paigeant.forwarder import Forwarder
 from paigeant.observer import Event, Observer, Observers
 from paigeant.settings import Settings
 from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
-from paigeant.store import DeadLetter, Request, RunDetail, Store
+from paigeant.store import DeadLetter, Request, RunDetail, StepRecord, Store
 from paigeant.stores import open_store
 from paigeant.transport import Transport
 from paigeant.transports import open_transport
 from paigeant.transports.routed import Route, RoutedTransport
 from paigeant.urls import without_password
+from paigeant.usage import Usage
 from paigeant.worker import ActivityWorker
 from paigeant.workflow import Workflow
 
@@ -36,16 +37,24 @@ __all__ = ["Paigeant", "Run", "RunResult"]
 
 logging.getLogger("paigeant").addHandler(logging.NullHandler())
 
+_WITH_RESULT = frozenset(
+    {StepStatus.COMPLETED, StepStatus.SKIPPED, StepStatus.COMPENSATED, StepStatus.COMPENSATION_FAILED}
+)
+
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """How a run ended. `output` is that of its last step, `outputs` are all by step id, as JSON gives them back."""
+    """How a run ended. `output` is that of its last step, `outputs` are all by step id, as JSON gives them back.
+
+    `usage` is what agents used in all of its steps, tried in vain or not, and in their compensations.
+    """
 
     id: str
     status: RunStatus
     output: Any = None
     outputs: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    usage: Usage = field(default_factory=Usage)
 
 
 class Run:
@@ -76,8 +85,20 @@ class Run:
         return result_of(await self.detail())
 
     async def detail(self) -> RunDetail:
-        """The run with all its steps and variables as they are recorded now. Raises RunNotFound."""
-        return await self._app.store.load_run(self.id)
+        """The run with all its steps and variables as they are recorded now. Raises RunNotFound.
+
+        The usage of a step that has no result is that of what it has recorded so far.
+        """
+        detail = await self._app.store.load_run(self.id)
+        return replace(detail, steps=tuple([await self._counted(row) for row in detail.steps]))
+
+    async def _counted(self, row: StepRecord) -> StepRecord:
+        has_result = row.status in _WITH_RESULT or (row.status is StepStatus.FAILED and row.usage is not None)
+        if has_result or not row.epoch:
+            return row
+        units = await self._app.store.load_units(row.key)
+        used = Usage.of_units(units.values())
+        return replace(row, usage=used.dump() if used else None)
 
     async def cancel(self, reason: str = "cancelled") -> RunStatus:
         """Do nothing more and undo what was done; gives the run's state. Raises InvalidTransition, RunNotFound."""
@@ -284,7 +305,12 @@ def result_of(detail: RunDetail) -> RunResult:
             output = outputs[row.step] = from_json(row.output)
     run = detail.run
     last = output if run.status is RunStatus.COMPLETED else None
-    return RunResult(run.id, run.status, last, outputs, run.error)
+    return RunResult(run.id, run.status, last, outputs, run.error, usage_of(detail))
+
+
+def usage_of(detail: RunDetail) -> Usage:
+    """What agents used in all steps of a run, and in their compensations."""
+    return Usage.total(used for row in detail.steps if (used := Usage.read(row.usage)) is not None)
 
 
 def store_of(settings: Settings, clock: Clock | None = None) -> Store:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor as Threads
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from paigeant import codec, condition
 from paigeant.activity import MISSING
@@ -23,6 +23,9 @@ from paigeant.patience import PatientValues
 from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
 from paigeant.slip import Compensation, Phase
 from paigeant.store import Store
+
+if TYPE_CHECKING:
+    from paigeant.agents.usage import Counting
 
 __all__ = ["Attempt", "Performer"]
 
@@ -69,13 +72,24 @@ class Performer:
 
     async def perform(self, claim: Claim) -> Attempt:
         """Run the activity, or its compensation, under its timeout. What it does wrong is an outcome, not an error."""
+        counting = _counting()
+        with counting or _UNLIMITED:
+            attempt = await self._perform(claim)
+        context, is_counted = attempt.context, counting is not None
+        counting = counting or _counting()  # what has loaded agents only now is counted by its records
+        if context is not None and counting is not None:
+            is_fresh = context._is_fresh and is_counted
+            context._usage = await counting.total(self.values, claim.key, is_fresh=is_fresh)
+        return attempt
+
+    async def _perform(self, claim: Claim) -> Attempt:
         attempt = Attempt()
+        context = attempt.context = self._context(claim)
         retry = claim.retry(self.limits)
         if claim.grant.exhausted:
             lost = f"WorkerLost: {claim.grant.attempt} attempts began and none came back; their workers died"
             attempt.outcome = Failed(lost, claim.grant.attempt, retry, permanent=True)
             return attempt
-        context = attempt.context = self._context(claim)
         timeout = claim.timeout(self.limits)
         limit = asyncio.timeout(
             timeout
@@ -182,6 +196,15 @@ class Performer:
         if claim.activity.compensation is not None:
             compensation = Compensation(claim.key.step, claim.activity.name, claim.activity.topic)
         return Succeeded(context._revision(), compensation, len(output) > self.limits.inline_bytes)
+
+
+def _counting() -> Counting | None:
+    """Counts what agents use; None where nothing has loaded their library."""
+    if "pydantic_ai" not in sys.modules:
+        return None
+    from paigeant.agents.usage import Counting
+
+    return Counting()
 
 
 def _replays() -> AbstractContextManager[None]:

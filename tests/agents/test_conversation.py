@@ -83,4 +83,7 @@ async def test_a_history_that_was_changed_is_kept_whole() -> None:
     detail, kept = await talk(2, history_processor=ProcessHistory(shorten))
     assert detail.run.status == "completed"
     records = [from_json(value) for value in kept.values()]
-    assert [(len(record["messages"]), record["step"]) for record in records] == [(4, None), (4, None)]
+    assert [(len(record["conversation"]["messages"]), record["step"]) for record in records] == [
+        (4, None),
+        (4, None),
+    ]

@@ -4,7 +4,7 @@
 limit that was reached, and a wrong use of pydantic-ai, stay what they are however often they are tried:
 NonRetryableError.
 
-**Usage** (requests, tool calls, tokens) is recorded with the step: that of the attempt which ended it.
+**Usage** of the step is counted by its units; here only what none of them tells of is added.
 
 **Units.** What the agent does is recorded by `PaigeantDurability`: the one that it carries, or one that is handed to
 each of its runs here.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import functools
 import inspect
 import types
@@ -24,29 +25,40 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic_ai import RunUsage
+from pydantic_ai import DeferredToolResults, UsageLimits
 from pydantic_ai.agent import AbstractAgent
 from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.capabilities.abstract import leaf_capabilities
+from pydantic_ai.conversation import Conversation
 from pydantic_ai.durable_exec import BaseDurabilityCapability
 from pydantic_ai.exceptions import UsageLimitExceeded, UserError
 
 from paigeant import codec
 from paigeant.activity import Activity, Parameter, read_parameters, typed
-from paigeant.agents.conversation import continued, keep
+from paigeant.agents.conversation import answers, continued, keep
 from paigeant.agents.durability import PaigeantDurability
 from paigeant.agents.prompt import Prompt
+from paigeant.agents.usage import a_part, count
 from paigeant.context import StepContext
 from paigeant.errors import ArgumentError, InvalidDefinition, NonRetryableError
+from paigeant.usage import Usage
 
 __all__ = ["agent_activity", "check_agent"]
 
 AnyAgent = AbstractAgent[Any, Any]
 
+_RESULTS = TypeAdapter(DeferredToolResults)
 _UNIONS = (typing.Union, types.UnionType)
 
 
-def check_agent(agent: AnyAgent, *, name: str, prompt: str, message_history: str | None) -> None:
+def check_agent(
+    agent: AnyAgent,
+    *,
+    name: str,
+    prompt: str | None,
+    message_history: str | None,
+    deferred_tool_results: str | None = None,
+) -> None:
     """Raise InvalidDefinition for what can be seen to be wrong before anything that annotations name is defined."""
     if not isinstance(agent, AbstractAgent):
         raise InvalidDefinition(f"activity.agent takes a pydantic_ai.Agent, found {agent!r}")
@@ -54,51 +66,86 @@ def check_agent(agent: AnyAgent, *, name: str, prompt: str, message_history: str
         raise InvalidDefinition(
             f"message_history of activity '{name}' is the name of an earlier agent step, found {message_history!r}"
         )
+    if deferred_tool_results is not None:
+        if not isinstance(deferred_tool_results, str) or not deferred_tool_results:
+            raise InvalidDefinition(
+                f"deferred_tool_results of activity '{name}' is the name of a value in the payload, "
+                f"found {deferred_tool_results!r}"
+            )
+        if message_history is None:
+            raise InvalidDefinition(
+                f"activity '{name}' has deferred_tool_results but no message_history: name the step whose tool calls "
+                "they answer"
+            )
     try:
-        Prompt.parse(prompt)
+        if prompt is not None or deferred_tool_results is None:  # answers may be all that the model needs
+            Prompt.parse(prompt)  # type: ignore[arg-type]  # says what is wrong with anything that is no text
     except InvalidDefinition as exc:
         raise InvalidDefinition(f"activity '{name}': {exc}") from exc
 
 
 def agent_activity(
-    agent: AnyAgent, *, name: str, prompt: str, deps: Any = None, message_history: str | None = None
+    agent: AnyAgent,
+    *,
+    name: str,
+    prompt: str | None = None,
+    deps: Any = None,
+    message_history: str | None = None,
+    deferred_tool_results: str | None = None,
+    usage_limits: UsageLimits | None = None,
 ) -> Activity:
     """The activity `name`, which runs `agent`. See `ActivityRegistry.agent` for what the others mean.
 
     Raises InvalidDefinition for a prompt that is no template, and deps that can't be made from a payload.
     """
-    check_agent(agent, name=name, prompt=prompt, message_history=message_history)
-    template = Prompt.parse(prompt)
+    check_agent(
+        agent,
+        name=name,
+        prompt=prompt,
+        message_history=message_history,
+        deferred_tool_results=deferred_tool_results,
+    )
+    template = Prompt(()) if prompt is None else Prompt.parse(prompt)
+    answer = Parameter(deferred_tool_results or "", _RESULTS)
     source = _source_of(name, deps, template.names)
     output = _output_of(agent)
     engines = _engines(agent, name)
 
     async def call(arguments: Mapping[str, Any], context: StepContext, threads: Threads | None) -> Any:
-        text = template.render(name, arguments)
+        text = None if prompt is None else template.render(name, arguments)
         earlier = None if message_history is None else await continued(name, message_history, context)
+        told = arguments.get(answer.name)
+        told = None if told is None else answer.read(name, told)
+        results = answers(name, deferred_tool_results, told, earlier)
         given = await source.make(arguments, threads)
-        usage = RunUsage()
-        try:
-            result = await agent.run(
-                text,
-                deps=given,
-                message_history=None if earlier is None else earlier.messages,
-                usage=usage,
-                infer_name=False,
-                capabilities=engines,
-            )
-        except (UsageLimitExceeded, UserError) as exc:
-            raise NonRetryableError(f"{type(exc).__name__}: {exc}") from exc
-        finally:
-            context._usage = _counted(usage)
+        # The parts of the conversation, not the whole: what a run that fails has used is wanted as well.
+        so_far = Conversation() if earlier is None else earlier.conversation
+        usage = copy.copy(so_far.usage)
+        with a_part(usage) as run:
+            try:
+                result = await agent.run(
+                    text,
+                    deps=given,
+                    message_history=None if earlier is None else so_far.messages,
+                    conversation_id=None if earlier is None else so_far.conversation_id,
+                    deferred_tool_results=results,
+                    usage=usage,
+                    usage_limits=usage_limits,
+                    infer_name=False,
+                    capabilities=engines,
+                )
+            except (UsageLimitExceeded, UserError) as exc:
+                raise NonRetryableError(f"{type(exc).__name__}: {exc}") from exc
+            finally:
+                count("", run.rest(), Usage(), to=None)
         if context.remaining:
-            await keep(context, output, result.output, result.all_messages(), earlier)
+            await keep(context, output, result.output, result.conversation, earlier)
         return result.output
 
     return Activity(
         name=name,
         call=call,
-        parameters=_joined(name, template, source),
+        parameters=_joined(name, template, source, deferred_tool_results),
         takes_rest=source.takes_rest,
         output=output,
         description=f"the agent '{agent.name or name}'",
@@ -120,18 +167,6 @@ def _engines(agent: AnyAgent, name: str) -> list[AbstractCapability[Any]]:
         except UserError as exc:
             raise InvalidDefinition(f"activity '{name}': {exc}") from exc
     return [engine]
-
-
-def _counted(usage: RunUsage) -> bytes:
-    counts = {
-        "requests": usage.requests,
-        "tool_calls": usage.tool_calls,
-        "input_tokens": usage.input_tokens,
-        "output_tokens": usage.output_tokens,
-    }
-    more = ("cache_read_tokens", "cache_write_tokens", "input_audio_tokens", "output_audio_tokens")
-    counts.update({key: value for key in more if (value := getattr(usage, key, 0))})
-    return codec.dump(counts)
 
 
 # -- deps
@@ -219,8 +254,10 @@ def _called(kind: Any) -> str:
     return getattr(kind, "__name__", None) or str(kind)
 
 
-def _joined(name: str, template: Prompt, source: _Source) -> tuple[Parameter, ...]:
-    """What the prompt and the deps name, each once."""
+def _joined(
+    name: str, template: Prompt, source: _Source, deferred_tool_results: str | None
+) -> tuple[Parameter, ...]:
+    """What the prompt and the deps name and what answers tool calls, each once."""
     own = {parameter.name: parameter for parameter in source.parameters}
     for field in template.names:
         if field in own and own[field].is_context:
@@ -229,6 +266,8 @@ def _joined(name: str, template: Prompt, source: _Source) -> tuple[Parameter, ..
                 "function; rename one of them"
             )
         own[field] = Parameter(field)  # as JSON gives it; deps that want it as a type read it themselves
+    if deferred_tool_results is not None:
+        own.setdefault(deferred_tool_results, Parameter(deferred_tool_results, default=None))
     return tuple(own.values())
 
 

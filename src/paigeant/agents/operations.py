@@ -26,8 +26,10 @@ from pydantic_ai.durable_exec import (
 )
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
+from paigeant.agents.usage import a_part, count, of_request, of_run
 from paigeant.errors import OutputInvalid, UnitUnreadable
 from paigeant.journal import Place, Unit, current_place
+from paigeant.usage import Usage
 
 __all__ = ["EVENT_OF", "PROGRESS", "Codec", "Operations", "Progress", "not_json", "run_in_name"]
 
@@ -125,7 +127,7 @@ class Operations(CallableOperationBackend[Unit]):
             unit = await place.standing(unit)
         progress = PROGRESS.get() or Progress()
         try:
-            done = await place.do(unit, config, lambda: _packed(body, caller))
+            done = await place.do(unit, config, lambda: _packed(operation_id, body, caller))
         except Exception as exc:
             progress.error = exc
             raise
@@ -133,26 +135,48 @@ class Operations(CallableOperationBackend[Unit]):
             progress.answer = (place, unit)
         record_durable_unit(executed=done.executed)
         payload, used = _unpacked(unit, done.value)
+        itself = Usage.stamped(done.value) or Usage()
+        # That is by the library, once it has the payload.
+        added = itself if is_answer else _used(operation_id, payload)
         if usage is not None and used is not None:
             usage.incr(used)
+            added += of_run(used)
+        count(unit, itself, added, to=None if ctx is None else ctx.usage)
         return payload
 
 
-async def _packed(body: Callable[[], Awaitable[object]], caller: RunContext[Any] | None) -> bytes:
-    """What `body` gives, with the usage that it caused in its `caller`, as JSON. Raises OutputInvalid."""
+async def _packed(
+    operation_id: DurableOperationId, body: Callable[[], Awaitable[object]], caller: RunContext[Any] | None
+) -> bytes:
+    """What `body` gives, with the usage that it caused in its `caller`, as JSON. Raises OutputInvalid.
+
+    Before that stands what the unit used itself: all of it that no other unit tells of.
+    """
     if caller is None:
-        return _json({"value": await body()})
+        value = await body()
+        return _json(_used(operation_id, value).stamp({"value": value}))
     # The library gives each call of a tool a context of its own, and the parallel ones a usage in common.
     common = caller.usage
     before, caller.usage = _copied(common), _copied(common)
     try:
-        record = {"value": await body()}
+        with a_part(caller.usage) as within:
+            value = await body()
         used = caller.usage - before
     finally:
         caller.usage = common
+    record: dict[str, object] = {"value": value}
     if used.has_values() or used.requests or used.tool_calls:
         record["usage"] = _USAGE.dump_python(used, mode="json", exclude_defaults=True)
-    return _json(record)
+    return _json((_used(operation_id, value) + within.rest()).stamp(record))
+
+
+def _used(operation_id: DurableOperationId, value: object) -> Usage:
+    """What an operation used by itself, as its value tells."""
+    if isinstance(operation_id, ModelRequestId):
+        return of_request(value)
+    # A refusal, a deferral or a request to try again is no call.
+    outcome = value if isinstance(operation_id, ToolsetCallToolId) and isinstance(value, dict) else {}
+    return Usage(tool_calls=1) if outcome.get("kind") == "tool_return" else Usage()
 
 
 def _json(record: dict[str, object]) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TextIO
 
 from paigeant.urls import scrubbed
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
+    "dollars",
     "error",
     "errors",
     "facts",
@@ -25,6 +27,7 @@ __all__ = [
     "result",
     "seconds",
     "shown",
+    "size",
     "status",
     "table",
     "value",
@@ -89,16 +92,28 @@ def _labelled(label: str, style: str, text: str) -> None:
 
 
 def table(
-    columns: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, cut: Sequence[str] = ()
+    columns: Sequence[str],
+    rows: Iterable[Sequence[RenderableType]],
+    *,
+    cut: Sequence[str] = (),
+    right: Sequence[str] = (),
 ) -> Table:
-    """A table without frames. Where the terminal is too narrow, the columns in `cut` are shortened and no others."""
+    """A table without frames. Where the terminal is too narrow, the columns in `cut` are shortened and no others.
+
+    Those in `right` hold numbers, which end in one line.
+    """
     from rich.table import Table
     from rich.text import Text
 
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         # What can't be wrapped isn't narrowed as long as there is a column that can: its texts forbid it themselves.
-        made.add_column(column, no_wrap=column not in cut, overflow="ellipsis" if column in cut else "fold")
+        made.add_column(
+            column,
+            no_wrap=column not in cut,
+            overflow="ellipsis" if column in cut else "fold",
+            justify="right" if column in right else "left",
+        )
     for row in rows:
         for column, cell in zip(columns, row, strict=True):
             if column in cut and isinstance(cell, Text):
@@ -177,6 +192,20 @@ def seconds(took: float | None) -> str:
     minutes, rest = divmod(round(took), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def size(count: int) -> str:
+    """So many bytes as a person reads them."""
+    if count < 1024:
+        return f"{count} B"
+    return f"{count / 1024:.1f} KiB" if count < 1024**2 else f"{count / 1024**2:.1f} MiB"
+
+
+def dollars(cost: Decimal | None) -> str:
+    """A cost in US dollars; nothing where none is known. Of small ones the first digits are shown, too."""
+    if cost is None:
+        return ""
+    return f"${cost:,.2f}" if cost >= 1 or not cost else f"${cost:.{max(2, 1 - cost.adjusted())}f}"
 
 
 def shown(found: Any, most: int = 60) -> str:

@@ -205,7 +205,8 @@ async def _progress(app: Paigeant, run: Run) -> Any:
 
     async def show(live: Live) -> None:
         while True:
-            live.update(report.as_tables(await run.detail(), now=await app.store.now()), refresh=True)
+            detail = await app.store.load_run(run.id)
+            live.update(report.as_tables(detail, now=await app.store.now()), refresh=True)
             await asyncio.sleep(0.2)
 
     with Live(console=console.errors(), auto_refresh=False, transient=True) as live:

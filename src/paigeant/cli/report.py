@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json
 
 from paigeant import ledger
-from paigeant.app import result_of
-from paigeant.cli import console
+from paigeant.app import result_of, usage_of
+from paigeant.cli import console, usage
 from paigeant.slip import Phase
 from paigeant.store import RunDetail, RunRecord, StepRecord
 
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["as_json", "as_row", "as_tables", "summary"]
 
 
-def as_json(detail: RunDetail) -> dict[str, Any]:
-    """The run with its steps, undos and variables. A step that is still to come isn't among them."""
+def as_json(detail: RunDetail, *, units: usage.Units | None = None) -> dict[str, Any]:
+    """The run with its steps, undos and variables. A step that is still to come isn't among them.
+
+    With `units` each step has those that it recorded.
+    """
     run = detail.run
     return {
         "id": run.id,
@@ -29,8 +32,9 @@ def as_json(detail: RunDetail) -> dict[str, Any]:
         "output": result_of(detail).output,
         "error": run.error,
         "trace_id": run.trace_id,
-        "steps": [_step(row) for row in detail.steps if row.phase is Phase.DO],
-        "compensations": [_undo(row) for row in detail.steps if row.phase is Phase.UNDO],
+        "usage": usage_of(detail).as_json(),
+        "steps": [_step(row, units) for row in detail.steps if row.phase is Phase.DO],
+        "compensations": [_undo(row, units) for row in detail.steps if row.phase is Phase.UNDO],
         "variables": {name: from_json(value) for name, value in detail.variables.items()},
         "signals": [
             {
@@ -76,8 +80,11 @@ def as_row(run: RunRecord) -> list[RenderableType]:
     ]
 
 
-def as_tables(detail: RunDetail, *, now: float) -> RenderableType:
-    """The run for a person: what it is, its steps with attempts and times, what is to come, its variables."""
+def as_tables(detail: RunDetail, *, now: float, units: usage.Units | None = None) -> RenderableType:
+    """The run for a person: what it is, its steps with attempts and times, what is to come, its variables.
+
+    What agents used stands below that, and the `units` that steps have recorded.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -105,10 +112,12 @@ def as_tables(detail: RunDetail, *, now: float) -> RenderableType:
             for name, value in sorted(detail.variables.items())
         ]
         parts += [Text(), console.table(["variable", "value"], variables, cut=["value"])]
+    for table in usage.tables_of(detail, units):
+        parts += [Text(), table]
     return Group(*parts)
 
 
-def _step(row: StepRecord) -> dict[str, Any]:
+def _step(row: StepRecord, units: usage.Units | None) -> dict[str, Any]:
     return {
         "id": row.step,
         "activity": row.activity,
@@ -119,12 +128,13 @@ def _step(row: StepRecord) -> dict[str, Any]:
         "started_at": console.instant(row.started_at),
         "completed_at": console.instant(row.completed_at),
         "input": None if row.input is None else from_json(row.input),
-        "usage": None if row.usage is None else from_json(row.usage),
+        "usage": usage.step_as_json(row),
         "worker": row.worker,
+        **usage.units_as_json(row, units),
     }
 
 
-def _undo(row: StepRecord) -> dict[str, Any]:
+def _undo(row: StepRecord, units: usage.Units | None) -> dict[str, Any]:
     return {
         "id": row.step,
         "activity": row.activity,
@@ -133,6 +143,8 @@ def _undo(row: StepRecord) -> dict[str, Any]:
         "error": row.error,
         "started_at": console.instant(row.started_at),
         "completed_at": console.instant(row.completed_at),
+        "usage": usage.step_as_json(row),
+        **usage.units_as_json(row, units),
     }
 
 

@@ -72,10 +72,20 @@ def list_(
 
 
 @app.command(
-    epilog=session.examples("paigeant runs show order-42", "paigeant runs show order-42 --json | jq .output")
+    epilog=session.examples(
+        "paigeant runs show order-42",
+        "paigeant runs show order-42 --units",
+        "paigeant runs show order-42 --json | jq .output",
+    )
 )
-def show(id: RunId, json: AsJson = False) -> None:
-    """Show a run with its steps, their attempts, times and errors, and its variables."""
+def show(
+    id: RunId,
+    units: Annotated[
+        bool, typer.Option("--units", help="Also list what each step has recorded so far, unit by unit.")
+    ] = False,
+    json: AsJson = False,
+) -> None:
+    """Show a run with its steps, their attempts, times and errors, its variables, and what agents used."""
 
     async def command() -> None:
         from paigeant.cli import report
@@ -84,10 +94,13 @@ def show(id: RunId, json: AsJson = False) -> None:
         async with session.opened(session.read_settings()) as paigeant:
             detail = await paigeant.run(id).detail()
             now = await paigeant.store.now()
+            found = None
+            if units:
+                found = {row.key: await paigeant.store.load_units(row.key) for row in detail.steps}
         if json:
-            console.value(report.as_json(detail))
+            console.value(report.as_json(detail, units=found))
             return
-        console.out().print(report.as_tables(detail, now=now))
+        console.out().print(report.as_tables(detail, now=now, units=found))
         if (
             detail.run.status in (RunStatus.FAILED, RunStatus.COMPENSATION_FAILED)
             and session.is_interactive()

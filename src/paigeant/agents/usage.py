@@ -1,0 +1,129 @@
+"""What agents use inside a step: counted unit by unit, so that each request is counted once however often it is met.
+
+The record of a unit tells what the unit itself used: that of a model request its answer, with the price of its day;
+that of a tool call the call, and what agents that aren't recorded used within it. The usage of a step is that of all
+its units together, whichever attempt made them: what failed attempts asked for has been paid, too. A replay makes no
+unit, and adds nothing.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from pydantic import TypeAdapter
+from pydantic_ai import ModelResponse, RunUsage
+
+from paigeant.errors import StoreUnavailable
+from paigeant.store import RunValues, StepKey
+from paigeant.usage import Usage
+
+__all__ = ["Counting", "Part", "a_part", "count", "of_request", "of_run"]
+
+_RESPONSE = TypeAdapter(ModelResponse)
+_RUN = TypeAdapter(RunUsage)
+
+
+class Counting:
+    """What the units of a step use that are met in this attempt, by their names. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        self._used: dict[str, Usage] = {}
+
+    def __enter__(self) -> Self:
+        self._token = _COUNTING.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _COUNTING.reset(self._token)
+
+    def add(self, unit: str, used: Usage) -> None:
+        """A unit of that name, done or replayed, used so much itself."""
+        if used:
+            self._used[unit] = used
+
+    async def total(self, store: RunValues, key: StepKey, *, is_fresh: bool) -> bytes | None:
+        """All that the step used, as JSON; None when it used nothing. What earlier attempts did is read in `store`."""
+        used = self._used
+        if not is_fresh:
+            try:
+                units = await store.load_units(key)
+            except StoreUnavailable:
+                units = {}  # what this attempt has seen is better than nothing
+            stamps = {name: Usage.stamped(record) for name, record in units.items()}
+            used = {**used, **{name: stamp for name, stamp in stamps.items() if stamp is not None}}
+        total = Usage.total(used.values())
+        return total.dump() if total else None
+
+
+@dataclass(slots=True)
+class Part:
+    """A piece of a step that adds up what it uses in `usage`, and how much of that its units tell of."""
+
+    usage: RunUsage
+    before: Usage
+    told: list[Usage] = field(default_factory=list)
+
+    def rest(self) -> Usage:
+        """What was used here that no unit tells of: by agents without an engine, in tools that aren't recorded."""
+        return of_run(self.usage).beyond(Usage.total((self.before, *self.told)))
+
+
+_COUNTING: contextvars.ContextVar[Counting | None] = contextvars.ContextVar("paigeant.counting", default=None)
+_PART: contextvars.ContextVar[Part | None] = contextvars.ContextVar("paigeant.part", default=None)
+
+
+@contextmanager
+def a_part(usage: RunUsage) -> Iterator[Part]:
+    """The code inside is a piece of the step; agents that are handed `usage` there add theirs to it."""
+    made = Part(usage, of_run(usage))
+    token = _PART.set(made)
+    try:
+        yield made
+    finally:
+        _PART.reset(token)
+
+
+def count(unit: str, used: Usage, added: Usage, *, to: RunUsage | None) -> None:
+    """A unit of that name, done or replayed, used so much itself; so much is `added` `to` the count of its run."""
+    counting, piece = _COUNTING.get(), _PART.get()
+    if counting is not None:
+        counting.add(unit, used)
+    if piece is not None and to is piece.usage:
+        piece.told.append(added)
+
+
+def of_run(usage: RunUsage) -> Usage:
+    """The library's count as ours."""
+    return Usage(usage.requests, usage.tool_calls, usage.input_tokens, usage.output_tokens, usage.cost)
+
+
+def of_request(answer: object) -> Usage:
+    """What a model request used, as its recorded answer tells; the price is put into it where it is known.
+
+    Prices change: it is that of the day on which it was asked, for replays and for limits as well.
+    """
+    if not isinstance(answer, dict) or not isinstance(answer.get("usage"), dict):
+        return Usage(requests=1)
+    if answer["usage"].get("cost") is None and (cost := _price(answer)) is not None:
+        answer["usage"]["cost"] = cost
+    # Models that a fallback gave up on before this one may have billed something, too.
+    tried = [one.get("usage") for one in answer.get("failed_attempts") or ()]
+    used = RunUsage(requests=1)
+    for found in (answer["usage"], *tried):
+        if found is not None:
+            used.incr(_RUN.validate_python(found))
+    return of_run(used)
+
+
+def _price(answer: dict[str, Any]) -> str | None:
+    """What the request cost in US dollars; None where nobody knows."""
+    try:
+        return f"{_RESPONSE.validate_python({**answer, 'parts': []}).cost().total_price:f}"
+    except (
+        Exception
+    ):  # a model that has no price list, and whatever a list may hold: counting never fails a step
+        return None

@@ -1,0 +1,114 @@
+"""Usage: what agents took of their models, as numbers that can be added up: of a unit, a step, a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from pydantic_core import from_json, to_json
+
+__all__ = ["Usage"]
+
+_KEY = "paigeant.used"
+_STAMP = f'{{"{_KEY}":'.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Answers of models, successful calls of tools, tokens, and the `cost` in US dollars.
+
+    `cost` is that of the requests whose price is known: None where it is known of none.
+    """
+
+    requests: int = 0
+    tool_calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: Decimal | None = None
+
+    def __bool__(self) -> bool:
+        return self != _NOTHING
+
+    def __add__(self, other: Usage) -> Usage:
+        costs = [cost for cost in (self.cost, other.cost) if cost is not None]
+        return Usage(
+            self.requests + other.requests,
+            self.tool_calls + other.tool_calls,
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            sum(costs, Decimal()) if costs else None,
+        )
+
+    def beyond(self, other: Usage) -> Usage:
+        """What this is more than `other`, in each number; nothing is below 0."""
+        cost = (self.cost or Decimal()) - (other.cost or Decimal())
+        return Usage(
+            max(self.requests - other.requests, 0),
+            max(self.tool_calls - other.tool_calls, 0),
+            max(self.input_tokens - other.input_tokens, 0),
+            max(self.output_tokens - other.output_tokens, 0),
+            cost if cost > 0 else None,
+        )
+
+    @classmethod
+    def total(cls, parts: Iterable[Usage]) -> Usage:
+        """All parts together."""
+        return sum(parts, _NOTHING)
+
+    # -- as JSON
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers by name; the cost is a text, so that nothing of it is lost."""
+        return {
+            "requests": self.requests,
+            "tool_calls": self.tool_calls,
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "cost": None if self.cost is None else f"{self.cost:f}",
+        }
+
+    def dump(self) -> bytes:
+        """The usage as it is recorded with a step."""
+        return to_json(self.as_json())
+
+    @classmethod
+    def read(cls, recorded: bytes | None) -> Usage | None:
+        """What was recorded with a step; None where nothing was."""
+        return None if recorded is None else cls._of(from_json(recorded))
+
+    @classmethod
+    def _of(cls, found: Any) -> Usage | None:
+        if not isinstance(found, dict):
+            return None
+        try:
+            cost = found.get("cost")
+            return cls(
+                int(found.get("requests", 0)),
+                int(found.get("tool_calls", 0)),
+                int(found.get("input_tokens", 0)),
+                int(found.get("output_tokens", 0)),
+                None if cost is None else Decimal(str(cost)),
+            )
+        except (ValueError, TypeError, InvalidOperation):
+            return None
+
+    # -- in the record of a unit
+
+    def stamp(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The record of a unit that tells what the unit itself used, before all else so that it is found at once."""
+        return {_KEY: self.as_json(), **record} if self else record
+
+    @classmethod
+    def stamped(cls, record: bytes) -> Usage | None:
+        """What a unit itself used, as its record tells; None where it tells nothing."""
+        return cls._of(from_json(record)[_KEY]) if record.startswith(_STAMP) else None
+
+    @classmethod
+    def of_units(cls, records: Iterable[bytes]) -> Usage:
+        """What units used together."""
+        return cls.total(used for record in records if (used := cls.stamped(record)) is not None)
+
+
+_NOTHING = Usage()
