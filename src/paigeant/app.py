@@ -241,8 +241,8 @@ class Paigeant:
         return await self.answer(request_id, {"approved": True}, sender=sender)
 
     async def deny(self, request_id: str, reason: str = "", *, sender: str = "") -> Request:
-        """Deny what a request asks for; whoever asked gets the reason. Raises RequestNotFound, InvalidTransition."""
-        return await self.answer(request_id, {"approved": False, "reason": reason}, sender=sender)
+        """Say no to what a request asks for; whoever asked gets the reason. Raises what `answer` raises."""
+        return await self.dispatcher.deny(request_id, reason, sender=sender)
 
     async def prune(self, *, older_than: float, statuses: Collection[RunStatus | str] | None = None) -> int:
         """Delete the runs that ended more than `older_than` seconds ago, with all that belongs to them.

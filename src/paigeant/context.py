@@ -133,9 +133,10 @@ class StepContext:
     async def ask(self, question: str, *, timeout: float | None = None, about: Any = None) -> Any:
         """The answer to a question that `paigeant requests` or `Paigeant.answer()` gives; the step is left until then.
 
-        `about` is shown along with the question. Raises WaitTimeout when nobody has answered after `timeout` seconds.
+        `about` is shown along with the question. Raises WaitTimeout when nobody has answered after `timeout` seconds,
+        RequestDenied when the answer is that there will be none.
         """
-        return (await self._ask("question", question, timeout, about))["value"]
+        return (await self._ask("question", question, timeout, about))["value"]["value"]
 
     async def approve(self, question: str, *, timeout: float | None = None, about: Any = None) -> bool:
         """Whether somebody approved of what is asked; like `ask`."""

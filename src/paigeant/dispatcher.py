@@ -7,7 +7,7 @@ import logging
 import random
 import secrets
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -30,7 +30,7 @@ from paigeant.forwarder import LONGEST_DELAY, Forwarder
 from paigeant.message import MessageId, PaigeantMessage, decode
 from paigeant.observer import Event, Observers
 from paigeant.slip import RUN_ENDED, Phase, RoutingSlip, RunStatus, Step, is_text
-from paigeant.store import REQUEST_SIGNAL, DeadLetter, Request, RunRecord, StepKey, Store
+from paigeant.store import REQUEST_SIGNAL, DeadLetter, Request, RequestKind, RunRecord, StepKey, Store
 from paigeant.waits import WAITS
 from paigeant.workflow import Workflow
 
@@ -164,17 +164,32 @@ class Dispatcher:
         """Answer a request, once; the same answer again changes nothing.
 
         `value` is what its kind calls for: for an approval whether it is given, or an object with `approved` and
-        perhaps a `reason`; for a question any JSON; for an external event what has happened. Raises RequestNotFound,
+        perhaps a `reason` or other `arguments`; for a question or an external event any JSON. Raises RequestNotFound,
         InputInvalid, InvalidTransition when it has another answer or nobody waits for it any more.
         """
+        return await self._settle(
+            request_id, lambda kind: _approval(value) if kind == "approval" else {"value": value}, sender
+        )
+
+    async def deny(self, request_id: str, reason: str = "", *, sender: str = "") -> Request:
+        """Say no to a request: not approved of, or never to be answered. Raises what `answer` raises."""
+        if not isinstance(reason, str) or not is_text(reason.replace("\n", " ")):
+            raise InputInvalid(f"a reason is a text without control characters, found {_short(reason)}")
+        return await self._settle(
+            request_id,
+            lambda kind: {"approved": False, "reason": reason} if kind == "approval" else {"denied": reason},
+            sender,
+        )
+
+    async def _settle(
+        self, request_id: str, answer: Callable[[RequestKind], dict[str, Any]], sender: str
+    ) -> Request:
         _check_sender(sender)
         request = await self.store.load_request(request_id)
         if request is None:
             raise RequestNotFound(request_id)
-        if request.kind == "approval":
-            value = _approval(value)
         try:
-            text = codec.dump(value)
+            text = codec.dump(answer(request.kind))
         except codec.JsonInvalid as exc:
             raise InputInvalid(f"the answer can't be written as JSON: {exc}") from exc
         answered = await self.store.answer_request(request_id, text, sender=sender)

@@ -154,6 +154,10 @@ class RequestNotFound(PaigeantError):
         self.request_id = request_id
 
 
+class RequestDenied(NonRetryableError):
+    """Somebody has said that there will be no answer to what a step asked."""
+
+
 class WaitTimeout(NonRetryableError, TimeoutError):
     """What a step waited for has not come in time. That is recorded, so that no further attempt waits again."""
 

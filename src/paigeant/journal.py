@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from pydantic_core import from_json, to_json
 
 from paigeant import codec
-from paigeant.errors import OutcomeUnknown, OutsideStep, WaitTimeout
+from paigeant.errors import OutcomeUnknown, OutsideStep, RequestDenied, WaitTimeout
 from paigeant.parking import Parking
 from paigeant.store import Request, RequestKind, RunValues, StepKey
 
@@ -64,7 +64,7 @@ class Unit:
 
     `delay` gives, for the number of a try that failed (from 1) and its error, the seconds until the next try; None
     when there is none. `timeout` is in seconds, for each try. `at_most_once`: that it begins is recorded first, and
-    what began and left no outcome is never begun again.
+    what began and left no result is begun again only if a person says so.
     """
 
     label: str
@@ -194,14 +194,14 @@ class Place:
     async def do(self, name: str, unit: Unit, produce: Callable[[], Awaitable[bytes]]) -> Done:
         """The record of the unit `name`, made from what `produce` gives when there is none.
 
-        What `produce` raises is raised and not recorded. Raises OutcomeUnknown for a unit that may be done at most
-        once when it was begun before, or now fails.
+        What `produce` raises is raised and not recorded. A unit that may be done at most once and was begun before, or
+        fails now, waits for a person who decides whether it is done again; raises OutcomeUnknown when it isn't.
         """
         recorded = await self.journal.find(name, again=self.again)
         if recorded is not None:
             return Done(recorded, executed=False)
         if unit.at_most_once:
-            await self._intend(name, unit)
+            return await self._do_at_most_once(name, unit, produce)
         value = await self._produce(name, unit, produce)
         return Done(await self.journal.save(name, value), executed=True)
 
@@ -257,26 +257,39 @@ class Place:
         """A recorded text that nobody can guess, the same each time it is asked for under this name."""
         recorded = await self.journal.find(name, again=self.again)
         if recorded is None:
-            recorded = await self.journal.save(name, codec.dump(secrets.token_urlsafe(16)))
+            # Only letters and digits: people pass it to commands, where a leading "-" would be an option.
+            recorded = await self.journal.save(name, codec.dump(secrets.token_hex(12)))
         token: str = from_json(recorded)
         return token
 
     async def ask(
-        self, kind: RequestKind, name: str, asked: bytes, *, timeout: float | None
+        self, kind: RequestKind, name: str, asked: bytes, *, timeout: float | None, unit: str | None = None
     ) -> dict[str, Any]:
-        """The answer to a request, as the next unit at this place; `asked` (JSON) is what whoever answers is told.
+        """The answer to a request, as the unit of this name or the next one at this place, see `answer`."""
+        unit = self.name(f"{kind} {name}") if unit is None else unit
+        return await self.answer(unit, await self.requested(unit, kind, name, asked), timeout=timeout)
 
-        An object with its `value`, `by` whom, and `at` which instant. The step is left until somebody has answered.
-        Raises WaitTimeout when nobody has after `timeout` seconds.
+    async def requested(self, unit: str, kind: RequestKind, name: str, asked: bytes) -> Request:
+        """The request that `unit` makes, the same each time. `asked` (JSON) is what whoever answers is told."""
+        return Request(await self.token(f"{unit}!token"), *self.journal.key[:2], kind, name, asked)
+
+    async def answer(self, unit: str, request: Request, *, timeout: float | None) -> dict[str, Any]:
+        """The answer to a request, as a unit: an object with its `value`, `by` whom, and `at` which instant.
+
+        The step is left until somebody has answered. Raises WaitTimeout when nobody has after `timeout` seconds,
+        RequestDenied for a question or an event to which the answer is that there will be none.
         """
-        unit = self.name(f"{kind} {name}")
-        request = Request(await self.token(f"{unit}!token"), *self.journal.key[:2], kind, name, asked)
 
         async def keep(until: float | None) -> None:
             await self.journal.request(replace(request, expires_at=until))
 
-        what = f"the answer to '{name}'"
-        return await self.signal(unit, request.signal, timeout=timeout, what=what, ask=keep)
+        what = f"the answer to '{request.name}'"
+        found = await self.signal(unit, request.signal, timeout=timeout, what=what, ask=keep)
+        if "denied" in found["value"]:
+            by = f" by {found['by']}" if found["by"] else ""
+            reason = found["value"]["denied"]
+            raise RequestDenied(f"'{request.name}' was denied{by}{f': {reason}' if reason else ''}")
+        return found
 
     async def standing(self, name: str) -> str:
         """The name under which the unit `name` is done now: another one for each time that it was `refuse`d."""
@@ -291,12 +304,37 @@ class Place:
         """Have later attempts do this unit anew: what is recorded of it would have them fail in the same way."""
         await self.journal.save(f"{unit}!refused", b"true")
 
-    async def _intend(self, name: str, unit: Unit) -> None:
-        mine = codec.dump(uuid.uuid4().hex)
-        if await self.journal.save(f"{name}!begun", mine) != mine:
+    async def _do_at_most_once(self, name: str, unit: Unit, produce: Callable[[], Awaitable[bytes]]) -> Done:
+        # That it begins is recorded first. What began and left no result is for a person to look at.
+        for number in itertools.count(1):
+            begun = f"{name}!begun" if number == 1 else f"{name}!begun#{number}"
+            mine = codec.dump(uuid.uuid4().hex)
+            trouble = "it was begun before, and how it ended was never recorded"
+            if await self.journal.save(begun, mine) == mine:
+                try:
+                    value = await self._produce(name, unit, produce)
+                except Exception as exc:
+                    trouble = f"it failed: {type(exc).__name__}: {exc}"
+                else:
+                    return Done(await self.journal.save(name, value), executed=True)
+            await self._decide(name, unit, begun, trouble)
+        raise AssertionError("unreachable")
+
+    async def _decide(self, name: str, unit: Unit, begun: str, trouble: str) -> None:
+        """Have a person decide whether `unit` is begun once more. Raises OutcomeUnknown when it isn't."""
+        key = self._inner(name, again=False).effect_key
+        asked = {
+            "question": f"Do {unit.label} again? It may be done at most once; {trouble}",
+            "effect_key": key,
+        }
+        answer = await self.ask(
+            "approval", f"{unit.label} again", codec.dump(asked), timeout=None, unit=f"{begun}!decision"
+        )
+        if not answer["value"]["approved"]:
+            reason = answer["value"].get("reason")
             raise OutcomeUnknown(
-                f"{unit.label} may be done at most once; it was begun before, and how it ended was never recorded: "
-                f"see what came of it under the effect key {self._inner(name, again=False).effect_key!r}"
+                f"{unit.label} may be done at most once; {trouble}; it is not to be done again"
+                f"{f' ({reason})' if reason else ''}; see what came of it under the effect key {key!r}"
             )
 
     async def _produce(self, name: str, unit: Unit, produce: Callable[[], Awaitable[bytes]]) -> bytes:
@@ -311,11 +349,7 @@ class Place:
                 error: Exception = exc
                 if limit.expired() and isinstance(exc, TimeoutError):
                     error = TimeoutError(f"{unit.label} took longer than {unit.timeout:g} s")
-                if unit.at_most_once:
-                    raise OutcomeUnknown(
-                        f"{unit.label} may be done at most once, and failed: {type(error).__name__}: {error}"
-                    ) from exc
-                delay = unit.delay(number, error)
+                delay = None if unit.at_most_once else unit.delay(number, error)
                 if delay is None:
                     if error is exc:
                         raise

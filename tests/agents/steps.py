@@ -11,8 +11,10 @@ from pydantic_ai.messages import ModelRequest, RetryPromptPart, ToolReturnPart, 
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 
 from paigeant.agents.durability import replay_scope
+from paigeant.clock import Clock, SystemClock
 from paigeant.journal import Journal, Place
-from paigeant.store import StepKey
+from paigeant.slip import RunStatus
+from paigeant.store import NextStep, Request, RunRecord, StepKey
 from paigeant.stores.memory import MemoryStore
 
 __all__ = ["Crash", "Step", "asks", "called", "prompt_of", "returned", "scripted", "without_moments"]
@@ -27,8 +29,9 @@ class Crash(BaseException):
 class Step:
     """One step and what is recorded of it, in memory. Each `attempt` may crash behind its so many-eth new record."""
 
-    def __init__(self) -> None:
-        self.store = MemoryStore()
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.clock = clock or SystemClock()
+        self.store = MemoryStore(clock=self.clock)
         self.key = StepKey("run", "step")
         self.saved: list[str] = []
         self.read = 0
@@ -41,7 +44,9 @@ class Step:
         """What `work` gives in a new attempt. `first`: the step is fresh, so that no records are read."""
         self._crash_after = crash_after
         self._before = set(await self.store.load_units(self.key))
-        journal = Journal(self.key, self, f"{self.key.workflow_id}:{self.key.step}", is_fresh=first)  # type: ignore[arg-type]  # all that a journal asks for
+        effect = f"{self.key.workflow_id}:{self.key.step}"
+        values: Any = self  # all that a journal asks for
+        journal = Journal(self.key, values, effect, is_fresh=first, now=self.clock.now)
         journal.open()
         with Place(journal).entered(), replay_scope():
             return await work()
@@ -56,6 +61,20 @@ class Step:
                 crashes += 1
                 assert crashes < 100, "no attempt gets any further"
 
+    async def asked(self) -> Request:
+        """What an attempt asked of people: one thing."""
+        await self._begin()
+        [request] = await self.store.list_requests()
+        return request
+
+    async def answer(self, answer: bytes) -> None:
+        """Answer that."""
+        await self.store.answer_request((await self.asked()).id, answer)
+
+    async def _begin(self) -> None:
+        run = RunRecord(self.key.workflow_id, "w", RunStatus.PENDING, b"{}", "", b"{}", "", "")
+        await self.store.record_workflow_start(run, NextStep(self.key, "a", "t"))
+
     @property
     def units(self) -> list[str]:
         """The names of all records, in the order in which they were made."""
@@ -66,7 +85,7 @@ class Step:
     async def save_unit(self, key: StepKey, name: str, value: bytes) -> bytes:
         if self._crash_after == 0:
             raise Crash  # what else was under way is gone with the process
-        assert name not in self._before or name.endswith("!begun"), f"{name} was done again"
+        assert name not in self._before or "!begun" in name, f"{name} was done again"
         stands = await self.store.save_unit(key, name, value)
         self.saved.append(name)
         if self._crash_after is not None:
@@ -82,6 +101,12 @@ class Step:
     async def load_units(self, key: StepKey) -> dict[str, bytes]:
         self.read += 1
         return await self.store.load_units(key)
+
+    async def take_signal(self, key: StepKey, unit: str, name: str) -> bytes | None:
+        return await self.store.take_signal(key, unit, name)
+
+    async def open_request(self, request: Request) -> None:
+        await self.store.open_request(request)
 
 
 def scripted(*turns: Callable[[list[ModelMessage]], Any] | Any) -> tuple[FunctionModel, list[int]]:

@@ -45,6 +45,7 @@ from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.toolsets import DynamicToolset, FunctionToolset
 from pydantic_ai.usage import UsageLimits
+from pydantic_core import from_json
 from tests.agents.steps import (
     Crash,
     Step,
@@ -56,8 +57,9 @@ from tests.agents.steps import (
 )
 
 from paigeant import RetryPolicy
-from paigeant.agents import PaigeantDurability, durability, effect_key, operations
+from paigeant.agents import PaigeantDurability, effect_key, operations
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutputInvalid, UnitUnreadable
+from paigeant.parking import Parked
 from paigeant.testing import ManualClock
 
 AnyAgent = Agent[Any, Any]
@@ -812,7 +814,7 @@ async def test_rule_12_a_crash_before_the_record_repeats_the_call_under_the_same
 
 @pytest.mark.parametrize("more", [{}, {"retries": RetryPolicy(attempts=1), "timeout": 9.0}])
 async def test_rule_12_a_tool_that_is_called_once_at_most(more: dict[str, Any]) -> None:
-    """Marked so in its metadata, it isn't called again when its outcome was lost: the step fails for good."""
+    """Marked so in its metadata, it isn't called again when its outcome was lost: a person is asked."""
     model, _ = scripted(called("pay", "c1"), "done")
     agent = durable(model)
     paid: list[int] = []
@@ -825,6 +827,10 @@ async def test_rule_12_a_tool_that_is_called_once_at_most(more: dict[str, Any]) 
     step = Step()
     with pytest.raises(Crash):
         await step.attempt(lambda: agent.run("go"))
+    with pytest.raises(Parked):
+        await step.attempt(lambda: agent.run("go"))
+    assert "Do tool 'pay' of agent 'agent' again?" in from_json((await step.asked()).asked)["question"]
+    await step.answer(b'{"approved":false}')
     with pytest.raises(OutcomeUnknown, match="tool 'pay' of agent 'agent' may be done at most once"):
         await step.attempt(lambda: agent.run("go"))
     assert len(paid) == 1
@@ -1029,13 +1035,12 @@ async def test_rule_15_what_is_written_grows_with_the_conversation() -> None:
 # -- rule 16: deadlines and pauses
 
 
-async def test_rule_16_a_deadline_counts_from_the_first_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rule_16_a_deadline_counts_from_the_first_attempt() -> None:
     """`timeout=` of a run is over when it is over, however many attempts there were."""
     clock = ManualClock(datetime.now(UTC) - timedelta(seconds=1000))
-    monkeypatch.setattr(durability, "_CLOCK", clock)
     model, requests = scripted("done")
     agent = durable(model)
-    step = Step()
+    step = Step(clock)
     with pytest.raises(Crash):
         await step.attempt(lambda: agent.run("go", timeout=500), crash_after=1)
     clock.advance(1000)
@@ -1067,29 +1072,25 @@ async def test_rule_16_nested_runs_inherit_the_deadline() -> None:
     assert deadlines == deadlines[:1] * 2
 
 
-async def test_rule_16_a_pause_of_the_library_isn_t_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two polls of a response the run waits until a recorded instant: a resumed run waits for the rest."""
+async def test_rule_16_a_pause_of_the_library_isn_t_begun_anew() -> None:
+    """Between two polls of a response the run waits until a recorded instant, its step left: it goes on then."""
     clock = ManualClock()
-    monkeypatch.setattr(durability, "_CLOCK", clock)
-    slept: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
 
     class Pausing(AbstractCapability[Any]):
         async def before_model_request(self, ctx: RunContext[Any], request_context: Any) -> Any:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(asyncio, "sleep", sleep)
-                await _agent_graph_sleep(60.0)
+            await _agent_graph_sleep(60.0)
             return request_context
 
-    agent = durable(scripted("done")[0], capabilities=[Pausing()])
-    step = Step()
-    with pytest.raises(Crash):
-        await step.attempt(lambda: agent.run("go"), crash_after=1)
-    clock.advance(45)
-    await step.attempt(lambda: agent.run("go"))
-    assert slept == [15.0]
+    model, requests = scripted("done")
+    agent = durable(model, capabilities=[Pausing()])
+    step = Step(clock)
+    for seconds in (0, 45):
+        clock.advance(seconds)
+        with pytest.raises(Parked):
+            await step.attempt(lambda: agent.run("go"))
+    assert requests == []
+    clock.advance(15)
+    assert (await step.attempt(lambda: agent.run("go"))).output == "done"
 
 
 # -- what an attempt can and can't mend

@@ -8,11 +8,13 @@ import threading
 from typing import Any
 
 import pytest
+from pydantic_core import from_json
 from tests.agents.steps import Crash, Step
 
 from paigeant import ActivityRegistry, StepContext, Workflow
 from paigeant.errors import OutcomeUnknown, OutsideStep
 from paigeant.journal import Done, Place, Unit, current_place, effect_key
+from paigeant.parking import Parked
 from paigeant.testing import MemoryApp
 
 
@@ -253,7 +255,7 @@ async def test_a_try_that_takes_too_long_is_an_error_that_says_so() -> None:
 
 
 async def test_what_may_be_done_once_at_most_is_not_begun_again() -> None:
-    """That it begins is recorded first: when the outcome is lost, the next attempt fails and names the effect key."""
+    """That it begins is recorded first: when the outcome is lost, a person is asked, and told the effect key."""
     step = Step()
     keys: list[str] = []
 
@@ -266,12 +268,44 @@ async def test_what_may_be_done_once_at_most_is_not_begun_again() -> None:
 
     with pytest.raises(Crash):
         await step.attempt(work)
-    with pytest.raises(
-        OutcomeUnknown, match="the payment may be done at most once; it was begun before"
-    ) as caught:
-        await step.attempt(work)
+    for _ in range(2):
+        with pytest.raises(Parked):
+            await step.attempt(work)
+    asked = from_json((await step.asked()).asked)
+    assert asked["effect_key"] == keys[0]
+    assert "how it ended was never recorded" in asked["question"]
+    await step.answer(b'{"approved":false,"reason":"it was paid"}')
+    refused = pytest.raises(OutcomeUnknown, match=rf"it was begun.*\(it was paid\).*{keys[0]}")
+    for _ in range(2):
+        with refused:
+            await step.attempt(work)
     assert len(keys) == 1
-    assert keys[0] in str(caught.value)
+
+
+async def test_what_a_person_allows_is_begun_once_more() -> None:
+    """Under the same effect key; when that outcome is lost as well, they are asked again."""
+    step = Step()
+    keys: list[str] = []
+
+    async def produce() -> bytes:
+        keys.append(effect_key())
+        if len(keys) < 3:
+            raise Crash
+        return b"7"
+
+    def work() -> Any:
+        return here().do("u", Unit("the payment", at_most_once=True), produce)
+
+    for count in (1, 2):
+        with pytest.raises(Crash):
+            await step.attempt(work)
+        with pytest.raises(Parked):
+            await step.attempt(work)
+        await step.answer(b'{"approved":true}')
+        assert len(keys) == count
+    assert await step.attempt(work) == Done(b"7", executed=True)
+    assert await step.attempt(work) == Done(b"7", executed=False)
+    assert len(set(keys)) == 1
 
 
 async def test_what_was_done_once_at_most_and_recorded_is_replayed() -> None:
@@ -283,7 +317,7 @@ async def test_what_was_done_once_at_most_and_recorded_is_replayed() -> None:
 
 
 async def test_only_one_of_two_workers_begins_what_may_be_done_once_at_most() -> None:
-    """Of two attempts at the same time one does it, and the other fails."""
+    """Of two attempts at the same time one does it, and the other asks."""
     step = Step()
     done: list[int] = []
 
@@ -296,15 +330,17 @@ async def test_only_one_of_two_workers_begins_what_may_be_done_once_at_most() ->
         return here().do("u", Unit("u", at_most_once=True), produce)
 
     answers = await asyncio.gather(step.attempt(work), step.attempt(work), return_exceptions=True)
-    assert {type(answer) for answer in answers} == {Done, OutcomeUnknown}
+    assert {type(answer) for answer in answers} == {Done, Parked}
     assert len(done) == 1
 
 
-async def test_what_may_be_done_once_at_most_and_fails_is_final() -> None:
-    """Nobody can tell whether it took effect, so the error ends the step and says what was raised."""
+async def test_what_may_be_done_once_at_most_and_fails_goes_to_a_person() -> None:
+    """Nobody can tell whether it took effect: the question says what was raised."""
+    step = Step()
 
     async def produce() -> bytes:
         raise ConnectionError("reset by peer")
 
-    with pytest.raises(OutcomeUnknown, match="failed: ConnectionError: reset by peer"):
-        await Step().attempt(lambda: here().do("u", Unit("u", at_most_once=True), produce))
+    with pytest.raises(Parked):
+        await step.attempt(lambda: here().do("u", Unit("u", at_most_once=True), produce))
+    assert "it failed: ConnectionError: reset by peer" in from_json((await step.asked()).asked)["question"]

@@ -82,9 +82,8 @@ class Shop:
             self.done.append("worked")
             return "work"
 
-        return await asyncio.gather(
-            context.ask("One?"), context.wait_for("two"), context.once("work", work)
-        )
+        asked = (context.ask("One?"), context.wait_for("two"), context.once("work", work))
+        return list(await asyncio.gather(*asked))
 
 
 @pytest.fixture
@@ -96,7 +95,7 @@ def shop() -> Shop:
 async def parked(run: Run) -> None:
     """Wait until nobody works on the run, which waits itself."""
     async with asyncio.timeout(PATIENCE):
-        while await run.status() is not RunStatus.WAITING:
+        while await run.status() is not RunStatus.WAITING:  # noqa: ASYNC110  # it tells only of its end
             await asyncio.sleep(0.01)
 
 
@@ -165,7 +164,8 @@ async def test_sleeping_takes_no_worker_and_survives_all_of_them(settings: Setti
             result = await run.wait(PATIENCE)
         assert result.status is RunStatus.COMPLETED
         row = (await run.detail()).steps[1]
-        assert row.completed_at is not None and row.completed_at - began >= 1.2
+        assert row.completed_at is not None
+        assert row.completed_at - began >= 1.2
 
 
 async def test_an_activity_sleeps_in_the_middle(settings: Settings, shop: Shop) -> None:
@@ -269,7 +269,8 @@ async def test_a_run_starts_when_it_is_told_to(settings: Settings, shop: Shop) -
         result = await run.wait(PATIENCE)
         assert result.status is RunStatus.COMPLETED
         row = (await run.detail()).steps[0]
-        assert row.started_at is not None and row.started_at >= start.timestamp()
+        assert row.started_at is not None
+        assert row.started_at >= start.timestamp()
         with pytest.raises(InputInvalid, match="time zone"):
             await app.dispatch(Workflow("w", []), start_at=datetime(2030, 1, 1))  # noqa: DTZ001
 

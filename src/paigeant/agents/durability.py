@@ -14,7 +14,10 @@ result. Any other error is not: the attempt fails, and the next one tries that u
 because of what its model said, the next attempt asks for the last answer again.
 
 **At least once.** A crash after an effect and before its record repeats the unit. `effect_key()` is the same then, for
-whoever has the effect; a tool marked `at_most_once` isn't repeated, and its step fails for good.
+whoever has the effect; a tool marked `at_most_once` isn't repeated before a person has said so.
+
+**Waits.** An agent that waits for an approval, an answer or an event outside leaves its step: nothing of it is kept in
+a worker. When that is there, it runs through what is recorded, and goes on behind it.
 
 **Usage.** What agents within a tool use is recorded with the tool's call and added when it is replayed, so that the
 usage of a resumed run is that of one which was never interrupted.
@@ -29,7 +32,7 @@ from contextlib import nullcontext
 from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
 
-from pydantic_ai import ModelMessage, RunContext, ToolDefinition
+from pydantic_ai import DeferredToolRequests, DeferredToolResults, ModelMessage, RunContext, ToolDefinition
 from pydantic_ai._run_context import get_current_run_context
 from pydantic_ai.agent import AbstractAgent, EventStreamHandler, WrapperAgent
 from pydantic_ai.capabilities import AbstractCapability
@@ -41,7 +44,6 @@ from pydantic_ai.durable_exec import (
     RoleBasedOperationConfig,
     ToolsetValidateToolArgumentsId,
     conversation_id_from_run_id,
-    record_durable_unit,
     replay_scope,
 )
 from pydantic_ai.exceptions import (
@@ -56,20 +58,22 @@ from pydantic_ai.exceptions import (
     UsageLimitExceeded,
     UserError,
 )
+from pydantic_ai.external_events import external_event_scope
 from pydantic_ai.messages import AgentStreamEvent, ModelResponse
 from pydantic_ai.models import Model
 from pydantic_ai.run import AgentRunResult
 from pydantic_ai.tool_manager import ToolManager
 from pydantic_ai.tools import AgentDepsT
 from pydantic_ai.toolsets import FunctionToolset, ToolsetTool
-from pydantic_core import from_json, to_json
 
 from paigeant import journal
 from paigeant.agents.operations import EVENT_OF, PROGRESS, Codec, Operations, Progress, not_json, run_in_name
 from paigeant.agents.options import METADATA, ToolOptions
+from paigeant.agents.people import Outside, asks_itself, decisions
 from paigeant.clock import SystemClock, as_datetime
 from paigeant.errors import InvalidDefinition, NonRetryableError
-from paigeant.journal import Place, Unit, current_place
+from paigeant.journal import Unit, current_place
+from paigeant.parking import Parked
 from paigeant.retry import RetryPolicy
 
 __all__ = ["PaigeantDurability", "effect_key", "replay_scope"]
@@ -101,7 +105,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
     agent's own. `model_retries` (a number of further tries, or a RetryPolicy) and `model_timeout` (seconds for each
     try) hold for model requests that aren't streamed; only errors that may pass are tried again, not before the time
     that the provider asks for, and not at all if that is longer than the policy's `cap`. `sequential`: tools of one
-    response are called one after the other.
+    response are called one after the other. Tools that need approval, or an answer from outside, ask by requests of
+    the run, for `ask_timeout` seconds or for as long as it takes, unless the agent has a way of its own for that.
     """
 
     engine_spec: ClassVar[DurabilityEngineSpec] = DurabilityEngineSpec(
@@ -122,6 +127,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         unsupported_runtime_toolset_kinds=frozenset({"function", "mcp", "dynamic"}),
         tool_config_key=METADATA,
         accepts_cancellation_token=False,
+        cancellation_error_types=(Parked,),
     )
 
     def __init__(
@@ -133,11 +139,13 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         model_retries: int | RetryPolicy = 2,
         model_timeout: float | None = None,
         sequential: bool = False,
+        ask_timeout: float | None = None,
     ) -> None:
         super().__init__(models=models, event_stream_handler=event_stream_handler, name=name)
         self._binding: tuple[tuple[object, ...], AbstractCapability[AgentDepsT]] | None = None
         self._model_policy = RetryPolicy.of(model_retries)
         self._model_timeout = ToolOptions(timeout=model_timeout).timeout
+        self._ask_timeout = ToolOptions(timeout=ask_timeout).timeout
         self._mode: Literal["sequential", "parallel_ordered_events"] = (
             "sequential" if sequential else "parallel_ordered_events"
         )
@@ -173,7 +181,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         place = current_place()
         if place is None:
             return None
-        return as_datetime(await self._instant(place, "run_start_time", run_id))
+        began = await place.instant(place.name(f"{self.name}__run_start_time({run_in_name(place, run_id)})"))
+        return as_datetime(began)
 
     async def wrap_run(self, ctx: RunContext[AgentDepsT], *, handler: WrapRunHandler) -> AgentRunResult[Any]:
         if not self.in_durable_context:
@@ -190,13 +199,21 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         progress = Progress()
         token = PROGRESS.set(progress)
         try:
-            with mode, agent.using_sleep(sleep):
+            with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)):
                 return await super().wrap_run(ctx, handler=handler)
         except UnexpectedModelBehavior as exc:
             await progress.failed(exc)
             raise
         finally:
             PROGRESS.reset(token)
+
+    async def handle_deferred_tool_calls(
+        self, ctx: RunContext[AgentDepsT], *, requests: DeferredToolRequests
+    ) -> DeferredToolResults | None:
+        place = current_place()
+        if place is None or asks_itself(self.agent):
+            return None
+        return await decisions(place, self.name, ctx, requests, self._ask_timeout)
 
     # -- units of its own
 
@@ -205,19 +222,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         if place is None:
             await asyncio.sleep(seconds)
             return
-        until = await self._instant(place, "sleep", run_id, offset=seconds)
-        await asyncio.sleep(max(until - _CLOCK.now(), 0.0))
-
-    async def _instant(self, place: Place, what: str, run_id: str, *, offset: float = 0.0) -> float:
-        """A recorded instant: the present one of whoever asked first, and `offset` seconds."""
-
-        async def produce() -> bytes:
-            return to_json(_CLOCK.now() + offset)
-
-        name = place.name(f"{self.name}__{what}({run_in_name(place, run_id)})")
-        done = await place.do(name, Unit(f"{what} of agent '{self.name}'"), produce)
-        record_durable_unit(executed=done.executed)
-        return float(from_json(done.value))
+        await place.sleep(place.name(f"{self.name}__sleep({run_in_name(place, run_id)})"), seconds)
 
     # -- how units are done
 

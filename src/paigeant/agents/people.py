@@ -1,0 +1,126 @@
+"""What agents ask of people and of the world outside, as requests of their run: it leaves its step until the answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any, get_args
+
+from pydantic import JsonValue
+from pydantic_ai import DeferredToolRequests, DeferredToolResults, RunContext, ToolApproved, ToolDenied
+from pydantic_ai._run_context import get_current_run_context
+from pydantic_ai.agent import AbstractAgent
+from pydantic_ai.capabilities import RequestInput
+from pydantic_ai.capabilities.abstract import leaf_capabilities
+from pydantic_ai.durable_exec import record_durable_unit
+from pydantic_ai.exceptions import ToolFailed
+from pydantic_ai.external_events import ExternalEventError, ExternalEventWaiter
+from pydantic_ai.messages import ToolCallPart
+from pydantic_core import from_json, to_json
+
+from paigeant.agents.operations import run_in_name
+from paigeant.errors import OutsideStep, RequestDenied, WaitTimeout
+from paigeant.journal import Place, Unit, current_place
+
+__all__ = ["Outside", "asks_itself", "decisions"]
+
+
+def asks_itself(agent: AbstractAgent[Any, Any] | None) -> bool:
+    """Whether an agent has its own way with calls that need somebody outside: to end with them, or to ask by itself."""
+    if agent is None:
+        return False
+    asks = any(isinstance(part, RequestInput) for part in leaf_capabilities(agent.root_capability))
+    return asks or _holds(agent.output_type)
+
+
+def _holds(output: Any) -> bool:
+    if output is DeferredToolRequests:
+        return True
+    parts = output if isinstance(output, (list, tuple)) else get_args(output)
+    return any(_holds(part) for part in parts)
+
+
+async def decisions(
+    place: Place,
+    agent: str,
+    ctx: RunContext[Any],
+    requests: DeferredToolRequests,
+    timeout: float | None,
+) -> DeferredToolResults:
+    """What people have decided about the calls that wait for them: all asked at once, each by a request of its own."""
+    about = f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}"
+    calls = [*requests.approvals, *requests.calls]
+    found = await asyncio.gather(*(_decision(place, agent, about, requests, call, timeout) for call in calls))
+    results = DeferredToolResults()
+    for call, (decision, by) in zip(calls, found, strict=True):
+        shelf = results.approvals if requests.kind(call.tool_call_id) == "approval" else results.calls
+        shelf[call.tool_call_id] = decision
+        if by:
+            results.answered_by[call.tool_call_id] = by
+    return results
+
+
+async def _decision(
+    place: Place,
+    agent: str,
+    about: str,
+    requests: DeferredToolRequests,
+    call: ToolCallPart,
+    timeout: float | None,
+) -> tuple[Any, str]:
+    kind = requests.kind(call.tool_call_id)
+    asked = {"agent": agent, "tool": call.tool_name, "arguments": call.args_as_dict()}
+    if more := requests.metadata.get(call.tool_call_id):
+        asked["about"] = more
+    unit = place.name(f"{agent}__{kind}:{call.tool_name}({about},{call.tool_call_id})")
+    try:
+        answer = await place.ask(kind, call.tool_name, to_json(asked), timeout=timeout, unit=unit)
+    except (WaitTimeout, RequestDenied) as exc:
+        said = str(exc)
+        return (ToolDenied(said) if kind == "approval" else ToolFailed(said)), ""
+    value, by = answer["value"], str(answer["by"])
+    if kind != "approval":
+        return value["value"], by
+    if value["approved"]:
+        arguments = value.get("arguments")
+        return (ToolApproved() if arguments is None else ToolApproved(override_args=arguments)), by
+    reason = value.get("reason")
+    return (ToolDenied(reason) if reason else ToolDenied()), by
+
+
+class Outside(ExternalEventWaiter):
+    """Waits of an agent's run for what happens outside: the token that it hands out is the id of a request."""
+
+    def __init__(self, agent: str) -> None:
+        self.agent = agent
+
+    async def wait(
+        self, name: str, *, ask: Callable[[str], Awaitable[JsonValue]], timeout: timedelta | None
+    ) -> JsonValue:
+        place = current_place()
+        if place is None:
+            raise OutsideStep(f"the wait for '{name}' is outside of a step, where nothing could be recorded")
+        ctx = get_current_run_context()
+        about = "" if ctx is None else f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}"
+        unit = place.name(f"{self.agent}__external_event:{name}({about})")
+        asked = to_json({"agent": self.agent, "event": name})
+        request = await place.requested(unit, "external", name, asked)
+
+        async def produce() -> bytes:
+            # Kept first: whoever is told of the token may answer at once.
+            await place.journal.request(request)
+            return to_json(await ask(request.id))
+
+        done = await place.do(f"{unit}!ask", Unit(f"the question '{name}' of agent '{self.agent}'"), produce)
+        record_durable_unit(executed=done.executed)
+        answered: JsonValue = from_json(done.value)
+        if answered is not None:
+            return answered
+        seconds = None if timeout is None else timeout.total_seconds()
+        try:
+            answer = await place.answer(unit, request, timeout=seconds)
+        except (WaitTimeout, RequestDenied) as exc:
+            raise ExternalEventError(str(exc)) from exc
+        value: JsonValue = answer["value"]["value"]
+        return value

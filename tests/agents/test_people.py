@@ -1,0 +1,335 @@
+"""Agents that ask people, or wait for what happens outside: their step is left, and nothing is asked twice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from pydantic import JsonValue
+from pydantic_ai import (
+    Agent,
+    ApprovalRequired,
+    CallDeferred,
+    DeferredToolRequests,
+    DeferredToolResults,
+    RunContext,
+)
+from pydantic_ai.capabilities import RequestInput
+from pydantic_ai.external_events import ExternalEventError, wait_for_external_event
+from pydantic_core import from_json
+from tests.agents.steps import called, returned, scripted
+from tests.integration.workers import working
+
+from paigeant import ActivityRegistry, Paigeant, Run, RunStatus, Settings, Workflow
+from paigeant.agents import PaigeantDurability, effect_key
+from paigeant.errors import InvalidTransition
+from paigeant.store import Request
+
+PATIENCE = 30.0
+SETTINGS = Settings(sweep_interval=0.2)
+
+
+def tell(messages: list[Any]) -> str:
+    """A turn that repeats what the tools gave."""
+    return str(sorted(returned(messages).items()))
+
+
+async def asked(app: Paigeant, run: Run, count: int = 1) -> list[Request]:
+    """What the run asks, once it has nothing else to do."""
+    async with asyncio.timeout(PATIENCE):
+        while await run.status() is not RunStatus.WAITING or len(await run.requests()) != count:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    return await run.requests()
+
+
+@asynccontextmanager
+async def opened(activity: ActivityRegistry) -> AsyncIterator[Paigeant]:
+    """An application on one SQLite file."""
+    async with Paigeant(SETTINGS, activities=activity) as app:
+        yield app
+
+
+def banker(*turns: Any, **engine: Any) -> tuple[ActivityRegistry, list[Any], list[int]]:
+    """An agent that pays only when somebody approves, what it paid, and the requests of its model."""
+    model, requests = scripted(*turns)
+    engines = [PaigeantDurability[Any](**engine)] if engine else []
+    agent = Agent(model, name="banker", capabilities=engines)
+    paid: list[Any] = []
+
+    @agent.tool_plain(requires_approval=True)
+    async def pay(euros: int) -> str:
+        paid.append((euros, effect_key()))
+        return f"paid {euros}"
+
+    @agent.tool_plain
+    async def note(text: str) -> str:
+        paid.append(text)
+        return "noted"
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Pay.", retries=0)
+    return activity, paid, requests
+
+
+async def test_a_tool_waits_for_approval_over_any_restart() -> None:
+    """The request tells the call; when it is approved another worker goes on, and the model is asked nothing again."""
+    activity, paid, requests = banker([called("pay", "c1", euros=9), called("note", "c2", text="hm")], tell)
+    async with opened(activity) as app:
+        run = await app.dispatch(Workflow("w", ["banker"]))
+        async with working(app.worker()):
+            [request] = await asked(app, run)
+    assert (requests, paid) == ([0], ["hm"])
+    assert from_json(request.asked) == {"agent": "banker", "tool": "pay", "arguments": {"euros": 9}}
+    assert (request.kind, request.name) == ("approval", "pay")
+    async with opened(activity) as app:
+        await app.approve(request.id, sender="ada")
+        async with working(app.worker()):
+            result = await app.run(run.id).wait(PATIENCE)
+    assert result.output == "[('c1', 'paid 9'), ('c2', 'noted')]", result.error
+    assert requests == [0, 1]
+    assert [what[0] for what in paid] == ["h", 9]
+
+
+async def test_all_calls_of_an_answer_are_asked_at_once() -> None:
+    """Each is a request of its own; one that is denied is told to the model with the reason, another with its own
+    arguments is done with those."""
+    activity, paid, _ = banker([called("pay", f"c{n}", euros=n) for n in (1, 2, 3)], tell)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["banker"]))
+        by_euros = {
+            from_json(request.asked)["arguments"]["euros"]: request for request in await asked(app, run, 3)
+        }
+        await app.deny(by_euros[2].id, "too much", sender="bob")
+        await app.answer(by_euros[3].id, {"approved": True, "arguments": {"euros": 30}})
+        await asked(app, run, 1)
+        await app.approve(by_euros[1].id)
+        result = await run.wait(PATIENCE)
+    assert result.output == "[('c1', 'paid 1'), ('c2', 'too much'), ('c3', 'paid 30')]", result.error
+    assert sorted(euros for euros, _ in paid) == [1, 30]
+
+
+async def test_nobody_answers_in_time() -> None:
+    """The call counts as denied, and the model is told why."""
+    activity, paid, _ = banker([called("pay", "c1", euros=9)], tell, ask_timeout=0.3)
+    async with opened(activity) as app, working(app.worker()):
+        result = await (await app.dispatch(Workflow("w", ["banker"]))).wait(PATIENCE)
+    assert "the answer to 'pay' has not come within 0.3 s" in result.output
+    assert paid == []
+
+
+async def test_an_agent_within_a_tool_asks() -> None:
+    """What the outer tool did as units isn't done again, and both agents go on where they were."""
+    inner_model, inner_requests = scripted(called("pay", "i1", euros=5), tell)
+    inner = Agent(inner_model, name="inner")
+    outer_model, outer_requests = scripted(called("delegate", "o1"), tell)
+    outer = Agent(outer_model, name="outer")
+    paid: list[int] = []
+
+    @inner.tool_plain(requires_approval=True)
+    async def pay(euros: int) -> str:
+        paid.append(euros)
+        return f"paid {euros}"
+
+    @outer.tool
+    async def delegate(ctx: RunContext[Any]) -> str:
+        engine: PaigeantDurability[Any] = PaigeantDurability()
+        return (await inner.run("Pay.", usage=ctx.usage, capabilities=[engine])).output
+
+    activity = ActivityRegistry()
+    activity.agent(outer, prompt="Delegate.", retries=0)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["outer"]))
+        [request] = await asked(app, run)
+        await app.approve(request.id)
+        result = await run.wait(PATIENCE)
+    assert "paid 5" in result.output
+    assert (inner_requests, outer_requests, paid) == ([0, 1], [0, 1], [5])
+
+
+async def test_questions_and_calls_to_the_outside() -> None:
+    """A tool that asks a question gets its answer as result, and so does one whose work is done elsewhere."""
+    model, _ = scripted([called("colour", "c1"), called("ship", "c2")], tell)
+    agent = Agent(model, name="clerk")
+
+    @agent.tool_plain
+    async def colour() -> str:
+        raise CallDeferred(kind="question", metadata={"question": "Which colour?"})
+
+    @agent.tool_plain
+    async def ship() -> str:
+        raise CallDeferred
+
+    @agent.tool
+    async def refund(ctx: RunContext[Any]) -> str:
+        if not ctx.tool_call_approved:
+            raise ApprovalRequired
+        return "refunded"
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Go.", retries=0)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["clerk"]))
+        kinds = {request.kind: request for request in await asked(app, run, 2)}
+        assert from_json(kinds["question"].asked)["about"] == {"question": "Which colour?"}
+        await app.answer(kinds["question"].id, "red")
+        await app.answer(kinds["external"].id, {"tracking": 7})
+        result = await run.wait(PATIENCE)
+    assert result.output == "[('c1', 'red'), ('c2', {'tracking': 7})]", result.error
+
+
+async def test_an_agent_that_ends_with_its_requests_does() -> None:
+    """Who has DeferredToolRequests among its outputs gets them as the output of the step."""
+    model, _ = scripted(called("pay", "c1", euros=9))
+    agent = Agent(model, name="banker", output_type=[str, DeferredToolRequests])
+
+    @agent.tool_plain(requires_approval=True)
+    async def pay(euros: int) -> str:
+        raise AssertionError(f"nobody approved of {euros}")
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Pay.", retries=0)
+    async with opened(activity) as app, working(app.worker()):
+        result = await (await app.dispatch(Workflow("w", ["banker"]))).wait(PATIENCE)
+    assert result.status is RunStatus.COMPLETED, result.error
+    assert "c1" in str(result.output)
+
+
+class Desk:
+    """Where an agent's questions are delivered."""
+
+    def __init__(self, answer: DeferredToolResults | None = None) -> None:
+        self.tokens: list[str] = []
+        self.answer = answer
+
+    async def ask(
+        self, ctx: RunContext[Any], requests: DeferredToolRequests, token: str
+    ) -> DeferredToolResults | None:
+        """Take the question, and perhaps answer at once."""
+        self.tokens.append(token)
+        return self.answer
+
+
+def asking(desk: Desk, **options: Any) -> tuple[ActivityRegistry, list[int], list[int]]:
+    """An agent that asks by a RequestInput of its own; what it paid, and the requests of its model."""
+    model, requests = scripted(called("pay", "c1", euros=9), tell)
+    agent = Agent(model, name="banker", capabilities=[RequestInput(desk.ask, **options)])
+    paid: list[int] = []
+
+    @agent.tool_plain(requires_approval=True)
+    async def pay(euros: int) -> str:
+        paid.append(euros)
+        return f"paid {euros}"
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Pay.", retries=0)
+    return activity, paid, requests
+
+
+async def test_request_input_hands_out_a_token_once() -> None:
+    """The token is the id of a request; resolved in another process, the run goes on and asks nobody again."""
+    desk = Desk()
+    activity, paid, requests = asking(desk)
+    async with opened(activity) as app:
+        run = await app.dispatch(Workflow("w", ["banker"]))
+        async with working(app.worker()):
+            [request] = await asked(app, run)
+    assert desk.tokens == [request.id]
+    assert (request.kind, request.name) == ("external", "deferred_tool_calls")
+    async with opened(activity) as app:
+        await app.answer(request.id, {"approvals": {"c1": True}}, sender="ada")
+        async with working(app.worker()):
+            result = await app.run(run.id).wait(PATIENCE)
+    assert result.output == "[('c1', 'paid 9')]", result.error
+    assert (desk.tokens, paid, requests) == ([request.id], [9], [0, 1])
+
+
+async def test_request_input_that_answers_at_once_waits_for_nobody() -> None:
+    """The step isn't left."""
+    desk = Desk(DeferredToolResults(approvals={"c1": True}))
+    activity, paid, _ = asking(desk)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["banker"]))
+        assert (await run.wait(PATIENCE)).output == "[('c1', 'paid 9')]"
+        assert (await run.detail()).steps[0].epoch == 1
+    assert (len(desk.tokens), paid) == (1, [9])
+
+
+@pytest.mark.parametrize("denied", [False, True], ids=["late", "denied"])
+async def test_request_input_to_which_there_is_no_answer(denied: bool) -> None:
+    """The calls count as denied, with the reason."""
+    activity, paid, _ = asking(Desk(), timeout=timedelta(seconds=60 if denied else 0.3))
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["banker"]))
+        if denied:
+            [request] = await asked(app, run)
+            await app.deny(request.id, "nobody is there", sender="ada")
+        result = await run.wait(PATIENCE)
+    expected = "was denied by ada: nobody is there" if denied else "has not come within 0.3 s"
+    assert expected in result.output
+    assert paid == []
+
+
+async def test_a_tool_waits_for_an_event_outside() -> None:
+    """One that is done inline can: the library has no waits in a unit. A token is answered once."""
+    model, _ = scripted(called("deliver", "c1"), tell)
+    agent = Agent(model, name="carrier")
+    tokens: list[str] = []
+
+    @agent.tool_plain(metadata={"paigeant": {"inline": True}})
+    async def deliver() -> JsonValue:
+        try:
+            return await wait_for_external_event("delivered", ask=tokens.append)
+        except ExternalEventError as exc:
+            return str(exc)
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Go.", retries=0)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["carrier"]))
+        [request] = await asked(app, run)
+        await app.answer(request.id, {"at": "noon"})
+        result = await run.wait(PATIENCE)
+        with pytest.raises(InvalidTransition):
+            await app.answer(request.id, "other")
+    assert result.output == "[('c1', {'at': 'noon'})]", result.error
+    assert tokens == [request.id]
+
+
+@pytest.mark.parametrize("again", [True, False])
+async def test_a_lost_outcome_goes_to_a_person(again: bool) -> None:
+    """A tool that may be done at most once and failed on the way is done again only when somebody says so."""
+    model, requests = scripted(called("transfer", "c1"), tell)
+    agent = Agent(model, name="banker")
+    tried: list[str] = []
+
+    @agent.tool_plain(metadata={"paigeant": {"at_most_once": True}})
+    async def transfer() -> str:
+        tried.append(effect_key())
+        if len(tried) == 1:
+            raise ConnectionError("reset by peer")
+        return "transferred"
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Go.", retries=0)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["banker"]))
+        [request] = await asked(app, run)
+        question = from_json(request.asked)
+        assert "reset by peer" in question["question"]
+        assert question["effect_key"] == tried[0]
+        if again:
+            await app.approve(request.id)
+        else:
+            await app.deny(request.id, "it went through")
+        result = await run.wait(PATIENCE)
+    if again:
+        assert result.output == "[('c1', 'transferred')]", result.error
+        assert (len(set(tried)), len(tried), requests) == (1, 2, [0, 1])
+    else:
+        assert result.status is RunStatus.FAILED
+        assert "it is not to be done again (it went through)" in str(result.error)
+        assert len(tried) == 1
