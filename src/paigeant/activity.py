@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
     from pydantic_ai import Agent, UsageLimits
 
+    from paigeant.policy import ItineraryPolicy
+
 __all__ = ["Activity", "ActivityRegistry", "Parameter", "typed"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -194,6 +196,7 @@ class ActivityRegistry:
         message_history: str | None = None,
         deferred_tool_results: str | None = None,
         usage_limits: UsageLimits | None = None,
+        may_add: ItineraryPolicy | None = None,
         topic: str | None = None,
         retries: int | RetryPolicy | None = None,
         timeout: float | None = None,
@@ -210,6 +213,9 @@ class ActivityRegistry:
         of the conversation. Where it ended with tool calls that wait for an answer (`DeferredToolRequests`),
         `deferred_tool_results` names the value that answers them, like the output of a step in between; then `prompt`
         may be left out.
+
+        `may_add` lets the model add steps, end the run and hand its work over, as far as this policy and that of the
+        run allow; it names the activities.
         """
         from paigeant.agents.activity import agent_activity, check_agent  # here, because it loads pydantic-ai
 
@@ -221,6 +227,7 @@ class ActivityRegistry:
             prompt=prompt,
             message_history=message_history,
             deferred_tool_results=deferred_tool_results,
+            may_add=may_add,
         )
         if not called:
             raise InvalidDefinition(
@@ -235,8 +242,9 @@ class ActivityRegistry:
             message_history=message_history,
             deferred_tool_results=deferred_tool_results,
             usage_limits=usage_limits,
+            may_add=may_add,
         )
-        self._add(self._activities, _Lazy(called, build, options, builds=True), "activity")
+        self._add(self._activities, _Lazy(called, build, options, home=self), "activity")
 
     def _add(self, shelf: dict[str, _Lazy], lazy: _Lazy, what: str) -> None:
         if lazy.name in shelf:
@@ -286,7 +294,7 @@ class ActivityRegistry:
                 continue
             seen.add(id(registry))
             for lazy in registry._activities.values():
-                together._add(together._activities, lazy, "activity")
+                together._add(together._activities, lazy.at(together), "activity")
             for lazy in registry._compensations.values():
                 together._add(together._compensations, lazy, "compensation of activity")
         return together
@@ -314,17 +322,27 @@ class _Options:
 
 @dataclass(slots=True)
 class _Lazy:
-    """A registration. Its signature is read at first use, when all that its annotations name is defined."""
+    """A registration. Its signature is read at first use, when all that its annotations name is defined.
+
+    An agent is built for a `home`: the registry with the activities that it may add to a run.
+    """
 
     name: str
     function: Callable[..., Any]
     options: _Options
-    builds: bool = False
+    home: ActivityRegistry | None = None
     built: Activity | None = None
+
+    def at(self, home: ActivityRegistry) -> _Lazy:
+        """The same in another registry."""
+        return self if self.home is None else replace(self, home=home, built=None)
 
     def build(self, compensation: _Lazy | None = None) -> Activity:
         if self.built is None:
-            activity = self.function() if self.builds else _from_function(self.name, self.function)
+            home = self.home
+            activity = (
+                _from_function(self.name, self.function) if home is None else self.function(registry=home)
+            )
             options = self.options
             self.built = replace(
                 activity,

@@ -6,6 +6,8 @@ NonRetryableError.
 
 **Usage** of the step is counted by its units; here only what none of them tells of is added.
 
+**Plans.** With `may_add` the agent gets tools that change what is left of the run, see `plans.py`.
+
 **Units.** What the agent does is recorded by `PaigeantDurability`: the one that it carries, or one that is handed to
 each of its runs here.
 """
@@ -34,13 +36,15 @@ from pydantic_ai.durable_exec import BaseDurabilityCapability
 from pydantic_ai.exceptions import UsageLimitExceeded, UserError
 
 from paigeant import codec
-from paigeant.activity import Activity, Parameter, read_parameters, typed
+from paigeant.activity import Activity, ActivityRegistry, Parameter, read_parameters, typed
 from paigeant.agents.conversation import answers, continued, keep
 from paigeant.agents.durability import PaigeantDurability
+from paigeant.agents.plans import Handoff, Planner, check_may_add, hands_over
 from paigeant.agents.prompt import Prompt
 from paigeant.agents.usage import a_part, count
 from paigeant.context import StepContext
 from paigeant.errors import ArgumentError, InvalidDefinition, NonRetryableError
+from paigeant.policy import ItineraryPolicy
 from paigeant.usage import Usage
 
 __all__ = ["agent_activity", "check_agent"]
@@ -58,6 +62,7 @@ def check_agent(
     prompt: str | None,
     message_history: str | None,
     deferred_tool_results: str | None = None,
+    may_add: ItineraryPolicy | None = None,
 ) -> None:
     """Raise InvalidDefinition for what can be seen to be wrong before anything that annotations name is defined."""
     if not isinstance(agent, AbstractAgent):
@@ -82,6 +87,7 @@ def check_agent(
             Prompt.parse(prompt)  # type: ignore[arg-type]  # says what is wrong with anything that is no text
     except InvalidDefinition as exc:
         raise InvalidDefinition(f"activity '{name}': {exc}") from exc
+    check_may_add(name, may_add, agent.output_type)
 
 
 def agent_activity(
@@ -93,10 +99,13 @@ def agent_activity(
     message_history: str | None = None,
     deferred_tool_results: str | None = None,
     usage_limits: UsageLimits | None = None,
+    may_add: ItineraryPolicy | None = None,
+    registry: ActivityRegistry | None = None,
 ) -> Activity:
     """The activity `name`, which runs `agent`. See `ActivityRegistry.agent` for what the others mean.
 
-    Raises InvalidDefinition for a prompt that is no template, and deps that can't be made from a payload.
+    `registry` knows the activities that `may_add` names. Raises InvalidDefinition for a prompt that is no template, and
+    deps that can't be made from a payload.
     """
     check_agent(
         agent,
@@ -104,12 +113,16 @@ def agent_activity(
         prompt=prompt,
         message_history=message_history,
         deferred_tool_results=deferred_tool_results,
+        may_add=may_add,
     )
     template = Prompt(()) if prompt is None else Prompt.parse(prompt)
     answer = Parameter(deferred_tool_results or "", _RESULTS)
     source = _source_of(name, deps, template.names)
     output = _output_of(agent)
     engines = _engines(agent, name)
+    planner = None
+    if may_add is not None:
+        planner = Planner(name, may_add, registry or ActivityRegistry(), hands_over(agent.output_type))
 
     async def call(arguments: Mapping[str, Any], context: StepContext, threads: Threads | None) -> Any:
         text = None if prompt is None else template.render(name, arguments)
@@ -118,6 +131,7 @@ def agent_activity(
         told = None if told is None else answer.read(name, told)
         results = answers(name, deferred_tool_results, told, earlier)
         given = await source.make(arguments, threads)
+        plan = None if planner is None else planner.of(context)
         # The parts of the conversation, not the whole: what a run that fails has used is wanted as well.
         so_far = Conversation() if earlier is None else earlier.conversation
         usage = copy.copy(so_far.usage)
@@ -132,12 +146,16 @@ def agent_activity(
                     usage=usage,
                     usage_limits=usage_limits,
                     infer_name=False,
-                    capabilities=engines,
+                    capabilities=engines if plan is None else [*engines, plan],
                 )
             except (UsageLimitExceeded, UserError) as exc:
                 raise NonRetryableError(f"{type(exc).__name__}: {exc}") from exc
             finally:
                 count("", run.rest(), Usage(), to=None)
+        if plan is not None:
+            plan.hand_over(result.output)
+        elif isinstance(result.output, Handoff):
+            check_may_add(name, None, Handoff)  # the types that the agent declares didn't tell
         if context.remaining:
             await keep(context, output, result.output, result.conversation, earlier)
         return result.output
@@ -148,7 +166,7 @@ def agent_activity(
         parameters=_joined(name, template, source, deferred_tool_results),
         takes_rest=source.takes_rest,
         output=output,
-        description=f"the agent '{agent.name or name}'",
+        description=agent.description or f"the agent '{agent.name or name}'",
     )
 
 
