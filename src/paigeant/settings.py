@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -252,12 +253,11 @@ def workflow_from(name: str, fields: Any) -> Workflow:
     if values.get("policy") is not None:
         if not isinstance(values["policy"], Mapping):
             raise ConfigurationError(
-                f"the policy of workflow '{name}' is a mapping with `allowed`, `max_added` or `max_total`, "
+                f"the policy of workflow '{name}' is a mapping with fields such as `allowed` or `max_added`, "
                 f"found {values['policy']!r}"
             )
-        _check_keys(
-            values["policy"], ("allowed", "max_added", "max_total"), f"the policy of workflow '{name}' has"
-        )
+        limits = [limit.name for limit in dataclasses.fields(ItineraryPolicy)]
+        _check_keys(values["policy"], limits, f"the policy of workflow '{name}' has")
         values["policy"] = ItineraryPolicy(**values["policy"])
     return Workflow(name, **values)
 
