@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -26,6 +26,7 @@ from paigeant.policy import ItineraryPolicy
 from paigeant.retry import RetryPolicy
 from paigeant.slip import Step
 from paigeant.urls import scrubbed, without_password
+from paigeant.waits import Sleep, WaitFor
 from paigeant.workflow import Workflow
 
 __all__ = ["CONFIG_FILE", "Settings"]
@@ -265,13 +266,25 @@ def workflow_from(name: str, fields: Any) -> Workflow:
 def _step_from(workflow: str, fields: Any) -> str | Step:
     if isinstance(fields, str):
         return fields
-    known = ("activity", "id", "args", "when", "retries", "timeout", "topic")
-    if not isinstance(fields, Mapping) or "activity" not in fields:
+    kinds = [kind for kind in _STEPS if isinstance(fields, Mapping) and kind in fields]
+    if len(kinds) != 1:
         raise ConfigurationError(
-            f"a step of workflow '{workflow}' is an activity's name or a mapping with `activity`, found {fields!r}"
+            f"a step of workflow '{workflow}' is an activity's name or a mapping with one of "
+            f"{', '.join(f'`{kind}`' for kind in _STEPS)}, found {fields!r}"
         )
-    _check_keys(fields, known, f"a step of workflow '{workflow}' has")
-    return Step(**fields)
+    made, known = _STEPS[kinds[0]]
+    values = dict(fields)
+    first = values.pop(kinds[0])
+    _check_keys(values, (kinds[0], *known), f"a step of workflow '{workflow}' has")
+    return made(first, **values)
+
+
+_STEPS: Mapping[str, tuple[Callable[..., Step], tuple[str, ...]]] = {
+    "activity": (Step, ("id", "args", "when", "retries", "timeout", "topic")),
+    "sleep": (Sleep, ("id", "when")),
+    "wait_for": (WaitFor, ("timeout", "default", "id", "when")),
+}
+"""What a step of a file is made by, and its other fields, for each key that says what it is."""
 
 
 def _check_keys(values: Mapping[str, Any], known: Any, where: str) -> None:

@@ -59,6 +59,27 @@ CASES = [
         ("a signal has a non-empty text as its name", "found ''"),
     ),
     Case("signal with no JSON", ("runs", "signal", "other", "go", "yes"), ("VALUE is not JSON", "'\"yes\"'")),
+    *(
+        Case(
+            f"{command[0]} an unknown request",
+            ("requests", *command),
+            ("no request 'x'", "`paigeant requests list`"),
+        )
+        for command in (
+            ("show", "x"),
+            ("approve", "x"),
+            ("deny", "x", "--reason", "no"),
+            ("answer", "x", "1"),
+        )
+    ),
+    Case("answer with no JSON", ("requests", "answer", "x", "red"), ("VALUE is not JSON", "'\"red\"'")),
+    Case(
+        "answer by nobody that can be",
+        ("requests", "approve", "x", "--by", "a\nb"),
+        ("a sender is a text", "\\n"),
+    ),
+    Case("signal by bytes", ("runs", "signal", "other", "go", "--by", BYTES), ("a sender is a text",)),
+    Case("requests of an unknown run", ("requests", "list", "--run", "nobody"), ("no run 'nobody'",)),
     Case("variables of an unknown run", ("variables", "list", "nobody", "--json"), ("no run 'nobody'",)),
     Case(
         "unknown variable",
@@ -116,6 +137,12 @@ CASES = [
         FILES,
     ),
     dispatched("timeout without wait", "--timeout", "5", says=("--timeout", "it needs --wait")),
+    dispatched("start at no time", "--start-at", "soon", says=("--start-at", "time zone", "found 'soon'")),
+    dispatched("start without a zone", "--start-at", "2027-01-01", says=("time zone", "found '2027-01-01'")),
+    dispatched("start in no time", "--start-at", "in 5", says=("--start-at after 'in'", "90s", "found '5'")),
+    dispatched("deadline without a unit", "--deadline", "5", says=("--deadline", "90s", "found '5'")),
+    dispatched("deadline at once", "--deadline", "0s", says=("deadline is in seconds and above 0, found 0",)),
+    dispatched("deadline of bytes", "--deadline", BYTES, says=("--deadline",)),
     dispatched("timeout below 0", "--wait", "--timeout", "-1", says=("Invalid value for '--timeout'",)),
     dispatched(
         "timeout is no number",

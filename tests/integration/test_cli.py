@@ -20,7 +20,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from paigeant import Paigeant, PaigeantMessage, RoutingSlip, Settings, Step
-from paigeant.cli import runs
+from paigeant.cli import session
 from paigeant.cli.program import app, exit_code
 from paigeant.errors import InputInvalid, RunTimeout, StoreUnavailable, TransportUnavailable
 from paigeant.message import encode
@@ -605,7 +605,7 @@ def test_an_age_that_is_none_is_refused(args: list[str], said: str) -> None:
 )
 def test_an_age_has_a_unit(age: str, seconds: float) -> None:
     """Seconds, minutes, hours, days, weeks."""
-    assert runs._seconds(age) == seconds
+    assert session.duration(age, "--older-than") == seconds
 
 
 def test_variables_are_listed_read_and_set() -> None:
@@ -1084,6 +1084,7 @@ def test_the_commands_are_those_of_the_design() -> None:
     assert {" ".join(words) for words in commands()} == {
         "init", "run", "dispatch", "demo",
         "runs list", "runs show", "runs cancel", "runs retry", "runs signal", "runs prune",
+        "requests list", "requests show", "requests approve", "requests deny", "requests answer",
         "variables list", "variables get", "variables set", "topics list",
         "dead-letters list", "dead-letters show", "dead-letters requeue", "dead-letters delete",
         "db upgrade", "db downgrade", "db current", "config show", "config check",
@@ -1098,7 +1099,9 @@ def test_every_help_has_an_example(words: tuple[str, ...]) -> None:
     assert f"paigeant {' '.join(words)}" in said.partition("Examples")[2]
 
 
-@pytest.mark.parametrize("group", ["runs", "variables", "topics", "dead-letters", "db", "config", "keys"])
+@pytest.mark.parametrize(
+    "group", ["runs", "requests", "variables", "topics", "dead-letters", "db", "config", "keys"]
+)
 def test_a_group_alone_shows_its_help(group: str) -> None:
     """Calling a group without a command tells which there are, once."""
     assert CliRunner().invoke(app, [group]).stdout.count("Usage:") == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +29,7 @@ def register(app: typer.Typer) -> None:
         epilog=session.examples(
             "paigeant dispatch fulfil_order input.json --wait",
             "paigeant dispatch fulfil_order input.json --id order-42 --wait --timeout 60 --json",
+            "paigeant dispatch fulfil_order input.json --start-at 2027-01-01T08:00:00+01:00 --deadline 2h",
             'echo \'{"sku": "A-1"}\' | paigeant dispatch fulfil_order - --handlers shop/orders.py',
         )
     )(dispatch)
@@ -53,6 +56,18 @@ def dispatch(
         str | None,
         typer.Option(help="The run's id. The same id and input again is the same run.", metavar="ID"),
     ] = None,
+    start_at: Annotated[
+        str | None,
+        typer.Option(
+            "--start-at",
+            help="When its first step is due: 2027-01-01T08:00:00+01:00 (with a time zone), or 'in 90m'.",
+            metavar="WHEN",
+        ),
+    ] = None,
+    deadline: Annotated[
+        str | None,
+        typer.Option(help="How long the run may take from its start on: 90s, 15m, 12h.", metavar="TIME"),
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait until the run has ended; exit code 1 if it failed.")
     ] = False,
@@ -69,13 +84,37 @@ def dispatch(
     """Start a run of WORKFLOW with the input in INPUT.json, and print its id."""
     if timeout is not None and not wait:
         raise ConfigurationError("--timeout says how long to wait; it needs --wait")
+    limit = None if deadline is None else session.duration(deadline, "--deadline")
+    begins = None if start_at is None else _start(start_at)
     settings = session.read_settings(strict=strict or None)
     payload = read_input(input, settings.max_message_bytes)
     loaded = session.handlers_of(settings, handlers or ())
     _check_known(workflow, settings, loaded)
-    code = session.wait_for(_dispatch(settings, loaded, workflow, payload, id, wait, timeout, json))
+
+    async def start(app: Paigeant) -> Run:
+        now = await app.store.now()
+        begin = datetime.fromtimestamp(now + begins, UTC) if isinstance(begins, float) else begins
+        return await app.dispatch(workflow, payload, workflow_id=id, start_at=begin, deadline=limit)
+
+    code = session.wait_for(_dispatch(settings, loaded, start, wait, timeout, json))
     if code:
         raise typer.Exit(code)
+
+
+def _start(text: str) -> datetime | float:
+    """The instant, or the seconds from now on, that `text` says. Raises ConfigurationError."""
+    word, _, rest = text.strip().partition(" ")
+    if word == "in":
+        return session.duration(rest, "--start-at after 'in'")
+    try:
+        found = datetime.fromisoformat(text.strip())
+    except ValueError:
+        found = None
+    if found is None or found.tzinfo is None:
+        raise ConfigurationError(
+            f"--start-at is an instant with a time zone such as 2027-01-01T08:00:00+01:00, or 'in 90m'; found {text!r}"
+        )
+    return found
 
 
 def read_input(name: str, limit_bytes: int) -> Any:
@@ -143,15 +182,13 @@ def _check_known(workflow: str, settings: Settings, loaded: Handlers) -> None:
 async def _dispatch(
     settings: Settings,
     loaded: Handlers,
-    workflow: str,
-    payload: Any,
-    workflow_id: str | None,
+    start: Callable[[Paigeant], Awaitable[Run]],
     wait: bool,
     timeout: float | None,
     as_json: bool,
 ) -> int:
     async with session.opened(settings, loaded, makes=True) as app:
-        run = await app.dispatch(workflow, payload, workflow_id=workflow_id)
+        run = await start(app)
         if not wait:
             console.value({"id": run.id}) if as_json else console.result(run.id)
             if session.is_interactive():
@@ -175,11 +212,11 @@ async def _wait(app: Paigeant, run: Run, timeout: float | None, as_json: bool) -
     except asyncio.CancelledError:
         console.note(f"waits no longer; run '{run.id}' goes on: `paigeant runs show {run.id}`", markup=False)
         raise
-    detail = await run.detail()
+    detail, requests = await run.detail(), await run.requests(only_open=False)
     if as_json:
-        console.value(report.as_json(detail))
+        console.value(report.as_json(detail, requests))
     else:
-        console.out().print(report.as_tables(detail, now=await app.store.now()))
+        console.out().print(report.as_tables(detail, requests, now=await app.store.now()))
     if late is not None:
         raise late
     return 0 if detail.run.status is RunStatus.COMPLETED else 1
@@ -205,8 +242,8 @@ async def _progress(app: Paigeant, run: Run) -> Any:
 
     async def show(live: Live) -> None:
         while True:
-            detail = await app.store.load_run(run.id)
-            live.update(report.as_tables(detail, now=await app.store.now()), refresh=True)
+            detail, requests = await app.store.load_run(run.id), await run.requests()
+            live.update(report.as_tables(detail, requests, now=await app.store.now()), refresh=True)
             await asyncio.sleep(0.2)
 
     with Live(console=console.errors(), auto_refresh=False, transient=True) as live:

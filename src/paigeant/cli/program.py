@@ -21,6 +21,7 @@ from paigeant.cli import (
     dispatch,
     init,
     keys,
+    requests,
     run,
     runs,
     topics,
@@ -149,6 +150,7 @@ run.register(app)
 dispatch.register(app)
 demo.register(app)
 app.add_typer(runs.app, name="runs")
+app.add_typer(requests.app, name="requests")
 app.add_typer(variables.app, name="variables")
 app.add_typer(topics.app, name="topics")
 app.add_typer(dead_letters.app, name="dead-letters")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
 from paigeant import ledger
 from paigeant.app import result_of, usage_of
-from paigeant.cli import console, usage
+from paigeant.cli import console, usage, waiting
 from paigeant.slip import Phase
-from paigeant.store import RunDetail, RunRecord, StepRecord
+from paigeant.store import Request, RunDetail, RunRecord, StepRecord
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["as_json", "as_row", "as_tables", "summary"]
 
 
-def as_json(detail: RunDetail, *, units: usage.Units | None = None) -> dict[str, Any]:
-    """The run with its steps, undos and variables. A step that is still to come isn't among them.
+def as_json(
+    detail: RunDetail, requests: Sequence[Request] = (), *, units: usage.Units | None = None
+) -> dict[str, Any]:
+    """The run with its steps, undos, variables, signals and requests. A step that is still to come isn't among them.
 
     With `units` each step has those that it recorded.
     """
@@ -36,14 +39,8 @@ def as_json(detail: RunDetail, *, units: usage.Units | None = None) -> dict[str,
         "steps": [_step(row, units) for row in detail.steps if row.phase is Phase.DO],
         "compensations": [_undo(row, units) for row in detail.steps if row.phase is Phase.UNDO],
         "variables": {name: from_json(value) for name, value in detail.variables.items()},
-        "signals": [
-            {
-                "name": signal.name,
-                "value": from_json(signal.value),
-                "created_at": console.instant(signal.created_at),
-            }
-            for signal in detail.signals
-        ],
+        "signals": [waiting.signal_as_json(signal) for signal in detail.signals],
+        "requests": [waiting.request_as_json(request) for request in requests],
         "correlation_id": run.correlation_id,
         "deadline": console.instant(run.deadline),
         "created_at": console.instant(run.created_at),
@@ -80,8 +77,10 @@ def as_row(run: RunRecord) -> list[RenderableType]:
     ]
 
 
-def as_tables(detail: RunDetail, *, now: float, units: usage.Units | None = None) -> RenderableType:
-    """The run for a person: what it is, its steps with attempts and times, what is to come, its variables.
+def as_tables(
+    detail: RunDetail, requests: Sequence[Request] = (), *, now: float, units: usage.Units | None = None
+) -> RenderableType:
+    """The run for a person: what it is and waits for, its steps with attempts and times, what is to come, its values.
 
     What agents used stands below that, and the `units` that steps have recorded.
     """
@@ -102,10 +101,15 @@ def as_tables(detail: RunDetail, *, now: float, units: usage.Units | None = None
         found["output"] = console.plain(console.shown(output, 200))
     if run.error:
         found["error"] = console.plain(run.error, "red")
+    for row in detail.steps:
+        if (waits := waiting.waiting(row, requests)) and not detail.run.completed_at:
+            found["waits for"] = console.plain(waits)
     parts: list[RenderableType] = [console.facts(found), Text()]
     rows = [*(_row(row, now) for row in detail.steps), *_to_come(detail)]
     columns = ["step", "activity", "status", "attempts", "took", "result"]
     parts.append(console.table(columns, rows, cut=["activity", "result"]))
+    for table in waiting.tables_of(detail.signals, requests):
+        parts += [Text(), table]
     if detail.variables:
         variables = [
             [console.plain(name), console.plain(console.shown(from_json(value), 120))]
@@ -130,6 +134,8 @@ def _step(row: StepRecord, units: usage.Units | None) -> dict[str, Any]:
         "input": None if row.input is None else from_json(row.input),
         "usage": usage.step_as_json(row),
         "worker": row.worker,
+        "waits_for": waiting.waits_for(row),
+        "wakes_at": console.instant(waiting.wakes_at(row)),
         **usage.units_as_json(row, units),
     }
 

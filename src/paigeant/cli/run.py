@@ -126,16 +126,22 @@ def _check(settings: Settings, loaded: Handlers, wanted: list[str] | None) -> No
     """Tell what can't be meant: steps that this worker can't do, or that go to topics which it doesn't serve."""
     from paigeant.errors import nearest
     from paigeant.loading import unknown_activities
+    from paigeant.waits import WAITS
 
     workflows = {**settings.defined_workflows(), **{workflow.name: workflow for workflow in loaded.workflows}}
     for workflow, unknown in unknown_activities(workflows.values(), loaded.activities):
+        if unknown.name in WAITS:
+            continue  # steps that only wait: every worker knows them
         if settings.strict:
             raise UnknownActivity(unknown.name, loaded.activities)
         console.warn(f"workflow '{workflow.name}': {unknown}; another service may have it")
     activities = loaded.activities
     known = {activities.get(name).topic for name in activities} | set(activities)
     extra = {
-        step.topic for workflow in workflows.values() for step in workflow.steps if step.topic is not None
+        step.topic
+        for workflow in workflows.values()
+        for step in workflow.steps
+        if step.topic is not None and step.activity not in WAITS
     }
     for topic in wanted or ():
         if topic not in known | extra:

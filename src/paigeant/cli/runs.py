@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,7 +84,7 @@ def show(
     ] = False,
     json: AsJson = False,
 ) -> None:
-    """Show a run with its steps, their attempts, times and errors, its variables, and what agents used."""
+    """Show a run with its steps, their attempts, times and errors, what it waits for and used, its variables."""
 
     async def command() -> None:
         from paigeant.cli import report
@@ -93,14 +92,15 @@ def show(
 
         async with session.opened(session.read_settings()) as paigeant:
             detail = await paigeant.run(id).detail()
+            requests = await paigeant.run(id).requests(only_open=False)
             now = await paigeant.store.now()
             found = None
             if units:
                 found = {row.key: await paigeant.store.load_units(row.key) for row in detail.steps}
         if json:
-            console.value(report.as_json(detail, units=found))
+            console.value(report.as_json(detail, requests, units=found))
             return
-        console.out().print(report.as_tables(detail, now=now, units=found))
+        console.out().print(report.as_tables(detail, requests, now=now, units=found))
         if (
             detail.run.status in (RunStatus.FAILED, RunStatus.COMPENSATION_FAILED)
             and session.is_interactive()
@@ -147,15 +147,19 @@ def signal(
     id: RunId,
     name: Annotated[str, typer.Argument(help="The signal's name.", metavar="NAME")],
     value: Annotated[str, typer.Argument(help="Its value as JSON.", metavar="[VALUE]")] = "null",
+    by: Annotated[
+        str | None, typer.Option(help="Who sends it; default: the user at this terminal.", metavar="NAME")
+    ] = None,
     json: AsJson = False,
 ) -> None:
-    """Send a named value to a run."""
+    """Send a named value to a run, for a step that waits for it or will."""
+    sender = session.user() if by is None else by
     found = session.json_value(value, "VALUE")
 
     async def command() -> Any:
         async with session.opened(session.read_settings()) as paigeant:
             run = paigeant.run(id)
-            await run.signal(name, found)
+            await run.signal(name, found, sender=sender)
             return await run.status()
 
     _tell(id, session.wait_for(command()), json)
@@ -186,7 +190,7 @@ def prune(
     json: AsJson = False,
 ) -> None:
     """Delete runs that ended long ago, with their steps, variables, signals and dead letters. Never an open run."""
-    age = _seconds(older_than)
+    age = session.duration(older_than, "--older-than")
     statuses = [_ended_status(word) for word in status or _ended()]
     settings = session.read_settings()
 
@@ -227,16 +231,6 @@ def _ended_status(word: str) -> RunStatus:
             f"a run that is {word} hasn't ended; deleted are only runs that are {', '.join(_ended())}"
         )
     return status
-
-
-def _seconds(age: str) -> float:
-    """The seconds in a time span such as 30d. Raises ConfigurationError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", age.strip(), flags=re.ASCII)
-    if found is None:
-        raise ConfigurationError(
-            f"--older-than is a number with s, m, h, d or w behind it, such as 90s, 15m, 12h, 30d or 2w; found {age!r}"
-        )
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
 
 
 def _confirm(count: int, age: str, yes: bool) -> None:

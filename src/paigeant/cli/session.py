@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import getpass
 import logging
+import re
 import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
@@ -21,11 +23,13 @@ if TYPE_CHECKING:
 __all__ = [
     "check_shared",
     "complete",
+    "duration",
     "examples",
     "handlers_of",
     "json_value",
     "opened",
     "read_settings",
+    "user",
     "wait_for",
 ]
 
@@ -114,6 +118,24 @@ def json_value(text: str, what: str) -> Any:
         reason = str(exc).removeprefix(f"{exc.reason}: ")
         hint = "" if text[:1] in '[{"' else f"; a text needs quotes of its own: '\"{text}\"'"
         raise InputInvalid(f"{what} is not JSON: {reason}{hint}") from exc
+
+
+def duration(text: str, what: str) -> float:
+    """The seconds in a time span such as 30d. Raises ConfigurationError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip(), flags=re.ASCII)
+    if found is None:
+        raise ConfigurationError(
+            f"{what} is a number with s, m, h, d or w behind it, such as 90s, 15m, 12h, 30d or 2w; found {text!r}"
+        )
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
+
+
+def user() -> str:
+    """The name of the user at this terminal; empty where there is none."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # in a container a user may have a number and no name
+        return ""
 
 
 def examples(*lines: str) -> str:
