@@ -10,7 +10,16 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 import paigeant.testing
-from paigeant import ActivityRegistry, RetryPolicy, Step, StepContext, Workflow
+from paigeant import (
+    ActivityRegistry,
+    RetryPolicy,
+    RunStatus,
+    Sleep,
+    Step,
+    StepContext,
+    WaitFor,
+    Workflow,
+)
 from paigeant.errors import ConfigurationError
 from paigeant.testing import ManualClock, MemoryApp, NotDrained
 
@@ -205,6 +214,32 @@ async def test_an_hour_that_passes_inside_a_step_costs_no_lease() -> None:
         go.set()
         await app.drain()
         assert (await run.status(), attempts) == ("completed", [1])
+
+
+async def test_drain_ends_sleeps_and_leaves_what_others_have_to_answer() -> None:
+    """A day passes at once; a wait without a timeout is the test's to end, one with a timeout if the clock stays."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def ask(context: StepContext) -> str:
+        await context.sleep(86400)
+        return str(await context.ask("Go on?"))
+
+    async with MemoryApp(activity) as app:
+        begun = app.clock.now()
+        run = await app.dispatch(
+            Workflow("w", [Sleep(3600), "ask", WaitFor("done", timeout=60, default="late")])
+        )
+        await app.drain()
+        assert app.clock.now() - begun >= 3600 + 86400
+        assert await run.status() is RunStatus.WAITING
+        [request] = await run.requests()
+        await app.answer(request.id, "yes")
+        await app.drain(advance=False)
+        assert await run.status() is RunStatus.WAITING
+        await app.drain()
+        result = await run.wait()
+        assert result.outputs == {"sleep": None, "ask": "yes", "done": "late"}
 
 
 async def test_drain_without_work_returns() -> None:

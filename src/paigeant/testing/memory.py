@@ -10,6 +10,7 @@ from typing import Any, Self
 from paigeant.activity import ActivityRegistry
 from paigeant.app import Paigeant
 from paigeant.errors import PaigeantError, nearest
+from paigeant.ledger import NEVER
 from paigeant.observer import Observer
 from paigeant.settings import Settings
 from paigeant.slip import StepStatus
@@ -17,6 +18,7 @@ from paigeant.store import StepRecord
 from paigeant.stores.memory import MemoryStore
 from paigeant.testing.clock import ManualClock
 from paigeant.transports.memory import MemoryTransport
+from paigeant.waits import WAITS
 from paigeant.worker import ActivityWorker
 from paigeant.workflow import Workflow
 
@@ -101,6 +103,7 @@ class MemoryApp(Paigeant):
     async def drain(self, *, advance: bool = True, timeout: float = 30.0) -> None:
         """Wait until nothing is left to do. Steps that are due later are reached by moving the clock to them.
 
+        So sleeps end, and waits whose time is up. Waits without a timeout are left to the test, which may answer them.
         With `advance=False` the clock stays, and it is done when nothing can be done before the clock moves. A run's
         deadline passes only when the test moves the clock beyond it.
 
@@ -149,7 +152,7 @@ class MemoryApp(Paigeant):
                 await working  # it never ends by itself: this raises what it failed with
                 raise NotDrained("the worker was stopped; nothing is done any more")
             steps = set(worker._tasks)
-            if not steps and not self.transport.is_busy(worker.topics):
+            if not steps and not self.transport.is_busy(worker._all_topics):
                 return
             changed = asyncio.create_task(self._changed.wait())
             try:
@@ -160,23 +163,24 @@ class MemoryApp(Paigeant):
     def _next_due(self, worker: ActivityWorker) -> float | None:
         """When something here is due next, after now; None when nothing ever is."""
         now = self.clock.now()
-        instants = [row.wake_at for row in self.store.rows(StepStatus.READY) if self._can_do(worker, row)]
-        delivery = self.transport.next_delivery(worker.topics)
+        left = [*self.store.rows(StepStatus.READY), *self.store.rows(StepStatus.WAITING)]
+        instants = [row.wake_at for row in left if self._can_do(worker, row) and row.wake_at < NEVER]
+        delivery = self.transport.next_delivery(worker._all_topics)
         if delivery is not None:
             instants.append(delivery)
         return min((instant for instant in instants if instant > now), default=None)
 
     def _can_do(self, worker: ActivityWorker, row: StepRecord) -> bool:
-        return row.topic in worker.topics and row.activity in self.activities
+        return row.topic in worker._all_topics and (row.activity in self.activities or row.activity in WAITS)
 
     def _check_none_stuck(self, worker: ActivityWorker) -> None:
         for row in self.store.rows(StepStatus.READY):
-            if row.activity not in self.activities:
+            if row.activity not in self.activities and row.activity not in WAITS:
                 raise NotDrained(
                     f"{_shown(row)} can't be done here: no activity '{row.activity}' is registered; "
                     f"{nearest(row.activity, self.activities)}"
                 )
-            if row.topic not in worker.topics:
+            if row.topic not in worker._all_topics:
                 raise NotDrained(
                     f"{_shown(row)} waits in topic '{row.topic}', where nobody listens; "
                     f"{nearest(row.topic, worker.topics)}"
