@@ -206,3 +206,33 @@ def undos_begin_again_at_zero(stack: contextlib.ExitStack) -> None:
         return status
 
     _patch(stack, ledger, "resume", resume)
+
+
+@_mutant
+def parked_past_its_signal(stack: contextlib.ExitStack) -> None:
+    """A step is parked although what it waits for came while it was on its way."""
+
+    def record(head: Any, result: Any, changes: Any, **options: Any) -> Any:
+        return _record(head, result, changes, **{**options, "arrived": ()})
+
+    _patch(stack, ledger, "record", record)
+
+
+@_mutant
+def woken_by_nothing(stack: contextlib.ExitStack) -> None:
+    """A waiting step stays so when its signal comes, or its time."""
+    _patch(stack, ledger, "wake", lambda key, changes, **options: None)
+
+
+@_mutant
+def woken_with_its_attempt_counted(stack: contextlib.ExitStack) -> None:
+    """Each time that a step is parked costs it an attempt."""
+
+    def record(head: Any, result: Any, changes: Any, **options: Any) -> Any:
+        answer = _record(head, result, changes, **options)
+        if result.status is StepStatus.WAITING:
+            for _, patch in changes.steps:
+                patch.pop("attempt", None)
+        return answer
+
+    _patch(stack, ledger, "record", record)

@@ -25,7 +25,7 @@ class Behaviour:
     @property
     def compensable(self) -> bool:
         """Whether its activity has a compensation."""
-        return self.kind in ("work", "flaky", "strict", "reviser", "slow")
+        return self.kind in ("work", "flaky", "strict", "reviser", "slow", "waiter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,11 @@ class RunPlan:
     cancelled_after: float | None = None
     cancelled_in: str | None = None
     retried: bool = False
+
+    @property
+    def signals(self) -> list[str]:
+        """The names of the signals that its steps wait for."""
+        return [f"go {step}" for step, behaviour in self.steps.items() if behaviour.kind == "waiter"]
 
     @property
     def predictable(self) -> bool:
@@ -141,7 +146,10 @@ def plan(rng: random.Random) -> Plan:
     )
 
 
-KINDS = ("work", "work", "work", "bare", "flaky", "strict", "bounded", "reviser", "slow", "doomed", "ender")
+KINDS = (
+    *("work", "work", "work", "bare", "flaky", "strict", "bounded", "reviser", "slow", "doomed", "ender"),
+    *("waiter", "waiter", "sleeper"),
+)
 
 
 def _run(rng: random.Random, number: int) -> RunPlan:

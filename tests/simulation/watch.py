@@ -96,6 +96,15 @@ class Watch:
                 latest = max(self._now(), row.not_before) + waited
                 need(row.wake_at <= latest, "I11 nobody looks at", row.key, "before", row.wake_at)
             need(row.status is not StepStatus.RUNNING or bool(row.worker), "I11 nobody runs", row.key)
+            if row.status is StepStatus.WAITING:
+                waits_for = json.loads(row.waits_for or b"[]")
+                need(bool(waits_for) or row.wake_at < ledger.NEVER, "I11 nothing wakes", row.key)
+                there = [
+                    signal.name
+                    for signal in store._signals.get(run.id, ())
+                    if signal.name in waits_for and signal.taken_by is None
+                ]
+                need(not there, "I11 waits for what is there", row.key, there)
 
     def _row(
         self,
@@ -116,11 +125,12 @@ class Watch:
             return
         moves = row.status is old.status or row.status in STEP_MOVES[old.status]
         need(moves, "I2 the step's state", row.key, old.status, "to", row.status, "by", operation)
-        taken = row.status is StepStatus.RUNNING and old.status is StepStatus.READY
+        taken = row.status is StepStatus.RUNNING and old.status in (StepStatus.READY, StepStatus.WAITING)
         if taken:
             need(row.epoch == old.epoch + 1, "I8 the epoch of a claim", old.epoch, "to", row.epoch)
             need(row.attempt in (old.attempt, old.attempt + 1), "I9 the attempt of a claim", row.key)
-            need(old.not_before <= self._now(), "I14 claimed before its time", row.key)
+            due = old.wake_at if old.status is StepStatus.WAITING else old.not_before
+            need(due <= self._now(), "I14 claimed before its time", row.key)
         else:
             need(row.epoch >= old.epoch, "I8 the epoch fell", row.key, old.epoch, "to", row.epoch)
             need(row.status is not StepStatus.RUNNING, "I8 taken without a claim", row.key, operation)
@@ -134,7 +144,7 @@ class Watch:
         elif row.status in RESULTS and row.status is not StepStatus.FAILED:
             left = RunStatus.RUNNING if row.phase is Phase.DO else RunStatus.COMPENSATING
             need(old_run.status is left, "I7 a result after the run left", left, row.key, old_run.status)
-        if old.status is StepStatus.RUNNING and row.status is StepStatus.READY:
+        if old.status is StepStatus.RUNNING and row.status in (StepStatus.READY, StepStatus.WAITING):
             self.went_back[row.key] = self.went_back.get(row.key, 0) + 1
             if operation != "record_step_result":
                 self.freed.append((old, operation))

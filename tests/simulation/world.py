@@ -196,6 +196,9 @@ class NodeStore:
             mine = (result.key, result.epoch)
             if isinstance(answer, Refused):
                 need(old is new, "I8 refused, and yet it changed", result.key)
+                if answer.reason == "arrived":  # the worker goes on with it at once
+                    went_back = self._node.world.watch.went_back
+                    went_back[result.key] = went_back.get(result.key, 0) + 1
                 return
             again = mine in self._node.recorded
             need(old is not new or again, "I2 said to be recorded, but wasn't", mine, result.status, old)
@@ -348,6 +351,7 @@ class World:
         self.runs = {run.id: run for run in self.plan.runs}
         self.executions: dict[StepKey, int] = {}
         self.cancelled: set[str] = set()
+        self.sent: set[tuple[str, str]] = set()
         self.cancelling: list[asyncio.Task[None]] = []
         self.leaving: list[asyncio.Future[None]] = []
         self.merciful: set[str] = set()
@@ -451,6 +455,11 @@ class World:
             raise NonRetryableError("planned")
         if undo:
             return None
+        if behaviour.kind == "waiter":
+            value = await context.wait_for(f"go {key.step}")
+            self.judge(lambda: need(value == key.step, "I2 another signal's value", key, value))
+        if behaviour.kind == "sleeper":
+            await context.sleep(self.rng.choice((0.3, 1.5, 4.0)))
         token = f"{key.step}#{number}"
         if number % 2:
             await context.save_variable(f"v_{key.step}", token)
@@ -573,6 +582,22 @@ class World:
             await asyncio.sleep(run.cancelled_after)
             await self._until_cancelled(run)
 
+    async def _sender(self, run: RunPlan, name: str) -> None:
+        """Send a signal at some moment, and again while it isn't known whether it is kept: it may come twice."""
+        await asyncio.sleep(self.rng.choice((0.0, 0.5, 2.0, 5.0)) * self.rng.random())
+        while (run.id, name) not in self.sent:
+            await self._as_client(lambda dispatcher: self._send(dispatcher, run, name))
+            await asyncio.sleep(0.2)
+
+    async def _send(self, dispatcher: Dispatcher, run: RunPlan, name: str) -> None:
+        try:
+            await dispatcher.signal(run.id, name, name.removeprefix("go "))
+        except RunNotFound:
+            return
+        except InvalidTransition:
+            pass  # it has ended
+        self.sent.add((run.id, name))
+
     async def _until_cancelled(self, run: RunPlan) -> None:
         while run.id not in self.cancelled:
             await self._as_client(lambda dispatcher: self._cancel(dispatcher, run))
@@ -641,6 +666,9 @@ class World:
         for _ in range(self.plan.workers):
             self.start_worker()
         clients = [asyncio.ensure_future(self._client(run)) for run in self.plan.runs]
+        clients += [
+            asyncio.ensure_future(self._sender(run, name)) for run in self.plan.runs for name in run.signals
+        ]
         chaos = asyncio.ensure_future(self._chaos())
         await asyncio.sleep(self.plan.faulty_for)
         self.heal()
@@ -683,6 +711,8 @@ class World:
                 if message_id.startswith(f"{run.id}/") and self.rng.random() < 0.5:
                     self.transport.put(topic, message_id, body, delay=self.rng.choice((0.2, 0.2, 0.5)))
             await self._as_client(lambda dispatcher, run=run: self._retry(dispatcher, run))  # type: ignore[misc]
+            for name in run.signals:  # sent while it had ended, they weren't kept
+                await self._as_client(lambda dispatcher, args=(run, name): self._send(dispatcher, *args))  # type: ignore[misc]
             await self._until_ended()
             ended = self.store._runs[run.id]
             wanted = {
@@ -789,6 +819,8 @@ _define("reviser", "right")
 _define("slow", "left", timeout=0.8)
 _define("doomed", "right")
 _define("ender", "left")
+_define("waiter", "right")
+_define("sleeper", "left")
 ACTIVITIES.check()
 
 
@@ -802,6 +834,7 @@ def virtual(world: World) -> Iterator[None]:
     _playing.append(world)
     try:
         with (
+            mock.patch("paigeant.claim.time", clock),
             mock.patch("paigeant.executor.time", clock),
             mock.patch("paigeant.heartbeat.time", clock),
             mock.patch("paigeant.patience.time", clock),
