@@ -6,7 +6,7 @@ import asyncio
 import logging
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,16 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, Field
-from pydantic_ai import Agent, ModelMessage, ModelResponse, NativeOutput, TextPart, ToolCallPart, ToolOutput
+from pydantic_ai import (
+    Agent,
+    ModelMessage,
+    ModelResponse,
+    NativeOutput,
+    RunContext,
+    TextPart,
+    ToolCallPart,
+    ToolOutput,
+)
 from pydantic_ai.messages import ModelResponsePart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
@@ -35,7 +44,7 @@ from paigeant import (
 from paigeant.agents import Handoff
 from paigeant.agents.plans import MAX_ARGUMENT_BYTES, MAX_ARGUMENT_DEPTH, hands_over
 from paigeant.errors import InvalidDefinition
-from paigeant.observer import Event
+from paigeant.observer import Event, Observer
 from paigeant.store import RunDetail
 
 PATIENCE = 60.0
@@ -104,17 +113,33 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @asynccontextmanager
-async def at_work(settings: Settings, *registries: ActivityRegistry) -> AsyncIterator[Paigeant]:
+async def at_work(
+    settings: Settings, *registries: ActivityRegistry, observers: Sequence[Observer] = ()
+) -> AsyncIterator[Paigeant]:
     """An application without activities of its own, and beside it a worker for each registry, each in its own."""
     async with AsyncExitStack() as stack:
         app = await stack.enter_async_context(Paigeant(settings))
         for registry in registries:
-            other = await stack.enter_async_context(Paigeant(settings, activities=registry))
+            other = await stack.enter_async_context(
+                Paigeant(settings, activities=registry, observers=observers)
+            )
             worker = other.worker()
             task = asyncio.create_task(worker.run())
             stack.push_async_callback(asyncio.wait_for, task, PATIENCE)
             stack.push_async_callback(worker.stop, PATIENCE)
         yield app
+
+
+class Watch:
+    """Tells when an event has happened."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.told = asyncio.Event()
+
+    def observe(self, event: Event) -> None:
+        if event.name == self.name:
+            self.told.set()
 
 
 async def carried_out(
@@ -358,6 +383,10 @@ def deep(levels: int) -> Any:
             {"steps": [{"activity": "collect", "arguments": {"x": "x" * MAX_ARGUMENT_BYTES}}]},
             f"the limit is {MAX_ARGUMENT_BYTES:,}",
         ),
+        (
+            {"steps": [{"activity": "shorten", "arguments": {"most": float("nan")}}]},
+            "'most' of activity 'shorten'",
+        ),
     ],
     ids=lambda value: None if isinstance(value, str) else "",
 )
@@ -452,6 +481,66 @@ async def test_agents_that_multiply_are_stopped(settings: Settings) -> None:
     assert (detail.run.status, len(detail.steps)) == ("completed", 20)
 
 
+COLLECT = '{"steps":[{"activity":"collect","arguments":{"x":%s}}]}'
+
+
+@pytest.mark.parametrize(
+    "sent",
+    ["[1]", '"shorten"', "7", "null", '{"steps":', "\0", "[" * 10_000]
+    + [COLLECT % value for value in (r'"\ud800"', "9" * 5000, "[" * 40 + "]" * 40)],
+    ids=lambda sent: sent[:50].replace("\0", "0"),
+)
+async def test_arguments_that_are_no_object_do_no_harm(settings: Settings, sent: str) -> None:
+    """Whatever text stands where the arguments should be: the model is told, and goes on."""
+    model, _ = scripted(ToolCallPart("add_steps", sent, tool_call_id="c1"), told)
+    activity = planner(model, ItineraryPolicy(allowed=["shorten"]))
+    detail = await carried_out(settings, activity, "planner", "collect")
+    assert (detail.run.status, list(outputs(detail))) == ("completed", ["planner", "collect"])
+    assert "Refused: " in said(detail) or "Invalid JSON" in said(detail)
+
+
+async def test_a_tool_of_the_agent_with_the_same_name_is_an_error(settings: Settings) -> None:
+    """It is found out before the model is asked, and says which of them it is."""
+    model, requests = scripted("never")
+    agent = Agent(model, name="planner")
+
+    @agent.tool_plain
+    def add_steps() -> str:
+        return "mine"
+
+    activity = helpers()
+    activity.agent(agent, prompt="Plan", may_add=ItineraryPolicy(allowed=["shorten"]))
+    detail = await carried_out(settings, activity, "planner")
+    assert (detail.run.status, requests, detail.steps[0].attempt) == ("failed", [], 1)
+    assert "toolset of may_add defines a tool whose name conflicts" in (detail.run.error or "")
+    assert "'add_steps'" in (detail.run.error or "")
+
+
+async def test_a_step_that_waits_makes_its_plan_once(settings: Settings) -> None:
+    """A plan outlives the waits of its step: the step is left and begun again, and the plan with it."""
+    model, requests = scripted([adds("c1", "shorten"), called("ask", "c2")], [adds("c3", "shorten")], told)
+    agent: Agent[StepContext, str] = Agent(model, name="planner", deps_type=StepContext)
+
+    @agent.tool(metadata={"paigeant": {"inline": True}})
+    async def ask(ctx: RunContext[StepContext]) -> str:
+        return str(await ctx.deps.wait_for("answer"))
+
+    def deps(ctx: StepContext) -> StepContext:
+        return ctx
+
+    activity = helpers()
+    activity.agent(agent, prompt="Plan", deps=deps, may_add=ItineraryPolicy(allowed=["shorten"]))
+    waiting = Watch("step.waiting")
+    async with at_work(settings, activity, activity, observers=[waiting]) as app:
+        run = await app.dispatch(Workflow("w", ["planner"]), {"text": "abcdef"})
+        await asyncio.wait_for(waiting.told.wait(), PATIENCE)
+        await run.signal("answer", "yes")
+        await run.wait(timeout=PATIENCE)
+        detail = await run.detail()
+    assert list(outputs(detail)) == ["planner", "planner.1", "planner.2"]
+    assert requests == [0, 1, 2]
+
+
 async def test_a_model_that_never_stops_asking_ends_its_run(settings: Settings) -> None:
     """A refusal is no failure, so it is the limit of requests that ends it: the step fails for good."""
 
@@ -466,17 +555,6 @@ async def test_a_model_that_never_stops_asking_ends_its_run(settings: Settings) 
 
 
 # -- replay
-
-
-class Retrying:
-    """Tells when a step is to be tried again."""
-
-    def __init__(self) -> None:
-        self.told = asyncio.Event()
-
-    def observe(self, event: Event) -> None:
-        if event.name == "step.retrying":
-            self.told.set()
 
 
 def plans_and_fails(failures: list[Exception]) -> tuple[FunctionModel, list[int]]:
@@ -533,7 +611,7 @@ async def test_a_further_attempt_makes_the_same_plan_once(settings: Settings) ->
 async def test_another_worker_makes_the_same_plan_once(settings: Settings) -> None:
     """The same when the worker is gone after the plan was made and before the step has ended."""
     looked: list[str] = []
-    retrying = Retrying()
+    retrying = Watch("step.retrying")
     model, requests = plans_and_fails([ConnectionError("the last request")])
     async with Paigeant(settings, activities=with_a_look(model, looked), observers=[retrying]) as first:
         worker = first.worker()
@@ -617,6 +695,23 @@ async def test_a_handoff_goes_before_what_was_planned(settings: Settings) -> Non
 
     detail = await carried_out(settings, triage(respond, "billing", "collect"), "planner", customer="Ada")
     assert list(outputs(detail)) == ["planner", "planner.2", "planner.1"]
+
+
+async def test_the_next_agent_may_go_on_with_the_conversation(settings: Settings) -> None:
+    """With `message_history` it has all messages of the one that handed over, beside what it was told."""
+    seen: list[list[str]] = []
+
+    def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        seen.append([str(getattr(part, "content", "")) for message in messages for part in message.parts])
+        return ModelResponse(parts=[TextPart("done")])
+
+    activity = triage(hands("expert", "look at it"), "expert")
+    activity.agent(
+        Agent(FunctionModel(respond), name="expert"), prompt="{message}!", message_history="planner"
+    )
+    detail = await carried_out(settings, activity, "planner")
+    assert outputs(detail)["planner.1"] == '"done"'
+    assert (seen[0][0], seen[0][-1]) == ("Sort", "look at it!")
 
 
 @pytest.mark.parametrize(

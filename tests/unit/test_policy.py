@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paigeant import ItineraryPolicy, RoutingSlip, Step
+from paigeant import ItineraryPolicy, PaigeantMessage, RoutingSlip, Step
 from paigeant.errors import InvalidDefinition, PolicyViolation
+from paigeant.message import decode, encode
+from paigeant.settings import workflow_from
 from paigeant.slip import Executed, Revision, identify
 
 SLIP = RoutingSlip(itinerary=identify(["a", "b", "c"]), executed=(Executed("z", "z"),), added=2)
@@ -123,6 +125,23 @@ def test_what_the_same_step_added_before_counts() -> None:
     ItineraryPolicy(allowed=("x",), max_added=4).check(SLIP, new, rest, before=before)
     with pytest.raises(PolicyViolation, match="4 added steps, the policy allows 3"):
         ItineraryPolicy(max_added=3).check(SLIP, new, rest, before=before)
+
+
+def test_a_policy_crosses_the_wire_and_comes_from_a_file() -> None:
+    """All of its limits."""
+    limits = {
+        "allowed": ["x"],
+        "max_added": 2,
+        "max_total": 9,
+        "max_each": 3,
+        "max_depth": 1,
+        "may_remove": False,
+    }
+    policy = ItineraryPolicy(**limits)  # type: ignore[arg-type]
+    assert workflow_from("w", {"steps": ["a"], "policy": limits}).policy == policy
+    slip = RoutingSlip((Step("a", id="a", depth=2),), policy=policy)
+    message = PaigeantMessage("r/a/do/0", "r", slip)
+    assert decode(encode(message)) == message
 
 
 NAMES = ("a", "b", "c")

@@ -52,7 +52,11 @@ MAX_ARGUMENT_DEPTH = 32
 
 _MESSAGE = "message"
 _ADD, _FINISH = "add_steps", "finish_run"
-_ANYTHING = SchemaValidator(core_schema.any_schema())
+_ANYTHING = SchemaValidator(
+    core_schema.no_info_after_validator_function(
+        lambda sent: sent if isinstance(sent, dict) else {"found": sent}, core_schema.any_schema()
+    )
+)
 _REFS = "#/$defs/{model}"
 _SHOWN = 12
 _REASON = 500
@@ -280,6 +284,10 @@ class _Tools(AbstractToolset[Any]):
     @property
     def id(self) -> str | None:
         return None
+
+    @property
+    def label(self) -> str:
+        return "the toolset of may_add"
 
     async def get_instructions(self, ctx: RunContext[Any]) -> str:
         return self.plan.instructions()
