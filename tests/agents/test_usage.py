@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from decimal import Decimal
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +17,18 @@ from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.usage import UsageLimits
 from pydantic_core import from_json
+from rich.console import Console
 from tests.agents.steps import called, prompt_of, returned
+from tests.integration.processes import call, shown
 
-from paigeant import ActivityRegistry, RunResult, StepContext, Workflow
+from paigeant import ActivityRegistry, Paigeant, RunResult, Settings, StepContext, Workflow
 from paigeant.agents import PaigeantDurability
+from paigeant.agents.usage import Counting
+from paigeant.cli import report
+from paigeant.cli.console import dollars
 from paigeant.slip import RunStatus
 from paigeant.store import RunDetail, StepKey
+from paigeant.stores.memory import MemoryStore
 from paigeant.testing import MemoryApp
 from paigeant.usage import Usage
 
@@ -315,6 +324,124 @@ async def test_a_step_that_goes_on_is_counted_so_far() -> None:
         over.set()
         await working
         assert (await run.wait()).usage == times(1)
+
+
+async def test_a_step_whose_workers_died_is_counted() -> None:
+    """When all attempts are used up by workers that died, what they asked for stands with the failed step."""
+    store = MemoryStore()
+    key = StepKey("r", "report")
+    await store.save_unit(
+        key, "one__model.request(one:1,1)", b'{"paigeant.used":{"requests":1},"value":null}'
+    )
+    with Counting() as counting:
+        assert await counting.total(store, key, is_fresh=True) is None
+        counted = await counting.total(store, key, is_fresh=False)
+    assert Usage.read(counted) == Usage(requests=1)
+
+
+# -- the command line
+
+
+HANDLERS = """
+from pydantic_ai import Agent, ModelResponse, RequestUsage, TextPart, ToolCallPart
+from pydantic_ai.models.function import FunctionModel
+
+from paigeant import ActivityRegistry, Workflow
+
+def respond(messages, info):
+    parts = [TextPart("Dear Ada")] if len(messages) > 1 else [ToolCallPart("look", {}, tool_call_id="c1")]
+    usage = RequestUsage(input_tokens=1000, output_tokens=100)
+    return ModelResponse(parts=parts, usage=usage, provider_name="openai")
+
+writer = Agent(FunctionModel(respond, model_name="gpt-4o"), name="writer")
+
+@writer.tool_plain
+def look() -> str:
+    return "x" * 5000
+
+activity = ActivityRegistry()
+activity.agent(writer, prompt="Write")
+
+@activity.execute()
+async def send(writer: str) -> str:
+    return "sent"
+
+letter = Workflow("letter", ["writer", "send"])
+"""
+
+USED = {"requests": 2, "tool_calls": 1, "input_tokens": 2000, "output_tokens": 200, "cost": "0.0070"}
+
+
+@pytest.fixture
+def letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder in which the run `l` of an agent is done."""
+    monkeypatch.chdir(tmp_path)
+    Path("handlers.py").write_text(HANDLERS)
+    assert (
+        call("dispatch", "letter", "-", "--handlers", "handlers.py", "--id", "l", input="{}").returncode == 0
+    )
+    done = call("run", "handlers.py", "--until-idle")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("letter")
+def test_runs_show_tells_scripts_what_was_used() -> None:
+    """Steps and the run have their usage; with `--units` each step has its units."""
+    run = shown("l")
+    assert run["usage"] == USED
+    assert [step["usage"] for step in run["steps"]] == [USED, None]
+    assert "units" not in run["steps"][0]
+    run = json.loads(call("runs", "show", "l", "--units", "--json").stdout)
+    [messages, *writer], send = [step["units"] for step in run["steps"]]
+    assert send == []
+    assert (messages["name"][:18], messages["usage"]) == ("paigeant.messages:", None)
+    assert [unit["name"] for unit in writer] == [
+        'writer__function_toolset__<agent>.call_tool:look(writer:1,1,"c1")',
+        "writer__model.request(writer:1,1)",
+        "writer__model.request(writer:1,2)",
+    ]
+    used = [Usage.read(json.dumps(unit["usage"]).encode()) for unit in writer]
+    assert used == [Usage(tool_calls=1), times(1), times(1)]
+    assert writer[0]["bytes"] > 5000
+
+
+@pytest.mark.usefixtures("letter")
+async def test_runs_show_tells_people_what_was_used() -> None:
+    """On a terminal of 80 columns: a line for each step with agents and one for the run, then the units."""
+    url = "sqlite:///paigeant.db"
+    async with Paigeant(Settings(store_url=url, transport_url=url)) as app:
+        detail = await app.run("l").detail()
+        units = {row.key: await app.store.load_units(row.key) for row in detail.steps}
+        console = Console(file=StringIO(), width=80)
+        console.print(report.as_tables(detail, now=await app.store.now(), units=units))
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]  # the StringIO from above
+    assert max(map(len, lines)) <= 80
+    start = next(number for number, line in enumerate(lines) if line.startswith("usage"))
+    assert [line.split() for line in lines[start : start + 3]] == [
+        ["usage", "requests", "tool", "calls", "tokens", "in", "tokens", "out", "cost"],
+        ["writer", "2", "1", "2,000", "200", "$0.0070"],
+        ["run", "2", "1", "2,000", "200", "$0.0070"],
+    ]
+    assert lines[start + 4].split() == ["step", "unit", "size", "tokens", "cost"]
+    words = lines[start + 7].split()
+    assert words[:2] == ["writer", "writer__model.request(writer:1,1)"]
+    assert words[-3:] == ["B", "1,100", "$0.0035"]
+
+
+@pytest.mark.parametrize(
+    ("cost", "text"),
+    [
+        (None, ""),
+        ("0", "$0.00"),
+        ("0.0035", "$0.0035"),
+        ("0.000012", "$0.000012"),
+        ("0.256", "$0.26"),
+        ("1234.567", "$1,234.57"),
+    ],
+)
+def test_costs_are_shown_as_money(cost: str | None, text: str) -> None:
+    """Two digits behind the point, or the first two that aren't 0; nothing where it isn't known."""
+    assert dollars(None if cost is None else Decimal(cost)) == text
 
 
 # -- the value

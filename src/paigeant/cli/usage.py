@@ -29,11 +29,11 @@ def step_as_json(row: StepRecord) -> dict[str, Any] | None:
 
 
 def units_as_json(row: StepRecord, units: Units | None) -> dict[str, Any]:
-    """The member `units` of a step, with name, size and usage of each; nothing where they aren't asked for."""
+    """The member `units` of a step, with name, size and usage of each, by name; nothing where they aren't asked for."""
     if units is None:
         return {}
     found = []
-    for name, record in units.get(row.key, {}).items():
+    for name, record in sorted(units.get(row.key, {}).items()):
         used = Usage.stamped(record)
         found.append({"name": name, "bytes": len(record), "usage": None if used is None else used.as_json()})
     return {"units": found}
@@ -48,7 +48,7 @@ def tables_of(detail: RunDetail, units: Units | None) -> list[RenderableType]:
         rows.append([console.plain("run", "bold"), *_numbers(usage_of(detail))])
         tables.append(console.table(["usage", *_NUMBERS], rows, cut=["usage"], right=_NUMBERS))
     if units is not None:
-        rows = [_unit(key, name, record) for key, of in units.items() for name, record in of.items()]
+        rows = [_unit(key, name, record) for key, of in units.items() for name, record in sorted(of.items())]
         columns = ["step", "unit", "size", "tokens", "cost"]
         table = console.table(columns, rows, cut=["unit"], right=["size", "tokens", "cost"])
         tables.append(table if rows else console.plain("no units", "dim"))
