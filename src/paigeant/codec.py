@@ -16,7 +16,17 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.errors import MessageInvalid
 
-__all__ = ["MAX_DEPTH", "JsonInvalid", "dump", "dump_as", "dump_sorted", "parse_strict", "plain", "storable"]
+__all__ = [
+    "MAX_DEPTH",
+    "JsonInvalid",
+    "depth",
+    "dump",
+    "dump_as",
+    "dump_sorted",
+    "parse_strict",
+    "plain",
+    "storable",
+]
 
 MAX_DEPTH = 64
 """How deep lists and objects may be nested in anything that is stored or travels."""
@@ -103,7 +113,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _bounded(text: bytes) -> bytes:
     # A text with few brackets can't be deep; only the others are worth a walk.
-    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(from_json(text)) > MAX_DEPTH:
+    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and depth(from_json(text)) > MAX_DEPTH:
         raise JsonInvalid(f"it is nested deeper than {MAX_DEPTH}")
     # So many digits are harmless in a text; a number of them could be written but never read.
     if len(text) > 4300 and _LONG_NUMBER.search(text):
@@ -111,7 +121,8 @@ def _bounded(text: bytes) -> bytes:
     return text
 
 
-def _depth(value: Any) -> int:
+def depth(value: Any) -> int:
+    """How many lists and objects are nested in each other in a JSON value; 0 for one that is neither."""
     deepest, level = 0, [value]
     while level:
         containers = [item for item in level if isinstance(item, (dict, list))]
@@ -166,7 +177,7 @@ def parse_strict(body: bytes) -> Any:
         raise MessageInvalid("not_json", f"{reason} at line {exc.lineno}, column {exc.colno}") from exc
     except ValueError as exc:  # Python's limit on the digits of an integer
         raise MessageInvalid("number_out_of_range", str(exc).split(";")[0]) from exc
-    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+    if text.count("[") + text.count("{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
         raise MessageInvalid("too_deep", f"it is nested deeper than {MAX_DEPTH}")
     if _SURROGATE.search(body):
         try:

@@ -136,7 +136,7 @@ class Planner:
     def check_arguments(self, activity: str, arguments: Mapping[str, Any]) -> None:
         """Raise ArgumentError unless `activity` takes these; anything goes for one that is not known here."""
         for name, value in arguments.items():
-            if _depth(value) > MAX_ARGUMENT_DEPTH:
+            if codec.depth(value) > MAX_ARGUMENT_DEPTH:
                 raise ArgumentError(
                     f"{_short(name)} of activity '{activity}' is nested deeper than {MAX_ARGUMENT_DEPTH}"
                 )
@@ -427,19 +427,6 @@ def _listed(steps: Sequence[Step]) -> str:
     )
     more = f" and {len(steps) - _SHOWN} more" if len(steps) > _SHOWN else ""
     return f"{shown}{more}" if shown else "nothing"
-
-
-def _depth(value: Any) -> int:
-    deepest, level = 0, [value]
-    while level:
-        containers = [item for item in level if isinstance(item, (dict, list))]
-        if not containers or deepest > MAX_ARGUMENT_DEPTH:
-            break
-        deepest += 1
-        level = [
-            inner for item in containers for inner in (item.values() if isinstance(item, dict) else item)
-        ]
-    return deepest
 
 
 def _short(text: str) -> str:
