@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -175,8 +176,15 @@ async def _work(
         worker = app.worker(topics=wanted)
         if banner is not None:
             banner(app, worker)
+        _settle_memory()
         with _stopping(worker), _parent(worker) if supervised else contextlib.nullcontext():
             await worker.run(until_idle=until_idle)
+
+
+def _settle_memory() -> None:
+    """Take what is loaded out of the garbage collector's sight: it stays, and looking at it takes 50 ms each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextlib.contextmanager
