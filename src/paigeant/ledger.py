@@ -170,6 +170,8 @@ def record(
     if head.status not in OPEN:
         # A commit whose answer was lost is asked for again: it stands, and so does what it took along.
         return Recorded(grant) if mine and head.status is result.status else Refused("recorded")
+    if head.status is StepStatus.WAITING:
+        return Refused("stale")  # its attempt goes on when it is woken, and by no claim from before
     forward = result.key.phase is Phase.DO
     if head.run is not (RunStatus.RUNNING if forward else RunStatus.COMPENSATING):
         return Refused("ended")

@@ -29,7 +29,7 @@ from paigeant.lane import Tx
 from paigeant.slip import RunStatus, StepStatus
 from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, StepKey, StepResult
 from paigeant.stores.sql import SqlStore
-from paigeant.testing.conformance.stores import run
+from paigeant.testing.conformance.bench import run
 
 PATIENCE = 30.0
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from paigeant.databases.postgres import PostgresDatabase
 from paigeant.slip import RunStatus, StepStatus
 from paigeant.store import ClaimRequest, Grant, NextStep, StepKey, StepResult
 from paigeant.stores.sql import SqlStore
-from paigeant.testing.conformance.stores import run
+from paigeant.testing.conformance.bench import run
 
 texts = st.text(max_size=8) | st.sampled_from(
     (

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite(
-    "paigeant.testing.conformance.transports", "paigeant.testing.conformance.stores"
-)
+for name in ("transports", "stores", "waits", "bench"):
+    pytest.register_assert_rewrite(f"{__name__}.{name}")
 
 from paigeant.testing.conformance.stores import StoreConformance  # noqa: E402  # rewriting has to come first
 from paigeant.testing.conformance.transports import TransportConformance  # noqa: E402
