@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 MAX_DEPTH = 64
-"""How deep lists and objects may be nested in anything that is stored or travels."""
+"""How deep lists and objects may be nested in any value that is stored or travels."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LONG_NUMBER = re.compile(rb"[0-9]{4301}")
@@ -158,7 +158,7 @@ def _constant(text: str) -> float:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_number, parse_constant=_constant)
 
 
-def parse_strict(body: bytes) -> Any:
+def parse_strict(body: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
     """The JSON value in `body`: UTF-8, no key twice in an object, no NaN or infinity, no lone surrogate, bounded depth.
 
     Raises MessageInvalid with the reason. Python's and pydantic's own readers let most of these pass, the last of two
@@ -171,14 +171,14 @@ def parse_strict(body: bytes) -> Any:
     try:
         value = _DECODER.decode(text)
     except RecursionError as exc:
-        raise MessageInvalid("too_deep", f"it is nested deeper than {MAX_DEPTH}") from exc
+        raise MessageInvalid("too_deep", f"it is nested deeper than {max_depth}") from exc
     except json.JSONDecodeError as exc:
         reason = exc.msg.removesuffix(" at")
         raise MessageInvalid("not_json", f"{reason} at line {exc.lineno}, column {exc.colno}") from exc
     except ValueError as exc:  # Python's limit on the digits of an integer
         raise MessageInvalid("number_out_of_range", str(exc).split(";")[0]) from exc
-    if text.count("[") + text.count("{") > MAX_DEPTH and depth(value) > MAX_DEPTH:
-        raise MessageInvalid("too_deep", f"it is nested deeper than {MAX_DEPTH}")
+    if text.count("[") + text.count("{") > max_depth and depth(value) > max_depth:
+        raise MessageInvalid("too_deep", f"it is nested deeper than {max_depth}")
     if _SURROGATE.search(body):
         try:
             json.dumps(value, ensure_ascii=False).encode("utf-8")

@@ -11,7 +11,7 @@ from urllib.parse import quote, unquote
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
-from paigeant.codec import parse_strict
+from paigeant.codec import MAX_DEPTH, parse_strict
 from paigeant.errors import InvalidDefinition, MessageInvalid, MessageTooLarge, UnsupportedVersion
 from paigeant.slip import Compensation, Phase, RoutingSlip, Step
 
@@ -99,6 +99,10 @@ _PLAIN = ":@+ "
 """Stay readable in an id; a slash in a run's or step's own id doesn't."""
 
 
+_AROUND = 4
+"""How deep a value stands in a message at most: the arguments of a step in the itinerary of the slip."""
+
+
 @cache
 def _adapter() -> TypeAdapter[PaigeantMessage]:
     return TypeAdapter(PaigeantMessage)
@@ -125,7 +129,7 @@ def decode(body: bytes, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> PaigeantMe
     """
     if len(body) > limit_bytes:
         raise MessageTooLarge(len(body), limit_bytes)
-    value = parse_strict(body)
+    value = parse_strict(body, max_depth=MAX_DEPTH + _AROUND)
     if not isinstance(value, dict):
         raise MessageInvalid("wrong_shape", f"a message is an object, found {type(value).__name__}")
     version = value.get("spec_version")

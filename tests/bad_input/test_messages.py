@@ -94,8 +94,8 @@ CASES = [
         "digits",
     ),
     changed("half a surrogate pair", "lone_surrogate", "half of a surrogate pair", payload={"a": "\ud800"}),
-    bad("nested too deeply", b"[" * 65 + b"]" * 65, "too_deep", "nested deeper than 64"),
-    bad("nested without an end", b"[" * 500_000, "too_deep", "nested deeper than 64"),
+    bad("nested too deeply", b"[" * 69 + b"]" * 69, "too_deep", "nested deeper than 68"),
+    bad("nested without an end", b"[" * 500_000, "too_deep", "nested deeper than 68"),
     bad(
         "too large", b"x" * 1_048_577, "too_large", "the message has 1,048,577 bytes, the limit is 1,048,576"
     ),

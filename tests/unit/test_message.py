@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paigeant import ItineraryPolicy, PaigeantMessage, RetryPolicy, RoutingSlip, Step
+from paigeant.codec import MAX_DEPTH, dump
 from paigeant.errors import MessageInvalid, MessageTooLarge, UnsupportedVersion
 from paigeant.message import SPEC_VERSION, decode, encode
 from paigeant.slip import Compensation, Executed, Phase, StepStatus
@@ -178,3 +179,14 @@ def test_a_message_says_what_is_due() -> None:
         (undo, "u", Phase.UNDO),
         (None, "", Phase.DO),
     ]
+
+
+def test_the_deepest_values_travel() -> None:
+    """What may be stored may also travel, wherever in a message it stands: what nobody reads would stop a run."""
+    value: Any = 1
+    for _ in range(MAX_DEPTH - 1):
+        value = [value]
+    assert dump({"x": value})  # the arguments of a step count as one value
+    slip = RoutingSlip((Step("a", id="a", args={"x": value}),))
+    message = PaigeantMessage("r/a/do/0", "r", slip, payload={"x": [value]})
+    assert decode(encode(message)) == message
