@@ -41,10 +41,18 @@ class Nursery:
     """The processes of a test. Leaving the block kills those that are left.
 
     `settings` are what is told to all of them beside short times (`roles.TIMES`); without urls they share a file of
-    SQLite in `folder`. `inside` stands before the command, for processes on another host.
+    SQLite in `folder`. `inside` stands before the command, for processes on another host. `roles` is the module that
+    knows the roles.
     """
 
-    def __init__(self, folder: Path, *, inside: Sequence[str] = (), **settings: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        inside: Sequence[str] = (),
+        roles: str = "tests.kill.roles",
+        **settings: Any,
+    ) -> None:
         self.folder = folder
         url = f"sqlite:///{folder / 'runs.db'}"
         self.settings = {"transport_url": url, "store_url": url, **settings}
@@ -52,7 +60,7 @@ class Nursery:
         self.ended: dict[int, int] = {}
         self._progress = (-1, 0.0)
         self._process = subprocess.Popen(
-            [*inside, sys.executable, "-W", "ignore", "-m", "tests.kill.nursery"],
+            [*inside, sys.executable, "-W", "ignore", "-m", "tests.kill.nursery", roles],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
@@ -161,8 +169,7 @@ def _fork(role: str, folder: str, settings: dict[str, Any], options: dict[str, A
     pid = os.fork()
     if pid:
         return pid
-    from tests.kill import roles
-
+    roles = importlib.import_module(sys.argv[1])
     code = 1
     try:
         nothing = os.open(os.devnull, os.O_RDWR)
@@ -189,9 +196,7 @@ def _ended() -> dict[int, int]:
 
 
 def _main() -> None:
-    from tests.kill import roles  # noqa: F401
-
-    for name in ADAPTERS:  # for the warmth
+    for name in [sys.argv[1], *ADAPTERS]:  # for the warmth
         importlib.import_module(name)
     alive: set[int] = set()
     for line in sys.stdin:
