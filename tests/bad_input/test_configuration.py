@@ -210,7 +210,7 @@ CODE: list[tuple[str, Callable[[], object], str]] = [
     ("workflow with a bad deadline", lambda: Workflow("w", ["a"], deadline=0), "deadline of workflow 'w'"),
     (
         "policy that allows a text",
-        lambda: ItineraryPolicy(allowed="ab"),  # type: ignore[arg-type]
+        lambda: ItineraryPolicy(allowed="ab"),
         "a list of activity names, found 'ab'",
     ),
     (
