@@ -77,7 +77,7 @@ class Performer:
             attempt = await self._perform(claim)
         context, is_counted = attempt.context, counting is not None
         counting = counting or _counting()  # what has loaded agents only now is counted by its records
-        if context is not None and counting is not None:
+        if context is not None and counting is not None and not isinstance(attempt.outcome, Parked):
             is_fresh = context._is_fresh and is_counted
             context._usage = await counting.total(self.values, claim.key, is_fresh=is_fresh)
         return attempt

@@ -16,19 +16,17 @@ from pydantic_ai.exceptions import UnexpectedModelBehavior
 from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.usage import UsageLimits
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from rich.console import Console
 from tests.agents.steps import called, prompt_of, returned
 from tests.integration.processes import call, shown
 
 from paigeant import ActivityRegistry, Paigeant, RunResult, Settings, StepContext, Workflow
 from paigeant.agents import PaigeantDurability
-from paigeant.agents.usage import Counting
 from paigeant.cli import report
 from paigeant.cli.console import dollars
 from paigeant.slip import RunStatus
-from paigeant.store import RunDetail, StepKey
-from paigeant.stores.memory import MemoryStore
+from paigeant.store import ClaimRequest, RunDetail, StepKey
 from paigeant.testing import MemoryApp
 from paigeant.usage import Usage
 
@@ -328,15 +326,30 @@ async def test_a_step_that_goes_on_is_counted_so_far() -> None:
 
 async def test_a_step_whose_workers_died_is_counted() -> None:
     """When all attempts are used up by workers that died, what they asked for stands with the failed step."""
-    store = MemoryStore()
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def report() -> None:
+        raise AssertionError("there is no attempt left")
+
     key = StepKey("r", "report")
-    await store.save_unit(
-        key, "one__model.request(one:1,1)", b'{"paigeant.used":{"requests":1},"value":null}'
-    )
-    with Counting() as counting:
-        assert await counting.total(store, key, is_fresh=True) is None
-        counted = await counting.total(store, key, is_fresh=False)
-    assert Usage.read(counted) == Usage(requests=1)
+    urls = {"store_url": "memory://", "transport_url": "memory://"}
+    async with Paigeant(
+        Settings(**urls, lease=2.0, heartbeat=0.5, sweep_interval=0.05), activities=activity
+    ) as app:
+        run = await app.dispatch(Workflow("w", ["report"]), workflow_id="r")
+        await app.store.claim_step(ClaimRequest(key, "lost", 1))
+        record = to_json(times(1).stamp({"value": None}))
+        await app.store.save_unit(key, "one__model.request(one:1,1)", record)
+        worker = app.worker()
+        working = asyncio.create_task(worker.run())
+        result = await run.wait(timeout=30)
+        await worker.stop()
+        await working
+        assert "WorkerLost" in (result.error or "")
+        assert used(await run.detail()) == result.usage == times(1)
+        [row] = (await app.store.load_run("r")).steps
+        assert Usage.read(row.usage) == times(1)
 
 
 # -- the command line
