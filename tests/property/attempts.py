@@ -6,13 +6,31 @@ from dataclasses import dataclass, replace
 
 from paigeant import ledger
 from paigeant.retry import RetryPolicy
-from paigeant.routing import Failed, Finish, Forward, Outcome, Retry, Skipped, Succeeded, Undo, route
+from paigeant.routing import (
+    Failed,
+    Finish,
+    Forward,
+    Outcome,
+    Park,
+    Parked,
+    Retry,
+    Skipped,
+    Succeeded,
+    Undo,
+    route,
+)
 from paigeant.slip import Compensation, Phase, Revision, RoutingSlip, RunStatus, Step, StepStatus
-from paigeant.store import Grant, NextStep, StepKey, StepResult
+from paigeant.store import REQUEST_SIGNAL, Grant, NextStep, StepKey, StepResult
 
-__all__ = ["ATTEMPTS", "INLINE", "Held", "attempted"]
+__all__ = ["ATTEMPTS", "INLINE", "WAITS", "Held", "attempted"]
 
 INLINE, ATTEMPTS = 40, 3
+WAITS: dict[str, tuple[tuple[str, ...], float | None]] = {
+    "sleeps": ((), 8.0),
+    "waits": (("go", f"{REQUEST_SIGNAL}q0"), None),
+    "waits a while": ((f"{REQUEST_SIGNAL}q1", "go"), 12.0),
+}
+"""The attempts that end with waiting: for which signals, and for how many seconds at most."""
 RETRY = RetryPolicy(attempts=ATTEMPTS, base=4.0, cap=8.0)
 
 
@@ -38,7 +56,7 @@ def attempted(
 ) -> StepResult:
     """What the executor makes of an attempt that ended so."""
     key, forward = held.key, held.key.phase is Phase.DO
-    outcome = _outcome(held, end, undo=undo, edit=edit)
+    outcome = _outcome(held, end, now, undo=undo, edit=edit)
     move = route(held.slip, outcome, now)
     failed = isinstance(outcome, Failed)
     error = outcome.error if isinstance(outcome, Failed) else None
@@ -53,6 +71,8 @@ def attempted(
     )
     if isinstance(move, Retry):
         return replace(result, delay=move.delay)
+    if isinstance(move, Park):
+        return replace(result, status=StepStatus.WAITING, waits_for=move.waits_for, until=move.until)
     succeeded = isinstance(outcome, Succeeded)
     revision = outcome.revision if isinstance(outcome, Succeeded) else None
     turned = forward and failed
@@ -77,12 +97,15 @@ def _output(held: Held, end: str) -> bytes:
     return f'"{held.key.step}#{held.grant.epoch}{"." * size}"'.encode()
 
 
-def _outcome(held: Held, end: str, *, undo: bool, edit: str | None) -> Outcome:
+def _outcome(held: Held, end: str, now: float, *, undo: bool, edit: str | None) -> Outcome:
     forward = held.key.phase is Phase.DO
     if held.grant.exhausted:
         return Failed("WorkerLost", held.grant.attempt, RETRY, permanent=True)
     if end in ("failed", "hopeless"):
         return Failed(end, held.grant.attempt, RETRY, permanent=end == "hopeless", chance=0.5)
+    if end in WAITS:
+        waits_for, seconds = WAITS[end]
+        return Parked(waits_for, None if seconds is None else now + seconds)
     if not forward:
         return Succeeded()
     if end == "skipped":

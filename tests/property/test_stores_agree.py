@@ -20,18 +20,20 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.integration.postgres_tables import database_with_tables, empty
-from tests.property.attempts import ATTEMPTS, INLINE, Held, attempted
+from tests.property.attempts import ATTEMPTS, INLINE, WAITS, Held, attempted
 from tests.simulation.watch import Watch
 
 from paigeant import ledger
 from paigeant.errors import PaigeantError
 from paigeant.slip import RoutingSlip, RunStatus, Step, StepStatus
 from paigeant.store import (
+    REQUEST_SIGNAL,
     ClaimRequest,
     DeadLetter,
     Grant,
     NextStep,
     Recorded,
+    Request,
     RunRecord,
     StepKey,
     StepRecord,
@@ -44,6 +46,8 @@ from paigeant.stores import open_store
 LEASE, GRACE = 30.0, 10.0
 WORKERS = tuple(WorkerRecord(f"w{n}", "host", f"{n}@1") for n in range(3))
 RUNS = ("r0", "r1", "r2")
+GOES_ON = (StepStatus.READY, StepStatus.WAITING)
+"""How an attempt ends that isn't the step's last."""
 EXAMPLES = int(os.environ.get("PAIGEANT_TEST_EXAMPLES", "100"))
 
 numbers = st.integers(min_value=0, max_value=7)
@@ -161,7 +165,7 @@ class StoresAgree(RuleBasedStateMachine):
         number=numbers,
         worker=st.integers(0, 2),
         ends=st.lists(
-            st.sampled_from(("done", "done", "done", "failed", "hopeless")), min_size=1, max_size=4
+            st.sampled_from(("done", "done", "done", "failed", "hopeless", *WAITS)), min_size=1, max_size=4
         ),
         on=st.booleans(),
     )
@@ -185,7 +189,7 @@ class StoresAgree(RuleBasedStateMachine):
             self._claimed(key, worker, answer)
 
     def _letter(self, number: int) -> StepKey:
-        waiting = [row.key for row in self.rows() if row.status is StepStatus.READY]
+        waiting = [row.key for row in self.rows() if row.status in (StepStatus.READY, StepStatus.WAITING)]
         return self._any(self.letters + waiting, number) if waiting else self._any(self.letters, number)
 
     def rows(self) -> list[StepRecord]:
@@ -212,7 +216,7 @@ class StoresAgree(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(
         number=numbers,
-        end=st.sampled_from(("done", "done", "done", "large", "skipped", "failed", "hopeless")),
+        end=st.sampled_from(("done", "done", "done", "large", "skipped", "failed", "hopeless", *WAITS)),
         undo=st.booleans(),
         edit=st.sampled_from((None, None, "insert", "terminate")),
         strict=st.booleans(),
@@ -237,11 +241,11 @@ class StoresAgree(RuleBasedStateMachine):
         else:
             assert self.row(held.key) != before, "said to be recorded, but wasn't"
             mine = before is not None and (before.epoch, before.worker) == (held.grant.epoch, held.worker)
-            assert mine or not (strict or result.status in (StepStatus.READY, StepStatus.FAILED))
+            assert mine or not (strict or result.status in (*GOES_ON, StepStatus.FAILED))
             self._went_on(held, result, answer)
 
     @precondition(lambda self: len({held.key for held in self.held}) > 1)
-    @rule(numbers=st.lists(numbers, min_size=2, max_size=3), end=st.sampled_from(("done", "failed")))
+    @rule(numbers=st.lists(numbers, min_size=2, max_size=3), end=st.sampled_from(("done", "failed", "waits")))
     def record_together(self, numbers: list[int], end: str) -> None:
         """Attempts at several steps end at the same moment; the SQL store records them in one transaction."""
         chosen = {held.key: held for held in (self._any(self.held, number) for number in numbers)}
@@ -256,7 +260,7 @@ class StoresAgree(RuleBasedStateMachine):
                 self._went_on(held, result, answer)
 
     def _went_on(self, held: Held, result: StepResult, answer: Recorded) -> None:
-        if result.status is not StepStatus.READY:
+        if result.status not in GOES_ON:
             self.settled.add((held.key, held.grant.epoch))
         if result.next is None:
             return
@@ -332,10 +336,38 @@ class StoresAgree(RuleBasedStateMachine):
         """Time passes, or the clock is set back."""
         self.clock.instant += seconds
 
-    @rule(run=st.sampled_from(RUNS), value=st.sampled_from((None, 0, "", [1.5])))
-    def signal(self, run: str, value: Any) -> None:
-        """A signal is sent to a run."""
-        self.both("record_signal", lambda store: store.record_signal(run, "go", json.dumps(value).encode()))
+    @rule(
+        run=st.sampled_from(RUNS),
+        value=st.sampled_from((None, 0, "", [1.5])),
+        sender=st.sampled_from(("", "ü")),
+    )
+    def signal(self, run: str, value: Any, sender: str) -> None:
+        """A signal is sent to a run, whether somebody waits for it or not."""
+        text = json.dumps(value).encode()
+        self.both("record_signal", lambda store: store.record_signal(run, "go", text, sender=sender))
+
+    @precondition(lambda self: self.held)
+    @rule(number=numbers, unit=st.integers(0, 3), request=st.sampled_from((None, "q0", "q1")))
+    def take(self, number: int, unit: int, request: str | None) -> None:
+        """A step takes a signal or the answer to a request, perhaps for the second time."""
+        key = self._any(self.held, number).key
+        name = "go" if request is None else f"{REQUEST_SIGNAL}{request}"
+        taken = self.both("take_signal", lambda store: store.take_signal(key, f"take{unit}", name))
+        assert self.both("load_unit", lambda store: store.load_unit(key, f"take{unit}")) == taken
+
+    @precondition(lambda self: self.held)
+    @rule(number=numbers, request=st.sampled_from(("q0", "q1")), seconds=st.sampled_from((None, 12.0)))
+    def ask(self, number: int, request: str, seconds: float | None) -> None:
+        """A step asks somebody, perhaps what was asked already."""
+        key = self._any(self.held, number).key
+        until = None if seconds is None else self.clock.now() + seconds
+        asked = Request(request, key.workflow_id, key.step, "question", "Which?", b"{}", expires_at=until)
+        self.both("open_request", lambda store: store.open_request(asked))
+
+    @rule(request=st.sampled_from(("q0", "q1", "nobody's")), value=st.sampled_from((b"1", b"2")))
+    def answer(self, request: str, value: bytes) -> None:
+        """Somebody answers, perhaps what nobody asked or what was answered already."""
+        self.both("answer_request", lambda store: store.answer_request(request, value, sender="ada"))
 
     @precondition(lambda self: self.held)
     @rule(number=numbers, value=st.sampled_from((b"1", b"2")))
@@ -365,6 +397,8 @@ class StoresAgree(RuleBasedStateMachine):
             self.both("load_run", lambda store, run=run: store.load_run(run))  # type: ignore[misc]
             self.both("load_run", lambda store, run=run: store.load_run(run, inline_bytes=INLINE))  # type: ignore[misc]
         self.both("list_runs", lambda store: store.list_runs())
+        self.both("list_requests", lambda store: store.list_requests())
+        self.both("list_requests", lambda store: store.list_requests(only_open=False))
 
         async def workers(store: Store) -> Any:
             return sorted(await store.list_workers(), key=lambda worker: worker.id)
@@ -407,7 +441,7 @@ def _settings(examples: int) -> settings:
 
 TestStoresAgree = StoresAgree.TestCase
 TestStoresAgree.__doc__ = (
-    "Whatever happens in whatever order, both stores say and hold the same, and I1 to I17 hold."
+    "Whatever happens in whatever order, both stores say and hold the same, and I1 to I19 hold."
 )
 TestStoresAgree.settings = _settings(EXAMPLES)
 

@@ -13,7 +13,7 @@ CHUNKS = 20
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_no_invariant_is_violated(chunk: int) -> None:
-    """Whatever crashes, freezes, gets lost, comes twice or late: I1 to I17 hold at each moment, and all runs end.
+    """Whatever crashes, freezes, gets lost, comes twice or late: I1 to I19 hold at each moment, and all runs end.
 
     SIMULATION_SEEDS sets how many seeds all chunks play together.
     """

@@ -69,6 +69,14 @@ class Watch:
             self._changed(store, run, rows, before, operation)
             self._runs[run_id] = run
             self._rows[run_id] = dict(rows)
+        for row in store.rows(StepStatus.WAITING):
+            there = {
+                signal.name
+                for signal in store._signals.get(row.key.workflow_id, ())
+                if signal.taken_by is None
+            }
+            missed = there.intersection(json.loads(row.waits_for))
+            need(not missed, "I18 waits for what has come", row.key, missed, "after", operation)
 
     def _changed(self, store: Any, run: RunRecord, rows: Rows, before: Rows, operation: str) -> None:
         old_run = self._runs.get(run.id, run)
@@ -96,6 +104,7 @@ class Watch:
                 latest = max(self._now(), row.not_before) + waited
                 need(row.wake_at <= latest, "I11 nobody looks at", row.key, "before", row.wake_at)
             need(row.status is not StepStatus.RUNNING or bool(row.worker), "I11 nobody runs", row.key)
+            need(row.status is not StepStatus.WAITING or not row.worker, "I19 held while it waits", row.key)
             if row.status is StepStatus.WAITING:
                 waits_for = json.loads(row.waits_for or b"[]")
                 need(bool(waits_for) or row.wake_at < ledger.NEVER, "I11 nothing wakes", row.key)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paigeant import RetryPolicy, RoutingSlip, codec, ledger
 from paigeant.errors import InvalidTransition
 from paigeant.ledger import OPEN, Changes
-from paigeant.routing import Failed, Finish, Retry, Skipped, Succeeded, Undo, route
+from paigeant.routing import Failed, Finish, Park, Retry, Skipped, Succeeded, Undo, route
 from paigeant.slip import (
     RUN_ENDED,
     RUN_MOVES,
@@ -134,6 +134,7 @@ class History:
                 variables = {"v": text}
             outcome = Succeeded(revision, undo, stored=forward and len(text) > INLINE)
         move = route(self.slip, outcome, self.clock.now())
+        assert not isinstance(move, Park), "none of these waits"
         self.slip = move.slip
         succeeded = isinstance(outcome, Succeeded) and forward
         if succeeded:

@@ -372,7 +372,9 @@ class MemoryStore:
     ) -> list[Request]:
         found = [
             self._as_it_stands(request)
-            for request in sorted(self._requests.values(), key=lambda request: request.created_at)
+            for request in sorted(
+                self._requests.values(), key=lambda request: (request.created_at, request.id)
+            )
             if workflow_id is None or request.workflow_id == workflow_id
         ]
         return [request for request in found if request.is_open or not only_open][:limit]
