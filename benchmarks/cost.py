@@ -56,7 +56,7 @@ PARTS = (
     Part("start: rows to change", "paigeant.stores.sql", "SqlStore._start"),
     Part("fetch messages", "paigeant.table_transport", "TableTransport._fetch"),
     Part("decide in the ledger", "paigeant.ledger", "record"),
-    Part("make rows of changes", "paigeant.stores.sql", "SqlStore._write"),
+    Part("make rows of changes", "paigeant.stores.sql", "SqlStore.write"),
     Part("SQL that reads", "paigeant.prepared", "Prepared.rows"),
     Part("SQL that writes", "paigeant.prepared", "Prepared.each"),
     Part("begin, commit, sync", "paigeant.lane", "transact"),

@@ -53,9 +53,9 @@ SUCCEEDED = (StepStatus.COMPLETED, StepStatus.SKIPPED, StepStatus.COMPENSATED)
 class Slow(SqlStore):
     """A store that takes its time between what it has read and what it writes, so that others may come in between."""
 
-    def _write(self, tx: Tx, changes: ledger.Changes, postings: Sequence[Posting] = ()) -> None:
+    def write(self, tx: Tx, changes: ledger.Changes, postings: Sequence[Posting] = ()) -> None:
         time.sleep(random.random() * 0.006)
-        super()._write(tx, changes, postings)
+        super().write(tx, changes, postings)
 
 
 class Hammer:
@@ -231,7 +231,7 @@ def without_locks() -> None:
     def forget(_: object, ids: Collection[str], *, only_free: bool = False) -> set[str]:
         return set(ids)
 
-    for module in (rows, sql):
+    for module in (rows, *(vars(sql)[part] for part in ("leases", "outside", "store", "values"))):
         vars(module)["lock_runs"] = forget
 
 

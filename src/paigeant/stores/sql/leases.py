@@ -1,0 +1,184 @@
+"""Leases in SQL: heartbeats, and the sweep that puts back to work what nobody works on any more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import (
+    Select,
+    bindparam,
+    delete,
+    or_,
+    select,
+)
+
+from paigeant import ledger
+from paigeant.lane import Tx
+from paigeant.ledger import Changes
+from paigeant.message import MessageId
+from paigeant.prepared import Prepared, upsert
+from paigeant.rows import (
+    KEY,
+    detail_of,
+    due_steps,
+    heads_of,
+    is_in,
+    key_of,
+    late_runs,
+    lock_runs,
+    orphan_steps,
+    waiting_steps,
+)
+from paigeant.slip import Phase, StepStatus
+from paigeant.store import (
+    StepKey,
+    Swept,
+    WorkerRecord,
+)
+from paigeant.stores.sql.part import SqlPart
+from paigeant.tables import (
+    step_executions,
+    workers,
+)
+
+__all__ = ["Running", "SqlLeases"]
+
+Running = Collection[tuple[StepKey, int]]
+
+
+_BEAT = upsert(
+    workers,
+    ["id", "host", "process", "lease_until"],
+    key=["id"],
+    update=lambda new: {"host": new.host, "process": new.process, "lease_until": new.lease_until},
+)
+_HELD = Prepared(
+    select(*KEY, step_executions.c.epoch).where(
+        is_in(StepStatus.RUNNING), step_executions.c.worker == bindparam("of_worker")
+    ),
+    ["of_worker"],
+)
+
+
+class _Beat(NamedTuple):
+    worker: WorkerRecord
+    lease: float
+    running: Running
+    forgotten: Running
+
+
+class SqlLeases(SqlPart):
+    """Who works on what, and what is left behind."""
+
+    def beat(
+        self, worker: WorkerRecord, *, lease: float, running: Running, forgotten: Running = ()
+    ) -> tuple[set[tuple[StepKey, int]], set[tuple[StepKey, int]]]:
+        return self.database.write_now(self._beat, _Beat(worker, lease, running, forgotten))
+
+    def _beat(
+        self, tx: Tx, requests: Sequence[_Beat]
+    ) -> list[tuple[set[tuple[StepKey, int]], set[tuple[StepKey, int]]]]:
+        answers = []
+        for worker, lease, running, forgotten in requests:
+            lock_runs(tx, [key.workflow_id for key, _ in forgotten])
+            _BEAT.each(tx, [(worker.id, worker.host, worker.process, tx.now + lease)])
+            held = {
+                (StepKey(run_id, step, Phase(phase)), epoch)
+                for run_id, step, phase, epoch in _HELD.rows(tx, worker.id)
+            }
+            changes = Changes()
+            for step in set(forgotten) & held:
+                ledger.free(step[0], changes, now=tx.now)
+                held.discard(step)
+            self.write(tx, changes)
+            answers.append((set(running) - held, held - set(running)))
+        return answers
+
+    async def sign_off(self, worker_id: str) -> None:
+        await self.database.write(self._sign_off, worker_id)
+
+    def _sign_off(self, tx: Tx, requests: Sequence[str]) -> list[None]:
+        query = select(*KEY, step_executions.c.epoch, step_executions.c.worker).where(
+            is_in(StepStatus.RUNNING), step_executions.c.worker.in_(requests)
+        )
+        held = [(key_of(row), row.worker, row.epoch) for row in tx.connection.execute(query)]
+        heads = heads_of(tx, [key for key, _, _ in held])
+        changes = Changes()
+        for key, worker, epoch in held:
+            ledger.release(heads.get(key), worker, epoch, changes, now=tx.now, grace=0.0)
+        self.write(tx, changes)
+        tx.connection.execute(delete(workers).where(workers.c.id.in_(requests)))
+        return [None] * len(requests)
+
+    async def sweep(
+        self, *, gone: Collection[str] = (), empty: Collection[str] = (), limit: int = 500
+    ) -> Swept:
+        if not gone and not empty and not await self.database.read(self._has_work, None):
+            return Swept()
+        return await self.database.write(self._sweep, (gone, empty, limit))
+
+    def _has_work(self, tx: Tx, requests: Sequence[None]) -> list[bool]:
+        # Sweeps are many and mostly find nothing: look without taking any lock.
+        now, execute = tx.now, tx.connection.execute
+        has_work = any(
+            execute(query.limit(1)).first() is not None
+            for query in (
+                select(workers.c.id).where(workers.c.lease_until <= now),
+                orphan_steps(),
+                due_steps(now),
+                waiting_steps(now),
+                late_runs(now),
+            )
+        )
+        return [has_work] * len(requests)
+
+    def _sweep(self, tx: Tx, requests: Sequence[tuple[Collection[str], Collection[str], int]]) -> list[Swept]:
+        return [self._sweep_once(tx, *request) for request in requests]
+
+    def _sweep_once(self, tx: Tx, gone: Collection[str], empty: Collection[str], limit: int) -> Swept:
+        execute = tx.connection.execute
+        over = or_(workers.c.lease_until <= tx.now, workers.c.id.in_(list(gone)))
+        lost = tuple(execute(delete(workers).where(over).returning(workers.c.id)).scalars())
+        changes = Changes()
+        freed = [key_of(row) for row in self._locked(tx, orphan_steps().limit(limit))]
+        for key in freed:
+            ledger.free(key, changes, now=tx.now)
+        self.write(tx, changes)
+        changes = Changes()
+        expired = []
+        late = execute(late_runs(tx.now).limit(limit)).scalars().all()
+        for run_id in sorted(lock_runs(tx, late, only_free=True)):
+            detail = detail_of(tx, run_id, self.inline_bytes)
+            if ledger.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes):
+                expired.append(run_id)
+                tx.rings.add("turned")
+        self.write(tx, changes)
+        changes = Changes()
+        for row in self._locked(tx, waiting_steps(tx.now).limit(limit)):
+            ledger.wake(key_of(row), changes, now=tx.now)
+        self.write(tx, changes)
+        changes = Changes()
+        due = {}
+        # A worker that is lost had fetched messages, the oldest first, and which ones nobody knows.
+        overdue_since = tx.now - self.grace if lost else None
+        wanted = due_steps(tx.now, overdue_since, empty, grace=self.grace)
+        for row in self._locked(tx, wanted.limit(limit)):
+            key = key_of(row)
+            due[key] = row.epoch
+            ledger.postpone(key, changes, now=tx.now, due_at=row.due_at, grace=self.grace)
+        self.write(tx, changes)
+        if self.outbox is not None and due:
+            # A long queue is no lost message: what waits in this very database needn't be sent again.
+            ids = {str(MessageId(*key, epoch)): key for key, epoch in due.items()}
+            for message_id in self.outbox.waiting(tx, list(ids)):
+                del due[ids[message_id]]
+        return Swept(tuple(due), lost, tuple(freed), tuple(expired))
+
+    def _locked(self, tx: Tx, query: Select[Any]) -> list[Any]:
+        """The rows of steps that `query` finds, as they are once their runs are locked, without those being changed."""
+        found = tx.connection.execute(query).all()
+        locked = lock_runs(tx, {row.workflow_id for row in found}, only_free=True)
+        # What was found before the lock may have been changed since.
+        again = tx.connection.execute(query).all() if found and tx.driver.dialect.name != "sqlite" else found
+        return [row for row in again if row.workflow_id in locked]
