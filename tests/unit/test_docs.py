@@ -558,8 +558,10 @@ def json_or_repr(value: Any) -> str:
 
 
 def described(kind: Any) -> dict[str, str]:
-    """The members of a class that users meet, each with its line in the reference."""
+    """The members of a class that users meet, each with its line in the reference; of a function, itself."""
     name = kind.__name__
+    if inspect.isfunction(kind):
+        return {name: call_of(name, kind)}
     if issubclass(kind, PaigeantError):
         return {name: f"class {name}({', '.join(base.__name__ for base in kind.__bases__)})"}
     if issubclass(kind, StrEnum):
@@ -619,9 +621,11 @@ def test_everything_public_is_described(kind: Any) -> None:
     """The text under a public name has each of its members, and each parameter that they take."""
     text = re.sub(r"```.*?```", "", section("reference.md", f"`{kind.__name__}`"), flags=re.DOTALL)
     names = set(described(kind)) - {kind.__name__}
-    if issubclass(kind, StrEnum):
+    if inspect.isfunction(kind):
+        names = set(inspect.signature(kind).parameters)
+    elif issubclass(kind, StrEnum):
         return  # the concepts explain each state
-    if Protocol not in kind.__mro__ and not issubclass(kind, PaigeantError):
+    elif Protocol not in kind.__mro__ and not issubclass(kind, PaigeantError):
         calls = [getattr(kind, name) for name in names if inspect.isroutine(getattr(kind, name, None))]
         if kind.__name__ not in MADE_ELSEWHERE and kind is not Settings:
             calls.append(kind)
