@@ -42,12 +42,20 @@ class Shown:
         return found[0]
 
     def journal(self) -> list[dict[str, Any]]:
-        """What its steps wrote when they began."""
+        """What its steps wrote when they began, and its agents when they made a call."""
         text = (self.folder / "demo-journal.jsonl").read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
+    def began(self) -> list[dict[str, Any]]:
+        """The steps alone."""
+        return [entry for entry in self.journal() if entry["call"] is None]
+
+    def calls(self, call: str) -> list[dict[str, Any]]:
+        """The calls of models or tools alone."""
+        return [entry for entry in self.journal() if entry["call"] == call]
+
     def record(self) -> dict[str, Any]:
-        """The run as the command line shows it."""
+        """The run as the command line shows it, with what its agents used."""
         return json.loads(called(self.folder, "runs", "show", self.run, "--json").stdout)
 
 
@@ -127,20 +135,73 @@ def test_it_ends_well(shown: Shown) -> None:
 
 
 def test_the_worker_is_killed_in_the_middle(shown: Shown) -> None:
-    """The first process is killed after two steps were recorded, while a third was running; a second one goes on."""
-    began = [(entry["step"], entry["pid"]) for entry in shown.journal()]
+    """The first process is killed while an agent was at its step; a second one goes on with it."""
+    began = [(entry["step"], entry["pid"]) for entry in shown.began()]
     first, second = began[0][1], began[-1][1]
     assert first != second
-    assert [step for step, pid in began if pid == first] == ["read", "outline", "brief"]
-    assert [step for step, pid in began if pid == second] == ["brief", "review", "review.1", "write"]
+    assert [step for step, pid in began if pid == first] == ["read", "outline"]
+    assert [step for step, pid in began if pid == second] == [
+        "outline",
+        "brief",
+        "review",
+        "review.1",
+        "write",
+    ]
+
+
+def test_the_agent_goes_on_behind_the_last_recorded_call(shown: Shown) -> None:
+    """By the journal, no model call that the dead worker made was made again, and only the tool call it died in."""
+    killed = shown.journal()[0]["pid"]
+    made = {call: [entry["key"] for entry in shown.calls(call)] for call in ("model", "tool")}
+    dead = {
+        call: [entry["key"] for entry in shown.calls(call) if entry["pid"] == killed]
+        for call in ("model", "tool")
+    }
+    assert {call: len(keys) for call, keys in dead.items()} == {"model": 5, "tool": 5}
+    assert len(set(made["model"])) == len(made["model"])
+    assert [key for key, count in Counter(made["tool"]).items() if count > 1] == [dead["tool"][-1]]
+
+
+def test_it_says_how_many_calls_were_saved(shown: Shown) -> None:
+    """The numbers on the screen are those of the journal and of the engine's records, which are kept apart."""
+    document = read_document(DOCUMENT.read_text(encoding="utf-8"), name="document")
+    step = next(step for step in shown.record()["steps"] if step["id"] == "outline")
+    used = step["usage"]["requests"], step["usage"]["tool_calls"]
+    assert used == (len(document.sections) + 1, len(document.sections))
+    second = shown.journal()[-1]["pid"]
+    later = {
+        call: sum(entry["pid"] == second and entry["step"] == "outline" for entry in shown.calls(call))
+        for call in ("model", "tool")
+    }
+    model, tool = used[0] - later["model"], used[1] - later["tool"]
+    assert (model, tool) == (5, 4)
+    assert f"recorded by then: read; of outline {model} model calls and {tool} tool calls\n" in shown.out
+    assert f"saved  {model} model calls and {tool} tool calls, answered from the record" in shown.out
+    made = len(shown.calls("model")), len(shown.calls("tool"))
+    assert f"made   {made[0]} model calls and {made[1]} tool calls in all\n" in shown.out
+    assert "recorded calls that were made again: 0\n" in shown.out
+
+
+def test_the_readme_shows_what_it_says(shown: Shown) -> None:
+    """The lines that README.md prints of it are its own."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    printed = text.partition("at the end stands what that saved:\n\n```\n")[2].partition("```")[0]
+    assert "saved" in printed
+    assert set(printed.splitlines()) <= {line.strip() for line in shown.out.splitlines()}
+
+
+def test_lines_fit_a_narrow_terminal(shown: Shown) -> None:
+    """What happened and what came of it is told in lines of 80 columns at most, but for the folder that was chosen."""
+    told = shown.out.partition("look further:")[0].splitlines()
+    assert [line for line in told if len(line) > 80 and str(shown.folder) not in line] == []
 
 
 def test_no_recorded_step_ran_twice(shown: Shown) -> None:
     """By the journal, which is none of the engine's records, only the step that was cut off began a second time."""
-    assert Counter(entry["step"] for entry in shown.journal()) == {
+    assert Counter(entry["step"] for entry in shown.began()) == {
         "read": 1,
-        "outline": 1,
-        "brief": 2,
+        "outline": 2,
+        "brief": 1,
         "review": 1,
         "review.1": 1,
         "write": 1,
@@ -153,7 +214,7 @@ def test_the_record_agrees_with_the_journal(shown: Shown) -> None:
     record = shown.record()
     attempts = {step["id"]: step["attempts"] for step in record["steps"]}
     assert record["status"] == "completed"
-    assert attempts == Counter(entry["step"] for entry in shown.journal())
+    assert attempts == Counter(entry["step"] for entry in shown.began())
 
 
 def test_the_reviewer_inserted_a_step(shown: Shown) -> None:
@@ -187,10 +248,11 @@ def test_it_tells_what_happens_line_by_line(shown: Shown) -> None:
     expected = [
         r"worker A started",
         r"step read: completed .* by worker A, attempt 1",
-        r"SIGKILL: worker A is dead, in the middle of brief",
+        r"SIGKILL: worker A is dead, in the middle of outline, in a tool call",
+        r"recorded by then: read; of outline 5 model calls",
         r"worker B started",
-        r"worker B took over: brief begins again",
-        r"step brief: completed .* by worker B, attempt 2",
+        r"worker B took over: outline goes on behind these calls",
+        r"step outline: completed .* by worker B, attempt 2",
         r"review revised the itinerary: shorten inserted as step review.1",
         r"step write: completed",
     ]
@@ -229,9 +291,10 @@ def test_nobody_is_killed_with_no_kill(tmp_path: Path) -> None:
     shown = show(tmp_path, "note.md", "--no-kill", "--out", "made/here")
     assert (shown.code, shown.err) == (0, "")
     assert "SIGKILL" not in shown.out
-    journal = (tmp_path / "made/here/demo-journal.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len({json.loads(line)["pid"] for line in journal}) == 1
-    assert len(journal) == 5
+    assert "saved" not in shown.out
+    made = Shown(shown.code, shown.out, shown.err, tmp_path / "made/here")
+    assert len({entry["pid"] for entry in made.journal()}) == 1
+    assert len(made.began()) == 5
 
 
 def test_another_model_can_do_it(tmp_path: Path) -> None:
@@ -241,6 +304,26 @@ def test_another_model_can_do_it(tmp_path: Path) -> None:
     assert (shown.code, shown.err) == (0, "")
     assert "review.1" in shown.out
     assert "by the model test" in (tmp_path / "brief.md").read_text(encoding="utf-8")
+
+
+def test_a_model_that_reads_little_is_cut_off_later(tmp_path: Path) -> None:
+    """Where a model doesn't read to the middle of the document the worker is killed as the next step begins."""
+    shown = show(tmp_path, "--model", "test")
+    assert (shown.code, shown.err) == (0, "")
+    assert Counter(entry["step"] for entry in shown.began())["brief"] == 2
+    assert "in the middle of brief\n" in shown.out
+    assert "recorded by then: read, outline\n" in shown.out
+    assert "worker B took over: brief begins again, what was recorded does not\n" in shown.out
+
+
+def test_a_document_with_many_sections_is_read_several_at_a_time(tmp_path: Path) -> None:
+    """However many there are, the agent stays far below the requests that it may make."""
+    text = "\n".join(f"## Part {number}\n\nPump {number} has a valve.\n" for number in range(70))
+    (tmp_path / "long.md").write_text(text, encoding="utf-8")
+    shown = show(tmp_path, "long.md", "--no-kill")
+    outline = next(step["output"] for step in shown.record()["steps"] if step["id"] == "outline")
+    assert len(outline["points"]) == 70
+    assert sum(entry["step"] == "outline" for entry in shown.calls("model")) == 13
 
 
 def test_a_model_that_fails_is_exit_code_1(tmp_path: Path) -> None:
@@ -353,7 +436,7 @@ def test_a_terminal_shows_a_table(tmp_path: Path) -> None:
     """On a terminal the steps are a table that is drawn again and again, with attempts and workers."""
     (tmp_path / "note.md").write_text(SHORT, encoding="utf-8")
     ours, theirs = pty.openpty()
-    more = {"TERM": "xterm", "COLUMNS": "100", "LINES": "50", "NO_COLOR": "1"}
+    more = {"TERM": "xterm", "COLUMNS": "80", "LINES": "50", "NO_COLOR": "1"}
     with subprocess.Popen(
         [*COMMAND, "note.md", "--pace", "0"],
         cwd=tmp_path,
@@ -368,7 +451,7 @@ def test_a_terminal_shows_a_table(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert "\x1b[" in text
     final = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.rpartition("step ")[2])
-    assert re.search(r"✔ +brief +brief +agent +completed +2 +[0-9.]+ s +B", final)
+    assert re.search(r"✔ +outline +outline +agent +completed +2 +3 +[0-9.]+ s +B", final)
 
 
 def _all_of(terminal: int) -> str:

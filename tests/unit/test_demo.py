@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 
 from paigeant.demo import summary
-from paigeant.demo.journal import Entry
-from paigeant.demo.play import DOCUMENT, _ending
+from paigeant.demo.journal import Call, Entry
+from paigeant.demo.play import DOCUMENT, Calls, Cut, Ending, _ending
 from paigeant.demo.text import Section, read_document, sentences, words
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import RunDetail, RunRecord, StepRecord
@@ -132,23 +132,65 @@ def test_the_document_that_ships_is_a_real_one() -> None:
     assert len(words(" ".join(section.text for section in document.sections))) > 1000
 
 
-def ended(*began: str) -> list[str]:
-    """What the count says of a run of two steps, `read` and `brief`, the second of which was cut off once."""
+DEAD, ALIVE = 7, 8
+NOTHING = Calls(0, 0)
+
+
+def ended(*entries: tuple[str, int, Call | None, str], recorded: Calls = NOTHING) -> Ending:
+    """How a run of two steps ended, `read` and `outline`, the second of which was cut off with so much recorded."""
     run = RunRecord("r", "w", RunStatus.COMPLETED, b"{}", "", b"{}", "", "", created_at=1.0, completed_at=2.0)
     rows = tuple(
         StepRecord("r", step, Phase.DO, number, step, "t", StepStatus.COMPLETED)
-        for number, step in enumerate(("read", "brief"))
+        for number, step in enumerate(("read", "outline"))
     )
-    entries = [Entry("r", step, 1, 7) for step in began]
-    return list(_ending(RunDetail(run, rows), entries, cut="brief").twice)
+    journal = [Entry("r", step, pid, call, key) for step, pid, call, key in entries]
+    return _ending(RunDetail(run, rows), journal, Cut("outline", DEAD, recorded))
+
+
+def steps(*began: str) -> list[str]:
+    """The recorded steps that ran twice, when these began."""
+    return list(ended(*((step, DEAD, None, step) for step in began)).twice)
 
 
 def test_the_step_that_was_cut_off_may_begin_again() -> None:
     """An attempt that died before its record is no recorded step that ran twice."""
-    assert ended("read", "brief", "brief") == []
+    assert steps("read", "outline", "outline") == []
 
 
 def test_a_recorded_step_that_begins_again_is_counted() -> None:
     """The demonstration can fail: a recorded step that began once more is found."""
-    assert ended("read", "brief", "read", "brief") == ["read"]
-    assert ended("read", "brief", "brief", "brief") == ["brief"]
+    assert steps("read", "outline", "read", "outline") == ["read"]
+    assert steps("read", "outline", "outline", "outline") == ["outline"]
+
+
+def test_calls_that_nobody_made_again_are_saved() -> None:
+    """What was under way when the worker died is made again, and is none of them; nor is any other step's."""
+    ending = ended(
+        ("read", DEAD, "model", "0"),
+        ("outline", DEAD, "model", "1"),
+        ("outline", DEAD, "tool", "2"),
+        ("outline", DEAD, "model", "3"),
+        ("outline", DEAD, "tool", "4"),
+        ("outline", ALIVE, "tool", "4"),
+        ("outline", ALIVE, "model", "5"),
+        recorded=Calls(2, 1),
+    )
+    assert (ending.saved, ending.again, ending.made) == (Calls(2, 1), Calls(0, 0), Calls(4, 3))
+
+
+def test_a_recorded_call_that_is_made_again_is_counted() -> None:
+    """The demonstration can fail: what was recorded and is asked for once more is found, and not called saved."""
+    ending = ended(
+        ("outline", DEAD, "model", "1"),
+        ("outline", DEAD, "tool", "2"),
+        ("outline", ALIVE, "model", "1"),
+        ("outline", ALIVE, "tool", "2"),
+        recorded=Calls(1, 1),
+    )
+    assert (ending.saved, ending.again) == (Calls(0, 0), Calls(1, 1))
+
+
+def test_calls_are_counted_in_words() -> None:
+    """One is one, and all else are several."""
+    assert str(Calls(1, 0)) == "1 model call and 0 tool calls"
+    assert str(Calls(5, 1)) == "5 model calls and 1 tool call"

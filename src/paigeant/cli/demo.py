@@ -76,8 +76,8 @@ def demo(
     """Watch a workflow of agents survive the death of its worker.
 
     A document is read, outlined, made into a brief, reviewed, shortened, written.
-    The worker process that does it is killed with SIGKILL in the middle.
-    Another one takes over, and nothing that was recorded is repeated.
+    The worker process that does it is killed with SIGKILL in the middle of an agent's work.
+    Another one takes over. Nothing that was recorded is repeated, no model call either.
     """
     from rich.console import Console
 
@@ -95,9 +95,9 @@ def demo(
     _begin(console, plan, document)
     # From within the folder, as a person looks further afterwards: with the settings that hold there, too.
     with contextlib.chdir(plan.folder), Screen(console) as screen:
-        ending = asyncio.run(play(plan, screen))
+        ending = asyncio.run(play(plan, document, screen))
     _end(console, plan, document, ending)
-    if ending.status != "completed" or ending.twice:
+    if ending.status != "completed" or ending.twice or ending.again:
         raise typer.Exit(1)
 
 
@@ -116,20 +116,25 @@ def _begin(console: Console, plan: Plan, document: Document) -> None:
 
 def _end(console: Console, plan: Plan, document: Document, ending: Ending) -> None:
     done = ending.status == "completed"
-    began = ", ".join(
-        f"{step} {count}" + (" (cut off once)" if step == ending.cut else "")
-        for step, count in ending.began.items()
-    )
     facts = {"run": f"{ending.run}, {ending.status.value} in {ending.seconds:.1f} s"}
     if done:
         facts["brief"] = f"{plan.target}, {ending.words:,} words of {document.words:,}"
     else:
         facts["error"] = ending.error or "none was told"
+    cut = None if ending.cut is None else ending.cut.step
+    facts["began"] = ", ".join(
+        f"{step} {count}" + (" (cut off)" if step == cut else "") for step, count in ending.began.items()
+    )
+    facts["made"] = f"{ending.made} in all"
+    if ending.saved is not None:
+        facts["saved"] = f"{ending.saved}, answered from the record"
     console.print()
-    _facts(console, {**facts, "began": began})
-    style = "bold red" if ending.twice else "bold green"
-    twice = ": ".join([str(len(ending.twice)), ", ".join(ending.twice)]) if ending.twice else "0"
-    console.print(f"\n  recorded steps that ran twice: [{style}]{twice}[/]")
+    _facts(console, facts)
+    console.print()
+    _none_of(console, "recorded steps that ran twice", len(ending.twice), ", ".join(ending.twice))
+    if ending.saved is not None:
+        count = ending.again.model + ending.again.tool
+        _none_of(console, "recorded calls that were made again", count, f"{ending.again} of {cut}")
     console.print("\n  look further:")
     program = _program(plan.folder)
     commands = [
@@ -140,6 +145,12 @@ def _end(console: Console, plan: Plan, document: Document, ending: Ending) -> No
     ]
     for command in commands:
         console.print(f"    {command}", style="cyan", markup=False, soft_wrap=True)
+
+
+def _none_of(console: Console, what: str, count: int, which: str) -> None:
+    """Say that there is none, as there should be, or how many and which."""
+    style = "bold red" if count else "bold green"
+    console.print(f"  {what}: [{style}]{count}{f': {which}' if count else ''}[/]")
 
 
 def _facts(console: Console, facts: Mapping[str, str]) -> None:

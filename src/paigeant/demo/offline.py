@@ -17,6 +17,7 @@ from pydantic_ai.models import Model
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 
 from paigeant.demo import summary
+from paigeant.demo.pipeline import Reading
 from paigeant.demo.text import Section, words
 
 __all__ = ["NAME", "models"]
@@ -51,8 +52,12 @@ def _model(task: Callable[[list[ModelMessage]], ToolCallPart | dict[str, Any]]) 
     return FunctionModel(respond, model_name=NAME)
 
 
-def _outline(messages: list[ModelMessage]) -> dict[str, Any]:
-    """For each section the sentence that says most."""
+def _outline(messages: list[ModelMessage]) -> ToolCallPart | dict[str, Any]:
+    """Read on as long as there is something left; then for each section the sentence that says most."""
+    readings = _readings(messages)
+    start = readings[-1].next if readings else 1
+    if start is not None:
+        return ToolCallPart("read_on", {"number": start})
     sections = _sections(messages)
     ranked = summary.rank(sections)
     points = []
@@ -118,9 +123,19 @@ def _prompts(messages: list[ModelMessage]) -> list[str]:
     ]
 
 
+def _readings(messages: list[ModelMessage]) -> list[Reading]:
+    """What was read in the conversation, in order. In one that is continued it is JSON."""
+    return [
+        Reading.model_validate_json(part.model_response_str())
+        for message in messages
+        for part in message.parts
+        if isinstance(part, ToolReturnPart) and part.tool_name == "read_on"
+    ]
+
+
 def _sections(messages: list[ModelMessage]) -> list[Section]:
-    """The sections that the conversation began with."""
-    return [Section(**section) for section in _tagged(_prompts(messages)[0], "sections")]
+    """The sections that were read in the conversation."""
+    return [section for reading in _readings(messages) for section in reading.sections]
 
 
 def _tagged(prompt: str, tag: str) -> Any:

@@ -1,27 +1,42 @@
 """The workflow of the demonstration, as a user would write one: read, outline, brief, review, write.
 
-The reviewer is an agent with a tool that revises the run's itinerary: a brief that is too long gets a step more.
+The outliner is an agent with a tool to read with: it asks its model and calls the tool many times in its one step. The
+reviewer is one with a tool that revises the run's itinerary: a brief that is too long gets a step more.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, computed_field
+from pydantic import BaseModel, Field, computed_field
 from pydantic_ai import Agent, RunContext
 from pydantic_ai.models import Model
 
 from paigeant.activity import ActivityRegistry
 from paigeant.context import StepContext
-from paigeant.demo.journal import Journal
-from paigeant.demo.text import Document, read_document, words
+from paigeant.demo.journal import Journal, Watched
+from paigeant.demo.text import Document, Section, read_document, words
 from paigeant.policy import ItineraryPolicy
 from paigeant.workflow import Workflow
 
-__all__ = ["MARK", "TOPIC", "WORKFLOW", "Brief", "Outline", "Request", "Review", "activities", "text_of"]
+__all__ = [
+    "MARK",
+    "TOPIC",
+    "WORKFLOW",
+    "Brief",
+    "Outline",
+    "Reading",
+    "Request",
+    "Review",
+    "activities",
+    "readings",
+    "text_of",
+]
 
 TOPIC = "paigeant-demo"
 """Where all steps wait: workers of other applications in the same file have nothing to do with them."""
@@ -37,6 +52,20 @@ class Request(BaseModel):
     target: str
     max_words: int
     model: str
+
+
+class Reading(BaseModel):
+    """What comes of reading on: some sections, and the number of the section after them; None at the end."""
+
+    sections: list[Section]
+    next: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What the outliner's tool reads."""
+
+    document: Document
 
 
 class Point(BaseModel):
@@ -80,8 +109,7 @@ WORKFLOW = Workflow(
 )
 
 OUTLINE_PROMPT = """Outline the document "{read.title}": one sentence for each of its sections, that says what it found.
-
-<sections>{read.sections}</sections>"""
+Read it with the tool read_on, first from section 1, then from where the reading before ended, until nothing is left."""
 
 BRIEF_PROMPT = """Now write a brief of the same document for readers in a hurry: a lead of one sentence that says what
 matters most, and for each section a paragraph of up to three sentences. Add nothing that isn't in the document."""
@@ -98,58 +126,93 @@ Keep its lead and what matters most.
 <brief>{brief}</brief>"""
 
 
+_MOST_READINGS = 12
+"""Documents with many sections are read several at a time: a run of an agent may ask its model 50 times."""
+
+
+def readings(document: Document) -> int:
+    """How often a model that reads a document to its end calls the tool for it."""
+    return -(-len(document.sections) // _at_a_time(document))
+
+
+def _at_a_time(document: Document) -> int:
+    return -(-len(document.sections) // _MOST_READINGS)
+
+
 def activities(model: Model | str | Mapping[str, Model], journal: Journal) -> ActivityRegistry:
-    """What the worker can do. `model` is one for all agents, or one for each by name; each step begins in `journal`."""
+    """What the worker can do. `model` is one for all agents, or one for each by name.
+
+    Each step begins in `journal`, and so does each call of a model or a tool.
+    """
     activity = ActivityRegistry()
 
-    def chosen(name: str) -> Model | str:
-        return model[name] if isinstance(model, Mapping) else model
+    def chosen(name: str) -> Model:
+        return Watched(model[name] if isinstance(model, Mapping) else model, journal)
 
-    def begun(step: StepContext) -> StepContext:
-        journal.begin(step)
+    async def desk(read: Document) -> Desk:
+        await journal.begin()
+        return Desk(read)
+
+    async def begun(step: StepContext) -> StepContext:
+        await journal.begin()
         return step
 
-    outliner = Agent(chosen("outline"), name="outline", output_type=Outline, deps_type=StepContext)
+    outliner = Agent(chosen("outline"), name="outline", output_type=Outline, deps_type=Desk)
     writer = Agent(chosen("brief"), name="brief", output_type=Brief, deps_type=StepContext)
     reviewer = Agent(chosen("review"), name="review", output_type=Review, deps_type=StepContext)
     shortener = Agent(chosen("shorten"), name="shorten", output_type=Brief, deps_type=StepContext)
 
-    @reviewer.tool
+    @outliner.tool
+    async def read_on(ctx: RunContext[Desk], number: Annotated[int, Field(ge=1)]) -> Reading:
+        """Read the document on from the section of that number, counted from 1."""
+        await journal.begin("tool")
+        document = ctx.deps.document
+        end = number - 1 + _at_a_time(document)
+        found = list(document.sections[number - 1 : end])
+        return Reading(sections=found, next=end + 1 if end < len(document.sections) else None)
+
+    # Not recorded: what it changes is the step itself, and an attempt that starts anew has to change it, too.
+    @reviewer.tool(metadata={"paigeant": {"inline": True}})
     async def send_back(ctx: RunContext[StepContext], reason: str) -> str:
         """Have the brief shortened before it is written to its file."""
+        await journal.begin("tool")
         if not any(step.activity == "shorten" for step in ctx.deps.remaining):
             ctx.deps.insert("shorten")
         return f"It will be shortened: {reason}"
 
     @activity.execute(topic=TOPIC)
-    def read(path: str, step: StepContext) -> Document:
-        begun(step)
-        return read_document(Path(path).read_text(encoding="utf-8-sig"), name=Path(path).stem)
+    async def read(path: str) -> Document:
+        await journal.begin()
+        text = await asyncio.to_thread(Path(path).read_text, encoding="utf-8-sig")
+        return read_document(text, name=Path(path).stem)
 
-    activity.agent(outliner, prompt=OUTLINE_PROMPT, deps=begun, topic=TOPIC)
+    activity.agent(outliner, prompt=OUTLINE_PROMPT, deps=desk, topic=TOPIC)
     activity.agent(writer, prompt=BRIEF_PROMPT, deps=begun, message_history="outline", topic=TOPIC)
     activity.agent(reviewer, prompt=REVIEW_PROMPT, deps=begun, topic=TOPIC)
     activity.agent(shortener, prompt=SHORTEN_PROMPT, deps=begun, topic=TOPIC)
 
     @activity.execute(topic=TOPIC)
-    def write(
+    async def write(
         read: Document,
         outline: Outline,
         brief: Brief,
         target: str,
         model: str,
-        step: StepContext,
         shorten: Brief | None = None,
     ) -> dict[str, str | int]:
-        begun(step)
+        await journal.begin()
         final = shorten or brief
-        # First beside it, then in its place: whoever reads the file never finds half of a brief.
-        partial = Path(f"{target}.{os.getpid()}")
-        partial.write_text(text_of(read, outline, final, model), encoding="utf-8")
-        partial.replace(target)
+        await asyncio.to_thread(_put, Path(target), text_of(read, outline, final, model))
         return {"path": target, "words": final.words}
 
     return activity
+
+
+def _put(target: Path, text: str) -> None:
+    # First beside it, then in its place: whoever reads the file never finds half of a brief.
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(target)
 
 
 def text_of(document: Document, outline: Outline, brief: Brief, model: str) -> str:

@@ -1,8 +1,8 @@
 """The play: a run is dispatched, its worker is killed in the middle, another takes over; then what ran is counted.
 
-The worker is a process of its own and dies by SIGKILL, which no code of it can hear. The moment is chosen by what is
-recorded, not by time: two steps are done, a third has begun. That third step is told to hold there, so that however
-slow or fast the machine is, the kill always cuts a step in two.
+The worker is a process of its own and dies by SIGKILL, which no code of it can hear. The moment is chosen by what has
+begun, not by time: an agent is in the middle of its step, and of a tool call. That call is told to hold there, so that
+however slow or fast the machine is, the kill always cuts a step in two.
 """
 
 from __future__ import annotations
@@ -22,23 +22,21 @@ from pydantic_core import from_json
 
 from paigeant.app import Paigeant, Run
 from paigeant.demo import offline
-from paigeant.demo.journal import Entry, Journal
-from paigeant.demo.pipeline import MARK, WORKFLOW, Request, activities
+from paigeant.demo.journal import Call, Entry, Hold, Journal
+from paigeant.demo.pipeline import MARK, WORKFLOW, Request, activities, readings
 from paigeant.demo.screen import Screen
 from paigeant.demo.text import Document, read_document
 from paigeant.demo.worker import Orders, models
 from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError
 from paigeant.settings import Settings
 from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
-from paigeant.store import RunDetail, StepRecord
+from paigeant.store import RunDetail, StepKey, StepRecord
+from paigeant.usage import Usage
 
-__all__ = ["DOCUMENT", "Ending", "Plan", "play", "prepare"]
+__all__ = ["DOCUMENT", "Calls", "Cut", "Ending", "Plan", "play", "prepare"]
 
 DOCUMENT = Path(__file__).with_name("document.md")
 """The document that ships with the package."""
-
-CUT = "brief"
-"""The step in whose middle the worker is killed."""
 
 _LOOK_SECONDS = 0.1
 _MOST_BYTES = 2_000_000
@@ -70,9 +68,37 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Calls:
+    """How many calls agents made of their models and of their tools, or didn't have to make."""
+
+    model: int
+    tool: int
+
+    def __bool__(self) -> bool:
+        return self.model > 0 or self.tool > 0
+
+    def __str__(self) -> str:
+        counts = ((self.model, "model call"), (self.tool, "tool call"))
+        return " and ".join(f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The step that was cut in two, the process that died there, and the calls that were recorded of it by then."""
+
+    step: str
+    pid: int
+    recorded: Calls
+
+
+@dataclass(frozen=True, slots=True)
 class Ending:
-    """How it ended. `words`: of the brief. `began`: how often each step began, by the journal. `cut`: the step that was
-    cut in two. `twice`: recorded steps that ran again; there must be none.
+    """How it ended. `words`: of the brief. `began`: how often each step began, by the journal. `cut`: where the worker
+    was killed, if it was. `made`: all calls of the run that were really made, by the journal.
+
+    `saved`: the calls of the step that was cut in two which the dead worker had made and nobody made again, by the
+    journal; None as long as that step isn't done. `twice`: recorded steps that ran again; `again`: recorded calls that
+    were made again. There must be none of either.
     """
 
     run: str
@@ -81,8 +107,11 @@ class Ending:
     seconds: float
     words: int
     began: Mapping[str, int]
-    cut: str | None
+    cut: Cut | None
+    made: Calls
+    saved: Calls | None
     twice: Sequence[str]
+    again: Calls
 
 
 def prepare(plan: Plan) -> Document:
@@ -110,10 +139,11 @@ def prepare(plan: Plan) -> Document:
     return document
 
 
-async def play(plan: Plan, screen: Screen) -> Ending:
-    """Do it, and show it on `screen`. The plan's paths are absolute, and its folder is the working directory.
+async def play(plan: Plan, document: Document, screen: Screen) -> Ending:
+    """Do it with the plan's document, and show it on `screen`.
 
-    Raises PaigeantError when a worker doesn't start.
+    The plan's paths are absolute, and its folder is the working directory. Raises PaigeantError when a worker
+    doesn't start.
     """
     url = "sqlite:///paigeant.db"
     journal = Journal(plan.folder / "demo-journal.jsonl")
@@ -128,7 +158,9 @@ async def play(plan: Plan, screen: Screen) -> Ending:
         )
         run = await app.dispatch(WORKFLOW, request, workflow_id=f"demo-{secrets.token_hex(3)}")
         screen.say(f"run {run.id} dispatched: {' → '.join(step.id for step in WORKFLOW.steps)}")
-        async with _Stage(run, screen, plan, orders).open() as stage:
+        # Past the middle of the agent's reading: it has asked its model and called its tool several times by then.
+        hold = Hold(readings(document) // 2 + 1, before="brief") if plan.kill else None
+        async with _Stage(app, run, screen, plan, orders).open(hold) as stage:
             cut = await stage.kill() if plan.kill else None
             detail = await stage.finish()
     return _ending(detail, list(journal.entries(run.id)), cut)
@@ -190,18 +222,20 @@ class _Worker:
 class _Stage:
     """The run with its workers, looked at again and again."""
 
-    def __init__(self, run: Run, screen: Screen, plan: Plan, orders: Orders) -> None:
+    def __init__(self, app: Paigeant, run: Run, screen: Screen, plan: Plan, orders: Orders) -> None:
+        self.app = app
         self.run = run
         self.screen = screen
         self.plan = plan
         self.orders = orders
+        self.journal = Journal(Path(orders.journal))
         self.workers: list[_Worker] = []
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[Self]:
-        """With its first worker; when it is left, no process is."""
+    async def open(self, hold: Hold | None) -> AsyncIterator[Self]:
+        """With its first worker, which goes no further than `hold`; when it is left, no process is."""
         try:
-            await self._start(hold=CUT if self.plan.kill else None)
+            await self._start(hold=hold)
             yield self
         except BaseException:
             for worker in self.workers:
@@ -211,38 +245,46 @@ class _Stage:
             if worker.process.returncode is None:
                 await worker.stop()
 
-    async def kill(self) -> str | None:
-        """Kill the worker in the middle of a step and start another; gives that step, None when the run ended first."""
+    async def kill(self) -> Cut | None:
+        """Kill the worker where it holds and start another; gives what was cut, None when the run ended first."""
         first = self.workers[-1]
-        journal = Journal(Path(self.orders.journal))
-        while True:
-            detail = await self.look()
-            if detail.run.status in RUN_ENDED:
-                return None
-            begun = any(
-                entry.step == CUT and entry.pid == first.process.pid for entry in journal.entries(self.run.id)
-            )
-            if begun and _status(detail, CUT) is StepStatus.RUNNING:
-                break
+        held = await self._held(first)
+        if held is None:
+            self.screen.say("the run ended before there was anything to cut in two")
+            return None
         await self._let_see()
         await first.kill()
         self.screen.lost(first.process.pid)
-        recorded = ", ".join(row.step for row in _completed(detail))
-        self.screen.say(f"SIGKILL: worker {first.name} is dead, in the middle of {CUT}", style="bold red")
-        self.screen.say(f"recorded by then: {recorded}")
+        units = await self.app.store.load_units(StepKey(self.run.id, held.step))
+        used = Usage.of_units(units.values())
+        cut = Cut(held.step, held.pid, Calls(used.requests, used.tool_calls))
+        steps = ", ".join(row.step for row in _completed(await self._read()))
+        where = f"in the middle of {cut.step}" + (f", in a {held.call} call" if held.call else "")
+        inside = f"; of {cut.step} {cut.recorded}" if cut.recorded else ""
+        self.screen.say(f"SIGKILL: worker {first.name} is dead, {where}", style="bold red")
+        self.screen.say(f"recorded by then: {steps}{inside}")
         await self.look()
         second = await self._start(hold=None)
         while True:
             detail = await self._read()
-            row = _row(detail, CUT)
+            row = _row(detail, cut.step)
             if row is not None and row.attempt > 1:
                 break  # said before what it has done since is shown
             await self._show(detail)
-        self.screen.say(
-            f"worker {second.name} took over: {CUT} begins again, what was recorded does not",
-            style="bold green",
-        )
-        return CUT
+        onward = "goes on behind these calls" if cut.recorded else "begins again, what was recorded does not"
+        self.screen.say(f"worker {second.name} took over: {cut.step} {onward}", style="bold green")
+        return cut
+
+    async def _held(self, worker: _Worker) -> Entry | None:
+        """Where the worker holds, once it does; None when the run ended first."""
+        while True:
+            detail = await self.look()
+            if detail.run.status in RUN_ENDED:
+                return None
+            for entry in self.journal.entries(self.run.id):
+                here = entry.held and entry.pid == worker.process.pid
+                if here and _status(detail, entry.step) is StepStatus.RUNNING:
+                    return entry
 
     async def finish(self) -> RunDetail:
         """The run, once it has ended."""
@@ -262,7 +304,8 @@ class _Stage:
         return await self.run.detail()
 
     async def _show(self, detail: RunDetail) -> None:
-        self.screen.show(detail)
+        made = Counter(entry.step for entry in self.journal.entries(self.run.id) if entry.call == "model")
+        self.screen.show(detail, made)
         await asyncio.sleep(_LOOK_SECONDS)
 
     async def _let_see(self) -> None:
@@ -270,7 +313,7 @@ class _Stage:
         for _ in range(round(self.plan.pace / _LOOK_SECONDS)):
             await self.look()
 
-    async def _start(self, *, hold: str | None) -> _Worker:
+    async def _start(self, *, hold: Hold | None) -> _Worker:
         name = "AB"[len(self.workers)]
         orders = Orders(self.orders.url, self.orders.journal, self.orders.pace, hold, self.orders.model)
         worker = await _Worker.start(name, orders, self.plan.folder / "demo-worker.log")
@@ -280,15 +323,32 @@ class _Stage:
         return worker
 
 
-def _ending(detail: RunDetail, entries: Sequence[Entry], cut: str | None) -> Ending:
-    began = Counter(entry.step for entry in entries)
+def _ending(detail: RunDetail, entries: Sequence[Entry], cut: Cut | None) -> Ending:
+    began = Counter(entry.step for entry in entries if entry.call is None)
+    step = None if cut is None else cut.step
     # What was cut in two had to begin again; everything else that was recorded may have begun once only.
-    twice = [row.step for row in _completed(detail) if began[row.step] > (2 if row.step == cut else 1)]
+    twice = [row.step for row in _completed(detail) if began[row.step] > (2 if row.step == step else 1)]
+    saved = None
+    if cut is not None and _status(detail, cut.step) is StepStatus.COMPLETED:
+        saved = Calls(_saved(entries, cut, "model"), _saved(entries, cut, "tool"))
+    again = Calls(0, 0)
+    if cut is not None and saved is not None:
+        recorded = cut.recorded
+        again = Calls(max(recorded.model - saved.model, 0), max(recorded.tool - saved.tool, 0))
     run = detail.run
     seconds = (run.completed_at or run.created_at) - run.created_at
     written = _row(detail, "write")
     words = from_json(written.output)["words"] if written is not None and written.output is not None else 0
-    return Ending(run.id, run.status, run.error, seconds, words, began, cut, twice)
+    made = Counter(entry.call for entry in entries)
+    calls = Calls(made["model"], made["tool"])
+    return Ending(run.id, run.status, run.error, seconds, words, began, cut, calls, saved, twice, again)
+
+
+def _saved(entries: Sequence[Entry], cut: Cut, call: Call) -> int:
+    """How many calls of this kind the dead process made within the step, and no other process made again."""
+    here = [entry for entry in entries if entry.step == cut.step and entry.call == call]
+    dead = {entry.key for entry in here if entry.pid == cut.pid}
+    return len(dead - {entry.key for entry in here if entry.pid != cut.pid})
 
 
 def _completed(detail: RunDetail) -> list[StepRecord]:

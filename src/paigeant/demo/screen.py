@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -27,7 +28,10 @@ _PLANNED = frozenset(step.id for step in WORKFLOW.steps)
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A step on the screen. `status`: that of its record, `planned` before there is one, `cut off` by a dead worker."""
+    """A step on the screen. `status`: that of its record, `planned` before there is one, `cut off` by a dead worker.
+
+    `calls`: how many its agent made of its model, in all attempts.
+    """
 
     step: str
     activity: str
@@ -35,6 +39,7 @@ class Line:
     attempts: int = 0
     seconds: float | None = None
     worker: str = ""
+    calls: int = 0
 
     @property
     def inserted(self) -> bool:
@@ -50,16 +55,18 @@ class _Seen:
     alive: bool = True
 
 
-def lines_of(detail: RunDetail, workers: dict[int, _Seen], *, now: float) -> list[Line]:
-    """The steps of a run, done and to do, in their order."""
+def lines_of(
+    detail: RunDetail, workers: dict[int, _Seen], made: Mapping[str, int], *, now: float
+) -> list[Line]:
+    """The steps of a run, done and to do, in their order. `made`: the model calls of each step."""
     slip, _ = ledger.fold(detail, inline_bytes=0)
-    lines = [_line(row, workers, now) for row in detail.steps]
+    lines = [_line(row, workers, made, now) for row in detail.steps]
     there = {line.step for line in lines}
     lines += [Line(step.id, step.activity, "planned") for step in slip.itinerary if step.id not in there]
     return lines
 
 
-def _line(row: StepRecord, workers: dict[int, _Seen], now: float) -> Line:
+def _line(row: StepRecord, workers: dict[int, _Seen], made: Mapping[str, int], now: float) -> Line:
     seen = workers.get(_process(row.worker)) if row.worker is not None else None
     status = row.status.value
     if row.status is StepStatus.RUNNING and seen is not None and not seen.alive:
@@ -67,7 +74,8 @@ def _line(row: StepRecord, workers: dict[int, _Seen], now: float) -> Line:
     seconds = None
     if row.started_at is not None and row.status is not StepStatus.READY:
         seconds = max((row.completed_at or now) - row.started_at, 0.0)
-    return Line(row.step, row.activity, status, row.attempt, seconds, "" if seen is None else seen.name)
+    worker = "" if seen is None else seen.name
+    return Line(row.step, row.activity, status, row.attempt, seconds, worker, made.get(row.step, 0))
 
 
 def _process(worker: str) -> int:
@@ -123,10 +131,10 @@ class Screen:
         else:
             self._live.update(self._picture())
 
-    def show(self, detail: RunDetail) -> None:
-        """How the run stands now."""
+    def show(self, detail: RunDetail, made: Mapping[str, int]) -> None:
+        """How the run stands now. `made`: how many model calls each step has made."""
         before = {line.step: line for line in self._lines}
-        self._lines = lines_of(detail, self._workers, now=self._clock.now())
+        self._lines = lines_of(detail, self._workers, made, now=self._clock.now())
         for line in self._lines:
             old = before.get(line.step)
             if old is None and before and line.inserted:
@@ -140,12 +148,13 @@ class Screen:
             self._live.update(self._picture())
 
     def _picture(self) -> Group:
-        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("")
-        table.add_column("step", min_width=9)
-        table.add_column("activity", min_width=16)
-        table.add_column("status", min_width=11)
+        table.add_column("step", min_width=8)
+        table.add_column("activity", min_width=15)
+        table.add_column("status", min_width=9)
         table.add_column("attempts", justify="right")
+        table.add_column("model calls", justify="right")
         table.add_column("time", justify="right", min_width=6)
         table.add_column("worker", min_width=6)
         for line in self._lines:
@@ -165,6 +174,7 @@ class Screen:
                     str(line.attempts) if line.attempts else "",
                     style="bold yellow" if line.attempts > 1 else "",
                 ),
+                Text(str(line.calls) if line.calls else ""),
                 Text("" if line.seconds is None else f"{line.seconds:.1f} s"),
                 Text(line.worker, style=_WORKER_STYLES.get(line.worker, "")),
             )

@@ -20,7 +20,7 @@ from pydantic_ai.models import Model
 
 from paigeant.app import Paigeant
 from paigeant.demo import offline
-from paigeant.demo.journal import Journal
+from paigeant.demo.journal import Hold, Journal
 from paigeant.demo.pipeline import TOPIC, activities
 from paigeant.settings import Settings
 
@@ -34,12 +34,19 @@ class Orders:
     url: str
     journal: str
     pace: float
-    hold: str | None
+    hold: Hold | None
     model: str | None
 
     def packed(self) -> str:
         """The orders as one argument of a command line."""
         return json.dumps(asdict(self))
+
+    @classmethod
+    def unpacked(cls, text: str) -> Orders:
+        """The orders that were packed so."""
+        told = json.loads(text)
+        hold = told.pop("hold")
+        return cls(**told, hold=None if hold is None else Hold(**hold))
 
 
 def models(name: str | None) -> str | Mapping[str, Model]:
@@ -69,9 +76,9 @@ async def _work(orders: Orders) -> None:
 def main() -> None:
     """Work as ordered."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    asyncio.run(_work(Orders(**json.loads(sys.argv[1]))))
+    asyncio.run(_work(Orders.unpacked(sys.argv[1])))
     sys.stdout.flush()
-    os._exit(0)  # a step that is held stands in a thread that would never let the interpreter end
+    os._exit(0)  # the thread that reads standard input would not let the interpreter end
 
 
 if __name__ == "__main__":
