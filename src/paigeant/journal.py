@@ -24,7 +24,7 @@ from pydantic_core import from_json, to_json
 
 from paigeant import codec
 from paigeant.errors import OutcomeUnknown, OutsideStep, RequestDenied, WaitTimeout
-from paigeant.parking import Parking
+from paigeant.parking import Parked, Parking
 from paigeant.store import Request, RequestKind, RunValues, StepKey
 
 __all__ = ["Done", "Journal", "Place", "Unit", "current_place", "effect_key"]
@@ -113,8 +113,14 @@ class Journal:
         self._loop = asyncio.get_running_loop()
 
     async def find(self, unit: str, *, again: bool = False) -> bytes | None:
-        """The record of a unit; None when there is none. `again`: it may have been made by this very attempt."""
-        return await self._at_home(self._find(unit, again))
+        """The record of a unit; None when there is none. `again`: it may have been made by this very attempt.
+
+        Raises Parked once the step is left: what still runs of the attempt begins nothing more.
+        """
+        found = await self._ask(self._find(unit, again))
+        if self.parking.is_parked:
+            raise Parked
+        return found
 
     async def _find(self, unit: str, again: bool) -> bytes | None:
         if self._recorded is None:
@@ -130,19 +136,24 @@ class Journal:
 
     async def save(self, unit: str, value: bytes) -> bytes:
         """Record a unit, durably; gives the record that stands, which may be another worker's."""
-        return await self._at_home(self._store.save_unit(self.key, unit, value))
+        return await self._ask(self._store.save_unit(self.key, unit, value))
 
     async def take(self, unit: str, signal: str) -> bytes | None:
         """Record the oldest signal of this name that nobody has taken; gives the record that stands, None without."""
-        return await self._at_home(self._store.take_signal(self.key, unit, signal))
+        return await self._ask(self._store.take_signal(self.key, unit, signal))
 
     async def request(self, request: Request) -> None:
         """Keep what is asked of somebody outside. One of the same id stays as it is."""
-        await self._at_home(self._store.open_request(request))
+        await self._ask(self._store.open_request(request))
 
-    async def park(self, waits_for: tuple[str, ...], until: float | None, around: frozenset[object]) -> None:
+    async def park(self, waits_for: tuple[str, ...], until: float | None, around: frozenset[str]) -> None:
         """Wait for one of the signals, or for an instant; see `Parking.wait`."""
         await self._at_home(self.parking.wait(waits_for, until, around))
+
+    async def _ask(self, work: Coroutine[Any, Any, Value]) -> Value:
+        # Whatever the store is asked for comes before a wait or belongs to a unit: the step isn't left meanwhile.
+        with self.parking.working(work):
+            return await self._at_home(work)
 
     async def _at_home(self, work: Coroutine[Any, Any, Value]) -> Value:
         if self._loop is None or self._loop is asyncio.get_running_loop():
@@ -202,8 +213,9 @@ class Place:
             return Done(recorded, executed=False)
         if unit.at_most_once:
             return await self._do_at_most_once(name, unit, produce)
-        value = await self._produce(name, unit, produce)
-        return Done(await self.journal.save(name, value), executed=True)
+        with self.journal.parking.working(name):
+            value = await self._produce(name, unit, produce)
+            return Done(await self.journal.save(name, value), executed=True)
 
     async def instant(self, name: str, *, offset: float = 0.0) -> float:
         """A recorded instant: `offset` seconds after this was first asked for under this name."""
@@ -221,7 +233,9 @@ class Place:
         left = until - self.journal.now()
         if left > _SHORT_SECONDS:
             await self.journal.park((), until, self._around())
-        await asyncio.sleep(max(left, 0.0))
+        # Were the step left for another wait meanwhile, nobody would wake it for this one.
+        with self.journal.parking.working(name):
+            await asyncio.sleep(max(left, 0.0))
 
     async def signal(
         self,
@@ -310,13 +324,14 @@ class Place:
             begun = f"{name}!begun" if number == 1 else f"{name}!begun#{number}"
             mine = codec.dump(uuid.uuid4().hex)
             trouble = "it was begun before, and how it ended was never recorded"
-            if await self.journal.save(begun, mine) == mine:
-                try:
-                    value = await self._produce(name, unit, produce)
-                except Exception as exc:
-                    trouble = f"it failed: {type(exc).__name__}: {exc}"
-                else:
-                    return Done(await self.journal.save(name, value), executed=True)
+            with self.journal.parking.working(name):
+                if await self.journal.save(begun, mine) == mine:
+                    try:
+                        value = await self._produce(name, unit, produce)
+                    except Exception as exc:
+                        trouble = f"it failed: {type(exc).__name__}: {exc}"
+                    else:
+                        return Done(await self.journal.save(name, value), executed=True)
             await self._decide(name, unit, begun, trouble)
         raise AssertionError("unreachable")
 
@@ -342,7 +357,7 @@ class Place:
             limit = asyncio.timeout(unit.timeout)
             try:
                 inner = self._inner(name, again=self.again or number > 1)
-                with self.journal.parking.working(inner), inner.entered():
+                with inner.entered():
                     async with limit:
                         return await produce()
             except Exception as exc:
@@ -360,14 +375,14 @@ class Place:
     def _inner(self, name: str, *, again: bool) -> Place:
         return Place(self.journal, name, again, self)
 
-    def _around(self) -> frozenset[object]:
+    def _around(self) -> frozenset[str]:
         """The units within which this is, that can't go on while something here waits."""
-        places: list[object] = []
+        units: list[str] = []
         place: Place | None = self
         while place is not None and place.within:
-            places.append(place)
+            units.append(place.within)
             place = place.outer
-        return frozenset(places)
+        return frozenset(units)
 
 
 def _digest(text: str) -> str:

@@ -1,7 +1,8 @@
 """Parking: how an attempt that only waits leaves its worker, to go on when what it waits for is there.
 
 An attempt may do several things at once, of which some wait for an answer, a signal or an hour while others work. It
-is parked once all that it does is wait: each wait then ends with `Parked`, which no activity should catch.
+is parked once all that it does is wait: each wait then ends with `Parked`, which no activity should catch. What works
+is known by its units: code that is in none is left beside a wait, and goes on at most until its next unit.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Parked(BaseException):
 class _Wait(NamedTuple):
     waits_for: tuple[str, ...]
     until: float | None
-    around: frozenset[object]
+    around: frozenset[str]
 
 
 class Parking:
@@ -43,22 +44,22 @@ class Parking:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @contextmanager
-    def working(self, place: object) -> Iterator[None]:
-        """The code inside works at this place, in any thread."""
-        self._working.add(place)
+    def working(self, what: object) -> Iterator[None]:
+        """The code inside works, in any thread: at `what`, which is a unit by its name, or anything else."""
+        self._working.add(what)
         self._changed()
         try:
             yield
         finally:
-            self._working.discard(place)
+            self._working.discard(what)
             self._changed()
 
     async def wait(
-        self, waits_for: tuple[str, ...], until: float | None, around: frozenset[object] = frozenset()
+        self, waits_for: tuple[str, ...], until: float | None, around: frozenset[str] = frozenset()
     ) -> None:
         """Wait for one of the signals, or for an instant. It ends with Parked and in no other way.
 
-        The places `around` are those that can't go on without it.
+        The units `around` are those that can't go on without it.
         """
         if self.is_parked:
             raise Parked

@@ -85,6 +85,7 @@ class Performer:
     async def _perform(self, claim: Claim) -> Attempt:
         attempt = Attempt()
         context = attempt.context = self._context(claim)
+        parking = context._place.journal.parking
         retry = claim.retry(self.limits)
         if claim.grant.exhausted:
             lost = f"WorkerLost: {claim.grant.attempt} attempts began and none came back; their workers died"
@@ -105,6 +106,9 @@ class Performer:
             async with limit if timeout is not None else _UNLIMITED:
                 with context._place.entered(), _replays():
                     value = await self._call(claim, context, attempt)
+            if parking.is_parked:  # the activity has caught it, but what it waits for isn't there
+                attempt.outcome = Parked(parking.waits_for, parking.until)
+                return attempt
             attempt.output = claim.work.dump(value)
             attempt.outcome = self._succeeded(claim, context, attempt.output)
             return attempt
@@ -122,7 +126,6 @@ class Performer:
             error = exc
         finally:
             CURRENT.reset(token)
-        parking = context._place.journal.parking
         if parking.is_parked and not limit.expired():
             attempt.outcome = Parked(parking.waits_for, parking.until)
             return attempt

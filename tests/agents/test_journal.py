@@ -11,7 +11,7 @@ import pytest
 from pydantic_core import from_json
 from tests.agents.steps import Crash, Step
 
-from paigeant import ActivityRegistry, StepContext, Workflow
+from paigeant import ActivityRegistry, RunStatus, StepContext, Workflow
 from paigeant.errors import OutcomeUnknown, OutsideStep
 from paigeant.journal import Done, Place, Unit, current_place, effect_key
 from paigeant.parking import Parked
@@ -344,3 +344,124 @@ async def test_what_may_be_done_once_at_most_and_fails_goes_to_a_person() -> Non
     with pytest.raises(Parked):
         await step.attempt(lambda: here().do("u", Unit("u", at_most_once=True), produce))
     assert "it failed: ConnectionError: reset by peer" in from_json((await step.asked()).asked)["question"]
+
+
+# -- waits beside other work
+
+
+async def waits() -> Any:
+    """Wait for a signal that never comes."""
+    return await here().signal("never", "never", timeout=None, what="it")
+
+
+async def test_a_short_sleep_isn_t_left_for_another_wait() -> None:
+    """Nobody would wake the step when it is over: what waits without an end beside it has no instant."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def race(context: StepContext) -> str:
+        go, nap = asyncio.ensure_future(context.wait_for("go")), asyncio.ensure_future(context.sleep(0.2))
+        done, _ = await asyncio.wait({go, nap}, return_when=asyncio.FIRST_COMPLETED)
+        go.cancel()
+        return "go" if go in done else "nap"
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["race"]))
+        await app.drain()
+        assert (await run.wait(5)).output == "nap"
+
+
+async def test_a_step_isn_t_left_between_two_tries_nor_before_a_record_is_made() -> None:
+    """Both belong to the unit: it is over when it is recorded."""
+    saving = asyncio.Event()
+
+    class Slow(Step):
+        async def save_unit(self, key: Any, name: str, value: bytes) -> bytes:
+            await asyncio.sleep(0.1)
+            saving.set()
+            return await super().save_unit(key, name, value)
+
+    step = Slow()
+    tries: list[int] = []
+
+    async def produce() -> bytes:
+        tries.append(1)
+        if len(tries) < 2:
+            raise ConnectionError
+        return b"1"
+
+    async def work() -> None:
+        unit = Unit("u", delay=lambda number, _: 0.1)
+        await asyncio.gather(waits(), here().do("u", unit, produce))
+
+    with pytest.raises(Parked):
+        await step.attempt(work)
+    assert len(tries) == 2
+    assert saving.is_set()
+    assert "u" in step.units
+
+
+async def test_a_step_isn_t_left_before_all_of_its_waits_have_begun() -> None:
+    """However slow the store is: nothing would wake the step for a wait that began later."""
+
+    class Slow(Step):
+        async def take_signal(self, key: Any, unit: str, name: str) -> bytes | None:
+            if name == "slow":
+                await asyncio.sleep(0.1)
+            return await super().take_signal(key, unit, name)
+
+    waited_for: list[tuple[str, ...]] = []
+
+    async def work() -> None:
+        parking = here().journal.parking
+        try:
+            await asyncio.gather(
+                waits(), here().signal("slow", "slow", timeout=9.0, what="it"), return_exceptions=True
+            )
+        finally:
+            assert parking.until is not None
+            waited_for.append(parking.waits_for)
+
+    await Slow().attempt(work)
+    assert waited_for == [("never", "slow")]
+
+
+async def test_what_a_left_attempt_goes_on_with_begins_no_unit() -> None:
+    """`gather` leaves the others running: the next attempt would do the same at the same time."""
+    step = Step()
+    left = asyncio.Event()
+    others: list[asyncio.Task[Done]] = []
+
+    async def beside() -> Done:
+        await left.wait()
+        return await do("u")
+
+    async def work() -> None:
+        others.append(asyncio.create_task(beside()))
+        await asyncio.gather(waits(), others[0])
+
+    with pytest.raises(Parked):
+        await step.attempt(work)
+    left.set()
+    with pytest.raises(Parked):
+        await others[0]
+    assert step.units == []
+
+
+async def test_an_activity_that_catches_its_leaving_is_left_all_the_same() -> None:
+    """What it makes of waits that are not over is no result."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def both(context: StepContext) -> list[Any]:
+        found = await asyncio.gather(context.wait_for("one"), context.wait_for("two"), return_exceptions=True)
+        return [value for value in found if not isinstance(value, BaseException)]
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["both"]))
+        await app.drain()
+        assert await run.status() is RunStatus.WAITING
+        await run.signal("one", 1)
+        await run.signal("two", 2)
+        await app.drain()
+        assert (await run.wait(5)).output == [1, 2]
