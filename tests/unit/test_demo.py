@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
+from pydantic_ai import ModelMessage, ModelResponse
+from pydantic_ai.models.function import AgentInfo, FunctionModel
 
-from paigeant.demo import summary
-from paigeant.demo.journal import Call, Entry
+from paigeant.demo import offline, summary
+from paigeant.demo.journal import Call, Entry, Journal
+from paigeant.demo.pipeline import WORKFLOW, Request, activities
 from paigeant.demo.play import DOCUMENT, Calls, Cut, Ending, _ending
 from paigeant.demo.text import Section, read_document, sentences, words
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import RunDetail, RunRecord, StepRecord
+from paigeant.testing import MemoryApp
 
 MARKDOWN = """---
 title: ignored
@@ -194,3 +199,25 @@ def test_calls_are_counted_in_words() -> None:
     """One is one, and all else are several."""
     assert str(Calls(1, 0)) == "1 model call and 0 tool calls"
     assert str(Calls(5, 1)) == "5 model calls and 1 tool call"
+
+
+async def test_a_brief_that_was_sent_back_is_shortened_by_any_attempt(tmp_path: Path) -> None:
+    """A reviewer whose model fails after the tool call begins anew, and what the tool changed stands all the same."""
+    source = tmp_path / "note.md"
+    source.write_text("The ferry leaves at nine from the north pier. Strong wind is expected by noon.")
+    reviewing = offline.models()["review"]
+    failed: list[int] = []
+
+    async def review(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        if len(messages) > 1 and not failed:
+            failed.append(len(messages))
+            raise RuntimeError("no answer")
+        return await reviewing.request(messages, None, info.model_request_parameters)
+
+    known = activities({**offline.models(), "review": FunctionModel(review)}, Journal(tmp_path / "journal"))
+    request = Request(path=str(source), target=str(tmp_path / "brief.md"), max_words=10, model="test")
+    async with MemoryApp(known) as app:
+        run = await app.dispatch(WORKFLOW, request)
+        await app.drain()
+        assert list((await run.wait()).outputs) == ["read", "outline", "brief", "review", "review.1", "write"]
+    assert failed == [3]
