@@ -17,14 +17,16 @@ WAITS = ActivityRegistry()
 """What the steps that wait have to do."""
 
 _TOPIC = "paigeant.waits"
+_RETRIES = 1000
+"""Nothing here fails but with its worker, and however many of those are lost, a wait goes on."""
 
 
-@WAITS.execute("paigeant.sleep", topic=_TOPIC, retries=0)
+@WAITS.execute("paigeant.sleep", topic=_TOPIC, retries=_RETRIES)
 async def _sleep(seconds: float, context: StepContext) -> None:
     await context.sleep(seconds)
 
 
-@WAITS.execute("paigeant.wait_for", topic=_TOPIC, retries=0)
+@WAITS.execute("paigeant.wait_for", topic=_TOPIC, retries=_RETRIES)
 async def _wait_for(
     signal: str, timeout: float | None, otherwise: dict[str, Any] | None, context: StepContext
 ) -> Any:
