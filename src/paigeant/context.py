@@ -71,6 +71,7 @@ class StepContext:
     async def save_variable(self, key: str, value: Any) -> None:
         """Set a variable of the run, once this attempt has succeeded. Raises OutputInvalid for what isn't JSON."""
         check_name("the name of a variable", key)
+        self._check_repeats("save_variable()")
         try:
             self._variables[key] = codec.dump(value)
         except codec.JsonInvalid as exc:
@@ -155,6 +156,15 @@ class StepContext:
             raise OutputInvalid(f"what is asked can't be written as JSON: {exc}") from exc
         return await self._here().ask(kind, question, asked, timeout=timeout)
 
+    def _check_repeats(self, what: str) -> None:
+        """Raise InvalidDefinition inside of a unit: a later attempt passes over it, and `what` would be lost."""
+        if self._here().within:
+            raise InvalidDefinition(
+                f"{what} was called inside of something that is recorded (a tool of an agent, or what once() does): an "
+                "attempt that finds the record doesn't do that again, and this would be lost; call it outside of "
+                'that, or mark the tool with metadata={"paigeant": {"inline": True}}'
+            )
+
     def _here(self) -> Place:
         place = current_place()
         return self._place if place is None or place.journal is not self._place.journal else place
@@ -197,6 +207,7 @@ class StepContext:
             self._policy = before
 
     def _revise(self, steps: tuple[str | Step, ...], change: Change) -> None:
+        self._check_repeats("a revision of the itinerary")
         self._added, self._draft = self._revised(steps, change)
 
     def _revised(self, steps: tuple[str | Step, ...], change: Change) -> tuple[list[Step], list[Step]]:

@@ -306,3 +306,54 @@ async def test_rule_6_a_worker_tells_each_span_once() -> None:
     detail, _ = await carried_out(activity, "one")
     assert detail.steps[0].attempt == 2
     assert spans.ended == ["chat", "invoke_agent"]
+
+
+@pytest.mark.parametrize("change", ["insert", "terminate", "save_variable"])
+async def test_what_would_be_lost_when_a_record_is_found_is_refused(change: str) -> None:
+    """In a recorded tool, or in what `once` does, a step can't be changed: an attempt with the record wouldn't."""
+    agent = Agent(scripted(called("plan", "c1"), "done")[0], name="planner")
+    inline = Agent(scripted(called("plan", "c1"), "done")[0], name="inline")
+    contexts: list[StepContext] = []
+    registry = ActivityRegistry()
+
+    async def plan() -> str:
+        match change:
+            case "insert":
+                contexts[-1].insert("after")
+            case "terminate":
+                contexts[-1].terminate()
+            case _:
+                await contexts[-1].save_variable("plan", 1)
+        return "planned"
+
+    agent.tool_plain(plan)
+    inline.tool_plain(metadata={"paigeant": {"inline": True}})(plan)
+
+    async def runs(of: Agent[Any, str]) -> str:
+        return (await of.run("go", capabilities=[PaigeantDurability[Any]()])).output
+
+    @registry.execute(retries=0)
+    async def recorded(context: StepContext) -> str:
+        contexts.append(context)
+        return await runs(agent)
+
+    @registry.execute(retries=0)
+    async def within_once(context: StepContext) -> str:
+        contexts.append(context)
+        return str(await context.once("plan", plan))
+
+    @registry.execute(retries=0)
+    async def allowed(context: StepContext) -> str:
+        contexts.append(context)
+        return await runs(inline)
+
+    @registry.execute()
+    async def after() -> str:
+        return "after"
+
+    async with MemoryApp(registry) as app:
+        for step, ends in (("recorded", False), ("within_once", False), ("allowed", True)):
+            run = await app.dispatch(Workflow("w", [step]))
+            await app.drain()
+            error = str((await run.detail()).run.error)
+            assert ("inside of something that is recorded" in error) is not ends, error
