@@ -110,7 +110,7 @@ async def test_parked_runs_cost_nothing_and_each_is_asked_once(
     """
     (tmp_path / "handlers.py").write_text(HANDLERS)
     chance = random.Random(11)
-    settings = Settings(transport_url=url, store_url=url, **TIMES)  # type: ignore[arg-type]  # numbers
+    settings = Settings(transport_url=url, store_url=url, **TIMES)
     async with Paigeant(settings) as app:
         with worker(url, tmp_path) as process:
             begun = list(await asyncio.gather(*(dispatched(app, number) for number in range(FIRST))))
