@@ -138,9 +138,12 @@ class Journal:
         """Record a unit, durably; gives the record that stands, which may be another worker's."""
         return await self._ask(self._store.save_unit(self.key, unit, value))
 
-    async def take(self, unit: str, signal: str) -> bytes | None:
-        """Record the oldest signal of this name that nobody has taken; gives the record that stands, None without."""
-        return await self._ask(self._store.take_signal(self.key, unit, signal))
+    async def take(self, unit: str, signal: str, *, otherwise: bytes | None = None) -> bytes | None:
+        """Record the oldest signal of this name that nobody has taken, or else `otherwise`.
+
+        Gives the record that stands, None without.
+        """
+        return await self._ask(self._store.take_signal(self.key, unit, signal, otherwise=otherwise))
 
     async def request(self, request: Request) -> None:
         """Keep what is asked of somebody outside. One of the same id stays as it is."""
@@ -260,8 +263,9 @@ class Place:
                 if ask is not None:
                     await ask(until)
                 await self.journal.park((signal,), until, self._around())
-            recorded = await self.journal.save(name, b"null")
-        found = from_json(recorded)
+            # Up to now somebody was told that it will be heard: it counts, or from here on it doesn't, for all.
+            recorded = await self.journal.take(name, signal, otherwise=b"null")
+        found = None if recorded is None else from_json(recorded)
         if found is None:
             raise WaitTimeout(f"{what} has not come within {timeout:g} s")
         answer: dict[str, Any] = found

@@ -72,8 +72,12 @@ class PatientValues:
     async def load_units(self, key: StepKey) -> dict[str, bytes]:
         return await self._ask(lambda: self._values.load_units(key), f"records of step '{key.step}'")
 
-    async def take_signal(self, key: StepKey, unit: str, name: str) -> bytes | None:
-        return await self._ask(lambda: self._values.take_signal(key, unit, name), f"signal '{name}'")
+    async def take_signal(
+        self, key: StepKey, unit: str, name: str, *, otherwise: bytes | None = None
+    ) -> bytes | None:
+        return await self._ask(
+            lambda: self._values.take_signal(key, unit, name, otherwise=otherwise), f"signal '{name}'"
+        )
 
     async def open_request(self, request: Request) -> None:
         await self._ask(lambda: self._values.open_request(request), f"request '{request.name}'")

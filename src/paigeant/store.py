@@ -426,11 +426,13 @@ class RunValues(Protocol):
         """The recorded values of all units of a step, by name."""
         ...
 
-    async def take_signal(self, key: StepKey, unit: str, name: str) -> bytes | None:
+    async def take_signal(
+        self, key: StepKey, unit: str, name: str, *, otherwise: bytes | None = None
+    ) -> bytes | None:
         """Take the oldest signal of this name that nobody has taken, and record it as the value of `unit`.
 
-        Gives what is recorded of the unit then, or was before: an object with `value`, `by` and `at`; None when there
-        is no such signal.
+        Gives what is recorded of the unit then, or was before: an object with `value`, `by` and `at`. When there is no
+        such signal, `otherwise` is recorded and given; without it nothing is, and None given.
         """
         ...
 

@@ -63,7 +63,7 @@ class Step:
 
     async def asked(self) -> Request:
         """What an attempt asked of people: one thing."""
-        await self._begin()
+        await self.start()
         [request] = await self.store.list_requests()
         return request
 
@@ -71,7 +71,8 @@ class Step:
         """Answer that."""
         await self.store.answer_request((await self.asked()).id, answer)
 
-    async def _begin(self) -> None:
+    async def start(self) -> None:
+        """Have the step's run recorded, as whoever asks or is sent something needs it."""
         run = RunRecord(self.key.workflow_id, "w", RunStatus.PENDING, b"{}", "", b"{}", "", "")
         await self.store.record_workflow_start(run, NextStep(self.key, "a", "t"))
 
@@ -102,8 +103,10 @@ class Step:
         self.read += 1
         return await self.store.load_units(key)
 
-    async def take_signal(self, key: StepKey, unit: str, name: str) -> bytes | None:
-        return await self.store.take_signal(key, unit, name)
+    async def take_signal(
+        self, key: StepKey, unit: str, name: str, *, otherwise: bytes | None = None
+    ) -> bytes | None:
+        return await self.store.take_signal(key, unit, name, otherwise=otherwise)
 
     async def open_request(self, request: Request) -> None:
         await self.store.open_request(request)

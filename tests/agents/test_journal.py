@@ -15,7 +15,7 @@ from paigeant import ActivityRegistry, RunStatus, StepContext, Workflow
 from paigeant.errors import OutcomeUnknown, OutsideStep
 from paigeant.journal import Done, Place, Unit, current_place, effect_key
 from paigeant.parking import Parked
-from paigeant.testing import MemoryApp
+from paigeant.testing import ManualClock, MemoryApp
 
 
 def here() -> Place:
@@ -405,10 +405,10 @@ async def test_a_step_isn_t_left_before_all_of_its_waits_have_begun() -> None:
     """However slow the store is: nothing would wake the step for a wait that began later."""
 
     class Slow(Step):
-        async def take_signal(self, key: Any, unit: str, name: str) -> bytes | None:
+        async def take_signal(self, key: Any, unit: str, name: str, **options: Any) -> bytes | None:
             if name == "slow":
                 await asyncio.sleep(0.1)
-            return await super().take_signal(key, unit, name)
+            return await super().take_signal(key, unit, name, **options)
 
     waited_for: list[tuple[str, ...]] = []
 
@@ -424,6 +424,31 @@ async def test_a_step_isn_t_left_before_all_of_its_waits_have_begun() -> None:
 
     await Slow().attempt(work)
     assert waited_for == [("never", "slow")]
+
+
+async def test_what_comes_in_the_last_moment_counts(clock: ManualClock) -> None:
+    """Whoever sent it was told that it will be heard: it is looked for once more when the time is up."""
+
+    class Late(Step):
+        is_late = False
+
+        async def take_signal(self, key: Any, unit: str, name: str, **options: Any) -> bytes | None:
+            taken = await super().take_signal(key, unit, name, **options)
+            if taken is None and self.is_late:
+                await self.store.record_signal(key.workflow_id, name, b"7")
+            return taken
+
+    step = Late(clock)
+    await step.start()
+
+    def work() -> Any:
+        return here().signal("u", "paid", timeout=5, what="it")
+
+    with pytest.raises(Parked):
+        await step.attempt(work)
+    clock.advance(5)
+    step.is_late = True
+    assert (await step.attempt(work))["value"] == 7
 
 
 async def test_what_a_left_attempt_goes_on_with_begins_no_unit() -> None:

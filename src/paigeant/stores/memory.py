@@ -332,7 +332,9 @@ class MemoryStore:
     async def load_units(self, key: StepKey) -> dict[str, bytes]:
         return {name: value for (owner, name), value in self._units.items() if owner == key}
 
-    async def take_signal(self, key: StepKey, unit: str, name: str) -> bytes | None:
+    async def take_signal(
+        self, key: StepKey, unit: str, name: str, *, otherwise: bytes | None = None
+    ) -> bytes | None:
         with self._lock:
             if (key, unit) not in self._units:
                 signals = self._signals.get(key.workflow_id, [])
@@ -341,6 +343,9 @@ class MemoryStore:
                         signals[place] = replace(signal, taken_by=key.step)
                         self._units[key, unit] = signal.envelope
                         break
+                else:
+                    if otherwise is not None:
+                        self._units[key, unit] = otherwise
             return self._units.get((key, unit))
 
     async def record_signal(self, workflow_id: str, name: str, value: bytes, *, sender: str = "") -> None:

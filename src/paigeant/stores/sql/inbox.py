@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pydantic_core import from_json
-from sqlalchemy import Text, and_, bindparam, insert, literal, or_, select, update
+from sqlalchemy import Text, and_, bindparam, insert, literal, literal_column, or_, select, update
 
 from paigeant import ledger
 from paigeant.lane import Tx
@@ -28,7 +28,9 @@ _OLDEST = Prepared(
         _signals.name == bindparam("called"),
         _signals.taken_by.is_(None),
     )
-    .order_by(_signals.id),
+    .order_by(_signals.id)
+    .limit(literal_column("1"))
+    .offset(literal_column("0")),  # without one SQLite's dialect adds a parameter of its own
     ["of", "called"],
 )
 _TAKE = Prepared(
@@ -49,14 +51,18 @@ def untaken(tx: Tx, workflow_id: str) -> set[str]:
     return {name for (name,) in _UNTAKEN.rows(tx, workflow_id)}
 
 
-def take(tx: Tx, key: StepKey, unit: str, name: str) -> bytes | None:
-    """The record of a unit: the oldest signal of this name that nobody has taken, unless it is there already."""
+def take(tx: Tx, key: StepKey, unit: str, name: str, otherwise: bytes | None) -> bytes | None:
+    """The record of a unit: the oldest signal of this name that nobody has taken, or else `otherwise`.
+
+    Unless there is one already.
+    """
     recorded = unit_of(tx, key, unit)
     if recorded is not None:
         return recorded
     found = _OLDEST.rows(tx, key.workflow_id, name)
     if not found:
-        return None
+        save_units(tx, [] if otherwise is None else [(key, unit, otherwise)])
+        return otherwise
     number, value, created_at, sender = found[0]
     envelope = Signal(name, value.encode(), created_at, sender).envelope
     _TAKE.each(tx, [(key.step, number)])

@@ -30,13 +30,17 @@ __all__ = ["SqlOutside"]
 class SqlOutside(SqlPart):
     """Signals and requests."""
 
-    async def take_signal(self, key: StepKey, unit: str, name: str) -> bytes | None:
-        return await self.database.write(self._take_signal, (key, unit, name))
+    async def take_signal(
+        self, key: StepKey, unit: str, name: str, *, otherwise: bytes | None = None
+    ) -> bytes | None:
+        return await self.database.write(self._take_signal, (key, unit, name, otherwise))
 
     @needing(lock_runs, lambda request: (request[0].workflow_id,))
-    def _take_signal(self, tx: Tx, requests: Sequence[tuple[StepKey, str, str]]) -> list[bytes | None]:
-        lock_runs(tx, {key.workflow_id for key, _, _ in requests})
-        return [inbox.take(tx, key, unit, name) for key, unit, name in requests]
+    def _take_signal(
+        self, tx: Tx, requests: Sequence[tuple[StepKey, str, str, bytes | None]]
+    ) -> list[bytes | None]:
+        lock_runs(tx, {key.workflow_id for key, *_ in requests})
+        return [inbox.take(tx, *request) for request in requests]
 
     async def record_signal(self, workflow_id: str, name: str, value: bytes, *, sender: str = "") -> None:
         unwrapped(await self.database.write(self._signal, (workflow_id, name, value, sender)))

@@ -239,6 +239,18 @@ class WaitConformance(StoreBench):
         assert await store.take_signal(key, "u1", "paid") == b"null"
         assert from_json(await store.take_signal(key, "u2", "paid") or b"")["value"] == 1
 
+    async def test_a_signal_or_else_is_recorded_in_one_go(self, store: Store) -> None:
+        """Whoever's time is up takes what came in the last moment; else that nothing came is what stands."""
+        key = await self.start(store)
+        await store.record_signal("r", "paid", b"1")
+        taken = await store.take_signal(key, "u1", "paid", otherwise=b"null")
+        assert from_json(taken or b"")["value"] == 1
+        assert await store.take_signal(key, "u2", "paid", otherwise=b"null") == b"null"
+        await store.record_signal("r", "paid", b"2")
+        async with self.other(store) as other:
+            assert await other.take_signal(key, "u2", "paid", otherwise=b"7") == b"null"
+        assert await store.load_units(key) == {"u1": taken, "u2": b"null"}
+
     async def test_a_run_takes_its_own_signals(self, store: Store) -> None:
         """Not those of others, of whatever name."""
         key = await self.start(store)
