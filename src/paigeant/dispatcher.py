@@ -111,9 +111,9 @@ class Dispatcher:
         )
         first = self.forwarder.next_step(run_id, slip)
         if first is not None and begins > now:
-            first = replace(first, not_before=begins)
+            first = replace(first, not_before=begins, is_sent=begins - now <= LONGEST_DELAY)
         letter = None
-        if first is not None and begins - now <= LONGEST_DELAY:
+        if first is not None and first.is_sent:
             letter = self.forwarder.letter(message, first.topic, epoch=0, delay=begins - now)
         posting = None if letter is None else self.forwarder.posting(letter)
         if await self.store.record_workflow_start(run, first, posting):

@@ -150,12 +150,16 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class NextStep:
-    """What becomes ready with a result, or with the start of a run; it may start from `not_before` on."""
+    """What becomes ready with a result, or with the start of a run; it may start from `not_before` on.
+
+    `is_sent`: a message for it is. Without one the sweeper sends it once it may start.
+    """
 
     key: StepKey
     activity: str
     topic: str
     not_before: float = 0.0
+    is_sent: bool = True
 
 
 @dataclass(frozen=True, slots=True)

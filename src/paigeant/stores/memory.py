@@ -103,7 +103,7 @@ class MemoryStore:
                 topic=first.topic,
                 status=StepStatus.READY,
                 not_before=first.not_before,
-                wake_at=max(now, first.not_before) + self.grace,
+                wake_at=max(now, first.not_before) + (self.grace if first.is_sent else 0.0),
                 created_at=now,
             )
             self._write(Changes(added=[row]))

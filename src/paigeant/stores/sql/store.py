@@ -147,7 +147,7 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
                     topic=first.topic,
                     status=StepStatus.READY,
                     not_before=first.not_before,
-                    wake_at=max(tx.now, first.not_before) + self.grace,
+                    wake_at=max(tx.now, first.not_before) + (self.grace if first.is_sent else 0.0),
                     created_at=tx.now,
                 )
             )

@@ -13,7 +13,17 @@ from pydantic_core import from_json
 from paigeant import ledger
 from paigeant.errors import InvalidTransition, RequestNotFound
 from paigeant.slip import RunStatus, StepStatus
-from paigeant.store import ClaimRequest, Grant, Refused, Request, StepKey, StepRecord, Store, WorkerRecord
+from paigeant.store import (
+    ClaimRequest,
+    Grant,
+    NextStep,
+    Refused,
+    Request,
+    StepKey,
+    StepRecord,
+    Store,
+    WorkerRecord,
+)
 from paigeant.testing.conformance.bench import StoreBench, due, run
 
 __all__ = ["WaitConformance"]
@@ -129,6 +139,17 @@ class WaitConformance(StoreBench):
         answer = await store.record_step_result(parked)
         assert isinstance(answer, Refused)
         assert await store.run_status("r") is RunStatus.CANCELLED
+
+    async def test_what_starts_later_without_a_message_is_sent_when_it_may_start(self, store: Store) -> None:
+        """No grace time later: no message of it is under way."""
+        start = self.clock.now() + 3600
+        for run_id, is_sent in (("r", True), ("s", False)):
+            first = NextStep(StepKey(run_id, "a"), "a", "a", start, is_sent)
+            await store.record_workflow_start(run(run_id, "a"), first)
+        self.clock.set(start - 1)
+        assert (await store.sweep()).due == ()
+        self.clock.set(start)
+        assert (await store.sweep()).due == (StepKey("s", "a"),)
 
     async def test_a_sweep_wakes_what_is_due(self, store: Store) -> None:
         """Sleepers and those whose time is up, and sends a message for them; not a moment earlier."""
