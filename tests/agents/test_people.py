@@ -282,7 +282,7 @@ async def test_a_tool_waits_for_an_event_outside() -> None:
     @agent.tool_plain(metadata={"paigeant": {"inline": True}})
     async def deliver() -> JsonValue:
         try:
-            return await wait_for_external_event("delivered", ask=tokens.append)
+            return await wait_for_external_event("delivered", ask=tokens.append, timeout=timedelta(hours=1))
         except ExternalEventError as exc:
             return str(exc)
 
@@ -291,6 +291,7 @@ async def test_a_tool_waits_for_an_event_outside() -> None:
     async with opened(activity) as app, working(app.worker()):
         run = await app.dispatch(Workflow("w", ["carrier"]))
         [request] = await asked(app, run)
+        assert request.expires_at is not None, "nobody is to answer when its time is up"
         await app.answer(request.id, {"at": "noon"})
         result = await run.wait(PATIENCE)
         with pytest.raises(InvalidTransition):

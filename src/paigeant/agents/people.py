@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, get_args
 
@@ -107,9 +108,12 @@ class Outside(ExternalEventWaiter):
         asked = to_json({"agent": self.agent, "event": name})
         request = await place.requested(unit, "external", name, asked)
 
+        seconds = None if timeout is None else timeout.total_seconds()
+
         async def produce() -> bytes:
-            # Kept first: whoever is told of the token may answer at once.
-            await place.journal.request(request)
+            # Kept first: whoever is told of the token may answer at once. The instant is that of the wait behind it.
+            until = None if seconds is None else await place.instant(f"{unit}!until", offset=seconds)
+            await place.journal.request(replace(request, expires_at=until))
             return to_json(await ask(request.id))
 
         done = await place.do(f"{unit}!ask", Unit(f"the question '{name}' of agent '{self.agent}'"), produce)
@@ -117,7 +121,6 @@ class Outside(ExternalEventWaiter):
         answered: JsonValue = from_json(done.value)
         if answered is not None:
             return answered
-        seconds = None if timeout is None else timeout.total_seconds()
         try:
             answer = await place.answer(unit, request, timeout=seconds)
         except (WaitTimeout, RequestDenied) as exc:
