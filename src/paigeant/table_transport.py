@@ -113,8 +113,8 @@ class TableTransport:
         tx.rings.update(f"topic {posting.topic}" for posting in postings)
 
     def waiting(self, tx: Tx, message_ids: Sequence[str]) -> set[str]:
-        """Those of the messages that are still here and wait. One that was taken long ago is not among them."""
-        return {message_id for (message_id,) in _WAITING.rows(tx, json.dumps(message_ids))}
+        """Those of the messages that can be taken now. One that was taken, or is due later, is not among them."""
+        return {message_id for (message_id,) in _WAITING.rows(tx, json.dumps(message_ids), tx.now)}
 
     # -- receiving
 
@@ -333,8 +333,8 @@ _ids = each_of(bindparam("ids")).table_valued("value")
 _WAITING = Prepared(
     select(messages.c.message_id)
     .join(_ids, messages.c.message_id == _ids.c.value)
-    .where(messages.c.holder.is_(None)),
-    ["ids"],
+    .where(messages.c.holder.is_(None), messages.c.due_at <= bindparam("now")),
+    ["ids", "now"],
 )
 _NEXT = Prepared(
     select(func.min(messages.c.due_at)).where(

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.integration.workers import working
 
-from paigeant import ActivityRegistry, Paigeant, Run, Settings, Workflow
+from paigeant import ActivityRegistry, Paigeant, Run, RunStatus, Settings, WaitFor, Workflow
 from paigeant.errors import StoreUnavailable
 from paigeant.stores.memory import MemoryStore
 from paigeant.stores.sql import SqlStore
@@ -242,3 +243,18 @@ async def test_a_lost_message_is_sent_again(settings: Settings) -> None:
             assert (await Run(app, run.id).wait(PATIENCE)).output == "done"
             await worker.stop()
             await working
+
+
+async def test_a_signal_whose_sender_dies_before_it_wakes_the_step_is_heard_at_once() -> None:
+    """The message for the end of the wait is in the same database, and due later: it is no reason to send none."""
+    url = "sqlite:///p.db"
+    async with (
+        Paigeant(Settings(store_url=url, transport_url=url, sweep_interval=0.1)) as app,
+        working(app.worker()),
+    ):
+        run = await app.dispatch(Workflow("w", [WaitFor("paid", timeout=50)]))
+        async with asyncio.timeout(PATIENCE):
+            while await run.status() is not RunStatus.WAITING:  # noqa: ASYNC110  # it tells only of its end
+                await asyncio.sleep(0.01)
+        await app.store.record_signal(run.id, "paid", b"1")
+        assert (await run.wait(PATIENCE)).output == 1
