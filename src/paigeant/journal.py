@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from pydantic_core import from_json, to_json
 
 from paigeant import codec
-from paigeant.errors import OutcomeUnknown, OutsideStep, RequestDenied, WaitTimeout
+from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep, RequestDenied, WaitTimeout
 from paigeant.parking import Parked, Parking
 from paigeant.store import Request, RequestKind, RunValues, StepKey
 
@@ -169,13 +169,15 @@ class Journal:
 class Place:
     """A place in a step: the step itself (`within` is empty), or inside the unit of that name.
 
-    `again`: what is done here may have been tried before by this very attempt.
+    `again`: what is done here may have been tried before by this very attempt. `is_once`: that unit may be done at most
+    once.
     """
 
     journal: Journal
     within: str = ""
     again: bool = False
     outer: Place | None = None
+    is_once: bool = False
     _counts: dict[str, Iterator[int]] = field(default_factory=dict)
 
     @property
@@ -235,7 +237,7 @@ class Place:
         until = await self.instant(name, offset=seconds)
         left = until - self.journal.now()
         if left > _SHORT_SECONDS:
-            await self.journal.park((), until, self._around())
+            await self._leave((), until)
         # Were the step left for another wait meanwhile, nobody would wake it for this one.
         with self.journal.parking.working(name):
             await asyncio.sleep(max(left, 0.0))
@@ -262,7 +264,7 @@ class Place:
             if until is None or self.journal.now() < until:
                 if ask is not None:
                     await ask(until)
-                await self.journal.park((signal,), until, self._around())
+                await self._leave((signal,), until)
             # Up to now somebody was told that it will be heard: it counts, or from here on it doesn't, for all.
             recorded = await self.journal.take(name, signal, otherwise=b"null")
         found = None if recorded is None else from_json(recorded)
@@ -332,6 +334,8 @@ class Place:
                 if await self.journal.save(begun, mine) == mine:
                     try:
                         value = await self._produce(name, unit, produce)
+                    except InvalidDefinition:
+                        raise  # it can't work, whoever lets it try again
                     except Exception as exc:
                         trouble = f"it failed: {type(exc).__name__}: {exc}"
                     else:
@@ -360,7 +364,7 @@ class Place:
         for number in itertools.count(1):
             limit = asyncio.timeout(unit.timeout)
             try:
-                inner = self._inner(name, again=self.again or number > 1)
+                inner = self._inner(name, again=self.again or number > 1, is_once=unit.at_most_once)
                 with inner.entered():
                     async with limit:
                         return await produce()
@@ -376,17 +380,22 @@ class Place:
             await asyncio.sleep(delay)
         raise AssertionError("unreachable")
 
-    def _inner(self, name: str, *, again: bool) -> Place:
-        return Place(self.journal, name, again, self)
+    def _inner(self, name: str, *, again: bool, is_once: bool = False) -> Place:
+        return Place(self.journal, name, again, self, is_once)
 
-    def _around(self) -> frozenset[str]:
-        """The units within which this is, that can't go on while something here waits."""
-        units: list[str] = []
+    async def _leave(self, waits_for: tuple[str, ...], until: float | None) -> None:
+        """Wait here, and in the units within which this is: they can't go on meanwhile."""
+        around: list[str] = []
         place: Place | None = self
         while place is not None and place.within:
-            units.append(place.within)
+            if place.is_once:
+                raise InvalidDefinition(
+                    f"something inside of '{place.within}' waits, which may be done at most once: behind the wait it "
+                    "would have to be begun again; wait before or after it"
+                )
+            around.append(place.within)
             place = place.outer
-        return frozenset(units)
+        await self.journal.park(waits_for, until, frozenset(around))
 
 
 def _digest(text: str) -> str:

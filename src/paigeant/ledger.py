@@ -60,6 +60,7 @@ __all__ = [
     "release",
     "resume",
     "stop",
+    "timed_out",
     "wake",
 ]
 
@@ -99,12 +100,16 @@ class Head:
 
 @dataclass(slots=True)
 class Changes:
-    """What is to be written: values of columns for existing rows, rows to add, rows to drop."""
+    """What is to be written: values of columns for existing rows, rows to add, rows to drop.
+
+    Of the steps that are `renewed`, the units that are `timed_out` are dropped.
+    """
 
     steps: list[tuple[StepKey, Patch]] = field(default_factory=list)
     runs: list[tuple[str, Patch]] = field(default_factory=list)
     added: list[StepRecord] = field(default_factory=list)
     dropped: list[StepKey] = field(default_factory=list)
+    renewed: list[StepKey] = field(default_factory=list)
     variables: list[tuple[str, str, bytes]] = field(default_factory=list)
 
 
@@ -272,6 +277,15 @@ def _park(head: Head, result: StepResult, changes: Changes, *, forward: bool) ->
         changes.runs.append((head.key.workflow_id, {"status": RunStatus.WAITING}))
 
 
+def timed_out(units: Mapping[str, bytes]) -> list[str]:
+    """The names of those units of a step that are waits whose time was up, with all that belongs to them.
+
+    Whoever takes the step up again wants them to begin anew, with their question asked once more.
+    """
+    over = [name for name, value in units.items() if value == b"null" and f"{name}!until" in units]
+    return [unit for unit in units for name in over if unit == name or unit.startswith(f"{name}!")]
+
+
 def wake(key: StepKey, changes: Changes, *, now: float) -> None:
     """A waiting step is ready again, and due for a message at once."""
     ready: Patch = {"status": StepStatus.READY, "waits_for": None, "not_before": now, "wake_at": now}
@@ -437,6 +451,7 @@ def resume(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int
             raise InvalidTransition(f"run '{run.id}' failed before its first step; dispatch it again")
         # A new epoch: what was sent before tells of the deadline, and must not pass for what is sent now.
         changes.steps.append((failed[-1].key, {**ready, "epoch": failed[-1].epoch + 1}))
+        changes.renewed.append(failed[-1].key)
         # The deadline has had its say; an operator who retries wants the run done.
         changes.runs.append(
             (run.id, {**reopened, "status": RunStatus.RUNNING, "ending": None, "deadline": None})
@@ -450,6 +465,7 @@ def resume(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int
         }
         for step in unsettled:
             changes.dropped.append(StepKey(run.id, step, Phase.UNDO))
+            changes.renewed.append(StepKey(run.id, step, Phase.UNDO))
             changes.steps.append((StepKey(run.id, step, Phase.DO), {"status": StepStatus.COMPLETED}))
         rows = tuple(
             replace(row, status=StepStatus.COMPLETED) if row.step in unsettled else row

@@ -16,7 +16,6 @@ from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.transport import BODY_KEPT_BYTES, Posting, Transport
 
 __all__ = [
-    "OPEN_FOR_ANSWERS",
     "REQUEST_SIGNAL",
     "ClaimRequest",
     "DeadLetter",
@@ -292,8 +291,8 @@ class Request:
         """The name of the signal that its answer is."""
         return f"{REQUEST_SIGNAL}{self.id}"
 
-    def with_answer(self, answer: Signal | None, run: RunStatus, now: float) -> Request:
-        """The request as it stands now, with its answer if there is one, in a run that is where it is."""
+    def with_answer(self, answer: Signal | None, now: float, *, waits: bool) -> Request:
+        """The request as it stands now, with its answer if there is one; whether its step still `waits` for one."""
         if answer is not None:
             return replace(
                 self,
@@ -303,13 +302,8 @@ class Request:
                 is_open=False,
             )
         past = self.expires_at is not None and self.expires_at <= now
-        return replace(self, is_open=not past and run in OPEN_FOR_ANSWERS)
+        return replace(self, is_open=waits and not past)
 
-
-OPEN_FOR_ANSWERS = frozenset(
-    {RunStatus.PENDING, RunStatus.RUNNING, RunStatus.WAITING, RunStatus.COMPENSATING}
-)
-"""Where a run is whose requests can still be answered."""
 
 REQUEST_SIGNAL = "paigeant.request/"
 """What the names of signals begin with that are answers."""

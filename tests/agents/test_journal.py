@@ -11,8 +11,8 @@ import pytest
 from pydantic_core import from_json
 from tests.agents.steps import Crash, Step
 
-from paigeant import ActivityRegistry, RunStatus, StepContext, Workflow
-from paigeant.errors import OutcomeUnknown, OutsideStep
+from paigeant import ActivityRegistry, RunStatus, StepContext, Workflow, codec
+from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep
 from paigeant.journal import Done, Place, Unit, current_place, effect_key
 from paigeant.parking import Parked
 from paigeant.testing import ManualClock, MemoryApp
@@ -490,3 +490,13 @@ async def test_an_activity_that_catches_its_leaving_is_left_all_the_same() -> No
         await run.signal("two", 2)
         await app.drain()
         assert (await run.wait(5)).output == [1, 2]
+
+
+async def test_nothing_waits_inside_of_what_may_be_done_once_at_most() -> None:
+    """Behind the wait it would have to be begun again: that is said at once, and to nobody as a question."""
+
+    async def produce() -> bytes:
+        return codec.dump(await here().signal("s", "go", timeout=None, what="go"))
+
+    with pytest.raises(InvalidDefinition, match="may be done at most once: behind the wait"):
+        await Step().attempt(lambda: here().do("u", Unit("u", at_most_once=True), produce))

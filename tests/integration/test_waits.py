@@ -42,6 +42,7 @@ class Shop:
     def __init__(self) -> None:
         self.registry = ActivityRegistry()
         self.done: list[Any] = []
+        self.patience = 0.2
         self.registry.execute()(self.pack)
         self.registry.execute(retries=0)(self.confirm)
         self.registry.execute(retries=0)(self.question)
@@ -66,7 +67,7 @@ class Shop:
 
     async def question(self, context: StepContext) -> Any:
         """Ask for something."""
-        return await context.ask("Which colour?", timeout=0.2)
+        return await context.ask("Which colour?", timeout=self.patience)
 
     async def nap(self, context: StepContext) -> float:
         """Sleep for longer than a worker would wait for."""
@@ -120,7 +121,9 @@ async def test_a_signal_ends_the_wait_for_it(settings: Settings, shop: Shop) -> 
         assert (signal.name, signal.sender, signal.taken_by) == ("paid", "the bank", "paid")
 
 
-async def test_signals_that_come_early_are_kept_and_each_is_taken_once(settings: Settings, shop: Shop) -> None:
+async def test_signals_that_come_early_are_kept_and_each_is_taken_once(
+    settings: Settings, shop: Shop
+) -> None:
     """Two waits for one name take two signals, the oldest first, even when both were sent before anybody worked."""
     flow = Workflow("w", [WaitFor("paid", id="first"), "pack", WaitFor("paid", id="second")])
     async with Paigeant(settings, activities=shop.registry) as app:
@@ -250,6 +253,61 @@ async def test_a_run_that_waits_is_cancelled(settings: Settings, shop: Shop) -> 
             await app.approve(request.id)
         with pytest.raises(InvalidTransition, match="takes no signals"):
             await run.signal("late")
+
+
+async def test_what_nobody_waits_for_any_more_is_not_asked(settings: Settings, shop: Shop) -> None:
+    """While a run is undone, and when its step went on without the answer, the request is closed."""
+
+    async def race(context: StepContext) -> str:
+        done = {asyncio.ensure_future(context.ask("Which?")), asyncio.ensure_future(context.wait_for("go"))}
+        first, others = await asyncio.wait(done, return_when=asyncio.FIRST_COMPLETED)
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        return str(first.pop().result())
+
+    shop.registry.execute(retries=0)(race)
+    async with Paigeant(settings, activities=shop.registry) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["race", WaitFor("end")]))
+        request = await asked(run)
+        await run.signal("go", "gone")
+        await eventually_at(run, "end")
+        assert await run.requests() == []
+        with pytest.raises(InvalidTransition, match="nobody waits"):
+            await app.answer(request.id, "red")
+        await run.signal("end")
+        assert (await run.wait(PATIENCE)).outputs["race"] == "gone"
+
+
+async def eventually_at(run: Run, step: str) -> None:
+    """Wait until the run waits in this step."""
+    async with asyncio.timeout(PATIENCE):
+        while not any(  # noqa: ASYNC110
+            row.step == step and row.status is StepStatus.WAITING for row in (await run.detail()).steps
+        ):
+            await asyncio.sleep(0.01)
+
+
+async def test_an_operator_s_retry_waits_anew(settings: Settings, shop: Shop) -> None:
+    """A run that failed because nobody answered in time asks again, by a new request, and waits as long again."""
+    flow = Workflow("w", ["question", WaitFor("paid", timeout=0.2)])
+    async with Paigeant(settings, activities=shop.registry) as app, working(app.worker()):
+        run = await app.dispatch(flow)
+        assert (await run.wait(PATIENCE)).status is RunStatus.FAILED
+        [late] = await run.requests(only_open=False)
+        await run.retry()
+        assert (await run.wait(PATIENCE)).status is RunStatus.FAILED
+        [_, again] = await run.requests(only_open=False)
+        assert again.id != late.id
+        shop.patience = 20.0
+        await run.retry()
+        async with asyncio.timeout(PATIENCE):
+            while not (opened := await run.requests()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await app.answer(opened[0].id, "red")
+        result = await run.wait(PATIENCE)
+        assert (result.status, result.outputs["question"]) == (RunStatus.FAILED, "red")
+        assert "the signal 'paid' has not come" in str(result.error)
 
 
 async def test_a_deadline_ends_a_run_that_waits(settings: Settings, shop: Shop) -> None:

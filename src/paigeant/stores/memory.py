@@ -395,11 +395,12 @@ class MemoryStore:
             return answered
 
     def _as_it_stands(self, request: Request) -> Request:
-        run = self._runs[request.workflow_id]
+        rows = self._steps.get(request.workflow_id, {}).values()
+        waits = any(row.step == request.step and row.status in OPEN for row in rows)
         answers = [
             signal for signal in self._signals.get(request.workflow_id, ()) if signal.name == request.signal
         ]
-        return request.with_answer(answers[0] if answers else None, run.status, self.clock.now())
+        return request.with_answer(answers[0] if answers else None, self.clock.now(), waits=waits)
 
     # -- history
 
@@ -501,6 +502,10 @@ class MemoryStore:
     def _write(self, changes: Changes) -> None:
         for key in changes.dropped:
             del self._steps[key.workflow_id][key]
+        for key in changes.renewed:
+            units = {name: value for (owner, name), value in self._units.items() if owner == key}
+            for name in ledger.timed_out(units):
+                del self._units[key, name]
         for key, patch in changes.steps:
             self._put(replace(self._steps[key.workflow_id][key], **patch))
         for row in changes.added:

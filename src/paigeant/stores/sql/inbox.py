@@ -10,9 +10,9 @@ from paigeant.lane import Tx
 from paigeant.ledger import Changes
 from paigeant.prepared import Prepared, upsert
 from paigeant.rows import KEY, is_in, save_units, unit_of
-from paigeant.slip import Phase, RunStatus, StepStatus
-from paigeant.store import OPEN_FOR_ANSWERS, REQUEST_SIGNAL, Request, Signal, StepKey
-from paigeant.tables import step_executions, workflow_requests, workflow_runs, workflow_signals
+from paigeant.slip import Phase, StepStatus
+from paigeant.store import REQUEST_SIGNAL, Request, Signal, StepKey
+from paigeant.tables import step_executions, workflow_requests, workflow_signals
 
 __all__ = ["keep_request", "put", "requests_of", "take", "untaken"]
 
@@ -109,11 +109,17 @@ def requests_of(
     answer = and_(
         _signals.workflow_id == asked.workflow_id, _signals.name == literal(REQUEST_SIGNAL, Text) + asked.id
     )
-    query = (
-        select(
-            workflow_requests, workflow_runs.c.status, _signals.value, _signals.created_at, _signals.sender
+    waits = (
+        select(step_executions.c.step)
+        .where(
+            step_executions.c.workflow_id == asked.workflow_id,
+            step_executions.c.step == asked.step,
+            step_executions.c.status.in_(sorted(ledger.OPEN)),
         )
-        .join(workflow_runs, workflow_runs.c.id == asked.workflow_id)
+        .exists()
+    )
+    query = (
+        select(workflow_requests, waits, _signals.value, _signals.created_at, _signals.sender)
         .outerjoin(workflow_signals, answer)
         .order_by(asked.created_at, asked.id)
         .limit(limit)
@@ -125,13 +131,13 @@ def requests_of(
     if only_open:
         query = query.where(
             _signals.id.is_(None),
-            workflow_runs.c.status.in_(OPEN_FOR_ANSWERS),
+            waits,
             or_(asked.expires_at.is_(None), asked.expires_at > tx.now),
         )
     found = []
-    for *columns, status, value, answered_at, sender in tx.connection.execute(query):
+    for *columns, still, value, answered_at, sender in tx.connection.execute(query):
         id_, of, step, kind, name, text, created_at, expires_at = columns
         request = Request(id_, of, step, kind, name, text.encode(), created_at, expires_at)
         signal = None if value is None else Signal(request.signal, value.encode(), answered_at, sender)
-        found.append(request.with_answer(signal, RunStatus(status), tx.now))
+        found.append(request.with_answer(signal, tx.now, waits=bool(still)))
     return found

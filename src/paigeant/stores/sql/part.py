@@ -9,25 +9,17 @@ from sqlalchemy import (
     delete,
 )
 
+from paigeant import ledger
 from paigeant.database import Database
 from paigeant.errors import (
     PaigeantError,
 )
 from paigeant.lane import Tx, needing
 from paigeant.ledger import Changes
-from paigeant.rows import (
-    KEY,
-    NEW_STEP,
-    lock_runs,
-    new_step,
-    patch_rows,
-    save_variables,
-)
+from paigeant.rows import KEY, NEW_STEP, lock_runs, new_step, patch_rows, save_variables, units_of
 from paigeant.slip import RUN_ENDED
-from paigeant.tables import (
-    step_executions,
-    workflow_runs,
-)
+from paigeant.store import StepKey
+from paigeant.tables import step_executions, step_units, workflow_runs
 from paigeant.transport import Posting
 from paigeant.waiters import ended
 
@@ -70,6 +62,8 @@ class SqlPart:
             tx.connection.execute(
                 delete(step_executions).where(*(c == v for c, v in zip(KEY, key, strict=True)))
             )
+        for key in changes.renewed:
+            self._forget_waits(tx, key)
         patch_rows(tx, step_executions, changes.steps)
         if changes.added:
             NEW_STEP.each(tx, [new_step(row) for row in changes.added])
@@ -80,6 +74,13 @@ class SqlPart:
         save_variables(tx, [(run_id, name, value.decode()) for run_id, name, value in changes.variables])
         if postings and self.outbox is not None:
             self.outbox.post(tx, postings)
+
+    def _forget_waits(self, tx: Tx, key: StepKey) -> None:
+        gone = ledger.timed_out(units_of(tx, key))
+        if gone:
+            of = step_units.c
+            its = (of.workflow_id == key.workflow_id, of.step == key.step, of.phase == key.phase)
+            tx.connection.execute(delete(step_units).where(*its, of.name.in_(gone)))
 
 
 def unwrapped(answer: Any) -> Any:
