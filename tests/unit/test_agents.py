@@ -333,7 +333,7 @@ async def test_a_tool_can_revise_the_itinerary() -> None:
 
     reviewer = Agent(FunctionModel(respond), name="review", deps_type=StepContext)
 
-    @reviewer.tool
+    @reviewer.tool(metadata={"paigeant": {"inline": True}})
     async def more(ctx: RunContext[StepContext]) -> str:
         ctx.deps.insert("extra")
         return "inserted"

@@ -253,13 +253,14 @@ def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> 
     def configure(connection: sqlite3.Connection, _: object) -> None:
         if not as_it_is:
             _check_is_ours(connection, path)
-            # Which stays with the file. Of two that switch a new one at the same moment SQLite turns one away at once,
-            # without regard to the timeout.
+            # Which stays with the file. Of two that switch a new one at the same moment SQLite turns one away: mostly at
+            # once, without regard to the timeout, but sometimes only after all of it.
+            connection.execute("PRAGMA busy_timeout=0")
             _patiently(connection, "PRAGMA journal_mode=WAL")
         for pragma in ("synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=OFF"):
             connection.execute(f"PRAGMA {pragma}")
-        if not reads_only:
-            connection.execute("PRAGMA busy_timeout=0")  # it waits for its turn by itself, see below
+        # Who writes waits for its turn by itself, see below.
+        connection.execute(f"PRAGMA busy_timeout={int(_BUSY_SECONDS * 1000) if reads_only else 0}")
 
     return engine
 
