@@ -7,7 +7,7 @@ import os
 import pytest
 from tests.simulation.world import play
 
-SEEDS = int(os.environ.get("SIMULATION_SEEDS", "5000"))
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "3500"))
 CHUNKS = 20
 
 

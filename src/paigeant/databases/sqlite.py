@@ -253,8 +253,8 @@ def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> 
     def configure(connection: sqlite3.Connection, _: object) -> None:
         if not as_it_is:
             _check_is_ours(connection, path)
-            # Which stays with the file. Of two that switch a new one at the same moment SQLite turns one away: mostly at
-            # once, without regard to the timeout, but sometimes only after all of it.
+            # Which stays with the file. Of two that switch a new one at the same moment SQLite turns one away, mostly
+            # at once, without regard to the timeout, but sometimes only after all of it.
             connection.execute("PRAGMA busy_timeout=0")
             _patiently(connection, "PRAGMA journal_mode=WAL")
         for pragma in ("synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=OFF"):
