@@ -14,7 +14,7 @@ from typing import Any
 from dbos import DBOS  # type: ignore[import-not-found]  # only in the peers' environment, which `make bench` makes
 from pydantic_ai.durable_exec.dbos import DBOSDurability
 
-from benchmarks.agents_workload import asked, checked, made, many, one_by_one
+from benchmarks.agents_workload import asked, checked, made, many, one_by_one, settled
 
 plain = made("plain")
 durable = made("durable", DBOSDurability())
@@ -44,6 +44,7 @@ async def measure(*, store: str, runs: int, in_flight: int, alone: int) -> dict[
         return str(handle.get_workflow_id())
 
     units = await DBOS.list_workflow_steps_async(await in_workflow())
+    settled()
     took, whole = await one_by_one([alone_plain, in_workflow], alone)
     found = {
         "plain": took,

@@ -10,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from benchmarks.agents_workload import PROMPT, Asked, asked, checked, made, many, one_by_one
+from benchmarks.agents_workload import PROMPT, Asked, asked, checked, made, many, one_by_one, settled
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
 from paigeant.agents import PaigeantDurability
 from paigeant.store import StepKey
@@ -60,6 +60,7 @@ async def measure(*, store: str, runs: int, in_flight: int, alone: int) -> dict[
             return run.id
 
         units = await app.store.load_units(StepKey(await in_step(), "helper"))
+        settled()
         took, _, whole = await one_by_one([alone_plain, in_code, in_step], alone)
         found = {
             "plain": took,

@@ -7,6 +7,7 @@ returned in its second. So a run is two model requests and two tool calls, none 
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from pydantic_ai import Agent
 from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.models.test import TestModel
 
-__all__ = ["PROMPT", "Asked", "Many", "OneRun", "asked", "checked", "made", "many", "one_by_one"]
+__all__ = ["PROMPT", "Asked", "Many", "OneRun", "asked", "checked", "made", "many", "one_by_one", "settled"]
 
 PROMPT = "Where is my order?"
 _ANSWER = '{"add":0,"look_up":{"name":"a","n":1}}'
@@ -67,6 +68,12 @@ def checked(answer: str) -> str:
     if answer != _ANSWER:
         raise AssertionError(f"an agent answered {answer!r}")
     return answer
+
+
+def settled() -> None:
+    """Take what is loaded out of the garbage collector's sight, as `paigeant run` does; it is done for all alike."""
+    gc.collect()
+    gc.freeze()
 
 
 async def one_by_one(ways: Sequence[OneRun], runs: int) -> list[list[float]]:

@@ -422,9 +422,7 @@ async def test_who_opens_a_new_file_waits_for_another_that_makes_it(
         if other.in_transaction:
             other.execute("ROLLBACK")
 
-    monkeypatch.setattr(
-        "paigeant.databases.sqlite.time", SimpleNamespace(monotonic=time.monotonic, sleep=pause)
-    )
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pause))
     database = SqliteDatabase(f"sqlite:///{path}")
     await database.connect()
     await database.close()
