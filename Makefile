@@ -5,7 +5,9 @@ PYTHON ?= python3
 PYTEST_ARGS ?= -n 2 --dist worksteal
 BIN := .venv/bin
 
-# The lock files carry hashes, so pip takes exactly what was locked, from whichever index it is configured to use.
+# The lock files carry hashes, so pip takes exactly what was locked, from whichever index it is configured to use. They are
+# complete, so it resolves nothing (--no-deps): it would look for `pydantic[email]` apart from the locked `pydantic`, find a
+# version that came out after the lock, and refuse it for want of a hash.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VENV_REMEDY := "$(PYTHON) cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv"
 PYTHON_REMEDY := "$(PYTHON) is older than 3.11, or missing; choose another: make PYTHON=python3.11"
@@ -67,13 +69,13 @@ clean:  ## Remove what make and the tools have made
 
 # What running Paigeant needs; enough for the demonstration.
 .venv/.installed: requirements.txt pyproject.toml | .venv/bin/python
-	$(PIP_INSTALL) --require-hashes -r requirements.txt
+	$(PIP_INSTALL) --no-deps --require-hashes -r requirements.txt
 	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 # The same and more, so the smaller set is then installed too.
 .venv/.installed-dev: requirements-dev.txt pyproject.toml | .venv/bin/python
-	$(PIP_INSTALL) --require-hashes -r requirements-dev.txt
+	$(PIP_INSTALL) --no-deps --require-hashes -r requirements-dev.txt
 	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@ .venv/.installed
 

@@ -237,8 +237,8 @@ class Paigeant:
         return await self.dispatcher.answer(request_id, value, sender=sender)
 
     async def approve(self, request_id: str, *, sender: str = "") -> Request:
-        """Approve of what a request asks for. Raises RequestNotFound, InvalidTransition."""
-        return await self.answer(request_id, {"approved": True}, sender=sender)
+        """Approve of what a request asks for. Raises what `answer` raises, InputInvalid for what is no approval."""
+        return await self.dispatcher.approve(request_id, sender=sender)
 
     async def deny(self, request_id: str, reason: str = "", *, sender: str = "") -> Request:
         """Say no to what a request asks for; whoever asked gets the reason. Raises what `answer` raises."""

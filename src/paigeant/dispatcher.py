@@ -171,6 +171,20 @@ class Dispatcher:
             request_id, lambda kind: _approval(value) if kind == "approval" else {"value": value}, sender
         )
 
+    async def approve(self, request_id: str, *, sender: str = "") -> Request:
+        """Approve of what a request asks for. Raises what `answer` raises, InputInvalid for what is no approval."""
+
+        def approved(kind: RequestKind) -> dict[str, Any]:
+            if kind != "approval":
+                what = "a question" if kind == "question" else "an event outside"
+                raise InputInvalid(
+                    f"request '{request_id}' is about {what}, which can't be approved of; answer it: "
+                    f"`paigeant requests answer {request_id} VALUE`"
+                )
+            return {"approved": True}
+
+        return await self._settle(request_id, approved, sender)
+
     async def deny(self, request_id: str, reason: str = "", *, sender: str = "") -> Request:
         """Say no to a request: not approved of, or never to be answered. Raises what `answer` raises."""
         if not isinstance(reason, str) or not is_text(reason.replace("\n", " ")):

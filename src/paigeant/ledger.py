@@ -308,7 +308,7 @@ def answers(request_id: str, request: Request | None, answer: bytes) -> bool:
         )
     if not request.is_open:
         raise InvalidTransition(
-            f"nobody waits for an answer to request '{request_id}' any more: its time is up, or its run has ended"
+            f"nobody waits for an answer to request '{request_id}' any more: its time is up, or its step has ended"
         )
     return True
 

@@ -134,6 +134,20 @@ def test_a_denial_has_a_reason() -> None:
     assert worked("o-1")["output"] == "kept"
 
 
+def test_a_question_is_denied_and_can_t_be_approved_of() -> None:
+    """Who asked gets the reason, as an error: there will be no answer."""
+    started("paint", "o-1")
+    request = asked("o-1")
+    said = refused("requests", "approve", request)
+    assert "is about a question, which can't be approved of" in said
+    assert f"paigeant requests answer {request} VALUE" in said
+    paigeant("requests", "deny", request, "--reason", "no paint left", "--by", "ada")
+    assert "denied by ada" in paigeant("requests", "show", request).stdout
+    run = worked("o-1")
+    assert run["status"] == "failed"
+    assert "RequestDenied: 'Which colour?' was denied by ada: no paint left" in run["error"]
+
+
 @pytest.mark.parametrize(
     ("value", "given", "found"),
     [

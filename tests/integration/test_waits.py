@@ -249,7 +249,7 @@ async def test_a_run_that_waits_is_cancelled(settings: Settings, shop: Shop) -> 
         await run.cancel()
         assert (await run.wait(PATIENCE)).status is RunStatus.CANCELLED
         assert shop.done[-1] == "unpacked box of tea"
-        with pytest.raises(InvalidTransition, match="its run has ended"):
+        with pytest.raises(InvalidTransition, match="its step has ended"):
             await app.approve(request.id)
         with pytest.raises(InvalidTransition, match="takes no signals"):
             await run.signal("late")

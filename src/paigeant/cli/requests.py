@@ -10,6 +10,9 @@ from paigeant.cli import console, session
 from paigeant.cli.runs import AsJson
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from paigeant.app import Paigeant
     from paigeant.store import Request
 
 __all__ = ["app"]
@@ -88,7 +91,7 @@ def show(id: RequestId, json: AsJson = False) -> None:
 )
 def approve(id: RequestId, by: By = None, json: AsJson = False) -> None:
     """Approve of what a request asks for: its run goes on."""
-    _answer(id, {"approved": True}, by, json)
+    _settle(lambda app, sender: app.approve(id, sender=sender), by, json)
 
 
 @app.command(epilog=session.examples("paigeant requests deny ID --reason 'too expensive'"))
@@ -99,7 +102,7 @@ def deny(
     json: AsJson = False,
 ) -> None:
     """Deny what a request asks for: its run goes on without it."""
-    _answer(id, {"approved": False, "reason": reason}, by, json)
+    _settle(lambda app, sender: app.deny(id, reason, sender=sender), by, json)
 
 
 @app.command(
@@ -124,17 +127,19 @@ def answer(
     found = (
         read_input("-", settings.max_message_bytes) if value == "-" else session.json_value(value, "VALUE")
     )
-    _answer(id, found, by, json)
+    _settle(lambda app, sender: app.answer(id, found, sender=sender), by, json)
 
 
-def _answer(id: str, value: Any, by: str | None, as_json: bool) -> None:
+def _settle(
+    act: Callable[[Paigeant, str], Coroutine[Any, Any, Request]], by: str | None, as_json: bool
+) -> None:
     from paigeant.cli import waiting
 
     sender = session.user() if by is None else by
 
     async def command() -> Request:
         async with session.opened(session.read_settings()) as paigeant:
-            return await paigeant.answer(id, value, sender=sender)
+            return await act(paigeant, sender)
 
     request = session.wait_for(command())
     if as_json:

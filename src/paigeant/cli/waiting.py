@@ -44,7 +44,7 @@ def signal_as_json(signal: Signal) -> dict[str, Any]:
 
 
 def request_as_json(request: Request) -> dict[str, Any]:
-    """A request as it stands. `answer` is null until somebody has answered; `open`: its run still waits for it."""
+    """A request as it stands. `answer` is null until somebody has answered; `open`: its step still waits for it."""
     return {
         "id": request.id,
         "kind": request.kind,
@@ -102,11 +102,13 @@ def facts_of(request: Request) -> dict[str, RenderableType]:
 def outcome(request: Request) -> str:
     """In a few words: whether it is open, or how it was answered and by whom."""
     if request.answer is None:
-        return "open" if request.is_open else "closed: its time is up, or its run has ended"
+        return "open" if request.is_open else "closed: nobody waits for an answer any more"
     answer = from_json(request.answer)
     word = "answered"
     if request.kind == "approval" and isinstance(answer, Mapping):
         word = "approved" if answer.get("approved") is True else "denied"
+    elif isinstance(answer, Mapping) and "denied" in answer:
+        word = "denied"
     return f"{word} by {request.answered_by}" if request.answered_by else word
 
 

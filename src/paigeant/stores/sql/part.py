@@ -35,7 +35,7 @@ class Outbox(Protocol):
         ...
 
     def waiting(self, tx: Tx, message_ids: Sequence[str]) -> set[str]:
-        """Those of the messages that are still there, taken or not."""
+        """Those of the messages that can be taken now. One that was taken, or is due later, is not among them."""
         ...
 
 
