@@ -40,6 +40,8 @@ _MOST_AHEAD = 500
 _IDLE_LOOK_SECONDS = 0.05
 _CANCEL_SECONDS = 5.0
 """How long a shutdown waits for steps that it has cancelled."""
+_CANCEL_AGAIN_SECONDS = 1.0
+"""How long what was cancelled may take to put itself away before it is cancelled once more."""
 
 
 class ActivityWorker:
@@ -269,6 +271,11 @@ def _topics(registry: ActivityRegistry) -> set[str]:
 
 
 async def _cancel(tasks: Collection[asyncio.Task[None] | asyncio.Task[bool]]) -> None:
-    for task in tasks:
-        task.cancel()
+    """Cancel them until they have ended: a library beneath may lose a cancel, as `asyncio.wait_for` of Python 3.11
+    does when what it waits for ends at that very moment, and the worker would never stop."""
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_SECONDS)
     await asyncio.gather(*tasks, return_exceptions=True)

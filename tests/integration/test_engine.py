@@ -950,6 +950,31 @@ async def test_a_stop_lets_steps_finish(settings: Settings) -> None:
         await working
 
 
+async def test_a_stop_ends_what_has_lost_its_cancel(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library beneath may swallow a cancel, and its loop go on: it is cancelled until it has ended."""
+    lost: list[str] = []
+
+    async def forgetful() -> None:
+        while len(lost) < 2:
+            try:
+                await asyncio.get_running_loop().create_future()
+            except asyncio.CancelledError:
+                lost.append("a cancel")
+        await asyncio.get_running_loop().create_future()
+
+    async with Paigeant(settings, activities=ActivityRegistry()) as app:
+        worker = app.worker()
+        monkeypatch.setattr(worker.sweeper, "run", forgetful)
+        working = asyncio.create_task(worker.run())
+        await asyncio.sleep(0)
+        async with asyncio.timeout(PATIENCE):
+            await worker.stop()
+            await working
+    assert len(lost) == 2
+
+
 async def test_a_stop_gives_back_what_it_cuts_short(settings: Settings) -> None:
     """After the grace time a step is interrupted: it is free at once and its attempt doesn't count."""
     activity = ActivityRegistry()

@@ -19,7 +19,7 @@ from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
-from paigeant.transports.rabbitmq import RabbitMQTransport, publisher
+from paigeant.transports.rabbitmq import RabbitMQTransport, feed, publisher
 from paigeant.transports.rabbitmq.queues import declare
 
 RECOVERY = 10.0
@@ -151,6 +151,28 @@ async def test_cut_connections_are_opened_again(server: RabbitServer) -> None:
             await asyncio.to_thread(server.ctl, "close_all_connections", "a test")
         await transport.publish("work", message("last"))
         await listener.until("last", RECOVERY)
+
+
+async def test_a_cancel_that_is_lost_while_the_queue_is_opened_ends_the_iteration(
+    server: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiormq waits with `asyncio.wait_for`, which in Python 3.11 forgets a cancel when what it waits for has come."""
+    asked = asyncio.Event()
+
+    async def forgetful(*args) -> None:
+        asked.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.get_running_loop().create_future()
+        await declare(*args)
+
+    monkeypatch.setattr(feed, "declare", forgetful)
+    async with opened(server.url) as transport:
+        taking = asyncio.create_task(take(transport, "work"))
+        await asked.wait()
+        taking.cancel()
+        async with asyncio.timeout(RECOVERY):
+            with pytest.raises(asyncio.CancelledError):
+                await taking
 
 
 async def test_publishes_under_way_fail_or_arrive_when_the_broker_dies(server: RabbitServer) -> None:

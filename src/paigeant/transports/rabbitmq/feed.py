@@ -185,6 +185,8 @@ class Feed:
     async def next(self) -> Delivery | None:
         """The next message; None when the transport was closed. Raises ConfigurationError before it first works."""
         while not self._is_over:
+            if is_cancelled():  # and aiormq, or a call to it that ended at that very moment, has lost it
+                raise asyncio.CancelledError
             line = self._line
             if line is None:
                 await self._reopen()
@@ -242,7 +244,7 @@ class Feed:
 
     async def _reopen(self) -> None:
         pause = PAUSE_SECONDS
-        while not self._is_over and self._line is None:
+        while not self._is_over and self._line is None and not is_cancelled():
             if self._has_worked:
                 await self._rest(pause / 4, pause)
                 if self._was_deleted:
