@@ -396,7 +396,7 @@ class WaitConformance(StoreBench):
         assert (await store.answer_request("undo", b"1")).answer == b"1"
         await store.cancel_run("r", "stop")
         await store.open_request(request("late"))
-        with pytest.raises(InvalidTransition, match="its run has ended"):
+        with pytest.raises(InvalidTransition, match="its step has ended"):
             await store.answer_request("late", b"1")
 
     async def test_requests_go_with_their_run(self, store: Store) -> None:
