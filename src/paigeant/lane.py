@@ -201,6 +201,8 @@ class Lane:
             self._next_if_idle()
             await self._idle.wait()
         self._stopped = True
+        if self._watch is not None:
+            self._watch.cancel()
         self._batches.put(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -216,28 +218,30 @@ class Lane:
         self._lazy = []
         self._idle.clear()
         if self._limit is not None:
-            self._watch_over(self._limit)
+            self._began = time.monotonic()
+            if self._watch is None:
+                self._watch_over(self._limit, self._limit)
         self._batches.put(batch)
 
-    def _watch_over(self, seconds: float) -> None:
-        # A server that has vanished without a word would keep the thread for ever.
-        self._watch = self._loop.call_later(seconds, self._overdue, seconds)
+    def _watch_over(self, limit: float, seconds: float) -> None:
+        # A server that has vanished without a word would keep the thread for ever. One watch for all transactions that
+        # come meanwhile: a timer for each would be a twentieth of what a short one costs.
+        self._watch = self._loop.call_later(seconds, self._overdue, limit)
 
-    def _overdue(self, seconds: float) -> None:
-        connection = self._connection
-        left = self._began + seconds - time.monotonic()
-        if left > 0:  # it has been tried again, or what was asked for at once is now done one by one
-            self._watch = self._loop.call_later(left, self._overdue, seconds)
+    def _overdue(self, limit: float) -> None:
+        self._watch = None
+        if self._idle.is_set():
             return
-        if connection is not None:
-            log.warning("a transaction takes longer than %g s: its connection is cut off", seconds)
-            self._cut(connection)
-        self._watch_over(seconds)  # the next try may meet the same
+        left = self._began + limit - time.monotonic()
+        if left > 0:  # another one has begun, it has been tried again, or its requests are now done one by one
+            self._watch_over(limit, left)
+            return
+        if self._connection is not None:
+            log.warning("a transaction takes longer than %g s: its connection is cut off", limit)
+            self._cut(self._connection)
+        self._watch_over(limit, limit)  # the next try may meet the same
 
     def _done(self, batch: list[_Op], results: list[Any], rings: set[str]) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
         for op, result in zip(batch, results, strict=True):
             if op.future is None or op.future.done():
                 continue

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import psycopg
+from psycopg.pq.abc import PGconn
 
 __all__ = ["PostgresBell"]
 
@@ -74,14 +75,33 @@ class PostgresBell:
             pause = min(pause * 2, _LONGEST_PAUSE)
 
     async def _listen(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        connection.add_notify_handler(lambda notify: self._rung(notify.payload))
         await connection.execute(f"LISTEN {_CHANNEL}")
         await connection.execute(f"NOTIFY {_CHANNEL}")  # its echo shows that rings come through
         self._heard(frozenset({_ANYTHING}))  # what was rung for before is not known
-        async for notification in connection.notifies():
-            self.works = True
-            name, _, names = notification.payload.partition("\n")
-            if names and name != self._name:
-                self._heard(frozenset(names.split("\n")))
+        loop = asyncio.get_running_loop()
+        wire, lost = connection.fileno(), loop.create_future()
+        # Read by ourselves: psycopg's own iteration takes the socket from the loop and gives it back for each ring.
+        loop.add_reader(wire, self._read, connection.pgconn, lost)
+        try:
+            await lost
+        finally:
+            loop.remove_reader(wire)
+
+    def _read(self, wire: PGconn, lost: asyncio.Future[None]) -> None:
+        try:
+            wire.consume_input()
+            while (notify := wire.notifies()) is not None:
+                self._rung(notify.extra.decode())
+        except psycopg.Error as exc:
+            if not lost.done():
+                lost.set_exception(exc)
+
+    def _rung(self, payload: str) -> None:
+        self.works = True
+        name, _, names = payload.partition("\n")
+        if names and name != self._name:
+            self._heard(frozenset(names.split("\n")))
 
 
 def _payloads(names: Iterable[str]) -> list[str]:
