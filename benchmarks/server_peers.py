@@ -1,6 +1,7 @@
 """The same work on peers that use the same servers, in turn with Paigeant: DBOS on Postgres, dramatiq on its brokers.
 
-dramatiq records nothing durably: it is what a queue alone can do. Its two worker processes are compared with our two.
+DBOS works in the client's process, and so do we then. dramatiq records nothing durably: it is what a queue alone can do.
+Its two worker processes are compared with our two.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from benchmarks.bench import ROOT, Bench, NotMeasured, environment
 from benchmarks.latency import p95
 from benchmarks.peer import PEER
 from benchmarks.report import Figure, of
-from benchmarks.servers import CROSSING, LOCALLY, Round, measured
+from benchmarks.servers import CROSSING, TOGETHER, Round, measured
 from benchmarks.services import Services, services
 
 __all__ = ["run"]
@@ -32,7 +33,7 @@ def run(bench: Bench, python: Path = PEER) -> list[Figure]:
     with services(bench) as started:
         rounds = [
             [
-                (measured(bench, started, "postgres", LOCALLY), _dbos(bench, started, python)),
+                (measured(bench, started, "postgres", TOGETHER), _dbos(bench, started, python)),
                 (measured(bench, started, "redis", CROSSING), _dramatiq(bench, started, python, "redis")),
                 (
                     measured(bench, started, "rabbitmq", CROSSING),
@@ -42,7 +43,7 @@ def run(bench: Bench, python: Path = PEER) -> list[Figure]:
             for _ in range(bench.many(3, 1))
         ]
     names = [
-        ("Paigeant, postgres, continued locally", "DBOS, Postgres"),
+        ("Paigeant, postgres, in one process", "DBOS, Postgres"),
         ("Paigeant, redis, crossing", "dramatiq, redis"),
         ("Paigeant, rabbitmq, crossing", "dramatiq, rabbitmq"),
     ]

@@ -1,6 +1,7 @@
-"""The work on servers: a store in Postgres, each transport, a client, and worker processes apart from it.
+"""The work on servers: a store in Postgres, each transport, and a client, alone or with worker processes apart from it.
 
-Continued locally, one worker serves all topics. Crossing, two serve alternate topics: every step goes over the broker.
+In one process, the client's has the worker, as the library's peers have it. Continued locally, one worker process serves
+all topics. Crossing, two serve alternate topics: every step goes over the broker.
 """
 
 from __future__ import annotations
@@ -18,25 +19,28 @@ from benchmarks.latency import p95
 from benchmarks.report import Figure, of
 from benchmarks.services import TRANSPORTS, Services, services
 
-__all__ = ["CROSSING", "LOCALLY", "Layout", "Round", "measured", "run", "worked", "workers"]
+__all__ = ["CROSSING", "LOCALLY", "TOGETHER", "Layout", "Round", "measured", "run", "worked", "workers"]
 
 
 class Layout(NamedTuple):
-    """How the work is laid out: the topics of each worker process; None are all."""
+    """How the work is laid out: the topics of each worker process; None are all. Without any, the client works."""
 
     name: str
     topics: Sequence[str | None]
     runs: int
 
 
+TOGETHER = Layout("in one process", [], 4000)
 LOCALLY = Layout("continued locally", [None], 4000)
 CROSSING = Layout("crossing", ["reserve,pack,notify", "charge,ship"], 2000)
 
-_LEAST = {
+_LEAST: dict[str, dict[str, float]] = {
+    TOGETHER.name: {},
     LOCALLY.name: dict.fromkeys(TRANSPORTS, 5000),
     CROSSING.name: {"postgres": 2500, "redis": 2500, "rabbitmq": 1800},
 }
-_MOST = {
+_MOST: dict[str, dict[str, float]] = {
+    TOGETHER.name: dict.fromkeys(TRANSPORTS, 5),
     LOCALLY.name: dict.fromkeys(TRANSPORTS, 5),
     CROSSING.name: {"postgres": 10, "redis": 10, "rabbitmq": 15},
 }
@@ -52,9 +56,9 @@ class Round(NamedTuple):
 
 def run(bench: Bench) -> list[Figure]:
     """Steps a second with 500 runs in flight, and milliseconds of a run alone; rounds of all in turn."""
-    cases = [(transport, layout) for layout in (LOCALLY, CROSSING) for transport in TRANSPORTS]
+    cases = [(transport, layout) for layout in (TOGETHER, LOCALLY, CROSSING) for transport in TRANSPORTS]
     if bench.quick:
-        cases = cases[2:]  # a process takes long to start, and each case has several
+        cases = cases[5:]  # a process takes long to start, and each case has several
     with services(bench) as started:
         rounds = [
             [measured(bench, started, transport, layout) for transport, layout in cases]
@@ -64,8 +68,8 @@ def run(bench: Bench) -> list[Figure]:
     for (transport, layout), found in zip(cases, zip(*rounds, strict=True), strict=True):
         name, least, most = f"{transport}, {layout.name}", _LEAST[layout.name], _MOST[layout.name]
         figures += [
-            of(f"{name}", [own.steps for own in found], "steps/s", least=least[transport]),
-            of(f"{name}, median of a run", [own.median for own in found], "ms", most=most[transport]),
+            of(f"{name}", [own.steps for own in found], "steps/s", least=least.get(transport)),
+            of(f"{name}, median of a run", [own.median for own in found], "ms", most=most.get(transport)),
             of(f"{name}, 95 of 100 runs", [own.p95 for own in found], "ms"),
         ]
     return figures
@@ -88,10 +92,10 @@ def measured(
 
 
 def worked(bench: Bench, store: str, transport: str, layout: Layout, **amounts: Any) -> dict[str, Any]:
-    """What `benchmarks.chain` measures with these amounts, the workers being apart from it."""
+    """What `benchmarks.chain` measures with these amounts."""
     with workers(store, transport, layout.topics):
         found: dict[str, Any] = bench.fresh(
-            "benchmarks.chain", store=store, transport=transport, works=False, **amounts
+            "benchmarks.chain", store=store, transport=transport, works=not layout.topics, **amounts
         )
     return found
 
