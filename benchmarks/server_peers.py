@@ -1,7 +1,7 @@
 """The same work on peers that use the same servers, in turn with Paigeant: DBOS on Postgres, dramatiq on its brokers.
 
-DBOS works in the client's process, and so do we then. dramatiq records nothing durably: it is what a queue alone can do.
-Its two worker processes are compared with our two.
+DBOS works in the client's process, and so do we then. dramatiq records nothing durably: it is what a queue alone can
+do. Its two worker processes are compared with our two.
 """
 
 from __future__ import annotations

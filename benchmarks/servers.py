@@ -1,7 +1,7 @@
 """The work on servers: a store in Postgres, each transport, and a client, alone or with worker processes apart from it.
 
-In one process, the client's has the worker, as the library's peers have it. Continued locally, one worker process serves
-all topics. Crossing, two serve alternate topics: every step goes over the broker.
+In one process: the client's does the work, as with peers that are libraries. Continued locally: one worker process
+serves all topics. Crossing: two serve alternate topics, so that every step goes over the broker.
 """
 
 from __future__ import annotations

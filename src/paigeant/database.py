@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, inspect, text
 
 from paigeant.errors import StoreUnavailable
-from paigeant.lane import Handler, Lane, Tx
+from paigeant.lane import Handler, Lane, Later, Tx
 
 __all__ = ["READER", "WRITER", "Database", "current_version"]
 
@@ -116,7 +116,7 @@ class Database(ABC):
 
     async def write(
         self,
-        handler: Callable[[Tx, Sequence[Request]], Sequence[Result]],
+        handler: Callable[[Tx, Sequence[Request]], Sequence[Result | Later[Result]]],
         request: Request,
         *,
         durable: bool = True,

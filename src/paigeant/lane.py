@@ -15,13 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import Connection, Dialect
 
 from paigeant.errors import StoreUnavailable
 
-__all__ = ["Blocked", "Contended", "Driver", "Handler", "Lane", "Tx", "needing", "transact"]
+__all__ = ["Blocked", "Contended", "Driver", "Handler", "Lane", "Later", "Tx", "needing", "transact"]
 
 log = logging.getLogger("paigeant.lane")
 
@@ -70,6 +70,10 @@ class Driver(Protocol):
         """The instant of the transaction."""
         ...
 
+    def told_now(self) -> float | None:
+        """The same without a question to anybody; None where a statement is to ask the server (`prepared.instant`)."""
+        ...
+
 
 class Tx:
     """A transaction in progress: its driver, its instant, and what others shall hear once it is committed."""
@@ -88,13 +92,30 @@ class Tx:
         return self.driver.now()
 
     @property
+    def told_now(self) -> float | None:
+        """Its instant for a statement's `prepared.instant`: None where the server puts in its own, unasked."""
+        return self.driver.told_now()
+
+    @property
     def connection(self) -> Connection:
         """SQLAlchemy's connection, for statements that are not worth being prepared."""
         return self.driver.plain()
 
 
+Result = TypeVar("Result")
+
 Handler = Callable[[Tx, Sequence[Any]], Sequence[Any]]
 """Does the requests of one kind within a transaction and gives a result for each, in their order."""
+
+
+class Later(NamedTuple, Generic[Result]):
+    """A result that is read when the transaction is committed, by a handler on whose answers nothing else depends.
+
+    So its questions and the commit may go to a server together.
+    """
+
+    read: Callable[[], Result]
+
 
 Marked = TypeVar("Marked", bound=Callable[..., Any])
 
@@ -233,7 +254,9 @@ class Lane:
         if self._idle.is_set():
             return
         left = self._began + limit - time.monotonic()
-        if left > 0:  # another one has begun, it has been tried again, or its requests are now done one by one
+        if (
+            left > 0
+        ):  # another one has begun, it has been tried again, or its requests are now done one by one
             self._watch_over(limit, left)
             return
         if self._connection is not None:
@@ -349,7 +372,7 @@ def transact(
                     answers = handler(tx, [requests[place][1] for place in places])
                     for place, answer in zip(places, answers, strict=True):
                         results[place] = answer
-            return results, tx.rings
+            return [result.read() if isinstance(result, Later) else result for result in results], tx.rings
         except Contended as exc:
             reason = str(exc)
             if exc.is_lost and attempt:  # an old connection may be gone; that a new one is, too, is trouble

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ClauseElement, Dialect, Insert, Table
+from sqlalchemy import ClauseElement, Dialect, Double, Insert, Table
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -14,7 +14,7 @@ from sqlalchemy.sql.functions import FunctionElement
 if TYPE_CHECKING:
     from paigeant.lane import Tx
 
-__all__ = ["Answer", "Prepared", "byte_length", "each_of", "item", "upsert"]
+__all__ = ["Answer", "Prepared", "byte_length", "each_of", "instant", "item", "upsert"]
 
 
 Answer = Callable[[], list[tuple[Any, ...]]]
@@ -120,6 +120,14 @@ class byte_length(FunctionElement[Any]):  # noqa: N801
     inherit_cache = True
 
 
+class instant(FunctionElement[Any]):  # noqa: N801
+    """The instant of the transaction: the one that is given, or the server's own where that is null."""
+
+    name = "instant"
+    type = Double()
+    inherit_cache = True
+
+
 @compiles(each_of, "sqlite")
 def _each_of_in_sqlite(element: each_of, compiler: SQLCompiler, **kw: Any) -> str:
     return f"json_each({compiler.process(element.clauses, **kw)})"
@@ -151,3 +159,15 @@ def _byte_length_in_sqlite(element: byte_length, compiler: SQLCompiler, **kw: An
 @compiles(byte_length, "postgresql")
 def _byte_length_in_postgres(element: byte_length, compiler: SQLCompiler, **kw: Any) -> str:
     return f"octet_length(CAST({compiler.process(element.clauses, **kw)} AS TEXT))"
+
+
+@compiles(instant, "sqlite")
+def _instant_in_sqlite(element: instant, compiler: SQLCompiler, **kw: Any) -> str:
+    return compiler.process(element.clauses, **kw)
+
+
+@compiles(instant, "postgresql")
+def _instant_in_postgres(element: instant, compiler: SQLCompiler, **kw: Any) -> str:
+    # It stays the same within a transaction, so that an index can go by it.
+    given = compiler.process(element.clauses, **kw)
+    return f"coalesce(CAST({given} AS float8), extract(epoch FROM transaction_timestamp())::float8)"

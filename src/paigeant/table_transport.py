@@ -17,9 +17,9 @@ from sqlalchemy import Update, bindparam, case, delete, func, literal_column, nu
 from paigeant import host
 from paigeant.database import Database
 from paigeant.errors import MessageInvalid, PaigeantError, StoreUnavailable, TransportUnavailable
-from paigeant.lane import Tx
+from paigeant.lane import Later, Tx
 from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encode
-from paigeant.prepared import Answer, Prepared, each_of, upsert
+from paigeant.prepared import Prepared, each_of, instant, upsert
 from paigeant.store import DeadLetter, Store
 from paigeant.tables import dead_letters, messages
 from paigeant.transport import Bury, Posting, TopicDepth
@@ -150,7 +150,9 @@ class TableTransport:
                 self.database.write_lazily(self._return, (item.message_id, 0.0))
 
     async def _fetched(self, request: _Fetch) -> _Fetched:
-        fetching = asyncio.ensure_future(self.database.write(self._fetch, request, durable=False))
+        fetching: asyncio.Future[_Fetched] = asyncio.ensure_future(
+            self.database.write(self._fetch, request, durable=False)
+        )
         try:
             return await asyncio.shield(fetching)
         except asyncio.CancelledError:
@@ -166,23 +168,23 @@ class TableTransport:
             for item in fetching.result().items:
                 self.database.write_lazily(self._return, (item.message_id, 0.0))
 
-    def _fetch(self, tx: Tx, requests: Sequence[_Fetch]) -> list[_Fetched]:
-        # Of all topics first asked and then read: one round trip.
-        asked = [self._ask(tx, request) for request in requests]
-        fetched = []
-        for take, following in asked:
+    def _fetch(self, tx: Tx, requests: Sequence[_Fetch]) -> list[_Fetched | Later[_Fetched]]:
+        return [self._ask(tx, request) for request in requests]
+
+    def _ask(self, tx: Tx, request: _Fetch) -> Later[_Fetched]:
+        # Nothing is decided on what it finds, so that all of it is one round trip to a server.
+        now = tx.told_now
+        _FREE.each(tx, [(0.0, holder) for holder in request.gone])
+        take = _TAKE.ask(tx, request.topic, now, now, request.most, now, _HOLD_SECONDS, self._holder)
+        following = _NEXT.ask(tx, now, request.topic, now)
+
+        def taken() -> _Fetched:
             # The rows come in no order of their own; ids rise as messages do.
             items = [_Item(id_, _as_bytes(body), deliveries) for _, id_, body, deliveries in sorted(take())]
-            [(next_at,)] = following()
-            next_in = None if next_at is None else max(next_at - tx.now, 0.0)
-            fetched.append(_Fetched(items, _HOLD_SECONDS - 1.0, next_in))
-        return fetched
+            [(next_in,)] = following()
+            return _Fetched(items, _HOLD_SECONDS - 1.0, next_in)
 
-    def _ask(self, tx: Tx, request: _Fetch) -> tuple[Answer, Answer]:
-        now = tx.now
-        _FREE.each(tx, [(0.0, holder) for holder in request.gone])
-        take = _TAKE.ask(tx, request.topic, now, now, request.most, now + _HOLD_SECONDS, self._holder)
-        return take, _NEXT.ask(tx, request.topic, now)
+        return Later(taken)
 
     async def _opened(self, topic: str, item: _Item) -> PaigeantMessage | None:
         try:
@@ -303,8 +305,8 @@ def _take(dialect: str) -> Update:
         select(columns.id)
         .where(
             columns.topic == bindparam("topic"),
-            columns.due_at <= bindparam("now"),
-            columns.held_until < bindparam("same"),
+            columns.due_at <= instant(bindparam("now")),
+            columns.held_until < instant(bindparam("same")),
         )
         .order_by(columns.due_at)
         .limit(bindparam("most"))
@@ -317,7 +319,7 @@ def _take(dialect: str) -> Update:
         update(messages)
         .where(columns.id.in_(select(picked.c.id)))
         .values(
-            held_until=bindparam("until"),
+            held_until=instant(bindparam("since")) + bindparam("hold"),
             deliveries=columns.deliveries + literal_column("1"),
             holder=bindparam("by"),
         )
@@ -328,7 +330,7 @@ def _take(dialect: str) -> Update:
 _COLUMNS = ("message_id", "topic", "body", "due_at", "held_until", "created_at", "deliveries")
 _POST = upsert(messages, _COLUMNS, key=["message_id"], update=_earlier)
 _KEEP = upsert(dead_letters, [column.name for column in dead_letters.c], key=["id"], update=None)
-_TAKE = Prepared(_take, ["topic", "now", "same", "most", "until", "by"])
+_TAKE = Prepared(_take, ["topic", "now", "same", "most", "since", "hold", "by"])
 _ids = each_of(bindparam("ids")).table_valued("value")
 _WAITING = Prepared(
     select(messages.c.message_id)
@@ -337,10 +339,10 @@ _WAITING = Prepared(
     ["ids", "now"],
 )
 _NEXT = Prepared(
-    select(func.min(messages.c.due_at)).where(
-        messages.c.topic == bindparam("topic"), messages.c.due_at > bindparam("now")
+    select(func.min(messages.c.due_at) - instant(bindparam("now"))).where(
+        messages.c.topic == bindparam("topic"), messages.c.due_at > instant(bindparam("same"))
     ),
-    ["topic", "now"],
+    ["now", "topic", "same"],
 )
 _FREE = Prepared(
     update(messages)

@@ -23,13 +23,16 @@ from tests.services.proxy import Direction, Proxy
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, rows
 from paigeant.databases import postgres
 from paigeant.databases.bell import PostgresBell
+from paigeant.databases.pipeline import Pipeline
 from paigeant.databases.postgres import PostgresDatabase
 from paigeant.errors import ConfigurationError, SchemaMismatch, StoreUnavailable
 from paigeant.lane import Tx
 from paigeant.slip import RunStatus, StepStatus
 from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, StepKey, StepResult
 from paigeant.stores.sql import SqlStore
+from paigeant.table_transport import _Fetch
 from paigeant.testing.conformance.bench import run
+from paigeant.transports.postgres import PostgresTransport
 
 PATIENCE = 30.0
 ROOT = Path(__file__).parents[2]
@@ -62,6 +65,36 @@ async def eventually(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE):
         while not holds():  # noqa: ASYNC110  # for what tells nobody
             await asyncio.sleep(0.01)
+
+
+# -- round trips
+
+
+async def test_a_message_is_fetched_in_one_round_trip_and_a_step_claimed_in_two(
+    postgres_tables: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is decided on what was read, the commit goes along; else it goes along with what is written."""
+    waits: list[str] = []
+    wait = Pipeline.sync
+
+    def counted(pipeline: Pipeline) -> None:
+        waits.append("for the server")
+        wait(pipeline)
+
+    async with opened(postgres_tables) as store:
+        transport = PostgresTransport(store.database)
+        await transport.connect()
+        result = await claimed(store, "first")  # all statements of a claim are known to the server now
+        assert isinstance(await store.record_step_result(result), Recorded)
+        await store.record_workflow_start(run("r", "a"), NextStep(StepKey("r", "a"), "a", "a"))
+        monkeypatch.setattr(Pipeline, "sync", counted)
+        assert isinstance(await store.claim_step(ClaimRequest(StepKey("r", "a"), "w", 9)), Grant)
+        assert len(waits) == 2
+        for _ in range(2):  # the first time, the server gets to know the statements, in the same round trip
+            waits.clear()
+            await store.database.write(transport._fetch, _Fetch("a", 10, ()), durable=False)
+            assert len(waits) == 1
+        await transport.close()
 
 
 # -- opening
@@ -237,6 +270,7 @@ import asyncio, os, signal, sys, time
 from paigeant import rows
 from paigeant.databases import postgres
 from paigeant.stores.sql import SqlStore
+from paigeant.table_transport import _Fetch
 from paigeant.errors import StoreUnavailable
 
 postgres._SESSION["idle_in_transaction_session_timeout"] = "300ms"

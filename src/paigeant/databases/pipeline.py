@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import select
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,13 +24,16 @@ from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
 from paigeant.lane import Contended
 
-__all__ = ["Pipeline", "Transaction", "driver_of"]
+__all__ = ["Pipeline", "ServerClock", "Transaction", "driver_of"]
 
 _DIALECT: Dialect = PGDialect_psycopg(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
 """Statements as the server itself takes them."""
 
 _NOW = "SELECT extract(epoch FROM clock_timestamp())::float8"
 _NOT_SYNCED = "SET LOCAL synchronous_commit = off"
+
+_CLOCK_SECONDS = 10.0
+"""How long two clocks are taken to run alike."""
 
 Rows = list[tuple[Any, ...]]
 
@@ -181,8 +185,26 @@ class Pipeline:
         return self._conn.get_result()
 
 
+class ServerClock:
+    """The server's time between two transactions, by this process's steady clock: a little slow, never fast."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[float, float] | None = None
+
+    def set(self, now: float) -> None:
+        self._seen = now, time.monotonic()
+
+    def now(self) -> float | None:
+        """The time; None when the server hasn't told it for long."""
+        if self._seen is None:
+            return None
+        said, seen = self._seen
+        passed = time.monotonic() - seen
+        return said + passed if passed < _CLOCK_SECONDS else None
+
+
 class Transaction:
-    """A transaction in a pipeline. `clock` goes before the server's; `saw` gets what that says."""
+    """A transaction in a pipeline. `clock` goes before the server's, of which `server` knows what it said last."""
 
     __slots__ = (
         "_asked",
@@ -191,14 +213,14 @@ class Transaction:
         "_driver",
         "_now",
         "_pipeline",
-        "_saw",
+        "_server",
         "_unsent",
         "committing",
         "dialect",
     )
 
     def __init__(
-        self, connection: Connection, clock: Callable[[], float] | None, saw: Callable[[float], None]
+        self, connection: Connection, clock: Callable[[], float] | None, server: ServerClock
     ) -> None:
         self.dialect = _DIALECT
         self.committing = False
@@ -206,7 +228,7 @@ class Transaction:
         self._driver = driver_of(connection)
         self._pipeline = Pipeline.of(connection)
         self._clock = clock
-        self._saw = saw
+        self._server = server
         self._asked: Answer | None = None
         self._unsent: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
         self._now: float | None = None
@@ -249,7 +271,10 @@ class Transaction:
         if self._now is None:
             assert self._asked is not None, "a transaction has begun"
             [(self._now,)] = self._pipeline.rows(self._asked)
-            self._saw(self._now)
+            self._server.set(self._now)
+        return self._now
+
+    def told_now(self) -> float | None:
         return self._now
 
     def commit(self, *after: tuple[str, Sequence[Any]]) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import os
 import socket
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -27,7 +26,7 @@ from sqlalchemy.pool import NullPool
 from paigeant.clock import Clock
 from paigeant.database import READER, WRITER, Database, current_version
 from paigeant.databases.bell import PostgresBell
-from paigeant.databases.pipeline import Pipeline, Transaction, driver_of
+from paigeant.databases.pipeline import Pipeline, ServerClock, Transaction, driver_of
 from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, SchemaMismatch, StoreUnavailable
 from paigeant.lane import Blocked, Contended, Handler, Lane, Tx, transact
 from paigeant.tables import SCHEMA_VERSION, metadata
@@ -37,9 +36,6 @@ __all__ = ["PostgresDatabase"]
 _CONNECT_SECONDS = 5
 _STUCK_SECONDS = 15.0
 """How long a transaction may take before its connection is given up: a network can swallow everything in silence."""
-
-_CLOCK_SECONDS = 10.0
-"""How long two clocks are taken to run alike."""
 
 _OLDEST_SERVER = 120000
 
@@ -94,7 +90,7 @@ class PostgresDatabase(Database):
         self._beater: Connection | None = None
         self._opening = _Opening()
         self._bell = PostgresBell(self._parameters, self._heard)
-        self._clock = _ServerClock()
+        self._clock = ServerClock()
 
     @property
     def hears_others(self) -> bool:
@@ -284,7 +280,7 @@ class PostgresDatabase(Database):
 
     @contextlib.contextmanager
     def _begun(self, opening: str, connection: Connection, durable: bool) -> Iterator[Tx]:
-        driver = Transaction(connection, None if self.clock is None else self.clock.now, self._clock.set)
+        driver = Transaction(connection, None if self.clock is None else self.clock.now, self._clock)
         try:
             driver.begin(opening, durable=durable)
             tx = Tx(driver)
@@ -359,24 +355,6 @@ class PostgresDatabase(Database):
         return StoreUnavailable(
             f"can't use {self.place}: {reason}; is the server running, and reachable from here?"
         )
-
-
-class _ServerClock:
-    """The server's time between two transactions, by this process's steady clock: a little slow, never fast."""
-
-    def __init__(self) -> None:
-        self._seen: tuple[float, float] | None = None
-
-    def set(self, now: float) -> None:
-        self._seen = now, time.monotonic()
-
-    def now(self) -> float | None:
-        """The time; None when the server hasn't told it for long."""
-        if self._seen is None:
-            return None
-        said, seen = self._seen
-        passed = time.monotonic() - seen
-        return said + passed if passed < _CLOCK_SECONDS else None
 
 
 def _reason(exc: psycopg.Error | DBAPIError) -> str:

@@ -219,6 +219,9 @@ class _Driver:
     def now(self) -> float:
         return self._now
 
+    def told_now(self) -> float | None:
+        return self._now
+
 
 def driver_of(connection: Connection) -> sqlite3.Connection:
     """The driver's own connection."""
