@@ -11,6 +11,7 @@ from collections.abc import Iterable
 __all__ = [
     "ActivityRejected",
     "ArgumentError",
+    "AuthorityUnavailable",
     "ConfigurationError",
     "DuplicateActivity",
     "HandlerError",
@@ -18,6 +19,7 @@ __all__ = [
     "InvalidCondition",
     "InvalidDefinition",
     "InvalidTransition",
+    "KeysUnavailable",
     "MessageInvalid",
     "MessageTooLarge",
     "NonRetryableError",
@@ -212,6 +214,21 @@ class StoreUnavailable(PaigeantError):
 
 class TransportUnavailable(PaigeantError):
     """The transport can't be reached, or can't take a message now."""
+
+
+class AuthorityUnavailable(PaigeantError):
+    """A server that issues tokens or publishes keys can't be reached, or answers with something else."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        self.url, self.reason = url, reason
+        super().__init__(f"{url} can't be asked: {reason}")
+
+
+class KeysUnavailable(AuthorityUnavailable):
+    """There are no public keys to verify with, or those that there were are too old to be trusted."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, "there are no keys from there that are less than a day old")
 
 
 class SchemaMismatch(PaigeantError):

@@ -1,0 +1,128 @@
+"""One bounded HTTP request to a server of authority: https only, so many bytes and seconds, no redirect elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from paigeant.errors import AuthorityUnavailable, ConfigurationError
+
+__all__ = ["MOST_BYTES", "MOST_SECONDS", "Reply", "check_url", "request"]
+
+MOST_BYTES = 64 * 1024
+MOST_SECONDS = 5.0
+_MOST_REDIRECTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the server said. The body may hold tokens, so it isn't shown."""
+
+    status: int
+    body: bytes
+
+    def __repr__(self) -> str:
+        return f"Reply({self.status}, {len(self.body)} bytes)"
+
+
+def check_url(url: str, what: str) -> str:
+    """`url`, if it may be asked: https, or http on this very host. Raises ConfigurationError, which names `what`."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as exc:
+        raise ConfigurationError(f"{what} is no URL: {exc}") from exc
+    # The URL itself isn't shown where it may hold a password.
+    if parts.username is not None or parts.password is not None or parts.fragment:
+        raise ConfigurationError(f"{what} is a URL without user, password and fragment")
+    if not host or not (parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(host))):
+        raise ConfigurationError(
+            f"{what} is an https:// URL (http:// only on this host), found {parts.scheme}://{host or ''}"
+        )
+    return url
+
+
+async def request(
+    url: str,
+    *,
+    form: Mapping[str, str] | None = None,
+    headers: Mapping[str, str] | None = None,
+    seconds: float = MOST_SECONDS,
+    limit_bytes: int = MOST_BYTES,
+) -> Reply:
+    """The reply to a GET, or to a POST of `form`. Redirects of a GET are followed on the same origin, others refused.
+
+    Raises AuthorityUnavailable when there is none within `seconds` and `limit_bytes`.
+    """
+    # Not proxied on this host; and nothing is unpacked, so that a small body can't become a large one.
+    import httpx2  # here, because few processes ask anybody
+
+    origin = urlsplit(url)
+    sent = {"accept": "application/json", **(headers or {}), "accept-encoding": "identity"}
+    try:
+        async with (
+            asyncio.timeout(seconds),
+            httpx2.AsyncClient(
+                timeout=seconds, verify=_tls(origin.scheme), trust_env=origin.scheme == "https"
+            ) as client,
+        ):
+            for _ in range(_MOST_REDIRECTS + 1):
+                method = "GET" if form is None else "POST"
+                async with client.stream(method, url, data=form, headers=sent) as answer:
+                    if answer.is_redirect and form is None:
+                        url = _redirected(url, origin, answer.headers.get("location", ""))
+                        continue
+                    body = bytearray()
+                    async for part in answer.aiter_raw():
+                        body += part
+                        if len(body) > limit_bytes:
+                            raise AuthorityUnavailable(
+                                _named(origin), f"its reply is larger than {limit_bytes:,} bytes"
+                            )
+                    return Reply(answer.status_code, bytes(body))
+    except TimeoutError as exc:
+        raise AuthorityUnavailable(_named(origin), f"no reply within {seconds:g} s") from exc
+    except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError) as exc:
+        # Only the kind of the error: its text, and the request in its traceback, may hold what was sent.
+        reason = (
+            f"no reply within {seconds:g} s"
+            if isinstance(exc, httpx2.TimeoutException)
+            else type(exc).__name__
+        )
+        raise AuthorityUnavailable(_named(origin), reason) from None
+    raise AuthorityUnavailable(_named(origin), f"more than {_MOST_REDIRECTS} redirects")
+
+
+@cache
+def _tls(scheme: str) -> ssl.SSLContext:
+    """How certificates are checked. Reading those of the system takes so long that it is done once."""
+    import httpx2
+
+    # Nothing is encrypted on this host, and the client wants one all the same: this one trusts nobody.
+    return httpx2.create_ssl_context() if scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def _redirected(url: str, origin: SplitResult, location: str) -> str:
+    target = urljoin(url, location)
+    parts = urlsplit(target)
+    if (parts.scheme, parts.netloc) != (origin.scheme, origin.netloc):
+        raise AuthorityUnavailable(_named(origin), f"it redirects to another host, {parts.hostname}")
+    return target
+
+
+def _named(parts: SplitResult) -> str:
+    return f"{parts.scheme}://{parts.netloc}{parts.path}"
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
