@@ -15,9 +15,10 @@ from pydantic_core import from_json
 
 from paigeant.activity import ActivityRegistry
 from paigeant.claim import Limits
-from paigeant.clock import Clock
+from paigeant.clock import Clock, SystemClock
 from paigeant.database import Database
 from paigeant.dispatcher import Dispatcher
+from paigeant.envelope import Envelope, PlainEnvelope
 from paigeant.errors import InvalidDefinition, RunTimeout, UnknownWorkflow
 from paigeant.forwarder import Forwarder
 from paigeant.observer import Event, Observer, Observers
@@ -146,13 +147,14 @@ class Paigeant:
             self.workflows[workflow.name] = workflow
         self.observers = Observers(list(observers))
         self._chance = chance
-        self.store, self.transport = _open(self.settings, clock)
+        envelope = envelope_of(self.settings, clock)
+        self.store, self.transport = _open(self.settings, clock, envelope)
         self.transport.bury_with(self._bury)
         self.forwarder = Forwarder(
             self.store,
             self.transport,
             self.activities,
-            limit_bytes=self.settings.max_message_bytes,
+            envelope=envelope,
             inline_bytes=self.settings.inline_bytes,
             elsewhere=_elsewhere(self.transport),
         )
@@ -167,7 +169,13 @@ class Paigeant:
     async def _bury(self, letter: DeadLetter) -> None:
         await self.store.bury(letter)
         self.observers.observe(
-            Event("delivery.rejected", letter.workflow_id or "", step=letter.step or "", error=letter.detail)
+            Event(
+                "delivery.rejected",
+                letter.workflow_id or "",
+                step=letter.step or "",
+                error=letter.detail,
+                more={"reason": letter.reason, "topic": letter.topic},
+            )
         )
 
     async def __aenter__(self) -> Self:
@@ -320,27 +328,51 @@ def store_of(settings: Settings, clock: Clock | None = None) -> Store:
     )
 
 
+def envelope_of(settings: Settings, clock: Clock | None = None) -> Envelope:
+    """How the settings have messages sealed. Raises ConfigurationError for keys that can't be read."""
+    settings.check_exposure()
+    if settings.signing in (None, "off"):
+        return PlainEnvelope(settings.max_message_bytes)
+    from paigeant.keyfiles import FileKeys  # here, because few processes sign
+    from paigeant.signing import SignedEnvelope
+
+    return SignedEnvelope(
+        FileKeys.of(settings.key_ring(), settings.trusted()),
+        deployment=settings.deployment,
+        requires=settings.signing == "require",
+        lifetime=settings.message_lifetime,
+        clock=(clock or SystemClock()).now,
+        limit_bytes=settings.max_message_bytes,
+    )
+
+
 def transport_of(
-    settings: Settings, url: str, clock: Clock | None = None, *, database: Database | None = None
+    settings: Settings,
+    url: str,
+    clock: Clock | None = None,
+    *,
+    envelope: Envelope | None = None,
+    database: Database | None = None,
 ) -> Transport:
     """The transport at `url`, one of those that the settings name, yet to be connected."""
     return open_transport(
         url,
         database=database,
         clock=clock,
-        limit_bytes=settings.max_message_bytes,
+        envelope=envelope,
         namespace=settings.namespace,
         queue_type=settings.rabbitmq_queue_type,
     )
 
 
-def _open(settings: Settings, clock: Clock | None) -> tuple[Store, Transport]:
+def _open(settings: Settings, clock: Clock | None, envelope: Envelope) -> tuple[Store, Transport]:
     """The store and the transport; one database for both where both URLs name it."""
     store = store_of(settings, clock)
     database = getattr(store, "database", None)
 
     def transport(url: str) -> Transport:
-        return transport_of(settings, url, clock, database=database if url == settings.store_url else None)
+        shared = database if url == settings.store_url else None
+        return transport_of(settings, url, clock, envelope=envelope, database=shared)
 
     own = transport(settings.transport_url)
     if own.joins(store):

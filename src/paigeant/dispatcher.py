@@ -18,7 +18,9 @@ from paigeant import codec, ledger
 from paigeant.activity import ActivityRegistry, typed
 from paigeant.arguments import Namespace, resolve
 from paigeant.clock import is_duration
+from paigeant.envelope import split
 from paigeant.errors import (
+    ConfigurationError,
     InputInvalid,
     MessageInvalid,
     MessageTooLarge,
@@ -115,6 +117,11 @@ class Dispatcher:
         letter = None
         if first is not None and first.is_sent:
             letter = self.forwarder.letter(message, first.topic, epoch=0, delay=begins - now)
+        if first is not None and not self.forwarder.envelope.may_send(message, first.topic):
+            raise ConfigurationError(
+                f"the key of this process may not start runs of workflow '{workflow.name}'; "
+                "its roles in the trust file say which: `dispatch`"
+            )
         posting = None if letter is None else self.forwarder.posting(letter)
         if await self.store.record_workflow_start(run, first, posting):
             self.observers.observe(
@@ -222,7 +229,7 @@ class Dispatcher:
         is done the step is done once. Raises InputInvalid when there is nothing to wake, RunNotFound,
         TransportUnavailable when it can't be sent now; then the letter stays.
         """
-        key = _step_of(letter, self.forwarder.limit_bytes)
+        key = _step_of(letter)
         if key not in await self.store.open_steps(key.workflow_id):
             status = await self.store.run_status(key.workflow_id)
             raise InputInvalid(
@@ -255,8 +262,8 @@ class Dispatcher:
         if workflow.input_model is not None:
             payload = _fitted(workflow, payload)
         text = codec.dump_sorted(payload)
-        if len(text) > self.forwarder.limit_bytes:
-            raise MessageTooLarge(len(text), self.forwarder.limit_bytes)
+        if len(text) > self.forwarder.envelope.limit_bytes:
+            raise MessageTooLarge(len(text), self.forwarder.envelope.limit_bytes)
         return text, payload
 
     def _check_known(self, workflow: Workflow) -> None:
@@ -313,10 +320,11 @@ _NOT_CARRIED = frozenset({"obo_token", "jws_signature"})
 """Headers of messages that a caller of `dispatch` may not set."""
 
 
-def _step_of(letter: DeadLetter, limit_bytes: int) -> StepKey:
+def _step_of(letter: DeadLetter) -> StepKey:
     """The step that a letter's message was for: its body tells, or, where that can't be read, its id."""
     try:
-        message = decode(letter.body, limit_bytes=limit_bytes)
+        limit = len(letter.body)
+        message = decode(split(letter.body, limit)[1], limit_bytes=limit)
     except MessageInvalid as exc:
         known = MessageId.read(letter.id)
         if known is None or known.phase not in list(Phase):

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from paigeant import ledger
 from paigeant.activity import ActivityRegistry
+from paigeant.envelope import Envelope, PlainEnvelope
 from paigeant.errors import MessageTooLarge, PaigeantError, StoreUnavailable, TransportUnavailable
-from paigeant.message import DEFAULT_LIMIT_BYTES, MessageId, PaigeantMessage, encode
+from paigeant.message import SENT_FROM, MessageId, PaigeantMessage, encode
 from paigeant.slip import Compensation, Phase, RoutingSlip, Step, StepStatus
 from paigeant.store import NextStep, RunDetail, StepKey, Store
 from paigeant.transport import Posting, Transport
@@ -47,14 +48,14 @@ class Forwarder:
         transport: Transport,
         registry: ActivityRegistry,
         *,
-        limit_bytes: int = DEFAULT_LIMIT_BYTES,
+        envelope: Envelope | None = None,
         inline_bytes: int = 65536,
         elsewhere: Callable[[str], bool] = lambda topic: False,
     ) -> None:
         self.store = store
         self.transport = transport
         self.registry = registry
-        self.limit_bytes = limit_bytes
+        self.envelope = envelope or PlainEnvelope()
         self.inline_bytes = inline_bytes
         self.elsewhere = elsewhere
         """Whether a topic's messages go to another broker than the one that the store may publish to."""
@@ -75,9 +76,22 @@ class Forwarder:
             case None:
                 return None
 
-    def letter(self, message: PaigeantMessage, topic: str, *, epoch: int, delay: float = 0.0) -> Letter:
-        """`message` for whoever claims its step after claim `epoch`. The same letter always has the same message id."""
+    def letter(
+        self,
+        message: PaigeantMessage,
+        topic: str,
+        *,
+        epoch: int,
+        delay: float = 0.0,
+        sent_from: str | None = None,
+    ) -> Letter:
+        """`message` for whoever claims its step after claim `epoch`. The same letter always has the same message id.
+
+        `sent_from`: the topic of the step that the sender has just recorded.
+        """
         message_id = MessageId(message.workflow_id, message.step_id, message.phase, epoch)
+        if sent_from is not None and not self.envelope.serves_all:  # else nobody asks
+            message = message.evolve(headers={**message.headers, SENT_FROM: sent_from})
         return Letter(topic, message.evolve(message_id=str(message_id)), delay)
 
     def posting(self, letter: Letter) -> Posting | None:
@@ -86,14 +100,14 @@ class Forwarder:
             return None
         message = letter.message
         try:
-            body = encode(message, limit_bytes=self.limit_bytes)
+            body = self.envelope.seal(message, letter.topic)
         except MessageTooLarge:
-            body = encode(_without_payload(message), limit_bytes=self.limit_bytes)
+            body = self.envelope.seal(_without_payload(message), letter.topic)
         return Posting(letter.topic, message.message_id, body, letter.delay)
 
     def check(self, message: PaigeantMessage) -> None:
         """Raise MessageTooLarge unless `message` can travel, if need be with its payload left in the store."""
-        encode(_without_payload(message), limit_bytes=self.limit_bytes)
+        encode(_without_payload(message), limit_bytes=self.envelope.limit_bytes)
 
     async def send(self, letter: Letter) -> bool:
         """Publish `letter`, unless the store has. False when that failed: the sweeper tries again."""
@@ -144,6 +158,8 @@ class Forwarder:
                     left[key] = topic
                     continue
                 message = message_of(detail, inline_bytes=self.inline_bytes)
+                if not self.envelope.may_send(message, topic):
+                    continue  # others may, and their sweeps do
                 delay = max(row.not_before - now, 0.0)
                 await self._publish(self.letter(message, topic, epoch=row.epoch, delay=delay))
             except StoreUnavailable as exc:

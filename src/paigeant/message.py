@@ -18,21 +18,51 @@ from paigeant.slip import Compensation, Phase, RoutingSlip, Step
 if TYPE_CHECKING:
     from pydantic import ConfigDict
 
-__all__ = ["DEFAULT_LIMIT_BYTES", "SPEC_VERSION", "MessageId", "PaigeantMessage", "decode", "encode"]
+__all__ = [
+    "DEFAULT_LIMIT_BYTES",
+    "SENT_FROM",
+    "SPEC_VERSION",
+    "MessageId",
+    "PaigeantMessage",
+    "Seal",
+    "decode",
+    "encode",
+]
 
 SPEC_VERSION = "1.0"
 """What this code writes. A reader refuses fields that it does not know, so a new field is a new major."""
 
 DEFAULT_LIMIT_BYTES = 1024 * 1024
 
+SENT_FROM = "paigeant-sent-from"
+"""A header of a message that is about to be sealed: the topic of the step that its sender has just recorded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What a signed message says of itself: for which deployment and topic it is, and from when to when it holds.
+
+    The instants are whole seconds since 1970 (UTC) by the signer's clock. `sent_from`: the topic of the step that the
+    one who signs has recorded. `obo_hash`: the SHA-256, in hexadecimal digits, of the token in front of the body.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
+
+    deployment: str
+    topic: str
+    issued_at: int
+    expires_at: int
+    sent_from: str | None = None
+    obo_hash: str | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class PaigeantMessage:
     """A wake-up plus travel document: it says which step of which run is due, and carries what that step needs.
 
-    Losing, doubling or reordering messages is harmless: the store decides what has happened. `payload` holds the
-    run's input, variables and the outputs of its steps under their ids. `headers` are `traceparent`, `obo_token` and
-    `jws_signature` where they apply.
+    Losing, doubling or reordering messages is harmless: the store decides what has happened. `payload` holds the run's
+    input, variables and the outputs of its steps under their ids. `headers` are `traceparent`, and `obo_token` and
+    `jws_signature`, which travel in front of the body. `seal` is what a signature vouches for besides.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
@@ -46,6 +76,7 @@ class PaigeantMessage:
     trace_id: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     spec_version: str = SPEC_VERSION
+    seal: Seal | None = None
 
     @property
     def due(self) -> Step | Compensation | None:

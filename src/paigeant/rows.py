@@ -241,12 +241,17 @@ def orphan_steps() -> Select[Any]:
 
 
 def due_steps(
-    now: float, overdue_since: float | None = None, empty: Collection[str] = (), *, grace: float = 0.0
+    now: float,
+    overdue_since: float | None = None,
+    empty: Collection[str] = (),
+    *,
+    topics: Collection[str] | None = None,
+    grace: float = 0.0,
 ) -> Select[Any]:
     """The ready steps that should have been claimed by now, the longest due first, and since when they are due.
 
     `overdue_since`: also those that were due then, whenever their message was sent last. `empty`: in these topics also
-    those that `ledger.is_resendable`, which stands here once more.
+    those that `ledger.is_resendable`, which stands here once more. `topics`: none of others.
     """
     steps = step_executions.c
     query = select(*KEY, steps.epoch, _due_at.label("due_at")).where(is_in(StepStatus.READY))
@@ -258,6 +263,8 @@ def due_steps(
             steps.wake_at <= now + (MOST_GRACES - 1) * grace, steps.wake_at + _due_at <= 2 * (now - grace)
         )
         wanted.append(and_(steps.topic.in_(sorted(empty)), may))
+    if topics is not None:
+        query = query.where(steps.topic.in_(sorted(topics)))
     return query.where(or_(*wanted)).order_by(steps.wake_at if len(wanted) == 1 else _due_at)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -21,11 +21,13 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
-from paigeant.errors import ConfigurationError, PaigeantError, nearest
+from paigeant.codec import parse_strict
+from paigeant.errors import ConfigurationError, MessageInvalid, PaigeantError, nearest
+from paigeant.keys import KeyRing
 from paigeant.policy import ItineraryPolicy
 from paigeant.retry import RetryPolicy
 from paigeant.slip import Step
-from paigeant.urls import scrubbed, without_password
+from paigeant.urls import is_encrypted, is_local, scrubbed, without_password
 from paigeant.waits import Sleep, WaitFor
 from paigeant.workflow import Workflow
 
@@ -80,6 +82,22 @@ class Settings(BaseSettings):
     local_steps: int = Field(50, ge=1, description="steps of one run in a row before others have their turn")
 
     adopt: bool = Field(False, description="take over runs that the store has never seen from their messages")
+
+    signing: Literal["off", "sign", "require"] | None = Field(
+        None, description="of messages; by default off where no message leaves this host"
+    )
+    deployment: str = Field(
+        "default", min_length=1, max_length=100, description="messages signed for another one are refused"
+    )
+    keys_file: str = Field("paigeant-keys.json", description="the key ring, see `paigeant keys`")
+    signing_keys: SecretStr | None = Field(None, description="the key ring itself, instead of its file")
+    trust_file: str | None = Field(
+        None, description="whose signatures count, and for what; by default those of the key ring for all"
+    )
+    message_lifetime: float = Field(86400.0, ge=60, description="how long a signed message holds")
+    allow_plaintext: bool = Field(
+        False, description="let messages travel to other hosts without TLS, where everybody may read them"
+    )
 
     max_message_bytes: int = Field(1024 * 1024, ge=1024, description="largest message")
     inline_bytes: int = Field(65536, ge=0, description="outputs above it stay in the store and don't travel")
@@ -206,6 +224,39 @@ class Settings(BaseSettings):
     def defined_workflows(self) -> dict[str, Workflow]:
         """The workflows that the file defines, by name."""
         return {name: workflow_from(name, fields) for name, fields in self.workflows.items()}
+
+    def check_exposure(self) -> None:
+        """Raise ConfigurationError for a broker on another host without TLS, or without a word on signing.
+
+        Both may be meant, and then have to be said.
+        """
+        for name, url in (("transport_url", self.transport_url), *self.routes.items()):
+            if is_local(url):
+                continue
+            shown = without_password(url)
+            if self.signing is None:
+                raise ConfigurationError(
+                    f"{name} is {shown}, and `signing` isn't set: unsigned, whoever can write there could start any "
+                    "activity. Set `signing: require` (`paigeant keys generate` makes the key), or `signing: off`"
+                )
+            if not is_encrypted(url) and not self.allow_plaintext:
+                raise ConfigurationError(
+                    f"{name} is {shown}, where messages would travel in plain text; use rediss://, amqps://, or "
+                    "postgresql:// with sslmode=verify-full; or set `allow_plaintext: true` in your own network"
+                )
+
+    def key_ring(self) -> Path | KeyRing:
+        """The file of the key ring, or the ring that the settings hold. Raises ConfigurationError for what is none."""
+        if self.signing_keys is None:
+            return Path(self.keys_file)
+        try:
+            return KeyRing.from_dict(parse_strict(self.signing_keys.get_secret_value().encode()))
+        except (MessageInvalid, ConfigurationError) as exc:
+            raise ConfigurationError(f"signing_keys: {exc}") from None
+
+    def trusted(self) -> Path | None:
+        """The trust file."""
+        return None if self.trust_file is None else Path(self.trust_file)
 
     def shown(self) -> dict[str, Any]:
         """All values as they may be printed: without passwords."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+from paigeant.envelope import without_token
 from paigeant.message import MessageId
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.transport import BODY_KEPT_BYTES, Posting, Transport
@@ -238,7 +239,7 @@ class DeadLetter:
             topic,
             reason.partition(": ")[0],
             detail,
-            body[:BODY_KEPT_BYTES],
+            without_token(body)[:BODY_KEPT_BYTES],
             attempts,
             workflow_id=None if known is None else known.workflow_id,
             step=None if known is None else known.step,
@@ -522,12 +523,17 @@ class Store(RunHistory, RunValues, Protocol):
         ...
 
     async def sweep(
-        self, *, gone: Collection[str] = (), empty: Collection[str] = (), limit: int = 500
+        self,
+        *,
+        gone: Collection[str] = (),
+        empty: Collection[str] = (),
+        topics: Collection[str] | None = None,
+        limit: int = 500,
     ) -> Swept:
         """Free what belongs to workers whose lease is over, or that are `gone`; find ready steps that wait too long.
 
         In `empty` topics, for which the transport has no message, these are all that wait for longer than the grace
-        time and weren't sent within it.
+        time and weren't sent within it. With `topics`, only steps of these are `due`: others are left to other sweeps.
 
         Each step in `due` is looked at again only after the grace time: its message is to be sent now. Runs over
         their deadline are ended like failed ones. All workers may sweep at once.

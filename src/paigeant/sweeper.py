@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import islice
 
 from paigeant import host
@@ -31,6 +31,7 @@ class Sweeper:
         forwarder: Forwarder,
         *,
         worker: WorkerRecord,
+        topics: Collection[str],
         interval: float,
         observers: Observers | None = None,
         chance: Callable[[], float] = random.random,
@@ -38,6 +39,7 @@ class Sweeper:
         self.store = store
         self.forwarder = forwarder
         self.worker = worker
+        self.topics = topics
         self.interval = interval
         self.observers = observers or Observers()
         self._chance = chance
@@ -59,7 +61,9 @@ class Sweeper:
 
     async def sweep(self) -> Swept:
         """Sweep once; gives what was found."""
-        swept = await self.store.sweep(gone=await self._gone(), empty=self._empty)
+        # What a key with few roles signs for other topics, nobody would believe.
+        topics = None if self.forwarder.envelope.serves_all else self.topics
+        swept = await self.store.sweep(gone=await self._gone(), empty=self._empty, topics=topics)
         for worker_id in swept.lost:
             self.observers.observe(Event("worker.lost", worker=worker_id))
         for workflow_id in swept.expired:

@@ -16,9 +16,10 @@ from sqlalchemy import Update, bindparam, case, delete, func, literal_column, nu
 
 from paigeant import host
 from paigeant.database import Database
+from paigeant.envelope import Envelope, PlainEnvelope
 from paigeant.errors import MessageInvalid, PaigeantError, StoreUnavailable, TransportUnavailable
 from paigeant.lane import Later, Tx
-from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encode
+from paigeant.message import PaigeantMessage
 from paigeant.prepared import Prepared, each_of, instant, upsert
 from paigeant.store import DeadLetter, Store
 from paigeant.tables import dead_letters, messages
@@ -58,9 +59,9 @@ class _Fetched(NamedTuple):
 class TableTransport:
     """Moves messages through the `messages` table of a database that several processes may have open."""
 
-    def __init__(self, database: Database, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+    def __init__(self, database: Database, *, envelope: Envelope | None = None) -> None:
         self.database = database
-        self.limit_bytes = limit_bytes
+        self.envelope = envelope or PlainEnvelope()
         # Names this process, so that others can tell when it is gone, and this transport within it.
         self._holder = host.named_holder(secrets.token_hex(4))
         self._wakers: dict[str, set[asyncio.Event]] = {}
@@ -95,7 +96,7 @@ class TableTransport:
     # -- sending
 
     async def publish(self, topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
-        body = encode(message, limit_bytes=self.limit_bytes)
+        body = self.envelope.seal(message, topic)
         await self._write(self._publish, Posting(topic, message.message_id, body, delay))
 
     def _publish(self, tx: Tx, requests: Sequence[Posting]) -> list[None]:
@@ -188,7 +189,7 @@ class TableTransport:
 
     async def _opened(self, topic: str, item: _Item) -> PaigeantMessage | None:
         try:
-            return decode(item.body, limit_bytes=self.limit_bytes)
+            return await self.envelope.open(topic, item.body)
         except MessageInvalid as exc:
             letter = DeadLetter.about(
                 item.message_id, topic, exc.reason, str(exc), item.body, item.deliveries

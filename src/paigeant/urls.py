@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterable, Iterator
-from urllib.parse import unquote_plus
+from urllib.parse import parse_qs, unquote_plus, urlsplit
 
-__all__ = ["scrubbed", "without_password"]
+__all__ = ["is_encrypted", "is_local", "scrubbed", "without_password"]
 
 _PARAMETER = re.compile(r"([?&][^=&\s]*(?:password|passwd|pwd|passphrase|secret|token)=)([^&#\s]*)", re.I)
 _IN_TEXT = re.compile(r"(\w://[^\s:/@'\"]*:)[^\s]*@")
@@ -27,6 +28,38 @@ def scrubbed(text: str, urls: Iterable[str] = ()) -> str:
     for secret in sorted({secret for url in urls for secret in _secrets(url)}, key=len, reverse=True):
         text = text.replace(secret, "***")
     return _PARAMETER.sub(r"\1***", _IN_TEXT.sub(r"\1***@", text))
+
+
+def is_local(url: str) -> bool:
+    """Whether what is sent there doesn't leave this host: a file, memory, a local socket, or a loopback address."""
+    scheme, _, rest = url.partition("://")
+    if scheme in ("memory", "sqlite"):
+        return True
+    hosts = rest.partition("?")[0].partition("/")[0].rpartition("@")[2].split(",")
+    hosts += parse_qs(urlsplit(url).query).get("host", [])
+    return all(map(_is_here, hosts))
+
+
+def is_encrypted(url: str) -> bool:
+    """Whether what is sent there can't be read on the way, as far as the URL tells."""
+    scheme = url.partition("://")[0]
+    if scheme == "postgresql":
+        return parse_qs(urlsplit(url).query).get("sslmode", [""])[-1] in (
+            "require",
+            "verify-ca",
+            "verify-full",
+        )
+    return scheme in ("rediss", "amqps")
+
+
+def _is_here(host: str) -> bool:
+    name = host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
+    if not name or name == "localhost" or name.startswith(("/", "%2F", "%2f")):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _secrets(url: str) -> Iterator[str]:

@@ -112,6 +112,7 @@ class ActivityWorker:
             store,
             forwarder,
             worker=record,
+            topics=self._all_topics,
             interval=sweep_interval,
             observers=self.observers,
             chance=chance,

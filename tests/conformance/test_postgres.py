@@ -15,6 +15,7 @@ import pytest
 from tests.integration.postgres_tables import database_with_tables, empty
 
 from paigeant.databases.postgres import PostgresDatabase
+from paigeant.envelope import PlainEnvelope
 from paigeant.slip import RunStatus
 from paigeant.store import DeadLetter, Store
 from paigeant.stores.memory import MemoryStore
@@ -62,7 +63,9 @@ class TestPostgresTransport(TransportConformance):
         empty(tables)
 
     def make(self) -> Transport:
-        return PostgresTransport(PostgresDatabase(self.url, clock=self.clock), limit_bytes=self.limit_bytes)
+        return PostgresTransport(
+            PostgresDatabase(self.url, clock=self.clock), envelope=PlainEnvelope(self.limit_bytes)
+        )
 
     async def deliver_raw(self, transport: Transport, topic: str, message_id: str, body: bytes) -> None:
         assert isinstance(transport, PostgresTransport)

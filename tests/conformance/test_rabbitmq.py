@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 
 from paigeant.clock import Clock
+from paigeant.envelope import PlainEnvelope
 from paigeant.errors import ConfigurationError
 from paigeant.store import DeadLetter
 from paigeant.testing import ManualClock
@@ -45,7 +46,7 @@ class TestQuorumQueues(TransportConformance):
         made = RabbitMQTransport(
             self.url,
             namespace=self.namespace,
-            limit_bytes=self.limit_bytes,
+            envelope=PlainEnvelope(self.limit_bytes),
             queue_type=self.queue_type,
             clock=clock,
         )

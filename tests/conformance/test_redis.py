@@ -12,6 +12,7 @@ import pytest_asyncio
 from redis.asyncio import Redis, RedisCluster
 from tests.integration.redis_servers import Cluster, redis_cluster
 
+from paigeant.envelope import PlainEnvelope
 from paigeant.testing.conformance import TransportConformance
 from paigeant.transport import Transport
 from paigeant.transports.redis import RedisStreamTransport
@@ -28,7 +29,10 @@ class _OnRedis(TransportConformance):
 
     def make(self) -> Transport:
         return RedisStreamTransport(
-            self.url, namespace=self.namespace, limit_bytes=self.limit_bytes, hold=self.hold or 1.0
+            self.url,
+            namespace=self.namespace,
+            envelope=PlainEnvelope(self.limit_bytes),
+            hold=self.hold or 1.0,
         )
 
     async def pass_time(self, seconds: float) -> None:

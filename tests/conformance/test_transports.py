@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from paigeant.databases.sqlite import SqliteDatabase
+from paigeant.envelope import PlainEnvelope
 from paigeant.testing.conformance import TransportConformance
 from paigeant.testing.conformance.transports import message
 from paigeant.transport import Posting, Transport
@@ -22,7 +23,7 @@ class TestMemoryTransport(TransportConformance):
     durable = False
 
     def make(self) -> Transport:
-        return MemoryTransport(clock=self.clock, limit_bytes=self.limit_bytes)
+        return MemoryTransport(clock=self.clock, envelope=PlainEnvelope(self.limit_bytes))
 
     async def deliver_raw(self, transport: Transport, topic: str, message_id: str, body: bytes) -> None:
         assert isinstance(transport, MemoryTransport)
@@ -32,7 +33,7 @@ class TestMemoryTransport(TransportConformance):
 class TestSqliteTransport(TransportConformance):
     def make(self) -> Transport:
         database = SqliteDatabase(f"sqlite:///{self.place}/q.db", clock=self.clock)
-        return SqliteTransport(database, limit_bytes=self.limit_bytes)
+        return SqliteTransport(database, envelope=PlainEnvelope(self.limit_bytes))
 
     async def deliver_raw(self, transport: Transport, topic: str, message_id: str, body: bytes) -> None:
         assert isinstance(transport, SqliteTransport)

@@ -25,6 +25,7 @@ from tests.integration.redis_servers import redis_cluster, redis_sentinels, redi
 from tests.services import RedisServer, free_port
 from tests.services.proxy import Proxy
 
+from paigeant.envelope import HEAD_BYTES
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.message import PaigeantMessage, encode
 from paigeant.store import DeadLetter
@@ -720,7 +721,9 @@ async def test_dead_letters_are_kept_without_a_store(
     """Without `bury_with` the transport keeps them itself, a bounded part of each."""
     transport = await opened(server.url)
     stream = transport.stream_key("work")
-    await client.xadd(stream, {"id": "a", "body": b"\xff" * (transport.limit_bytes + 1)})
+    await client.xadd(
+        stream, {"id": "a", "body": b"\xff" * (transport.envelope.limit_bytes + HEAD_BYTES + 1)}
+    )
     await client.xadd(stream, {"foreign": "entry"})
     await transport.publish("work", message("good"))
     assert await take(transport) == ["good"]

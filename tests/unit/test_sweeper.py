@@ -51,7 +51,7 @@ async def test_what_a_broker_missed_is_sent_once_it_is_back(clock: ManualClock) 
     registry = ActivityRegistry()
     forwarder = Forwarder(store, broker, registry)
     dispatcher = Dispatcher(store, forwarder, registry)
-    sweeper = Sweeper(store, forwarder, worker=WorkerRecord("me", "host", "1"), interval=1.0)
+    sweeper = Sweeper(store, forwarder, worker=WorkerRecord("me", "host", "1"), topics=("a",), interval=1.0)
     broker.away = frozenset({"paid", "sent"})
     for number in range(20):
         await dispatcher.dispatch(Workflow("order", ["paid" if number % 2 else "sent"]), {})
@@ -81,7 +81,12 @@ async def test_what_a_wiped_broker_has_lost_is_sent_before_its_time(clock: Manua
     store, broker = MemoryStore(clock=clock, grace=GRACE), Broker(clock=clock)
     forwarder = Forwarder(store, broker, ActivityRegistry())
     sweeper = Sweeper(
-        store, forwarder, worker=WorkerRecord("me", "host", "1"), interval=1.0, chance=lambda: 0.0
+        store,
+        forwarder,
+        worker=WorkerRecord("me", "host", "1"),
+        topics=("a",),
+        interval=1.0,
+        chance=lambda: 0.0,
     )
     await Dispatcher(store, forwarder, ActivityRegistry()).dispatch(Workflow("order", ["paid"]), {})
     for _ in range(8):  # sent after 10, 20, 40 and 80 s, and next after 160
@@ -104,7 +109,7 @@ async def test_leases_are_freed_though_the_broker_can_t_be_asked(clock: ManualCl
     store, broker = MemoryStore(clock=clock, grace=GRACE), Broker(clock=clock)
     broker.refuses = True
     forwarder = Forwarder(store, broker, ActivityRegistry())
-    sweeper = Sweeper(store, forwarder, worker=WorkerRecord("me", "host", "1"), interval=1.0)
+    sweeper = Sweeper(store, forwarder, worker=WorkerRecord("me", "host", "1"), topics=("a",), interval=1.0)
     dispatcher = Dispatcher(store, forwarder, ActivityRegistry())
     for name in ("held", "waits"):
         await dispatcher.dispatch(Workflow("order", ["paid"]), {}, workflow_id=name)

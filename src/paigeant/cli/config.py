@@ -62,7 +62,7 @@ class _Part(Protocol):
 def check(json: AsJson = False) -> None:
     """Check the settings part by part: load the handlers, connect to store, transport and routes; say what is wrong."""
     settings = session.read_settings()
-    findings = [_handlers(settings), _store(settings), *_transports(settings)]
+    findings = [_handlers(settings), _store(settings), *_transports(settings), _signing(settings)]
     if json:
         console.value(
             [{"part": part, "ok": error is None, "message": text} for part, text, error in findings]
@@ -104,6 +104,16 @@ def _store(settings: Settings) -> Finding:
     from paigeant.app import store_of
 
     return _connected(settings, "store", "store_url", settings.store_url, lambda: store_of(settings))
+
+
+def _signing(settings: Settings) -> Finding:
+    """Whether messages may travel as the settings have it, and are signed with keys that can be read."""
+    from paigeant.app import envelope_of
+
+    try:
+        return Finding("signing", envelope_of(settings).told)
+    except ConfigurationError as exc:
+        return Finding("signing", settings.scrubbed(str(exc)), exc)
 
 
 def _transports(settings: Settings) -> list[Finding]:

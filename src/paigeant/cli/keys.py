@@ -1,11 +1,7 @@
-"""`paigeant keys`: the key ring of an installation, a file that only its owner can read."""
+"""`paigeant keys`: the key ring of an installation, a file that only its owner can read, and whom it trusts."""
 
 from __future__ import annotations
 
-import json as jsonlib
-import os
-import secrets
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,70 +9,193 @@ import typer
 
 from paigeant.cli import console, session
 from paigeant.cli.runs import AsJson
-from paigeant.errors import ConfigurationError, MessageInvalid
+from paigeant.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from paigeant.security import KeyRing
+    from paigeant.keys import Key, KeyRing
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Make, rotate and list Ed25519 keys.", no_args_is_help=True)
+app = typer.Typer(
+    help="Make, rotate, revoke and list keys, and say what others' are for.", no_args_is_help=True
+)
 
 KeyFile = Annotated[Path, typer.Option("--file", help="The key ring.", metavar="FILE")]
+TrustFile = Annotated[Path, typer.Option("--file", help="The trust file.", metavar="FILE")]
+Algorithm = Annotated[str, typer.Option("--algorithm", help="Ed25519, ES256 or RS256.", metavar="NAME")]
 
 DEFAULT = Path("paigeant-keys.json")
+TRUST = Path("paigeant-trust.json")
 
 
 @app.command(
     epilog=session.examples("paigeant keys generate", "paigeant keys generate --file /etc/paigeant/keys.json")
 )
-def generate(file: KeyFile = DEFAULT, json: AsJson = False) -> None:
+def generate(file: KeyFile = DEFAULT, algorithm: Algorithm = "Ed25519", json: AsJson = False) -> None:
     """Make a key ring with one key. One that is there already is never overwritten."""
-    from paigeant.clock import SystemClock
-    from paigeant.security import Key, KeyRing
+    from paigeant.keyfiles import write_private
+    from paigeant.keys import KeyRing
 
+    there = f"{file} is there already; `paigeant keys rotate` adds a new key to it"
     if file.exists() or file.is_symlink():
-        raise ConfigurationError(f"{file} is there already; `paigeant keys rotate` adds a new key to it")
-    ring = KeyRing((Key.generate(now=SystemClock().now()),))
-    _write(file, ring, new=True)
+        raise ConfigurationError(there)
+    ring = KeyRing((_new(algorithm),))
+    try:
+        write_private(file, ring.as_dict(), new=True)
+    except FileExistsError as exc:
+        raise ConfigurationError(there) from exc
     _tell(file, ring, json)
 
 
 @app.command(epilog=session.examples("paigeant keys rotate"))
-def rotate(file: KeyFile = DEFAULT, json: AsJson = False) -> None:
+def rotate(file: KeyFile = DEFAULT, algorithm: Algorithm = "Ed25519", json: AsJson = False) -> None:
     """Add a new key and make it the active one. The old ones stay, to verify what they have signed."""
-    from paigeant.clock import SystemClock
-    from paigeant.security import Key
+    from paigeant.keyfiles import read_ring, write_private
 
-    ring = _read(file).rotate(Key.generate(now=SystemClock().now()))
-    _write(file, ring)
+    ring = read_ring(file).rotate(_new(algorithm))
+    write_private(file, ring.as_dict())
     _tell(file, ring, json)
+
+
+@app.command(
+    epilog=session.examples("paigeant keys revoke KID", "paigeant keys revoke KID --trust trust.json")
+)
+def revoke(
+    kid: Annotated[str, typer.Argument(help="The id of the key.", metavar="KID")],
+    file: KeyFile = DEFAULT,
+    trust: Annotated[
+        Path | None, typer.Option("--trust", help="Revoke it in this trust file instead.", metavar="FILE")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Have nothing count any more that was signed with a key. Workers that read the file know within a second."""
+    from paigeant.keyfiles import read_ring, write_private
+
+    if trust is not None:
+        _revoke_trusted(trust, kid)
+    else:
+        write_private(file, read_ring(file).revoke(kid, now=_now()).as_dict())
+    if json:
+        console.value({"kid": kid, "revoked": True})
+        return
+    console.result(kid)
+    console.note(f"is revoked in {file if trust is None else trust}", markup=False)
 
 
 @app.command("list", epilog=session.examples("paigeant keys list", "paigeant keys list --json"))
 def list_(file: KeyFile = DEFAULT, json: AsJson = False) -> None:
     """List the keys, the newest first: their public parts, and which is active."""
-    ring = _read(file)
+    from paigeant.keyfiles import read_ring
+
+    ring = read_ring(file)
     if json:
         console.value(_shown(ring))
         return
     rows = [
         [
-            console.plain(entry["kid"]),
-            console.plain("active" if entry["active"] else "verifies", "green" if entry["active"] else ""),
+            console.plain(key.kid),
+            console.plain(key.algorithm),
+            console.plain(
+                _state(ring, key), {"active": "green", "revoked": "red"}.get(_state(ring, key), "")
+            ),
             console.local(key.created_at),
         ]
-        for entry, key in zip(_shown(ring), ring.keys[::-1], strict=True)
+        for key in ring.keys[::-1]
     ]
-    console.out().print(console.table(["kid", "state", "created"], rows))
+    console.out().print(console.table(["kid", "algorithm", "state", "created"], rows))
+
+
+@app.command(
+    "export-jwks",
+    epilog=session.examples("paigeant keys export-jwks > jwks.json", "paigeant keys export-jwks"),
+)
+def export_jwks(file: KeyFile = DEFAULT) -> None:
+    """Print the public keys as a JWK set (RFC 7517), for others to trust. Revoked ones are left out."""
+    from paigeant.keyfiles import read_ring
+
+    console.value({"keys": [key.public for key in read_ring(file).keys if key.revoked_at is None]})
+
+
+@app.command(
+    epilog=session.examples(
+        "paigeant keys trust jwks.json --dispatch '*' --name front",
+        "paigeant keys trust worker.json --run 'pay.*' --run refund",
+        "paigeant keys trust operator.json --amend",
+    )
+)
+def trust(
+    jwks: Annotated[Path, typer.Argument(help="Public keys, see `export-jwks`.", metavar="JWKS.json")],
+    dispatch: Annotated[
+        list[str] | None, typer.Option(help="Workflows whose runs they may start; patterns, again for more.")
+    ] = None,
+    run: Annotated[
+        list[str] | None, typer.Option(help="Topics whose steps they may do; patterns, again for more.")
+    ] = None,
+    amend: Annotated[bool, typer.Option("--amend", help="They may send what an operator may.")] = False,
+    name: Annotated[str | None, typer.Option(help="Whose they are, for people who read the file.")] = None,
+    file: TrustFile = TRUST,
+    json: AsJson = False,
+) -> None:
+    """Write into the trust file what somebody's keys are for. A key that stands there already gets these roles."""
+    from paigeant.keyfiles import read_trust, write_private
+    from paigeant.keys import thumbprint
+
+    if not (dispatch or run or amend):
+        raise ConfigurationError(
+            "the keys would be for nothing; say --dispatch WORKFLOW, --run TOPIC or --amend"
+        )
+    value: dict[str, Any] = _value_of(file) if file.exists() else {"version": 1, "keys": []}
+    kids = []
+    for jwk in _published(jwks):
+        kids.append(kid := thumbprint(jwk))
+        entry = {
+            "jwk": jwk,
+            **({} if name is None else {"name": name}),
+            "dispatch": list(dispatch or ()),
+            "run": list(run or ()),
+            "amend": amend,
+        }
+        value["keys"] = [*(old for old in value["keys"] if thumbprint(old["jwk"]) != kid), entry]
+    write_private(file, value, mode=0o644)
+    read_trust(file)
+    if json:
+        console.value({"kids": kids})
+        return
+    for kid in kids:
+        console.result(kid)
+    console.note(f"is trusted by {file}; set `trust_file: {file}`", markup=False)
+
+
+def _new(algorithm: str) -> Key:
+    from paigeant.errors import nearest
+    from paigeant.keys import ALGORITHMS, Key
+
+    for known in ALGORITHMS:
+        if algorithm.lower() == known.lower():
+            return Key.generate(now=_now(), algorithm=known)
+    raise ConfigurationError(f"there is no algorithm '{algorithm}' here; {nearest(algorithm, ALGORITHMS)}")
+
+
+def _now() -> float:
+    from paigeant.clock import SystemClock
+
+    return SystemClock().now()
+
+
+def _state(ring: KeyRing, key: Key) -> str:
+    if key.revoked_at is not None:
+        return "revoked"
+    return "active" if key is ring.active else "verifies"
 
 
 def _shown(ring: KeyRing) -> list[dict[str, Any]]:
     return [
         {
             "kid": key.kid,
-            "active": key is ring.active,
+            "algorithm": key.algorithm,
+            "active": _state(ring, key) == "active",
             "created_at": console.instant(key.created_at),
+            "revoked_at": None if key.revoked_at is None else console.instant(key.revoked_at),
             "public": key.public,
         }
         for key in reversed(ring.keys)
@@ -93,48 +212,45 @@ def _tell(file: Path, ring: KeyRing, as_json: bool) -> None:
     )
 
 
-def _read(file: Path) -> KeyRing:
+def _revoke_trusted(file: Path, kid: str) -> None:
+    from paigeant.keyfiles import read_trust, write_private
+    from paigeant.keys import thumbprint
+
+    trusted = read_trust(file).keys
+    if kid not in trusted:
+        raise ConfigurationError(f"{file} has no key '{kid}'; it has: {', '.join(trusted) or 'none'}")
+    value = _value_of(file)
+    for entry in value["keys"]:
+        if thumbprint(entry["jwk"]) == kid:
+            entry.setdefault("revoked_at", _now())
+    write_private(file, value, mode=0o644)
+
+
+def _value_of(file: Path) -> dict[str, Any]:
+    """A trust file as it stands, once it has been found to be one."""
     from paigeant.codec import parse_strict
-    from paigeant.security import KeyRing
+    from paigeant.keyfiles import read_trust
+
+    read_trust(file)
+    value: dict[str, Any] = parse_strict(file.read_bytes())
+    value.setdefault("keys", [])
+    return value
+
+
+def _published(file: Path) -> list[dict[str, Any]]:
+    from paigeant.errors import MessageInvalid
+    from paigeant.jwks import read_jwks
 
     try:
-        mode = stat.S_IMODE(file.stat().st_mode)
-        body = file.read_bytes()
-    except FileNotFoundError as exc:
-        raise ConfigurationError(f"there is no key ring {file}; `paigeant keys generate` makes one") from exc
+        found = read_jwks(file.read_bytes())
     except OSError as exc:
         raise ConfigurationError(f"can't read {file}: {exc.strerror}") from exc
-    if os.name == "posix" and mode & 0o077:
-        raise ConfigurationError(
-            f"others can read {file} (mode {mode:04o}), expected 0600; do: chmod 600 {file}"
-        )
-    try:
-        return KeyRing.from_dict(parse_strict(body))
     except MessageInvalid as exc:
-        raise ConfigurationError(f"{file} is no key ring: {exc}") from exc
-    except ConfigurationError as exc:
-        raise ConfigurationError(f"{file}: {exc}") from exc
-
-
-def _write(file: Path, ring: KeyRing, *, new: bool = False) -> None:
-    """Put the ring into the file whole or not at all, and readable by its owner alone from the first byte."""
-    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    try:
-        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(jsonlib.dumps(ring.as_dict(), indent=2) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-            if new:
-                os.link(part, file)  # fails when somebody else has just made one
-            else:
-                os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
-    except FileExistsError as exc:
         raise ConfigurationError(
-            f"{file} is there already; `paigeant keys rotate` adds a new key to it"
+            f"{file} is no key set: {exc}; `paigeant keys export-jwks` prints one"
         ) from exc
-    except OSError as exc:
-        raise ConfigurationError(f"can't write {file}: {exc.strerror}") from exc
+    if not found:
+        raise ConfigurationError(
+            f"{file} has no public key with an id; `paigeant keys export-jwks` prints a set"
+        )
+    return [dict(jwk) for jwk in found.values()]

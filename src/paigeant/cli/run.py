@@ -231,6 +231,7 @@ def _banner(as_json: bool) -> Callable[[Paigeant, ActivityWorker], None]:
             "topics": ", ".join(worker.topics),
             "transport": shown["transport_url"],
             "store": shown["store_url"],
+            "signing": app.forwarder.envelope.told,
         }
         if as_json:
             logging.getLogger("paigeant.worker").info("worker.serving", extra={**facts, "worker": worker.id})

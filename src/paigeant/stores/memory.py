@@ -184,7 +184,12 @@ class MemoryStore:
             self._workers.pop(worker_id, None)
 
     async def sweep(
-        self, *, gone: Collection[str] = (), empty: Collection[str] = (), limit: int = 500
+        self,
+        *,
+        gone: Collection[str] = (),
+        empty: Collection[str] = (),
+        topics: Collection[str] | None = None,
+        limit: int = 500,
     ) -> Swept:
         with self._lock:
             now = self.clock.now()
@@ -217,12 +222,15 @@ class MemoryStore:
             ready = [
                 row
                 for row in self.rows(StepStatus.READY)
-                if row.wake_at <= now
-                or row.due_at <= overdue_since
-                or (
-                    row.topic in empty
-                    and ledger.is_resendable(
-                        wake_at=row.wake_at, due_at=row.due_at, now=now, grace=self.grace
+                if (topics is None or row.topic in topics)
+                and (
+                    row.wake_at <= now
+                    or row.due_at <= overdue_since
+                    or (
+                        row.topic in empty
+                        and ledger.is_resendable(
+                            wake_at=row.wake_at, due_at=row.due_at, now=now, grace=self.grace
+                        )
                     )
                 )
             ]

@@ -11,6 +11,7 @@ from paigeant.errors import ConfigurationError
 if TYPE_CHECKING:
     from paigeant.clock import Clock
     from paigeant.database import Database
+    from paigeant.envelope import Envelope
     from paigeant.transport import Transport
 
 __all__ = ["SCHEMES", "open_transport"]
@@ -32,19 +33,16 @@ def open_transport(
     *,
     database: Database | None = None,
     clock: Clock | None = None,
-    limit_bytes: int | None = None,
+    envelope: Envelope | None = None,
     namespace: str = "paigeant",
     queue_type: Literal["quorum", "classic"] = "quorum",
 ) -> Transport:
     """The transport that `url` names, yet to be connected. `database`: the open one to share with a store.
 
-    `limit_bytes` bounds the size of a message. `namespace` begins the names of a broker's queues and keys; `queue_type`
+    `envelope` seals and opens messages. `namespace` begins the names of a broker's queues and keys; `queue_type`
     is that of RabbitMQ's queues. What the URL itself says of the two stands above that.
     Raises ConfigurationError for a URL of an unknown scheme, and where the library that it needs isn't installed.
     """
-    from paigeant.message import DEFAULT_LIMIT_BYTES
-
-    limit = limit_bytes or DEFAULT_LIMIT_BYTES
     scheme = url.partition("://")[0]
     if scheme not in _ADAPTERS:
         raise ConfigurationError(
@@ -55,19 +53,19 @@ def open_transport(
     made: Transport
     match scheme:
         case "memory":
-            made = adapter(clock=clock, limit_bytes=limit)
+            made = adapter(clock=clock, envelope=envelope)
         case "sqlite" | "postgresql":
             from paigeant.databases import open_database
 
-            made = adapter(database or open_database(url, clock=clock), limit_bytes=limit)
+            made = adapter(database or open_database(url, clock=clock), envelope=envelope)
         case "redis" | "rediss":
-            made = adapter(url, namespace=namespace, limit_bytes=limit)
+            made = adapter(url, namespace=namespace, envelope=envelope)
         case _:
             told = parse_qs(urlsplit(url).query)
             made = adapter(
                 url,
                 namespace=None if "namespace" in told else namespace,
-                limit_bytes=limit,
+                envelope=envelope,
                 queue_type=None if "queue_type" in told else queue_type,
                 clock=clock,
             )

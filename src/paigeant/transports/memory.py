@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 
 from paigeant.clock import Clock, SystemClock
+from paigeant.envelope import Envelope, PlainEnvelope
 from paigeant.errors import MessageInvalid, PaigeantError
-from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encode
+from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter, Store
 from paigeant.transport import Bury, TopicDepth
 
@@ -42,9 +43,9 @@ class MemoryTransport:
     Whoever sets `clock` calls `wake` after it, so that what is due by then is delivered at once.
     """
 
-    def __init__(self, *, clock: Clock | None = None, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+    def __init__(self, *, clock: Clock | None = None, envelope: Envelope | None = None) -> None:
         self.clock = clock or SystemClock()
-        self.limit_bytes = limit_bytes
+        self.envelope = envelope or PlainEnvelope()
         self.dead_letters: list[DeadLetter] = []
         self._messages: dict[str, _Held] = {}
         # For each topic when its messages are due, the next one first. Entries of messages that have moved or gone
@@ -76,7 +77,7 @@ class MemoryTransport:
     # -- sending
 
     async def publish(self, topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
-        self.put(topic, message.message_id, encode(message, limit_bytes=self.limit_bytes), delay=delay)
+        self.put(topic, message.message_id, self.envelope.seal(message, topic), delay=delay)
 
     def put(self, topic: str, message_id: str, body: bytes, *, delay: float = 0) -> None:
         """Have `body` delivered as it is, message or not."""
@@ -145,7 +146,7 @@ class MemoryTransport:
     async def _opened(self, message_id: str) -> PaigeantMessage | None:
         held = self._messages[message_id]
         try:
-            return decode(held.body, limit_bytes=self.limit_bytes)
+            return await self.envelope.open(held.topic, held.body)
         except MessageInvalid as exc:
             try:
                 await self._reject(message_id, held, exc.reason, str(exc))

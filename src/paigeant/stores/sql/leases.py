@@ -112,11 +112,16 @@ class SqlLeases(SqlPart):
         return [None] * len(requests)
 
     async def sweep(
-        self, *, gone: Collection[str] = (), empty: Collection[str] = (), limit: int = 500
+        self,
+        *,
+        gone: Collection[str] = (),
+        empty: Collection[str] = (),
+        topics: Collection[str] | None = None,
+        limit: int = 500,
     ) -> Swept:
         if not gone and not empty and not await self.database.read(self._has_work, None):
             return Swept()
-        return await self.database.write(self._sweep, (gone, empty, limit))
+        return await self.database.write(self._sweep, (gone, empty, topics, limit))
 
     def _has_work(self, tx: Tx, requests: Sequence[None]) -> list[bool]:
         # Sweeps are many and mostly find nothing: look without taking any lock.
@@ -133,10 +138,17 @@ class SqlLeases(SqlPart):
         )
         return [has_work] * len(requests)
 
-    def _sweep(self, tx: Tx, requests: Sequence[tuple[Collection[str], Collection[str], int]]) -> list[Swept]:
+    def _sweep(self, tx: Tx, requests: Sequence[tuple[Any, ...]]) -> list[Swept]:
         return [self._sweep_once(tx, *request) for request in requests]
 
-    def _sweep_once(self, tx: Tx, gone: Collection[str], empty: Collection[str], limit: int) -> Swept:
+    def _sweep_once(
+        self,
+        tx: Tx,
+        gone: Collection[str],
+        empty: Collection[str],
+        topics: Collection[str] | None,
+        limit: int,
+    ) -> Swept:
         execute = tx.connection.execute
         over = or_(workers.c.lease_until <= tx.now, workers.c.id.in_(list(gone)))
         lost = tuple(execute(delete(workers).where(over).returning(workers.c.id)).scalars())
@@ -162,7 +174,7 @@ class SqlLeases(SqlPart):
         due = {}
         # A worker that is lost had fetched messages, the oldest first, and which ones nobody knows.
         overdue_since = tx.now - self.grace if lost else None
-        wanted = due_steps(tx.now, overdue_since, empty, grace=self.grace)
+        wanted = due_steps(tx.now, overdue_since, empty, topics=topics, grace=self.grace)
         for row in self._locked(tx, wanted.limit(limit)):
             key = key_of(row)
             due[key] = row.epoch

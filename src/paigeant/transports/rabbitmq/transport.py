@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any, Literal
 
 from paigeant.clock import Clock, SystemClock
+from paigeant.envelope import Envelope, PlainEnvelope, split
 from paigeant.errors import ConfigurationError, MessageInvalid, PaigeantError, TransportUnavailable
-from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encode
+from paigeant.message import PaigeantMessage, decode
 from paigeant.store import DeadLetter, Store
 from paigeant.transport import Bury, TopicDepth
 from paigeant.transports.rabbitmq.feed import ATTEMPTS, LONGEST_PAUSE_SECONDS, PAUSE_SECONDS, Delivery, Feed
@@ -46,7 +47,7 @@ class RabbitMQTransport:
         url: str,
         *,
         namespace: str | None = None,
-        limit_bytes: int = DEFAULT_LIMIT_BYTES,
+        envelope: Envelope | None = None,
         queue_type: Literal["quorum", "classic"] | None = None,
         delivery_limit: int | None = None,
         publish_timeout: float = 10.0,
@@ -54,7 +55,7 @@ class RabbitMQTransport:
     ) -> None:
         parsed, told = read_url(url)
         self.clock = clock or SystemClock()
-        self.limit_bytes = limit_bytes
+        self.envelope = envelope or PlainEnvelope()
         self.publish_timeout = publish_timeout
         self.queues = Queues(
             namespace or told.get("namespace", "paigeant"),
@@ -99,7 +100,7 @@ class RabbitMQTransport:
     # -- sending
 
     async def publish(self, topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
-        body = encode(message, limit_bytes=self.limit_bytes)
+        body = self.envelope.seal(message, topic)
         await self._post(topic, message.message_id, body, delay)
 
     async def _post(
@@ -136,7 +137,7 @@ class RabbitMQTransport:
 
     async def _opened(self, topic: str, delivery: Delivery) -> PaigeantMessage | None:
         try:
-            message = decode(delivery.body, limit_bytes=self.limit_bytes)
+            message = await self.envelope.open(topic, delivery.body)
         except MessageInvalid as exc:
             about = (delivery.property_id, topic, exc.reason, str(exc), delivery.body, delivery.attempts)
             try:
@@ -273,7 +274,9 @@ class RabbitMQTransport:
     def _letter(self, delivery: Delivery) -> DeadLetter:
         headers = delivery.headers
         try:
-            message_id = decode(delivery.body, limit_bytes=len(delivery.body)).message_id
+            message_id = decode(
+                split(delivery.body, len(delivery.body))[1], limit_bytes=len(delivery.body)
+            ).message_id
         except MessageInvalid:
             message_id = delivery.property_id
         if _REASON in headers:

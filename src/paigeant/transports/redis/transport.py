@@ -9,8 +9,9 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Collection
 
+from paigeant.envelope import Envelope, PlainEnvelope
 from paigeant.errors import MessageInvalid
-from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encode
+from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter, Store
 from paigeant.transport import BODY_KEPT_BYTES, Bury, TopicDepth
 from paigeant.transports.redis.hands import Hands, Held
@@ -46,10 +47,10 @@ class RedisStreamTransport:
         url: str,
         *,
         namespace: str = "paigeant",
-        limit_bytes: int = DEFAULT_LIMIT_BYTES,
+        envelope: Envelope | None = None,
         hold: float = _HOLD_SECONDS,
     ) -> None:
-        self.limit_bytes = limit_bytes
+        self.envelope = envelope or PlainEnvelope()
         self.hold = hold
         self._place = Place.read(url)
         self._streams = Streams(self._place, namespace)
@@ -82,7 +83,7 @@ class RedisStreamTransport:
     # -- sending
 
     async def publish(self, topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
-        body = encode(message, limit_bytes=self.limit_bytes)
+        body = self.envelope.seal(message, topic)
         with told(self._place):
             await self._streams.add(topic, message.message_id, body, delay)
 
@@ -112,7 +113,7 @@ class RedisStreamTransport:
 
     async def _opened(self, item: Item) -> PaigeantMessage | None:
         try:
-            return decode(item.body, limit_bytes=self.limit_bytes)
+            return await self.envelope.open(item.held.topic, item.body)
         except MessageInvalid as exc:
             try:
                 await self._reject(item.held, item.message_id, exc.reason, str(exc))

@@ -1,0 +1,249 @@
+"""Where keys are kept: the ring of an installation's own, a file of those it trusts, and key sets that others publish.
+
+Files are read again when they have changed, so that a key that is added or revoked counts at once in every process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import stat
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from json import dumps
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from paigeant.codec import parse_strict
+from paigeant.errors import ConfigurationError, MessageInvalid
+from paigeant.jwks import Jwks
+from paigeant.keys import ALL_ROLES, Key, KeyRing, Roles, TrustedKey, thumbprint
+
+__all__ = ["FileKeys", "Trust", "read_ring", "read_trust", "write_private"]
+
+log = logging.getLogger("paigeant.keys")
+
+_LOOK_SECONDS = 1.0
+"""How often a file is looked at for changes, while messages come."""
+
+_MOST_KEYS = 1000
+
+Content = TypeVar("Content")
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Whose signatures count: keys by their ids, and a URL where more are published, with the roles of those."""
+
+    keys: Mapping[str, TrustedKey] = field(default_factory=dict)
+    jwks_url: str | None = None
+    jwks_roles: Roles = field(default_factory=Roles)
+
+
+class FileKeys:
+    """The keys that settings name. `ring` gives the own key ring, `trust` whom to believe; without it the ring alone.
+
+    The two are read through files that are watched, or are fixed.
+    """
+
+    def __init__(self, ring: Callable[[], KeyRing], trust: Callable[[], Trust] | None = None) -> None:
+        self._ring = ring
+        self._trust = trust
+        self._jwks: Jwks | None = None
+
+    @classmethod
+    def of(cls, ring: Path | KeyRing, trust: Path | None = None) -> FileKeys:
+        """Those in these files. Raises ConfigurationError for what is in neither."""
+        own = (lambda: ring) if isinstance(ring, KeyRing) else _Watched(ring, read_ring).get
+        others = None if trust is None else _Watched(trust, read_trust).get
+        keys = cls(own, others)
+        keys.signer()
+        return keys
+
+    def signer(self) -> tuple[Key, Roles]:
+        key = self._ring().active
+        if self._trust is None:
+            return key, ALL_ROLES
+        known = self._trust().keys.get(key.kid)
+        # One that only a published set has gets the roles of that.
+        return key, known.roles if known is not None else self._trust().jwks_roles
+
+    async def find(self, kid: str) -> TrustedKey | None:
+        if self._trust is None:
+            own = self._ring().find(kid)
+            return None if own is None else TrustedKey(kid, own.public, revoked_at=own.revoked_at)
+        trust = self._trust()
+        known = trust.keys.get(kid)
+        if known is not None or trust.jwks_url is None:
+            return known
+        if self._jwks is None or self._jwks.url != trust.jwks_url:
+            self._jwks = Jwks(trust.jwks_url)
+        jwk = await self._jwks.find(kid)
+        if jwk is None or _thumbprint(jwk) != kid:
+            return None
+        return TrustedKey(kid, jwk, trust.jwks_roles)
+
+
+class _Watched(Generic[Content]):
+    """What a file holds, read again when it has changed. A change that can't be read is told, and the old one holds."""
+
+    def __init__(self, path: Path, read: Callable[[Path], Content]) -> None:
+        self._path = path
+        self._read = read
+        self._content = read(path)
+        self._mark = _mark(path)
+        self._looked_at = time.monotonic()
+
+    def get(self) -> Content:
+        now = time.monotonic()
+        if now - self._looked_at >= _LOOK_SECONDS:
+            self._looked_at = now
+            mark = _mark(self._path)
+            if mark != self._mark:
+                try:
+                    self._content = self._read(self._path)
+                except ConfigurationError as exc:
+                    log.error("keys.not_read: %s; those that were there before are kept", exc)
+                self._mark = mark
+        return self._content
+
+
+def _mark(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def read_ring(path: Path) -> KeyRing:
+    """The key ring in a file that only its owner can read. Raises ConfigurationError."""
+    value = _read(path, "key ring", "`paigeant keys generate` makes one", private=True)
+    try:
+        return KeyRing.from_dict(value)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{path}: {exc}") from exc
+
+
+def read_trust(path: Path) -> Trust:
+    """What a trust file says. Raises ConfigurationError with the place in it."""
+    value = _read(path, "trust file", "`paigeant keys trust` writes one", private=False)
+    try:
+        return _trust(value)
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{path}: {exc}") from exc
+
+
+def write_private(path: Path, value: Mapping[str, Any], *, new: bool = False, mode: int = 0o600) -> None:
+    """Put `value` into a file whole or not at all, and with `mode` from the first byte.
+
+    Raises FileExistsError where it has to be `new` and isn't, ConfigurationError for what else can't be.
+    """
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(dumps(value, indent=2) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            if new:
+                os.link(part, path)  # fails when somebody else has just made one
+            else:
+                os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except FileExistsError:
+        raise
+    except OSError as exc:
+        raise ConfigurationError(f"can't write {path}: {exc.strerror}") from exc
+
+
+def _read(path: Path, what: str, remedy: str, *, private: bool) -> Any:
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        body = path.read_bytes()
+    except FileNotFoundError as exc:
+        raise ConfigurationError(f"there is no {what} {path}; {remedy}") from exc
+    except OSError as exc:
+        raise ConfigurationError(f"can't read {path}: {exc.strerror}") from exc
+    # A trust file that others can write lets them in, a ring that others can read lets them sign.
+    forbidden, expected = (0o077, "0600") if private else (0o022, "0644")
+    if os.name == "posix" and mode & forbidden:
+        done = "read" if private else "write"
+        raise ConfigurationError(
+            f"others can {done} {path} (mode {mode:04o}), expected {expected}; do: chmod {expected} {path}"
+        )
+    try:
+        return parse_strict(body)
+    except MessageInvalid as exc:
+        raise ConfigurationError(f"{path} is no {what}: {exc}") from exc
+
+
+def _trust(value: Any) -> Trust:
+    if (
+        not isinstance(value, dict)
+        or value.get("version") != 1
+        or not isinstance(value.get("keys", []), list)
+    ):
+        raise ConfigurationError('a trust file is {"version": 1, "keys": [...]}; this is something else')
+    _known(value, {"version", "keys", "jwks"}, "a trust file")
+    entries = value.get("keys", [])
+    if len(entries) > _MOST_KEYS:
+        raise ConfigurationError(f"a trust file has at most {_MOST_KEYS} keys, found {len(entries)}")
+    keys = [_trusted(entry, f"keys[{place}]") for place, entry in enumerate(entries)]
+    jwks = value.get("jwks")
+    if jwks is None:
+        return Trust({key.kid: key for key in keys})
+    if not isinstance(jwks, dict) or not isinstance(jwks.get("url"), str):
+        raise ConfigurationError('jwks is {"url": "https://...", "dispatch": [...], "run": [...]}')
+    _known(jwks, {"url", "dispatch", "run", "amend"}, "jwks")
+    return Trust({key.kid: key for key in keys}, Jwks(jwks["url"]).url, _roles(jwks, "jwks"))
+
+
+def _trusted(entry: Any, place: str) -> TrustedKey:
+    if not isinstance(entry, dict) or not isinstance(entry.get("jwk"), dict):
+        raise ConfigurationError(
+            f'{place} is no key; expected {{"jwk": {{...}}, "dispatch": [...], "run": [...]}}'
+        )
+    known = {"jwk", "name", "dispatch", "run", "amend", "not_before", "not_after", "revoked_at"}
+    _known(entry, known, place)
+    try:
+        kid = thumbprint(entry["jwk"])
+    except ConfigurationError as exc:
+        raise ConfigurationError(f"{place}: {exc}") from exc
+    instants: dict[str, float | None] = {}
+    for name in ("not_before", "not_after", "revoked_at"):
+        found = entry.get(name)
+        if found is not None and (isinstance(found, bool) or not isinstance(found, (int, float))):
+            raise ConfigurationError(f"{place}.{name} is seconds since 1970, found {found!r}")
+        instants[name] = found
+    return TrustedKey(kid, entry["jwk"], _roles(entry, place), **instants)
+
+
+def _roles(entry: Mapping[str, Any], place: str) -> Roles:
+    patterns = {}
+    for name in ("dispatch", "run"):
+        found = entry.get(name, [])
+        if not isinstance(found, list) or not all(isinstance(pattern, str) for pattern in found):
+            raise ConfigurationError(f"{place}.{name} is a list of names or patterns, found {found!r}")
+        patterns[name] = tuple(found)
+    amend = entry.get("amend", False)
+    if not isinstance(amend, bool):
+        raise ConfigurationError(f"{place}.amend is true or false, found {amend!r}")
+    return Roles(patterns["dispatch"], patterns["run"], amend)
+
+
+def _known(entry: Mapping[str, Any], names: set[str], place: str) -> None:
+    for name in entry:
+        if name not in names:
+            raise ConfigurationError(f"{place} has no '{name}'; known: {', '.join(sorted(names))}")
+
+
+def _thumbprint(jwk: Mapping[str, Any]) -> str | None:
+    try:
+        return thumbprint(jwk)
+    except ConfigurationError:
+        return None
