@@ -14,6 +14,7 @@ from paigeant import ledger
 from paigeant.activity import ActivityRegistry
 from paigeant.errors import MessageTooLarge, PaigeantError, StoreUnavailable, TransportUnavailable
 from paigeant.message import DEFAULT_LIMIT_BYTES, MessageId, PaigeantMessage, encode
+from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import Compensation, Phase, RoutingSlip, Step, StepStatus
 from paigeant.store import NextStep, RunDetail, StepKey, Store
 from paigeant.transport import Posting, Transport
@@ -77,8 +78,14 @@ class Forwarder:
 
     def letter(self, message: PaigeantMessage, topic: str, *, epoch: int, delay: float = 0.0) -> Letter:
         """`message` for whoever claims its step after claim `epoch`. The same letter always has the same message id."""
+        if OBO_TOKEN in message.headers and not self.carries(topic):
+            message = message.evolve(headers=_tokenless(message.headers))
         message_id = MessageId(message.workflow_id, message.step_id, message.phase, epoch)
         return Letter(topic, message.evolve(message_id=str(message_id)), delay)
+
+    def carries(self, topic: str) -> bool:
+        """Whether a token may travel with messages for `topic`: not through a table, where it would be recorded."""
+        return not self.transport.keeps_rows(topic)
 
     def posting(self, letter: Letter) -> Posting | None:
         """`letter` for a transaction of the store; None when that doesn't publish it. Raises MessageTooLarge."""
@@ -119,9 +126,13 @@ class Forwarder:
             await self.transport.publish(letter.topic, message, delay=letter.delay)
 
     async def send_again(
-        self, keys: Iterable[StepKey], unsent: Mapping[StepKey, str] = MappingProxyType({})
+        self,
+        keys: Iterable[StepKey],
+        unsent: Mapping[StepKey, str] = MappingProxyType({}),
+        *,
+        token: SecretToken | None = None,
     ) -> dict[StepKey, str]:
-        """Publish messages for ready steps, made from the store alone.
+        """Publish messages for ready steps, made from the store alone, and from a `token` that they are to carry.
 
         Gives those that could not be sent because a server is away, with their topics: to be given back as `unsent`
         together with the next `keys`.
@@ -144,6 +155,8 @@ class Forwarder:
                     left[key] = topic
                     continue
                 message = message_of(detail, inline_bytes=self.inline_bytes)
+                if token is not None:
+                    message = message.evolve(headers={**message.headers, OBO_TOKEN: token.reveal()})
                 delay = max(row.not_before - now, 0.0)
                 await self._publish(self.letter(message, topic, epoch=row.epoch, delay=delay))
             except StoreUnavailable as exc:
@@ -169,9 +182,15 @@ class Forwarder:
         return written is not None and written.epoch == epoch - 1
 
     async def renewed(self, message: PaigeantMessage) -> PaigeantMessage:
-        """`message` as the rows of its run have it now. Raises RunNotFound, StoreUnavailable."""
+        """`message` as the rows of its run have it now, with the token that it came with, which no row has.
+
+        Raises RunNotFound, StoreUnavailable.
+        """
         detail = await self.store.load_run(message.workflow_id, inline_bytes=self.inline_bytes)
-        return message_of(detail, inline_bytes=self.inline_bytes).evolve(message_id=message.message_id)
+        made = message_of(detail, inline_bytes=self.inline_bytes)
+        token = message.headers.get(OBO_TOKEN)
+        headers = made.headers if token is None else {**made.headers, OBO_TOKEN: token}
+        return made.evolve(message_id=message.message_id, headers=headers)
 
 
 def message_of(detail: RunDetail, *, inline_bytes: int) -> PaigeantMessage:
@@ -188,6 +207,10 @@ def message_of(detail: RunDetail, *, inline_bytes: int) -> PaigeantMessage:
         trace_id=run.trace_id,
         headers=dict(run.headers),
     )
+
+
+def _tokenless(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name != OBO_TOKEN}
 
 
 def _without_payload(message: PaigeantMessage) -> PaigeantMessage:

@@ -1,4 +1,4 @@
-"""Who a step acts for, and the keys of an installation. Signing and token exchange come later and live here then."""
+"""The keys of an installation. Signing comes later and lives here then."""
 
 from __future__ import annotations
 
@@ -11,20 +11,7 @@ from paigeant.errors import ConfigurationError
 if TYPE_CHECKING:
     from joserfc.jwk import OKPKey
 
-__all__ = ["Key", "KeyRing", "SecurityContext"]
-
-
-@dataclass(frozen=True, slots=True)
-class SecurityContext:
-    """On whose behalf a run was dispatched, and with which rights.
-
-    `subject` is the stable id of the person or service, `scopes` are the rights that were granted, `issuer` names who
-    says so. It holds no token: tokens are never stored.
-    """
-
-    subject: str
-    scopes: tuple[str, ...] = ()
-    issuer: str | None = None
+__all__ = ["Key", "KeyRing"]
 
 
 @dataclass(frozen=True, slots=True)
