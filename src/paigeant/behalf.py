@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Acting", "Behalf", "Trust"]
 
+_UNSET = "no `token_url` with `client_id` and `client_secret` or `client_key` is set"
+
 
 @dataclass(frozen=True, slots=True)
 class Trust:
@@ -146,8 +148,7 @@ class Acting:
         if self.is_undo:
             if self.behalf.own is None:
                 raise ScopeMissing(
-                    "the compensation names scopes, which it gets as the service itself, and no `token_url` is set to "
-                    "get them from"
+                    f"the compensation names scopes, which the service gets as itself, and {_UNSET}"
                 )
             return None
         needed = ", ".join(self.allowed)
@@ -183,14 +184,14 @@ class Acting:
             )
         if self.is_undo:
             if self.behalf.own is None:
-                raise ConfigurationError("no `token_url` is set, where the service gets tokens of its own")
+                raise ConfigurationError(f"{_UNSET}, where the service gets tokens of its own")
             return self._kept(await self.behalf.own.own_token(audience=audience, scopes=scopes))
         if self.mandate is None:
             raise ScopeMissing(
                 "the run acts for nobody, so there is no token; dispatch it with on_behalf_of="
             )
         if self.behalf.exchanger is None:
-            raise ConfigurationError("no `token_url` is set, where tokens are exchanged for others")
+            raise ConfigurationError(f"{_UNSET}, where tokens are exchanged for others")
         while True:
             subject, found = await self._subject(place)
             missing = found.missing(scopes)
@@ -265,7 +266,7 @@ class Acting:
         if not self._has_handle() or mandate.handle is None:
             raise TokenExpired(f"there is no token of '{mandate.subject}' here")
         if self.behalf.grants is None:
-            raise ConfigurationError("no `grant_url` is set, where a token is had for a grant handle")
+            raise ConfigurationError(f"{_UNSET}, or `grant_url`, where a token is had for a grant handle")
         return self._kept(
             await self.behalf.grants.subject_token(mandate.handle, workflow_id=self.workflow_id)
         )

@@ -252,13 +252,8 @@ class Settings(BaseSettings):
                 "found only one of token_issuers and token_audience; a token is accepted from an issuer, and for this "
                 "service: set both"
             )
-        if self.token_url is not None and (
-            self.client_id is None or (self.client_secret is None) == (self.client_key is None)
-        ):
-            raise ValueError(
-                "found token_url without a client_id and one of client_secret and client_key, by which this service "
-                "proves there who it is"
-            )
+        if self.client_secret is not None and self.client_key is not None:
+            raise ValueError("found client_secret and client_key; a service proves by one of them who it is")
         return self
 
     def issuers(self) -> dict[str, Issuer]:
