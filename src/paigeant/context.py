@@ -122,7 +122,9 @@ class StepContext:
             raise ScopeMissing(
                 "the run acts for nobody, so there is no token; dispatch it with on_behalf_of="
             )
-        return await self._acting.token(self._here(), audience, check_scopes(scopes))
+        # In the worker's loop, which all share that wait for one key set.
+        work = self._acting.token(self._here(), audience, check_scopes(scopes))
+        return await self._place.journal.at_home(work)
 
     # -- waits
 

@@ -96,12 +96,14 @@ class Dispatcher:
         await self._check_first(run_id, slip.next_step(), payload)
         trace_id, parent = _trace(headers or {})
         recorded = {**(headers or {}), "traceparent": parent}
-        token = None
+        token, person = None, b""
         first = self.forwarder.next_step(run_id, slip)
         if on_behalf_of is not None:
             carries = first is None or self.forwarder.carries(first.topic)
             mandate, token = await self.behalf.mandate(on_behalf_of, carries=carries)
             recorded[MANDATE] = mandate.dump()
+            # The same run for somebody else is another one: an id mustn't lead to what was granted by others.
+            person = f"\0{mandate.issuer}\0{mandate.subject}".encode()
             if token is not None and begins - now > LONGEST_DELAY:
                 raise InputInvalid(
                     "a token doesn't travel before its run is due: no message does; hand over a GrantHandle"
@@ -122,7 +124,7 @@ class Dispatcher:
             workflow=workflow.name,
             status=RunStatus.PENDING,
             input=text,
-            input_hash=hashlib.sha256(text).hexdigest(),
+            input_hash=hashlib.sha256(text + person).hexdigest(),
             slip=ledger.pack_slip(slip),
             correlation_id=message.correlation_id,
             trace_id=trace_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -17,6 +18,7 @@ from paigeant import (
     Paigeant,
     PaigeantMessage,
     RoutingSlip,
+    RunConflict,
     RunStatus,
     SecretToken,
     Settings,
@@ -462,6 +464,31 @@ async def test_a_grant_that_nobody_takes(app: MemoryApp, authority: Authority) -
         await run.grant(authority.token("ann", "mail.read"))
     with pytest.raises(InputInvalid, match=r"Run\.grant"):
         await run.signal(GRANT_SIGNAL, None)
+
+
+async def test_an_id_belongs_to_one_person(app: MemoryApp, authority: Authority) -> None:
+    """The same dispatch for the same person is the same run, and for another one a conflict."""
+    for _ in range(2):
+        token = authority.token("ann", "mail.read")
+        run = await app.dispatch(flow("read"), on_behalf_of=token, workflow_id="r")
+        assert run.id == "r"
+    for other in (None, authority.token("eve", "mail.read")):
+        with pytest.raises(RunConflict):
+            await app.dispatch(flow("read"), on_behalf_of=other, workflow_id="r")
+
+
+async def test_a_token_from_another_event_loop(authority: Authority, clock: ManualClock) -> None:
+    """Code that runs a loop of its own in a thread, as `agent.run_sync` does, gets tokens like any other."""
+    registry = ActivityRegistry()
+
+    @registry.execute(scopes=["mail.send"], retries=0)
+    def plain(context: StepContext) -> str:
+        return str(asyncio.run(context.token(audience=MAIL, scopes=["mail.send"])))
+
+    async with MemoryApp(registry, clock=clock, **settings_of(authority)) as app:
+        run = await app.dispatch(flow("plain"), on_behalf_of=authority.token("ann", "mail.send"))
+        await app.drain()
+        assert (await run.wait()).output == "***"
 
 
 async def test_what_dispatch_refuses(app: MemoryApp, authority: Authority) -> None:

@@ -6,9 +6,6 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from joserfc import jwt
-from joserfc.jwk import ECKey
-
 from paigeant.behalf import Behalf, Trust
 from paigeant.clock import Clock, SystemClock
 from paigeant.errors import ExchangeRefused, GrantInvalid, TokenExpired
@@ -31,6 +28,8 @@ class MemoryAuthority:
     def __init__(self) -> None:
         self.clock: Clock = SystemClock()
         self.exchanged: list[tuple[str, str, tuple[str, ...]]] = []
+        from joserfc.jwk import ECKey  # here, because most tests act for nobody
+
         self._key = ECKey.generate_key("P-256", {"use": "sig", "alg": "ES256"}, private=True)
         self._key.ensure_kid()
         self._kept: dict[str, tuple[str, tuple[str, ...], str]] = {}
@@ -83,6 +82,8 @@ class MemoryAuthority:
         return self._sign("the service", audience, scopes, 300.0)
 
     def _sign(self, subject: str, audience: str, scopes: tuple[str, ...], lifetime: float) -> SecretToken:
+        from joserfc import jwt
+
         now = self.clock.now()
         claims = {
             "iss": self.name,
