@@ -20,10 +20,11 @@ if TYPE_CHECKING:
         UnknownWorkflow,
         WaitTimeout,
     )
+    from paigeant.identity import GrantHandle, SecurityContext
     from paigeant.message import PaigeantMessage
     from paigeant.policy import ItineraryPolicy
     from paigeant.retry import RetryPolicy
-    from paigeant.security import SecurityContext
+    from paigeant.secret import SecretToken
     from paigeant.settings import Settings
     from paigeant.slip import RoutingSlip, RunStatus, Step, StepStatus
     from paigeant.store import Store
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivityRegistry",
     "ActivityWorker",
+    "GrantHandle",
     "Handoff",
     "ItineraryPolicy",
     "NonRetryableError",
@@ -49,6 +51,7 @@ __all__ = [
     "RunResult",
     "RunStatus",
     "RunTimeout",
+    "SecretToken",
     "SecurityContext",
     "Settings",
     "Sleep",
@@ -79,10 +82,11 @@ _MODULES = {
         "UnknownWorkflow",
         "WaitTimeout",
     ),
+    "identity": ("GrantHandle", "SecurityContext"),
     "message": ("PaigeantMessage",),
     "policy": ("ItineraryPolicy",),
     "retry": ("RetryPolicy",),
-    "security": ("SecurityContext",),
+    "secret": ("SecretToken",),
     "settings": ("Settings",),
     "slip": ("RoutingSlip", "RunStatus", "Step", "StepStatus"),
     "store": ("Store",),

@@ -7,7 +7,7 @@ import contextvars
 import functools
 import inspect
 import typing
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,10 +27,12 @@ from paigeant.context import StepContext
 from paigeant.errors import (
     ArgumentError,
     DuplicateActivity,
+    InputInvalid,
     InvalidDefinition,
     OutputInvalid,
     UnknownActivity,
 )
+from paigeant.identity import check_scopes
 from paigeant.retry import RetryPolicy
 from paigeant.slip import check_name
 
@@ -99,7 +101,7 @@ class Activity:
     """What workers do under a name, and how. None of a setting leaves it to the worker's defaults.
 
     `concurrency` bounds how many of it one worker does at once. `strict_fencing` refuses the late result of an attempt
-    that lost its lease. `compensation` undoes it.
+    that lost its lease. `compensation` undoes it. `scopes` are the rights that it needs of the person it acts for.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Activity:
     strict_fencing: bool = False
     description: str = ""
     compensation: Activity | None = None
+    scopes: tuple[str, ...] = ()
 
     def dump(self, value: Any) -> bytes:
         """What the activity returned, as JSON in the way its annotation wants. Raises OutputInvalid."""
@@ -146,15 +149,17 @@ class ActivityRegistry:
         timeout: float | None = None,
         concurrency: int | None = None,
         strict_fencing: bool = False,
+        scopes: Collection[str] = (),
     ) -> Callable[[Function], Function]:
         """Register a function, async or plain (done in a thread), as an activity; gives it back unchanged.
 
-        `name` and `topic` default to the function's name. `timeout` is in seconds, for each attempt. Raises
-        DuplicateActivity, InvalidDefinition.
+        `name` and `topic` default to the function's name. `timeout` is in seconds, for each attempt. `scopes` are the
+        rights that it needs: it is called only on behalf of somebody who has granted all of them, with a token that is
+        valid then. Raises DuplicateActivity, InvalidDefinition.
         """
 
         def register(function: Function) -> Function:
-            options = _Options(topic, retries, timeout, concurrency, strict_fencing)
+            options = _Options(topic, retries, timeout, concurrency, strict_fencing, _scopes(scopes))
             self._add(self._activities, _Lazy(_name(name, function), function, options), "activity")
             return function
 
@@ -169,12 +174,16 @@ class ActivityRegistry:
         *,
         retries: int | RetryPolicy | None = None,
         timeout: float | None = None,
+        scopes: Collection[str] = (),
     ) -> Callable[[Function], Function]:
         """Register what undoes `activity`. Its parameter `output` gets what the undone step returned, the others
-        are resolved like those of an activity. Retries and timeout are its own."""
+        are resolved like those of an activity. Retries and timeout are its own.
+
+        It is done by the service itself and needs nobody's token: `scopes` are what the service's own may have there.
+        """
 
         def register(function: Function) -> Function:
-            options = _Options(None, retries, timeout, None, False)
+            options = _Options(None, retries, timeout, None, False, _scopes(scopes))
             lazy = _Lazy(activity, function, options)
             self._add(self._compensations, lazy, "compensation of activity")
             return function
@@ -201,6 +210,7 @@ class ActivityRegistry:
         retries: int | RetryPolicy | None = None,
         timeout: float | None = None,
         concurrency: int | None = None,
+        scopes: Collection[str] = (),
     ) -> None:
         """Register a pydantic-ai agent as an activity called `name`, or like the agent.
 
@@ -219,7 +229,7 @@ class ActivityRegistry:
         """
         from paigeant.agents.activity import agent_activity, check_agent  # here, because it loads pydantic-ai
 
-        options = _Options(topic, retries, timeout, concurrency, False)
+        options = _Options(topic, retries, timeout, concurrency, False, _scopes(scopes))
         called = name or getattr(agent, "name", None)
         check_agent(
             agent,
@@ -307,6 +317,7 @@ class _Options:
     timeout: float | None
     concurrency: int | None
     strict_fencing: bool
+    scopes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.retries is not None:
@@ -351,6 +362,7 @@ class _Lazy:
                 timeout=options.timeout,
                 concurrency=options.concurrency,
                 strict_fencing=options.strict_fencing,
+                scopes=options.scopes,
             )
         if compensation is not None and self.built.compensation is None:
             self.built = replace(self.built, compensation=compensation.build())
@@ -365,6 +377,13 @@ def _name(name: str | None, function: Callable[..., Any]) -> str:
         raise InvalidDefinition("a function without a name needs one: @activity.execute(name='...')")
     check_name("the name of an activity", called)
     return called
+
+
+def _scopes(scopes: Collection[str]) -> tuple[str, ...]:
+    try:
+        return check_scopes(scopes)
+    except InputInvalid as exc:
+        raise InvalidDefinition(f"the scopes of an activity: {exc}") from exc
 
 
 def _from_function(name: str, function: Callable[..., Any]) -> Activity:

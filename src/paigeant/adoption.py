@@ -14,12 +14,13 @@ from paigeant.errors import NotAdopted
 from paigeant.forwarder import STORED_PAYLOAD, Forwarder
 from paigeant.message import MessageId, PaigeantMessage
 from paigeant.observer import Event, Observers
+from paigeant.secret import OBO_TOKEN
 from paigeant.slip import Executed, Phase, RoutingSlip, RunStatus, Step, StepStatus, is_text
 from paigeant.store import RunRecord, StepKey, StepRecord, Store
 
 __all__ = ["Adoption"]
 
-_NOT_KEPT = frozenset({STORED_PAYLOAD, "obo_token", "jws_signature"})
+_NOT_KEPT = frozenset({STORED_PAYLOAD, OBO_TOKEN, "jws_signature"})
 """Headers that say something of one message, or hold what no row may."""
 
 

@@ -14,14 +14,29 @@ from typing import Any, Self
 from pydantic_core import from_json
 
 from paigeant.activity import ActivityRegistry
+from paigeant.authority import GrantStore, ServiceTokens, TokenExchanger
+from paigeant.behalf import Behalf, Trust
 from paigeant.claim import Limits
 from paigeant.clock import Clock, SystemClock
 from paigeant.database import Database
 from paigeant.dispatcher import Dispatcher
 from paigeant.envelope import Envelope, PlainEnvelope
 from paigeant.errors import InvalidDefinition, RunTimeout, UnknownWorkflow
+from paigeant.exchange import (
+    ClientAuthentication,
+    ClientSecret,
+    HandleGrants,
+    JwtBearer,
+    OwnTokens,
+    PrivateKeyJwt,
+    TokenEndpoint,
+    TokenExchange,
+)
 from paigeant.forwarder import Forwarder
+from paigeant.identity import GrantHandle, Mandate, SecurityContext
+from paigeant.jwks import Jwks
 from paigeant.observer import Event, Observer, Observers
+from paigeant.secret import SecretToken
 from paigeant.settings import Settings
 from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
 from paigeant.store import DeadLetter, Request, RunDetail, StepRecord, Store
@@ -116,6 +131,20 @@ class Run:
         """
         await self._app.dispatcher.signal(self.id, name, value, sender=sender)
 
+    async def grant(self, given: SecretToken | str | GrantHandle, *, sender: str = "") -> RunStatus:
+        """Let the run go on with a fresh grant of the person for whom it acts; gives the run's state.
+
+        A handle is recorded with the run. A token (a text is one) travels with the message of the step that waits for
+        one, and is recorded nowhere. See `Dispatcher.grant` for what it raises.
+        """
+        return await self._app.dispatcher.grant(self.id, given, sender=sender)
+
+    async def identity(self) -> SecurityContext | None:
+        """For whom the run acts, as its dispatch said; None for nobody. Raises RunNotFound."""
+        detail = await self._app.store.load_run(self.id, inline_bytes=0)
+        mandate = Mandate.read(detail.run.headers)
+        return None if mandate is None else mandate.identity
+
     async def requests(self, *, only_open: bool = True) -> list[Request]:
         """What the run asks of people, the oldest first. Raises RunNotFound."""
         await self.status()
@@ -126,7 +155,8 @@ class Paigeant:
     """An application's connection to its store and transport. Use it as an async context manager.
 
     `activities` and `workflows` are what this process knows: to check dispatches early, and to dispatch by name.
-    `observers` are told what happens here. `clock` and `chance` are for tests.
+    `observers` are told what happens here. `grants`, `exchanger` and `service_tokens` take the place of what the
+    settings name. `clock` and `chance` are for tests.
     """
 
     def __init__(
@@ -138,8 +168,18 @@ class Paigeant:
         observers: Iterable[Observer] = (),
         clock: Clock | None = None,
         chance: Callable[[], float] = random.random,
+        grants: GrantStore | None = None,
+        exchanger: TokenExchanger | None = None,
+        service_tokens: ServiceTokens | None = None,
     ) -> None:
         self.settings = settings or Settings()
+        behalf = behalf_of(self.settings, clock)
+        self.behalf = Behalf(
+            behalf.trust,
+            grants or behalf.grants,
+            exchanger or behalf.exchanger,
+            service_tokens or behalf.own,
+        )
         registries = [activities] if isinstance(activities, ActivityRegistry) else list(activities)
         self.activities = ActivityRegistry.merged(registries)
         self.workflows = self.settings.defined_workflows()
@@ -164,6 +204,7 @@ class Paigeant:
             self.activities,
             observers=self.observers,
             strict=self.settings.strict,
+            behalf=self.behalf,
         )
 
     async def _bury(self, letter: DeadLetter) -> None:
@@ -206,11 +247,15 @@ class Paigeant:
         headers: Mapping[str, str] | None = None,
         start_at: datetime | None = None,
         deadline: float | None = None,
+        on_behalf_of: SecretToken | str | GrantHandle | None = None,
     ) -> Run:
         """Start a run of `workflow` (or of the one of that name); returns once its start is durable.
 
         Its first step is done at `start_at` (an aware datetime) at the earliest. `deadline` is the time in seconds that
         the run may take from then on, instead of the workflow's own.
+
+        `on_behalf_of` says for whom the run acts: an access token of a person, which travels with its messages and is
+        recorded nowhere, or the handle of a grant that a broker keeps, from which long runs get fresh tokens.
 
         Dispatching the same `workflow_id` with the same input again gives the same run; with another input it raises
         RunConflict. See `Dispatcher.dispatch` for what else it raises.
@@ -229,6 +274,7 @@ class Paigeant:
             headers=headers,
             start_at=start_at,
             deadline=deadline,
+            on_behalf_of=on_behalf_of,
         )
         return Run(self, run_id)
 
@@ -296,6 +342,7 @@ class Paigeant:
             ),
             observers=self.observers,
             chance=self._chance,
+            behalf=self.behalf,
         )
 
 
@@ -363,6 +410,42 @@ def transport_of(
         namespace=settings.namespace,
         queue_type=settings.rabbitmq_queue_type,
     )
+
+
+def behalf_of(settings: Settings, clock: Clock | None = None) -> Behalf:
+    """What the settings say of acting on behalf of people; nothing is asked of anybody yet."""
+    trust = None
+    if settings.token_issuers and settings.token_audience is not None:
+        issuers = settings.issuers()
+        keys = {name: Jwks(issuer.jwks_url, clock=clock) for name, issuer in issuers.items()}
+        trust = Trust(issuers, keys, settings.token_audience, clock or SystemClock())
+    client = _client(settings, clock)
+    if client is None or settings.token_url is None:
+        return Behalf(trust)
+    endpoint = TokenEndpoint(settings.token_url, client)
+    own = OwnTokens(endpoint)
+    exchanger: TokenExchanger
+    if settings.token_form == "jwt-bearer":
+        exchanger = JwtBearer(endpoint)
+    else:
+        exchanger = TokenExchange(
+            endpoint, actor=own.actor(settings.token_audience) if settings.token_actor else None
+        )
+    grants = HandleGrants(
+        endpoint if settings.grant_url is None else TokenEndpoint(settings.grant_url, client)
+    )
+    return Behalf(trust, grants, exchanger, own)
+
+
+def _client(settings: Settings, clock: Clock | None) -> ClientAuthentication | None:
+    if settings.client_id is None:
+        return None
+    if settings.client_key is not None:
+        key = settings.client_key.get_secret_value()
+        return PrivateKeyJwt(settings.client_id, key, settings.client_key_algorithm, clock or SystemClock())
+    if settings.client_secret is not None:
+        return ClientSecret(settings.client_id, SecretToken(settings.client_secret.get_secret_value()))
+    return None
 
 
 def _open(settings: Settings, clock: Clock | None, envelope: Envelope) -> tuple[Store, Transport]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -14,11 +14,13 @@ from typing import Any
 from pydantic_core import from_json
 
 from paigeant import codec
+from paigeant.behalf import Acting
 from paigeant.clock import as_datetime, is_duration
-from paigeant.errors import InvalidDefinition, OutputInvalid
+from paigeant.errors import InvalidDefinition, OutputInvalid, ScopeMissing
+from paigeant.identity import SecurityContext, check_scopes
 from paigeant.journal import Journal, Place, Unit, current_place
 from paigeant.policy import ItineraryPolicy
-from paigeant.security import SecurityContext
+from paigeant.secret import SecretToken
 from paigeant.slip import Revision, RoutingSlip, Step, check_name, identify
 from paigeant.store import RequestKind, RunValues, StepKey
 
@@ -33,6 +35,7 @@ class StepContext:
 
     `attempt` counts from 1. `idempotency_key` is the same for all attempts of this step: hand it to outside systems, so
     that they do a thing once however often it is asked for. `deadline` is the instant by which the run must be done.
+    `identity` says for whom the run acts; in an activity that names `scopes`, it is what their token said just now.
     """
 
     workflow_id: str
@@ -55,6 +58,7 @@ class StepContext:
     _inserted: int = 0
     _usage: bytes | None = None
     _is_fresh: bool = False
+    _acting: Acting | None = None
     _now: Callable[[], float] = time.time
     _place: Place = field(init=False)
     _policy: ItineraryPolicy = field(init=False)
@@ -104,6 +108,23 @@ class StepContext:
         place = self._here()
         done = await place.do(place.name(name), Unit(f"'{name}'"), produce)
         return from_json(done.value)
+
+    # -- on behalf of
+
+    async def token(self, *, audience: str, scopes: Collection[str]) -> SecretToken:
+        """A fresh token for one call to `audience`, on behalf of the person for whom the run acts.
+
+        It has `scopes`, which they must have granted (and the activity named, if it names any), and no others. Each
+        time one is exchanged anew, and nothing of it is recorded. The step is left while they have no valid grant. In
+        a compensation it is a token of the service itself. Raises ScopeMissing, ExchangeRefused, AuthorityUnavailable.
+        """
+        if self._acting is None:
+            raise ScopeMissing(
+                "the run acts for nobody, so there is no token; dispatch it with on_behalf_of="
+            )
+        # In the worker's loop, which all share that wait for one key set.
+        work = self._acting.token(self._here(), audience, check_scopes(scopes))
+        return await self._place.journal.at_home(work)
 
     # -- waits
 

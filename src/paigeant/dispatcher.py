@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from paigeant import codec, ledger
 from paigeant.activity import ActivityRegistry, typed
 from paigeant.arguments import Namespace, resolve
+from paigeant.behalf import Behalf
 from paigeant.clock import is_duration
 from paigeant.envelope import split
 from paigeant.errors import (
@@ -29,8 +30,10 @@ from paigeant.errors import (
     UnknownActivity,
 )
 from paigeant.forwarder import LONGEST_DELAY, Forwarder
+from paigeant.identity import GRANT_SIGNAL, MANDATE, GrantHandle, Mandate
 from paigeant.message import MessageId, PaigeantMessage, decode
 from paigeant.observer import Event, Observers
+from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import RUN_ENDED, Phase, RoutingSlip, RunStatus, Step, is_text
 from paigeant.store import REQUEST_SIGNAL, DeadLetter, Request, RequestKind, RunRecord, StepKey, Store
 from paigeant.waits import WAITS
@@ -52,12 +55,14 @@ class Dispatcher:
         *,
         observers: Observers | None = None,
         strict: bool = False,
+        behalf: Behalf | None = None,
     ) -> None:
         self.store = store
         self.forwarder = forwarder
         self.registry = registry
         self.observers = observers or Observers()
         self.strict = strict
+        self.behalf = behalf or Behalf()
 
     async def dispatch(
         self,
@@ -69,13 +74,17 @@ class Dispatcher:
         headers: Mapping[str, str] | None = None,
         start_at: datetime | None = None,
         deadline: float | None = None,
+        on_behalf_of: SecretToken | str | GrantHandle | None = None,
     ) -> str:
         """Start a run; gives its id once the start is durable. The same id with the same input is the same run.
 
         Its first step is done at `start_at` (an aware datetime) at the earliest, else at once. `deadline` is the time
         in seconds that it may take from then on, instead of the workflow's own. `input` is a mapping, or
-        a model or dataclass that is written as one. Raises InputInvalid, ArgumentError when the first step can't get
-        its arguments, UnknownActivity when strict, RunConflict, MessageTooLarge.
+        a model or dataclass that is written as one. `on_behalf_of` is an access token of a person, which travels with
+        the messages and is recorded nowhere, or the handle of a grant that is kept elsewhere.
+
+        Raises InputInvalid, ArgumentError when the first step can't get its arguments, UnknownActivity when strict,
+        RunConflict, MessageTooLarge; TokenRejected, TokenExpired and AuthorityUnavailable for a token.
         """
         now = await self.store.now()
         run_id = _run_id(workflow_id, now)
@@ -88,6 +97,19 @@ class Dispatcher:
         self._check_known(workflow)
         await self._check_first(run_id, slip.next_step(), payload)
         trace_id, parent = _trace(headers or {})
+        recorded = {**(headers or {}), "traceparent": parent}
+        token, person = None, b""
+        first = self.forwarder.next_step(run_id, slip)
+        if on_behalf_of is not None:
+            carries = first is None or self.forwarder.carries(first.topic)
+            mandate, token = await self.behalf.mandate(on_behalf_of, carries=carries)
+            recorded[MANDATE] = mandate.dump()
+            # The same run for somebody else is another one: an id mustn't lead to what was granted by others.
+            person = f"\0{mandate.issuer}\0{mandate.subject}".encode()
+            if token is not None and begins - now > LONGEST_DELAY:
+                raise InputInvalid(
+                    "a token doesn't travel before its run is due: no message does; hand over a GrantHandle"
+                )
         message = PaigeantMessage(
             message_id="",
             workflow_id=run_id,
@@ -96,7 +118,7 @@ class Dispatcher:
             workflow=workflow.name,
             correlation_id=correlation_id or run_id,
             trace_id=trace_id,
-            headers={**(headers or {}), "traceparent": parent},
+            headers=recorded if token is None else {**recorded, OBO_TOKEN: token.reveal()},
         )
         self.forwarder.check(message)
         run = RunRecord(
@@ -104,14 +126,13 @@ class Dispatcher:
             workflow=workflow.name,
             status=RunStatus.PENDING,
             input=text,
-            input_hash=hashlib.sha256(text).hexdigest(),
+            input_hash=hashlib.sha256(text + person).hexdigest(),
             slip=ledger.pack_slip(slip),
             correlation_id=message.correlation_id,
             trace_id=trace_id,
-            headers=message.headers,
+            headers=recorded,
             deadline=slip.deadline,
         )
-        first = self.forwarder.next_step(run_id, slip)
         if first is not None and begins > now:
             first = replace(first, not_before=begins, is_sent=begins - now <= LONGEST_DELAY)
         letter = None
@@ -154,10 +175,16 @@ class Dispatcher:
 
     async def signal(self, workflow_id: str, name: str, value: Any, *, sender: str = "") -> None:
         """Send a named value to the run. Raises RunNotFound, InvalidTransition, InputInvalid."""
-        if not isinstance(name, str) or not name or not is_text(name) or name.startswith(REQUEST_SIGNAL):
+        if (
+            not isinstance(name, str)
+            or not name
+            or not is_text(name)
+            or name.startswith(REQUEST_SIGNAL)
+            or name == GRANT_SIGNAL
+        ):
             raise InputInvalid(
-                f"a signal has a non-empty text as its name, which doesn't begin with {REQUEST_SIGNAL!r}, "
-                f"found {name!r}"
+                f"a signal has a non-empty text as its name, which doesn't begin with {REQUEST_SIGNAL!r} and isn't "
+                f"{GRANT_SIGNAL!r} (see `Run.grant`), found {name!r}"
             )
         _check_sender(sender)
         try:
@@ -166,6 +193,44 @@ class Dispatcher:
             raise InputInvalid(f"signal '{name}' can't be written as JSON: {exc}") from exc
         await self.store.record_signal(workflow_id, name, text, sender=sender)
         await self.wake(workflow_id)
+
+    async def grant(
+        self, workflow_id: str, given: SecretToken | str | GrantHandle, *, sender: str = ""
+    ) -> RunStatus:
+        """Let a run go on with a fresh grant of the same person; gives the run's state.
+
+        A handle is recorded with the run, for the step that waits and those after it. A token travels with the message
+        of the step that waits for one, and is recorded nowhere: should that message get lost, the step waits again.
+        Raises RunNotFound, InputInvalid, InvalidTransition, TokenRejected, TokenExpired, AuthorityUnavailable,
+        TransportUnavailable when the token can't be sent.
+        """
+        _check_sender(sender)
+        detail = await self.store.load_run(workflow_id, inline_bytes=0)
+        known = Mandate.read(detail.run.headers)
+        if known is None:
+            raise InputInvalid(f"run '{workflow_id}' acts for nobody, so it takes no grant")
+        carries = all(self.forwarder.carries(row.topic) for row in detail.steps if row.status in ledger.OPEN)
+        fresh, token = await self.behalf.mandate(given, carries=carries)
+        if (fresh.subject, fresh.issuer) != (known.subject, known.issuer):
+            raise InputInvalid(
+                f"run '{workflow_id}' acts for '{known.subject}' of {known.issuer}; the grant is that of "
+                f"'{fresh.subject}' of {fresh.issuer}"
+            )
+        if token is not None:
+            await self._send_token(workflow_id, token, sender)
+        else:
+            # The scopes stay those of the dispatch: a grant renews what was granted, and widens nothing.
+            headers = {**detail.run.headers, MANDATE: replace(known, handle=fresh.handle).dump()}
+            await self.store.record_grant(workflow_id, headers=headers, sender=sender)
+            await self.wake(workflow_id)
+        return await self.store.run_status(workflow_id)
+
+    async def _send_token(self, workflow_id: str, token: SecretToken, sender: str) -> None:
+        woken = await self.store.record_grant(workflow_id, sender=sender)
+        if await self.forwarder.send_again(woken, token=token):
+            raise TransportUnavailable(
+                f"the token for run '{workflow_id}' can't be sent now; grant again when the broker is back"
+            )
 
     async def answer(self, request_id: str, value: Any, *, sender: str = "") -> Request:
         """Answer a request, once; the same answer again changes nothing.
@@ -316,7 +381,7 @@ def _approval(value: Any) -> dict[str, Any]:
     )
 
 
-_NOT_CARRIED = frozenset({"obo_token", "jws_signature"})
+_NOT_CARRIED = frozenset({OBO_TOKEN, "jws_signature", MANDATE})
 """Headers of messages that a caller of `dispatch` may not set."""
 
 
@@ -359,7 +424,8 @@ def _check_texts(correlation_id: object, headers: object) -> None:
     for name, value in headers.items():
         if name in _NOT_CARRIED:
             raise InputInvalid(
-                f"headers can't hold {name}: they are recorded with the run, where no token may be; leave it out"
+                f"headers can't hold {name}: they are recorded with the run, where no token may be; "
+                "on_behalf_of= says for whom it acts"
             )
         if not all(isinstance(text, str) and is_text(text) for text in (name, value)):
             raise InputInvalid(

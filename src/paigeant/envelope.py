@@ -14,25 +14,25 @@ from typing import Protocol
 from paigeant.codec import parse_strict
 from paigeant.errors import MessageInvalid, MessageTooLarge
 from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encode
+from paigeant.secret import OBO_TOKEN
 
 __all__ = [
     "HEAD_BYTES",
+    "OBO_TOKEN",
     "SIGNATURE",
-    "TOKEN",
     "Envelope",
     "PlainEnvelope",
     "framed",
     "split",
-    "without_token",
 ]
 
-SIGNATURE, TOKEN = "jws_signature", "obo_token"
-"""The headers that stand in front of the body, not in it."""
+SIGNATURE = "jws_signature"
+"""It stands in front of the body, not in it, like the token."""
 
 HEAD_BYTES = 24 * 1024
 """How long the line with them may be, beside the body: a token has up to 16 KiB."""
 
-_HEADERS = frozenset({SIGNATURE, TOKEN})
+_HEADERS = frozenset({SIGNATURE, OBO_TOKEN})
 _BEGINNINGS = tuple(f'{{"{name}"'.encode() for name in sorted(_HEADERS))
 
 
@@ -77,7 +77,7 @@ class PlainEnvelope:
     def seal(self, message: PaigeantMessage, topic: str) -> bytes:
         if _HEADERS.isdisjoint(message.headers):
             return encode(message, limit_bytes=self.limit_bytes)
-        token = message.headers.get(TOKEN)
+        token = message.headers.get(OBO_TOKEN)
         return framed(encode(inner(message), limit_bytes=self.limit_bytes), token=token)
 
     async def open(self, topic: str, wire: bytes) -> PaigeantMessage:
@@ -109,7 +109,7 @@ def outer(message: PaigeantMessage, headers: Mapping[str, str]) -> PaigeantMessa
 
 def framed(body: bytes, *, signature: str | None = None, token: str | None = None) -> bytes:
     """`body` behind the line with its signature and the token. Raises MessageInvalid for a line that is too long."""
-    head = {name: value for name, value in ((SIGNATURE, signature), (TOKEN, token)) if value is not None}
+    head = {name: value for name, value in ((SIGNATURE, signature), (OBO_TOKEN, token)) if value is not None}
     if not head:
         return body
     line = json.dumps(head, separators=(",", ":")).encode()
@@ -139,20 +139,6 @@ def split(wire: bytes, limit_bytes: int) -> tuple[dict[str, str], bytes]:
             "bad_frame", f"its first line has other headers than {', '.join(sorted(_HEADERS))}"
         )
     return head, wire[end + 1 :]
-
-
-def without_token(wire: bytes) -> bytes:
-    """Bytes that came out of a topic, as they may be kept: a token is for nobody who reads them later."""
-    if not wire.startswith(_BEGINNINGS):
-        return wire
-    end = wire.find(b"\n", 0, HEAD_BYTES)
-    if TOKEN.encode() not in wire[: end if end >= 0 else None]:
-        return wire
-    try:
-        head, body = split(wire, len(wire))
-        return framed(body, signature=head.get(SIGNATURE))
-    except MessageInvalid:  # no telling where in it the token stands
-        return b"" if end < 0 else wire[end + 1 :]
 
 
 def _is_word(value: object) -> bool:

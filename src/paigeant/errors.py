@@ -14,6 +14,8 @@ __all__ = [
     "AuthorityUnavailable",
     "ConfigurationError",
     "DuplicateActivity",
+    "ExchangeRefused",
+    "GrantInvalid",
     "HandlerError",
     "InputInvalid",
     "InvalidCondition",
@@ -33,7 +35,10 @@ __all__ = [
     "RunNotFound",
     "RunTimeout",
     "SchemaMismatch",
+    "ScopeMissing",
     "StoreUnavailable",
+    "TokenExpired",
+    "TokenRejected",
     "TransportUnavailable",
     "UnitUnreadable",
     "UnknownActivity",
@@ -123,6 +128,30 @@ class UnitUnreadable(ActivityRejected):
 
 class PolicyViolation(ActivityRejected):
     """A revision of the itinerary goes beyond what the policy of the run allows."""
+
+
+class TokenRejected(ActivityRejected):
+    """A token isn't one that is accepted here, and never will be. `reason` is one of a fixed set of words."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason}: the token isn't accepted: {detail}")
+
+
+class ScopeMissing(ActivityRejected):
+    """A step needs a right that the person for whom its run acts has not granted."""
+
+
+class ExchangeRefused(ActivityRejected):
+    """An authorization server won't give the token that was asked for, however often it is asked."""
+
+
+class TokenExpired(PaigeantError):
+    """A token was good and isn't any more, or a message that should carry one has none."""
+
+
+class GrantInvalid(PaigeantError):
+    """A grant is over, was taken back, or belongs to another run."""
 
 
 class OutsideStep(PaigeantError):

@@ -23,6 +23,7 @@ from pydantic_core import from_json
 from paigeant import ledger
 from paigeant.activity import Activity, ActivityRegistry
 from paigeant.adoption import Adoption
+from paigeant.behalf import Behalf
 from paigeant.claim import Claim, Limits
 from paigeant.errors import (
     MessageInvalid,
@@ -71,6 +72,7 @@ class Executor:
         observers: Observers | None = None,
         threads: Threads | None = None,
         chance: Callable[[], float] = random.random,
+        behalf: Behalf | None = None,
     ) -> None:
         self.store = store
         self.transport = transport
@@ -90,6 +92,7 @@ class Executor:
             is_stopping=lambda: self.stopping,
             threads=threads,
             chance=chance,
+            behalf=behalf,
         )
         self.running: dict[tuple[StepKey, int], asyncio.Task[Any]] = {}
         """The steps that this worker does now, with the task that does each. The heartbeat lists them."""
@@ -342,6 +345,9 @@ class Executor:
                 if entry.status is not StepStatus.SKIPPED and not entry.stored
             ]
             payload = ledger.merged(payload, variables, outputs, taken)
+        acting = None if attempt.context is None else attempt.context._acting
+        if acting is not None and acting.is_renewed:
+            message = message.evolve(headers=acting.headers(message.headers))
         return message.evolve(routing_slip=move.slip, payload=payload)
 
     def _goes_on_here(self, claim: Claim, next_step: NextStep | None) -> Activity | None:

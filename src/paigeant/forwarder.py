@@ -15,6 +15,7 @@ from paigeant.activity import ActivityRegistry
 from paigeant.envelope import Envelope, PlainEnvelope
 from paigeant.errors import MessageTooLarge, PaigeantError, StoreUnavailable, TransportUnavailable
 from paigeant.message import SENT_FROM, MessageId, PaigeantMessage, encode
+from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import Compensation, Phase, RoutingSlip, Step, StepStatus
 from paigeant.store import NextStep, RunDetail, StepKey, Store
 from paigeant.transport import Posting, Transport
@@ -89,10 +90,16 @@ class Forwarder:
 
         `sent_from`: the topic of the step that the sender has just recorded.
         """
+        if OBO_TOKEN in message.headers and not self.carries(topic):
+            message = message.evolve(headers=_tokenless(message.headers))
         message_id = MessageId(message.workflow_id, message.step_id, message.phase, epoch)
         if sent_from is not None and not self.envelope.serves_all:  # else nobody asks
             message = message.evolve(headers={**message.headers, SENT_FROM: sent_from})
         return Letter(topic, message.evolve(message_id=str(message_id)), delay)
+
+    def carries(self, topic: str) -> bool:
+        """Whether a token may travel with messages for `topic`: not through a table, where it would be recorded."""
+        return not self.transport.keeps_rows(topic)
 
     def posting(self, letter: Letter) -> Posting | None:
         """`letter` for a transaction of the store; None when that doesn't publish it. Raises MessageTooLarge."""
@@ -133,9 +140,13 @@ class Forwarder:
             await self.transport.publish(letter.topic, message, delay=letter.delay)
 
     async def send_again(
-        self, keys: Iterable[StepKey], unsent: Mapping[StepKey, str] = MappingProxyType({})
+        self,
+        keys: Iterable[StepKey],
+        unsent: Mapping[StepKey, str] = MappingProxyType({}),
+        *,
+        token: SecretToken | None = None,
     ) -> dict[StepKey, str]:
-        """Publish messages for ready steps, made from the store alone.
+        """Publish messages for ready steps, made from the store alone, and from a `token` that they are to carry.
 
         Gives those that could not be sent because a server is away, with their topics: to be given back as `unsent`
         together with the next `keys`.
@@ -160,6 +171,8 @@ class Forwarder:
                 message = message_of(detail, inline_bytes=self.inline_bytes)
                 if not self.envelope.may_send(message, topic):
                     continue  # others may, and their sweeps do
+                if token is not None:
+                    message = message.evolve(headers={**message.headers, OBO_TOKEN: token.reveal()})
                 delay = max(row.not_before - now, 0.0)
                 await self._publish(self.letter(message, topic, epoch=row.epoch, delay=delay))
             except StoreUnavailable as exc:
@@ -185,9 +198,15 @@ class Forwarder:
         return written is not None and written.epoch == epoch - 1
 
     async def renewed(self, message: PaigeantMessage) -> PaigeantMessage:
-        """`message` as the rows of its run have it now. Raises RunNotFound, StoreUnavailable."""
+        """`message` as the rows of its run have it now, with the token that it came with, which no row has.
+
+        Raises RunNotFound, StoreUnavailable.
+        """
         detail = await self.store.load_run(message.workflow_id, inline_bytes=self.inline_bytes)
-        return message_of(detail, inline_bytes=self.inline_bytes).evolve(message_id=message.message_id)
+        made = message_of(detail, inline_bytes=self.inline_bytes)
+        token = message.headers.get(OBO_TOKEN)
+        headers = made.headers if token is None else {**made.headers, OBO_TOKEN: token}
+        return made.evolve(message_id=message.message_id, headers=headers)
 
 
 def message_of(detail: RunDetail, *, inline_bytes: int) -> PaigeantMessage:
@@ -204,6 +223,10 @@ def message_of(detail: RunDetail, *, inline_bytes: int) -> PaigeantMessage:
         trace_id=run.trace_id,
         headers=dict(run.headers),
     )
+
+
+def _tokenless(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name != OBO_TOKEN}
 
 
 def _without_payload(message: PaigeantMessage) -> PaigeantMessage:

@@ -11,6 +11,9 @@ from functools import cache
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from paigeant.errors import AuthorityUnavailable, ConfigurationError
+from paigeant.secret import SecretToken
+
+Form = Mapping[str, str | SecretToken]
 
 __all__ = ["MOST_BYTES", "MOST_SECONDS", "Reply", "check_url", "request"]
 
@@ -50,8 +53,8 @@ def check_url(url: str, what: str) -> str:
 async def request(
     url: str,
     *,
-    form: Mapping[str, str] | None = None,
-    headers: Mapping[str, str] | None = None,
+    form: Form | None = None,
+    headers: Form | None = None,
     seconds: float = MOST_SECONDS,
     limit_bytes: int = MOST_BYTES,
 ) -> Reply:
@@ -59,43 +62,50 @@ async def request(
 
     Raises AuthorityUnavailable when there is none within `seconds` and `limit_bytes`.
     """
-    # Not proxied on this host; and nothing is unpacked, so that a small body can't become a large one.
     import httpx2  # here, because few processes ask anybody
 
     origin = urlsplit(url)
-    sent = {"accept": "application/json", **(headers or {}), "accept-encoding": "identity"}
     try:
-        async with (
-            asyncio.timeout(seconds),
-            httpx2.AsyncClient(
-                timeout=seconds, verify=_tls(origin.scheme), trust_env=origin.scheme == "https"
-            ) as client,
-        ):
-            for _ in range(_MOST_REDIRECTS + 1):
-                method = "GET" if form is None else "POST"
-                async with client.stream(method, url, data=form, headers=sent) as answer:
-                    if answer.is_redirect and form is None:
-                        url = _redirected(url, origin, answer.headers.get("location", ""))
-                        continue
-                    body = bytearray()
-                    async for part in answer.aiter_raw():
-                        body += part
-                        if len(body) > limit_bytes:
-                            raise AuthorityUnavailable(
-                                _named(origin), f"its reply is larger than {limit_bytes:,} bytes"
-                            )
-                    return Reply(answer.status_code, bytes(body))
-    except TimeoutError as exc:
-        raise AuthorityUnavailable(_named(origin), f"no reply within {seconds:g} s") from exc
+        async with asyncio.timeout(seconds):
+            return await _ask(url, form, headers or {}, seconds=seconds, limit_bytes=limit_bytes)
+    except (TimeoutError, httpx2.TimeoutException):
+        trouble = f"no reply within {seconds:g} s"
+    except AuthorityUnavailable as exc:
+        trouble = exc.reason
     except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError) as exc:
-        # Only the kind of the error: its text, and the request in its traceback, may hold what was sent.
-        reason = (
-            f"no reply within {seconds:g} s"
-            if isinstance(exc, httpx2.TimeoutException)
-            else type(exc).__name__
-        )
-        raise AuthorityUnavailable(_named(origin), reason) from None
-    raise AuthorityUnavailable(_named(origin), f"more than {_MOST_REDIRECTS} redirects")
+        trouble = type(exc).__name__
+    # An error of its own, raised outside of the handlers: the frames of the others hold what was sent, tokens as well.
+    raise AuthorityUnavailable(_named(origin), trouble)
+
+
+async def _ask(url: str, form: Form | None, headers: Form, *, seconds: float, limit_bytes: int) -> Reply:
+    import httpx2
+
+    origin = urlsplit(url)
+    # Nothing is unpacked, so that a small body can't become a large one; and nothing is proxied on this host.
+    sent = {"accept": "application/json", **_revealed(headers), "accept-encoding": "identity"}
+    data = None if form is None else _revealed(form)
+    async with httpx2.AsyncClient(
+        timeout=seconds, verify=_tls(origin.scheme), trust_env=origin.scheme == "https"
+    ) as client:
+        for _ in range(_MOST_REDIRECTS + 1):
+            async with client.stream(
+                "GET" if data is None else "POST", url, data=data, headers=sent
+            ) as answer:
+                if answer.is_redirect and data is None:
+                    url = _redirected(url, origin, answer.headers.get("location", ""))
+                    continue
+                body = bytearray()
+                async for part in answer.aiter_raw():
+                    body += part
+                    if len(body) > limit_bytes:
+                        raise AuthorityUnavailable(url, f"its reply is larger than {limit_bytes:,} bytes")
+                return Reply(answer.status_code, bytes(body))
+    raise AuthorityUnavailable(url, f"more than {_MOST_REDIRECTS} redirects")
+
+
+def _revealed(form: Form) -> dict[str, str]:
+    return {name: value.reveal() if isinstance(value, SecretToken) else value for name, value in form.items()}
 
 
 @cache

@@ -151,14 +151,15 @@ class Journal:
 
     async def park(self, waits_for: tuple[str, ...], until: float | None, around: frozenset[str]) -> None:
         """Wait for one of the signals, or for an instant; see `Parking.wait`."""
-        await self._at_home(self.parking.wait(waits_for, until, around))
+        await self.at_home(self.parking.wait(waits_for, until, around))
 
     async def _ask(self, work: Coroutine[Any, Any, Value]) -> Value:
         # Whatever the store is asked for comes before a wait or belongs to a unit: the step isn't left meanwhile.
         with self.parking.working(work):
-            return await self._at_home(work)
+            return await self.at_home(work)
 
-    async def _at_home(self, work: Coroutine[Any, Any, Value]) -> Value:
+    async def at_home(self, work: Coroutine[Any, Any, Value]) -> Value:
+        """What `work` gives, done in the event loop of the worker, from whichever this is asked."""
         if self._loop is None or self._loop is asyncio.get_running_loop():
             return await work
         # `agent.run_sync` in a thread has an event loop of its own, which the store's connections know nothing of.

@@ -8,7 +8,7 @@ and the payload of a run from its rows alone: what a message carried is never ne
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -51,6 +51,7 @@ __all__ = [
     "expire",
     "fold",
     "free",
+    "grant",
     "is_resendable",
     "life",
     "pack_revision",
@@ -286,10 +287,34 @@ def timed_out(units: Mapping[str, bytes]) -> list[str]:
     return [unit for unit in units for name in over if unit == name or unit.startswith(f"{name}!")]
 
 
-def wake(key: StepKey, changes: Changes, *, now: float) -> None:
-    """A waiting step is ready again, and due for a message at once."""
-    ready: Patch = {"status": StepStatus.READY, "waits_for": None, "not_before": now, "wake_at": now}
+def wake(key: StepKey, changes: Changes, *, now: float, grace: float = 0.0) -> None:
+    """A waiting step is ready again, and due for a message at once: the sweep's, or after `grace` whoever's it is."""
+    ready: Patch = {"status": StepStatus.READY, "waits_for": None, "not_before": now, "wake_at": now + grace}
     changes.steps.append((key, ready))
+
+
+def grant(
+    run: str,
+    waiting: Sequence[StepKey],
+    headers: Mapping[str, str] | None,
+    changes: Changes,
+    *,
+    now: float,
+    grace: float,
+) -> None:
+    """A fresh grant is there for the steps that wait for one: named by the run's new headers, or a token that is sent.
+
+    Raises InvalidTransition when nobody is there to take a token.
+    """
+    if headers is None and not waiting:
+        raise InvalidTransition(
+            f"no step of run '{run}' waits for a grant now, and a token isn't kept; give it when `runs show` says that "
+            "one does, or hand over a grant handle"
+        )
+    for key in waiting:
+        wake(key, changes, now=now, grace=grace if headers is None else 0.0)
+    if headers is not None:
+        changes.runs.append((run, {"headers": dict(headers)}))
 
 
 def answers(request_id: str, request: Request | None, answer: bytes) -> bool:

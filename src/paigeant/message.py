@@ -74,7 +74,7 @@ class PaigeantMessage:
     workflow: str = ""
     correlation_id: str = ""
     trace_id: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # a token may be among them
     spec_version: str = SPEC_VERSION
     seal: Seal | None = None
 

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import random
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor as Threads
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,12 +16,21 @@ from typing import TYPE_CHECKING, Any
 from paigeant import codec, condition
 from paigeant.activity import MISSING
 from paigeant.arguments import Namespace, resolve
+from paigeant.behalf import Acting, Behalf
 from paigeant.claim import Claim, Limits
 from paigeant.context import StepContext, deadline_of
-from paigeant.errors import ActivityRejected, InvalidDefinition, NonRetryableError, PaigeantError
+from paigeant.errors import (
+    ActivityRejected,
+    InvalidDefinition,
+    NonRetryableError,
+    OutputInvalid,
+    PaigeantError,
+)
+from paigeant.identity import MANDATE, Mandate
 from paigeant.observer import CURRENT
-from paigeant.patience import PatientValues
+from paigeant.patience import PatientValues, patiently
 from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
+from paigeant.secret import OBO_TOKEN, SecretToken, masked
 from paigeant.slip import Compensation, Phase
 from paigeant.store import Store
 
@@ -61,7 +71,10 @@ class Performer:
         is_stopping: Callable[[], bool] = lambda: False,
         threads: Threads | None = None,
         chance: Callable[[], float] = random.random,
+        behalf: Behalf | None = None,
     ) -> None:
+        self.store = store
+        self.behalf = behalf or Behalf()
         self.values = PatientValues(store, seconds=limits.persist, chance=chance)
         self.limits = limits
         self.worker_id = worker_id
@@ -100,16 +113,26 @@ class Performer:
             if not await self._is_wanted(claim):
                 attempt.outcome = Skipped()
                 return attempt
-            self._began(claim)
+            if claim.work.scopes or claim.step is None or MANDATE in claim.message.headers:
+                acting = context._acting = self._acting(claim, context)
+            else:
+                acting = None
+                self._began(claim)
             if timeout == 0:
                 raise TimeoutError(_timeout_text(claim, timeout))
             async with limit if timeout is not None else _UNLIMITED:
                 with context._place.entered(), _replays():
+                    if acting is not None:
+                        if claim.work.scopes:
+                            context.identity = await acting.require(context._place) or context.identity
+                        self._began(claim)
                     value = await self._call(claim, context, attempt)
             if parking.is_parked:  # the activity has caught it, but what it waits for isn't there
                 attempt.outcome = Parked(parking.waits_for, parking.until)
                 return attempt
             attempt.output = claim.work.dump(value)
+            if acting is not None:
+                _check_tokenless(attempt, {**context._variables, "output": attempt.output}, acting.secrets)
             attempt.outcome = self._succeeded(claim, context, attempt.output)
             return attempt
         except asyncio.CancelledError as exc:
@@ -132,10 +155,11 @@ class Performer:
         if self._is_stopping() and _is_cancelled():
             raise asyncio.CancelledError from error  # a library may put it in words of its own
         permanent = isinstance(error, (NonRetryableError, InvalidDefinition))
+        secrets = () if context._acting is None else tuple(context._acting.secrets)
         if not isinstance(error, ActivityRejected):
             ids = claim.ids(self.worker_id)  # they are no longer those of the current step
-            step_log.info("attempt failed", exc_info=error, extra=ids)
-        attempt.outcome = Failed(_text(error), claim.grant.attempt, retry, permanent, self._chance())
+            _log_failure(error, ids, secrets)
+        attempt.outcome = Failed(_text(error, secrets), claim.grant.attempt, retry, permanent, self._chance())
         return attempt
 
     def _namespace(self, claim: Claim) -> Namespace:
@@ -192,6 +216,34 @@ class Performer:
         context._place.journal.open()
         return context
 
+    def _acting(self, claim: Claim, context: StepContext) -> Acting:
+        """For whom the attempt acts. Most steps act for nobody, and don't come here."""
+        message = claim.message
+
+        async def reload() -> Mapping[str, str]:
+            async def ask() -> Mapping[str, str]:
+                return (await self.store.load_run(message.workflow_id, inline_bytes=0)).run.headers
+
+            return await patiently(
+                ask,
+                f"headers of run '{message.workflow_id}'",
+                seconds=self.limits.persist,
+                chance=self._chance,
+            )
+
+        mandate = Mandate.read(message.headers)
+        token = message.headers.get(OBO_TOKEN)
+        context.identity = None if mandate is None else mandate.identity
+        return Acting(
+            self.behalf,
+            message.workflow_id,
+            mandate,
+            reload,
+            allowed=claim.work.scopes,
+            is_undo=message.phase is Phase.UNDO,
+            _token=None if token is None else SecretToken(token),
+        )
+
     def _succeeded(self, claim: Claim, context: StepContext, output: bytes) -> Succeeded:
         if claim.step is None:
             return Succeeded()
@@ -224,12 +276,30 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _text(error: BaseException) -> str:
+def _check_tokenless(attempt: Attempt, left: Mapping[str, bytes], secrets: Sequence[SecretToken]) -> None:
+    """Raise OutputInvalid for an output or a variable that holds a token: it would be recorded."""
+    for name, text in left.items() if secrets else ():
+        if any(secret.reveal().encode() in text for secret in secrets):
+            attempt.output = None
+            raise OutputInvalid(f"'{name}' holds a token, which may not be recorded; leave it out")
+
+
+def _log_failure(error: BaseException, ids: Mapping[str, Any], secrets: Sequence[SecretToken]) -> None:
+    if secrets:
+        text = "".join(traceback.format_exception(error))
+        shown = masked(text, secrets)
+        if shown != text:
+            step_log.info("attempt failed, with a token in its error\n%s", shown, extra=dict(ids))
+            return
+    step_log.info("attempt failed", exc_info=error, extra=dict(ids))
+
+
+def _text(error: BaseException, secrets: Sequence[SecretToken] = ()) -> str:
     try:
         said = str(error)
     except Exception:  # the user's code again
         said = "(its text can't be had)"
-    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    text = f"{type(error).__name__}: {masked(said, secrets)}" if said else type(error).__name__
     text = text if len(text) <= _ERROR_CHARACTERS else f"{text[:_ERROR_CHARACTERS]}..."
     return codec.storable(text)
 

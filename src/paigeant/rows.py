@@ -100,6 +100,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, bytes):
         return value.decode()
+    if isinstance(value, dict):
+        return json.dumps(value)
     return value.value if isinstance(value, StrEnum) else value
 
 

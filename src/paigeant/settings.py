@@ -23,6 +23,8 @@ from pydantic_settings import (
 
 from paigeant.codec import parse_strict
 from paigeant.errors import ConfigurationError, MessageInvalid, PaigeantError, nearest
+from paigeant.https import check_url
+from paigeant.identity import ALGORITHMS, Issuer
 from paigeant.keys import KeyRing
 from paigeant.policy import ItineraryPolicy
 from paigeant.retry import RetryPolicy
@@ -35,6 +37,7 @@ __all__ = ["CONFIG_FILE", "Settings"]
 
 CONFIG_FILE = "paigeant.yaml"
 _PREFIX = "PAIGEANT_"
+_ONLY_ENVIRONMENT = ("client_secret", "client_key")
 _KNOWN_SCHEMES = ("memory", "sqlite", "postgresql", "redis", "rediss", "amqp", "amqps")
 
 
@@ -102,6 +105,31 @@ class Settings(BaseSettings):
     max_message_bytes: int = Field(1024 * 1024, ge=1024, description="largest message")
     inline_bytes: int = Field(65536, ge=0, description="outputs above it stay in the store and don't travel")
 
+    token_issuers: dict[str, Any] = Field(
+        default_factory=dict, description="whose tokens of people are accepted, by their exact `iss`"
+    )
+    token_audience: str | None = Field(
+        None, description="this service, as the `aud` of those tokens names it"
+    )
+    token_url: str | None = Field(None, description="where tokens are exchanged for those of other audiences")
+    token_form: Literal["token-exchange", "jwt-bearer"] = Field(
+        "token-exchange", description="how: by RFC 8693, or by the jwt-bearer form on behalf of a user"
+    )
+    token_actor: bool = Field(False, description="send the service's own token along with an exchange")
+    grant_url: str | None = Field(
+        None, description="where a grant handle is worth a token; `token_url` by default"
+    )
+    client_id: str | None = Field(None, description="who this service is to the authorization server")
+    client_secret: SecretStr | None = Field(
+        None, description="proves it; only from the environment or in code"
+    )
+    client_key: SecretStr | None = Field(
+        None, description="or a private key as PEM does; only from the environment or in code"
+    )
+    client_key_algorithm: Literal["ES256", "RS256", "PS256", "EdDSA", "Ed25519"] = Field(
+        "ES256", description="what that key signs with"
+    )
+
     strict: bool = Field(False, description="refuse workflows with activities that no loaded registry knows")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least level of log lines"
@@ -149,6 +177,14 @@ class Settings(BaseSettings):
                 f"found {without_password(url)!r}, expected a URL that starts with one of {shown}"
             )
         return url
+
+    @field_validator("token_url", "grant_url")
+    @classmethod
+    def _may_be_asked(cls, url: str | None) -> str | None:
+        try:
+            return None if url is None else check_url(url, "it")
+        except ConfigurationError as exc:
+            raise ValueError(str(exc)) from exc
 
     @field_validator("namespace")
     @classmethod
@@ -216,6 +252,31 @@ class Settings(BaseSettings):
                 "its lease ends, best at least three times"
             )
         return self
+
+    @field_validator("token_issuers")
+    @classmethod
+    def _are_issuers(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, fields in value.items():
+            try:
+                issuer_from(name, fields)
+            except PaigeantError as exc:
+                raise ValueError(str(exc)) from exc
+        return value
+
+    @model_validator(mode="after")
+    def _can_act(self) -> Self:
+        if bool(self.token_issuers) != (self.token_audience is not None):
+            raise ValueError(
+                "found only one of token_issuers and token_audience; a token is accepted from an issuer, and for this "
+                "service: set both"
+            )
+        if self.client_secret is not None and self.client_key is not None:
+            raise ValueError("found client_secret and client_key; a service proves by one of them who it is")
+        return self
+
+    def issuers(self) -> dict[str, Issuer]:
+        """Those whose tokens are accepted, by their names."""
+        return {name: issuer_from(name, fields) for name, fields in self.token_issuers.items()}
 
     def retry_policy(self) -> RetryPolicy:
         """How often and how long in between, for steps that don't say."""
@@ -286,7 +347,36 @@ def check_file(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path} holds a {type(values).__name__}; expected `key: value` lines")
     _check_keys(values, Settings.model_fields, f"{path} has")
+    for name in _ONLY_ENVIRONMENT:
+        if name in values:
+            raise ConfigurationError(
+                f"{path} holds {name}, and a file is copied and shown; put it into the environment as "
+                f"{_PREFIX}{name.upper()}"
+            )
     return values
+
+
+def issuer_from(name: str, fields: Any) -> Issuer:
+    """The issuer that a file describes: the URL of its keys, or the fields of `Issuer`. Raises ConfigurationError."""
+    if isinstance(fields, str):
+        fields = {"jwks_url": fields}
+    where = f"issuer '{name}'"
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("jwks_url"), str):
+        raise ConfigurationError(f"{where} is the URL of its keys, or a mapping with `jwks_url`")
+    _check_keys(fields, ("jwks_url", "algorithms", "token_type"), f"{where} has")
+    values = dict(fields)
+    check_url(values["jwks_url"], f"jwks_url of {where}")
+    if "algorithms" in values:
+        listed = values["algorithms"]
+        unknown = [one for one in listed if one not in ALGORITHMS] if isinstance(listed, list) else [listed]
+        if unknown or not listed:
+            raise ConfigurationError(
+                f"algorithms of {where} are some of {', '.join(ALGORITHMS)}, found {listed!r}"
+            )
+        values["algorithms"] = tuple(listed)
+    if not isinstance(values.get("token_type", ""), (str, type(None))):
+        raise ConfigurationError(f"token_type of {where} is a text such as at+jwt, or null")
+    return Issuer(name, **values)
 
 
 def workflow_from(name: str, fields: Any) -> Workflow:

@@ -15,10 +15,11 @@ from functools import cache
 from typing import Any, Protocol
 
 from paigeant.codec import parse_strict
-from paigeant.envelope import SIGNATURE, TOKEN, framed, inner, outer, split
+from paigeant.envelope import SIGNATURE, framed, inner, outer, split
 from paigeant.errors import MessageInvalid
 from paigeant.keys import Algorithm, Key, Roles, TrustedKey
 from paigeant.message import DEFAULT_LIMIT_BYTES, SENT_FROM, PaigeantMessage, Seal, decode, encode
+from paigeant.secret import OBO_TOKEN
 from paigeant.slip import Phase
 
 __all__ = ["REASONS", "KeySource", "SignedEnvelope"]
@@ -89,7 +90,7 @@ class SignedEnvelope:
     def seal(self, message: PaigeantMessage, topic: str) -> bytes:
         key, _ = self.keys.signer()
         now = int(self._clock())
-        token = message.headers.get(TOKEN)
+        token = message.headers.get(OBO_TOKEN)
         body = inner(message)
         headers = dict(body.headers)
         seal = Seal(
@@ -112,7 +113,7 @@ class SignedEnvelope:
             return outer(decode(body, limit_bytes=self.limit_bytes), headers)
         key = await self._verified(signature, body)
         message = decode(body, limit_bytes=self.limit_bytes)
-        self._check(message, topic, headers.get(TOKEN), key)
+        self._check(message, topic, headers.get(OBO_TOKEN), key)
         return outer(message, headers)
 
     def may_send(self, message: PaigeantMessage, topic: str) -> bool:

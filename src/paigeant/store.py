@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from paigeant.envelope import without_token
 from paigeant.message import MessageId
+from paigeant.secret import masked_body
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.transport import BODY_KEPT_BYTES, Posting, Transport
 
@@ -239,7 +239,7 @@ class DeadLetter:
             topic,
             reason.partition(": ")[0],
             detail,
-            without_token(body)[:BODY_KEPT_BYTES],
+            masked_body(body[: 2 * BODY_KEPT_BYTES])[:BODY_KEPT_BYTES],
             attempts,
             workflow_id=None if known is None else known.workflow_id,
             step=None if known is None else known.step,
@@ -588,6 +588,19 @@ class Store(RunHistory, RunValues, Protocol):
         """Keep a value for the run, and make its step ready that waits for it.
 
         Raises RunNotFound, InvalidTransition when the run has ended.
+        """
+        ...
+
+    async def record_grant(
+        self, workflow_id: str, *, headers: Mapping[str, str] | None = None, sender: str = ""
+    ) -> list[StepKey]:
+        """Wake the step of the run that waits for a fresh grant; gives the steps that are ready for it now.
+
+        `headers` become the run's own: they name the grant, which is kept as the signal `paigeant.grant` for a step
+        that needs it later, too. Without them the grant is a token, of which nothing is recorded: the caller sends it
+        with the step's message, for which there is the grace time.
+
+        Raises RunNotFound, InvalidTransition when the run has ended, or no step is there to take a token.
         """
         ...
 

@@ -90,6 +90,9 @@ class TableTransport:
     def joins(self, store: Store) -> bool:
         return getattr(store, "database", None) is self.database
 
+    def keeps_rows(self, topic: str) -> bool:
+        return True
+
     def bury_with(self, bury: Bury) -> None:
         self._bury = bury
 

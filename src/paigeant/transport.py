@@ -105,6 +105,10 @@ class Transport(Protocol):
         """Whether it can publish inside the transactions of `store`, because both are one database."""
         ...
 
+    def keeps_rows(self, topic: str) -> bool:
+        """Whether messages for `topic` are rows of a database, in which no token may be: it is taken out before."""
+        ...
+
     def bury_with(self, bury: Bury) -> None:
         """Dead letters are recorded with `bury` from now on; before, the transport keeps them itself."""
         ...

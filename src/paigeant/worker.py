@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from paigeant import host
 from paigeant.activity import ActivityRegistry
+from paigeant.behalf import Behalf
 from paigeant.claim import Limits
 from paigeant.errors import (
     InvalidDefinition,
@@ -69,6 +70,7 @@ class ActivityWorker:
         limits: Limits | None = None,
         observers: Observers | None = None,
         chance: Callable[[], float] = random.random,
+        behalf: Behalf | None = None,
     ) -> None:
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise InvalidDefinition(f"concurrency is a number of 1 or more, found {concurrency!r}")
@@ -96,6 +98,7 @@ class ActivityWorker:
             observers=self.observers,
             threads=self._threads,
             chance=chance,
+            behalf=behalf,
         )
         record = WorkerRecord(self.id, host.host_id(), host.process_id())
         self.forwarder = forwarder

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from paigeant import ledger
+from paigeant.identity import GRANT_SIGNAL
 from paigeant.retry import RetryPolicy
 from paigeant.routing import (
     Failed,
@@ -27,7 +28,7 @@ __all__ = ["ATTEMPTS", "INLINE", "WAITS", "Held", "attempted"]
 INLINE, ATTEMPTS = 40, 3
 WAITS: dict[str, tuple[tuple[str, ...], float | None]] = {
     "sleeps": ((), 8.0),
-    "waits": (("go", f"{REQUEST_SIGNAL}q0"), None),
+    "waits": (("go", GRANT_SIGNAL, f"{REQUEST_SIGNAL}q0"), None),
     "waits a while": ((f"{REQUEST_SIGNAL}q1", "go"), 12.0),
 }
 """The attempts that end with waiting: for which signals, and for how many seconds at most."""

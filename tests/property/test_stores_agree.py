@@ -346,6 +346,12 @@ class StoresAgree(RuleBasedStateMachine):
         text = json.dumps(value).encode()
         self.both("record_signal", lambda store: store.record_signal(run, "go", text, sender=sender))
 
+    @rule(run=st.sampled_from(RUNS), headers=st.sampled_from((None, {"traceparent": "p", "x": "ü"})))
+    def grant(self, run: str, headers: dict[str, str] | None) -> None:
+        """Somebody grants a run something, whether a step waits for it or not: a handle, or a token."""
+        woken = self.both("record_grant", lambda store: store.record_grant(run, headers=headers))
+        self.letters.extend(woken if isinstance(woken, list) else ())
+
     @precondition(lambda self: self.held)
     @rule(number=numbers, unit=st.integers(0, 3), request=st.sampled_from((None, "q0", "q1")))
     def take(self, number: int, unit: int, request: str | None) -> None:

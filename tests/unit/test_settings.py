@@ -8,6 +8,7 @@ import pytest
 
 from paigeant import RetryPolicy, Settings, Step
 from paigeant.errors import ConfigurationError
+from paigeant.identity import Issuer
 
 
 def file(text: str) -> None:
@@ -265,3 +266,70 @@ def test_no_value_shows_a_password() -> None:
     with pytest.raises(ConfigurationError) as caught:
         Settings(transport_url=["amqp://a:s3cret@h"])
     assert "s3cret" not in str(caught.value)
+
+
+# -- on behalf of people
+
+
+def test_issuers_are_read() -> None:
+    """By the URL of their keys alone, or with algorithms and the type of their tokens."""
+    file(
+        "token_audience: https://me.example\n"
+        "token_issuers:\n"
+        "  https://a.example: https://a.example/jwks\n"
+        "  https://b.example: {jwks_url: 'https://b.example/k', algorithms: [PS256], token_type: null}\n"
+    )
+    assert Settings().issuers() == {
+        "https://a.example": Issuer("https://a.example", "https://a.example/jwks"),
+        "https://b.example": Issuer("https://b.example", "https://b.example/k", ("PS256",), None),
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, "the URL of its keys"),
+        (7, "the URL of its keys"),
+        ("http://idp.example/jwks", "an https:// URL"),
+        ({"jwks_url": "https://i/k", "algorithm": "ES256"}, "did you mean 'algorithms'"),
+        ({"jwks_url": "https://i/k", "algorithms": ["HS256"]}, r"found \['HS256'\]"),
+        ({"jwks_url": "https://i/k", "algorithms": ["none"]}, r"found \['none'\]"),
+        ({"jwks_url": "https://i/k", "algorithms": []}, r"found \[\]"),
+        ({"jwks_url": "https://i/k", "algorithms": "ES256"}, "found 'ES256'"),
+        ({"jwks_url": "https://i/k", "token_type": 1}, "token_type"),
+    ],
+)
+def test_issuers_that_can_t_be(fields: object, said: str) -> None:
+    """What is wrong with an issuer is said at the start."""
+    with pytest.raises(ConfigurationError, match=said):
+        Settings(token_issuers={"https://i": fields}, token_audience="me")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"token_audience": "me"},
+        {"token_issuers": {"https://i": "https://i/k"}},
+        {"token_url": "http://idp.example/token"},
+        {"grant_url": "https://user:word@idp.example/token"},
+        {"client_secret": "one", "client_key": "other"},
+    ],
+)
+def test_half_of_what_is_needed(values: dict[str, object]) -> None:
+    """An issuer without an audience, an URL that mustn't get secrets, two proofs; the error shows none of them."""
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(**values)
+    assert "word" not in str(caught.value).replace("password", "")
+
+
+def test_secrets_stand_in_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is refused that has one; from the environment it is taken, and not shown."""
+    monkeypatch.setenv("PAIGEANT_CLIENT_SECRET", "canary")
+    settings = Settings()
+    assert settings.client_secret is not None
+    assert settings.client_secret.get_secret_value() == "canary"
+    assert "canary" not in f"{settings!r} {settings.shown()}"
+    file("client_secret: canary\n")
+    with pytest.raises(ConfigurationError, match="PAIGEANT_CLIENT_SECRET") as caught:
+        Settings()
+    assert "canary" not in str(caught.value)

@@ -10,6 +10,7 @@ from pydantic_core import from_json
 from paigeant import ledger
 from paigeant.app import result_of, usage_of
 from paigeant.cli import console, usage, waiting
+from paigeant.identity import Mandate
 from paigeant.slip import Phase
 from paigeant.store import Request, RunDetail, RunRecord, StepRecord
 
@@ -41,11 +42,25 @@ def as_json(
         "variables": {name: from_json(value) for name, value in detail.variables.items()},
         "signals": [waiting.signal_as_json(signal) for signal in detail.signals],
         "requests": [waiting.request_as_json(request) for request in requests],
+        "on_behalf_of": _person(run),
         "correlation_id": run.correlation_id,
         "deadline": console.instant(run.deadline),
         "created_at": console.instant(run.created_at),
         "started_at": console.instant(run.started_at),
         "completed_at": console.instant(run.completed_at),
+    }
+
+
+def _person(run: RunRecord) -> dict[str, Any] | None:
+    """For whom the run acts, as its dispatch said."""
+    mandate = Mandate.read(run.headers)
+    if mandate is None:
+        return None
+    return {
+        "subject": mandate.subject,
+        "issuer": mandate.issuer,
+        "scopes": mandate.scopes,
+        "handle": mandate.handle,
     }
 
 
@@ -97,6 +112,8 @@ def as_tables(
         "created": f"{console.local(run.created_at)}, {took}{'' if run.completed_at else ' so far'}",
         "input": console.plain(console.shown(from_json(run.input), 200)),
     }
+    if (person := _person(run)) is not None:
+        found["on behalf of"] = console.plain(f"{person['subject']} ({person['issuer']})")
     if output is not None:
         found["output"] = console.plain(console.shown(output, 200))
     if run.error:

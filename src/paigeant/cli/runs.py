@@ -167,6 +167,53 @@ def signal(
 
 @app.command(
     epilog=session.examples(
+        "paigeant runs grant order-42 grant-7f3a",
+        "get-token | paigeant runs grant order-42 -",
+    ),
+)
+def grant(
+    id: RunId,
+    handle: Annotated[
+        str,
+        typer.Argument(
+            help="The handle of the grant, or - for a token on standard input: never in the command.",
+            metavar="HANDLE|-",
+        ),
+    ],
+    by: Annotated[
+        str | None,
+        typer.Option(help="Who hands it over; default: the user at this terminal.", metavar="NAME"),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Let a run that waits for a fresh grant of its person go on."""
+    sender = session.user() if by is None else by
+    if handle.startswith("eyJ"):
+        raise ConfigurationError(
+            "that looks like a token, which the history of the shell and the list of processes now show; have it "
+            "withdrawn, and give another one on standard input: paigeant runs grant ID -"
+        )
+
+    async def command() -> Any:
+        from paigeant.errors import InputInvalid
+        from paigeant.identity import GrantHandle
+        from paigeant.secret import SecretToken
+
+        async with session.opened(session.read_settings()) as paigeant:
+            run = paigeant.run(id)
+            if handle == "-":
+                return await run.grant(SecretToken(sys.stdin.readline().strip()), sender=sender)
+            known = await run.identity()
+            if known is None:
+                raise InputInvalid(f"run '{id}' acts for nobody, so it takes no grant")
+            fresh = GrantHandle(handle, known.subject, known.issuer or "", known.scopes)
+            return await run.grant(fresh, sender=sender)
+
+    _tell(id, session.wait_for(command()), json)
+
+
+@app.command(
+    epilog=session.examples(
         "paigeant runs prune --older-than 30d",
         "paigeant runs prune --older-than 12h --status completed --yes",
         "paigeant runs prune --older-than 2w --dry-run --json",

@@ -9,6 +9,7 @@ from pydantic_core import from_json
 
 from paigeant import ledger
 from paigeant.cli import console
+from paigeant.identity import GRANT_SIGNAL
 from paigeant.slip import StepStatus
 from paigeant.store import REQUEST_SIGNAL, Request, Signal, StepRecord
 
@@ -154,7 +155,11 @@ def waiting(row: StepRecord, requests: Iterable[Request]) -> str:
         return ""
     asked = {request.signal: request.name for request in requests}
     names = [
-        f"an answer to '{asked.get(name, name)}'" if name.startswith(REQUEST_SIGNAL) else f"signal '{name}'"
+        f"an answer to '{asked.get(name, name)}'"
+        if name.startswith(REQUEST_SIGNAL)
+        else "a fresh grant"
+        if name == GRANT_SIGNAL
+        else f"signal '{name}'"
         for name in waits_for(row)
     ]
     until = wakes_at(row)

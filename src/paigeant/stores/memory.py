@@ -17,6 +17,7 @@ from pydantic_core import from_json
 from paigeant import codec, ledger
 from paigeant.clock import Clock, SystemClock
 from paigeant.errors import InputInvalid, InvalidTransition, RunConflict, RunNotFound
+from paigeant.identity import GRANT_SIGNAL
 from paigeant.ledger import OPEN, Changes, Head
 from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
 from paigeant.store import (
@@ -370,6 +371,29 @@ class MemoryStore:
                 if row.status is StepStatus.WAITING and name in from_json(row.waits_for or b"[]"):
                     ledger.wake(row.key, changes, now=now)
             self._write(changes)
+
+    async def record_grant(
+        self, workflow_id: str, *, headers: Mapping[str, str] | None = None, sender: str = ""
+    ) -> list[StepKey]:
+        with self._lock:
+            run = self._run(workflow_id)
+            if run.status in RUN_ENDED:
+                raise InvalidTransition(
+                    f"run '{workflow_id}' has ended {run.status.value}; it takes no grants"
+                )
+            now = self.clock.now()
+            waiting = [
+                row.key
+                for row in self._steps[workflow_id].values()
+                if row.status is StepStatus.WAITING and GRANT_SIGNAL in from_json(row.waits_for or b"[]")
+            ]
+            changes = Changes()
+            ledger.grant(workflow_id, waiting, headers, changes, now=now, grace=self.grace)
+            if headers is not None:
+                signals = self._signals.setdefault(workflow_id, [])
+                signals.append(Signal(GRANT_SIGNAL, b"null", now, sender))
+            self._write(changes)
+            return waiting
 
     # -- requests
 

@@ -20,7 +20,8 @@ Suites for those who write a transport or a store are in `paigeant.testing.confo
 
 from __future__ import annotations
 
+from paigeant.testing.authority import MemoryAuthority
 from paigeant.testing.clock import ManualClock
 from paigeant.testing.memory import MemoryApp, NotDrained
 
-__all__ = ["ManualClock", "MemoryApp", "NotDrained"]
+__all__ = ["ManualClock", "MemoryApp", "MemoryAuthority", "NotDrained"]

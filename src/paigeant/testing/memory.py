@@ -16,6 +16,7 @@ from paigeant.settings import Settings
 from paigeant.slip import StepStatus
 from paigeant.store import StepRecord
 from paigeant.stores.memory import MemoryStore
+from paigeant.testing.authority import MemoryAuthority
 from paigeant.testing.clock import ManualClock
 from paigeant.transports.memory import MemoryTransport
 from paigeant.waits import WAITS
@@ -35,7 +36,8 @@ class MemoryApp(Paigeant):
     """A `Paigeant` whose runs live in this object, with a worker for `activities` that runs while it is open.
 
     Nothing waits for real: a retry that lies in the future is reached when `drain()` moves `clock`, or when the test
-    moves it. `chance` (a number from 0 to 1) places waits within their jitter; by default they are exact. What
+    moves it. `authority` issues tokens and keeps grants.
+    `chance` (a number from 0 to 1) places waits within their jitter; by default they are exact. What
     `settings` name are fields of `Settings`; its URLs, lease and sweep interval have values of their own here.
     """
 
@@ -51,6 +53,7 @@ class MemoryApp(Paigeant):
         observers: Iterable[Observer] = (),
         clock: ManualClock | None = None,
         chance: Callable[[], float] = lambda: 0.0,
+        authority: MemoryAuthority | None = None,
         **settings: Any,
     ) -> None:
         self.clock = clock or ManualClock()
@@ -65,6 +68,8 @@ class MemoryApp(Paigeant):
             clock=self.clock,
             chance=chance,
         )
+        if authority is not None:
+            self.behalf = self.dispatcher.behalf = authority.behalf(self.clock)
         self._worker: ActivityWorker | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()

@@ -71,6 +71,9 @@ class MemoryTransport:
     def joins(self, store: Store) -> bool:
         return False
 
+    def keeps_rows(self, topic: str) -> bool:
+        return False
+
     def bury_with(self, bury: Bury) -> None:
         self._bury = bury
 

@@ -153,6 +153,10 @@ class RoutedTransport:
     def joins(self, store: Store) -> bool:
         return self.own.joins(store)
 
+    def keeps_rows(self, topic: str) -> bool:
+        route = self.route(topic)
+        return (self.own if route is None else route.transport).keeps_rows(topic)
+
     def bury_with(self, bury: Bury) -> None:
         self.own.bury_with(bury)
 

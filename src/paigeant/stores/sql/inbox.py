@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pydantic_core import from_json
 from sqlalchemy import Text, and_, bindparam, insert, literal, literal_column, or_, select, update
 
 from paigeant import ledger
+from paigeant.identity import GRANT_SIGNAL
 from paigeant.lane import Tx
 from paigeant.ledger import Changes
 from paigeant.prepared import Prepared, upsert
@@ -14,7 +17,7 @@ from paigeant.slip import Phase, StepStatus
 from paigeant.store import REQUEST_SIGNAL, Request, Signal, StepKey
 from paigeant.tables import step_executions, workflow_requests, workflow_signals
 
-__all__ = ["keep_request", "put", "requests_of", "take", "untaken"]
+__all__ = ["grant", "keep_request", "put", "requests_of", "take", "untaken", "waiting_for"]
 
 _signals = workflow_signals.c
 _PUT = Prepared(insert(workflow_signals), ["workflow_id", "name", "value", "created_at", "sender"])
@@ -74,10 +77,29 @@ def put(tx: Tx, workflow_id: str, name: str, value: bytes, sender: str) -> Chang
     """Keep a signal; gives what changes with it: the step that waits for it is ready."""
     _PUT.each(tx, [(workflow_id, name, value.decode(), tx.now, sender)])
     changes = Changes()
-    for run_id, step, phase, waits_for in _WAITING.rows(tx, workflow_id):
-        if name in from_json(waits_for or "[]"):
-            ledger.wake(StepKey(run_id, step, Phase(phase)), changes, now=tx.now)
+    for key in waiting_for(tx, workflow_id, name):
+        ledger.wake(key, changes, now=tx.now)
     return changes
+
+
+def waiting_for(tx: Tx, workflow_id: str, name: str) -> list[StepKey]:
+    """The steps of the run that wait for a signal of this name."""
+    return [
+        StepKey(run_id, step, Phase(phase))
+        for run_id, step, phase, waits_for in _WAITING.rows(tx, workflow_id)
+        if name in from_json(waits_for or "[]")
+    ]
+
+
+def grant(
+    tx: Tx, workflow_id: str, headers: Mapping[str, str] | None, sender: str, *, grace: float
+) -> tuple[list[StepKey], Changes]:
+    """The steps that a fresh grant wakes, and what changes with it. Raises InvalidTransition; see `ledger.grant`."""
+    waiting, changes = waiting_for(tx, workflow_id, GRANT_SIGNAL), Changes()
+    ledger.grant(workflow_id, waiting, headers, changes, now=tx.now, grace=grace)
+    if headers is not None:
+        _PUT.each(tx, [(workflow_id, GRANT_SIGNAL, "null", tx.now, sender)])
+    return waiting, changes
 
 
 def keep_request(tx: Tx, request: Request) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from paigeant import ledger
 from paigeant.errors import (
@@ -60,6 +60,36 @@ class SqlOutside(SqlPart):
                 self.write(tx, inbox.put(tx, run_id, name, value, sender))
                 answers.append(None)
         return answers
+
+    async def record_grant(
+        self, workflow_id: str, *, headers: Mapping[str, str] | None = None, sender: str = ""
+    ) -> list[StepKey]:
+        woken: list[StepKey] = unwrapped(
+            await self.database.write(self._grant, (workflow_id, headers, sender))
+        )
+        return woken
+
+    @its_run
+    def _grant(
+        self, tx: Tx, requests: Sequence[tuple[str, Mapping[str, str] | None, str]]
+    ) -> list[list[StepKey] | PaigeantError]:
+        return [self._grant_one(tx, *request) for request in requests]
+
+    def _grant_one(
+        self, tx: Tx, run_id: str, headers: Mapping[str, str] | None, sender: str
+    ) -> list[StepKey] | PaigeantError:
+        lock_runs(tx, [run_id])
+        status = statuses_of(tx, [run_id]).get(run_id)
+        if status is None:
+            return RunNotFound(run_id)
+        if status in RUN_ENDED:
+            return InvalidTransition(f"run '{run_id}' has ended {status}; it takes no grants")
+        try:
+            woken, changes = inbox.grant(tx, run_id, headers, sender, grace=self.grace)
+        except PaigeantError as exc:
+            return exc
+        self.write(tx, changes)
+        return woken
 
     async def open_request(self, request: Request) -> None:
         await self.database.write(self._open_request, request)

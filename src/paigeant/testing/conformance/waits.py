@@ -11,7 +11,8 @@ import pytest
 from pydantic_core import from_json
 
 from paigeant import ledger
-from paigeant.errors import InvalidTransition, RequestNotFound
+from paigeant.errors import InvalidTransition, RequestNotFound, RunNotFound
+from paigeant.identity import GRANT_SIGNAL
 from paigeant.slip import RunStatus, StepStatus
 from paigeant.store import (
     ClaimRequest,
@@ -229,6 +230,51 @@ class WaitConformance(StoreBench):
         assert (await self.row(store, key)).wake_at == begins + self.grace
         self.clock.set(begins)
         assert (await self.claim(store, key)).attempt == 1
+
+    # -- grants
+
+    async def test_a_grant_handle_wakes_and_is_kept(self, store: Store) -> None:
+        """The run's headers name it from then on, the step that waits for one is ready, a signal tells who gave it."""
+        key = await self.parked(store, GRANT_SIGNAL)
+        named = {"traceparent": "p", "paigeant-mandate": '{"handle": "ä"}'}
+        async with self.other(store) as other:
+            assert await other.record_grant("r", headers=named, sender="Ada") == [key]
+        row = await self.row(store, key)
+        assert (row.status, row.wake_at) == (StepStatus.READY, self.clock.now())
+        detail = await store.load_run("r")
+        assert detail.run.headers == named
+        assert [(one.name, one.value, one.sender) for one in detail.signals] == [
+            (GRANT_SIGNAL, b"null", "Ada")
+        ]
+
+    async def test_a_grant_handle_may_come_before_it_is_needed(self, store: Store) -> None:
+        """It is kept for a step that will wait for one: that isn't parked."""
+        key = await self.start(store)
+        grant = await self.claim(store, key)
+        assert await store.record_grant("r", headers={"a": "b"}) == []
+        leaving = self.ending(key, grant, StepStatus.WAITING, waits_for=(GRANT_SIGNAL,))
+        assert await store.record_step_result(leaving) == Refused("arrived")
+
+    async def test_a_token_wakes_and_is_not_recorded(self, store: Store) -> None:
+        """The step is ready, and left for the grace time to the message that brings the token; nothing tells of it."""
+        key = await self.parked(store, GRANT_SIGNAL)
+        before = await store.load_run("r")
+        assert await store.record_grant("r") == [key]
+        row = await self.row(store, key)
+        assert (row.status, row.wake_at) == (StepStatus.READY, self.clock.now() + self.grace)
+        detail = await store.load_run("r")
+        assert (detail.run.headers, detail.signals) == (before.run.headers, ())
+
+    async def test_a_token_needs_somebody_who_waits_for_it(self, store: Store) -> None:
+        """It can't be kept; nor does it go to a step that waits for something else, or to a run that has ended."""
+        await self.parked(store, "paid")
+        with pytest.raises(InvalidTransition, match="waits for a grant"):
+            await store.record_grant("r")
+        await store.cancel_run("r", "stop")
+        with pytest.raises(InvalidTransition, match="has ended"):
+            await store.record_grant("r", headers={})
+        with pytest.raises(RunNotFound):
+            await store.record_grant("nobody", headers={})
 
     # -- taking signals
 

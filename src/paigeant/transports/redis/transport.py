@@ -77,6 +77,9 @@ class RedisStreamTransport:
     def joins(self, store: Store) -> bool:
         return False
 
+    def keeps_rows(self, topic: str) -> bool:
+        return False
+
     def bury_with(self, bury: Bury) -> None:
         self._bury = bury
 

@@ -1,0 +1,281 @@
+"""Behalf: how a step acts for a person: verifies their token just before use, exchanges it, waits for a fresh one.
+
+A token lives in memory and on the wire. When a step needs one and has none that is valid, it is parked until somebody
+grants again; its attempt doesn't count. What is verified stands in `identity.py`, who is asked in `authority.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from paigeant.authority import GrantStore, KeySource, ServiceTokens, TokenExchanger
+from paigeant.clock import Clock, SystemClock
+from paigeant.errors import (
+    AuthorityUnavailable,
+    ConfigurationError,
+    ExchangeRefused,
+    GrantInvalid,
+    InputInvalid,
+    ScopeMissing,
+    TokenExpired,
+    TokenRejected,
+)
+from paigeant.identity import (
+    GRANT_SIGNAL,
+    MANDATE,
+    GrantHandle,
+    Issuer,
+    Mandate,
+    SecurityContext,
+    check_claims,
+    check_scopes,
+    check_signature,
+    read_token,
+    scopes_in,
+)
+from paigeant.secret import OBO_TOKEN, SecretToken
+
+if TYPE_CHECKING:
+    from paigeant.journal import Place
+
+__all__ = ["Acting", "Behalf", "Trust"]
+
+_UNSET = "no `token_url` with `client_id` and `client_secret` or `client_key` is set"
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Whose tokens are accepted here: `issuers` by their exact names, their `keys`, for this service's `audience`."""
+
+    issuers: Mapping[str, Issuer]
+    keys: Mapping[str, KeySource]
+    audience: str
+    clock: Clock = field(default_factory=SystemClock)
+
+    async def verify(self, token: SecretToken) -> SecurityContext:
+        """For whom the token lets this service act, now. Raises TokenRejected, TokenExpired, AuthorityUnavailable."""
+        draft = read_token(token)
+        issuer = self.issuers.get(draft.issuer)
+        if issuer is None:
+            raise TokenRejected(
+                "issuer", f"nobody called '{draft.issuer[:200]}' is among the issuers accepted here"
+            )
+        key = await self.keys[issuer.name].find(draft.kid)
+        if key is None:
+            # Perhaps it is so new that the last look at the key set didn't show it: worth another attempt.
+            raise AuthorityUnavailable(
+                issuer.jwks_url, f"it publishes no key '{draft.kid[:100]}', or not yet"
+            )
+        check_signature(token, draft, key, issuer)
+        return check_claims(draft, audience=self.audience, now=self.clock.now())
+
+
+@dataclass(frozen=True, slots=True)
+class Behalf:
+    """What a process has to act for people. Each part may be missing: whatever needs it then says so."""
+
+    trust: Trust | None = None
+    grants: GrantStore | None = None
+    exchanger: TokenExchanger | None = None
+    own: ServiceTokens | None = None
+
+    async def mandate(self, given: object, *, carries: bool) -> tuple[Mandate, SecretToken | None]:
+        """What is recorded of a token or a grant handle, and the token that travels.
+
+        A token is verified where there is trust. Otherwise what it says is only noted: each step that needs it verifies
+        it, and holds a later one against that. Raises InputInvalid, TokenRejected, TokenExpired, AuthorityUnavailable.
+        """
+        if isinstance(given, GrantHandle):
+            return Mandate.of(given), None
+        if isinstance(given, str):
+            given = SecretToken(given)
+        if not isinstance(given, SecretToken):
+            raise InputInvalid(
+                f"a run acts on behalf of whom a token or a GrantHandle says, found {type(given).__name__}"
+            )
+        if not carries:
+            raise InputInvalid(
+                "a token can't travel through a database, where its message is a row; hand over a GrantHandle, or use "
+                "a message broker as transport_url"
+            )
+        if self.trust is not None:
+            found = await self.trust.verify(given)
+            return Mandate(found.subject, found.issuer or "", found.scopes), given
+        draft = read_token(given)
+        subject = draft.claims.get("sub")
+        if not isinstance(subject, str) or not subject:
+            raise TokenRejected("subject", "it doesn't say for whom it was issued")
+        return Mandate(subject, draft.issuer, scopes_in(draft.claims)), given
+
+
+@dataclass(slots=True, eq=False)
+class Acting:
+    """An attempt of a step that acts for somebody, or that undoes what was done for them.
+
+    `reload` gives the headers of the run as they are recorded now. `allowed` are the scopes that the activity names.
+    """
+
+    behalf: Behalf
+    workflow_id: str
+    mandate: Mandate | None
+    reload: Callable[[], Awaitable[Mapping[str, str]]]
+    allowed: tuple[str, ...] = ()
+    is_undo: bool = False
+    is_renewed: bool = False
+    """Whether the mandate is another one than that which came with the message."""
+    secrets: list[SecretToken] = field(default_factory=list)
+    """The tokens that this attempt has had in its hands: no text that it leaves may have one of them in it."""
+    _token: SecretToken | None = None
+    _valid: tuple[SecretToken, SecurityContext] | None = None
+    _spent: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if self._token is not None:
+            self.secrets.append(self._token)
+
+    def headers(self, headers: Mapping[str, str]) -> Mapping[str, str]:
+        """The headers of the next message: with the mandate that holds now, and without a token that is spent."""
+        left = {name: text for name, text in headers.items() if name != OBO_TOKEN or self._token is not None}
+        return left if self.mandate is None else {**left, MANDATE: self.mandate.dump()}
+
+    async def require(self, place: Place) -> SecurityContext | None:
+        """For whom the activity may be called, verified now; raises unless all of its scopes are granted.
+
+        Waits for a fresh grant while there is no valid token. A compensation is the service's own doing: None.
+        """
+        if self.is_undo:
+            if self.behalf.own is None:
+                raise ScopeMissing(
+                    f"the compensation names scopes, which the service gets as itself, and {_UNSET}"
+                )
+            return None
+        needed = ", ".join(self.allowed)
+        if self.mandate is None:
+            raise ScopeMissing(
+                f"the activity needs the scopes {needed}, and its run acts for nobody; "
+                "dispatch it with on_behalf_of="
+            )
+        # Known without asking anybody: no token can have more than was granted at dispatch.
+        self._check(self.mandate.identity, self.mandate.identity.missing(self.allowed))
+        _, found = await self._subject(place)
+        self._check(found, found.missing(self.allowed))
+        return found
+
+    def _check(self, found: SecurityContext, missing: tuple[str, ...]) -> None:
+        if missing:
+            raise ScopeMissing(
+                f"'{found.subject}' hasn't granted {', '.join(missing)}; the activity needs "
+                f"{', '.join(self.allowed)}, granted are {', '.join(found.scopes) or 'none'}"
+            )
+
+    async def token(self, place: Place, audience: str, scopes: tuple[str, ...]) -> SecretToken:
+        """A fresh token for `audience`, with `scopes` and no others, for one call. See `StepContext.token`."""
+        if not isinstance(audience, str) or not audience:
+            raise InputInvalid(f"an audience is a non-empty text, found {audience!r}")
+        scopes = check_scopes(scopes)
+        if not scopes:
+            raise InputInvalid("a token is asked for with the scopes that the call needs; name at least one")
+        beyond = [scope for scope in scopes if scope not in self.allowed] if self.allowed else []
+        if beyond:
+            raise ScopeMissing(
+                f"{', '.join(beyond)}: not among the scopes that the activity names: {', '.join(self.allowed)}"
+            )
+        if self.is_undo:
+            if self.behalf.own is None:
+                raise ConfigurationError(f"{_UNSET}, where the service gets tokens of its own")
+            return self._kept(await self.behalf.own.own_token(audience=audience, scopes=scopes))
+        if self.mandate is None:
+            raise ScopeMissing(
+                "the run acts for nobody, so there is no token; dispatch it with on_behalf_of="
+            )
+        if self.behalf.exchanger is None:
+            raise ConfigurationError(f"{_UNSET}, where tokens are exchanged for others")
+        while True:
+            subject, found = await self._subject(place)
+            missing = found.missing(scopes)
+            if missing:
+                raise ScopeMissing(
+                    f"'{found.subject}' hasn't granted {', '.join(missing)}; granted are "
+                    f"{', '.join(found.scopes) or 'none'}"
+                )
+            try:
+                with place.journal.parking.working(object()):
+                    token = await self.behalf.exchanger.exchange(subject, audience=audience, scopes=scopes)
+            except GrantInvalid:
+                self._spend()
+                continue
+            if token == subject:
+                raise ExchangeRefused(
+                    "the server gave the person's own token back, which isn't for others to see"
+                )
+            return self._kept(token)
+
+    # -- inside
+
+    def _kept(self, token: SecretToken) -> SecretToken:
+        self.secrets.append(token)
+        return token
+
+    def _spend(self) -> None:
+        """What was used last is no good any more, though it looked so."""
+        if self._token is not None:
+            self._token = None
+        elif self.mandate is not None and self.mandate.handle is not None:
+            self._spent.add(self.mandate.handle)
+        self._valid = None
+
+    async def _subject(self, place: Place) -> tuple[SecretToken, SecurityContext]:
+        """The person's token and what it allows, valid now. The step is left while there is none."""
+        while True:
+            try:
+                with place.journal.parking.working(object()):
+                    return await self._at_hand()
+            except (TokenExpired, GrantInvalid):
+                self._spend()
+            if self._token is None and not self._has_handle():
+                await self._renew(place)
+
+    def _has_handle(self) -> bool:
+        return (
+            self.mandate is not None
+            and self.mandate.handle is not None
+            and self.mandate.handle not in self._spent
+        )
+
+    async def _at_hand(self) -> tuple[SecretToken, SecurityContext]:
+        trust, mandate = self.behalf.trust, self.mandate
+        assert mandate is not None, "who acts for nobody isn't asked"
+        if trust is None:
+            raise ConfigurationError(
+                "no `token_issuers` and `token_audience` are set, without which no token can be verified"
+            )
+        if self._valid is not None:
+            token, found = self._valid
+            if found.expires_at is not None and trust.clock.now() < found.expires_at:
+                return self._valid
+            self._valid = None
+        token = await self._obtain(mandate)
+        self._valid = token, mandate.bound(await trust.verify(token))
+        return self._valid
+
+    async def _obtain(self, mandate: Mandate) -> SecretToken:
+        if self._token is not None:
+            return self._token
+        if not self._has_handle() or mandate.handle is None:
+            raise TokenExpired(f"there is no token of '{mandate.subject}' here")
+        if self.behalf.grants is None:
+            raise ConfigurationError(f"{_UNSET}, or `grant_url`, where a token is had for a grant handle")
+        return self._kept(
+            await self.behalf.grants.subject_token(mandate.handle, workflow_id=self.workflow_id)
+        )
+
+    async def _renew(self, place: Place) -> None:
+        """Take up the grant that has come meanwhile, or leave the step until one comes."""
+        while True:
+            recorded = Mandate.read(await self.reload())
+            if recorded is not None and recorded.handle is not None and recorded.handle not in self._spent:
+                self.mandate, self.is_renewed = recorded, True
+                return
+            await place.signal(place.name("grant"), GRANT_SIGNAL, timeout=None, what="a fresh grant")

@@ -1,0 +1,74 @@
+"""SecretToken: a token that nothing shows by accident; and texts without the tokens that are in them."""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, Self
+
+__all__ = ["OBO_TOKEN", "SecretToken", "masked", "masked_body"]
+
+OBO_TOKEN = "obo_token"  # the header's name
+"""The header of a message that holds the token of the person for whom its run acts. It is never recorded."""
+
+_SHOWN = "***"
+_JWT = re.compile(r"eyJ[\w-]{5,}\.[\w-]{5,}\.[\w-]*")
+_JWT_BYTES = re.compile(_JWT.pattern.encode(), re.ASCII)
+_HEADER = re.compile(rb'("' + OBO_TOKEN.encode() + rb'"\s*:\s*")(?:[^"\\]|\\.)*')
+
+
+class SecretToken:
+    """A token in memory. Only `reveal()` gives its text: at the moment when it is sent, and nowhere else.
+
+    Printing, formatting and JSON show stars or fail, a copy is the same object, and pickling fails: so it gets into no
+    log line, row or message by accident, nor into a traceback that shows the values of variables.
+    """
+
+    __slots__ = ("_reveal",)
+
+    def __init__(self, text: str) -> None:
+        # In a closure, so that no attribute has it: what dumps objects for debugging shows a function.
+        self._reveal: Callable[[], str] = lambda: text
+
+    def reveal(self) -> str:
+        """The text itself."""
+        return self._reveal()
+
+    def __repr__(self) -> str:
+        return f"SecretToken({_SHOWN})"
+
+    def __str__(self) -> str:
+        return _SHOWN
+
+    def __format__(self, spec: str) -> str:
+        return format(_SHOWN, spec)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SecretToken):
+            return NotImplemented
+        return hmac.compare_digest(self.reveal().encode(), other.reveal().encode())
+
+    def __hash__(self) -> int:
+        return hash((SecretToken, self.reveal()))
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        raise TypeError("a SecretToken can't be pickled: it would be kept outside of memory")
+
+
+def masked(text: str, secrets: Iterable[SecretToken] = ()) -> str:
+    """`text` with stars for these tokens, and for whatever else looks like a signed one."""
+    for secret in secrets:
+        text = text.replace(secret.reveal(), _SHOWN)
+    return _JWT.sub(_SHOWN, text) if "eyJ" in text else text
+
+
+def masked_body(body: bytes) -> bytes:
+    """The bytes of a message, such as a dead letter keeps, without the token that they carry."""
+    return _JWT_BYTES.sub(_SHOWN.encode(), _HEADER.sub(rb"\1" + _SHOWN.encode(), body))

@@ -1,0 +1,673 @@
+"""Runs that act for a person, against a real authorization server: what is checked, and when a step waits."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from joserfc.jwk import ECKey
+from tests.integration.workers import working
+from tests.security.authority import Authority
+
+from paigeant import (
+    ActivityRegistry,
+    GrantHandle,
+    Paigeant,
+    PaigeantMessage,
+    RoutingSlip,
+    RunConflict,
+    RunStatus,
+    SecretToken,
+    Settings,
+    Sleep,
+    Step,
+    StepContext,
+    WaitFor,
+    Workflow,
+)
+from paigeant.behalf import Behalf
+from paigeant.errors import InputInvalid, InvalidTransition, TokenExpired, TokenRejected
+from paigeant.identity import GRANT_SIGNAL, MANDATE, check_claims, read_token
+from paigeant.observer import Event
+from paigeant.slip import StepStatus
+from paigeant.testing import ManualClock, MemoryApp
+
+MAIL = "https://mail.example"
+SECRET = "client-secret-of-the-tests"
+
+
+class Office:
+    """Activities that note for whom they are called, and the tokens that they get."""
+
+    def __init__(self) -> None:
+        self.registry = ActivityRegistry()
+        self.seen: list[Any] = []
+        self.tokens: list[SecretToken] = []
+        self.before: Callable[[], None] = lambda: None
+        self.registry.execute()(self.note)
+        self.registry.execute(scopes=["mail.read"], retries=0)(self.read)
+        self.registry.execute(scopes=["mail.read", "mail.send"], retries=2)(self.send)
+        self.registry.execute(retries=0)(self.fail)
+        self.registry.compensate("note", scopes=["note.undo"])(self.forget)
+
+    async def note(self, context: StepContext) -> str:
+        """Needs nobody."""
+        self.seen.append("note")
+        return "noted" if context.identity is None else context.identity.subject
+
+    async def forget(self, context: StepContext) -> None:
+        """Undo a note, as the service itself."""
+        self.tokens.append(await context.token(audience=MAIL, scopes=["note.undo"]))
+        self.seen.append("forget")
+
+    async def read(self, context: StepContext) -> list[Any]:
+        """Tells who it is called for."""
+        found = context.identity
+        assert found is not None
+        self.seen.append("read")
+        return [found.subject, found.scopes, context.attempt]
+
+    async def send(self, context: StepContext) -> str:
+        """Calls another service with a token of its own for that."""
+        self.before()
+        self.seen.append("send")
+        self.tokens.append(await context.token(audience=MAIL, scopes=["mail.send"]))
+        return "sent"
+
+    async def fail(self) -> None:
+        """Turn the run round."""
+        raise ValueError("no")
+
+
+class Watcher:
+    """Keeps the events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def observe(self, event: Event) -> None:
+        self.events.append(event)
+
+
+@pytest.fixture
+def office() -> Office:
+    """An office for a test."""
+    return Office()
+
+
+@pytest.fixture
+def watcher() -> Watcher:
+    """What is told."""
+    return Watcher()
+
+
+def settings_of(authority: Authority) -> dict[str, Any]:
+    """What a service is told of the authority."""
+    authority.clients["desk"] = SECRET
+    return {
+        "token_issuers": {authority.url: {"jwks_url": authority.jwks_url}},
+        "token_audience": authority.own_audience,
+        "token_url": authority.token_url,
+        "client_id": "desk",
+        "client_secret": SECRET,
+        "retry_base": 0.1,
+    }
+
+
+@pytest.fixture
+async def app(
+    authority: Authority, office: Office, clock: ManualClock, watcher: Watcher
+) -> AsyncIterator[MemoryApp]:
+    """A service of the authority with a worker."""
+    observers = [watcher]
+    async with MemoryApp(office.registry, clock=clock, observers=observers, **settings_of(authority)) as app:
+        yield app
+
+
+def flow(*steps: str) -> Workflow:
+    """A workflow of these activities."""
+    return Workflow("flow", list(steps))
+
+
+def grant_of(authority: Authority, *scopes: str, workflow_id: str = "r") -> GrantHandle:
+    """A grant of Ann's for a run, kept by the authority."""
+    handle = authority.grant("ann", *scopes, workflow_id=workflow_id)
+    return GrantHandle(handle, "ann", authority.url, scopes)
+
+
+async def test_a_step_knows_for_whom_it_acts(app: MemoryApp, authority: Authority) -> None:
+    """An activity that names scopes gets the identity of the token; scopes are those of token and dispatch."""
+    token = authority.token("ann", "mail.read", "calendar")
+    run = await app.dispatch(flow("note", "read"), on_behalf_of=token, workflow_id="r")
+    await app.drain()
+    result = await run.wait()
+    assert result.status is RunStatus.COMPLETED, result.error
+    assert result.outputs == {"note": "ann", "read": ["ann", ["mail.read", "calendar"], 1]}
+    found = await run.identity()
+    assert found is not None
+    assert (found.subject, found.issuer, found.scopes) == ("ann", authority.url, ("mail.read", "calendar"))
+
+
+async def test_without_scopes_nobody_is_asked(app: MemoryApp, authority: Authority) -> None:
+    """A run whose activities name no scopes runs without any token, and without a request to anybody."""
+    run = await app.dispatch(flow("note"))
+    await app.drain()
+    assert (await run.wait()).output == "noted"
+    assert not authority.asked("/jwks")
+    assert not authority.asked("/token")
+
+
+@pytest.mark.parametrize("steps", [["read"], ["send"]])
+async def test_scopes_that_nobody_granted(app: MemoryApp, office: Office, steps: list[str]) -> None:
+    """An activity with scopes isn't called in a run that acts for nobody: a permanent failure that says so."""
+    run = await app.dispatch(flow(*steps))
+    await app.drain()
+    result = await run.wait()
+    assert result.status is RunStatus.FAILED
+    assert "ScopeMissing: the activity needs the scopes mail.read" in str(result.error)
+    assert office.seen == []
+
+
+async def test_a_missing_scope_is_a_permanent_failure(
+    app: MemoryApp, authority: Authority, office: Office
+) -> None:
+    """The activity isn't called, no further attempt is made, and the error names what is missing and what is there."""
+    run = await app.dispatch(flow("send"), on_behalf_of=authority.token("ann", "mail.read"))
+    await app.drain()
+    result = await run.wait()
+    assert result.error is not None
+    assert "'ann' hasn't granted mail.send; the activity needs mail.read, mail.send" in result.error
+    assert office.seen == []
+    assert [row.attempt for row in (await run.detail()).steps] == [1]
+
+
+async def test_a_call_gets_a_token_of_its_own(
+    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock
+) -> None:
+    """`context.token` exchanges for one audience with fewer scopes; the service is the actor in the new one."""
+    run = await app.dispatch(
+        flow("send"), on_behalf_of=authority.token("ann", "mail.read", "mail.send", act={"sub": "front"})
+    )
+    await app.drain()
+    assert (await run.wait()).output == "sent"
+    found = check_claims(read_token(office.tokens[0]), audience=MAIL, now=clock.now())
+    assert (found.subject, found.scopes, found.audience, found.actors) == (
+        "ann",
+        ("mail.send",),
+        (MAIL,),
+        ("desk", "front"),
+    )
+
+
+@pytest.mark.parametrize("form", ["token-exchange", "jwt-bearer"])
+@pytest.mark.parametrize("proof", ["secret", "key"])
+async def test_ways_to_exchange(
+    authority: Authority, office: Office, clock: ManualClock, form: str, proof: str
+) -> None:
+    """Both forms work, with a client's secret and with its key; the first one with a token of the actor as well."""
+    settings = {**settings_of(authority), "token_form": form, "token_actor": form == "token-exchange"}
+    if proof == "key":
+        key = ECKey.generate_key("P-256", private=True)
+        authority.clients["desk"] = key
+        del settings["client_secret"]
+        settings["client_key"] = key.as_pem(private=True).decode()
+    async with MemoryApp(office.registry, clock=clock, **settings) as app:
+        run = await app.dispatch(flow("send"), on_behalf_of=authority.token("ann", "mail.read", "mail.send"))
+        await app.drain()
+        result = await run.wait()
+    assert result.output == "sent", result.error
+    asked = authority.asked("/token")[-1].form
+    assert asked["grant_type"].endswith(form)
+    assert ("actor_token" in asked) is (form == "token-exchange")
+    assert ("client_assertion" in asked) is (proof == "key")
+
+
+async def test_a_long_run_outlives_its_token(
+    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock, watcher: Watcher
+) -> None:
+    """A step whose token has expired waits, with nothing called and no attempt counted, until a fresh one is sent."""
+    token = authority.token("ann", "mail.read", lifetime=60)
+    workflow = Workflow("flow", [Sleep(3600), "read"])
+    run = await app.dispatch(workflow, on_behalf_of=token, workflow_id="r")
+    await app.drain()
+    assert await run.status() is RunStatus.WAITING
+    row = (await run.detail()).steps[-1]
+    assert (row.status, row.attempt) == (StepStatus.WAITING, 0)
+    waiting = [event for event in watcher.events if event.name == "step.waiting" and event.step == "read"]
+    assert [event.more["waits_for"] for event in waiting] == [[GRANT_SIGNAL]]
+    assert office.seen == []
+    await run.grant(authority.token("ann", "mail.read"))
+    await app.drain()
+    result = await run.wait()
+    assert result.outputs["read"] == ["ann", ["mail.read"], 1]
+
+
+async def test_a_handle_outlives_tokens(
+    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock
+) -> None:
+    """A run with a grant handle carries no token, and gets a fresh one for each step that needs one."""
+    steps: list[str | Step] = ["read", Sleep(86400), "send"]
+    grant = grant_of(authority, "mail.read", "mail.send")
+    run = await app.dispatch(Workflow("flow", steps), on_behalf_of=grant, workflow_id="r")
+    await app.drain()
+    result = await run.wait()
+    assert result.output == "sent", result.error
+    refreshed = [one for one in authority.asked("/token") if one.form["grant_type"] == "refresh_token"]
+    assert len(refreshed) == 2
+
+
+async def test_a_handle_is_bound_to_its_run(app: MemoryApp, authority: Authority, office: Office) -> None:
+    """A handle that was left for another run gives nothing: the step waits for a grant of its own."""
+    grant = grant_of(authority, "mail.read", workflow_id="another")
+    run = await app.dispatch(flow("read"), on_behalf_of=grant, workflow_id="r")
+    await app.drain()
+    assert await run.status() is RunStatus.WAITING
+    assert office.seen == []
+
+
+async def test_a_fresh_handle_is_kept_for_the_steps_behind(
+    app: MemoryApp, authority: Authority, office: Office
+) -> None:
+    """After a grant was taken back, another handle wakes the step, and the steps behind it use it at once."""
+    run = await app.dispatch(
+        flow("read", "send"), on_behalf_of=grant_of(authority, "mail.read", "mail.send"), workflow_id="r"
+    )
+    authority.grants.clear()
+    await app.drain()
+    assert await run.status() is RunStatus.WAITING
+    fresh = grant_of(authority, "mail.read", "mail.send")
+    assert await run.grant(fresh, sender="Ann") in (RunStatus.WAITING, RunStatus.RUNNING)
+    await app.drain()
+    assert (await run.wait()).output == "sent"
+    asked = [one.form["refresh_token"] for one in authority.asked("/token") if "refresh_token" in one.form]
+    assert asked[-2:] == [fresh.handle, fresh.handle]
+    signals = [(signal.name, signal.value, signal.sender) for signal in (await run.detail()).signals]
+    assert signals == [(GRANT_SIGNAL, b"null", "Ann")]
+
+
+async def test_a_handle_that_comes_early_is_found(
+    app: MemoryApp, authority: Authority, office: Office
+) -> None:
+    """A handle that came while nobody waited is used by a step whose message still has the old one."""
+    workflow = Workflow("flow", [WaitFor("go"), "read"])
+    run = await app.dispatch(workflow, on_behalf_of=authority.token("ann", "mail.read"), workflow_id="r")
+    await app.drain()
+    await run.grant(grant_of(authority, "mail.read"))
+    await run.signal("go")
+    await app.drain()
+    assert (await run.wait()).status is RunStatus.COMPLETED
+    assert office.seen == ["read"]
+
+
+async def test_a_grant_that_is_taken_back_while_the_step_works(
+    app: MemoryApp, authority: Authority, office: Office
+) -> None:
+    """A refused exchange (invalid_grant) parks the step as an expired token does; a fresh grant lets it go on."""
+    token = authority.token("ann", "mail.read", "mail.send")
+    office.before = authority.keys.clear  # the authority disowns what it has signed
+    run = await app.dispatch(flow("send"), on_behalf_of=token, workflow_id="r")
+    await app.drain()
+    assert await run.status() is RunStatus.WAITING
+    assert (await run.detail()).steps[0].attempt == 0
+    office.before = lambda: None
+    authority.rotate()
+    app.clock.advance(60)
+    await run.grant(authority.token("ann", "mail.read", "mail.send"))
+    await app.drain()
+    assert (await run.wait()).output == "sent"
+
+
+async def test_the_deadline_ends_the_waiting(
+    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock
+) -> None:
+    """A run whose grant never comes ends at its deadline, and is undone by the service itself, without its person."""
+    token = authority.token("ann", "mail.read", lifetime=60)
+    workflow = Workflow("flow", ["note", Sleep(600), "read"], deadline=7200)
+    run = await app.dispatch(workflow, on_behalf_of=token)
+    await app.drain()
+    assert await run.status() is RunStatus.WAITING
+    clock.advance(7200)
+    await app.drain()
+    assert (await run.wait()).status is RunStatus.COMPENSATED
+    assert office.seen == ["note", "forget"]
+    assert authority.asked("/token")[-1].form["grant_type"] == "client_credentials"
+
+
+async def test_a_message_from_the_rows_has_no_token(
+    app: MemoryApp, authority: Authority, office: Office
+) -> None:
+    """What is sent anew from the rows (here for an operator) has no token: the step waits for one, as if expired."""
+    authority.widens = ("admin",)
+    token = authority.token("ann", "mail.read", "mail.send", lifetime=86400)
+    run = await app.dispatch(flow("send"), on_behalf_of=token)
+    await app.drain()
+    assert await run.status() is RunStatus.FAILED
+    authority.widens = ()
+    await run.retry()
+    await app.drain()
+    assert await run.status() is RunStatus.WAITING
+    assert office.seen == ["send"]
+    await run.grant(token)
+    await app.drain()
+    assert (await run.wait()).output == "sent"
+
+
+async def test_a_retry_carries_the_token(app: MemoryApp, authority: Authority, office: Office) -> None:
+    """Another attempt by the policy gets the token of the first, which travels with its message."""
+    failing = iter([ValueError("once")])
+
+    def fail_once() -> None:
+        for error in failing:
+            raise error
+
+    office.before = fail_once
+    run = await app.dispatch(flow("send"), on_behalf_of=authority.token("ann", "mail.read", "mail.send"))
+    await app.drain()
+    assert (await run.wait()).output == "sent"
+
+
+@pytest.mark.parametrize("trouble", [500, 503, 429])
+async def test_an_authority_that_is_away_costs_attempts(
+    app: MemoryApp, authority: Authority, office: Office, trouble: int
+) -> None:
+    """While the exchange fails for no fault of the token, the step is tried again by its policy."""
+
+    def away() -> None:
+        authority.status = trouble if len(office.seen) == 0 else None
+
+    office.before = away
+    run = await app.dispatch(flow("send"), on_behalf_of=authority.token("ann", "mail.read", "mail.send"))
+    await app.drain()
+    result = await run.wait()
+    assert result.output == "sent", result.error
+    assert (await run.detail()).steps[0].attempt == 2
+
+
+async def test_an_exchange_that_widens_is_refused(
+    app: MemoryApp, authority: Authority, office: Office
+) -> None:
+    """A token with more scopes than were asked for isn't handed out, and the step fails for good."""
+    authority.widens = ("admin",)
+    run = await app.dispatch(flow("send"), on_behalf_of=authority.token("ann", "mail.read", "mail.send"))
+    await app.drain()
+    assert "gave a token that can do more than was asked for: admin" in str((await run.wait()).error)
+    assert office.tokens == []
+
+
+async def test_an_exchange_for_another_audience_is_refused(
+    app: MemoryApp, authority: Authority, office: Office
+) -> None:
+    """A token that is good elsewhere than asked for isn't handed out."""
+    authority.audience = "https://elsewhere.example"
+    run = await app.dispatch(flow("send"), on_behalf_of=authority.token("ann", "mail.read", "mail.send"))
+    await app.drain()
+    assert "for another audience" in str((await run.wait()).error)
+    assert office.tokens == []
+
+
+async def test_stale_keys_verify_while_the_key_set_is_away(
+    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock
+) -> None:
+    """Keys that were fetched go on for a day; after that the step fails closed, whatever its token says."""
+    token = authority.token("ann", "mail.read", lifetime=1e6)
+    run = await app.dispatch(flow("read"), on_behalf_of=token)
+    await app.drain()
+    assert (await run.wait()).status is RunStatus.COMPLETED
+    authority.status = 500
+    app.dispatcher.behalf = Behalf()  # so that it is verified where it is executed
+    clock.advance(23 * 3600)
+    run = await app.dispatch(flow("read"), on_behalf_of=token)
+    await app.drain()
+    assert (await run.wait()).status is RunStatus.COMPLETED
+    clock.advance(3600)
+    run = await app.dispatch(flow("read"), on_behalf_of=token)
+    await app.drain()
+    assert "KeysUnavailable" in str((await run.wait()).error)
+    assert office.seen == ["read", "read"]
+
+
+async def test_a_rotated_key(
+    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock
+) -> None:
+    """A token signed with a key that was published since verifies."""
+    for _ in range(2):
+        run = await app.dispatch(flow("read"), on_behalf_of=authority.token("ann", "mail.read"))
+        await app.drain()
+        assert (await run.wait()).status is RunStatus.COMPLETED
+        authority.rotate()
+        clock.advance(61)
+
+
+async def test_a_grant_of_somebody_else(app: MemoryApp, authority: Authority) -> None:
+    """A run goes on only with a grant of the person for whom it was dispatched."""
+    run = await app.dispatch(
+        flow("read"), on_behalf_of=grant_of(authority, "mail.read", workflow_id="x"), workflow_id="r"
+    )
+    await app.drain()
+    with pytest.raises(InputInvalid, match="acts for 'ann'"):
+        await run.grant(authority.token("eve", "mail.read"))
+    with pytest.raises(InputInvalid, match="acts for 'ann'"):
+        await run.grant(GrantHandle("h", "eve", authority.url, ("mail.read",)))
+
+
+async def test_a_grant_that_nobody_takes(app: MemoryApp, authority: Authority) -> None:
+    """A token is refused by a run of which no step waits for one, since it isn't kept; a run for nobody takes none."""
+    run = await app.dispatch(flow("note"))
+    with pytest.raises(InputInvalid, match="acts for nobody"):
+        await run.grant(authority.token("ann", "mail.read"))
+    run = await app.dispatch(Workflow("w", [WaitFor("go")]), on_behalf_of=authority.token("ann", "mail.read"))
+    await app.drain()
+    with pytest.raises(InvalidTransition, match=r"no step of run .* waits for a grant"):
+        await run.grant(authority.token("ann", "mail.read"))
+    with pytest.raises(InputInvalid, match=r"Run\.grant"):
+        await run.signal(GRANT_SIGNAL, None)
+
+
+async def test_an_id_belongs_to_one_person(app: MemoryApp, authority: Authority) -> None:
+    """The same dispatch for the same person is the same run, and for another one a conflict."""
+    for _ in range(2):
+        token = authority.token("ann", "mail.read")
+        run = await app.dispatch(flow("read"), on_behalf_of=token, workflow_id="r")
+        assert run.id == "r"
+    for other in (None, authority.token("eve", "mail.read")):
+        with pytest.raises(RunConflict):
+            await app.dispatch(flow("read"), on_behalf_of=other, workflow_id="r")
+
+
+async def test_a_token_from_another_event_loop(authority: Authority, clock: ManualClock) -> None:
+    """Code that runs a loop of its own in a thread, as `agent.run_sync` does, gets tokens like any other."""
+    registry = ActivityRegistry()
+
+    @registry.execute(scopes=["mail.send"], retries=0)
+    def plain(context: StepContext) -> str:
+        return str(asyncio.run(context.token(audience=MAIL, scopes=["mail.send"])))
+
+    async with MemoryApp(registry, clock=clock, **settings_of(authority)) as app:
+        run = await app.dispatch(flow("plain"), on_behalf_of=authority.token("ann", "mail.send"))
+        await app.drain()
+        assert (await run.wait()).output == "***"
+
+
+async def test_what_dispatch_refuses(app: MemoryApp, authority: Authority) -> None:
+    """A token that isn't good is refused at dispatch, where it is still known who brought it."""
+    with pytest.raises(TokenExpired):
+        await app.dispatch(flow("read"), on_behalf_of=authority.token("ann", lifetime=-60))
+    with pytest.raises(TokenRejected, match="audience"):
+        await app.dispatch(flow("read"), on_behalf_of=authority.token("ann", audience="https://other"))
+    with pytest.raises(InputInvalid, match="on_behalf_of= says for whom"):
+        await app.dispatch(flow("read"), headers={MANDATE: "{}"})
+    with pytest.raises(InputInvalid, match="a token or a GrantHandle"):
+        await app.dispatch(flow("read"), on_behalf_of=7)  # type: ignore[arg-type]
+
+
+def chain(*names: str) -> dict[str, Any]:
+    """Actors one behind the other."""
+    return {"sub": names[0], **({"act": chain(*names[1:])} if names[1:] else {})}
+
+
+BAD: dict[str, dict[str, Any]] = {
+    "issuer": {"iss": "https://evil.example"},
+    "audience": {"aud": "https://other.example"},
+    "sender_constrained": {"cnf": {"jkt": "x"}},
+    "actors": {"act": chain("a", "b", "c", "d", "e", "f")},
+    "not_yet": {"nbf": 4e9},
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+async def test_a_token_that_never_will_be_good(
+    app: MemoryApp, authority: Authority, office: Office, reason: str
+) -> None:
+    """What a dispatcher couldn't check is checked where it is executed: a permanent failure with its reason."""
+    app.dispatcher.behalf = Behalf()  # one that trusts nobody, as in another service
+    token = authority.token("ann", "mail.read", **BAD[reason])
+    run = await app.dispatch(flow("note", "read"), on_behalf_of=token)
+    await app.drain()
+    result = await run.wait()
+    assert f"TokenRejected: {reason}:" in str(result.error)
+    assert [row.attempt for row in (await run.detail()).steps if row.step == "read"] == [1]
+    assert "read" not in office.seen
+
+
+async def test_a_token_of_somebody_else_in_the_message(
+    app: MemoryApp, authority: Authority, office: Office
+) -> None:
+    """A good token of another person than the run acts for, put into its message, is refused for good."""
+    run = await app.dispatch(flow("read"), on_behalf_of=grant_of(authority, "mail.read", workflow_id="x"))
+    await app.drain()
+    keys = await app.store.record_grant(run.id)
+    await app.forwarder.send_again(keys, token=SecretToken(authority.token("eve", "mail.read")))
+    await app.drain()
+    assert "TokenRejected: subject: " in str((await run.wait()).error)
+    assert office.seen == []
+
+
+async def test_a_later_token_widens_nothing(app: MemoryApp, authority: Authority, office: Office) -> None:
+    """Scopes of a token beyond those that were granted at dispatch don't count."""
+    token = authority.token("ann", "mail.read", lifetime=60)
+    run = await app.dispatch(Workflow("w", [Sleep(600), "read", "send"]), on_behalf_of=token)
+    await app.drain()
+    await run.grant(authority.token("ann", "mail.read", "mail.send", "admin"))
+    await app.drain()
+    result = await run.wait()
+    assert result.outputs["read"] == ["ann", ["mail.read"], 1]
+    assert "hasn't granted mail.send" in str(result.error)
+
+
+async def test_a_token_inside_of_what_is_recorded(authority: Authority, clock: ManualClock) -> None:
+    """What `once` does may use a token; the record has its result alone, and a further attempt asks for none."""
+    registry = ActivityRegistry()
+    tokens: list[SecretToken] = []
+
+    @registry.execute(scopes=["mail.send"], retries=1)
+    async def mail(context: StepContext) -> str:
+        async def call() -> str:
+            tokens.append(await context.token(audience=MAIL, scopes=["mail.send"]))
+            return "called"
+
+        done = await context.once("call", call)
+        if context.attempt == 1:
+            raise ValueError("after the call")
+        return str(done)
+
+    async with MemoryApp(registry, clock=clock, **settings_of(authority)) as app:
+        run = await app.dispatch(flow("mail"), on_behalf_of=authority.token("ann", "mail.send"))
+        await app.drain()
+        assert (await run.wait()).output == "called"
+        units = await app.store.load_units((await run.detail()).steps[0].key)
+    assert len(tokens) == 1
+    assert units == {"call": b'"called"'}
+
+
+async def test_a_token_as_an_output_is_refused(authority: Authority, clock: ManualClock) -> None:
+    """An activity that returns a token, or keeps it in a variable, fails: it would be recorded."""
+    registry = ActivityRegistry()
+
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def whole(context: StepContext) -> Any:
+        return await context.token(audience=MAIL, scopes=["mail.send"])
+
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def text(context: StepContext) -> str:
+        return (await context.token(audience=MAIL, scopes=["mail.send"])).reveal()
+
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def variable(context: StepContext) -> None:
+        token = await context.token(audience=MAIL, scopes=["mail.send"])
+        await context.save_variable("kept", {"a": [token.reveal()]})
+
+    async with MemoryApp(registry, clock=clock, **settings_of(authority)) as app:
+        for name in ("whole", "text", "variable"):
+            run = await app.dispatch(flow(name), on_behalf_of=authority.token("ann", "mail.send"))
+            await app.drain()
+            assert "OutputInvalid" in str((await run.wait()).error), name
+            assert "eyJ" not in str(await run.detail())
+
+
+async def test_a_compensation_is_the_service_itself(
+    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock
+) -> None:
+    """It needs nobody's token, and gets one of the service's own."""
+    run = await app.dispatch(flow("note", "fail"), on_behalf_of=authority.token("ann", "mail.read"))
+    await app.drain()
+    assert (await run.wait()).status is RunStatus.COMPENSATED
+    found = check_claims(read_token(office.tokens[0]), audience=MAIL, now=clock.now())
+    assert (found.subject, found.scopes) == ("desk", ("note.undo",))
+
+
+async def test_a_compensation_without_a_token_url(office: Office, clock: ManualClock) -> None:
+    """One that names scopes fails for good where the service can't get tokens of its own; it isn't called."""
+    async with MemoryApp(office.registry, clock=clock) as app:
+        run = await app.dispatch(flow("note", "fail"))
+        await app.drain()
+        assert (await run.wait()).status is RunStatus.COMPENSATION_FAILED
+    assert office.seen == ["note"]
+
+
+@pytest.mark.parametrize("missing", ["token_url", "token_issuers"])
+async def test_what_isn_t_set_is_named(
+    authority: Authority, office: Office, clock: ManualClock, missing: str
+) -> None:
+    """A worker that lacks a setting says which, instead of acting without a check."""
+    known = settings_of(authority)
+    for name in ("token_issuers", "token_audience") if missing == "token_issuers" else ("token_url",):
+        del known[name]
+    async with MemoryApp(office.registry, clock=clock, **known) as app:
+        run = await app.dispatch(flow("send"), on_behalf_of=authority.token("ann", "mail.read", "mail.send"))
+        await app.drain()
+        assert missing in str((await run.wait()).error)
+    assert office.tokens == []
+
+
+async def test_an_agent_with_scopes(authority: Authority, clock: ManualClock) -> None:
+    """An agent's step is begun only with a token that has its scopes."""
+    from pydantic_ai import Agent
+    from pydantic_ai.models.test import TestModel
+
+    registry = ActivityRegistry()
+    agent = Agent(TestModel(custom_output_text="done"), name="clerk")
+    registry.agent(agent, prompt="Go", scopes=["mail.read"])
+    async with MemoryApp(registry, clock=clock, retries=0, **settings_of(authority)) as app:
+        for scope, status in (("mail.read", RunStatus.COMPLETED), ("mail.send", RunStatus.FAILED)):
+            run = await app.dispatch(flow("clerk"), on_behalf_of=authority.token("ann", scope))
+            await app.drain()
+            assert (await run.wait()).status is status
+
+
+async def test_a_token_never_enters_a_database(authority: Authority, office: Office) -> None:
+    """Where messages are rows, a token is refused at dispatch and in a grant, and left out of a message on its way."""
+    authority.now = time.time
+    settings = Settings(**settings_of(authority), retries=0)
+    async with Paigeant(settings, activities=office.registry) as app:
+        with pytest.raises(InputInvalid, match="can't travel through a database"):
+            await app.dispatch(flow("read"), on_behalf_of=authority.token("ann", "mail.read"))
+        run = await app.dispatch(flow("read"), on_behalf_of=grant_of(authority, "mail.read"), workflow_id="r")
+        with pytest.raises(InputInvalid, match="can't travel through a database"):
+            await run.grant(authority.token("ann", "mail.read"))
+        message = PaigeantMessage("m", "r", RoutingSlip(), headers={"obo_token": "secret"})
+        assert app.forwarder.letter(message, "read", epoch=0).message.headers == {}
+        async with working(app.worker()):
+            assert (await run.wait(30)).output == ["ann", ["mail.read"], 1]

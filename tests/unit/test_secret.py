@@ -1,0 +1,125 @@
+"""A token that nothing shows by accident, and texts without tokens."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from pydantic_core import PydanticSerializationError, to_json
+
+from paigeant import SecretToken, codec
+from paigeant.secret import masked
+from paigeant.store import DeadLetter
+
+TEXT = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2lnbmF0dXJl"
+TOKEN = SecretToken(TEXT)
+
+
+@dataclass
+class Holder:
+    """Something that has a token."""
+
+    token: SecretToken
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        repr,
+        str,
+        "{}".format,
+        "{:>20}".format,
+        "{!r}".format,
+        lambda token: f"{token}",
+        lambda token: "%s %r" % (token, token),  # noqa: UP031
+        lambda token: repr([token, {"a": token}]),
+        lambda token: repr(Holder(token)),
+        lambda token: repr(dataclasses.asdict(Holder(token))),
+        lambda token: json.dumps({"token": token}, default=str),
+        lambda token: to_json(token, fallback=str).decode(),
+        lambda token: repr(copy.deepcopy({"a": token})),
+        lambda token: repr({name: getattr(token, name) for name in dir(token) if name != "reveal"}),
+    ],
+)
+def test_nothing_shows_it(shown: Callable[[Any], str]) -> None:
+    """However it is printed, alone or within something."""
+    assert "eyJ" not in shown(TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("write", "error"),
+    [
+        (pickle.dumps, TypeError),
+        (json.dumps, TypeError),
+        (to_json, PydanticSerializationError),
+        (codec.dump, codec.JsonInvalid),
+    ],
+)
+def test_nothing_writes_it(write: Callable[[Any], Any], error: type[Exception]) -> None:
+    """What would keep it fails, and the error doesn't tell it either."""
+    with pytest.raises(error) as caught:
+        write({"token": TOKEN})
+    assert "eyJ" not in str(caught.value)
+
+
+def test_a_traceback_with_the_values_of_variables_hides_it() -> None:
+    """Whoever prints local variables along with an error prints stars."""
+
+    def use(token: SecretToken) -> None:
+        raise ValueError(f"no use for {token}")
+
+    with pytest.raises(ValueError, match="no use") as caught:
+        use(TOKEN)
+    found = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    shown = "".join(found.format())
+    assert "***" in shown
+    assert "eyJ" not in shown
+
+
+def test_a_copy_is_the_same() -> None:
+    """There is one of it, however it is passed on; equal are those with one text."""
+    assert copy.copy(TOKEN) is TOKEN
+    assert copy.deepcopy(Holder(TOKEN)).token is TOKEN
+    assert SecretToken(TEXT) == TOKEN
+    assert len({TOKEN, SecretToken(TEXT), SecretToken("other")}) == 2
+    assert TOKEN != TEXT
+    assert TOKEN.reveal() == TEXT
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"Bearer {TEXT} was refused", "Bearer *** was refused"),
+        (f"a={TEXT}&b={TEXT}", "a=***&b=***"),
+        ("opaque-1234 is no token", "*** is no token"),
+        ("nothing of that kind: eyJ", "nothing of that kind: eyJ"),
+    ],
+)
+def test_texts_are_masked(text: str, expected: str) -> None:
+    """Known tokens, and whatever looks like a signed one, are stars."""
+    assert masked(text, [SecretToken("opaque-1234")]) == expected
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"headers": {"obo_token":"opaque\\"1234", "a": "b"}}',
+        b'{"headers": {"obo_token" : "' + TEXT.encode() + b'"}}',
+        b'{"headers": {"obo_token":"opaque\\"1234',
+        b"\xff obo " + TEXT.encode() + b"\n{}",
+    ],
+)
+def test_a_dead_letter_has_no_token(body: bytes) -> None:
+    """Of a rejected body all is kept but the token in it, whether it can be read or not."""
+    kept = DeadLetter.about("m", "topic", "not_json", "", body, 1).body
+    assert b"1234" not in kept
+    assert b"eyJ" not in kept
+    assert b"***" in kept
+    assert kept[:5] == body[:5]
