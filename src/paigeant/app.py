@@ -167,7 +167,13 @@ class Paigeant:
     async def _bury(self, letter: DeadLetter) -> None:
         await self.store.bury(letter)
         self.observers.observe(
-            Event("delivery.rejected", letter.workflow_id or "", step=letter.step or "", error=letter.detail)
+            Event(
+                "delivery.rejected",
+                letter.workflow_id or "",
+                step=letter.step or "",
+                error=letter.detail,
+                more={"reason": letter.reason},
+            )
         )
 
     async def __aenter__(self) -> Self:

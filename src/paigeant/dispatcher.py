@@ -28,7 +28,7 @@ from paigeant.errors import (
 )
 from paigeant.forwarder import LONGEST_DELAY, Forwarder
 from paigeant.message import MessageId, PaigeantMessage, decode
-from paigeant.observer import Event, Observers
+from paigeant.observer import NOTHING_AROUND, Around, Event, Observers, Work
 from paigeant.slip import RUN_ENDED, Phase, RoutingSlip, RunStatus, Step, is_text
 from paigeant.store import REQUEST_SIGNAL, DeadLetter, Request, RequestKind, RunRecord, StepKey, Store
 from paigeant.waits import WAITS
@@ -85,50 +85,21 @@ class Dispatcher:
             slip = replace(slip, deadline=begins + _checked_deadline(deadline))
         self._check_known(workflow)
         await self._check_first(run_id, slip.next_step(), payload)
-        trace_id, parent = _trace(headers or {})
-        message = PaigeantMessage(
-            message_id="",
-            workflow_id=run_id,
-            routing_slip=slip,
-            payload=payload,
-            workflow=workflow.name,
-            correlation_id=correlation_id or run_id,
-            trace_id=trace_id,
-            headers={**(headers or {}), "traceparent": parent},
-        )
-        self.forwarder.check(message)
-        run = RunRecord(
-            id=run_id,
-            workflow=workflow.name,
-            status=RunStatus.PENDING,
-            input=text,
-            input_hash=hashlib.sha256(text).hexdigest(),
-            slip=ledger.pack_slip(slip),
-            correlation_id=message.correlation_id,
-            trace_id=trace_id,
-            headers=message.headers,
-            deadline=slip.deadline,
-        )
-        first = self.forwarder.next_step(run_id, slip)
-        if first is not None and begins > now:
-            first = replace(first, not_before=begins, is_sent=begins - now <= LONGEST_DELAY)
-        letter = None
-        if first is not None and first.is_sent:
-            letter = self.forwarder.letter(message, first.topic, epoch=0, delay=begins - now)
-        posting = None if letter is None else self.forwarder.posting(letter)
-        if await self.store.record_workflow_start(run, first, posting):
-            self.observers.observe(
-                Event(
-                    "run.dispatched",
-                    run_id,
-                    workflow.name,
-                    trace_id=trace_id,
-                    correlation_id=run.correlation_id,
-                )
+        given = (headers or {}).get("traceparent", "")
+        correlation_id = correlation_id or run_id
+        with self._around(run_id, workflow, slip, correlation_id, given) as own:
+            trace_id, parent = _trace(own or given)
+            message = PaigeantMessage(
+                message_id="",
+                workflow_id=run_id,
+                routing_slip=slip,
+                payload=payload,
+                workflow=workflow.name,
+                correlation_id=correlation_id,
+                trace_id=trace_id,
+                headers={**(headers or {}), "traceparent": parent},
             )
-            if letter is not None:
-                # A crash before this line: the sweeper publishes.
-                await self.forwarder.send(letter)
+            await self._start(message, text, begins=begins, now=now)
         return run_id
 
     async def cancel(self, workflow_id: str, reason: str = "cancelled") -> RunStatus:
@@ -238,6 +209,62 @@ class Dispatcher:
         return key.workflow_id
 
     # -- inside
+
+    def _around(
+        self, run_id: str, workflow: Workflow, slip: RoutingSlip, correlation_id: str, traceparent: str
+    ) -> Around:
+        if not self.observers.surrounds:
+            return NOTHING_AROUND
+        first = self.forwarder.next_step(run_id, slip)
+        topic = "" if first is None else first.topic
+        return self.observers.around(
+            Work(
+                "dispatch",
+                run_id,
+                workflow.name,
+                topic=topic,
+                correlation_id=correlation_id,
+                traceparent=traceparent,
+            )
+        )
+
+    async def _start(self, message: PaigeantMessage, input: bytes, *, begins: float, now: float) -> None:
+        """Record the run that `message` is the first of, unless it is recorded, and send that."""
+        slip = message.routing_slip
+        self.forwarder.check(message)
+        run = RunRecord(
+            id=message.workflow_id,
+            workflow=message.workflow,
+            status=RunStatus.PENDING,
+            input=input,
+            input_hash=hashlib.sha256(input).hexdigest(),
+            slip=ledger.pack_slip(slip),
+            correlation_id=message.correlation_id,
+            trace_id=message.trace_id,
+            headers=message.headers,
+            deadline=slip.deadline,
+        )
+        first = self.forwarder.next_step(run.id, slip)
+        if first is not None and begins > now:
+            first = replace(first, not_before=begins, is_sent=begins - now <= LONGEST_DELAY)
+        letter = None
+        if first is not None and first.is_sent:
+            letter = self.forwarder.letter(message, first.topic, epoch=0, delay=begins - now)
+        posting = None if letter is None else self.forwarder.posting(letter)
+        if await self.store.record_workflow_start(run, first, posting):
+            self.observers.observe(
+                Event(
+                    "run.dispatched",
+                    run.id,
+                    run.workflow,
+                    trace_id=run.trace_id,
+                    correlation_id=run.correlation_id,
+                    traceparent=message.headers["traceparent"],
+                )
+            )
+            if letter is not None:
+                # A crash before this line: the sweeper publishes.
+                await self.forwarder.send(letter)
 
     def _input(self, workflow: Workflow, input: Any) -> tuple[bytes, dict[str, Any]]:
         """The input as JSON text, with its keys sorted so that equal inputs are equal texts, and as JSON values."""
@@ -367,9 +394,8 @@ def _new_id(now: float) -> str:
     return str(uuid.UUID(int=value))
 
 
-def _trace(headers: Mapping[str, str]) -> tuple[str, str]:
-    """The trace id and the W3C traceparent of the run: the caller's, or new ones."""
-    parent = headers.get("traceparent", "")
+def _trace(parent: str) -> tuple[str, str]:
+    """The trace id and the W3C traceparent of the run: the given one, or a new one."""
     parts = parent.split("-")
     if len(parts) == 4 and len(parts[1]) == 32:
         return parts[1], parent

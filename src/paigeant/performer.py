@@ -18,7 +18,7 @@ from paigeant.arguments import Namespace, resolve
 from paigeant.claim import Claim, Limits
 from paigeant.context import StepContext, deadline_of
 from paigeant.errors import ActivityRejected, InvalidDefinition, NonRetryableError, PaigeantError
-from paigeant.observer import CURRENT
+from paigeant.observer import CURRENT, Around
 from paigeant.patience import PatientValues
 from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
 from paigeant.slip import Compensation, Phase
@@ -46,7 +46,7 @@ class Attempt:
 
 
 class Performer:
-    """Performs claims, one call for each attempt. `began` is told when an activity is about to run.
+    """Performs claims, one call for each attempt. `began` is told before an activity runs, and gives what it runs in.
 
     `is_stopping`: whether the worker puts its work away, so that a Ctrl-C is meant for it and not for an activity.
     """
@@ -57,7 +57,7 @@ class Performer:
         limits: Limits,
         *,
         worker_id: str,
-        began: Callable[[Claim], None],
+        began: Callable[[Claim], Around],
         is_stopping: Callable[[], bool] = lambda: False,
         threads: Threads | None = None,
         chance: Callable[[], float] = random.random,
@@ -100,12 +100,12 @@ class Performer:
             if not await self._is_wanted(claim):
                 attempt.outcome = Skipped()
                 return attempt
-            self._began(claim)
-            if timeout == 0:
-                raise TimeoutError(_timeout_text(claim, timeout))
-            async with limit if timeout is not None else _UNLIMITED:
-                with context._place.entered(), _replays():
-                    value = await self._call(claim, context, attempt)
+            with self._began(claim):
+                if timeout == 0:
+                    raise TimeoutError(_timeout_text(claim, timeout))
+                async with limit if timeout is not None else _UNLIMITED:
+                    with context._place.entered(), _replays():
+                        value = await self._call(claim, context, attempt)
             if parking.is_parked:  # the activity has caught it, but what it waits for isn't there
                 attempt.outcome = Parked(parking.waits_for, parking.until)
                 return attempt

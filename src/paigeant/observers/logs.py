@@ -29,6 +29,7 @@ LEVELS: Mapping[EventName, int] = {
     "run.compensation_failed": logging.ERROR,
     "run.cancelled": logging.INFO,
     "run.expired": logging.WARNING,
+    "delivery.claimed": logging.DEBUG,
     "delivery.duplicate": logging.DEBUG,
     "delivery.returned": logging.INFO,
     "delivery.rejected": logging.WARNING,
