@@ -56,7 +56,8 @@ def observing(settings: Settings, handlers: Handlers | None, *, works: bool = Tr
             from paigeant.observers.otlp import send_traces
             from paigeant.observers.traces import TraceObserver
 
-            ends.append(send_traces())
+            # Whoever calls a command waits for its end; a worker has the time.
+            ends.append(send_traces(patience=None if works else 2.0))
             sight.observers.append(TraceObserver())
             _watch_agents()
         if works and (settings.metrics_port is not None or settings.otel_metrics):

@@ -24,12 +24,17 @@ __all__ = ["WholeTraces", "send_metrics", "send_traces"]
 _MOST_HELD = 10_000
 
 
-def send_traces(resource: Resource | None = None) -> Callable[[], None]:
-    """Set the global tracer provider up, unless there is one; gives what sends the last spans and ends it."""
+def send_traces(resource: Resource | None = None, *, patience: float | None = None) -> Callable[[], None]:
+    """Set the global tracer provider up, unless there is one; gives what sends the last spans and ends it.
+
+    A collector that is away holds the end up for `patience` seconds, if the environment doesn't say otherwise.
+    """
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return lambda: None
     provider = TracerProvider(resource=resource or resource_of_process(), shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(WholeTraces(OTLPSpanExporter())))
+    is_told = any(f"OTEL_EXPORTER_OTLP_{which}TIMEOUT" in os.environ for which in ("", "TRACES_"))
+    exporter = OTLPSpanExporter(timeout=None if is_told else patience)
+    provider.add_span_processor(BatchSpanProcessor(WholeTraces(exporter)))
     trace.set_tracer_provider(provider)
     return provider.shutdown
 
