@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 __all__ = [
     "CURRENT",
@@ -54,6 +54,8 @@ EventName = Literal[
     "worker.stopped",
     "worker.lost",
 ]
+
+_ALL: tuple[EventName, ...] = get_args(EventName)
 
 CURRENT: ContextVar[Mapping[str, Any] | None] = ContextVar("paigeant_step", default=None)
 """The ids of the step that the current task or thread works on: workflow_id, step, attempt, trace_id ..."""
@@ -108,7 +110,10 @@ Around = AbstractContextManager[str | None]
 
 
 class Observer(Protocol):
-    """Is told what happens. It must not block; what it raises is logged and goes no further."""
+    """Is told what happens. It must not block; what it raises is logged and goes no further.
+
+    One that has a set `wants` of names is told of these events alone; what nobody wants isn't even put together.
+    """
 
     def observe(self, event: Event) -> None:
         """`event` has happened, and is durable where it is about a result."""
@@ -129,6 +134,9 @@ class Observers:
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self._observers = tuple(observers)
+        self._telling: dict[EventName, tuple[Observer, ...]] = {
+            name: tuple(each for each in observers if name in getattr(each, "wants", _ALL)) for name in _ALL
+        }
         self._around = tuple(each.around for each in observers if isinstance(each, Surrounding))
         self.surrounds = bool(self._around)
         """Whether one of them wants to be around a work. Otherwise none need be described."""
@@ -136,9 +144,13 @@ class Observers:
     def __bool__(self) -> bool:
         return bool(self._observers)
 
+    def want(self, name: EventName) -> bool:
+        """Whether one of them is to be told of such an event."""
+        return bool(self._telling[name])
+
     def observe(self, event: Event) -> None:
-        """Tell all of them."""
-        for observer in self._observers:
+        """Tell all that want to know."""
+        for observer in self._telling[event.name]:
             try:
                 observer.observe(event)
             except Exception:  # an observer's trouble is never the run's

@@ -43,7 +43,7 @@ class Reporter:
 
     def tell(self, name: EventName, claim: Claim, **more: Any) -> None:
         """`name` has happened to the step of `claim`."""
-        if self.observers:
+        if self.observers.want(name):
             parent = claim.message.headers.get("traceparent", "")
             self.observers.observe(Event(name, traceparent=parent, **claim.ids(self.worker_id), **more))
 

@@ -14,12 +14,13 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+from paigeant.observer import Event, EventName
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
-    from paigeant.observer import Event
 
 __all__ = ["FAMILIES", "Backlog", "Family", "MetricsObserver", "TopicBacklog"]
 
@@ -111,6 +112,12 @@ class _Histogram:
 
 Labels = tuple[str, ...]
 
+_WANTED = frozenset(
+    name
+    for name in get_args(EventName)
+    if name != "step.started" and (name == "worker.lost" or not name.startswith("worker."))
+)
+
 
 class MetricsObserver:
     """Counts what happens in this process. `activities`, `workflows` and `topics` are the names that may be labels.
@@ -128,6 +135,7 @@ class MetricsObserver:
         self.activities = frozenset(activities)
         self.workflows = frozenset(workflows)
         self.topics = frozenset(topics)
+        self.wants = _WANTED
         self.backlog: Callable[[], Backlog | None] = lambda: None
         self._counts: dict[str, defaultdict[Labels, float]] = {
             family.name: defaultdict(float) for family in FAMILIES if family.kind == "counter"
@@ -158,8 +166,6 @@ class MetricsObserver:
                     self._add("paigeant_workers_lost_total")
 
     def _step(self, event: Event, how: str) -> None:
-        if how == "started":
-            return
         if how == "swept":
             return self._add("paigeant_steps_swept_total")
         if how == "released":
