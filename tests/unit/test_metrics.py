@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from opentelemetry.sdk.metrics import MeterProvider
@@ -42,6 +44,16 @@ def shown(metrics: MetricsObserver) -> dict[str, dict[tuple[str, ...], float]]:
         for sample in family.samples:
             found.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
     return found
+
+
+def test_every_family_is_in_the_reference() -> None:
+    """The table there has each metric with its kind, labels and help, and no other."""
+    text = (Path(__file__).parents[2] / "docs" / "reference.md").read_text()
+    listed = re.findall(r"^\| `(paigeant_\w+)` \| (\w+) \| (.*?) \| (.*?) \|$", text, flags=re.MULTILINE)
+    labels = [", ".join(f"`{label}`" for label in family.labels) or "none" for family in FAMILIES]
+    assert listed == [
+        (each.name, each.kind, own, each.help) for each, own in zip(FAMILIES, labels, strict=True)
+    ]
 
 
 def test_every_family_is_shown() -> None:
