@@ -73,7 +73,7 @@ def _watching(names: Sequence[str]) -> Iterator[list[Observer]]:
                         SpanExportResult,
                     )
 
-                    from paigeant.observers.otlp import WholeTraces
+                    from paigeant.observers.otlp import QuickProvider, WholeTraces
                     from paigeant.observers.traces import TraceObserver
 
                     class Dropping(SpanExporter):
@@ -81,9 +81,10 @@ def _watching(names: Sequence[str]) -> Iterator[list[Observer]]:
                             return SpanExportResult.SUCCESS
 
                     provider = TracerProvider(shutdown_on_exit=False)
-                    provider.add_span_processor(BatchSpanProcessor(WholeTraces(Dropping())))
+                    processor = BatchSpanProcessor(WholeTraces(Dropping()))
+                    provider.add_span_processor(processor)
                     ends.append(provider.shutdown)
-                    found.append(TraceObserver(provider))
+                    found.append(TraceObserver(QuickProvider(provider, processor)))
                 case "metrics":
                     from paigeant.observers.metrics import MetricsObserver
 

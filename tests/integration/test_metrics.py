@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,11 @@ def get(port: int, path: str) -> tuple[int, str]:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def is_ready(port: int) -> bool:
+    """Whether a worker says that it is ready."""
+    return get(port, "/ready")[0] == 200
 
 
 def scraped(port: int) -> dict[Sample, float]:
@@ -184,7 +190,7 @@ def test_each_process_serves_at_a_port_of_its_own() -> None:
         ports = sorted(workers.until("monitor.serving")["port"] for _ in range(2))
         assert ports == [19464, 19465]
         for port in ports:
-            until(lambda port=port: get(port, "/ready")[0] == 200)
+            until(partial(is_ready, port))
         workers.signal(signal.SIGTERM)
         assert workers.end() == 0
 

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from paigeant import ActivityRegistry, StepContext, Workflow
 from paigeant.observer import Event, Observers, Work
-from paigeant.observers.otlp import WholeTraces
+from paigeant.observers.otlp import QuickProvider, WholeTraces
 from paigeant.observers.traces import TraceObserver
 from paigeant.testing import MemoryApp
 
@@ -21,13 +21,14 @@ CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 class Spans:
-    """A provider of its own, and what it was told."""
+    """A provider of its own, and what it was told. `is_quick`: the spans of runs are made as `paigeant run` does."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_quick: bool = False) -> None:
         self._exporter = InMemorySpanExporter()
+        processor = SimpleSpanProcessor(self._exporter)
         self.provider = TracerProvider()
-        self.provider.add_span_processor(SimpleSpanProcessor(self._exporter))
-        self.observer = TraceObserver(self.provider)
+        self.provider.add_span_processor(processor)
+        self.observer = TraceObserver(QuickProvider(self.provider, processor) if is_quick else self.provider)
 
     @property
     def all(self) -> list[ReadableSpan]:
@@ -44,6 +45,12 @@ class Spans:
         return next(
             (span.name for span in self.all if span.context.span_id == above.span_id), f"{above.span_id:x}"
         )
+
+
+@pytest.fixture(params=["library", "quick"])
+def spans(request: pytest.FixtureRequest) -> Spans:
+    """Spans, made in both ways."""
+    return Spans(is_quick=request.param == "quick")
 
 
 def activities() -> ActivityRegistry:
@@ -84,9 +91,8 @@ async def done(spans: Spans, *steps: str, observers: Sequence[Any] = (), **more:
         return (await run.detail()).run.trace_id
 
 
-async def test_a_run_is_one_trace() -> None:
+async def test_a_run_is_one_trace(spans: Spans) -> None:
     """Its trace id is the recorded one, and every span of ours is right under the dispatch."""
-    spans = Spans()
     trace_id = await done(spans, "pick", "fail")
     ours = [span for span in spans.all if not span.name.startswith("inside")]
     assert {f"{span.context.trace_id:032x}" for span in spans.all} == {trace_id}
@@ -102,31 +108,27 @@ async def test_a_run_is_one_trace() -> None:
     assert spans["dispatch w"].parent is None
 
 
-async def test_what_an_activity_makes_is_under_its_step() -> None:
+async def test_what_an_activity_makes_is_under_its_step(spans: Spans) -> None:
     """The step's span is the current one in coroutines, and in functions that run in threads."""
-    spans = Spans()
     await done(spans, "pick", "fail")
     assert (spans.parent("inside pick"), spans.parent("inside fail")) == ("step pick", "step fail")
 
 
-async def test_the_callers_trace_goes_on() -> None:
+async def test_the_callers_trace_goes_on(spans: Spans) -> None:
     """A traceparent that a dispatch is given is the parent of its span."""
-    spans = Spans()
     assert await done(spans, "pick", headers={"traceparent": CALLER}) == CALLER.split("-")[1]
     assert spans.parent("dispatch w") == CALLER.split("-")[2]
 
 
-async def test_the_current_span_of_the_caller_is_the_parent() -> None:
+async def test_the_current_span_of_the_caller_is_the_parent(spans: Spans) -> None:
     """Without a traceparent a dispatch belongs to what its caller is in the middle of."""
-    spans = Spans()
     with trace.get_tracer("mine", tracer_provider=spans.provider).start_as_current_span("request"):
         await done(spans, "pick")
     assert spans.parent("dispatch w") == "request"
 
 
-async def test_no_value_is_in_a_span() -> None:
+async def test_no_value_is_in_a_span(spans: Spans) -> None:
     """Neither input, output nor the text of an error; a failed attempt tells the error's class."""
-    spans = Spans()
     await done(spans, "pick", "fail")
     ours = [span for span in spans.all if not span.name.startswith("inside")]
     assert "canary" not in "".join(span.to_json() for span in ours)
@@ -136,9 +138,8 @@ async def test_no_value_is_in_a_span() -> None:
     assert spans["step pick"].status.status_code is trace.StatusCode.UNSET
 
 
-async def test_a_message_is_described_by_the_conventions() -> None:
+async def test_a_message_is_described_by_the_conventions(spans: Spans) -> None:
     """Spans about a message have kind, system, operation and destination; a step that needed none has none of it."""
-    spans = Spans()
     await done(spans, "pick", "fail")
     expected = {
         "dispatch w": (trace.SpanKind.PRODUCER, "send", "shelf"),
@@ -151,6 +152,44 @@ async def test_a_message_is_described_by_the_conventions() -> None:
         assert spans[name].kind is kind
         assert attributes.get("messaging.operation.type") == operation
         assert attributes.get("messaging.destination.name") == topic
+
+
+def test_a_quick_span_is_like_any_other() -> None:
+    """What finds it as the current one may tell it all that a span can be told; once it has ended, no more."""
+
+    def told(span: trace.Span) -> None:
+        span.set_attributes({"one": 1, "list": ["a", 2]})
+        span.set_attribute("odd", object)  # type: ignore[arg-type]
+        span.add_event("moment", {"at": "noon"})
+        span.record_exception(ValueError("no"))
+        span.add_link(trace.SpanContext(5, 6, is_remote=True))
+        span.update_name("renamed")
+        span.set_status(trace.StatusCode.OK)
+        span.set_status(trace.StatusCode.ERROR, "too late")
+
+    spans = Spans(is_quick=True)
+    tracer = spans.observer.tracer
+    with tracer.start_as_current_span("outer") as outer, tracer.start_as_current_span("inner") as inner:
+        assert inner.is_recording()
+        told(inner)
+    told(outer)
+    outer.end()
+    found = spans["renamed"]
+    assert dict(found.attributes or {}) == {"one": 1, "list": ("a", 2), "odd": str(object)}
+    assert [event.name for event in found.events] == ["moment", "exception"]
+    assert (len(found.links), found.status.status_code) == (1, trace.StatusCode.OK)
+    assert spans.parent("renamed") == "outer"
+    assert not spans["outer"].attributes
+    assert found.to_json()
+
+
+@pytest.mark.parametrize("is_quick", [True, False])
+async def test_a_trace_that_is_not_sampled_is_empty_and_goes_on(is_quick: bool) -> None:
+    """No span of it is made, and its id is that of the run all the same."""
+    spans = Spans(is_quick=is_quick)
+    not_sampled = f"{CALLER[:-2]}00"
+    assert await done(spans, "pick", "fail", headers={"traceparent": not_sampled}) == CALLER.split("-")[1]
+    assert spans.all == []
 
 
 class Broken:
@@ -171,9 +210,10 @@ class Broken:
         raise RuntimeError
 
 
-async def test_an_observer_that_fails_around_a_step_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_observer_that_fails_around_a_step_changes_nothing(
+    spans: Spans, caplog: pytest.LogCaptureFixture
+) -> None:
     """The run goes its way, the other observers are told, and the log has the trouble."""
-    spans = Spans()
     await done(spans, "pick", observers=[Broken()])
     assert spans["run.completed"].status.status_code is trace.StatusCode.OK
     assert "observer failed around dispatch" in caplog.text

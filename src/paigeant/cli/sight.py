@@ -57,8 +57,9 @@ def observing(settings: Settings, handlers: Handlers | None, *, works: bool = Tr
             from paigeant.observers.traces import TraceObserver
 
             # Whoever calls a command waits for its end; a worker has the time.
-            ends.append(send_traces(patience=None if works else 2.0))
-            sight.observers.append(TraceObserver())
+            provider, end = send_traces(patience=None if works else 2.0)
+            ends.append(end)
+            sight.observers.append(TraceObserver(provider))
             _watch_agents()
         if works and (settings.metrics_port is not None or settings.otel_metrics):
             sight.metrics = _metrics(settings, handlers)
