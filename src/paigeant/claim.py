@@ -9,6 +9,7 @@ from typing import Any
 
 from paigeant.activity import Activity
 from paigeant.message import PaigeantMessage
+from paigeant.observer import Work
 from paigeant.retry import RetryPolicy
 from paigeant.slip import Phase, Step
 from paigeant.store import Grant, StepKey
@@ -78,6 +79,24 @@ class Claim:
             return timeout  # a deadline bounds what is done, not what is undone
         left = max(deadline - self.now, 0.0)
         return left if timeout is None else min(timeout, left)
+
+    def described(self, worker_id: str) -> Work:
+        """What the observers around it are told of it."""
+        message, step = self.message, self.step
+        return Work(
+            "do" if message.phase is Phase.DO else "undo",
+            message.workflow_id,
+            message.workflow,
+            self.key.step,
+            self.activity.name,
+            (None if step is None else step.topic) or self.activity.topic,
+            self.grant.attempt,
+            message.correlation_id,
+            worker_id,
+            "" if self.local else message.message_id,
+            self.grant.queued,
+            message.headers.get("traceparent", ""),
+        )
 
     def ids(self, worker_id: str) -> dict[str, Any]:
         """What logs and observers are told of it."""

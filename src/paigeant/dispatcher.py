@@ -32,7 +32,7 @@ from paigeant.errors import (
 from paigeant.forwarder import LONGEST_DELAY, Forwarder
 from paigeant.identity import GRANT_SIGNAL, MANDATE, GrantHandle, Mandate
 from paigeant.message import MessageId, PaigeantMessage, decode
-from paigeant.observer import Event, Observers
+from paigeant.observer import NOTHING_AROUND, Around, Event, Observers, Work
 from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import RUN_ENDED, Phase, RoutingSlip, RunStatus, Step, is_text
 from paigeant.store import REQUEST_SIGNAL, DeadLetter, Request, RequestKind, RunRecord, StepKey, Store
@@ -96,67 +96,22 @@ class Dispatcher:
             slip = replace(slip, deadline=begins + _checked_deadline(deadline))
         self._check_known(workflow)
         await self._check_first(run_id, slip.next_step(), payload)
-        trace_id, parent = _trace(headers or {})
-        recorded = {**(headers or {}), "traceparent": parent}
-        token, person = None, b""
-        first = self.forwarder.next_step(run_id, slip)
-        if on_behalf_of is not None:
-            carries = first is None or self.forwarder.carries(first.topic)
-            mandate, token = await self.behalf.mandate(on_behalf_of, carries=carries)
-            recorded[MANDATE] = mandate.dump()
-            # The same run for somebody else is another one: an id mustn't lead to what was granted by others.
-            person = f"\0{mandate.issuer}\0{mandate.subject}".encode()
-            if token is not None and begins - now > LONGEST_DELAY:
-                raise InputInvalid(
-                    "a token doesn't travel before its run is due: no message does; hand over a GrantHandle"
-                )
-        message = PaigeantMessage(
-            message_id="",
-            workflow_id=run_id,
-            routing_slip=slip,
-            payload=payload,
-            workflow=workflow.name,
-            correlation_id=correlation_id or run_id,
-            trace_id=trace_id,
-            headers=recorded if token is None else {**recorded, OBO_TOKEN: token.reveal()},
-        )
-        self.forwarder.check(message)
-        run = RunRecord(
-            id=run_id,
-            workflow=workflow.name,
-            status=RunStatus.PENDING,
-            input=text,
-            input_hash=hashlib.sha256(text + person).hexdigest(),
-            slip=ledger.pack_slip(slip),
-            correlation_id=message.correlation_id,
-            trace_id=trace_id,
-            headers=recorded,
-            deadline=slip.deadline,
-        )
-        if first is not None and begins > now:
-            first = replace(first, not_before=begins, is_sent=begins - now <= LONGEST_DELAY)
-        letter = None
-        if first is not None and first.is_sent:
-            letter = self.forwarder.letter(message, first.topic, epoch=0, delay=begins - now)
-        if first is not None and not self.forwarder.envelope.may_send(message, first.topic):
-            raise ConfigurationError(
-                f"the key of this process may not start runs of workflow '{workflow.name}'; "
-                "its roles in the trust file say which: `dispatch`"
+        mandate, token = await self._mandate(on_behalf_of, run_id, slip, waits=begins - now)
+        given = (headers or {}).get("traceparent", "")
+        correlation_id = correlation_id or run_id
+        with self._around(run_id, workflow, slip, correlation_id, given) as own:
+            trace_id, parent = _trace(own or given)
+            message = PaigeantMessage(
+                message_id="",
+                workflow_id=run_id,
+                routing_slip=slip,
+                payload=payload,
+                workflow=workflow.name,
+                correlation_id=correlation_id,
+                trace_id=trace_id,
+                headers={**(headers or {}), **mandate, **token, "traceparent": parent},
             )
-        posting = None if letter is None else self.forwarder.posting(letter)
-        if await self.store.record_workflow_start(run, first, posting):
-            self.observers.observe(
-                Event(
-                    "run.dispatched",
-                    run_id,
-                    workflow.name,
-                    trace_id=trace_id,
-                    correlation_id=run.correlation_id,
-                )
-            )
-            if letter is not None:
-                # A crash before this line: the sweeper publishes.
-                await self.forwarder.send(letter)
+            await self._start(message, text, begins=begins, now=now)
         return run_id
 
     async def cancel(self, workflow_id: str, reason: str = "cancelled") -> RunStatus:
@@ -311,6 +266,88 @@ class Dispatcher:
 
     # -- inside
 
+    def _around(
+        self, run_id: str, workflow: Workflow, slip: RoutingSlip, correlation_id: str, traceparent: str
+    ) -> Around:
+        if not self.observers.surrounds:
+            return NOTHING_AROUND
+        first = self.forwarder.next_step(run_id, slip)
+        topic = "" if first is None else first.topic
+        return self.observers.around(
+            Work(
+                "dispatch",
+                run_id,
+                workflow.name,
+                topic=topic,
+                correlation_id=correlation_id,
+                traceparent=traceparent,
+            )
+        )
+
+    async def _mandate(
+        self,
+        on_behalf_of: SecretToken | str | GrantHandle | None,
+        run_id: str,
+        slip: RoutingSlip,
+        *,
+        waits: float,
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """The header that says for whom the run acts, and the one with the token, where they are told."""
+        if on_behalf_of is None:
+            return {}, {}
+        first = self.forwarder.next_step(run_id, slip)
+        carries = first is None or self.forwarder.carries(first.topic)
+        mandate, token = await self.behalf.mandate(on_behalf_of, carries=carries)
+        if token is not None and waits > LONGEST_DELAY:
+            raise InputInvalid(
+                "a token doesn't travel before its run is due: no message does; hand over a GrantHandle"
+            )
+        return {MANDATE: mandate.dump()}, {} if token is None else {OBO_TOKEN: token.reveal()}
+
+    async def _start(self, message: PaigeantMessage, input: bytes, *, begins: float, now: float) -> None:
+        """Record the run that `message` is the first of, unless it is recorded, and send that."""
+        slip = message.routing_slip
+        self.forwarder.check(message)
+        recorded = {name: text for name, text in message.headers.items() if name != OBO_TOKEN}
+        run = RunRecord(
+            id=message.workflow_id,
+            workflow=message.workflow,
+            status=RunStatus.PENDING,
+            input=input,
+            input_hash=hashlib.sha256(input + _person(recorded)).hexdigest(),
+            slip=ledger.pack_slip(slip),
+            correlation_id=message.correlation_id,
+            trace_id=message.trace_id,
+            headers=recorded,
+            deadline=slip.deadline,
+        )
+        first = self.forwarder.next_step(run.id, slip)
+        if first is not None and begins > now:
+            first = replace(first, not_before=begins, is_sent=begins - now <= LONGEST_DELAY)
+        letter = None
+        if first is not None and first.is_sent:
+            letter = self.forwarder.letter(message, first.topic, epoch=0, delay=begins - now)
+        if first is not None and not self.forwarder.envelope.may_send(message, first.topic):
+            raise ConfigurationError(
+                f"the key of this process may not start runs of workflow '{run.workflow}'; "
+                "its roles in the trust file say which: `dispatch`"
+            )
+        posting = None if letter is None else self.forwarder.posting(letter)
+        if await self.store.record_workflow_start(run, first, posting):
+            self.observers.observe(
+                Event(
+                    "run.dispatched",
+                    run.id,
+                    run.workflow,
+                    trace_id=run.trace_id,
+                    correlation_id=run.correlation_id,
+                    traceparent=message.headers["traceparent"],
+                )
+            )
+            if letter is not None:
+                # A crash before this line: the sweeper publishes.
+                await self.forwarder.send(letter)
+
     def _input(self, workflow: Workflow, input: Any) -> tuple[bytes, dict[str, Any]]:
         """The input as JSON text, with its keys sorted so that equal inputs are equal texts, and as JSON values."""
         try:
@@ -401,6 +438,12 @@ def _step_of(letter: DeadLetter) -> StepKey:
     return StepKey(message.workflow_id, message.step_id, message.phase)
 
 
+def _person(headers: Mapping[str, str]) -> bytes:
+    """For whom a run acts. For somebody else it is another run: an id mustn't lead to what was granted by others."""
+    mandate = Mandate.read(headers)
+    return b"" if mandate is None else f"\0{mandate.issuer}\0{mandate.subject}".encode()
+
+
 def _run_id(workflow_id: str | None, now: float) -> str:
     if workflow_id is None:
         return _new_id(now)
@@ -441,9 +484,8 @@ def _new_id(now: float) -> str:
     return str(uuid.UUID(int=value))
 
 
-def _trace(headers: Mapping[str, str]) -> tuple[str, str]:
-    """The trace id and the W3C traceparent of the run: the caller's, or new ones."""
-    parent = headers.get("traceparent", "")
+def _trace(parent: str) -> tuple[str, str]:
+    """The trace id and the W3C traceparent of the run: the given one, or a new one."""
     parts = parent.split("-")
     if len(parts) == 4 and len(parts[1]) == 32:
         return parts[1], parent

@@ -88,7 +88,7 @@ class Executor:
             store,
             self.limits,
             worker_id=worker_id,
-            began=lambda claim: self.reporter.tell("step.started", claim),
+            began=self.reporter.begin,
             is_stopping=lambda: self.stopping,
             threads=threads,
             chance=chance,
@@ -118,6 +118,7 @@ class Executor:
             if claim is None and bound is not None:
                 bound.release()
         if claim is not None:
+            self.reporter.tell_claimed(claim)
             claim = replace(claim, bound=bound)
         while claim is not None:
             claim = await self._do(claim)

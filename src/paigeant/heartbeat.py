@@ -75,6 +75,16 @@ class Heartbeat:
         self.soon()
         return False
 
+    def troubles(self) -> list[str]:
+        """Why the process had better be ended: its event loop hangs, or nothing beats any more. Any thread may ask."""
+        found = []
+        silent = time.monotonic() - self._answered
+        if self._thread is None or not self._thread.is_alive():
+            found.append("the heartbeat has ended" if self._answered else "the heartbeat hasn't begun yet")
+        elif silent > self.lease:
+            found.append(f"the event loop hasn't answered for {silent:.0f} s")
+        return found
+
     def soon(self) -> None:
         """Beat at once: a run was cancelled, perhaps one that this worker works on."""
         self._wake.set()

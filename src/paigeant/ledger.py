@@ -97,6 +97,7 @@ class Head:
     worker: str | None
     not_before: float
     wake_at: float = 0.0
+    created_at: float = 0.0
 
 
 @dataclass(slots=True)
@@ -133,7 +134,9 @@ def claim(head: Head | None, request: ClaimRequest, changes: Changes, *, now: fl
     if head.not_before > now:
         return Refused("not_due", retry_in=head.not_before - now)
     exhausted = head.attempt >= request.max_attempts
-    grant = Grant(head.epoch + 1, head.attempt + (not exhausted), now, exhausted)
+    due_at = head.wake_at if head.status is StepStatus.WAITING else max(head.not_before, head.created_at)
+    queued = max(now - due_at, 0.0)
+    grant = Grant(head.epoch + 1, head.attempt + (not exhausted), now, exhausted, queued)
     changes.steps.append(
         (
             head.key,

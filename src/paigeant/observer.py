@@ -6,12 +6,24 @@ What happens to a run is told once, here, so that logs, traces, metrics and audi
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from types import TracebackType
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
-__all__ = ["CURRENT", "Event", "EventName", "Observer", "Observers"]
+__all__ = [
+    "CURRENT",
+    "NOTHING_AROUND",
+    "Around",
+    "Event",
+    "EventName",
+    "Observer",
+    "Observers",
+    "Surrounding",
+    "Work",
+]
 
 EventName = Literal[
     "run.dispatched",
@@ -22,6 +34,7 @@ EventName = Literal[
     "run.compensation_failed",
     "run.cancelled",
     "run.expired",
+    "delivery.claimed",
     "delivery.duplicate",
     "delivery.returned",
     "delivery.rejected",
@@ -42,13 +55,18 @@ EventName = Literal[
     "worker.lost",
 ]
 
+_ALL: tuple[EventName, ...] = get_args(EventName)
+
 CURRENT: ContextVar[Mapping[str, Any] | None] = ContextVar("paigeant_step", default=None)
 """The ids of the step that the current task or thread works on: workflow_id, step, attempt, trace_id ..."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that has happened, with the ids it belongs to, and the seconds it took where that means something."""
+    """Something that has happened, with the ids it belongs to, and the seconds it took where that means something.
+
+    `traceparent` is the W3C trace context that the run was dispatched in.
+    """
 
     name: EventName
     workflow_id: str = ""
@@ -62,13 +80,52 @@ class Event:
     seconds: float | None = None
     error: str | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is about to be done: the dispatch of a run, or an attempt to do or undo one of its steps.
+
+    `traceparent` is the context it belongs to: the caller's for a dispatch, the run's for an attempt. `message_id` is
+    empty where the worker went on from the step before without one; `queued` is for how long the step had been due.
+    """
+
+    kind: Literal["dispatch", "do", "undo"]
+    workflow_id: str
+    workflow: str
+    step: str = ""
+    activity: str = ""
+    topic: str = ""
+    attempt: int = 0
+    correlation_id: str = ""
+    worker: str = ""
+    message_id: str = ""
+    queued: float = 0.0
+    traceparent: str = ""
+
+
+Around = AbstractContextManager[str | None]
+"""Is entered before a work and left after it, in its own task. Gives the traceparent for a new run, or None."""
 
 
 class Observer(Protocol):
-    """Is told what happens. It must not block; what it raises is logged and goes no further."""
+    """Is told what happens. It must not block; what it raises is logged and goes no further.
+
+    One that has a set `wants` of names is told of these events alone; what nobody wants isn't even put together.
+    """
 
     def observe(self, event: Event) -> None:
         """`event` has happened, and is durable where it is about a result."""
+        ...
+
+
+@runtime_checkable
+class Surrounding(Protocol):
+    """An observer that also wants to be around a work, as a trace must be: its span is the current one meanwhile."""
+
+    def around(self, work: Work) -> Around:
+        """What `work` is done in. It must not block; what it raises is logged and goes no further."""
         ...
 
 
@@ -77,14 +134,63 @@ class Observers:
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self._observers = tuple(observers)
+        self._telling: dict[EventName, tuple[Observer, ...]] = {
+            name: tuple(each for each in observers if name in getattr(each, "wants", _ALL)) for name in _ALL
+        }
+        self._around = tuple(each.around for each in observers if isinstance(each, Surrounding))
+        self.surrounds = bool(self._around)
+        """Whether one of them wants to be around a work. Otherwise none need be described."""
 
     def __bool__(self) -> bool:
         return bool(self._observers)
 
+    def want(self, name: EventName) -> bool:
+        """Whether one of them is to be told of such an event."""
+        return bool(self._telling[name])
+
     def observe(self, event: Event) -> None:
-        """Tell all of them."""
-        for observer in self._observers:
+        """Tell all that want to know."""
+        for observer in self._telling[event.name]:
             try:
                 observer.observe(event)
             except Exception:  # an observer's trouble is never the run's
                 logging.getLogger("paigeant").exception("observer failed at %s", event.name)
+
+    def around(self, work: Work) -> Around:
+        """What all of them want `work` to be done in."""
+        return _Surroundings(self._around, work) if self._around else NOTHING_AROUND
+
+
+NOTHING_AROUND: Around = nullcontext()
+
+
+class _Surroundings(AbstractContextManager[str | None]):
+    """Several surroundings as one, the first outermost. A new run gets the traceparent of the innermost."""
+
+    __slots__ = ("_entered", "_makers", "_work")
+
+    def __init__(self, makers: Sequence[Callable[[Work], Around]], work: Work) -> None:
+        self._makers = makers
+        self._work = work
+        self._entered: list[Around] = []
+
+    def __enter__(self) -> str | None:
+        given = None
+        for make in self._makers:
+            try:
+                around = make(self._work)
+                given = around.__enter__() or given
+            except Exception:  # an observer's trouble is never the run's
+                logging.getLogger("paigeant").exception("observer failed around %s", self._work.kind)
+            else:
+                self._entered.append(around)
+        return given
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        while self._entered:
+            try:
+                self._entered.pop().__exit__(kind, error, traceback)
+            except Exception:
+                logging.getLogger("paigeant").exception("observer failed around %s", self._work.kind)

@@ -27,7 +27,7 @@ from paigeant.errors import (
     PaigeantError,
 )
 from paigeant.identity import MANDATE, Mandate
-from paigeant.observer import CURRENT
+from paigeant.observer import CURRENT, Around
 from paigeant.patience import PatientValues, patiently
 from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
 from paigeant.secret import OBO_TOKEN, SecretToken, masked
@@ -56,7 +56,7 @@ class Attempt:
 
 
 class Performer:
-    """Performs claims, one call for each attempt. `began` is told when an activity is about to run.
+    """Performs claims, one call for each attempt. `began` is told before an activity runs, and gives what it runs in.
 
     `is_stopping`: whether the worker puts its work away, so that a Ctrl-C is meant for it and not for an activity.
     """
@@ -67,7 +67,7 @@ class Performer:
         limits: Limits,
         *,
         worker_id: str,
-        began: Callable[[Claim], None],
+        began: Callable[[Claim], Around],
         is_stopping: Callable[[], bool] = lambda: False,
         threads: Threads | None = None,
         chance: Callable[[], float] = random.random,
@@ -113,20 +113,17 @@ class Performer:
             if not await self._is_wanted(claim):
                 attempt.outcome = Skipped()
                 return attempt
+            acting = None
             if claim.work.scopes or claim.step is None or MANDATE in claim.message.headers:
                 acting = context._acting = self._acting(claim, context)
-            else:
-                acting = None
-                self._began(claim)
             if timeout == 0:
                 raise TimeoutError(_timeout_text(claim, timeout))
             async with limit if timeout is not None else _UNLIMITED:
                 with context._place.entered(), _replays():
-                    if acting is not None:
-                        if claim.work.scopes:
-                            context.identity = await acting.require(context._place) or context.identity
-                        self._began(claim)
-                    value = await self._call(claim, context, attempt)
+                    if acting is not None and claim.work.scopes:
+                        context.identity = await acting.require(context._place) or context.identity
+                    with self._began(claim):
+                        value = await self._call(claim, context, attempt)
             if parking.is_parked:  # the activity has caught it, but what it waits for isn't there
                 attempt.outcome = Parked(parking.waits_for, parking.until)
                 return attempt

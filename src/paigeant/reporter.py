@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from pydantic_core import from_json
+
 from paigeant.claim import Claim
 from paigeant.message import PaigeantMessage
-from paigeant.observer import Event, EventName, Observers
+from paigeant.observer import NOTHING_AROUND, Around, Event, EventName, Observers
 from paigeant.routing import Move, Park, Retry
 from paigeant.slip import RunStatus, StepStatus
 from paigeant.store import StepResult
@@ -41,8 +43,22 @@ class Reporter:
 
     def tell(self, name: EventName, claim: Claim, **more: Any) -> None:
         """`name` has happened to the step of `claim`."""
-        if self.observers:
-            self.observers.observe(Event(name, **claim.ids(self.worker_id), **more))
+        if self.observers.want(name):
+            parent = claim.message.headers.get("traceparent", "")
+            self.observers.observe(Event(name, traceparent=parent, **claim.ids(self.worker_id), **more))
+
+    def begin(self, claim: Claim) -> Around:
+        """The activity of `claim` is about to run; gives what it is to run in."""
+        self.tell("step.started", claim)
+        return (
+            self.observers.around(claim.described(self.worker_id))
+            if self.observers.surrounds
+            else NOTHING_AROUND
+        )
+
+    def tell_claimed(self, claim: Claim) -> None:
+        """A message was delivered and its step claimed, which had been due for so many seconds."""
+        self.tell("delivery.claimed", claim, seconds=claim.grant.queued)
 
     def tell_delivery(self, name: EventName, message: PaigeantMessage, reason: str) -> None:
         """A message was delivered and no step was claimed for it."""
@@ -70,6 +86,8 @@ class Reporter:
                 more = {"delay": delay}
             case Park(waits_for=waits_for, until=until):
                 more = {"waits_for": list(waits_for), "until": until}
+        if result.usage is not None:
+            more["usage"] = from_json(result.usage)
         self.tell(_STEP_EVENTS[result.status], claim, seconds=seconds, error=result.error, more=more)
         if result.run is not None and result.run in _RUN_EVENTS:
             self.tell(_RUN_EVENTS[result.run], claim, error=result.run_error)

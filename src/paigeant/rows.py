@@ -129,6 +129,7 @@ def _head_query() -> Select[Any]:
             steps.worker,
             steps.not_before,
             steps.wake_at,
+            steps.created_at,
         )
         .select_from(keys)
         .join(step_executions, and_(*same))

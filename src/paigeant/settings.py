@@ -135,6 +135,15 @@ class Settings(BaseSettings):
         "info", description="least level of log lines"
     )
     log_format: Literal["auto", "console", "json"] = Field("auto", description="auto: console on a terminal")
+    traces: bool = Field(False, description="send traces to an OpenTelemetry collector")
+    otel_metrics: bool = Field(False, description="send metrics to an OpenTelemetry collector")
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="where each worker serves metrics and its health; nowhere by default",
+    )
+    metrics_host: str = Field("127.0.0.1", description="the address of this machine that they are served at")
 
     _file: ClassVar[Path | None] = None
 

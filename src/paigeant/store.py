@@ -129,12 +129,14 @@ class Grant:
     """A step is this worker's for as long as its lease holds. `now` is the store's time of the claim.
 
     `exhausted`: all attempts were used up by workers that died or lost their lease, so that this claim counted none.
+    `queued`: the seconds for which the step had been due.
     """
 
     epoch: int
     attempt: int
     now: float
     exhausted: bool = False
+    queued: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,6 +397,10 @@ class RunHistory(Protocol):
 
     async def list_dead_letters(self, *, limit: int = 100) -> list[DeadLetter]:
         """Dead letters, the newest first, without their bodies."""
+        ...
+
+    async def count_dead_letters(self) -> int:
+        """How many dead letters are kept."""
         ...
 
     async def load_dead_letter(self, letter_id: str) -> DeadLetter | None:

@@ -172,6 +172,16 @@ class ActivityWorker:
         if self._began:
             await self._stopped.wait()
 
+    def idleness(self) -> list[str]:
+        """Why this worker takes no messages now; empty when it does. Any thread may ask."""
+        if not self._began:
+            return ["the worker hasn't begun yet"]
+        if self._wanted.is_set():
+            return ["the worker stops"]
+        return (
+            [] if self.heartbeat.holds() else ["the worker's lease is over: the store wasn't reached in time"]
+        )
+
     # -- taking
 
     async def _consume(self, topic: str) -> None:
@@ -201,6 +211,7 @@ class ActivityWorker:
                 bound.release()
             with contextlib.suppress(TransportUnavailable):  # it comes back by itself; this must end here
                 await self.transport.nack(message.message_id)
+            self.executor.reporter.tell_delivery("delivery.returned", message, "the worker stops")
             raise
         task = asyncio.create_task(self._handle(message, bound))
         self._tasks.add(task)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paigeant.cli import console, session
+from paigeant.cli.sight import observing
 from paigeant.errors import ConfigurationError, InputInvalid, MessageTooLarge, RunTimeout, nearest
 
 if TYPE_CHECKING:
@@ -187,14 +188,15 @@ async def _dispatch(
     timeout: float | None,
     as_json: bool,
 ) -> int:
-    async with session.opened(settings, loaded, makes=True) as app:
-        run = await start(app)
-        if not wait:
-            console.value({"id": run.id}) if as_json else console.result(run.id)
-            if session.is_interactive():
-                console.note(f"[dim]dispatched; `paigeant runs show {run.id}` tells where it is[/]")
-            return 0
-        return await _wait(app, run, timeout, as_json)
+    with observing(settings, loaded, works=False) as sight:
+        async with session.opened(settings, loaded, makes=True, observers=sight.observers) as app:
+            run = await start(app)
+            if not wait:
+                console.value({"id": run.id}) if as_json else console.result(run.id)
+                if session.is_interactive():
+                    console.note(f"[dim]dispatched; `paigeant runs show {run.id}` tells where it is[/]")
+                return 0
+            return await _wait(app, run, timeout, as_json)
 
 
 async def _wait(app: Paigeant, run: Run, timeout: float | None, as_json: bool) -> int:

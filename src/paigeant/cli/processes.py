@@ -35,7 +35,7 @@ async def supervise(command: Sequence[str], settings: Settings, *, until_idle: b
     """
     async with session.opened(settings, makes=True):
         pass  # what is wrong with store or transport is told once, here
-    supervisor = _Supervisor(command, until_idle=until_idle)
+    supervisor = _Supervisor(command, until_idle=until_idle, metrics_port=settings.metrics_port)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, supervisor.stop, number)
@@ -47,8 +47,9 @@ async def supervise(command: Sequence[str], settings: Settings, *, until_idle: b
 
 
 class _Supervisor:
-    def __init__(self, command: Sequence[str], *, until_idle: bool) -> None:
+    def __init__(self, command: Sequence[str], *, until_idle: bool, metrics_port: int | None = None) -> None:
         self._command = command
+        self._metrics_port = metrics_port
         self._until_idle = until_idle
         self._running: set[asyncio.subprocess.Process] = set()
         self._stopping = asyncio.Event()
@@ -89,7 +90,7 @@ class _Supervisor:
         # A group of its own: Ctrl-C reaches this process alone, which hands it on once. Its standard input is a pipe
         # that ends with this process, however that ends: then the worker stops too.
         process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=asyncio.subprocess.PIPE, process_group=0
+            *self._command, *self._port(number), stdin=asyncio.subprocess.PIPE, process_group=0
         )
         self._running.add(process)
         log.info("process.started", extra={"number": number, "pid": process.pid})
@@ -99,6 +100,11 @@ class _Supervisor:
             return await process.wait()
         finally:
             self._running.discard(process)
+
+    def _port(self, number: int) -> list[str]:
+        """Each process serves its metrics at a port of its own: the first at the given one, the others behind it."""
+        port = self._metrics_port
+        return [] if port is None else ["--metrics-port", str(port and port + number - 1)]
 
 
 def _how(code: int) -> str:

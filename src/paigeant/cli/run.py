@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paigeant.cli import console, session
+from paigeant.cli.sight import observing
 from paigeant.errors import ConfigurationError, UnknownActivity
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ def run(
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse workflows with activities that no handler defines.")
     ] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, help="Serve /metrics, /live and /ready there, further processes behind it."
+        ),
+    ] = None,
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
 ) -> None:
     """Run a worker that does the steps of the activities in HANDLERS.
@@ -71,6 +78,7 @@ def run(
         processes=processes,
         strict=strict or None,
         handlers=tuple(handlers or ()) or None,
+        metrics_port=metrics_port,
     )
     loaded = _loaded(settings)
     wanted = _wanted(topics)
@@ -172,13 +180,16 @@ async def _work(
     supervised: bool,
     banner: Callable[[Paigeant, ActivityWorker], None] | None,
 ) -> None:
-    async with session.opened(settings, loaded, makes=True, observers=[logs]) as app:
-        worker = app.worker(topics=wanted)
-        if banner is not None:
-            banner(app, worker)
-        _settle_memory()
-        with _stopping(worker), _parent(worker) if supervised else contextlib.nullcontext():
-            await worker.run(until_idle=until_idle)
+    with observing(settings, loaded) as sight:
+        observers = [logs, *sight.observers]
+        async with session.opened(settings, loaded, makes=True, observers=observers) as app:
+            worker = app.worker(topics=wanted)
+            async with sight.of(worker):
+                if banner is not None:
+                    banner(app, worker)
+                _settle_memory()
+                with _stopping(worker), _parent(worker) if supervised else contextlib.nullcontext():
+                    await worker.run(until_idle=until_idle)
 
 
 def _settle_memory() -> None:

@@ -29,6 +29,7 @@ LEVELS: Mapping[EventName, int] = {
     "run.compensation_failed": logging.ERROR,
     "run.cancelled": logging.INFO,
     "run.expired": logging.WARNING,
+    "delivery.claimed": logging.DEBUG,
     "delivery.duplicate": logging.DEBUG,
     "delivery.returned": logging.INFO,
     "delivery.rejected": logging.WARNING,
@@ -60,6 +61,7 @@ class LogObserver:
         self, *, level: int | str = logging.INFO, format: Format = "json", stream: TextIO | None = None
     ) -> None:
         self._least = _number(level)
+        self.wants = frozenset(name for name, number in LEVELS.items() if number >= self._least)
         to = sys.stderr if stream is None else stream
         self._log: Any = structlog.wrap_logger(
             structlog.WriteLogger(to), processors=_processors(format, to), wrapper_class=structlog.BoundLogger

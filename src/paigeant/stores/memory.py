@@ -498,6 +498,9 @@ class MemoryStore:
         letters = sorted(self._letters.values(), key=lambda letter: letter.created_at, reverse=True)
         return [replace(letter, body=b"") for letter in letters[:limit]]
 
+    async def count_dead_letters(self) -> int:
+        return len(self._letters)
+
     async def load_dead_letter(self, letter_id: str) -> DeadLetter | None:
         return self._letters.get(letter_id)
 
@@ -522,7 +525,16 @@ class MemoryStore:
             return None
         run = self._runs[key.workflow_id].status
         return Head(
-            key, row.seq, run, row.status, row.epoch, row.attempt, row.worker, row.not_before, row.wake_at
+            key,
+            row.seq,
+            run,
+            row.status,
+            row.epoch,
+            row.attempt,
+            row.worker,
+            row.not_before,
+            row.wake_at,
+            row.created_at,
         )
 
     def _detail(self, workflow_id: str) -> RunDetail:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic_core import from_json
 from sqlalchemy import (
     delete,
+    func,
     select,
     tuple_,
 )
@@ -135,6 +136,10 @@ class SqlHistory(SqlPart):
         return await self.database.ask(
             lambda connection: [DeadLetter(**row._mapping, body=b"") for row in connection.execute(query)]
         )
+
+    async def count_dead_letters(self) -> int:
+        query = select(func.count()).select_from(dead_letters)
+        return await self.database.ask(lambda connection: connection.execute(query).scalar_one())
 
     async def load_dead_letter(self, letter_id: str) -> DeadLetter | None:
         query = select(dead_letters).where(dead_letters.c.id == letter_id)

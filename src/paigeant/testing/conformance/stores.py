@@ -1122,7 +1122,7 @@ class StoreConformance(WaitConformance):
         """Whoever writes to a broker chooses the id: a null character or half a surrogate pair loses no letter."""
         for name in ("nul\0", "half\ud800", "\U0001f600"):
             await store.bury(DeadLetter(name, f"topic {name}", "not_json", f"about {name}", b"bytes", 1))
-        assert len(await store.list_dead_letters()) == 3
+        assert len(await store.list_dead_letters()) == await store.count_dead_letters() == 3
 
     async def test_a_dead_letter_can_be_forgotten(self, store: Store) -> None:
         """Deleting says whether there was one."""

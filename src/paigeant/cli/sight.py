@@ -1,0 +1,116 @@
+"""What the command line's processes are watched by beside their log, as the settings want it: traces and metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from paigeant.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from paigeant.loading import Handlers
+    from paigeant.observer import Observer
+    from paigeant.observers.metrics import MetricsObserver
+    from paigeant.settings import Settings
+    from paigeant.worker import ActivityWorker
+
+__all__ = ["Sight", "observing"]
+
+
+@dataclass(slots=True)
+class Sight:
+    """The observers of a process, and what shows the metrics of its worker."""
+
+    settings: Settings
+    observers: list[Observer] = field(default_factory=list)
+    metrics: MetricsObserver | None = None
+
+    @contextlib.asynccontextmanager
+    async def of(self, worker: ActivityWorker) -> AsyncIterator[None]:
+        """Tell how `worker` is, for as long as it works. Raises ConfigurationError when the port can't be had."""
+        if self.metrics is None:
+            yield
+            return
+        from paigeant.monitor import Monitor
+
+        host, port = self.settings.metrics_host, self.settings.metrics_port
+        async with Monitor(worker, self.metrics, host=host, port=port):
+            yield
+
+
+@contextlib.contextmanager
+def observing(settings: Settings, handlers: Handlers | None, *, works: bool = True) -> Iterator[Sight]:
+    """What the settings want this process to be watched by; all is sent at the end. `works`: it has a worker.
+
+    Raises ConfigurationError when an extra is missing.
+    """
+    sight = Sight(settings)
+    ends: list[Callable[[], None]] = []
+    try:
+        if settings.traces:
+            _need("opentelemetry.sdk", "traces", "otel")
+            from paigeant.observers.otlp import send_traces
+            from paigeant.observers.traces import TraceObserver
+
+            # Whoever calls a command waits for its end; a worker has the time.
+            provider, end = send_traces(patience=None if works else 2.0)
+            ends.append(end)
+            sight.observers.append(TraceObserver(provider))
+            _watch_agents()
+        if works and (settings.metrics_port is not None or settings.otel_metrics):
+            sight.metrics = _metrics(settings, handlers)
+            sight.observers.append(sight.metrics)
+        if works and settings.metrics_port is not None:
+            _need("prometheus_client", "metrics_port", "metrics")
+        if works and settings.otel_metrics and sight.metrics is not None:
+            _need("opentelemetry.sdk", "otel_metrics", "otel")
+            from opentelemetry.metrics import get_meter
+
+            from paigeant.observers.otlp import send_metrics
+
+            ends.append(send_metrics())
+            sight.metrics.meter(get_meter("paigeant"))
+        yield sight
+    finally:
+        for end in reversed(ends):
+            end()
+
+
+def _metrics(settings: Settings, handlers: Handlers | None) -> MetricsObserver:
+    from paigeant.activity import ActivityRegistry
+    from paigeant.observers.metrics import MetricsObserver
+    from paigeant.waits import WAITS
+
+    registries = [WAITS] if handlers is None else [handlers.activities, WAITS]
+    known = ActivityRegistry.merged(registries)
+    workflows = [
+        *settings.defined_workflows(),
+        *(each.name for each in (handlers.workflows if handlers else ())),
+    ]
+    topics = {known.get(name).topic for name in known} | set(known)
+    return MetricsObserver(activities=set(known), workflows=workflows, topics=topics)
+
+
+def _watch_agents() -> None:
+    """Have agents make spans of their own, without what is said in them, unless the handlers have decided on that."""
+    if "pydantic_ai" not in sys.modules:
+        return
+    from pydantic_ai import Agent, InstrumentationSettings
+
+    if not Agent._instrument_default:
+        Agent.instrument_all(InstrumentationSettings(include_content=False))
+
+
+def _need(module: str, setting: str, extra: str) -> None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # not even the package that it is in
+        found = None
+    if found is None:
+        raise ConfigurationError(
+            f"the setting `{setting}` needs {module}, which isn't installed: pip install 'paigeant[{extra}]'"
+        )

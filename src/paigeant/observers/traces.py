@@ -1,0 +1,177 @@
+"""What happens to runs as OpenTelemetry spans: one trace a run, whichever processes and brokers it goes through.
+
+Needs nothing but the API, and writes to the global tracer provider, whoever has set that up (`otlp.py`, Logfire, an
+application of your own). Without one, or where a trace isn't sampled, its spans are empty and cost little.
+
+The dispatch is the root of a run's trace. Its context travels in the header `traceparent`, and every other span of the
+run is its child, so that none hangs under one that died with its process. An attempt has two: `receive`, for the time
+its step had been due, which ends as the attempt begins, and `step` or `undo`, which is the current span while the
+activity runs: what that makes, an agent's own spans above all, is below it.
+
+Attributes are ids and names, from a fixed list: neither input nor output, nor the text of an error, is among them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import lru_cache
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry import context, trace
+from opentelemetry.trace import (
+    NonRecordingSpan,
+    Span,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    Tracer,
+    TracerProvider,
+)
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+
+    from paigeant.observer import Around, Event, EventName, Work
+
+__all__ = ["TraceObserver"]
+
+_ENDS: Mapping[EventName, StatusCode] = {
+    "run.completed": StatusCode.OK,
+    "run.failed": StatusCode.ERROR,
+    "run.compensated": StatusCode.ERROR,
+    "run.compensation_failed": StatusCode.ERROR,
+    "run.cancelled": StatusCode.UNSET,
+}
+_LONGEST = 256
+"""Characters of an id that was chosen outside. More of it helps nobody who looks for it."""
+
+
+class TraceObserver:
+    """Makes the spans of runs. `tracer_provider` is the global one by default, also if that is set later."""
+
+    def __init__(self, tracer_provider: TracerProvider | None = None) -> None:
+        self.wants = frozenset(_ENDS)
+        self.tracer: Tracer = trace.get_tracer("paigeant", tracer_provider=tracer_provider)
+
+    def around(self, work: Work) -> Around:
+        """The span of `work` as the current one; gives the traceparent of that for a run which is dispatched."""
+        return _Current(self.tracer, work)
+
+    def observe(self, event: Event) -> None:
+        """The end of a run as a moment in its trace; all else is told by the spans."""
+        status = _ENDS.get(event.name)
+        if status is None or not event.traceparent:
+            return
+        span = self.tracer.start_span(
+            event.name,
+            remote(event.traceparent),
+            attributes={
+                "paigeant.workflow_id": event.workflow_id[:_LONGEST],
+                "paigeant.run.status": event.name.removeprefix("run."),
+            },
+        )
+        span.set_status(Status(status))
+        span.end()
+
+
+class _Current:
+    """The span of one work: begun and made the current one on entry, ended on exit."""
+
+    __slots__ = ("_span", "_token", "_tracer", "_work")
+
+    def __init__(self, tracer: Tracer, work: Work) -> None:
+        self._tracer = tracer
+        self._work = work
+
+    def __enter__(self) -> str | None:
+        work = self._work
+        above = remote(work.traceparent)
+        if work.kind == "dispatch":
+            span = self._tracer.start_span(
+                f"dispatch {work.workflow}", above, SpanKind.PRODUCER, _of_dispatch(work)
+            )
+        else:
+            span = self._attempt(work, above)
+        self._span: Span = span
+        self._token = context.attach(trace.set_span_in_context(span))
+        found = span.get_span_context()
+        return written(found) if work.kind == "dispatch" and found.is_valid else None
+
+    def _attempt(self, work: Work, above: Context | None) -> Span:
+        name = f"step {work.activity}" if work.kind == "do" else f"undo {work.activity}"
+        attributes = _of_step(work)
+        if not work.message_id:
+            return self._tracer.start_span(name, above, SpanKind.INTERNAL, attributes)
+        now = time.time_ns()
+        attributes["messaging.system"] = "paigeant"
+        attributes["messaging.destination.name"] = work.topic
+        attributes["messaging.message.id"] = work.message_id[:_LONGEST]
+        attributes["messaging.operation.name"] = attributes[_TYPE] = "receive"
+        due = now - int(work.queued * 1e9)
+        self._tracer.start_span(
+            f"receive {work.topic}", above, SpanKind.CONSUMER, attributes, start_time=due
+        ).end(now)
+        attributes["messaging.operation.name"] = attributes[_TYPE] = "process"
+        return self._tracer.start_span(name, above, SpanKind.CONSUMER, attributes, start_time=now)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        context.detach(self._token)
+        span = self._span
+        if isinstance(error, Exception):  # what isn't one is a wait or a shutdown, and no failure
+            span.set_attribute("error.type", type(error).__qualname__)
+            span.set_status(Status(StatusCode.ERROR, type(error).__qualname__))
+        span.end()
+
+
+_TYPE = "messaging.operation.type"
+
+
+def _of_dispatch(work: Work) -> dict[str, Any]:
+    return {
+        "paigeant.workflow_id": work.workflow_id[:_LONGEST],
+        "gen_ai.operation.name": "invoke_workflow",
+        "gen_ai.workflow.name": work.workflow,
+        "messaging.system": "paigeant",
+        "messaging.operation.name": "dispatch",
+        _TYPE: "send",
+        "messaging.destination.name": work.topic,
+        "messaging.message.conversation_id": work.correlation_id[:_LONGEST],
+    }
+
+
+def _of_step(work: Work) -> dict[str, Any]:
+    # Each attribute costs the library three microseconds, more than all else here: what the dispatch tells of the run
+    # isn't told again.
+    return {
+        "paigeant.workflow_id": work.workflow_id[:_LONGEST],
+        "paigeant.step": work.step,
+        "paigeant.attempt": work.attempt,
+        "paigeant.worker": work.worker,
+    }
+
+
+@lru_cache(maxsize=1024)
+def remote(traceparent: str) -> Context | None:
+    """The context that a W3C traceparent names; None, which is the current one, where it names none."""
+    try:
+        version, trace_id, span_id, flags = traceparent.split("-")
+        if len(trace_id) != 32 or len(span_id) != 16 or version != "00":
+            return None
+        found = SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16)))
+    except ValueError:
+        return None
+    return trace.set_span_in_context(NonRecordingSpan(found), _NOTHING) if found.is_valid else None
+
+
+_NOTHING = context.Context()
+
+
+def written(found: SpanContext) -> str:
+    """A span's context as a W3C traceparent."""
+    return f"00-{found.trace_id:032x}-{found.span_id:016x}-{found.trace_flags:02x}"
