@@ -56,6 +56,7 @@ class StepContext:
     _usage: bytes | None = None
     _is_fresh: bool = False
     _now: Callable[[], float] = time.time
+    _tell: Callable[..., None] = lambda *_, **__: None
     _place: Place = field(init=False)
     _policy: ItineraryPolicy = field(init=False)
 

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 __all__ = ["CURRENT", "Event", "EventName", "Observer", "Observers"]
 
@@ -20,11 +20,19 @@ EventName = Literal[
     "run.failed",
     "run.compensated",
     "run.compensation_failed",
+    "run.cancelling",
     "run.cancelled",
     "run.expired",
+    "run.retried",
+    "request.opened",
+    "request.answered",
+    "request.denied",
+    "signal.received",
+    "plan.refused",
     "delivery.duplicate",
     "delivery.returned",
     "delivery.rejected",
+    "delivery.requeued",
     "step.started",
     "step.completed",
     "step.skipped",
@@ -48,7 +56,11 @@ CURRENT: ContextVar[Mapping[str, Any] | None] = ContextVar("paigeant_step", defa
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that has happened, with the ids it belongs to, and the seconds it took where that means something."""
+    """Something that has happened, with the ids it belongs to, and the seconds it took where that means something.
+
+    `at` is the instant by the store's clock of what was recorded: what follows from it anywhere is later. None where
+    nothing was recorded: it is told as it happens.
+    """
 
     name: EventName
     workflow_id: str = ""
@@ -61,15 +73,23 @@ class Event:
     worker: str = ""
     seconds: float | None = None
     error: str | None = None
+    at: float | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Observer(Protocol):
-    """Is told what happens. It must not block; what it raises is logged and goes no further."""
+    """Is told what happens. It must not block; what it raises is logged and goes no further.
+
+    One that has an attribute `wants`, a set of events' names, cares for no others. An event that nobody wants isn't
+    made; one that is made for another observer may come to this one as well.
+    """
 
     def observe(self, event: Event) -> None:
         """`event` has happened, and is durable where it is about a result."""
         ...
+
+
+_ALL = frozenset(get_args(EventName))
 
 
 class Observers:
@@ -77,6 +97,10 @@ class Observers:
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
         self._observers = tuple(observers)
+        self.wanted: frozenset[str] = frozenset[str]().union(
+            *(getattr(observer, "wants", _ALL) for observer in self._observers)
+        )
+        """The events that are worth being made."""
 
     def __bool__(self) -> bool:
         return bool(self._observers)

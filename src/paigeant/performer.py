@@ -20,9 +20,11 @@ from paigeant.context import StepContext, deadline_of
 from paigeant.errors import ActivityRejected, InvalidDefinition, NonRetryableError, PaigeantError
 from paigeant.observer import CURRENT
 from paigeant.patience import PatientValues
+from paigeant.redaction import redacted
+from paigeant.reporter import Reporter
 from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
 from paigeant.slip import Compensation, Phase
-from paigeant.store import Store
+from paigeant.store import Request, Store
 
 if TYPE_CHECKING:
     from paigeant.agents.usage import Counting
@@ -46,7 +48,7 @@ class Attempt:
 
 
 class Performer:
-    """Performs claims, one call for each attempt. `began` is told when an activity is about to run.
+    """Performs claims, one call for each attempt, and tells the `reporter` what happens in it.
 
     `is_stopping`: whether the worker puts its work away, so that a Ctrl-C is meant for it and not for an activity.
     """
@@ -57,16 +59,16 @@ class Performer:
         limits: Limits,
         *,
         worker_id: str,
-        began: Callable[[Claim], None],
+        reporter: Reporter,
         is_stopping: Callable[[], bool] = lambda: False,
         threads: Threads | None = None,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        self.values = PatientValues(store, seconds=limits.persist, chance=chance)
+        self.values = PatientValues(store, seconds=limits.persist, chance=chance, opened=self._opened)
         self.limits = limits
         self.worker_id = worker_id
         self.threads = threads
-        self._began = began
+        self.reporter = reporter
         self._is_stopping = is_stopping
         self._chance = chance
 
@@ -100,7 +102,7 @@ class Performer:
             if not await self._is_wanted(claim):
                 attempt.outcome = Skipped()
                 return attempt
-            self._began(claim)
+            self.reporter.tell_begun(claim)
             if timeout == 0:
                 raise TimeoutError(_timeout_text(claim, timeout))
             async with limit if timeout is not None else _UNLIMITED:
@@ -188,9 +190,14 @@ class Performer:
             _store=self.values,
             _is_fresh=claim.grant.epoch == 1 and not claim.resumed,
             _now=lambda: claim.now,
+            _tell=self.reporter.tell_here,
         )
         context._place.journal.open()
         return context
+
+    def _opened(self, request: Request) -> None:
+        more = {"request": request.id, "kind": request.kind, "name": request.name}
+        self.reporter.tell_here("request.opened", more=more)
 
     def _succeeded(self, claim: Claim, context: StepContext, output: bytes) -> Succeeded:
         if claim.step is None:
@@ -230,6 +237,8 @@ def _text(error: BaseException) -> str:
     except Exception:  # the user's code again
         said = "(its text can't be had)"
     text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    # Hidden before it is cut: half a token is no longer known as one. A text of megabytes isn't searched through.
+    text = redacted(text[: 4 * _ERROR_CHARACTERS])
     text = text if len(text) <= _ERROR_CHARACTERS else f"{text[:_ERROR_CHARACTERS]}..."
     return codec.storable(text)
 

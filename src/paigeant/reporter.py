@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from paigeant.claim import Claim
 from paigeant.message import PaigeantMessage
-from paigeant.observer import Event, EventName, Observers
+from paigeant.observer import CURRENT, Event, EventName, Observers
 from paigeant.routing import Move, Park, Retry
 from paigeant.slip import RunStatus, StepStatus
 from paigeant.store import StepResult
@@ -41,12 +42,22 @@ class Reporter:
 
     def tell(self, name: EventName, claim: Claim, **more: Any) -> None:
         """`name` has happened to the step of `claim`."""
-        if self.observers:
+        if name in self.observers.wanted:
             self.observers.observe(Event(name, **claim.ids(self.worker_id), **more))
+
+    def tell_begun(self, claim: Claim) -> None:
+        """An attempt begins."""
+        if "step.started" in self.observers.wanted:
+            self.tell("step.started", claim, at=claim.now)
+
+    def tell_here(self, name: EventName, *, error: str | None = None, more: Mapping[str, Any]) -> None:
+        """`name` has happened in the step that the current task or thread works on."""
+        if name in self.observers.wanted and (ids := CURRENT.get()) is not None:
+            self.observers.observe(Event(name, **ids, error=error, more=more))
 
     def tell_delivery(self, name: EventName, message: PaigeantMessage, reason: str) -> None:
         """A message was delivered and no step was claimed for it."""
-        if self.observers:
+        if name in self.observers.wanted:
             event = Event(
                 name,
                 message.workflow_id,
@@ -59,8 +70,8 @@ class Reporter:
             )
             self.observers.observe(event)
 
-    def tell_recorded(self, claim: Claim, result: StepResult, move: Move) -> None:
-        """The end of an attempt is durable, and perhaps the end of its run."""
+    def tell_recorded(self, claim: Claim, result: StepResult, move: Move, at: float) -> None:
+        """The end of an attempt is durable since the instant `at`, and perhaps the end of its run."""
         if not self.observers:
             return
         seconds = time.monotonic() - claim.claimed_at
@@ -70,6 +81,6 @@ class Reporter:
                 more = {"delay": delay}
             case Park(waits_for=waits_for, until=until):
                 more = {"waits_for": list(waits_for), "until": until}
-        self.tell(_STEP_EVENTS[result.status], claim, seconds=seconds, error=result.error, more=more)
+        self.tell(_STEP_EVENTS[result.status], claim, seconds=seconds, error=result.error, at=at, more=more)
         if result.run is not None and result.run in _RUN_EVENTS:
-            self.tell(_RUN_EVENTS[result.run], claim, error=result.run_error)
+            self.tell(_RUN_EVENTS[result.run], claim, error=result.run_error, at=at)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from urllib.parse import unquote_plus
 
-__all__ = ["scrubbed", "without_password"]
+__all__ = ["scrubbed", "secrets_of", "without_password"]
 
 _PARAMETER = re.compile(r"([?&][^=&\s]*(?:password|passwd|pwd|passphrase|secret|token)=)([^&#\s]*)", re.I)
 _IN_TEXT = re.compile(r"(\w://[^\s:/@'\"]*:)[^\s]*@")
@@ -24,12 +24,12 @@ def without_password(url: str) -> str:
 
 def scrubbed(text: str, urls: Iterable[str] = ()) -> str:
     """`text`, such as a library's error, without passwords of URLs in it and without those of `urls` anywhere in it."""
-    for secret in sorted({secret for url in urls for secret in _secrets(url)}, key=len, reverse=True):
+    for secret in sorted({secret for url in urls for secret in secrets_of(url)}, key=len, reverse=True):
         text = text.replace(secret, "***")
     return _PARAMETER.sub(r"\1***", _IN_TEXT.sub(r"\1***@", text))
 
 
-def _secrets(url: str) -> Iterator[str]:
+def secrets_of(url: str) -> Iterator[str]:
     """What is secret in a URL, as it stands there and as it is meant."""
     user, _, password = url.rpartition("@")[0].partition("://")[2].partition(":")
     for secret in (password, *(value for _, value in _PARAMETER.findall(url))):
