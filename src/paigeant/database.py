@@ -170,7 +170,7 @@ class Database(ABC):
     def write_beside(
         self, handler: Callable[[Tx, Sequence[Request]], Sequence[Result]], request: Request
     ) -> Result:
-        """Like `write_now`, on one more connection, for what no step and no heartbeat may ever wait for, and not durable.
+        """Like `write_now`, not durable and on one more connection: for what no step and no heartbeat may wait for.
 
         It gives up early where others are in its way. For one thread, which opens that connection with its first call.
         """

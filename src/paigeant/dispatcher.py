@@ -215,7 +215,12 @@ class Dispatcher:
         if request.answer is None:
             told: EventName = "request.denied" if _is_denial(from_json(text)) else "request.answered"
             await self._tell(
-                told, answered.workflow_id, step=answered.step, request=request_id, name=request.name, by=sender
+                told,
+                answered.workflow_id,
+                step=answered.step,
+                request=request_id,
+                name=request.name,
+                by=sender,
             )
         await self.wake(answered.workflow_id)
         return answered

@@ -410,7 +410,7 @@ def stop(
 
 
 def expire(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int) -> RunStatus | None:
-    """End a run that is over its deadline like one whose step failed. Gives its state; None when that isn't so (any more)."""
+    """End a run that is over its deadline like one whose step failed; gives its state, None when it isn't over."""
     run = detail.run
     late = run.deadline is not None and run.deadline <= now
     if not late or run.status in RUN_ENDED or run.status is RunStatus.COMPENSATING:

@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
-__all__ = ["CURRENT", "Event", "EventName", "Observer", "Observers"]
+__all__ = ["CURRENT", "Event", "EventName", "LogLine", "Observer", "Observers"]
 
 EventName = Literal[
     "run.dispatched",
@@ -75,6 +75,17 @@ class Event:
     error: str | None = None
     at: float | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A log line as it was recorded, `at` the instant by the store's clock. Ids rise in the order of the writing."""
+
+    id: int
+    at: float
+    level: str
+    event: str
+    fields: Mapping[str, Any]
 
 
 class Observer(Protocol):

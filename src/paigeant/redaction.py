@@ -36,9 +36,7 @@ _SUSPECTS = (
 
 _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
     (
-        re.compile(
-            r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL
-        ),
+        re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL),
         MASK,
     ),
     (re.compile(_TOKEN), MASK),

@@ -10,7 +10,7 @@ from paigeant.claim import Claim
 from paigeant.message import PaigeantMessage
 from paigeant.observer import CURRENT, Event, EventName, Observers
 from paigeant.routing import Move, Park, Retry
-from paigeant.slip import RunStatus, StepStatus
+from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import StepResult
 
 __all__ = ["Reporter"]
@@ -48,7 +48,7 @@ class Reporter:
     def tell_begun(self, claim: Claim) -> None:
         """An attempt begins."""
         if "step.started" in self.observers.wanted:
-            self.tell("step.started", claim, at=claim.now)
+            self.tell("step.started", claim, at=claim.now, more=_phase(claim))
 
     def tell_here(self, name: EventName, *, error: str | None = None, more: Mapping[str, Any]) -> None:
         """`name` has happened in the step that the current task or thread works on."""
@@ -75,12 +75,16 @@ class Reporter:
         if not self.observers:
             return
         seconds = time.monotonic() - claim.claimed_at
-        more: dict[str, Any] = {}
+        more = _phase(claim)
         match move:
             case Retry(delay=delay):
-                more = {"delay": delay}
+                more["delay"] = delay
             case Park(waits_for=waits_for, until=until):
-                more = {"waits_for": list(waits_for), "until": until}
+                more |= {"waits_for": list(waits_for), "until": until}
         self.tell(_STEP_EVENTS[result.status], claim, seconds=seconds, error=result.error, at=at, more=more)
         if result.run is not None and result.run in _RUN_EVENTS:
             self.tell(_RUN_EVENTS[result.run], claim, error=result.run_error, at=at)
+
+
+def _phase(claim: Claim) -> dict[str, Any]:
+    return {"phase": "undo"} if claim.key.phase is Phase.UNDO else {}
