@@ -37,6 +37,7 @@ FIGURES = {
         *(f"{transport}, crossing, median of a run" for transport in ("postgres", "redis", "rabbitmq")),
     },
     "server_floor": {"postgres: insert and commit", "redis: XADD, XREADGROUP, XACK", "over one by one"},
+    "logs": {"no lines", "in the store, info", "in the store, info, of the speed without"},
     "commits": {"postgres, crossing, alone: synced commits", "redis, crossing, 500 in flight: log"},
 }
 PEERS = {"peer": run_peer, "server_peers": run_server_peers, "drivers": run_drivers, "agents": run_agents}
