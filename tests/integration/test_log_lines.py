@@ -15,6 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 from tests.integration.processes import Command, call
+from tests.integration.test_cli import _process_as_it_was, paigeant, refused
 
 from paigeant import ActivityRegistry, Paigeant, Settings, StepContext, Workflow
 from paigeant.databases import open_database
@@ -68,8 +69,11 @@ mortal = Workflow("mortal", ["reserve", "die"])
 """
 
 
+__all__ = ["_process_as_it_was"]
+
+
 @pytest.fixture(autouse=True)
-def _handlers() -> None:
+def _handlers(_process_as_it_was: None) -> None:
     Path("handlers.py").write_text(HANDLERS)
 
 
@@ -84,8 +88,7 @@ def url(request: pytest.FixtureRequest) -> str:
 
 def told(*args: str) -> list[dict[str, Any]]:
     """What `paigeant logs` gives as JSON."""
-    done = call("logs", *args, "--json")
-    assert done.returncode == 0, done.stderr
+    done = paigeant("logs", *args, "--json")
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -97,6 +100,7 @@ def story(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_lines_of_three_workers_tell_the_story_of_a_run_in_order(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +120,7 @@ def test_lines_of_three_workers_tell_the_story_of_a_run_in_order(
         ]
         for worker in workers:
             worker.until("worker.started")
-        assert call("dispatch", "fulfil", "-", "--id", "order-1", input="{}").returncode == 0
+        paigeant("dispatch", "fulfil", "-", "--id", "order-1", input="{}")
         # Which ends when the run has.
         followed = told("order-1", "--follow")
     assert story(followed) == [
@@ -151,11 +155,9 @@ def test_lines_of_three_workers_tell_the_story_of_a_run_in_order(
 def test_a_killed_worker_takes_its_unwritten_lines_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has told before is in the store, and whoever goes on tells the rest."""
     monkeypatch.setenv("PAIGEANT_LOG_SQL", "debug")
-    assert (
-        call("dispatch", "mortal", "-", "--id", "m", "--handlers", "handlers.py", input="{}").returncode == 0
-    )
+    paigeant("dispatch", "mortal", "-", "--id", "m", "--handlers", "handlers.py", input="{}")
     assert call("run", "handlers.py", "--until-idle").returncode == -9
-    assert call("run", "handlers.py", "--until-idle").returncode == 0
+    paigeant("run", "handlers.py", "--until-idle")
     assert story(told("m")) == [
         ("run.dispatched", None),
         ("step.started", "reserve"),
@@ -197,6 +199,16 @@ async def application(url: str = "sqlite:///paigeant.db", **more: Any) -> AsyncI
         yield app
 
 
+def made(**inputs: int) -> None:
+    """An application has done these runs, and is closed again."""
+
+    async def work() -> None:
+        async with application() as app:
+            await worked(app, **inputs)
+
+    asyncio.run(work())
+
+
 async def worked(app: Paigeant, **inputs: int) -> None:
     """Runs by their ids with what they divide by, once they have ended."""
     for name, by in inputs.items():
@@ -209,10 +221,9 @@ def events(lines: list[LogLine]) -> list[str]:
     return [line.event for line in lines]
 
 
-async def test_lines_are_chosen_by_run_level_step_and_time() -> None:
+def test_lines_are_chosen_by_run_level_step_and_time() -> None:
     """All of these narrow what is shown; without any all lines are."""
-    async with application() as app:
-        await worked(app, good=2, bad=0)
+    made(good=2, bad=0)
     good = ["run.dispatched", "dividing", "step.completed", "run.completed"]
     assert [event for event, *_ in story(told("good"))] == good
     assert [line["event"] for line in told("bad", "--level", "error")] == ["step.failed", "run.failed"]
@@ -224,18 +235,25 @@ async def test_lines_are_chosen_by_run_level_step_and_time() -> None:
     assert {line.get("workflow_id") for line in told("--since", "1h")} == {"good", "bad", None}
 
 
-async def test_at_a_terminal_lines_look_like_those_of_a_worker() -> None:
-    """With the date before them, and a text can't pass for a line of its own."""
-
-    async with application() as app:
-        await worked(app, good=2)
-        logging.getLogger("paigeant.shop").warning("one\n2100-01-01 \x1b[31m[info] run.completed")
-    shown = call("logs", "good").stdout.splitlines()
+def test_at_a_terminal_lines_look_like_those_of_a_worker() -> None:
+    """Without what says nothing, on one line each."""
+    made(good=2)
+    shown = paigeant("logs", "good").stdout.splitlines()
     assert len(shown) == 4
-    assert "[warning] dividing" in " ".join(shown[1].split())
-    forged = [line for line in call("logs").stdout.splitlines() if "2100" in line]
-    assert len(forged) == 1
-    assert "one\\n2100-01-01 \\x1b[31m" in forged[0]
+    assert "[warning] dividing" in shown[1]
+    assert "correlation_id" not in shown[1]
+
+
+def test_a_text_cannot_pass_for_a_line_of_its_own() -> None:
+    """Line breaks and what moves the cursor or colours a terminal are written out."""
+
+    async def forge() -> None:
+        async with application():
+            logging.getLogger("paigeant.shop").warning("one\n2100-01-01 \x1b[31m[info] run.completed")
+
+    asyncio.run(forge())
+    [line] = paigeant("logs").stdout.splitlines()
+    assert "one\\n2100-01-01 \\x1b[31m" in line
 
 
 @pytest.mark.parametrize(
@@ -248,18 +266,20 @@ async def test_at_a_terminal_lines_look_like_those_of_a_worker() -> None:
 )
 def test_wrong_use_is_exit_code_2(args: tuple[str, ...], said: str) -> None:
     """A level, a time or a run that there isn't."""
-    done = call("logs", *args)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr
+    made()
+    assert said in refused("logs", *args)
 
 
-async def test_without_lines_it_says_how_to_have_them_kept() -> None:
+def test_without_lines_it_says_how_to_have_them_kept() -> None:
     """An empty answer is no error, and tells of the setting."""
-    async with Paigeant(Settings(), activities=activity) as app:
-        await worked(app, good=2)
-        assert await app.logs("good") == []
-    done = call("logs", "good")
-    assert (done.returncode, done.stdout) == (0, "")
+
+    async def work() -> None:
+        async with Paigeant(Settings(), activities=activity) as app:
+            await worked(app, good=2)
+
+    asyncio.run(work())
+    done = paigeant("logs", "good")
+    assert done.stdout == ""
     assert "log_sql: info" in done.stderr
 
 
@@ -286,14 +306,6 @@ async def test_lines_go_with_their_runs(url: str) -> None:
 # -- trouble
 
 
-async def until_told(app: Paigeant, event: str) -> list[LogLine]:
-    """All lines, once one of them tells of `event`."""
-    async with asyncio.timeout(30):
-        while event not in events(lines := await app.logs(limit=50_000)):
-            await asyncio.sleep(0.02)
-    return lines
-
-
 @contextlib.contextmanager
 def locked(url: str) -> Iterator[None]:
     """The table of lines is somebody else's, or, on SQLite where that would lock all, away."""
@@ -302,12 +314,10 @@ def locked(url: str) -> Iterator[None]:
             connection.execute("LOCK TABLE workflow_logs IN ACCESS EXCLUSIVE MODE")
             yield
         return
-    with sqlite3.connect("paigeant.db") as connection:
-        connection.execute("ALTER TABLE workflow_logs RENAME TO elsewhere")
-    yield
-    with sqlite3.connect("paigeant.db") as connection:
-        connection.execute("ALTER TABLE elsewhere RENAME TO workflow_logs")
-    connection.close()
+    with contextlib.closing(sqlite3.connect("paigeant.db", isolation_level=None)) as file:
+        file.execute("ALTER TABLE workflow_logs RENAME TO elsewhere")
+        yield
+        file.execute("ALTER TABLE elsewhere RENAME TO workflow_logs")
 
 
 async def test_no_step_waits_for_lines_that_cannot_be_written(url: str) -> None:
@@ -319,8 +329,8 @@ async def test_no_step_waits_for_lines_that_cannot_be_written(url: str) -> None:
             statuses = [await app.run(f"r{number}").status() for number in range(20)]
             assert set(statuses) == {RunStatus.COMPLETED}
         await app.dispatch(share, {"by": 2}, workflow_id="last")
-        async with asyncio.timeout(30):
-            while not await app.logs("last"):
+        async with asyncio.timeout(60):
+            while not await app.logs("last"):  # noqa: ASYNC110  # other than by reading nobody hears of lines
                 await asyncio.sleep(0.02)
         done = [line for line in await app.logs() if line.event == "run.completed"]
         assert len(done) == 20

@@ -200,10 +200,21 @@ async def _work(
         if banner is not None:
             banner(app, worker)
         _settle_memory()
-        if app.log_handler is not None:
-            logging.getLogger().addHandler(app.log_handler)  # what activities log by loggers of their own
-        with _stopping(worker), _parent(worker) if supervised else contextlib.nullcontext():
+        with _kept(app), _stopping(worker), _parent(worker) if supervised else contextlib.nullcontext():
             await worker.run(until_idle=until_idle)
+
+
+@contextlib.contextmanager
+def _kept(app: Paigeant) -> Any:
+    """What activities log by loggers of their own goes to the store as well, if lines are kept there."""
+    handler, root = app.log_handler, logging.getLogger()
+    if handler is not None:
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        if handler is not None:
+            root.removeHandler(handler)
 
 
 def _settle_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -138,8 +139,9 @@ def with_step(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
 def renderer(format: Format, *, colors: bool = False) -> Callable[[Mapping[str, Any]], str]:
     """Makes the text of a line from its fields, one line whatever is in them; a traceback is indented."""
     if format == "json":
-        to_json = structlog.processors.JSONRenderer()
-        return lambda fields: str(to_json(None, "", _ordered(fields)))
+        # structlog's own renderer makes an encoder for each line, which takes as long as the line itself.
+        encode = json.JSONEncoder(default=repr).encode
+        return lambda fields: encode(_ordered(fields))
     to_console = structlog.dev.ConsoleRenderer(
         colors=colors,
         pad_event_to=16,
@@ -180,10 +182,15 @@ def _cut(text: str) -> str:
     return text if len(text) <= _FIELD_CHARACTERS else f"{text[:_FIELD_CHARACTERS]}..."
 
 
-def _ordered(fields: Mapping[str, Any]) -> dict[str, Any]:
+_FIRST = ("timestamp", "level", "event")
+
+
+def _ordered(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """When, how bad and what come first in every line."""
-    first = {name: fields[name] for name in ("timestamp", "level", "event") if name in fields}
-    return {**first, **fields}
+    found = iter(fields)
+    if (next(found, None), next(found, None), next(found, None)) == _FIRST:
+        return fields
+    return {**{name: fields[name] for name in _FIRST if name in fields}, **fields}
 
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -14,10 +14,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pydantic_core import PydanticSerializationError, to_json
 from sqlalchemy import Connection, Select, delete, insert, select, text, tuple_
 
 from paigeant import codec
 from paigeant.database import Database
+from paigeant.errors import InputInvalid
 from paigeant.lane import Tx
 from paigeant.observer import Event, LogLine
 from paigeant.observers.logs.lines import LEVELS, fields_of, level_name, level_number, wanted_at
@@ -94,15 +96,10 @@ class SqlLog:
         """Take a line. Never waits, and never raises for what it says."""
         if threading.current_thread() is self._thread:
             return  # what a driver logs about the writing of lines would have more of them written, for ever
-        told = {name: value for name, value in fields.items() if name not in _OWN_COLUMNS}
-        run, step = fields.get("workflow_id"), fields.get("step")
-        line = (
-            level,
-            codec.storable(str(fields.get("event", ""))),
-            codec.storable(str(run)) if run else None,
-            codec.storable(str(step)) if step else None,
-            _text(told),
-        )
+        told = dict(fields)
+        told.pop("level", None)
+        event, run, step = told.pop("event", ""), told.get("workflow_id"), told.get("step")
+        line = (level, _fit(event) or "", _fit(run), _fit(step), _text(told))
         with self._lock:
             if self._closing.is_set():
                 return
@@ -114,15 +111,16 @@ class SqlLog:
             self._some.set()
 
     def _instant(self, at: float | None) -> float:
+        # In microseconds, as it is shown: what is asked for `since` a shown instant is there.
         if at is None:
             now = self._database.instant()
             # What is told later happened later, however the estimates of the server's clock vary. A clock that was
             # really set back is followed.
-            at = self._latest if now is None else now
+            at = self._latest if now is None else round(now, 6)
             if self._latest - _SKEW_SECONDS < at < self._latest:
                 at = self._latest
             self._latest = at
-        elif at > self._latest:
+        elif (at := round(at, 6)) > self._latest:
             self._latest = at
         return at
 
@@ -166,7 +164,7 @@ class SqlLog:
         """Write what there is; gives how long to wait before the next try, 0 if all went well."""
         while batch := self._next():
             try:
-                self._database.write_beside(_write, batch)
+                self._write(batch)
             except Exception as exc:  # whatever it is, the lines to come are worth another try
                 self._put_back(batch)
                 if not pause:
@@ -181,6 +179,17 @@ class SqlLog:
                 self._tell_lost(lost)
             time.sleep(_PAUSE_SECONDS)
         return 0.0
+
+    def _write(self, batch: list[_Line]) -> None:
+        try:
+            self._database.write_beside(_write, batch)
+        except InputInvalid:
+            # One that the database refuses must not keep back all others for ever.
+            for line in batch:
+                try:
+                    self._database.write_beside(_write, [line])
+                except InputInvalid:
+                    self.lost += 1
 
     def _next(self) -> list[_Line]:
         with self._lock:
@@ -201,7 +210,6 @@ class SqlLog:
             self._bytes += _weight(line.fields)
 
 
-_OWN_COLUMNS = frozenset({"level", "event", "timestamp"})
 _OVERHEAD = 300
 """Bytes that a waiting line takes beside its text."""
 
@@ -210,9 +218,20 @@ def _weight(text: str) -> int:
     return len(text) + _OVERHEAD
 
 
+def _fit(text: Any) -> str | None:
+    """A text as every database can hold it; None for none."""
+    if not text:
+        return None
+    text = text if isinstance(text, str) else str(text)
+    return text if text.isascii() and "\0" not in text else codec.storable(text)
+
+
 def _text(fields: Mapping[str, Any]) -> str:
-    # As ASCII: neither a half surrogate nor anything else can keep a database from taking it.
-    return json.dumps(fields, default=repr, separators=(",", ":")).replace("\\u0000", "\\\\0")
+    try:
+        text = to_json(fields, fallback=repr, inf_nan_mode="strings").decode()
+    except (PydanticSerializationError, ValueError):  # half a surrogate pair, which ASCII can express
+        text = json.dumps(fields, default=repr, separators=(",", ":"))
+    return text.replace("\\u0000", "\\\\0") if "\\u0000" in text else text
 
 
 def _write(tx: Tx, requests: Sequence[list[_Line]]) -> list[None]:
