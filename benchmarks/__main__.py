@@ -20,7 +20,7 @@ __all__ = ["NAMES", "main"]
 
 NAMES = (
     *("throughput", "latency", "peer", "growth", "memory", "startup", "cost", "floor"),
-    *("servers", "server_peers", "server_floor", "commits", "drivers", "agents", "observers"),
+    *("servers", "server_peers", "server_floor", "commits", "drivers", "agents", "observers", "logs"),
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.workload import WARM_UP, Order, all_at_once, one_by_one, raised
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
+from paigeant.observer import Observer
 
 __all__ = ["activity", "chain", "connected", "measure", "one_run"]
 
@@ -51,9 +52,15 @@ async def notify(ship: Order) -> Order:
 chain = Workflow("chain", ["reserve", "charge", "pack", "ship", "notify"])
 
 
-def connected(store: str, transport: str | None = None) -> Paigeant:
-    """An application on this store and this transport; without one the store is both."""
-    return Paigeant(Settings(store_url=store, transport_url=transport or store), activities=activity)
+def connected(store: str, transport: str | None = None, *, prints: bool = False) -> Paigeant:
+    """An application on this store and this transport; without one the store is both. `prints`: it writes log lines."""
+    observers: list[Observer] = []
+    if prints:
+        from paigeant.observers.logs import LogObserver
+
+        observers = [LogObserver()]
+    settings = Settings(store_url=store, transport_url=transport or store)
+    return Paigeant(settings, activities=activity, observers=observers)
 
 
 async def one_run(app: Paigeant, order: Order) -> Order:
@@ -64,13 +71,20 @@ async def one_run(app: Paigeant, order: Order) -> Order:
 
 
 async def measure(
-    *, store: str, transport: str | None = None, works: bool = True, runs: int, in_flight: int, alone: int
+    *,
+    store: str,
+    transport: str | None = None,
+    works: bool = True,
+    prints: bool = False,
+    runs: int,
+    in_flight: int,
+    alone: int,
 ) -> dict[str, Any]:
     """Steps a second of `runs` runs with so many in flight, then the milliseconds of `alone` runs one by one.
 
     Where it doesn't work itself, worker processes do.
     """
-    async with connected(store, transport) as app:
+    async with connected(store, transport, prints=prints) as app:
         worker = app.worker(concurrency=in_flight)
         working = asyncio.create_task(worker.run()) if works else None
 

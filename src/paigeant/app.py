@@ -8,8 +8,9 @@ import random
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic_core import from_json
 
@@ -21,7 +22,7 @@ from paigeant.clock import Clock, SystemClock
 from paigeant.database import Database
 from paigeant.dispatcher import Dispatcher
 from paigeant.envelope import Envelope, PlainEnvelope
-from paigeant.errors import InvalidDefinition, RunTimeout, UnknownWorkflow
+from paigeant.errors import ConfigurationError, InvalidDefinition, RunTimeout, UnknownWorkflow
 from paigeant.exchange import (
     ClientAuthentication,
     ClientSecret,
@@ -35,7 +36,8 @@ from paigeant.exchange import (
 from paigeant.forwarder import Forwarder
 from paigeant.identity import GrantHandle, Mandate, SecurityContext
 from paigeant.jwks import Jwks
-from paigeant.observer import Event, Observer, Observers
+from paigeant.observer import Event, LogLine, Observer, Observers
+from paigeant.redaction import Redactor, redacted
 from paigeant.secret import SecretToken
 from paigeant.settings import Settings
 from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
@@ -49,9 +51,13 @@ from paigeant.usage import Usage
 from paigeant.worker import ActivityWorker
 from paigeant.workflow import Workflow
 
+if TYPE_CHECKING:
+    from paigeant.observers.logs.sql import SqlLog
+
 __all__ = ["Paigeant", "Run", "RunResult"]
 
-logging.getLogger("paigeant").addHandler(logging.NullHandler())
+_OWN_LOG = logging.getLogger("paigeant")
+_OWN_LOG.addHandler(logging.NullHandler())
 
 _WITH_RESULT = frozenset(
     {StepStatus.COMPLETED, StepStatus.SKIPPED, StepStatus.COMPENSATED, StepStatus.COMPENSATION_FAILED}
@@ -185,10 +191,11 @@ class Paigeant:
         self.workflows = self.settings.defined_workflows()
         for workflow in workflows:
             self.workflows[workflow.name] = workflow
-        self.observers = Observers(list(observers))
         self._chance = chance
         envelope = envelope_of(self.settings, clock)
         self.store, self.transport = _open(self.settings, clock, envelope)
+        self._logs = _logs_of(self.settings, self.store)
+        self.observers = Observers([*observers, *([self._logs] if self._logs is not None else ())])
         self.transport.bury_with(self._bury)
         self.forwarder = Forwarder(
             self.store,
@@ -208,6 +215,7 @@ class Paigeant:
         )
 
     async def _bury(self, letter: DeadLetter) -> None:
+        letter = replace(letter, detail=redacted(letter.detail))
         await self.store.bury(letter)
         self.observers.observe(
             Event(
@@ -226,6 +234,10 @@ class Paigeant:
         except BaseException:
             await self.store.close()
             raise
+        if self._logs is not None:
+            self._logs.start()
+            if self.log_handler is not None:
+                _OWN_LOG.addHandler(self.log_handler)
         return self
 
     async def __aexit__(
@@ -235,6 +247,10 @@ class Paigeant:
         traceback: TracebackType | None,
     ) -> None:
         await self.transport.close()
+        if self._logs is not None:
+            if self.log_handler is not None:
+                _OWN_LOG.removeHandler(self.log_handler)
+            await asyncio.to_thread(self._logs.stop)
         await self.store.close()
 
     async def dispatch(
@@ -301,15 +317,65 @@ class Paigeant:
     async def prune(self, *, older_than: float, statuses: Collection[RunStatus | str] | None = None) -> int:
         """Delete the runs that ended more than `older_than` seconds ago, with all that belongs to them.
 
-        Gives how many. `statuses` limits it to runs that ended so; an open run is never deleted. It goes by short
-        transactions, so that workers go on meanwhile; when it is cut short, what it deleted so far is gone.
+        Log lines of before then that belong to no run go, too. Gives how many runs. `statuses` limits it to runs that
+        ended so; an open run is never deleted. It goes by short transactions, so that workers go on meanwhile; when it
+        is cut short, what it deleted so far is gone.
         """
         before = await self.store.now() - older_than
         wanted = None if statuses is None else {RunStatus(status) for status in statuses}
+        if (database := _database_of(self.store)) is not None:
+            from paigeant.observers.logs.sql import prune_lines
+
+            await prune_lines(database, before)
         pruned = 0
         while found := await self.store.prune_runs(before=before, statuses=wanted):
             pruned += found
         return pruned
+
+    async def logs(
+        self,
+        workflow_id: str | None = None,
+        *,
+        level: str = "debug",
+        step: str | None = None,
+        since: datetime | None = None,
+        after: int | None = None,
+        limit: int = 1000,
+    ) -> list[LogLine]:
+        """The newest log lines that fit, in the order of what happened: of a run, of a level or above, of a step.
+
+        `since`: from this instant on. `after`: instead those that were written after the line with this id, in the
+        order in which they were, up to `limit` of them. Empty where nobody has recorded any, see the setting `log_sql`.
+        """
+        database = _database_of(self.store)
+        if database is None:
+            return []
+        from paigeant.observers.logs.sql import latest_lines, lines_after
+
+        if after is not None:
+            return await lines_after(
+                database, after, workflow_id=workflow_id, level=level, step=step, limit=limit
+            )
+        instant = None if since is None else since.timestamp()
+        return await latest_lines(
+            database, workflow_id=workflow_id, level=level, step=step, since=instant, limit=limit
+        )
+
+    @property
+    def log_handler(self) -> logging.Handler | None:
+        """Hands what is logged through `logging` on to the store, see the setting `log_sql`; None where that is off.
+
+        While the application is open Paigeant's own loggers have it, `StepContext.log` among them. Give it to the root
+        logger, or to one of yours, to have those lines recorded as well.
+        """
+        return None if self._logs is None else self._log_handler
+
+    @cached_property
+    def _log_handler(self) -> logging.Handler:
+        from paigeant.observers.logs import LogHandler
+
+        assert self._logs is not None
+        return LogHandler([self._logs], Redactor(self.settings.urls))
 
     def worker(
         self,
@@ -393,6 +459,24 @@ def envelope_of(settings: Settings, clock: Clock | None = None) -> Envelope:
     )
 
 
+def _logs_of(settings: Settings, store: Store) -> SqlLog | None:
+    if settings.log_sql == "off":
+        return None
+    database = _database_of(store)
+    if database is None:
+        raise ConfigurationError(
+            f"log_sql is {settings.log_sql}, and store_url is memory://, which keeps no log lines; "
+            "expected a database, or log_sql: off"
+        )
+    from paigeant.observers.logs.sql import SqlLog
+
+    return SqlLog(database, level=settings.log_sql, redactor=Redactor(settings.urls))
+
+
+def _database_of(store: Store) -> Database | None:
+    return getattr(store, "database", None)
+
+
 def transport_of(
     settings: Settings,
     url: str,
@@ -451,7 +535,7 @@ def _client(settings: Settings, clock: Clock | None) -> ClientAuthentication | N
 def _open(settings: Settings, clock: Clock | None, envelope: Envelope) -> tuple[Store, Transport]:
     """The store and the transport; one database for both where both URLs name it."""
     store = store_of(settings, clock)
-    database = getattr(store, "database", None)
+    database = _database_of(store)
 
     def transport(url: str) -> Transport:
         shared = database if url == settings.store_url else None

@@ -60,6 +60,7 @@ class StepContext:
     _is_fresh: bool = False
     _acting: Acting | None = None
     _now: Callable[[], float] = time.time
+    _tell: Callable[..., None] = lambda *_, **__: None
     _place: Place = field(init=False)
     _policy: ItineraryPolicy = field(init=False)
 

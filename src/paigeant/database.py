@@ -61,6 +61,10 @@ class Database(ABC):
         """Seconds by a steady clock of this process; an embedded database of a test goes by the test's clock."""
         return time.monotonic()
 
+    @abstractmethod
+    def instant(self) -> float | None:
+        """The database's time as far as this process knows it without asking; None when it hasn't heard it for long."""
+
     # -- as it is, for those who change its tables
 
     @abstractmethod
@@ -163,8 +167,22 @@ class Database(ABC):
             result: Result = self._transact_now(handler, request)
         return result
 
+    def write_beside(
+        self, handler: Callable[[Tx, Sequence[Request]], Sequence[Result]], request: Request
+    ) -> Result:
+        """Like `write_now`, not durable and on one more connection: for what no step and no heartbeat may wait for.
+
+        It gives up early where others are in its way. For one thread, which opens that connection with its first call.
+        """
+        result: Result = self._transact_now(handler, request, beside=True)
+        return result
+
     @abstractmethod
-    def _transact_now(self, handler: Handler, request: Any) -> Any: ...
+    def close_beside(self) -> None:
+        """Close the connection of `write_beside`, in its thread."""
+
+    @abstractmethod
+    def _transact_now(self, handler: Handler, request: Any, *, beside: bool = False) -> Any: ...
 
     # -- word of commits
 

@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from paigeant import codec, ledger
 from paigeant.activity import ActivityRegistry, typed
@@ -32,7 +33,7 @@ from paigeant.errors import (
 from paigeant.forwarder import LONGEST_DELAY, Forwarder
 from paigeant.identity import GRANT_SIGNAL, MANDATE, GrantHandle, Mandate
 from paigeant.message import MessageId, PaigeantMessage, decode
-from paigeant.observer import NOTHING_AROUND, Around, Event, Observers, Work
+from paigeant.observer import NOTHING_AROUND, Around, Event, EventName, Observers, Work
 from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import RUN_ENDED, Phase, RoutingSlip, RunStatus, Step, is_text
 from paigeant.store import REQUEST_SIGNAL, DeadLetter, Request, RequestKind, RunRecord, StepKey, Store
@@ -117,14 +118,16 @@ class Dispatcher:
     async def cancel(self, workflow_id: str, reason: str = "cancelled") -> RunStatus:
         """Turn the run round, see `Store.cancel_run`."""
         status = await self.store.cancel_run(workflow_id, reason)
-        if status in RUN_ENDED:  # there was nothing to undo
-            self.observers.observe(Event("run.cancelled", workflow_id, error=reason))
+        # Where there is nothing to undo, it has ended with that.
+        name: EventName = "run.cancelled" if status in RUN_ENDED else "run.cancelling"
+        await self._tell(name, workflow_id, error=reason)
         await self.wake(workflow_id)
         return status
 
     async def retry(self, workflow_id: str) -> RunStatus:
         """Take an ended run up again, see `Store.retry_run`."""
         status = await self.store.retry_run(workflow_id)
+        await self._tell("run.retried", workflow_id)
         await self.wake(workflow_id)
         return status
 
@@ -147,6 +150,7 @@ class Dispatcher:
         except codec.JsonInvalid as exc:
             raise InputInvalid(f"signal '{name}' can't be written as JSON: {exc}") from exc
         await self.store.record_signal(workflow_id, name, text, sender=sender)
+        await self._tell("signal.received", workflow_id, signal=name, by=sender)
         await self.wake(workflow_id)
 
     async def grant(
@@ -234,6 +238,16 @@ class Dispatcher:
         except codec.JsonInvalid as exc:
             raise InputInvalid(f"the answer can't be written as JSON: {exc}") from exc
         answered = await self.store.answer_request(request_id, text, sender=sender)
+        if request.answer is None:
+            told: EventName = "request.denied" if _is_denial(from_json(text)) else "request.answered"
+            await self._tell(
+                told,
+                answered.workflow_id,
+                step=answered.step,
+                request=request_id,
+                name=request.name,
+                by=sender,
+            )
         await self.wake(answered.workflow_id)
         return answered
 
@@ -262,6 +276,7 @@ class Dispatcher:
                 "the letter stays, and a worker's sweep sends the message as well"
             )
         await self.store.delete_dead_letter(letter.id)
+        await self._tell("delivery.requeued", key.workflow_id, step=key.step)
         return key.workflow_id
 
     # -- inside
@@ -341,12 +356,29 @@ class Dispatcher:
                     run.workflow,
                     trace_id=run.trace_id,
                     correlation_id=run.correlation_id,
+                    at=now,
                     traceparent=message.headers["traceparent"],
                 )
             )
             if letter is not None:
                 # A crash before this line: the sweeper publishes.
                 await self.forwarder.send(letter)
+
+    async def _tell(
+        self,
+        event: EventName,
+        workflow_id: str,
+        /,
+        *,
+        step: str = "",
+        error: str | None = None,
+        **more: str,
+    ) -> None:
+        """What somebody outside has asked for is done."""
+        if self.observers.want(event):
+            now = await self.store.now()
+            found = {key: value for key, value in more.items() if value}
+            self.observers.observe(Event(event, workflow_id, step=step, error=error, at=now, more=found))
 
     def _input(self, workflow: Workflow, input: Any) -> tuple[bytes, dict[str, Any]]:
         """The input as JSON text, with its keys sorted so that equal inputs are equal texts, and as JSON values."""
@@ -404,6 +436,10 @@ def _checked_deadline(deadline: object) -> float:
 def _check_sender(sender: object) -> None:
     if not isinstance(sender, str) or not is_text(sender):
         raise InputInvalid(f"a sender is a text without control characters, found {_short(sender)}")
+
+
+def _is_denial(answer: Mapping[str, Any]) -> bool:
+    return "denied" in answer or answer.get("approved") is False
 
 
 def _approval(value: Any) -> dict[str, Any]:

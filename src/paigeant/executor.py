@@ -88,7 +88,7 @@ class Executor:
             store,
             self.limits,
             worker_id=worker_id,
-            began=self.reporter.begin,
+            reporter=self.reporter,
             is_stopping=lambda: self.stopping,
             threads=threads,
             chance=chance,
@@ -255,7 +255,7 @@ class Executor:
             if isinstance(answer, Refused):
                 self.reporter.tell("step.lost", claim, error=answer.reason)
                 return None
-            self.reporter.tell_recorded(claim, result, move)
+            self.reporter.tell_recorded(claim, result, move, answer.at)
             if activity is not None and answer.grant and following is not None and next_step is not None:
                 key, local = next_step.key, claim.local + 1
                 taken = Claim(key, answer.grant, following, activity, time.monotonic(), local, bound=bound)

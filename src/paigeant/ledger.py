@@ -178,7 +178,7 @@ def record(
     grant = Grant(first + 1, 1, now) if result.take_next else None
     if head.status not in OPEN:
         # A commit whose answer was lost is asked for again: it stands, and so does what it took along.
-        return Recorded(grant) if mine and head.status is result.status else Refused("recorded")
+        return Recorded(grant, now) if mine and head.status is result.status else Refused("recorded")
     if head.status is StepStatus.WAITING:
         return Refused("stale")  # its attempt goes on when it is woken, and by no claim from before
     forward = result.key.phase is Phase.DO
@@ -191,7 +191,7 @@ def record(
     if result.status is StepStatus.WAITING:
         if not arrived or not set(result.waits_for).intersection(arrived):
             _park(head, result, changes, forward=forward)
-            return Recorded()
+            return Recorded(at=now)
         return Refused("arrived")
     if result.status is StepStatus.READY:
         not_before = now + result.delay
@@ -207,7 +207,7 @@ def record(
                 },
             )
         )
-        return Recorded()
+        return Recorded(at=now)
     changes.steps.append(
         (
             head.key,
@@ -260,7 +260,7 @@ def record(
         )
     workflow_id = head.key.workflow_id
     changes.variables.extend((workflow_id, name, value) for name, value in result.variables.items())
-    return Recorded(grant)
+    return Recorded(grant, now)
 
 
 def _park(head: Head, result: StepResult, changes: Changes, *, forward: bool) -> None:
@@ -437,14 +437,14 @@ def stop(
     return status
 
 
-def expire(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int) -> bool:
-    """End a run that is over its deadline like one whose step failed. False when that isn't so (any more)."""
+def expire(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int) -> RunStatus | None:
+    """End a run that is over its deadline like one whose step failed; gives its state, None when it isn't over."""
     run = detail.run
     late = run.deadline is not None and run.deadline <= now
     if not late or run.status in RUN_ENDED or run.status is RunStatus.COMPENSATING:
-        return False
+        return None
     try:
-        stop(
+        return stop(
             detail,
             RunStatus.FAILED,
             "DeadlineExceeded: the run was not done by its deadline",
@@ -453,8 +453,7 @@ def expire(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int
             inline_bytes=inline_bytes,
         )
     except (ValidationError, InvalidDefinition):
-        return False  # a slip that newer code has written: for that to end, and no reason to end no other run
-    return True
+        return None  # a slip that newer code has written: for that to end, and no reason to end no other run
 
 
 def resume(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int) -> RunStatus:

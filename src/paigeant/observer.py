@@ -19,6 +19,7 @@ __all__ = [
     "Around",
     "Event",
     "EventName",
+    "LogLine",
     "Observer",
     "Observers",
     "Surrounding",
@@ -32,12 +33,20 @@ EventName = Literal[
     "run.failed",
     "run.compensated",
     "run.compensation_failed",
+    "run.cancelling",
     "run.cancelled",
     "run.expired",
     "delivery.claimed",
+    "run.retried",
+    "request.opened",
+    "request.answered",
+    "request.denied",
+    "signal.received",
+    "plan.refused",
     "delivery.duplicate",
     "delivery.returned",
     "delivery.rejected",
+    "delivery.requeued",
     "step.started",
     "step.completed",
     "step.skipped",
@@ -66,6 +75,8 @@ class Event:
     """Something that has happened, with the ids it belongs to, and the seconds it took where that means something.
 
     `traceparent` is the W3C trace context that the run was dispatched in.
+    `at` is the instant by the store's clock of what was recorded: what follows from it anywhere is later. None where
+    nothing was recorded: it is told as it happens.
     """
 
     name: EventName
@@ -79,6 +90,7 @@ class Event:
     worker: str = ""
     seconds: float | None = None
     error: str | None = None
+    at: float | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
     traceparent: str = ""
 
@@ -107,6 +119,17 @@ class Work:
 
 Around = AbstractContextManager[str | None]
 """Is entered before a work and left after it, in its own task. Gives the traceparent for a new run, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """A log line as it was recorded, `at` the instant by the store's clock. Ids rise in the order of the writing."""
+
+    id: int
+    at: float
+    level: str
+    event: str
+    fields: Mapping[str, Any]
 
 
 class Observer(Protocol):

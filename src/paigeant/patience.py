@@ -46,14 +46,20 @@ async def patiently(
 
 
 class PatientValues:
-    """The values of runs as an activity asks for them."""
+    """The values of runs as an activity asks for them. `opened` is told of a new request that a step has made."""
 
     def __init__(
-        self, values: RunValues, *, seconds: float, chance: Callable[[], float] = random.random
+        self,
+        values: RunValues,
+        *,
+        seconds: float,
+        chance: Callable[[], float] = random.random,
+        opened: Callable[[Request], None] = lambda _: None,
     ) -> None:
         self._values = values
         self._seconds = seconds
         self._chance = chance
+        self._opened = opened
 
     async def load_output(self, workflow_id: str, step: str) -> bytes | None:
         return await self._ask(lambda: self._values.load_output(workflow_id, step), f"output of '{step}'")
@@ -79,8 +85,11 @@ class PatientValues:
             lambda: self._values.take_signal(key, unit, name, otherwise=otherwise), f"signal '{name}'"
         )
 
-    async def open_request(self, request: Request) -> None:
-        await self._ask(lambda: self._values.open_request(request), f"request '{request.name}'")
+    async def open_request(self, request: Request) -> bool:
+        is_new = await self._ask(lambda: self._values.open_request(request), f"request '{request.name}'")
+        if is_new:
+            self._opened(request)
+        return is_new
 
     async def _ask(self, ask: Callable[[], Awaitable[Answer]], what: str) -> Answer:
         return await patiently(ask, what, seconds=self._seconds, chance=self._chance)

@@ -27,12 +27,14 @@ from paigeant.errors import (
     PaigeantError,
 )
 from paigeant.identity import MANDATE, Mandate
-from paigeant.observer import CURRENT, Around
+from paigeant.observer import CURRENT
 from paigeant.patience import PatientValues, patiently
+from paigeant.redaction import redacted
+from paigeant.reporter import Reporter
 from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
 from paigeant.secret import OBO_TOKEN, SecretToken, masked
 from paigeant.slip import Compensation, Phase
-from paigeant.store import Store
+from paigeant.store import Request, Store
 
 if TYPE_CHECKING:
     from paigeant.agents.usage import Counting
@@ -56,7 +58,7 @@ class Attempt:
 
 
 class Performer:
-    """Performs claims, one call for each attempt. `began` is told before an activity runs, and gives what it runs in.
+    """Performs claims, one call for each attempt, and tells the `reporter` what happens in it.
 
     `is_stopping`: whether the worker puts its work away, so that a Ctrl-C is meant for it and not for an activity.
     """
@@ -67,7 +69,7 @@ class Performer:
         limits: Limits,
         *,
         worker_id: str,
-        began: Callable[[Claim], Around],
+        reporter: Reporter,
         is_stopping: Callable[[], bool] = lambda: False,
         threads: Threads | None = None,
         chance: Callable[[], float] = random.random,
@@ -75,11 +77,11 @@ class Performer:
     ) -> None:
         self.store = store
         self.behalf = behalf or Behalf()
-        self.values = PatientValues(store, seconds=limits.persist, chance=chance)
+        self.values = PatientValues(store, seconds=limits.persist, chance=chance, opened=self._opened)
         self.limits = limits
         self.worker_id = worker_id
         self.threads = threads
-        self._began = began
+        self.reporter = reporter
         self._is_stopping = is_stopping
         self._chance = chance
 
@@ -122,7 +124,7 @@ class Performer:
                 with context._place.entered(), _replays():
                     if acting is not None and claim.work.scopes:
                         context.identity = await acting.require(context._place) or context.identity
-                    with self._began(claim):
+                    with self.reporter.begin(claim):
                         value = await self._call(claim, context, attempt)
             if parking.is_parked:  # the activity has caught it, but what it waits for isn't there
                 attempt.outcome = Parked(parking.waits_for, parking.until)
@@ -209,6 +211,7 @@ class Performer:
             _store=self.values,
             _is_fresh=claim.grant.epoch == 1 and not claim.resumed,
             _now=lambda: claim.now,
+            _tell=self.reporter.tell_here,
         )
         context._place.journal.open()
         return context
@@ -240,6 +243,10 @@ class Performer:
             is_undo=message.phase is Phase.UNDO,
             _token=None if token is None else SecretToken(token),
         )
+
+    def _opened(self, request: Request) -> None:
+        more = {"request": request.id, "kind": request.kind, "name": request.name}
+        self.reporter.tell_here("request.opened", more=more)
 
     def _succeeded(self, claim: Claim, context: StepContext, output: bytes) -> Succeeded:
         if claim.step is None:
@@ -297,6 +304,8 @@ def _text(error: BaseException, secrets: Sequence[SecretToken] = ()) -> str:
     except Exception:  # the user's code again
         said = "(its text can't be had)"
     text = f"{type(error).__name__}: {masked(said, secrets)}" if said else type(error).__name__
+    # Hidden before it is cut: half a token is no longer known as one. A text of megabytes isn't searched through.
+    text = redacted(text[: 4 * _ERROR_CHARACTERS])
     text = text if len(text) <= _ERROR_CHARACTERS else f"{text[:_ERROR_CHARACTERS]}..."
     return codec.storable(text)
 

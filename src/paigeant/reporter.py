@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic_core import from_json
 
 from paigeant.claim import Claim
 from paigeant.message import PaigeantMessage
-from paigeant.observer import NOTHING_AROUND, Around, Event, EventName, Observers
+from paigeant.observer import CURRENT, NOTHING_AROUND, Around, Event, EventName, Observers
 from paigeant.routing import Move, Park, Retry
-from paigeant.slip import RunStatus, StepStatus
+from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import StepResult
 
 __all__ = ["Reporter"]
@@ -49,7 +50,8 @@ class Reporter:
 
     def begin(self, claim: Claim) -> Around:
         """The activity of `claim` is about to run; gives what it is to run in."""
-        self.tell("step.started", claim)
+        if self.observers.want("step.started"):
+            self.tell("step.started", claim, at=claim.now, more=_phase(claim))
         return (
             self.observers.around(claim.described(self.worker_id))
             if self.observers.surrounds
@@ -60,9 +62,14 @@ class Reporter:
         """A message was delivered and its step claimed, which had been due for so many seconds."""
         self.tell("delivery.claimed", claim, seconds=claim.grant.queued)
 
+    def tell_here(self, name: EventName, *, error: str | None = None, more: Mapping[str, Any]) -> None:
+        """`name` has happened in the step that the current task or thread works on."""
+        if self.observers.want(name) and (ids := CURRENT.get()) is not None:
+            self.observers.observe(Event(name, **ids, error=error, more=more))
+
     def tell_delivery(self, name: EventName, message: PaigeantMessage, reason: str) -> None:
         """A message was delivered and no step was claimed for it."""
-        if self.observers:
+        if self.observers.want(name):
             event = Event(
                 name,
                 message.workflow_id,
@@ -75,19 +82,23 @@ class Reporter:
             )
             self.observers.observe(event)
 
-    def tell_recorded(self, claim: Claim, result: StepResult, move: Move) -> None:
-        """The end of an attempt is durable, and perhaps the end of its run."""
+    def tell_recorded(self, claim: Claim, result: StepResult, move: Move, at: float) -> None:
+        """The end of an attempt is durable since the instant `at`, and perhaps the end of its run."""
         if not self.observers:
             return
         seconds = time.monotonic() - claim.claimed_at
-        more: dict[str, Any] = {}
+        more = _phase(claim)
         match move:
             case Retry(delay=delay):
-                more = {"delay": delay}
+                more["delay"] = delay
             case Park(waits_for=waits_for, until=until):
-                more = {"waits_for": list(waits_for), "until": until}
+                more |= {"waits_for": list(waits_for), "until": until}
         if result.usage is not None:
             more["usage"] = from_json(result.usage)
-        self.tell(_STEP_EVENTS[result.status], claim, seconds=seconds, error=result.error, more=more)
+        self.tell(_STEP_EVENTS[result.status], claim, seconds=seconds, error=result.error, at=at, more=more)
         if result.run is not None and result.run in _RUN_EVENTS:
-            self.tell(_RUN_EVENTS[result.run], claim, error=result.run_error)
+            self.tell(_RUN_EVENTS[result.run], claim, error=result.run_error, at=at)
+
+
+def _phase(claim: Claim) -> dict[str, Any]:
+    return {"phase": "undo"} if claim.key.phase is Phase.UNDO else {}

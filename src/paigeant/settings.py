@@ -145,6 +145,13 @@ class Settings(BaseSettings):
     )
     metrics_host: str = Field("127.0.0.1", description="the address of this machine that they are served at")
 
+    log_file: str | None = Field(None, description="a file for the log lines of `run`, as JSON")
+    log_file_bytes: int = Field(16 * 1024 * 1024, ge=4096, description="a log file of this size is put aside")
+    log_files: int = Field(5, ge=2, description="log files that are kept, the current one with them")
+    log_sql: Literal["off", "debug", "info", "warning", "error"] = Field(
+        "off", description="least level of log lines that are kept in the store, for `logs`"
+    )
+
     _file: ClassVar[Path | None] = None
 
     def __init__(self, **values: Any) -> None:
@@ -194,6 +201,12 @@ class Settings(BaseSettings):
             return None if url is None else check_url(url, "it")
         except ConfigurationError as exc:
             raise ValueError(str(exc)) from exc
+
+    @field_validator("log_sql", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: Any) -> Any:
+        # YAML reads `off` and `on` as truth values.
+        return {False: "off", True: "info"}[value] if isinstance(value, bool) else value
 
     @field_validator("namespace")
     @classmethod
@@ -336,9 +349,14 @@ class Settings(BaseSettings):
         values["routes"] = {pattern: without_password(url) for pattern, url in values["routes"].items()}
         return values
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """All URLs that may hold a password."""
+        return (self.transport_url, self.store_url, *self.routes.values())
+
     def scrubbed(self, text: str) -> str:
         """`text` without the passwords that the settings hold, such as a library's error that may have one."""
-        return scrubbed(text, (self.transport_url, self.store_url, *self.routes.values()))
+        return scrubbed(text, self.urls)
 
 
 def check_file(path: Path) -> dict[str, Any]:

@@ -198,9 +198,10 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """The result is durable. `grant` is the claim of the next step, where the worker took it along."""
+    """The result is durable, `at` this instant. `grant` is the claim of the next step, where it was taken along."""
 
     grant: Grant | None = None
+    at: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,12 +315,17 @@ REQUEST_SIGNAL = "paigeant.request/"
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What one sweep found: steps that need a message, workers whose lease was over, runs that were over time."""
+    """What one sweep found: steps that need a message, workers whose lease was over, runs that were over time.
+
+    Of the runs in `expired` those in `failed` have ended with that: there was nothing to undo. `at`: when it was.
+    """
 
     due: tuple[StepKey, ...] = ()
     lost: tuple[str, ...] = ()
     freed: tuple[StepKey, ...] = ()
     expired: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    at: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,8 +447,8 @@ class RunValues(Protocol):
         """
         ...
 
-    async def open_request(self, request: Request) -> None:
-        """Keep a request. One of the same id stays as it is."""
+    async def open_request(self, request: Request) -> bool:
+        """Keep a request; gives whether it is new. One of the same id stays as it is."""
         ...
 
 

@@ -67,9 +67,14 @@ class Sweeper:
         for worker_id in swept.lost:
             self.observers.observe(Event("worker.lost", worker=worker_id))
         for workflow_id in swept.expired:
-            self.observers.observe(Event("run.expired", workflow_id))
+            self.observers.observe(Event("run.expired", workflow_id, at=swept.at))
+        for workflow_id in swept.failed:
+            error = "DeadlineExceeded: the run was not done by its deadline"
+            self.observers.observe(Event("run.failed", workflow_id, error=error, at=swept.at))
         for key in swept.freed:
-            self.observers.observe(Event("step.swept", key.workflow_id, step=key.step, worker=self.worker.id))
+            self.observers.observe(
+                Event("step.swept", key.workflow_id, step=key.step, worker=self.worker.id, at=swept.at)
+            )
         # What a server's absence keeps from being sent is owed: the store takes it for sent, and offers it again only
         # after as long as it has waited.
         unsent = await self.forwarder.send_again(swept.due, self._unsent)

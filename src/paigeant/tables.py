@@ -33,6 +33,7 @@ __all__ = [
     "step_executions",
     "step_units",
     "workers",
+    "workflow_logs",
     "workflow_requests",
     "workflow_runs",
     "workflow_signals",
@@ -217,6 +218,26 @@ messages = Table(
     # In Postgres it would cost each taking of a message an entry in every index of the table.
     Index("messages_held", "holder", sqlite_where=text("holder IS NOT NULL")).ddl_if(dialect="sqlite"),
     postgresql_with=_QUEUE,
+)
+
+workflow_logs = Table(
+    "workflow_logs",
+    metadata,
+    Column("id", _Serial, primary_key=True),
+    Column("at", Double, nullable=False),
+    Column("level", Integer, nullable=False),
+    Column("event", Text, nullable=False),
+    Column("workflow_id", Text),
+    Column("step", Text),
+    Column("fields", Json(), nullable=False),
+    Index(
+        "workflow_logs_of_run",
+        "workflow_id",
+        "at",
+        sqlite_where=text("workflow_id IS NOT NULL"),
+        postgresql_where=text("workflow_id IS NOT NULL"),
+    ),
+    Index("workflow_logs_at", "at"),
 )
 
 dead_letters = Table(

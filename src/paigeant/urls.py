@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from urllib.parse import parse_qs, unquote_plus, urlsplit
 
-__all__ = ["is_encrypted", "is_local", "scrubbed", "without_password"]
+__all__ = ["is_encrypted", "is_local", "scrubbed", "secrets_of", "without_password"]
 
 _PARAMETER = re.compile(r"([?&][^=&\s]*(?:password|passwd|pwd|passphrase|secret|token)=)([^&#\s]*)", re.I)
 _IN_TEXT = re.compile(r"(\w://[^\s:/@'\"]*:)[^\s]*@")
@@ -25,7 +25,7 @@ def without_password(url: str) -> str:
 
 def scrubbed(text: str, urls: Iterable[str] = ()) -> str:
     """`text`, such as a library's error, without passwords of URLs in it and without those of `urls` anywhere in it."""
-    for secret in sorted({secret for url in urls for secret in _secrets(url)}, key=len, reverse=True):
+    for secret in sorted({secret for url in urls for secret in secrets_of(url)}, key=len, reverse=True):
         text = text.replace(secret, "***")
     return _PARAMETER.sub(r"\1***", _IN_TEXT.sub(r"\1***@", text))
 
@@ -62,7 +62,7 @@ def _is_here(host: str) -> bool:
         return False
 
 
-def _secrets(url: str) -> Iterator[str]:
+def secrets_of(url: str) -> Iterator[str]:
     """What is secret in a URL, as it stands there and as it is meant."""
     user, _, password = url.rpartition("@")[0].partition("://")[2].partition(":")
     for secret in (password, *(value for _, value in _PARAMETER.findall(url))):

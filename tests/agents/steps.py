@@ -108,8 +108,8 @@ class Step:
     ) -> bytes | None:
         return await self.store.take_signal(key, unit, name, otherwise=otherwise)
 
-    async def open_request(self, request: Request) -> None:
-        await self.store.open_request(request)
+    async def open_request(self, request: Request) -> bool:
+        return await self.store.open_request(request)
 
 
 def scripted(*turns: Callable[[list[ModelMessage]], Any] | Any) -> tuple[FunctionModel, list[int]]:

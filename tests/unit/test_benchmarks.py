@@ -38,6 +38,7 @@ FIGURES = {
     },
     "server_floor": {"postgres: insert and commit", "redis: XADD, XREADGROUP, XACK", "over one by one"},
     "observers": {"nothing", "all three", "traces: processor", "all three: of the throughput"},
+    "logs": {"no lines", "in the store, info", "in the store, info, of the speed without"},
     "commits": {"postgres, crossing, alone: synced commits", "redis, crossing, 500 in flight: log"},
 }
 PEERS = {"peer": run_peer, "server_peers": run_server_peers, "drivers": run_drivers, "agents": run_agents}

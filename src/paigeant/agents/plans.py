@@ -262,6 +262,7 @@ class Plan(AbstractCapability[Any]):
         reason = codec.storable(str(error))
         reason = reason if len(reason) <= _REASON else f"{reason[: _REASON - 3]}..."
         self.context.log.warning("what the agent planned was refused: %s", reason)
+        self.context._tell("plan.refused", error=reason, more={})
         return reason
 
     def _possible(self, names: tuple[str, ...]) -> str:

@@ -21,6 +21,7 @@ from paigeant.cli import (
     dispatch,
     init,
     keys,
+    logs,
     requests,
     run,
     runs,
@@ -148,6 +149,7 @@ def _version(wanted: bool) -> None:
 init.register(app)
 run.register(app)
 dispatch.register(app)
+logs.register(app)
 demo.register(app)
 app.add_typer(runs.app, name="runs")
 app.add_typer(requests.app, name="requests")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from paigeant.app import Paigeant
     from paigeant.loading import Handlers
     from paigeant.observer import Observer
+    from paigeant.observers.logs import LogFile
     from paigeant.settings import Settings
     from paigeant.worker import ActivityWorker
 
@@ -85,10 +86,16 @@ def run(
     as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
 
     from paigeant.observers.logs import configure
+    from paigeant.redaction import Redactor
 
     # What pydantic-ai greets with at a terminal has no place among log lines.
     os.environ.setdefault("PYDANTIC_AI_NO_BANNER", "1")
-    logs = configure(level=settings.log_level, format="json" if as_json else "console")
+    logs = configure(
+        level=settings.log_level,
+        format="json" if as_json else "console",
+        also=_file_of(settings),
+        redactor=Redactor(settings.urls),
+    )
     if not supervised:
         _check(settings, loaded, wanted)
     if settings.processes > 1 and not supervised:
@@ -101,6 +108,22 @@ def run(
         asyncio.run(_work(settings, loaded, wanted, logs, until_idle, supervised, banner))
         code = 0
     _leave(code)
+
+
+def _file_of(settings: Settings) -> list[LogFile]:
+    if settings.log_file is None:
+        return []
+    from paigeant.observers.logs import LogFile
+    from paigeant.observers.logs.lines import level_number
+
+    return [
+        LogFile(
+            settings.log_file,
+            least=level_number(settings.log_level),
+            most_bytes=settings.log_file_bytes,
+            files=settings.log_files,
+        )
+    ]
 
 
 def _loaded(settings: Settings) -> Handlers:
@@ -188,8 +211,25 @@ async def _work(
                 if banner is not None:
                     banner(app, worker)
                 _settle_memory()
-                with _stopping(worker), _parent(worker) if supervised else contextlib.nullcontext():
+                with (
+                    _kept(app),
+                    _stopping(worker),
+                    _parent(worker) if supervised else contextlib.nullcontext(),
+                ):
                     await worker.run(until_idle=until_idle)
+
+
+@contextlib.contextmanager
+def _kept(app: Paigeant) -> Any:
+    """What activities log by loggers of their own goes to the store as well, if lines are kept there."""
+    handler, root = app.log_handler, logging.getLogger()
+    if handler is not None:
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        if handler is not None:
+            root.removeHandler(handler)
 
 
 def _settle_memory() -> None:

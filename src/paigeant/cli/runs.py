@@ -236,7 +236,10 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask before they are deleted.")] = False,
     json: AsJson = False,
 ) -> None:
-    """Delete runs that ended long ago, with their steps, variables, signals and dead letters. Never an open run."""
+    """Delete runs that ended long ago, with their steps, variables, signals, log lines and dead letters.
+
+    Never an open run. Log lines as old that belong to no run go, too.
+    """
     age = session.duration(older_than, "--older-than")
     statuses = [_ended_status(word) for word in status or _ended()]
     settings = session.read_settings()
@@ -245,8 +248,10 @@ def prune(
         async with session.opened(settings) as paigeant:
             before = await paigeant.store.now() - age
             found = await paigeant.store.count_ended(before=before, statuses=statuses)
-            if dry_run or not found:
+            if dry_run:
                 return found, False
+            if not found:  # there may still be old log lines of no run
+                return await paigeant.prune(older_than=age, statuses=statuses), False
             if settings.adopt:
                 console.warn(
                     "`adopt` is on: a message of a deleted run that still comes is taken for a new run"

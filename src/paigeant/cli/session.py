@@ -66,7 +66,8 @@ async def opened(
         console.note(
             f"there is no {missing} here yet; `paigeant run` or `paigeant dispatch` makes it", markup=False
         )
-        settings = settings.model_copy(update={"store_url": "memory://", "transport_url": "memory://"})
+        nowhere = {"store_url": "memory://", "transport_url": "memory://", "log_sql": "off"}
+        settings = settings.model_copy(update=nowhere)
     if handlers is not None:
         more = {**more, "activities": handlers.activities, "workflows": handlers.workflows}
     async with Paigeant(settings, **more) as app:

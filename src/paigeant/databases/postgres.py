@@ -60,7 +60,8 @@ _UPGRADE_LOCK = 0x70616967
 
 
 class PostgresDatabase(Database):
-    """A Postgres database that any number of processes use. It takes four connections in each of them.
+    """A Postgres database that any number of processes use. It takes four connections in each of them, and
+    one more where log lines are written to it.
 
     Its time is the server's. A test may have it go by a `clock` of its own.
     """
@@ -88,6 +89,7 @@ class PostgresDatabase(Database):
         self._place = _shown(given)
         self._engine: Engine | None = None
         self._beater: Connection | None = None
+        self._beside: Connection | None = None
         self._opening = _Opening()
         self._bell = PostgresBell(self._parameters, self._heard)
         self._clock = ServerClock()
@@ -105,8 +107,11 @@ class PostgresDatabase(Database):
         return True
 
     async def now(self) -> float:
-        known = self._clock.now() if self.clock is None else self.clock.now()
+        known = self.instant()
         return await super().now() if known is None else known
+
+    def instant(self) -> float | None:
+        return self._clock.now() if self.clock is None else self.clock.now()
 
     def elapsed(self) -> float:
         return super().elapsed() if self.clock is None else self.clock.now()
@@ -148,11 +153,16 @@ class PostgresDatabase(Database):
             self._engine.dispose()
             self._engine = None
 
-    def _transact_now(self, handler: Handler, request: Any) -> Any:
+    def close_beside(self) -> None:
+        if self._beside is not None:
+            self._closed(self._beside)
+            self._beside = None
+
+    def _transact_now(self, handler: Handler, request: Any, *, beside: bool = False) -> Any:
         with self._guard():
-            [result], rings = transact(
-                self._connected_beater, [(handler, request)], begin=partial(self._begun_in_time, _BEGIN)
-            )
+            connected = self._connected_beside if beside else self._connected_beater
+            begin = partial(self._begun_in_time, _BEGIN)
+            [result], rings = transact(connected, [(handler, request)], begin=begin, durable=not beside)
             if rings:
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody here waits any more
                     self._loop.call_soon_threadsafe(self._heard, frozenset(rings))
@@ -161,13 +171,24 @@ class PostgresDatabase(Database):
 
     def _connected_beater(self) -> Connection:
         if self._beater is not None and _is_lost(self._beater):
-            with contextlib.suppress(Exception):
-                self._beater.invalidate()
-                self._beater.close()
+            self._closed(self._beater)
             self._beater = None
         if self._beater is None:
             self._beater = self._connect()
         return self._beater
+
+    def _connected_beside(self) -> Connection:
+        if self._beside is not None and _is_lost(self._beside):
+            self.close_beside()
+        if self._beside is None:
+            self._beside = self._connect()
+        return self._beside
+
+    def _closed(self, connection: Connection) -> None:
+        with contextlib.suppress(Exception):  # what is lost can't be closed properly
+            if _is_lost(connection):
+                connection.invalidate()
+            connection.close()
 
     def _connect(self) -> Connection:
         if self._engine is None:

@@ -26,6 +26,8 @@ __all__ = ["SqliteDatabase", "database_path", "prepare"]
 
 _CHECKPOINT_BYTES = 16 * 1024 * 1024
 _BUSY_SECONDS = 15.0
+_BESIDE_SECONDS = 2.0
+"""How long that waits for its turn which nobody waits for."""
 
 
 def database_path(url: str) -> Path:
@@ -52,6 +54,7 @@ class SqliteDatabase(Database):
         self.clock = clock or SystemClock()
         self._engine: Engine | None = None
         self._beater: Connection | None = None
+        self._beside: Connection | None = None
         self._file: tuple[Path, tuple[int, int]] | None = None
         self._bell = Bell(self.path, self._heard)
         self._commits = 0
@@ -73,6 +76,9 @@ class SqliteDatabase(Database):
         return self.clock.now()
 
     async def now(self) -> float:
+        return self.clock.now()
+
+    def instant(self) -> float | None:
         return self.clock.now()
 
     async def _open(self) -> None:
@@ -102,17 +108,34 @@ class SqliteDatabase(Database):
             self._engine.dispose()
             self._engine = None
 
-    def _transact_now(self, handler: Handler, request: Any) -> Any:
+    def close_beside(self) -> None:
+        if self._beside is not None:
+            self._beside.close()
+            self._beside = None
+
+    def _transact_now(self, handler: Handler, request: Any, *, beside: bool = False) -> Any:
         if self._engine is None:
             raise StoreUnavailable(f"{self.path} is not open")
         with self._guard():
-            if self._beater is None:
-                self._beater = self._engine.connect()
-            beater = self._beater
-            [result], rings = transact(lambda: beater, [(handler, request)], begin=self._begin_beating)
+            begin = self._begin_beside if beside else self._begin_beating
+            connection = self._connected_beside() if beside else self._connected_beater()
+            [result], rings = transact(lambda: connection, [(handler, request)], begin=begin)
         if rings:
             self._bell.ring(rings)
         return result
+
+    def _connected_beater(self) -> Connection:
+        assert self._engine is not None
+        if self._beater is None:
+            self._beater = self._engine.connect()
+        return self._beater
+
+    def _connected_beside(self) -> Connection:
+        assert self._engine is not None
+        if self._beside is None:
+            self._beside = self._engine.connect()
+            driver_of(self._beside).execute("PRAGMA synchronous=NORMAL")
+        return self._beside
 
     # -- as it is, for those who change its tables
 
@@ -147,6 +170,11 @@ class SqliteDatabase(Database):
     @contextlib.contextmanager
     def _begin_beating(self, connection: Connection, _: bool) -> Iterator[Tx]:
         with begun(connection):
+            yield Tx(_Driver(connection, self.clock.now()))
+
+    @contextlib.contextmanager
+    def _begin_beside(self, connection: Connection, _: bool) -> Iterator[Tx]:
+        with begun(connection, patience=_BESIDE_SECONDS):
             yield Tx(_Driver(connection, self.clock.now()))
 
     @contextlib.contextmanager
@@ -268,11 +296,11 @@ def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> 
     return engine
 
 
-def _patiently(driver: sqlite3.Connection, statement: str) -> None:
-    """Execute `statement` once the file is free for it."""
+def _patiently(driver: sqlite3.Connection, statement: str, seconds: float = _BUSY_SECONDS) -> None:
+    """Execute `statement` once the file is free for it, or raise when it isn't for so long."""
     # SQLite's own waiting sleeps 1, 2, 5, 10, 15 ms and more between its looks, while others hold the lock for less
     # than one: two workers on a file would spend most of their time asleep.
-    until = time.monotonic() + _BUSY_SECONDS
+    until = time.monotonic() + seconds
     pause = 0.0001
     while True:
         try:
@@ -286,7 +314,9 @@ def _patiently(driver: sqlite3.Connection, statement: str) -> None:
 
 
 @contextlib.contextmanager
-def begun(connection: Connection, *, reads_only: bool = False) -> Iterator[None]:
+def begun(
+    connection: Connection, *, reads_only: bool = False, patience: float = _BUSY_SECONDS
+) -> Iterator[None]:
     """A transaction that is committed at the end, or rolled back by an error.
 
     One that writes takes its turn at once: a deferred transaction that turns into a writing one after another commit
@@ -296,7 +326,7 @@ def begun(connection: Connection, *, reads_only: bool = False) -> Iterator[None]
     if reads_only:
         driver.execute("BEGIN")
     else:
-        _patiently(driver, "BEGIN IMMEDIATE")
+        _patiently(driver, "BEGIN IMMEDIATE", patience)
     try:
         yield
         connection.commit()

@@ -206,12 +206,14 @@ class MemoryStore:
             for key in freed[:limit]:
                 ledger.free(key, changes, now=now)
             self._write(changes)
-            expired = []
+            expired, failed = [], []
             late = [run.id for run in self._runs.values() if run.deadline is not None and run.deadline <= now]
             for run_id in late[:limit]:
                 changes = Changes()
-                if ledger.expire(self._detail(run_id), changes, now=now, inline_bytes=self.inline_bytes):
+                status = ledger.expire(self._detail(run_id), changes, now=now, inline_bytes=self.inline_bytes)
+                if status is not None:
                     expired.append(run_id)
+                    failed += [run_id] * (status is RunStatus.FAILED)
                     self._write(changes)
             changes = Changes()
             for row in [row for row in self.rows(StepStatus.WAITING) if row.wake_at <= now][:limit]:
@@ -239,7 +241,8 @@ class MemoryStore:
             for row in due:
                 ledger.postpone(row.key, changes, now=now, due_at=row.due_at, grace=self.grace)
             self._write(changes)
-            return Swept(tuple(row.key for row in due), tuple(lost), tuple(freed[:limit]), tuple(expired))
+            keys = tuple(row.key for row in due)
+            return Swept(keys, tuple(lost), tuple(freed[:limit]), tuple(expired), tuple(failed), now)
 
     # -- operators
 
@@ -397,8 +400,10 @@ class MemoryStore:
 
     # -- requests
 
-    async def open_request(self, request: Request) -> None:
+    async def open_request(self, request: Request) -> bool:
+        is_new = request.id not in self._requests
         self._requests.setdefault(request.id, replace(request, created_at=self.clock.now()))
+        return is_new
 
     async def load_request(self, request_id: str) -> Request | None:
         request = self._requests.get(request_id)

@@ -154,6 +154,19 @@ def upgrade() -> None:
         _index("messages_held", "messages", ["holder"], "holder IS NOT NULL")
 
     op.create_table(
+        "workflow_logs",
+        sa.Column("id", _SERIAL, primary_key=True),
+        sa.Column("at", sa.Double, nullable=False),
+        sa.Column("level", sa.Integer, nullable=False),
+        sa.Column("event", sa.Text, nullable=False),
+        sa.Column("workflow_id", sa.Text),
+        sa.Column("step", sa.Text),
+        sa.Column("fields", _JSON, nullable=False),
+    )
+    _index("workflow_logs_of_run", "workflow_logs", ["workflow_id", "at"], "workflow_id IS NOT NULL")
+    op.create_index("workflow_logs_at", "workflow_logs", ["at"])
+
+    op.create_table(
         "dead_letters",
         sa.Column("id", sa.Text, primary_key=True),
         sa.Column("topic", sa.Text, nullable=False),
@@ -171,6 +184,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Drop all tables, with what is in them."""
     for table in (
+        "workflow_logs",
         "dead_letters",
         "messages",
         "workers",

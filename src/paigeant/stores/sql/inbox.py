@@ -102,8 +102,9 @@ def grant(
     return waiting, changes
 
 
-def keep_request(tx: Tx, request: Request) -> None:
-    """Keep a request; one of the same id stays as it is."""
+def keep_request(tx: Tx, request: Request) -> bool:
+    """Keep a request; gives whether it is new. One of the same id stays as it is."""
+    is_new = not requests_of(tx, request_id=request.id)
     row = (
         request.id,
         request.workflow_id,
@@ -115,6 +116,7 @@ def keep_request(tx: Tx, request: Request) -> None:
         request.expires_at,
     )
     _KEEP.each(tx, [row])
+    return is_new
 
 
 def requests_of(

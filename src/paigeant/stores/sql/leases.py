@@ -30,7 +30,7 @@ from paigeant.rows import (
     orphan_steps,
     waiting_steps,
 )
-from paigeant.slip import Phase, StepStatus
+from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import (
     StepKey,
     Swept,
@@ -158,12 +158,14 @@ class SqlLeases(SqlPart):
             ledger.free(key, changes, now=tx.now)
         self.write(tx, changes)
         changes = Changes()
-        expired = []
+        expired, failed = [], []
         late = execute(late_runs(tx.now).limit(limit)).scalars().all()
         for run_id in sorted(lock_runs(tx, late, only_free=True)):
             detail = detail_of(tx, run_id, self.inline_bytes)
-            if ledger.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes):
+            status = ledger.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes)
+            if status is not None:
                 expired.append(run_id)
+                failed += [run_id] * (status is RunStatus.FAILED)
                 tx.rings.add("turned")
         self.write(tx, changes)
         changes = Changes()
@@ -185,7 +187,7 @@ class SqlLeases(SqlPart):
             ids = {str(MessageId(*key, epoch)): key for key, epoch in due.items()}
             for message_id in self.outbox.waiting(tx, list(ids)):
                 del due[ids[message_id]]
-        return Swept(tuple(due), lost, tuple(freed), tuple(expired))
+        return Swept(tuple(due), lost, tuple(freed), tuple(expired), tuple(failed), tx.now)
 
     def _locked(self, tx: Tx, query: Select[Any]) -> list[Any]:
         """The rows of steps that `query` finds, as they are once their runs are locked, without those being changed."""

@@ -91,13 +91,15 @@ class SqlOutside(SqlPart):
         self.write(tx, changes)
         return woken
 
-    async def open_request(self, request: Request) -> None:
-        await self.database.write(self._open_request, request)
+    async def open_request(self, request: Request) -> bool:
+        return await self.database.write(self._open_request, request)
 
-    def _open_request(self, tx: Tx, requests: Sequence[Request]) -> list[None]:
-        for request in sorted(requests, key=lambda request: request.id):
-            inbox.keep_request(tx, request)
-        return [None] * len(requests)
+    def _open_request(self, tx: Tx, requests: Sequence[Request]) -> list[bool]:
+        new = {
+            request.id: inbox.keep_request(tx, request)
+            for request in sorted(requests, key=lambda request: request.id)
+        }
+        return [new[request.id] for request in requests]
 
     async def answer_request(self, request_id: str, answer: bytes, *, sender: str = "") -> Request:
         known = await self.load_request(request_id)

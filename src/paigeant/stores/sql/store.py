@@ -65,6 +65,7 @@ from paigeant.tables import (
     dead_letters,
     step_executions,
     step_units,
+    workflow_logs,
     workflow_requests,
     workflow_runs,
     workflow_signals,
@@ -322,7 +323,7 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
         gone = tx.connection.execute(query).scalars().all()
         if gone:
             theirs = (step_executions, step_units, workflow_variables, workflow_signals, workflow_requests)
-            for table in (*theirs, dead_letters):
+            for table in (*theirs, dead_letters, workflow_logs):
                 tx.connection.execute(delete(table).where(table.c.workflow_id.in_(gone)))
             tx.connection.execute(delete(workflow_runs).where(workflow_runs.c.id.in_(gone)))
         return len(gone)

@@ -354,14 +354,14 @@ class WaitConformance(StoreBench):
     # -- requests
 
     async def test_a_request_is_kept_once(self, store: Store) -> None:
-        """As it was asked first, by the store's time; it is open."""
+        """As it was asked first, by the store's time; it is open, and new the first time only."""
         await self.start(store)
         asked = request(expires_at=self.clock.now() + 60)
-        await store.open_request(asked)
+        assert await store.open_request(asked)
         kept = replace(asked, created_at=self.clock.now())
         self.clock.advance(1)
         async with self.other(store) as other:
-            await other.open_request(replace(asked, name="Other?", asked=b"{}"))
+            assert not await other.open_request(replace(asked, name="Other?", asked=b"{}"))
             assert await other.load_request("q") == kept
             assert await other.list_requests() == [kept]
         assert await store.load_request("nobody's") is None

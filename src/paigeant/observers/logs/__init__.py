@@ -1,0 +1,158 @@
+"""What happens to runs as log lines: at a terminal, in a file, in the store's database; and users' own logging with it.
+
+Nothing is configured at import. The command line calls `configure`; an application that has logging of its own passes
+`LogObserver()` to `Paigeant` and leaves the rest alone. The lines and what is hidden in them are in `lines.py`, streams
+and files in `destinations.py`, the table in `sql.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+from typing import TextIO
+
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+from paigeant.observer import Event
+from paigeant.observers.logs.destinations import LogFile, StreamLog
+from paigeant.observers.logs.lines import (
+    HAD,
+    LEVELS,
+    RECORD,
+    Destination,
+    Format,
+    fields_of,
+    level_number,
+    redacting,
+    wanted_at,
+    with_step,
+)
+from paigeant.redaction import Redactor
+
+__all__ = ["LEVELS", "LogFile", "LogHandler", "LogObserver", "configure", "with_step"]
+
+
+class LogObserver:
+    """Writes one line for each event, with the ids that it belongs to, to `stream` (standard error by default).
+
+    `also` are other destinations. `redactor` hides what is secret.
+    """
+
+    def __init__(
+        self,
+        *,
+        level: int | str = logging.INFO,
+        format: Format = "json",
+        stream: TextIO | None = None,
+        also: Iterable[Destination] = (),
+        redactor: Redactor | None = None,
+    ) -> None:
+        to = sys.stderr if stream is None else stream
+        own = StreamLog(to, least=level_number(level), format=format)
+        self.destinations: tuple[Destination, ...] = (own, *also)
+        self.redactor = redactor or Redactor()
+        self._least = min(destination.least for destination in self.destinations)
+        self.wants = wanted_at(self._least)
+
+    def observe(self, event: Event) -> None:
+        """Write the line of `event`, unless its level is too low: then nothing is built at all."""
+        level = LEVELS.get(event.name, logging.INFO)
+        if level < self._least:
+            return
+        fields = fields_of(event, level, self.redactor)
+        for destination in self.destinations:
+            if level >= destination.least:
+                destination.write(level, fields, event.at)
+
+
+class LogHandler(logging.Handler):
+    """Hands what is logged through `logging` or `structlog` on to `destinations`, with the ids of its step.
+
+    Several of them may get the same record, by ways of their own: each destination is handed it once.
+    """
+
+    def __init__(self, destinations: Iterable[Destination], redactor: Redactor | None = None) -> None:
+        self.destinations = tuple(destinations)
+        super().__init__(min(destination.least for destination in self.destinations))
+        self.setFormatter(
+            structlog.stdlib.ProcessorFormatter(
+                foreign_pre_chain=[
+                    with_step,
+                    structlog.stdlib.add_log_level,
+                    structlog.stdlib.add_logger_name,
+                    structlog.stdlib.ExtraAdder(),
+                ],
+                processors=[
+                    _kept_record,
+                    structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                    structlog.processors.format_exc_info,
+                    redacting(redactor or Redactor()),
+                    self._hand_over,
+                ],
+            )
+        )
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the lines of a record. What goes wrong is logging's to tell, see `logging.raiseExceptions`."""
+        vars(record).setdefault(HAD, [])  # shared by the copies that formatters make
+        try:
+            self.format(record)
+        except Exception:
+            self.handleError(record)
+
+    def _hand_over(self, _: WrappedLogger, __: str, fields: EventDict) -> str:
+        record: logging.LogRecord = fields.pop(RECORD)
+        fields.pop(HAD, None)
+        had = vars(record)[HAD]
+        for destination in self.destinations:
+            if record.levelno >= destination.least and destination not in had:
+                had.append(destination)
+                destination.write(record.levelno, fields)
+        return ""
+
+
+def _kept_record(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
+    fields[RECORD] = fields["_record"]
+    return fields
+
+
+def configure(
+    *,
+    level: int | str = logging.INFO,
+    format: Format = "json",
+    stream: TextIO | None = None,
+    also: Iterable[Destination] = (),
+    redactor: Redactor | None = None,
+) -> LogObserver:
+    """Write the logs of this process to `stream` (standard error by default); gives the observer that joins them.
+
+    What Paigeant and the activities log through `logging` or `structlog` gets the ids of the step that it belongs to.
+    Where the application has set up its own handlers (or structlog) already, those stay, and only Paigeant's own lines
+    are written here. `also` are other destinations, such as a `LogFile`; `redactor` hides what is secret. Meant for a
+    process that does nothing but work: it changes the logging of the whole process.
+    """
+    observer = LogObserver(level=level, format=format, stream=stream, also=also, redactor=redactor)
+    handler = LogHandler(observer.destinations, observer.redactor)
+    own = logging.getLogger("paigeant")
+    root = logging.getLogger()
+    for old in [old for old in own.handlers + root.handlers if getattr(old, "_is_paigeant", False)]:
+        own.removeHandler(old)
+        root.removeHandler(old)
+    handler._is_paigeant = True  # type: ignore[attr-defined]  # so that configuring again replaces it
+    logger = own if root.handlers else root
+    own.propagate = logger is root
+    logger.addHandler(handler)
+    logger.setLevel(handler.level)
+    if not structlog.is_configured():
+        structlog.configure(
+            processors=[
+                with_step,
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+            ],
+            wrapper_class=structlog.make_filtering_bound_logger(handler.level),
+            logger_factory=structlog.stdlib.LoggerFactory(),
+        )
+    return observer

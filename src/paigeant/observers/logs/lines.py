@@ -1,0 +1,234 @@
+"""Lines: what an event or a record of `logging` says, as fields that any destination can write, without secrets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from paigeant.observer import CURRENT, Event, EventName
+from paigeant.redaction import Redactor
+
+__all__ = [
+    "HAD",
+    "IDS",
+    "LEVELS",
+    "RECORD",
+    "Destination",
+    "Format",
+    "fields_of",
+    "level_name",
+    "level_number",
+    "redacting",
+    "renderer",
+    "wanted_at",
+    "with_step",
+]
+
+Format = Literal["console", "json"]
+
+LEVELS: Mapping[EventName, int] = {
+    "run.dispatched": logging.INFO,
+    "run.adopted": logging.INFO,
+    "run.completed": logging.INFO,
+    "run.failed": logging.ERROR,
+    "run.compensated": logging.WARNING,
+    "run.compensation_failed": logging.ERROR,
+    "run.cancelling": logging.INFO,
+    "run.cancelled": logging.INFO,
+    "run.expired": logging.WARNING,
+    "run.retried": logging.INFO,
+    "request.opened": logging.INFO,
+    "request.answered": logging.INFO,
+    "request.denied": logging.INFO,
+    "signal.received": logging.INFO,
+    "plan.refused": logging.WARNING,
+    "delivery.claimed": logging.DEBUG,
+    "delivery.duplicate": logging.DEBUG,
+    "delivery.returned": logging.INFO,
+    "delivery.rejected": logging.WARNING,
+    "delivery.requeued": logging.INFO,
+    "step.started": logging.DEBUG,
+    "step.completed": logging.INFO,
+    "step.skipped": logging.INFO,
+    "step.retrying": logging.WARNING,
+    "step.waiting": logging.INFO,
+    "step.failed": logging.ERROR,
+    "step.compensated": logging.INFO,
+    "step.compensation_failed": logging.ERROR,
+    "step.released": logging.INFO,
+    "step.lost": logging.WARNING,
+    "step.swept": logging.INFO,
+    "worker.started": logging.INFO,
+    "worker.stopping": logging.INFO,
+    "worker.stopped": logging.INFO,
+    "worker.lost": logging.WARNING,
+}
+"""How much each event matters."""
+
+IDS = ("workflow_id", "workflow", "step", "activity", "attempt", "trace_id", "correlation_id", "worker")
+"""What lines belong to."""
+
+_ID_CHARACTERS = 200
+_FIELD_CHARACTERS = 16_000
+"""A longer text is cut, so that a line stays a line."""
+
+_NAMES = {number: logging.getLevelName(number).lower() for number in (10, 20, 30, 40, 50)}
+
+
+class Destination(Protocol):
+    """Where lines go. Its `least` level is what it takes."""
+
+    least: int
+
+    def write(self, level: int, fields: Mapping[str, Any], at: float | None = None) -> None:
+        """Write a line, whose `fields` are others' as well. `at`: the store's instant of what it tells, if known."""
+        ...
+
+
+def fields_of(event: Event, level: int, redactor: Redactor) -> dict[str, Any]:
+    """The fields of the line of an event, without the time."""
+    fields: dict[str, Any] = {"level": level_name(level), "event": event.name}
+    for name in IDS:
+        value = getattr(event, name)
+        if value:
+            fields[name] = _short(value)
+    if event.seconds is not None:
+        fields["seconds"] = round(event.seconds, 6)
+    if event.error is not None:
+        fields["error"] = _cut(redactor.text(event.error))
+    for name, value in event.more.items():
+        fields.setdefault(name, redactor.value(name, value))
+    return fields
+
+
+def redacting(redactor: Redactor) -> Processor:
+    """A structlog processor: stars for what is secret in a line, and no value without a bound."""
+
+    def redact(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
+        for name, value in fields.items():
+            if name in IDS:
+                fields[name] = _short(value)
+            elif name not in _OURS:
+                shown = redactor.value(name, value)
+                fields[name] = _cut(shown) if isinstance(shown, str) else shown
+        return fields
+
+    return redact
+
+
+RECORD, HAD = "_paigeant_record", "_paigeant_had"
+"""Fields on the way only: the record that a line is made of, and which destinations have had it."""
+
+_OURS = frozenset({"level", "timestamp", "logger", RECORD, HAD})
+
+
+def with_step(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
+    """A structlog processor: the ids of the step that the current task or thread works on, if it works on one."""
+    ids = CURRENT.get()
+    if ids is not None:
+        for name, value in ids.items():
+            fields.setdefault(name, value)
+    return fields
+
+
+def renderer(format: Format, *, colors: bool = False) -> Callable[[Mapping[str, Any]], str]:
+    """Makes the text of a line from its fields, one line whatever is in them; a traceback is indented."""
+    if format == "json":
+        # structlog's own renderer makes an encoder for each line, which takes as long as the line itself.
+        encode = json.JSONEncoder(default=repr).encode
+        return lambda fields: encode(_ordered(fields))
+    to_console = structlog.dev.ConsoleRenderer(
+        colors=colors,
+        pad_event_to=16,
+        pad_level=False,
+        sort_keys=False,
+        exception_formatter=structlog.dev.plain_traceback,
+    )
+    return lambda fields: str(to_console(None, "", _unforged(_brief(dict(fields)))))
+
+
+def wanted_at(least: int) -> frozenset[str]:
+    """The events of this level and above."""
+    return frozenset(name for name, level in LEVELS.items() if level >= least)
+
+
+def level_number(level: int | str) -> int:
+    """The number of a level. Raises ValueError for a name that is none."""
+    if isinstance(level, int):
+        return level
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ValueError(f"no log level {level!r}; expected debug, info, warning or error")
+    return number
+
+
+def level_name(level: int) -> str:
+    """The name of a level."""
+    return _NAMES.get(level) or logging.getLevelName(level).lower()
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, str) and len(value) > _ID_CHARACTERS:
+        return f"{value[:_ID_CHARACTERS]}..."
+    return value
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _FIELD_CHARACTERS else f"{text[:_FIELD_CHARACTERS]}..."
+
+
+_FIRST = ("timestamp", "level", "event")
+
+
+def _ordered(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """When, how bad and what come first in every line."""
+    found = iter(fields)
+    if (next(found, None), next(found, None), next(found, None)) == _FIRST:
+        return fields
+    return {**{name: fields[name] for name in _FIRST if name in fields}, **fields}
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What would make a terminal or a reader of lines see something else than what was written."""
+
+
+def _unforged(fields: dict[str, Any]) -> dict[str, Any]:
+    """With what a text might do to a terminal written out; a traceback keeps its lines, none of which begins a line."""
+    made: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name == "exception" and isinstance(value, str):
+            value = "\n".join("    " + _CONTROL.sub(_escaped, line) for line in value.split("\n"))
+        elif isinstance(value, str):
+            value = _CONTROL.sub(_escaped, value)
+        elif not isinstance(value, (bool, int, float, type(None))):
+            value = _CONTROL.sub(_escaped, str(value))
+        made[_CONTROL.sub(_escaped, name)] = value
+    return made
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape", "surrogatepass").decode()
+
+
+def _brief(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what a person at a terminal can do without: what says nothing that another field doesn't say."""
+    _drop_equal(fields, "correlation_id", "workflow_id")
+    _drop_equal(fields, "activity", "step")
+    if "step" in fields:
+        fields.pop("worker", None)
+    if fields.get("event") == "worker.started":
+        fields.pop("topics", None)  # the command has told them
+    if isinstance(fields.get("seconds"), float):
+        fields["seconds"] = round(fields["seconds"], 3)
+    return fields
+
+
+def _drop_equal(fields: dict[str, Any], name: str, other: str) -> None:
+    if fields.get(name) == fields.get(other):
+        fields.pop(name, None)
