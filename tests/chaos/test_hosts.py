@@ -17,6 +17,9 @@ from tests.kill.roles import length
 from tests.kill.sql import rows
 from tests.services.hosts import Network
 
+OVER_THE_NETWORK = {"signing": "off", "allow_plaintext": True}
+"""What has to be said where messages leave the host and nobody signs or encrypts them."""
+
 
 @pytest.fixture(scope="module")
 def network() -> Iterator[Network]:
@@ -44,8 +47,12 @@ def test_a_host_is_cut_off(
     """
     with (
         open_place(reachable, name) as place,
-        Nursery(tmp_path, inside=network["a"].inside, local_steps=1, **place.settings) as a,
-        Nursery(tmp_path, inside=network["b"].inside, local_steps=1, **place.settings) as b,
+        Nursery(
+            tmp_path, inside=network["a"].inside, local_steps=1, **OVER_THE_NETWORK, **place.settings
+        ) as a,
+        Nursery(
+            tmp_path, inside=network["b"].inside, local_steps=1, **OVER_THE_NETWORK, **place.settings
+        ) as b,
     ):
         workers = [nursery.start("worker", pause=0.02) for nursery in (a, b)]
         hosts = "SELECT DISTINCT host FROM workers"
