@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -243,6 +244,22 @@ async def test_a_long_run_outlives_its_token(
     await app.drain()
     result = await run.wait()
     assert result.outputs["read"] == ["ann", ["mail.read"], 1]
+
+
+async def test_a_token_that_expires_in_the_queue(
+    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock
+) -> None:
+    """A message that waits for longer than its token lasts parks its step: nobody is asked, nothing called."""
+    begins = datetime.fromtimestamp(clock.now() + 55, UTC)
+    token = authority.token("ann", "mail.read", "mail.send", lifetime=10)
+    run = await app.dispatch(flow("send"), on_behalf_of=token, start_at=begins)
+    await app.drain()
+    assert await run.status() is RunStatus.WAITING
+    assert (await run.detail()).steps[0].attempt == 0
+    assert office.seen == []
+    assert not authority.asked("/token")
+    with pytest.raises(InputInvalid, match="doesn't travel before its run is due"):
+        await app.dispatch(flow("send"), on_behalf_of=authority.token(), start_at=begins + timedelta(hours=1))
 
 
 async def test_a_handle_outlives_tokens(
