@@ -337,6 +337,29 @@ async def test_a_grant_that_is_taken_back_while_the_step_works(
     assert (await run.wait()).output == "sent"
 
 
+async def test_calls_beside_each_other(authority: Authority, clock: ManualClock) -> None:
+    """Calls that find out together that a token is no good take up the same handle, and none of them spends it."""
+    registry = ActivityRegistry()
+
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def three(context: StepContext) -> int:
+        authority.keys.clear()  # the authority disowns what it has signed, and signs anew
+        authority.rotate()
+        clock.advance(61)
+        asked = (context.token(audience=MAIL, scopes=["mail.send"]) for _ in range(3))
+        return len({token.reveal() for token in await asyncio.gather(*asked)})
+
+    async with MemoryApp(registry, clock=clock, **settings_of(authority)) as app:
+        begins = datetime.fromtimestamp(clock.now() + 50, UTC)
+        token = authority.token("ann", "mail.send")
+        run = await app.dispatch(flow("three"), on_behalf_of=token, workflow_id="r", start_at=begins)
+        await run.grant(grant_of(authority, "mail.send"))  # while a message with the token is under way
+        await app.drain()
+        assert (await run.wait()).output == 3
+    refused = [one.form for one in authority.asked("/token") if one.form.get("subject_token") == token]
+    assert len(refused) == 3
+
+
 async def test_the_deadline_ends_the_waiting(
     app: MemoryApp, authority: Authority, office: Office, clock: ManualClock
 ) -> None:
