@@ -623,7 +623,7 @@ async def test_a_token_inside_of_what_is_recorded(authority: Authority, clock: M
 
 
 async def test_a_token_as_an_output_is_refused(authority: Authority, clock: ManualClock) -> None:
-    """An activity that returns a token, or keeps it in a variable, fails: it would be recorded."""
+    """An activity that leaves a token in anything that is recorded fails, and none of it is."""
     registry = ActivityRegistry()
 
     @registry.execute(scopes=["mail.send"], retries=0)
@@ -639,12 +639,31 @@ async def test_a_token_as_an_output_is_refused(authority: Authority, clock: Manu
         token = await context.token(audience=MAIL, scopes=["mail.send"])
         await context.save_variable("kept", {"a": [token.reveal()]})
 
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def unit(context: StepContext) -> None:
+        async def call() -> str:
+            return (await context.token(audience=MAIL, scopes=["mail.send"])).reveal()
+
+        await context.once("call", call)
+
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def question(context: StepContext) -> None:
+        token = await context.token(audience=MAIL, scopes=["mail.send"])
+        await context.ask("Is it good?", about=token.reveal())
+
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def step(context: StepContext) -> None:
+        token = await context.token(audience=MAIL, scopes=["mail.send"])
+        context.append(Step("whole", args={"a": token.reveal()}))
+
     async with MemoryApp(registry, clock=clock, **settings_of(authority)) as app:
-        for name in ("whole", "text", "variable"):
+        for name in ("whole", "text", "variable", "unit", "question", "step"):
             run = await app.dispatch(flow(name), on_behalf_of=authority.token("ann", "mail.send"))
             await app.drain()
             assert "OutputInvalid" in str((await run.wait()).error), name
             assert "eyJ" not in str(await run.detail())
+            assert "eyJ" not in str(await app.store.load_units((await run.detail()).steps[0].key))
+            assert not await run.requests(only_open=False)
 
 
 async def test_a_compensation_is_the_service_itself(
