@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from paigeant.authority import GrantStore, KeySource, ServiceTokens, TokenExchanger
 from paigeant.clock import Clock, SystemClock
@@ -110,6 +110,15 @@ class Behalf:
         return Mandate(subject, draft.issuer, scopes_in(draft.claims)), given
 
 
+class _Subject(NamedTuple):
+    """A person's token that is valid now, and what it allows. `handle`: the grant that it came for, if it did."""
+
+    token: SecretToken
+    found: SecurityContext
+    handle: str | None
+    is_fresh: bool = True
+
+
 @dataclass(slots=True, eq=False)
 class Acting:
     """An attempt of a step that acts for somebody, or that undoes what was done for them.
@@ -128,7 +137,7 @@ class Acting:
     secrets: list[SecretToken] = field(default_factory=list)
     """The tokens that this attempt has had in its hands: no text that it leaves may have one of them in it."""
     _token: SecretToken | None = None
-    _valid: tuple[SecretToken, SecurityContext] | None = None
+    _valid: _Subject | None = None
     _spent: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -159,7 +168,7 @@ class Acting:
             )
         # Known without asking anybody: no token can have more than was granted at dispatch.
         self._check(self.mandate.identity, self.mandate.identity.missing(self.allowed))
-        _, found = await self._subject(place)
+        found = (await self._subject(place)).found
         self._check(found, found.missing(self.allowed))
         return found
 
@@ -193,20 +202,22 @@ class Acting:
         if self.behalf.exchanger is None:
             raise ConfigurationError(f"{_UNSET}, where tokens are exchanged for others")
         while True:
-            subject, found = await self._subject(place)
-            missing = found.missing(scopes)
+            subject = await self._subject(place)
+            missing = subject.found.missing(scopes)
             if missing:
                 raise ScopeMissing(
-                    f"'{found.subject}' hasn't granted {', '.join(missing)}; granted are "
-                    f"{', '.join(found.scopes) or 'none'}"
+                    f"'{subject.found.subject}' hasn't granted {', '.join(missing)}; granted are "
+                    f"{', '.join(subject.found.scopes) or 'none'}"
                 )
             try:
                 with place.journal.parking.working(object()):
-                    token = await self.behalf.exchanger.exchange(subject, audience=audience, scopes=scopes)
+                    token = await self.behalf.exchanger.exchange(
+                        subject.token, audience=audience, scopes=scopes
+                    )
             except GrantInvalid:
-                self._spend()
+                self._spend(subject)
                 continue
-            if token == subject:
+            if token == subject.token:
                 raise ExchangeRefused(
                     "the server gave the person's own token back, which isn't for others to see"
                 )
@@ -218,58 +229,55 @@ class Acting:
         self.secrets.append(token)
         return token
 
-    def _spend(self) -> None:
-        """What was used last is no good any more, though it looked so."""
-        if self._token is not None:
+    def _spend(self, subject: _Subject) -> None:
+        """This is no good any more, though it looked so. Another call may have found that out, and gone on, before."""
+        if self._valid is not None and self._valid.token is subject.token:
+            self._valid = None
+        if subject.handle is None:
             self._token = None
-        elif self.mandate is not None and self.mandate.handle is not None:
-            self._spent.add(self.mandate.handle)
-        self._valid = None
+        elif subject.is_fresh:  # else its end may just have come, and the grant gives another one
+            self._spent.add(subject.handle)
 
-    async def _subject(self, place: Place) -> tuple[SecretToken, SecurityContext]:
+    async def _subject(self, place: Place) -> _Subject:
         """The person's token and what it allows, valid now. The step is left while there is none."""
         while True:
-            try:
-                with place.journal.parking.working(object()):
-                    return await self._at_hand()
-            except (TokenExpired, GrantInvalid):
-                self._spend()
-            if self._token is None and not self._has_handle():
-                await self._renew(place)
+            with place.journal.parking.working(object()):
+                found = await self._at_hand()
+            if found is not None:
+                return found
+            await self._renew(place)
 
-    def _has_handle(self) -> bool:
-        return (
-            self.mandate is not None
-            and self.mandate.handle is not None
-            and self.mandate.handle not in self._spent
-        )
-
-    async def _at_hand(self) -> tuple[SecretToken, SecurityContext]:
+    async def _at_hand(self) -> _Subject | None:
+        """What is valid of what this attempt was given; None when it has nothing more to try."""
         trust, mandate = self.behalf.trust, self.mandate
         assert mandate is not None, "who acts for nobody isn't asked"
         if trust is None:
             raise ConfigurationError(
                 "no `token_issuers` and `token_audience` are set, without which no token can be verified"
             )
-        if self._valid is not None:
-            token, found = self._valid
-            if found.expires_at is not None and trust.clock.now() < found.expires_at:
+        known = self._valid
+        if known is not None and trust.clock.now() < (known.found.expires_at or 0.0):
+            return known._replace(is_fresh=False)
+        token, handle = self._token, mandate.handle
+        if token is not None:
+            try:
+                found = mandate.bound(await trust.verify(token))
+            except TokenExpired:
+                self._token = None
+            else:
+                self._valid = _Subject(token, found, None)
                 return self._valid
-            self._valid = None
-        token = await self._obtain(mandate)
-        self._valid = token, mandate.bound(await trust.verify(token))
-        return self._valid
-
-    async def _obtain(self, mandate: Mandate) -> SecretToken:
-        if self._token is not None:
-            return self._token
-        if not self._has_handle() or mandate.handle is None:
-            raise TokenExpired(f"there is no token of '{mandate.subject}' here")
+        if handle is None or handle in self._spent:
+            return None
         if self.behalf.grants is None:
             raise ConfigurationError(f"{_UNSET}, or `grant_url`, where a token is had for a grant handle")
-        return self._kept(
-            await self.behalf.grants.subject_token(mandate.handle, workflow_id=self.workflow_id)
-        )
+        try:
+            token = self._kept(await self.behalf.grants.subject_token(handle, workflow_id=self.workflow_id))
+            self._valid = _Subject(token, mandate.bound(await trust.verify(token)), handle)
+        except (TokenExpired, GrantInvalid):
+            self._spent.add(handle)
+            return None
+        return self._valid
 
     async def _renew(self, place: Place) -> None:
         """Take up the grant that has come meanwhile, or leave the step until one comes."""

@@ -22,7 +22,7 @@ from paigeant.errors import (
     MessageInvalid,
     TokenRejected,
 )
-from paigeant.https import Reply, check_url, request
+from paigeant.https import MOST_SECONDS, Reply, check_url, request
 from paigeant.identity import read_token, scopes_in
 from paigeant.secret import SecretToken
 
@@ -134,17 +134,18 @@ class Issued:
 
 
 class TokenEndpoint:
-    """Where an authorization server gives tokens, asked in the name of one service."""
+    """Where an authorization server gives tokens, asked in the name of one service, `seconds` at most each time."""
 
-    def __init__(self, url: str, client: ClientAuthentication) -> None:
+    def __init__(self, url: str, client: ClientAuthentication, *, seconds: float = MOST_SECONDS) -> None:
         self.url = check_url(url, "the URL of a token endpoint")
         self.client = client
+        self.seconds = seconds
 
     async def ask(self, form: Form) -> Issued:
         """The token that `form` asks for. Raises GrantInvalid, ExchangeRefused, AuthorityUnavailable."""
         fields, authorization = self.client.proof(self.url)
         headers = {} if authorization is None else {"authorization": authorization}
-        reply = await request(self.url, form={**form, **fields}, headers=headers)
+        reply = await request(self.url, form={**form, **fields}, headers=headers, seconds=self.seconds)
         if reply.status >= 500 or reply.status in (408, 429):
             raise AuthorityUnavailable(self.url, f"it answered with status {reply.status}")
         if reply.status != 200:

@@ -14,7 +14,7 @@ import itertools
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -25,6 +25,7 @@ from pydantic_core import from_json, to_json
 from paigeant import codec
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep, RequestDenied, WaitTimeout
 from paigeant.parking import Parked, Parking
+from paigeant.secret import SecretToken, refuse_tokens
 from paigeant.store import Request, RequestKind, RunValues, StepKey
 
 __all__ = ["Done", "Journal", "Place", "Unit", "current_place", "effect_key"]
@@ -88,7 +89,7 @@ class Journal:
     read at once, before the first is needed. `now` gives the store's time.
     """
 
-    __slots__ = ("_loop", "_reading", "_recorded", "_store", "effect", "key", "now", "parking")
+    __slots__ = ("_loop", "_reading", "_recorded", "_store", "effect", "key", "now", "parking", "secrets")
 
     def __init__(
         self,
@@ -102,6 +103,8 @@ class Journal:
         self.effect = effect
         self.now = now
         self.parking = Parking()
+        self.secrets: Sequence[SecretToken] = ()
+        """The tokens that the attempt has had so far. What has one of them in it isn't recorded."""
         self.key = key
         self._store = store
         self._recorded: dict[str, bytes] | None = {} if is_fresh else None
@@ -135,7 +138,12 @@ class Journal:
         return found
 
     async def save(self, unit: str, value: bytes) -> bytes:
-        """Record a unit, durably; gives the record that stands, which may be another worker's."""
+        """Record a unit, durably; gives the record that stands, which may be another worker's.
+
+        Raises OutputInvalid for one that holds a token.
+        """
+        if self.secrets:
+            refuse_tokens(f"'{unit}'", value, self.secrets)
         return await self._ask(self._store.save_unit(self.key, unit, value))
 
     async def take(self, unit: str, signal: str, *, otherwise: bytes | None = None) -> bytes | None:
@@ -147,6 +155,8 @@ class Journal:
 
     async def request(self, request: Request) -> None:
         """Keep what is asked of somebody outside. One of the same id stays as it is."""
+        if self.secrets:
+            refuse_tokens(f"what '{request.name[:40]}' asks", request.asked, self.secrets)
         await self._ask(self._store.open_request(request))
 
     async def park(self, waits_for: tuple[str, ...], until: float | None, around: frozenset[str]) -> None:

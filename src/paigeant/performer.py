@@ -23,7 +23,6 @@ from paigeant.errors import (
     ActivityRejected,
     InvalidDefinition,
     NonRetryableError,
-    OutputInvalid,
     PaigeantError,
 )
 from paigeant.identity import MANDATE, Mandate
@@ -32,7 +31,7 @@ from paigeant.patience import PatientValues, patiently
 from paigeant.redaction import redacted
 from paigeant.reporter import Reporter
 from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
-from paigeant.secret import OBO_TOKEN, SecretToken, masked
+from paigeant.secret import OBO_TOKEN, SecretToken, masked, refuse_tokens
 from paigeant.slip import Compensation, Phase
 from paigeant.store import Request, Store
 
@@ -118,6 +117,7 @@ class Performer:
             acting = None
             if claim.work.scopes or claim.step is None or MANDATE in claim.message.headers:
                 acting = context._acting = self._acting(claim, context)
+                context._place.journal.secrets = acting.secrets
             if timeout == 0:
                 raise TimeoutError(_timeout_text(claim, timeout))
             async with limit if timeout is not None else _UNLIMITED:
@@ -129,10 +129,11 @@ class Performer:
             if parking.is_parked:  # the activity has caught it, but what it waits for isn't there
                 attempt.outcome = Parked(parking.waits_for, parking.until)
                 return attempt
-            attempt.output = claim.work.dump(value)
+            output = claim.work.dump(value)
             if acting is not None:
-                _check_tokenless(attempt, {**context._variables, "output": attempt.output}, acting.secrets)
-            attempt.outcome = self._succeeded(claim, context, attempt.output)
+                _check_tokenless(context, output, acting.secrets)
+            attempt.output = output
+            attempt.outcome = self._succeeded(claim, context, output)
             return attempt
         except asyncio.CancelledError as exc:
             if _is_cancelled():
@@ -280,12 +281,15 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _check_tokenless(attempt: Attempt, left: Mapping[str, bytes], secrets: Sequence[SecretToken]) -> None:
-    """Raise OutputInvalid for an output or a variable that holds a token: it would be recorded."""
-    for name, text in left.items() if secrets else ():
-        if any(secret.reveal().encode() in text for secret in secrets):
-            attempt.output = None
-            raise OutputInvalid(f"'{name}' holds a token, which may not be recorded; leave it out")
+def _check_tokenless(context: StepContext, output: bytes, secrets: Sequence[SecretToken]) -> None:
+    """Raise OutputInvalid when something that the attempt leaves to be recorded holds a token."""
+    if not secrets:
+        return
+    refuse_tokens("the output", output, secrets)
+    for name, value in context._variables.items():
+        refuse_tokens(f"variable '{name}'", value, secrets)
+    for step in context._draft or ():
+        refuse_tokens(f"args of step '{step.id}'", codec.dump(dict(step.args)), secrets)
 
 
 def _log_failure(error: BaseException, ids: Mapping[str, Any], secrets: Sequence[SecretToken]) -> None:

@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, Self
 
-__all__ = ["OBO_TOKEN", "SecretToken", "masked", "masked_body"]
+from paigeant.errors import OutputInvalid
+
+__all__ = ["OBO_TOKEN", "SecretToken", "masked", "masked_body", "refuse_tokens"]
 
 OBO_TOKEN = "obo_token"  # the header's name
 """The header of a message that holds the token of the person for whom its run acts. It is never recorded."""
@@ -60,6 +62,12 @@ class SecretToken:
 
     def __reduce_ex__(self, _: object) -> NoReturn:
         raise TypeError("a SecretToken can't be pickled: it would be kept outside of memory")
+
+
+def refuse_tokens(what: str, text: bytes, secrets: Iterable[SecretToken]) -> None:
+    """Raise OutputInvalid for a `text` that is to be recorded and has one of these tokens in it."""
+    if any(secret.reveal().encode() in text for secret in secrets):
+        raise OutputInvalid(f"{what} holds a token, which may not be recorded; leave it out")
 
 
 def masked(text: str, secrets: Iterable[SecretToken] = ()) -> str:

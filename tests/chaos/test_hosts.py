@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.chaos.places import BOUND, NAMES, Servers, open_place
@@ -17,7 +18,7 @@ from tests.kill.roles import length
 from tests.kill.sql import rows
 from tests.services.hosts import Network
 
-OVER_THE_NETWORK = {"signing": "off", "allow_plaintext": True}
+OVER_THE_NETWORK: dict[str, Any] = {"signing": "off", "allow_plaintext": True}
 """What has to be said where messages leave the host and nobody signs or encrypts them."""
 
 

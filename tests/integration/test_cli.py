@@ -805,10 +805,11 @@ def test_nothing_is_taken_back_where_nothing_is() -> None:
 
 def test_config_show_hides_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is printed may be pasted into a ticket."""
-    monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", "redis://ada:secret@localhost")
+    monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", "redis://ada:canary@localhost")
+    monkeypatch.setenv("PAIGEANT_CLIENT_SECRET", "canary as well")
     for shown in (paigeant("config", "show").stdout, json.dumps(as_json("config", "show"))):
         assert "redis://ada:***@localhost" in shown
-        assert "secret" not in shown
+        assert "canary" not in shown
 
 
 def test_config_show_tells_where_a_value_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1087,7 +1088,7 @@ def test_the_commands_are_those_of_the_design() -> None:
     """Exactly these names: scripts call them."""
     assert {" ".join(words) for words in commands()} == {
         "init", "run", "dispatch", "demo",
-        "runs list", "runs show", "runs cancel", "runs retry", "runs signal", "runs prune",
+        "runs list", "runs show", "runs cancel", "runs retry", "runs signal", "runs grant", "runs prune",
         "requests list", "requests show", "requests approve", "requests deny", "requests answer",
         "variables list", "variables get", "variables set", "topics list",
         "dead-letters list", "dead-letters show", "dead-letters requeue", "dead-letters delete",

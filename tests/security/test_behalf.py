@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -245,6 +246,22 @@ async def test_a_long_run_outlives_its_token(
     assert result.outputs["read"] == ["ann", ["mail.read"], 1]
 
 
+async def test_a_token_that_expires_in_the_queue(
+    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock
+) -> None:
+    """A message that waits for longer than its token lasts parks its step: nobody is asked, nothing called."""
+    begins = datetime.fromtimestamp(clock.now() + 55, UTC)
+    token = authority.token("ann", "mail.read", "mail.send", lifetime=10)
+    run = await app.dispatch(flow("send"), on_behalf_of=token, start_at=begins)
+    await app.drain()
+    assert await run.status() is RunStatus.WAITING
+    assert (await run.detail()).steps[0].attempt == 0
+    assert office.seen == []
+    assert not authority.asked("/token")
+    with pytest.raises(InputInvalid, match="doesn't travel before its run is due"):
+        await app.dispatch(flow("send"), on_behalf_of=authority.token(), start_at=begins + timedelta(hours=1))
+
+
 async def test_a_handle_outlives_tokens(
     app: MemoryApp, authority: Authority, office: Office, clock: ManualClock
 ) -> None:
@@ -318,6 +335,29 @@ async def test_a_grant_that_is_taken_back_while_the_step_works(
     await run.grant(authority.token("ann", "mail.read", "mail.send"))
     await app.drain()
     assert (await run.wait()).output == "sent"
+
+
+async def test_calls_beside_each_other(authority: Authority, clock: ManualClock) -> None:
+    """Calls that find out together that a token is no good take up the same handle, and none of them spends it."""
+    registry = ActivityRegistry()
+
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def three(context: StepContext) -> int:
+        authority.keys.clear()  # the authority disowns what it has signed, and signs anew
+        authority.rotate()
+        clock.advance(61)
+        asked = (context.token(audience=MAIL, scopes=["mail.send"]) for _ in range(3))
+        return len({token.reveal() for token in await asyncio.gather(*asked)})
+
+    async with MemoryApp(registry, clock=clock, **settings_of(authority)) as app:
+        begins = datetime.fromtimestamp(clock.now() + 50, UTC)
+        token = authority.token("ann", "mail.send")
+        run = await app.dispatch(flow("three"), on_behalf_of=token, workflow_id="r", start_at=begins)
+        await run.grant(grant_of(authority, "mail.send"))  # while a message with the token is under way
+        await app.drain()
+        assert (await run.wait()).output == 3
+    refused = [one.form for one in authority.asked("/token") if one.form.get("subject_token") == token]
+    assert len(refused) == 3
 
 
 async def test_the_deadline_ends_the_waiting(
@@ -583,7 +623,7 @@ async def test_a_token_inside_of_what_is_recorded(authority: Authority, clock: M
 
 
 async def test_a_token_as_an_output_is_refused(authority: Authority, clock: ManualClock) -> None:
-    """An activity that returns a token, or keeps it in a variable, fails: it would be recorded."""
+    """An activity that leaves a token in anything that is recorded fails, and none of it is."""
     registry = ActivityRegistry()
 
     @registry.execute(scopes=["mail.send"], retries=0)
@@ -599,12 +639,31 @@ async def test_a_token_as_an_output_is_refused(authority: Authority, clock: Manu
         token = await context.token(audience=MAIL, scopes=["mail.send"])
         await context.save_variable("kept", {"a": [token.reveal()]})
 
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def unit(context: StepContext) -> None:
+        async def call() -> str:
+            return (await context.token(audience=MAIL, scopes=["mail.send"])).reveal()
+
+        await context.once("call", call)
+
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def question(context: StepContext) -> None:
+        token = await context.token(audience=MAIL, scopes=["mail.send"])
+        await context.ask("Is it good?", about=token.reveal())
+
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def step(context: StepContext) -> None:
+        token = await context.token(audience=MAIL, scopes=["mail.send"])
+        context.append(Step("whole", args={"a": token.reveal()}))
+
     async with MemoryApp(registry, clock=clock, **settings_of(authority)) as app:
-        for name in ("whole", "text", "variable"):
+        for name in ("whole", "text", "variable", "unit", "question", "step"):
             run = await app.dispatch(flow(name), on_behalf_of=authority.token("ann", "mail.send"))
             await app.drain()
             assert "OutputInvalid" in str((await run.wait()).error), name
             assert "eyJ" not in str(await run.detail())
+            assert "eyJ" not in str(await app.store.load_units((await run.detail()).steps[0].key))
+            assert not await run.requests(only_open=False)
 
 
 async def test_a_compensation_is_the_service_itself(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -12,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.test_cli import _process_as_it_was, as_json, paigeant, refused
 from tests.integration.test_waits import parked
 from tests.integration.workers import working
 from tests.security.authority import Authority
 from tests.security.test_behalf import MAIL, Watcher, flow, settings_of
 
-from paigeant import ActivityRegistry, GrantHandle, Paigeant, RunStatus, SecretToken, Settings, StepContext
+from paigeant import ActivityRegistry, Paigeant, RunStatus, SecretToken, Settings, StepContext
 from paigeant.behalf import Behalf
 from paigeant.observers.logs import configure
-
-__all__ = ["_process_as_it_was"]
 
 registry = ActivityRegistry()
 TOKENS: list[str] = []
@@ -153,57 +148,3 @@ async def _message(app: Paigeant, run_id: str) -> Any:
 
     detail = await app.store.load_run(run_id)
     return message_of(detail, inline_bytes=0).evolve(message_id=f"{run_id}/leak/do/7")
-
-
-HANDLERS = """
-from paigeant import ActivityRegistry, StepContext, Workflow
-activity = ActivityRegistry()
-
-@activity.execute(scopes=["mail.read"], retries=0)
-async def read(context: StepContext) -> str:
-    return context.identity.subject
-
-look = Workflow("look", ["read"])
-"""
-
-
-@pytest.mark.usefixtures("_process_as_it_was")
-def test_a_grant_from_the_command_line(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`runs show` says for whom a run acts and that it waits for a grant; `runs grant` lets it go on."""
-    authority.now = time.time
-    Path("handlers.py").write_text(HANDLERS)
-    for name, value in settings_of(authority).items():
-        shown = json.dumps(value) if isinstance(value, dict) else str(value)
-        monkeypatch.setenv(f"PAIGEANT_{name.upper()}", shown)
-
-    async def start() -> None:
-        async with Paigeant() as app:
-            grant = GrantHandle("over", "ann", authority.url, ("mail.read",))
-            await app.dispatch(flow("read"), on_behalf_of=grant, workflow_id="r")
-
-    asyncio.run(start())
-    paigeant("run", "handlers.py", "--until-idle")
-    shown = paigeant("runs", "show", "r").output
-    assert "a fresh grant" in shown
-    assert "ann" in shown
-    found = as_json("runs", "show", "r")
-    assert found["status"] == "waiting"
-    assert found["steps"][0]["waits_for"] == ["paigeant.grant"]
-    assert found["on_behalf_of"] == {
-        "subject": "ann",
-        "issuer": authority.url,
-        "scopes": ["mail.read"],
-        "handle": "over",
-    }
-    handle = authority.grant("ann", "mail.read", workflow_id="r")
-    assert as_json("runs", "grant", "r", handle)["id"] == "r"
-    paigeant("run", "handlers.py", "--until-idle")
-    assert as_json("runs", "show", "r")["output"] == "ann"
-
-
-@pytest.mark.usefixtures("_process_as_it_was")
-def test_a_token_in_a_command_is_refused(authority: Authority) -> None:
-    """A token as an argument is refused without being used, for the list of processes has shown it."""
-    said = refused("runs", "grant", "r", authority.token("ann"))
-    assert "standard input" in said
-    assert "eyJ" not in said

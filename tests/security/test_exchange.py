@@ -79,6 +79,32 @@ async def test_trouble_that_doesn_t_pass(authority: Authority, endpoint: TokenEn
         await OwnTokens(endpoint).own_token(audience=HERE, scopes=("a",))
 
 
+async def test_a_server_that_is_slow(authority: Authority, endpoint: TokenEndpoint) -> None:
+    """It is left after the time that it has, which is worth another attempt."""
+    authority.release.clear()
+    slow = TokenEndpoint(endpoint.url, endpoint.client, seconds=0.05)
+    with pytest.raises(AuthorityUnavailable, match=r"no reply within 0\.05 s"):
+        await OwnTokens(slow).own_token(audience=HERE, scopes=("a",))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b'{"access_token": ""}',
+        b'{"access_token": "a", "token_type": "mac"}',
+        b'{"token_type": "Bearer"}',
+    ],
+)
+async def test_answers_that_are_no_token(authority: Authority, endpoint: TokenEndpoint, body: bytes) -> None:
+    """Something else than a bearer token is no answer."""
+    elsewhere = TokenEndpoint(authority.jwks_url, endpoint.client)  # which says whatever it is told to
+    authority.body = body
+    with pytest.raises(AuthorityUnavailable, match="no bearer token"):
+        await OwnTokens(elsewhere).own_token(audience=HERE, scopes=("a",))
+
+
 async def test_a_refused_grant(authority: Authority, endpoint: TokenEndpoint) -> None:
     """`invalid_grant` says that the person's token or grant is over, which isn't the service's fault."""
     with pytest.raises(GrantInvalid, match="invalid_grant"):

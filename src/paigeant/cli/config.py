@@ -12,7 +12,13 @@ import typer
 
 from paigeant.cli import console, session
 from paigeant.cli.runs import AsJson
-from paigeant.errors import ConfigurationError, PaigeantError, StoreUnavailable, TransportUnavailable
+from paigeant.errors import (
+    AuthorityUnavailable,
+    ConfigurationError,
+    PaigeantError,
+    StoreUnavailable,
+    TransportUnavailable,
+)
 
 if TYPE_CHECKING:
     from paigeant.settings import Settings
@@ -62,7 +68,13 @@ class _Part(Protocol):
 def check(json: AsJson = False) -> None:
     """Check the settings part by part: load the handlers, connect to store, transport and routes; say what is wrong."""
     settings = session.read_settings()
-    findings = [_handlers(settings), _store(settings), *_transports(settings), _signing(settings)]
+    findings = [
+        _handlers(settings),
+        _store(settings),
+        *_transports(settings),
+        _signing(settings),
+        *_people(settings),
+    ]
     if json:
         console.value(
             [{"part": part, "ok": error is None, "message": text} for part, text, error in findings]
@@ -73,7 +85,8 @@ def check(json: AsJson = False) -> None:
             console.out().print(f"{mark} ", console.plain(f"{part} {text}"), soft_wrap=True)
     wrong = [finding.error for finding in findings if finding.error is not None]
     if wrong:
-        unreachable = all(isinstance(error, (StoreUnavailable, TransportUnavailable)) for error in wrong)
+        away = (StoreUnavailable, TransportUnavailable, AuthorityUnavailable)
+        unreachable = all(isinstance(error, away) for error in wrong)
         raise typer.Exit(3 if unreachable else 2)
 
 
@@ -131,6 +144,33 @@ def _transports(settings: Settings) -> list[Finding]:
         )
         for part, url in urls.items()
     ]
+
+
+def _people(settings: Settings) -> list[Finding]:
+    """What acting on behalf of people needs, where it is set: who this service is, and the keys of the issuers."""
+    if not settings.token_issuers and settings.token_url is None:
+        return []
+    from paigeant.app import behalf_of
+
+    try:
+        behalf = behalf_of(settings)
+    except PaigeantError as exc:
+        return [Finding("client", str(exc), exc)]
+    findings = []
+    if settings.token_url is not None:
+        who = f"{settings.client_id} at {settings.token_url}"
+        lacks = None
+        if behalf.exchanger is None:
+            lacks = ConfigurationError("token_url needs client_id, and client_secret or client_key")
+        findings.append(Finding("client", who if lacks is None else str(lacks), lacks))
+    for name, keys in {} if behalf.trust is None else behalf.trust.keys.items():
+        try:
+            session.wait_for(keys.find(""))
+        except PaigeantError as exc:
+            findings.append(Finding(f"issuer {name}", str(exc), exc))
+        else:
+            findings.append(Finding(f"issuer {name}", "its keys are there"))
+    return findings
 
 
 def _connected(settings: Settings, part: str, setting: str, url: str, make: Callable[[], _Part]) -> Finding:
