@@ -32,6 +32,7 @@ from paigeant.message import PaigeantMessage, decode
 from paigeant.observer import Event, EventName
 from paigeant.observers.logs import LEVELS
 from paigeant.settings import Settings
+from paigeant.signing import REASONS
 from paigeant.slip import RUN_ENDED, RUN_MOVES, STEP_MOVES, RunStatus, StepStatus
 from paigeant.store import Refused
 from paigeant.tables import metadata
@@ -410,7 +411,7 @@ def test_every_command_is_listed() -> None:
     """The reference has each command, with all of its options and arguments."""
     listed = {}
     for row in rows(section("reference.md", "Commands", alone=True)):
-        listed[row[0]] = set(re.findall(r"--[a-z-]+", row[1]))
+        listed[row[0]] = set(re.findall(r"--?[a-z][a-z-]*", row[1]))
     real = {}
     for typed, command in commands().items():
         arguments = [
@@ -491,11 +492,11 @@ def test_example_message_can_be_read() -> None:
 
 
 def test_every_reason_for_rejection_is_listed() -> None:
-    """The reference has each word by which a body is rejected."""
+    """The reference has each word by which a body, or its signature, is rejected."""
     listed = {row[0] for row in rows(section("reference.md", "Reasons for rejection"))}
     words = re.search(r"`reason` is (.*?)\.$", inspect.getdoc(decode) or "", flags=re.DOTALL | re.MULTILINE)
     assert words
-    assert listed == set(re.findall(r"\w+_\w+", words[1]))
+    assert listed == set(re.findall(r"\w+_\w+", words[1])) | set(REASONS)
 
 
 def test_every_refusal_is_explained() -> None:
