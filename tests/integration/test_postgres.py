@@ -180,6 +180,48 @@ async def test_accounts_that_are_not_let_in() -> None:
             assert "wrong" not in str(caught.value)
 
 
+# -- how tables are kept
+
+
+async def test_hot_rows_stay_out_of_indexes(postgres_tables: str) -> None:
+    """Messages are taken without touching an index, in tables with room for that and a vacuum that comes early."""
+    with psycopg.connect(postgres_tables, autocommit=True) as connection:
+        options = dict(
+            connection.execute(
+                "SELECT relname::text, reloptions FROM pg_class WHERE relname IN ('messages', 'step_executions')"
+            ).fetchall()
+        )
+        indexes = " ".join(
+            text
+            for (text,) in connection.execute("SELECT indexdef FROM pg_indexes WHERE tablename = 'messages'")
+        )
+        take = (
+            "UPDATE messages SET held_until = held_until + 1, holder = 'me', deliveries = deliveries + 1 "
+            "WHERE message_id = 'm'"
+        )
+        connection.execute(
+            "INSERT INTO messages (message_id, topic, body, due_at, held_until, created_at, deliveries) "
+            "VALUES ('m', 'a', '', 0, 0, 0, 0)"
+        )
+        for _ in range(10):
+            connection.execute(take)
+    for table in ("messages", "step_executions"):
+        names = {option.partition("=")[0] for option in options[table] or ()}
+        assert {"fillfactor", "autovacuum_vacuum_scale_factor"} <= names
+    assert "held_until" not in indexes
+    assert "holder" not in indexes
+
+    def counts() -> tuple[int, int]:  # in a session of its own: the one that writes counts at its end
+        with psycopg.connect(postgres_tables) as connection:
+            query = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'messages'"
+            [found] = connection.execute(query).fetchall()
+        return found
+
+    await eventually(lambda: counts()[0] >= 10)
+    updated, hot = counts()
+    assert updated == hot
+
+
 # -- transactions that others get ahead of
 
 
