@@ -186,7 +186,7 @@ async def test_accounts_that_are_not_let_in() -> None:
 async def test_hot_rows_stay_out_of_indexes(postgres_tables: str) -> None:
     """Messages are taken without touching an index, in tables with room for that and a vacuum that comes early."""
     with psycopg.connect(postgres_tables, autocommit=True) as connection:
-        options = dict(
+        options: dict[str, list[str]] = dict(
             connection.execute(
                 "SELECT relname::text, reloptions FROM pg_class WHERE relname IN ('messages', 'step_executions')"
             ).fetchall()
