@@ -8,6 +8,7 @@ must stay out of it: its signature, and the token of the person for whom the ste
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -33,6 +34,9 @@ HEAD_BYTES = 24 * 1024
 """How long the line with them may be, beside the body: a token has up to 16 KiB."""
 
 _HEADERS = frozenset({SIGNATURE, TOKEN})
+_IN_BODY = re.compile(rb'("obo_token"\s*:\s*")(?:[^"\\]|\\.)*')
+"""A token where none may be: a publisher of another make has put it into the body, which is refused."""
+
 _BEGINNINGS = tuple(f'{{"{name}"'.encode() for name in sorted(_HEADERS))
 
 
@@ -143,16 +147,16 @@ def split(wire: bytes, limit_bytes: int) -> tuple[dict[str, str], bytes]:
 
 def without_token(wire: bytes) -> bytes:
     """Bytes that came out of a topic, as they may be kept: a token is for nobody who reads them later."""
-    if not wire.startswith(_BEGINNINGS):
-        return wire
     end = wire.find(b"\n", 0, HEAD_BYTES)
-    if TOKEN.encode() not in wire[: end if end >= 0 else None]:
-        return wire
-    try:
-        head, body = split(wire, len(wire))
-        return framed(body, signature=head.get(SIGNATURE))
-    except MessageInvalid:  # no telling where in it the token stands
-        return b"" if end < 0 else wire[end + 1 :]
+    if wire.startswith(_BEGINNINGS):
+        try:
+            head, body = split(wire, len(wire))
+        except MessageInvalid:  # no telling where in it the token stands, or what it is called
+            return b"" if end < 0 else wire[end + 1 :]
+        return framed(body, signature=head.get(SIGNATURE)) if TOKEN in head else wire
+    if end >= 0 and any(name.encode() in wire[:end] for name in _HEADERS):
+        return wire[end + 1 :]  # its beginning is damaged, but such a line it is
+    return _IN_BODY.sub(rb"\1***", wire) if TOKEN.encode() in wire else wire
 
 
 def _is_word(value: object) -> bool:

@@ -67,6 +67,8 @@ class FileKeys:
         if self._trust is None:
             return key, ALL_ROLES
         known = self._trust().keys.get(key.kid)
+        if known is not None and known.revoked_at is not None:
+            return key, Roles()  # what it signed would only be refused: others are to send
         # One that only a published set has gets the roles of that.
         return key, known.roles if known is not None else self._trust().jwks_roles
 
@@ -76,6 +78,9 @@ class FileKeys:
             return None if own is None else TrustedKey(kid, own.public, revoked_at=own.revoked_at)
         trust = self._trust()
         known = trust.keys.get(kid)
+        own = self._ring().find(kid)
+        if own is not None and own.revoked_at is not None:  # it is enough that one of the two files says so
+            return TrustedKey(kid, own.public, Roles(), revoked_at=own.revoked_at)
         if known is not None or trust.jwks_url is None:
             return known
         if self._jwks is None or self._jwks.url != trust.jwks_url:

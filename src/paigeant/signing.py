@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from paigeant.codec import parse_strict
 from paigeant.envelope import SIGNATURE, TOKEN, framed, inner, outer, split
-from paigeant.errors import MessageInvalid
+from paigeant.errors import ConfigurationError, KeysUnavailable, MessageInvalid
 from paigeant.keys import Algorithm, Key, Roles, TrustedKey
 from paigeant.message import DEFAULT_LIMIT_BYTES, SENT_FROM, PaigeantMessage, Seal, decode, encode
 from paigeant.slip import Phase
@@ -31,6 +31,7 @@ REASONS = (
     "bad_frame",
     "bad_header",
     "unknown_key",
+    "keys_unavailable",
     "revoked_key",
     "expired_key",
     "bad_signature",
@@ -116,7 +117,10 @@ class SignedEnvelope:
         return outer(message, headers)
 
     def may_send(self, message: PaigeantMessage, topic: str) -> bool:
-        _, roles = self.keys.signer()
+        try:
+            _, roles = self.keys.signer()
+        except ConfigurationError:  # it has no key any more
+            return False
         return _may_send(roles, message, topic, message.headers.get(SENT_FROM))
 
     @property
@@ -128,12 +132,18 @@ class SignedEnvelope:
 
     @property
     def serves_all(self) -> bool:
-        return self.keys.signer()[1].is_all
+        try:
+            return self.keys.signer()[1].is_all
+        except ConfigurationError:  # it has no key any more
+            return False
 
     async def _verified(self, signature: str, body: bytes) -> TrustedKey:
         """The key that has signed `body`, of which nothing has been read yet."""
         protected, algorithm, kid, raw = _read(signature)
-        key = await self.keys.find(kid)
+        try:
+            key = await self.keys.find(kid)
+        except KeysUnavailable as exc:  # closed: what can't be verified isn't believed, and is sent again
+            raise MessageInvalid("keys_unavailable", str(exc)) from exc
         if key is None:
             raise MessageInvalid("unknown_key", f"nobody vouches for the key '{kid}'")
         if key.revoked_at is not None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from paigeant.envelope import without_token
+from paigeant.envelope import HEAD_BYTES, without_token
 from paigeant.message import MessageId
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.transport import BODY_KEPT_BYTES, Posting, Transport
@@ -239,7 +239,7 @@ class DeadLetter:
             topic,
             reason.partition(": ")[0],
             detail,
-            without_token(body)[:BODY_KEPT_BYTES],
+            without_token(body[: BODY_KEPT_BYTES + HEAD_BYTES])[:BODY_KEPT_BYTES],
             attempts,
             workflow_id=None if known is None else known.workflow_id,
             step=None if known is None else known.step,
