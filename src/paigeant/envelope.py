@@ -152,11 +152,16 @@ def without_token(wire: bytes) -> bytes:
         try:
             head, body = split(wire, len(wire))
         except MessageInvalid:  # no telling where in it the token stands, or what it is called
-            return b"" if end < 0 else wire[end + 1 :]
+            return b"" if end < 0 else _masked(wire[end + 1 :])
         return framed(body, signature=head.get(SIGNATURE)) if TOKEN in head else wire
     if end >= 0 and any(name.encode() in wire[:end] for name in _HEADERS):
-        return wire[end + 1 :]  # its beginning is damaged, but such a line it is
-    return _IN_BODY.sub(rb"\1***", wire) if TOKEN.encode() in wire else wire
+        return _masked(wire[end + 1 :])  # its beginning is damaged, but such a line it is
+    return _masked(wire)
+
+
+def _masked(body: bytes) -> bytes:
+    # A damaged byte may have become a newline, and then the token stands behind what looks like the first line.
+    return _IN_BODY.sub(rb"\1***", body) if TOKEN.encode() in body else body
 
 
 def _is_word(value: object) -> bool:

@@ -52,6 +52,7 @@ class FileKeys:
         self._ring = ring
         self._trust = trust
         self._jwks: Jwks | None = None
+        self._imported: dict[str, TrustedKey] = {}
 
     @classmethod
     def of(cls, ring: Path | KeyRing, trust: Path | None = None) -> FileKeys:
@@ -75,7 +76,7 @@ class FileKeys:
     async def find(self, kid: str) -> TrustedKey | None:
         if self._trust is None:
             own = self._ring().find(kid)
-            return None if own is None else TrustedKey(kid, own.public, revoked_at=own.revoked_at)
+            return None if own is None else self._kept(TrustedKey(kid, own.public, revoked_at=own.revoked_at))
         trust = self._trust()
         known = trust.keys.get(kid)
         own = self._ring().find(kid)
@@ -88,7 +89,14 @@ class FileKeys:
         jwk = await self._jwks.find(kid)
         if jwk is None or _thumbprint(jwk) != kid:
             return None
-        return TrustedKey(kid, jwk, trust.jwks_roles)
+        return self._kept(TrustedKey(kid, jwk, trust.jwks_roles))
+
+    def _kept(self, key: TrustedKey) -> TrustedKey:
+        """The same value as before where nothing has changed: importing a key takes as long as verifying with it."""
+        known = self._imported.get(key.kid)
+        if known != key:
+            known = self._imported[key.kid] = key
+        return known
 
 
 class _Watched(Generic[Content]):

@@ -11,7 +11,7 @@ import binascii
 import hashlib
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 from paigeant.codec import parse_strict
@@ -229,8 +229,18 @@ def _protected(algorithm: Algorithm, kid: str) -> bytes:
 def _read(signature: str) -> tuple[bytes, str, str, bytes]:
     """The protected header as it is, its algorithm and key id, and the signature itself. Raises MessageInvalid."""
     protected, _, rest = signature.partition("..")
-    header_bytes, raw = _unbase64(protected), _unbase64(rest)
-    if not header_bytes or not raw:
+    raw = _unbase64(rest)
+    if not raw:
+        raise MessageInvalid("bad_header", "its signature is no detached JWS (header..signature)")
+    algorithm, kid = _header(protected)
+    return protected.encode(), algorithm, kid, raw
+
+
+@lru_cache(maxsize=256)
+def _header(protected: str) -> tuple[str, str]:
+    """The algorithm and the key that a header names: the same text for all that a key signs, so it is read once."""
+    header_bytes = _unbase64(protected)
+    if not header_bytes:
         raise MessageInvalid("bad_header", "its signature is no detached JWS (header..signature)")
     try:
         header = parse_strict(header_bytes, max_depth=2)
@@ -247,7 +257,7 @@ def _read(signature: str) -> tuple[bytes, str, str, bytes]:
     algorithm, kid = header["alg"], header["kid"]
     if not isinstance(algorithm, str) or not isinstance(kid, str) or not _is_kid(kid):
         raise MessageInvalid("bad_header", "the header of its signature names no algorithm, or no key")
-    return protected.encode(), algorithm, kid, raw
+    return algorithm, kid
 
 
 def _is_kid(kid: str) -> bool:

@@ -1,27 +1,42 @@
-"""Signed messages under real workers: what is forged never runs, what is ours always ends, whatever becomes of the keys."""
+"""Signed messages under real workers: what is forged never runs, and what is ours ends, whatever becomes of keys."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import resource
 import secrets
 import sqlite3
+import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from tests.integration.postgres_tables import database_with_tables
+from tests.security.authority import Authority
+from tests.services import free_port
 
-from paigeant import ActivityRegistry, Paigeant, PaigeantMessage, RoutingSlip, Settings, Step, WaitFor, Workflow
+from paigeant import (
+    ActivityRegistry,
+    Paigeant,
+    PaigeantMessage,
+    RoutingSlip,
+    Settings,
+    Step,
+    WaitFor,
+    Workflow,
+    signing,
+)
 from paigeant.envelope import PlainEnvelope
-from paigeant.errors import ConfigurationError
+from paigeant.errors import ConfigurationError, MessageInvalid
 from paigeant.keyfiles import FileKeys, write_private
 from paigeant.keys import Key, KeyRing, Roles
 from paigeant.observer import Event
@@ -180,7 +195,7 @@ def forged(own: Key) -> dict[str, tuple[bytes, str]]:
     """Messages that nobody may believe, by their ids, with the reason for which each is refused."""
     good = sealing(own).seal(message(), "pay")
     line, body = good.split(b"\n", 1)
-    protected, _, signature = json.loads(line)["jws_signature"].partition("..")
+    signature = json.loads(line)["jws_signature"].rpartition("..")[2]
     foreign = Key.generate(now=1.0)
     now = time.time()
     cases = {
@@ -211,7 +226,10 @@ async def test_what_is_forged_is_kept_with_its_reason_and_never_runs(
     seen = Seen()
     cases = forged(ring.active)
     if "postgres" in places["transport_url"] or "amqp" in places["transport_url"]:
-        cases["huge"] = (cases["huge"][0][: 8 * 1024 * 1024], "too_large")  # 50 MB takes these seconds to store
+        cases["huge"] = (
+            cases["huge"][0][: 8 * 1024 * 1024],
+            "too_large",
+        )  # 50 MB takes these seconds to store
     settings = required(**places)
     async with Paigeant(settings, activities=paying(calls)):
         pass  # makes the tables
@@ -222,27 +240,26 @@ async def test_what_is_forged_is_kept_with_its_reason_and_never_runs(
         await seen.wait_for("delivery.rejected", len(cases))
         letters = await app.store.list_dead_letters(limit=1000)
     assert calls == [1]
-    found = {letter.id.partition("/")[0]: letter.reason for letter in letters}
-    assert found == {name.replace(" ", " "): reason for name, (_, reason) in cases.items()}
+    found = {unquote(letter.id.partition("/")[0]): letter.reason for letter in letters}
+    assert found == {name: reason for name, (_, reason) in cases.items()}
     assert max(len(letter.body) for letter in letters) <= BODY_KEPT_BYTES
     told = Counter(event.more["reason"] for event in seen.events if event.name == "delivery.rejected")
     assert told == Counter(reason for _, reason in cases.values())
 
 
-async def test_large_bodies_do_not_pile_up_in_memory(ring: KeyRing) -> None:
-    """A worker that refuses ten bodies of 50 MB has at no time held them all."""
-    places = {"transport_url": STORE, "store_url": STORE}
+async def test_large_bodies_do_not_pile_up_in_memory(ring: KeyRing, redis_url: str) -> None:
+    """A worker that refuses four bodies of 50 MB has at no time held them all."""
+    places = {"transport_url": redis_url, "store_url": STORE, "namespace": f"large-{secrets.token_hex(4)}"}
     calls: list[Any] = []
     seen = Seen()
-    async with Paigeant(required(), activities=paying(calls)):
-        pass
-    for number in range(10):
-        await put(places, {f"{number}/pay/do/0": b"[" * (50 * 1024 * 1024)})
+    large = b"[" * (50 * 1024 * 1024)
+    await put(places, {f"{number}/pay/do/0": large for number in range(4)})
+    del large
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    async with serving(required(concurrency=1), paying(calls), seen):
-        await seen.wait_for("delivery.rejected", 10)
+    async with serving(required(**places, concurrency=1), paying(calls), seen):
+        await seen.wait_for("delivery.rejected", 4)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown < 300, f"{grown:.0f} MiB"
+    assert grown < 120, f"{grown:.0f} MiB"
     assert calls == []
 
 
@@ -288,9 +305,10 @@ async def test_every_kind_of_run_ends_when_signatures_are_required(ring: KeyRing
         return f"{charge}, shipped"
 
     steps = ["reserve", WaitFor("paid"), "charge", "ship"]
+    known = ActivityRegistry.merged([ours, theirs])
     async with (
-        serving(required(), ActivityRegistry.merged([ours, theirs]), topics=["ours", "paigeant"]) as app,
-        serving(required(), theirs),
+        serving(required(), known, topics=["ours", "paigeant.waits"]) as app,
+        serving(required(), known, topics=["theirs"]),
     ):
         runs = [
             await app.dispatch(Workflow("w", steps), {"sku": f"s{n}", "fails": n % 2 == 1}) for n in range(6)
@@ -303,9 +321,7 @@ async def test_every_kind_of_run_ends_when_signatures_are_required(ring: KeyRing
     assert sorted(undone) == ["s1", "s3", "s5"]
 
 
-async def test_steps_that_go_on_locally_sign_nothing(
-    ring: KeyRing, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_steps_that_go_on_locally_sign_nothing(ring: KeyRing, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of three steps that one worker does in a row has one message, the first."""
     sealed: list[str] = []
     seal = SignedEnvelope.seal
@@ -476,9 +492,7 @@ async def test_without_a_key_a_worker_still_records_what_it_does(ring: KeyRing) 
         await app.dispatch(Workflow("order", ["one", "two"]), workflow_id="r")
         await begun.wait()
         write_private(RING, ring.revoke(ring.active.kid, now=1.0).as_dict())
-        async with asyncio.timeout(PATIENCE):
-            while app.forwarder.envelope.serves_all:
-                await asyncio.sleep(0.05)
+        await until(lambda: not app.forwarder.envelope.serves_all)  # the file is looked at once a second
         gate.set()
         await seen.wait_for("step.completed", 1)
     assert calls == [1]
@@ -486,3 +500,94 @@ async def test_without_a_key_a_worker_still_records_what_it_does(ring: KeyRing) 
     async with serving(required(), activity) as app:
         assert (await app.run("r").wait(PATIENCE)).output == 2
     assert calls == [1]
+
+
+async def test_unknown_keys_are_asked_for_once_a_minute(ring: KeyRing, authority: Authority) -> None:
+    """10,000 messages, each of a key of its own, cost the server of the key set one request; all are refused."""
+    value = {"version": 1, "keys": [], "jwks": {"url": authority.jwks_url, "run": ["*"]}}
+    write_private(TRUST, value, mode=0o644)
+    envelope = sealing(ring.active)
+    reader = replaced(envelope, FileKeys.of(RING, TRUST))
+    wire = envelope.seal(message(), "pay")
+    kid = ring.active.kid
+    reasons: Counter[str] = Counter()
+    for number in range(10_000):
+        reasons[await refusal(reader, renamed(wire, kid, f"{number:0>{len(kid)}}"))] += 1
+    assert reasons == {"unknown_key": 10_000}
+    assert len(authority.asked("/jwks")) == 1
+
+
+async def test_keys_that_cannot_be_fetched_close_the_door(ring: KeyRing) -> None:
+    """Keys of the trust file go on; of those that only the set has, none is believed, and no subscription ends."""
+    url = f"http://127.0.0.1:{free_port()}/jwks"
+    known = {"jwk": ring.active.public, "run": ["*"], "dispatch": ["*"]}
+    write_private(TRUST, {"version": 1, "keys": [known], "jwks": {"url": url, "run": ["*"]}}, mode=0o644)
+    calls: list[Any] = []
+    seen = Seen()
+    settings = required(trust_file=str(TRUST))
+    async with Paigeant(settings):
+        pass
+    foreign = sealing(Key.generate(now=2.0)).seal(message(), "pay")
+    await put({"transport_url": STORE}, {"x/pay/do/0": foreign})
+    async with serving(settings, paying(calls), seen) as app:
+        await seen.wait_for("delivery.rejected", 1)
+        assert [letter.reason for letter in await app.store.list_dead_letters()] == ["keys_unavailable"]
+        run = await app.dispatch(Workflow("order", ["pay"]), {"sum": 1})
+        assert (await run.wait(PATIENCE)).status is RunStatus.COMPLETED
+    assert calls == [1]
+
+
+async def test_a_message_that_names_classes_imports_nothing(ring: KeyRing) -> None:
+    """Rightly signed or not: names of modules and classes are unknown fields or plain values, and nothing is loaded."""
+    Path("canary_module.py").write_text("open('canary', 'w').close()\n")
+    good = json.loads(sealing(ring.active).seal(message(), "pay").split(b"\n", 1)[1])
+    evil = {"py/object": "canary_module.Canary", "module": "canary_module", "type": "subprocess.Popen"}
+    envelope = sealing(ring.active)
+    key = ring.active
+    bodies = {
+        "top": {**good, **evil},
+        "slip": {**good, "routing_slip": {**good["routing_slip"], "class": "canary_module.Canary"}},
+        "activity": {**good, "routing_slip": {"itinerary": [{"activity": "canary_module:run", "id": "pay"}]}},
+    }
+    for name, body in bodies.items():
+        wire = signing.framed(text := json.dumps(body).encode(), signature=signing._sign(key, text))
+        if name == "activity":
+            assert (
+                await envelope.open("pay", wire)
+            ).due is not None  # a name like any other, that nobody serves
+        else:
+            assert await refusal(envelope, wire) == "wrong_shape"
+    assert "canary_module" not in sys.modules
+    assert not Path("canary").exists()
+
+
+def replaced(envelope: SignedEnvelope, keys: FileKeys) -> SignedEnvelope:
+    """One like `envelope` with other keys."""
+    return SignedEnvelope(
+        keys, deployment=envelope.deployment, requires=True, lifetime=envelope.lifetime, clock=time.time
+    )
+
+
+def renamed(wire: bytes, kid: str, other: str) -> bytes:
+    """The message as if it was signed with another key."""
+    line, body = wire.split(b"\n", 1)
+    protected, _, signature = json.loads(line)["jws_signature"].partition("..")
+    header = base64.urlsafe_b64decode(protected + "=" * (-len(protected) % 4)).decode().replace(kid, other)
+    text = base64.urlsafe_b64encode(header.encode()).rstrip(b"=").decode()
+    return (
+        json.dumps({"jws_signature": f"{text}..{signature}"}, separators=(",", ":")).encode() + b"\n" + body
+    )
+
+
+async def refusal(envelope: SignedEnvelope, wire: bytes) -> str:
+    """Why it is refused."""
+    with pytest.raises(MessageInvalid) as found:
+        await envelope.open("pay", wire)
+    return found.value.reason
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Ask until `holds` does: nobody tells of a change in a file."""
+    async with asyncio.timeout(PATIENCE):
+        for _ in iter(holds, True):
+            await asyncio.sleep(0.05)

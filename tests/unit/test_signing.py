@@ -19,6 +19,7 @@ from paigeant.keys import ALGORITHMS, ALL_ROLES, Algorithm, Key, Roles, TrustedK
 from paigeant.message import SENT_FROM, PaigeantMessage
 from paigeant.signing import REASONS, SignedEnvelope
 from paigeant.slip import RoutingSlip, Step
+from paigeant.store import DeadLetter
 
 NOW = 1_800_000_000.0
 KEYS = {algorithm: Key.generate(now=1.0, algorithm=algorithm) for algorithm in ALGORITHMS}
@@ -309,6 +310,23 @@ async def test_a_token_is_bound_to_its_message() -> None:
     kept = without_token(with_token)
     assert b"a.b.c" not in kept
     assert "obo_token" not in (await envelope().open("pay", kept)).headers
+
+
+async def test_no_token_is_kept_of_a_damaged_frame() -> None:
+    """Whichever bit of the first line is changed, unless within the token itself, the dead letter has no token."""
+    wire = envelope().seal(message(headers={"obo_token": "canary.of.atoken"}), "pay")
+    line = wire.index(b"\n")
+    for bit in range(line * 8):
+        changed = bytearray(wire)
+        changed[bit // 8] ^= 1 << bit % 8
+        if b"canary.of.atoken" in changed:
+            assert b"canary" not in DeadLetter.about("m", "pay", "bad_frame", "", bytes(changed), 1).body, bit
+
+
+def test_a_token_in_a_body_is_not_kept() -> None:
+    """A publisher that puts it there is refused, and what is kept has stars in its place."""
+    body = b'{"spec_version":"1.0","headers":{"obo_token" : "a.b.c","x":"y"}}'
+    assert without_token(body) == b'{"spec_version":"1.0","headers":{"obo_token" : "***","x":"y"}}'
 
 
 async def test_signing_may_be_introduced_step_by_step() -> None:
