@@ -150,6 +150,11 @@ class Settings(BaseSettings):
             )
         return url
 
+    @field_validator("signing", mode="before")
+    @classmethod
+    def _off_in_yaml(cls, value: Any) -> Any:
+        return "off" if value is False else value  # what YAML makes of a bare `off`
+
     @field_validator("namespace")
     @classmethod
     def _fits_every_broker(cls, name: str) -> str:

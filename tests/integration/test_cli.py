@@ -830,6 +830,7 @@ def test_config_check_passes_what_works() -> None:
         "handlers": True,
         "store": True,
         "transport": True,
+        "signing": True,
     }
     assert not Path("paigeant.db").exists()
     paigeant("db", "upgrade")
@@ -941,7 +942,7 @@ def test_keys_are_made_rotated_and_listed() -> None:
     second = paigeant("keys", "rotate").stdout.strip()
     listed = as_json("keys", "list")
     assert [(key["kid"], key["active"]) for key in listed] == [(second, True), (first, False)]
-    assert {name for key in listed for name in key["public"]} == {"kty", "crv", "x", "kid"}
+    assert {name for key in listed for name in key["public"]} == {"alg", "kty", "crv", "x", "kid"}
     assert first in paigeant("keys", "list").stdout
 
 
@@ -950,7 +951,7 @@ def test_a_key_ring_is_its_owners_alone() -> None:
     paigeant("keys", "generate", "--file", "ring.json")
     assert stat.S_IMODE(Path("ring.json").stat().st_mode) == 0o600
     Path("ring.json").chmod(0o640)
-    assert "others can read ring.json (mode 0640), expected 0600; do: chmod 600" in refused(
+    assert "others can read ring.json (mode 0640), expected 0600; do: chmod 0600" in refused(
         "keys", "list", "--file", "ring.json"
     )
 

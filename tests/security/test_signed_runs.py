@@ -304,7 +304,7 @@ async def test_every_kind_of_run_ends_when_signatures_are_required(ring: KeyRing
     async def ship(charge: str) -> str:
         return f"{charge}, shipped"
 
-    steps = ["reserve", WaitFor("paid"), "charge", "ship"]
+    steps: list[str | Step] = ["reserve", WaitFor("paid"), "charge", "ship"]
     known = ActivityRegistry.merged([ours, theirs])
     async with (
         serving(required(), known, topics=["ours", "paigeant.waits"]) as app,
@@ -537,9 +537,17 @@ async def test_keys_that_cannot_be_fetched_close_the_door(ring: KeyRing) -> None
     assert calls == [1]
 
 
-async def test_a_message_that_names_classes_imports_nothing(ring: KeyRing) -> None:
-    """Rightly signed or not: names of modules and classes are unknown fields or plain values, and nothing is loaded."""
+@pytest.fixture
+def canary() -> Iterator[Path]:
+    """A file that a module makes when it is imported."""
     Path("canary_module.py").write_text("open('canary', 'w').close()\n")
+    made = Path("canary")
+    yield made
+    assert not made.exists()
+
+
+async def test_a_message_that_names_classes_imports_nothing(ring: KeyRing, canary: Path) -> None:
+    """Rightly signed or not: names of modules and classes are unknown fields or plain values, and nothing is loaded."""
     good = json.loads(sealing(ring.active).seal(message(), "pay").split(b"\n", 1)[1])
     evil = {"py/object": "canary_module.Canary", "module": "canary_module", "type": "subprocess.Popen"}
     envelope = sealing(ring.active)
@@ -558,7 +566,6 @@ async def test_a_message_that_names_classes_imports_nothing(ring: KeyRing) -> No
         else:
             assert await refusal(envelope, wire) == "wrong_shape"
     assert "canary_module" not in sys.modules
-    assert not Path("canary").exists()
 
 
 def replaced(envelope: SignedEnvelope, keys: FileKeys) -> SignedEnvelope:
