@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from joserfc.jwk import RSAKey
 
 from paigeant.envelope import HEAD_BYTES, PlainEnvelope, split, without_token
 from paigeant.errors import MessageInvalid, MessageTooLarge
@@ -121,7 +122,7 @@ async def test_each_bit_counts() -> None:
             sealed[place] ^= 1 << bit
             seen.add(await reason(opener, bytes(sealed)))
             sealed[place] ^= 1 << bit
-    assert await opener.open("pay", bytes(sealed))
+    assert (await opener.open("pay", bytes(sealed))).workflow_id == "r"
     assert seen >= {"bad_signature", "bad_frame", "bad_header", "unsigned", "unknown_key"}
     assert seen <= set(REASONS) | {"not_json", "not_utf8", "wrong_shape"}
 
@@ -153,7 +154,7 @@ async def test_clocks_may_differ_by_a_minute() -> None:
     """Within it a message is neither early nor late."""
     sealed = envelope().seal(message(), "pay")
     for now in (NOW - 59, NOW + 3600 + 59):
-        assert await envelope(now=now).open("pay", sealed)
+        assert (await envelope(now=now).open("pay", sealed)).workflow_id == "r"
 
 
 def hmac_with_the_public_key(sealed: bytes) -> bytes:
@@ -168,7 +169,7 @@ def hmac_with_the_public_key(sealed: bytes) -> bytes:
     }
     text = json.dumps(header).encode()
     protected = base64.urlsafe_b64encode(text).rstrip(b"=")
-    secret = KEYS["RS256"].signer.as_pem(private=False)
+    secret = RSAKey.import_key(dict(KEYS["RS256"].public)).as_pem(private=False)
     raw = hmac.new(secret, protected + b"." + body, hashlib.sha256).digest()
     return signed(text, base64.urlsafe_b64encode(raw).rstrip(b"=").decode(), body)
 
