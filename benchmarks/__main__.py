@@ -19,7 +19,7 @@ from benchmarks.report import as_json, lines, machine
 __all__ = ["NAMES", "main"]
 
 NAMES = (
-    *("throughput", "latency", "peer", "growth", "memory", "startup", "cost", "floor"),
+    *("throughput", "latency", "peer", "growth", "memory", "startup", "cost", "floor", "signing"),
     *("servers", "server_peers", "server_floor", "commits", "drivers", "agents", "observers", "logs"),
 )
 

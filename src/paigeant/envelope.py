@@ -14,7 +14,7 @@ from typing import Protocol
 from paigeant.codec import parse_strict
 from paigeant.errors import MessageInvalid, MessageTooLarge
 from paigeant.message import DEFAULT_LIMIT_BYTES, PaigeantMessage, decode, encode
-from paigeant.secret import OBO_TOKEN
+from paigeant.secret import OBO_TOKEN, masked_body
 
 __all__ = [
     "HEAD_BYTES",
@@ -139,6 +139,20 @@ def split(wire: bytes, limit_bytes: int) -> tuple[dict[str, str], bytes]:
             "bad_frame", f"its first line has other headers than {', '.join(sorted(_HEADERS))}"
         )
     return head, wire[end + 1 :]
+
+
+def without_token(wire: bytes) -> bytes:
+    """Bytes that came out of a topic, as they may be kept: a token is for nobody who reads them later."""
+    end = wire.find(b"\n", 0, HEAD_BYTES)
+    if wire.startswith(_BEGINNINGS):
+        try:
+            head, body = split(wire, len(wire))
+        except MessageInvalid:  # no telling where in it the token stands, or what it is called
+            return b"" if end < 0 else masked_body(wire[end + 1 :])
+        return framed(body, signature=head.get(SIGNATURE)) if OBO_TOKEN in head else wire
+    if end >= 0 and any(name.encode() in wire[:end] for name in _HEADERS):
+        return masked_body(wire[end + 1 :])  # its beginning is damaged, but such a line it is
+    return masked_body(wire)
 
 
 def _is_word(value: object) -> bool:

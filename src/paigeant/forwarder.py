@@ -102,8 +102,11 @@ class Forwarder:
         return not self.transport.keeps_rows(topic)
 
     def posting(self, letter: Letter) -> Posting | None:
-        """`letter` for a transaction of the store; None when that doesn't publish it. Raises MessageTooLarge."""
-        if not self._is_posted(letter):
+        """`letter` for a transaction of the store; None when that doesn't publish it. Raises MessageTooLarge.
+
+        What receivers wouldn't take from this process is left to the sweeps of others.
+        """
+        if not self._is_posted(letter) or not self._may_send(letter):
             return None
         message = letter.message
         try:
@@ -116,6 +119,12 @@ class Forwarder:
         """Raise MessageTooLarge unless `message` can travel, if need be with its payload left in the store."""
         encode(_without_payload(message), limit_bytes=self.envelope.limit_bytes)
 
+    def _may_send(self, letter: Letter) -> bool:
+        if self.envelope.may_send(letter.message, letter.topic):
+            return True
+        log.warning("not sent to %s, which the key of this process may not do; others will", letter.topic)
+        return False
+
     async def send(self, letter: Letter) -> bool:
         """Publish `letter`, unless the store has. False when that failed: the sweeper tries again."""
         return self._is_posted(letter) or await self.publish(letter)
@@ -124,7 +133,9 @@ class Forwarder:
         return self.store.publishes and not self.elsewhere(letter.topic)
 
     async def publish(self, letter: Letter) -> bool:
-        """Publish `letter`. False when that failed."""
+        """Publish `letter`. False when that failed, or isn't for this process to do."""
+        if not self._may_send(letter):
+            return False
         try:
             await self._publish(letter)
         except (TransportUnavailable, MessageTooLarge) as exc:

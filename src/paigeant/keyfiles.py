@@ -52,6 +52,7 @@ class FileKeys:
         self._ring = ring
         self._trust = trust
         self._jwks: Jwks | None = None
+        self._imported: dict[str, TrustedKey] = {}
 
     @classmethod
     def of(cls, ring: Path | KeyRing, trust: Path | None = None) -> FileKeys:
@@ -67,15 +68,20 @@ class FileKeys:
         if self._trust is None:
             return key, ALL_ROLES
         known = self._trust().keys.get(key.kid)
+        if known is not None and known.revoked_at is not None:
+            return key, Roles()  # what it signed would only be refused: others are to send
         # One that only a published set has gets the roles of that.
         return key, known.roles if known is not None else self._trust().jwks_roles
 
     async def find(self, kid: str) -> TrustedKey | None:
         if self._trust is None:
             own = self._ring().find(kid)
-            return None if own is None else TrustedKey(kid, own.public, revoked_at=own.revoked_at)
+            return None if own is None else self._kept(TrustedKey(kid, own.public, revoked_at=own.revoked_at))
         trust = self._trust()
         known = trust.keys.get(kid)
+        own = self._ring().find(kid)
+        if own is not None and own.revoked_at is not None:  # it is enough that one of the two files says so
+            return TrustedKey(kid, own.public, Roles(), revoked_at=own.revoked_at)
         if known is not None or trust.jwks_url is None:
             return known
         if self._jwks is None or self._jwks.url != trust.jwks_url:
@@ -83,7 +89,14 @@ class FileKeys:
         jwk = await self._jwks.find(kid)
         if jwk is None or _thumbprint(jwk) != kid:
             return None
-        return TrustedKey(kid, jwk, trust.jwks_roles)
+        return self._kept(TrustedKey(kid, jwk, trust.jwks_roles))
+
+    def _kept(self, key: TrustedKey) -> TrustedKey:
+        """The same value as before where nothing has changed: importing a key takes as long as verifying with it."""
+        known = self._imported.get(key.kid)
+        if known != key:
+            known = self._imported[key.kid] = key
+        return known
 
 
 class _Watched(Generic[Content]):

@@ -208,6 +208,11 @@ class Settings(BaseSettings):
         # YAML reads `off` and `on` as truth values.
         return {False: "off", True: "info"}[value] if isinstance(value, bool) else value
 
+    @field_validator("signing", mode="before")
+    @classmethod
+    def _off_in_yaml(cls, value: Any) -> Any:
+        return "off" if value is False else value  # what YAML makes of a bare `off`
+
     @field_validator("namespace")
     @classmethod
     def _fits_every_broker(cls, name: str) -> str:

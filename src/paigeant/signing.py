@@ -11,12 +11,12 @@ import binascii
 import hashlib
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 from paigeant.codec import parse_strict
 from paigeant.envelope import SIGNATURE, framed, inner, outer, split
-from paigeant.errors import MessageInvalid
+from paigeant.errors import ConfigurationError, KeysUnavailable, MessageInvalid
 from paigeant.keys import Algorithm, Key, Roles, TrustedKey
 from paigeant.message import DEFAULT_LIMIT_BYTES, SENT_FROM, PaigeantMessage, Seal, decode, encode
 from paigeant.secret import OBO_TOKEN
@@ -32,6 +32,7 @@ REASONS = (
     "bad_frame",
     "bad_header",
     "unknown_key",
+    "keys_unavailable",
     "revoked_key",
     "expired_key",
     "bad_signature",
@@ -117,7 +118,10 @@ class SignedEnvelope:
         return outer(message, headers)
 
     def may_send(self, message: PaigeantMessage, topic: str) -> bool:
-        _, roles = self.keys.signer()
+        try:
+            _, roles = self.keys.signer()
+        except ConfigurationError:  # it has no key any more
+            return False
         return _may_send(roles, message, topic, message.headers.get(SENT_FROM))
 
     @property
@@ -129,12 +133,18 @@ class SignedEnvelope:
 
     @property
     def serves_all(self) -> bool:
-        return self.keys.signer()[1].is_all
+        try:
+            return self.keys.signer()[1].is_all
+        except ConfigurationError:  # it has no key any more
+            return False
 
     async def _verified(self, signature: str, body: bytes) -> TrustedKey:
         """The key that has signed `body`, of which nothing has been read yet."""
         protected, algorithm, kid, raw = _read(signature)
-        key = await self.keys.find(kid)
+        try:
+            key = await self.keys.find(kid)
+        except KeysUnavailable as exc:  # closed: what can't be verified isn't believed, and is sent again
+            raise MessageInvalid("keys_unavailable", str(exc)) from exc
         if key is None:
             raise MessageInvalid("unknown_key", f"nobody vouches for the key '{kid}'")
         if key.revoked_at is not None:
@@ -220,8 +230,18 @@ def _protected(algorithm: Algorithm, kid: str) -> bytes:
 def _read(signature: str) -> tuple[bytes, str, str, bytes]:
     """The protected header as it is, its algorithm and key id, and the signature itself. Raises MessageInvalid."""
     protected, _, rest = signature.partition("..")
-    header_bytes, raw = _unbase64(protected), _unbase64(rest)
-    if not header_bytes or not raw:
+    raw = _unbase64(rest)
+    if not raw:
+        raise MessageInvalid("bad_header", "its signature is no detached JWS (header..signature)")
+    algorithm, kid = _header(protected)
+    return protected.encode(), algorithm, kid, raw
+
+
+@lru_cache(maxsize=256)
+def _header(protected: str) -> tuple[str, str]:
+    """The algorithm and the key that a header names: the same text for all that a key signs, so it is read once."""
+    header_bytes = _unbase64(protected)
+    if not header_bytes:
         raise MessageInvalid("bad_header", "its signature is no detached JWS (header..signature)")
     try:
         header = parse_strict(header_bytes, max_depth=2)
@@ -238,7 +258,7 @@ def _read(signature: str) -> tuple[bytes, str, str, bytes]:
     algorithm, kid = header["alg"], header["kid"]
     if not isinstance(algorithm, str) or not isinstance(kid, str) or not _is_kid(kid):
         raise MessageInvalid("bad_header", "the header of its signature names no algorithm, or no key")
-    return protected.encode(), algorithm, kid, raw
+    return algorithm, kid
 
 
 def _is_kid(kid: str) -> bool:

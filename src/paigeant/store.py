@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+from paigeant.envelope import HEAD_BYTES, without_token
 from paigeant.message import MessageId
 from paigeant.secret import masked_body
 from paigeant.slip import Phase, RunStatus, StepStatus
@@ -242,7 +243,7 @@ class DeadLetter:
             topic,
             reason.partition(": ")[0],
             detail,
-            masked_body(body[: 2 * BODY_KEPT_BYTES])[:BODY_KEPT_BYTES],
+            masked_body(without_token(body[: BODY_KEPT_BYTES + HEAD_BYTES]))[:BODY_KEPT_BYTES],
             attempts,
             workflow_id=None if known is None else known.workflow_id,
             step=None if known is None else known.step,

@@ -831,6 +831,7 @@ def test_config_check_passes_what_works() -> None:
         "handlers": True,
         "store": True,
         "transport": True,
+        "signing": True,
     }
     assert not Path("paigeant.db").exists()
     paigeant("db", "upgrade")
@@ -942,7 +943,7 @@ def test_keys_are_made_rotated_and_listed() -> None:
     second = paigeant("keys", "rotate").stdout.strip()
     listed = as_json("keys", "list")
     assert [(key["kid"], key["active"]) for key in listed] == [(second, True), (first, False)]
-    assert {name for key in listed for name in key["public"]} == {"kty", "crv", "x", "kid"}
+    assert {name for key in listed for name in key["public"]} == {"alg", "kty", "crv", "x", "kid"}
     assert first in paigeant("keys", "list").stdout
 
 
@@ -951,7 +952,7 @@ def test_a_key_ring_is_its_owners_alone() -> None:
     paigeant("keys", "generate", "--file", "ring.json")
     assert stat.S_IMODE(Path("ring.json").stat().st_mode) == 0o600
     Path("ring.json").chmod(0o640)
-    assert "others can read ring.json (mode 0640), expected 0600; do: chmod 600" in refused(
+    assert "others can read ring.json (mode 0640), expected 0600; do: chmod 0600" in refused(
         "keys", "list", "--file", "ring.json"
     )
 
@@ -971,6 +972,75 @@ def test_a_key_ring_that_is_none_is_refused(command: str) -> None:
     Path("paigeant-keys.json").write_text('{"version": 1}')
     Path("paigeant-keys.json").chmod(0o600)
     assert "a key ring is" in refused("keys", command)
+
+
+@pytest.mark.parametrize("algorithm", ["Ed25519", "ES256", "RS256"])
+def test_a_key_has_the_algorithm_that_was_asked_for(algorithm: str) -> None:
+    """Each kind is made, and its public part says nothing private."""
+    made = as_json("keys", "generate", "--algorithm", algorithm.lower())
+    assert made["algorithm"] == algorithm
+    assert not {"d", "p", "q"} & made["public"].keys()
+
+
+def test_an_unknown_algorithm_is_refused() -> None:
+    """No secret is shared between parties, so there is no HMAC."""
+    assert "there is no algorithm 'HS256' here" in refused("keys", "generate", "--algorithm", "HS256")
+    assert not Path("paigeant-keys.json").exists()
+
+
+def test_a_revoked_key_is_exported_no_more() -> None:
+    """It stays in the ring, as revoked, and the one before is active again; an unknown id is refused."""
+    first = paigeant("keys", "generate").stdout.strip()
+    second = paigeant("keys", "rotate").stdout.strip()
+    assert as_json("keys", "revoke", second) == {"kid": second, "revoked": True}
+    listed = {key["kid"]: (key["active"], key["revoked_at"] is None) for key in as_json("keys", "list")}
+    assert listed == {first: (True, True), second: (False, False)}
+    exported = json.loads(paigeant("keys", "export-jwks").stdout)
+    assert [key["kid"] for key in exported["keys"]] == [first]
+    assert "nobody" in refused("keys", "revoke", "nobody")
+
+
+def test_others_keys_are_trusted_for_what_is_said_and_revoked() -> None:
+    """What `export-jwks` prints is what `trust` reads; the trust file has no private part, and roles are needed."""
+    kid = paigeant("keys", "generate").stdout.strip()
+    Path("front.json").write_text(paigeant("keys", "export-jwks").stdout)
+    assert "say --dispatch WORKFLOW" in refused("keys", "trust", "front.json")
+    paigeant("keys", "trust", "front.json", "--dispatch", "order*", "--name", "front")
+    [entry] = json.loads(Path("paigeant-trust.json").read_text())["keys"]
+    assert (entry["name"], entry["dispatch"], entry["run"], entry["amend"]) == (
+        "front",
+        ["order*"],
+        [],
+        False,
+    )
+    assert "d" not in entry["jwk"]
+    paigeant("keys", "revoke", kid, "--trust", "paigeant-trust.json")
+    [entry] = json.loads(Path("paigeant-trust.json").read_text())["keys"]
+    assert entry["revoked_at"] > 0
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ("", "`signing` isn't set"),
+        ("signing: off\n", "would travel in plain text"),
+        ("signing: require\nallow_plaintext: true\n", "there is no key ring paigeant-keys.json"),
+    ],
+    ids=["nothing said", "no TLS", "no key"],
+)
+def test_config_check_refuses_plain_text_to_another_host(told: str, says: str) -> None:
+    """What has to be decided on before messages leave this host is told, with what to set."""
+    Path("paigeant.yaml").write_text(f"transport_url: redis://broker.invalid/0\n{told}")
+    assert says in checked(2)["signing"][1]
+
+
+def test_config_check_tells_how_messages_are_signed() -> None:
+    """Deployment, key and roles are named."""
+    kid = paigeant("keys", "generate").stdout.strip()
+    Path("paigeant.yaml").write_text("signing: require\ndeployment: shop\n")
+    ok, text = checked(0)["signing"]
+    assert ok
+    assert text == f"require: deployment 'shop', key {kid} (Ed25519), for all messages"
 
 
 def test_a_folder_that_is_not_there_takes_no_keys() -> None:

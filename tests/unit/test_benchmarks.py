@@ -30,6 +30,7 @@ FIGURES = {
     "memory": {"peak of a worker with 100 runs queued"},
     "startup": {"import paigeant", "paigeant --help"},
     "cost": {"loop: perform", "writer: SQL that writes", "reader: rows to results", "all: a step"},
+    "signing": {"plain: seal and open", "Ed25519: seal and open", "a signature adds to a hop"},
     "floor": {"insert and commit", "100 inserts a commit", "Paigeant over single commits"},
     "servers": {
         "rabbitmq, continued locally",

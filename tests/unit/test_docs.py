@@ -109,6 +109,20 @@ def rows(text: str) -> list[list[str]]:
     return found
 
 
+def test_each_threat_names_tests_that_exist() -> None:
+    """What the table of threats calls its proof is a test of this repository."""
+    named = {
+        test for row in rows(section("security.md", "Threats")) for test in re.findall(r"test_\w+", row[3])
+    }
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^(?:async )?def (test_\w+)", path.read_text(), flags=re.MULTILINE)
+    }
+    assert named
+    assert named <= there
+
+
 # -- places
 
 

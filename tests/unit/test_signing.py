@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from joserfc.jwk import RSAKey
 
-from paigeant.envelope import HEAD_BYTES, PlainEnvelope, split
+from paigeant.envelope import HEAD_BYTES, PlainEnvelope, split, without_token
 from paigeant.errors import MessageInvalid, MessageTooLarge
 from paigeant.keys import ALGORITHMS, ALL_ROLES, Algorithm, Key, Roles, TrustedKey
 from paigeant.message import SENT_FROM, PaigeantMessage
@@ -311,6 +311,23 @@ async def test_a_token_is_bound_to_its_message() -> None:
     kept = DeadLetter.about("m", "pay", "unsigned", "why", with_token, 1).body
     assert b"a.b.c" not in kept
     assert kept.endswith(with_token.partition(b"\n")[2]), "what was signed is kept as it is"
+
+
+async def test_no_token_is_kept_of_a_damaged_frame() -> None:
+    """Whichever bit of the first line is changed, unless within the token itself, the dead letter has no token."""
+    wire = envelope().seal(message(headers={"obo_token": "canary.of.atoken"}), "pay")
+    line = wire.index(b"\n")
+    for bit in range(line * 8):
+        changed = bytearray(wire)
+        changed[bit // 8] ^= 1 << bit % 8
+        if b"canary.of.atoken" in changed:
+            assert b"canary" not in DeadLetter.about("m", "pay", "bad_frame", "", bytes(changed), 1).body, bit
+
+
+def test_a_token_in_a_body_is_not_kept() -> None:
+    """A publisher that puts it there is refused, and what is kept has stars in its place."""
+    body = b'{"spec_version":"1.0","headers":{"obo_token" : "a.b.c","x":"y"}}'
+    assert without_token(body) == b'{"spec_version":"1.0","headers":{"obo_token" : "***","x":"y"}}'
 
 
 async def test_signing_may_be_introduced_step_by_step() -> None:

@@ -1,0 +1,625 @@
+"""Signed messages under real workers: what is forged never runs, and what is ours ends, whatever becomes of keys."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import resource
+import secrets
+import sqlite3
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from tests.integration.postgres_tables import database_with_tables
+from tests.security.authority import Authority
+from tests.services import free_port
+
+from paigeant import (
+    ActivityRegistry,
+    Paigeant,
+    PaigeantMessage,
+    RoutingSlip,
+    Settings,
+    Step,
+    WaitFor,
+    Workflow,
+    signing,
+)
+from paigeant.envelope import PlainEnvelope, framed
+from paigeant.errors import ConfigurationError, MessageInvalid
+from paigeant.keyfiles import FileKeys, write_private
+from paigeant.keys import Key, KeyRing, Roles
+from paigeant.observer import Event
+from paigeant.signing import SignedEnvelope
+from paigeant.slip import RunStatus
+from paigeant.transport import BODY_KEPT_BYTES
+from paigeant.transports import open_transport
+
+PATIENCE = 60.0
+RING, TRUST = Path("paigeant-keys.json"), Path("trust.json")
+STORE = "sqlite:///runs.db"
+FAST: dict[str, Any] = {"sweep_interval": 0.05, "grace": 0.5, "retry_base": 0.0, "deployment": "shop"}
+
+
+@pytest.fixture(params=["sqlite", "postgres", "redis", "rabbitmq"])
+def places(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """Where messages and runs are: one database for both, or a broker beside a file."""
+    match request.param:
+        case "sqlite":
+            yield {"transport_url": STORE, "store_url": STORE}
+        case "postgres":
+            with database_with_tables(request.getfixturevalue("postgres_server_url")) as url:
+                yield {"transport_url": url, "store_url": url}
+        case kind:
+            url = request.getfixturevalue(f"{kind}_url")
+            yield {"transport_url": url, "store_url": STORE, "namespace": f"signed-{secrets.token_hex(4)}"}
+
+
+@pytest.fixture
+def ring() -> KeyRing:
+    """A key ring of one key, in the file that settings name by default."""
+    made = KeyRing((Key.generate(now=1.0),))
+    write_private(RING, made.as_dict())
+    return made
+
+
+def required(**changes: Any) -> Settings:
+    """Settings under which nothing unsigned is taken; one SQLite file unless `changes` say otherwise."""
+    return Settings(**{**FAST, "transport_url": STORE, "store_url": STORE, "signing": "require", **changes})
+
+
+def sealing(key: Key, roles: Roles | None = None, **changes: Any) -> SignedEnvelope:
+    """An envelope that signs with `key`, wherever that is trusted."""
+
+    class Source(FileKeys):
+        def signer(self) -> tuple[Key, Roles]:
+            return key, roles or Roles(("*",), ("*",), True)
+
+    told = {"deployment": "shop", "requires": True, "lifetime": 3600.0, "clock": time.time, **changes}
+    return SignedEnvelope(Source(lambda: KeyRing((key,))), **told)
+
+
+def trusted(*entries: tuple[Key, dict[str, Any]]) -> None:
+    """Write the trust file: keys, with what they are for."""
+    keys = [{"jwk": key.public, **fields} for key, fields in entries]
+    write_private(TRUST, {"version": 1, "keys": keys}, mode=0o644)
+
+
+def message(message_id: str = "r/pay/do/0", **changes: Any) -> PaigeantMessage:
+    """A message for the only step of a run that nobody has dispatched."""
+    fields: dict[str, Any] = {
+        "message_id": message_id,
+        "workflow_id": "r",
+        "routing_slip": RoutingSlip((Step("pay", id="pay"),)),
+        "payload": {"sum": 5},
+        "workflow": "order",
+    }
+    return PaigeantMessage(**{**fields, **changes})
+
+
+class Raw:
+    """An envelope that sends bytes as they are: what a foreign publisher puts into a topic."""
+
+    limit_bytes = 1 << 30
+    serves_all = True
+    told = "raw"
+
+    def __init__(self) -> None:
+        self.wire = b""
+
+    def seal(self, message: PaigeantMessage, topic: str) -> bytes:
+        return self.wire
+
+    async def open(self, topic: str, wire: bytes) -> PaigeantMessage:
+        return await PlainEnvelope(self.limit_bytes).open(topic, wire)
+
+    def may_send(self, message: PaigeantMessage, topic: str) -> bool:
+        return True
+
+
+async def put(places: dict[str, str], wires: dict[str, bytes], topic: str = "pay") -> None:
+    """Publish bytes under ids, past every check."""
+    raw = Raw()
+    transport = open_transport(
+        places["transport_url"], envelope=raw, namespace=places.get("namespace", "paigeant")
+    )
+    await transport.connect()
+    try:
+        for message_id, raw.wire in wires.items():
+            await transport.publish(topic, message(message_id))
+    finally:
+        await transport.close()
+
+
+class Seen:
+    """An observer that lets a test wait for what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._changed = asyncio.Event()
+
+    def observe(self, event: Event) -> None:
+        self.events.append(event)
+        self._changed.set()
+
+    def count(self, name: str) -> int:
+        """How often `name` was told."""
+        return sum(event.name == name for event in self.events)
+
+    async def wait_for(self, name: str, count: int) -> None:
+        """Wait until `name` was told so often."""
+        async with asyncio.timeout(PATIENCE):
+            while self.count(name) < count:
+                self._changed.clear()
+                await self._changed.wait()
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    settings: Settings, activity: ActivityRegistry, seen: Seen | None = None, **options: Any
+) -> AsyncIterator[Paigeant]:
+    """An open application with a worker."""
+    async with Paigeant(settings, activities=activity, observers=[seen] if seen else []) as app:
+        worker = app.worker(**options)
+        task = asyncio.create_task(worker.run())
+        try:
+            yield app
+        finally:
+            await worker.stop(grace=PATIENCE)
+            await task
+
+
+def paying(calls: list[Any]) -> ActivityRegistry:
+    """An activity `pay` that notes its calls."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def pay(sum: int = 0) -> str:
+        calls.append(sum)
+        return "paid"
+
+    return activity
+
+
+def forged(own: Key) -> dict[str, tuple[bytes, str]]:
+    """Messages that nobody may believe, by their ids, with the reason for which each is refused."""
+    good = sealing(own).seal(message(), "pay")
+    line, body = good.split(b"\n", 1)
+    signature = json.loads(line)["jws_signature"].rpartition("..")[2]
+    foreign = Key.generate(now=1.0)
+    now = time.time()
+    cases = {
+        "unsigned": (body, "unsigned"),
+        "sum": (good.replace(b'"sum":5', b'"sum":6'), "bad_signature"),
+        "other key": (sealing(foreign).seal(message(), "pay"), "unknown_key"),
+        "topic": (sealing(own).seal(message(), "refund"), "wrong_topic"),
+        "deployment": (sealing(own, deployment="test").seal(message(), "pay"), "wrong_deployment"),
+        "old": (sealing(own, clock=lambda: now - 9000, lifetime=60.0).seal(message(), "pay"), "expired"),
+        "early": (sealing(own, clock=lambda: now + 9000).seal(message(), "pay"), "not_yet_valid"),
+        "cut": (good[: len(line) - 9], "bad_frame"),
+        "not canonical": (good.replace(signature.encode(), signature.encode() + b"="), "bad_header"),
+        "huge": (b"\x00" * (50 * 1024 * 1024), "too_large"),
+    }
+    flips = range(0, len(body) * 8, max(1, len(body) * 8 // 12))
+    for bit in flips:
+        changed = bytearray(body)
+        changed[bit // 8] ^= 1 << bit % 8
+        cases[f"flip {bit}"] = (line + b"\n" + bytes(changed), "bad_signature")
+    return cases
+
+
+async def test_what_is_forged_is_kept_with_its_reason_and_never_runs(
+    places: dict[str, str], ring: KeyRing
+) -> None:
+    """On each transport: 0 executions, a bounded dead letter each, and the good message behind them is done."""
+    calls: list[Any] = []
+    seen = Seen()
+    cases = forged(ring.active)
+    if "postgres" in places["transport_url"] or "amqp" in places["transport_url"]:
+        cases["huge"] = (
+            cases["huge"][0][: 8 * 1024 * 1024],
+            "too_large",
+        )  # 50 MB takes these seconds to store
+    settings = required(**places)
+    async with Paigeant(settings, activities=paying(calls)):
+        pass  # makes the tables
+    await put(places, {f"{name}/pay/do/0": wire for name, (wire, _) in cases.items()})
+    async with serving(settings, paying(calls), seen) as app:
+        run = await app.dispatch(Workflow("order", ["pay"]), {"sum": 1})
+        assert (await run.wait(PATIENCE)).status is RunStatus.COMPLETED
+        await seen.wait_for("delivery.rejected", len(cases))
+        letters = await app.store.list_dead_letters(limit=1000)
+    assert calls == [1]
+    found = {unquote(letter.id.partition("/")[0]): letter.reason for letter in letters}
+    assert found == {name: reason for name, (_, reason) in cases.items()}
+    assert max(len(letter.body) for letter in letters) <= BODY_KEPT_BYTES
+    told = Counter(event.more["reason"] for event in seen.events if event.name == "delivery.rejected")
+    assert told == Counter(reason for _, reason in cases.values())
+
+
+@pytest.mark.slow
+async def test_large_bodies_do_not_pile_up_in_memory(ring: KeyRing, redis_url: str) -> None:
+    """A worker that refuses four bodies of 50 MB has at no time held them all."""
+    places = {"transport_url": redis_url, "store_url": STORE, "namespace": f"large-{secrets.token_hex(4)}"}
+    calls: list[Any] = []
+    seen = Seen()
+    large = b"[" * (50 * 1024 * 1024)
+    await put(places, {f"{number}/pay/do/0": large for number in range(4)})
+    del large
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    async with serving(required(**places, concurrency=1), paying(calls), seen):
+        await seen.wait_for("delivery.rejected", 4)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < 120, f"{grown:.0f} MiB"
+    assert calls == []
+
+
+async def test_a_replay_after_the_end_is_a_duplicate(places: dict[str, str], ring: KeyRing) -> None:
+    """The very bytes that started a run change nothing once it has ended: one duplicate is counted, nothing else."""
+    calls: list[Any] = []
+    seen = Seen()
+    workflow = Workflow("order", ["pay"])
+    async with serving(required(**places), paying(calls), seen) as app:
+        run = await app.dispatch(workflow, {"sum": 1}, workflow_id="r")
+        await run.wait(PATIENCE)
+        before = await run.detail()
+        wire = app.forwarder.envelope.seal(message(payload={"sum": 1}), "pay")
+        duplicates = seen.count("delivery.duplicate")
+        await put(places, {"r/pay/do/0": wire})
+        await seen.wait_for("delivery.duplicate", duplicates + 1)
+        assert await run.detail() == before
+        assert await app.store.list_dead_letters() == []
+    assert calls == [1]
+
+
+async def test_every_kind_of_run_ends_when_signatures_are_required(ring: KeyRing) -> None:
+    """Steps that cross topics, wait for signals, fail and are undone by two workers: all of it is signed and taken."""
+    undone: list[str] = []
+    ours, theirs = ActivityRegistry(), ActivityRegistry()
+
+    @ours.execute(topic="ours")
+    async def reserve(sku: str) -> str:
+        return sku
+
+    @ours.compensate("reserve")
+    async def release(output: str) -> None:
+        undone.append(output)
+
+    @theirs.execute(topic="theirs", retries=0)
+    async def charge(reserve: str, fails: bool) -> str:
+        if fails:
+            raise ValueError("declined")
+        return f"charged {reserve}"
+
+    @ours.execute(topic="ours")
+    async def ship(charge: str) -> str:
+        return f"{charge}, shipped"
+
+    steps: list[str | Step] = ["reserve", WaitFor("paid"), "charge", "ship"]
+    known = ActivityRegistry.merged([ours, theirs])
+    async with (
+        serving(required(), known, topics=["ours", "paigeant.waits"]) as app,
+        serving(required(), known, topics=["theirs"]),
+    ):
+        runs = [
+            await app.dispatch(Workflow("w", steps), {"sku": f"s{n}", "fails": n % 2 == 1}) for n in range(6)
+        ]
+        for run in runs:
+            await run.signal("paid", True)
+        results = [await run.wait(PATIENCE) for run in runs]
+        assert await app.store.list_dead_letters() == []
+    assert [result.status for result in results] == [RunStatus.COMPLETED, RunStatus.COMPENSATED] * 3
+    assert sorted(undone) == ["s1", "s3", "s5"]
+
+
+async def test_steps_that_go_on_locally_sign_nothing(ring: KeyRing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of three steps that one worker does in a row has one message, the first."""
+    sealed: list[str] = []
+    seal = SignedEnvelope.seal
+
+    def counted(self: SignedEnvelope, message: PaigeantMessage, topic: str) -> bytes:
+        sealed.append(topic)
+        return seal(self, message, topic)
+
+    monkeypatch.setattr(SignedEnvelope, "seal", counted)
+    calls: list[Any] = []
+    async with serving(required(grace=30.0), paying(calls)) as app:
+        run = await app.dispatch(Workflow("order", ["pay"] * 3), {"sum": 1})
+        assert (await run.wait(PATIENCE)).status is RunStatus.COMPLETED
+    assert len(calls) == 3
+    assert sealed == ["pay"]
+
+
+async def test_what_expires_in_a_table_is_sent_anew(ring: KeyRing) -> None:
+    """A message that lay too long in the store's own table becomes a dead letter, and its run ends all the same."""
+    calls: list[Any] = []
+    seen = Seen()
+    async with Paigeant(required(), activities=paying(calls)) as app:
+        run = await app.dispatch(Workflow("order", ["pay"]), {"sum": 1}, workflow_id="r")
+    old = sealing(ring.active, clock=lambda: time.time() - 9000, lifetime=60.0)
+    with closing(sqlite3.connect("runs.db")) as database, database:
+        wire = old.seal(message(payload={"sum": 1}), "pay")
+        assert database.execute("UPDATE messages SET body = ?", (wire,)).rowcount == 1
+    async with serving(required(), paying(calls), seen) as app:
+        assert (await app.run(run.id).wait(PATIENCE)).status is RunStatus.COMPLETED
+        assert [letter.reason for letter in await app.store.list_dead_letters()] == ["expired"]
+    assert calls == [1]
+
+
+@pytest.mark.slow
+async def test_a_key_is_rotated_then_revoked_under_a_thousand_messages(ring: KeyRing) -> None:
+    """Two workers lose no run: what the old key signed counts until it is revoked, then it is sent again anew."""
+    old = ring.active.kid
+    calls: list[int] = []
+    known = asyncio.Event()
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def pay(sum: int) -> str:
+        if len(calls) >= 200:
+            await known.wait()
+        calls.append(sum)
+        return "paid"
+
+    seen = Seen()
+    few = required(concurrency=4)
+    async with Paigeant(required(), activities=activity) as app:
+        runs = [await app.dispatch(Workflow("order", ["pay"]), {"sum": n}) for n in range(1000)]
+        rotated = ring.rotate(Key.generate(now=time.time()))
+        write_private(RING, rotated.as_dict())
+        async with serving(few, activity, seen) as one, serving(few, activity, seen) as other:
+            await seen.wait_for("run.completed", 200)
+            write_private(RING, rotated.revoke(old, now=time.time()).as_dict())
+            for worker in (one, other):
+                await until_revoked(worker, old)
+            known.set()
+            async with asyncio.timeout(PATIENCE):
+                ends = [await run.wait() for run in runs]
+        letters = await app.store.list_dead_letters(limit=2000)
+    assert {end.status for end in ends} == {RunStatus.COMPLETED}
+    assert sorted(calls) == list(range(1000))
+    assert {letter.reason for letter in letters} == {"revoked_key"}
+
+
+async def test_a_revoked_key_counts_for_nothing_at_once(ring: KeyRing) -> None:
+    """What it signed before waits in the topic; none of it runs."""
+    calls: list[Any] = []
+    seen = Seen()
+    wires = {f"{n}/pay/do/0": sealing(ring.active).seal(message(), "pay") for n in range(20)}
+    new = ring.rotate(Key.generate(now=time.time())).revoke(ring.active.kid, now=time.time())
+    write_private(RING, new.as_dict())
+    async with Paigeant(required()):
+        pass
+    await put({"transport_url": STORE}, wires)
+    async with serving(required(), paying(calls), seen) as app:
+        await seen.wait_for("delivery.rejected", 20)
+        assert {letter.reason for letter in await app.store.list_dead_letters()} == {"revoked_key"}
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [{"dispatch": ["parcel"]}, {"run": ["refund", "pay.*"]}, {}],
+    ids=["another workflow", "other topics", "nothing"],
+)
+async def test_a_valid_key_of_the_wrong_role_starts_nothing(ring: KeyRing, roles: dict[str, Any]) -> None:
+    """Its messages are refused with a reason of their own, and its process is told before a run is recorded."""
+    theirs = Key.generate(now=2.0)
+    trusted((ring.active, {"run": ["pay"], "dispatch": ["order"]}), (theirs, roles))
+    calls: list[Any] = []
+    seen = Seen()
+    settings = required(trust_file=str(TRUST))
+    async with Paigeant(settings):
+        pass
+    await put({"transport_url": STORE}, {"r/pay/do/0": sealing(theirs).seal(message(), "pay")})
+    async with serving(settings, paying(calls), seen) as app:
+        await seen.wait_for("delivery.rejected", 1)
+        assert [letter.reason for letter in await app.store.list_dead_letters()] == ["wrong_role"]
+    write_private(Path("theirs.json"), KeyRing((theirs,)).as_dict())
+    async with Paigeant(settings.model_copy(update={"keys_file": "theirs.json"})) as app:
+        with pytest.raises(ConfigurationError, match="may not start runs of workflow 'order'"):
+            await app.dispatch(Workflow("order", ["pay"]), {"sum": 1}, workflow_id="r")
+        assert await app.store.list_runs() == []
+    assert calls == []
+
+
+async def test_workers_with_few_roles_do_a_run_together(ring: KeyRing) -> None:
+    """A front that may only dispatch and two workers of one topic each: the run ends, and nothing is refused.
+
+    Neither sweeps for the other: what it would sign for the other's topic nobody would take.
+    """
+    front, first, second = ring.active, Key.generate(now=2.0), Key.generate(now=3.0)
+    trusted((front, {"dispatch": ["order"]}), (first, {"run": ["first"]}), (second, {"run": ["second"]}))
+    for name, key in (("first", first), ("second", second)):
+        write_private(Path(f"{name}.json"), KeyRing((key,)).as_dict())
+    one, two = ActivityRegistry(), ActivityRegistry()
+
+    @one.execute(topic="first")
+    async def take(n: int) -> int:
+        return n + 1
+
+    @two.execute(topic="second")
+    async def give(take: int) -> int:
+        return take * 2
+
+    told = required(trust_file=str(TRUST))
+    async with (
+        Paigeant(told, activities=[one, two]) as app,
+        serving(required(trust_file=str(TRUST), keys_file="first.json"), one) as theirs,
+    ):
+        # Without the topic of the second step at hand, the first worker would send it to one named like the activity.
+        theirs.activities.adopt(two)
+        runs = [await app.dispatch(Workflow("order", ["take", "give"]), {"n": n}) for n in range(10)]
+        async with serving(required(trust_file=str(TRUST), keys_file="second.json"), two):
+            ends = [await run.wait(PATIENCE) for run in runs]
+        assert [end.output for end in ends] == [2 * (n + 1) for n in range(10)]
+        assert await app.store.list_dead_letters() == []
+
+
+@pytest.mark.parametrize("roles", [{"dispatch": ["order"]}, {"dispatch": ["parcel"]}], ids=["may", "may not"])
+async def test_only_who_may_start_a_run_has_it_adopted(ring: KeyRing, roles: dict[str, Any]) -> None:
+    """A run that the store has never seen is taken over from a key that may dispatch its workflow, from no other."""
+    theirs = Key.generate(now=2.0)
+    trusted((ring.active, {"run": ["pay"]}), (theirs, roles))
+    calls: list[Any] = []
+    seen = Seen()
+    settings = required(trust_file=str(TRUST), adopt=True)
+    async with Paigeant(settings):
+        pass
+    await put({"transport_url": STORE}, {"r/pay/do/0": sealing(theirs).seal(message(), "pay")})
+    async with serving(settings, paying(calls), seen):
+        may = roles["dispatch"] == ["order"]
+        await seen.wait_for("run.completed" if may else "delivery.rejected", 1)
+    assert calls == ([5] if may else [])
+
+
+async def test_without_a_key_a_worker_still_records_what_it_does(ring: KeyRing) -> None:
+    """All keys of the ring are revoked while a step runs: its result stands, and it is not done again."""
+    calls: list[Any] = []
+    gate, begun = asyncio.Event(), asyncio.Event()
+    activity = ActivityRegistry()
+
+    @activity.execute(topic="a", retries=0)
+    async def one() -> int:
+        calls.append(1)
+        begun.set()
+        await gate.wait()
+        return 1
+
+    @activity.execute(topic="b")
+    async def two() -> int:
+        return 2
+
+    seen = Seen()
+    async with serving(required(), activity, seen, topics=["a"]) as app:
+        await app.dispatch(Workflow("order", ["one", "two"]), workflow_id="r")
+        await begun.wait()
+        write_private(RING, ring.revoke(ring.active.kid, now=1.0).as_dict())
+        await until(lambda: not app.forwarder.envelope.serves_all)  # the file is looked at once a second
+        gate.set()
+        await seen.wait_for("step.completed", 1)
+    assert calls == [1]
+    write_private(RING, replace(ring).as_dict())
+    async with serving(required(), activity) as app:
+        assert (await app.run("r").wait(PATIENCE)).output == 2
+    assert calls == [1]
+
+
+async def test_unknown_keys_are_asked_for_once_a_minute(ring: KeyRing, authority: Authority) -> None:
+    """10,000 messages, each of a key of its own, cost the server of the key set one request; all are refused."""
+    value = {"version": 1, "keys": [], "jwks": {"url": authority.jwks_url, "run": ["*"]}}
+    write_private(TRUST, value, mode=0o644)
+    envelope = sealing(ring.active)
+    reader = replaced(envelope, FileKeys.of(RING, TRUST))
+    wire = envelope.seal(message(), "pay")
+    kid = ring.active.kid
+    reasons: Counter[str] = Counter()
+    for number in range(10_000):
+        reasons[await refusal(reader, renamed(wire, kid, f"{number:0>{len(kid)}}"))] += 1
+    assert reasons == {"unknown_key": 10_000}
+    assert len(authority.asked("/jwks")) == 1
+
+
+async def test_keys_that_cannot_be_fetched_close_the_door(ring: KeyRing) -> None:
+    """Keys of the trust file go on; of those that only the set has, none is believed, and no subscription ends."""
+    url = f"http://127.0.0.1:{free_port()}/jwks"
+    known = {"jwk": ring.active.public, "run": ["*"], "dispatch": ["*"]}
+    write_private(TRUST, {"version": 1, "keys": [known], "jwks": {"url": url, "run": ["*"]}}, mode=0o644)
+    calls: list[Any] = []
+    seen = Seen()
+    settings = required(trust_file=str(TRUST))
+    async with Paigeant(settings):
+        pass
+    foreign = sealing(Key.generate(now=2.0)).seal(message(), "pay")
+    await put({"transport_url": STORE}, {"x/pay/do/0": foreign})
+    async with serving(settings, paying(calls), seen) as app:
+        await seen.wait_for("delivery.rejected", 1)
+        assert [letter.reason for letter in await app.store.list_dead_letters()] == ["keys_unavailable"]
+        run = await app.dispatch(Workflow("order", ["pay"]), {"sum": 1})
+        assert (await run.wait(PATIENCE)).status is RunStatus.COMPLETED
+    assert calls == [1]
+
+
+@pytest.fixture
+def canary() -> Iterator[Path]:
+    """A file that a module makes when it is imported."""
+    Path("canary_module.py").write_text("open('canary', 'w').close()\n")
+    made = Path("canary")
+    yield made
+    assert not made.exists()
+
+
+async def test_a_message_that_names_classes_imports_nothing(ring: KeyRing, canary: Path) -> None:
+    """Rightly signed or not: names of modules and classes are unknown fields or plain values, and nothing is loaded."""
+    good = json.loads(sealing(ring.active).seal(message(), "pay").split(b"\n", 1)[1])
+    evil = {"py/object": "canary_module.Canary", "module": "canary_module", "type": "subprocess.Popen"}
+    envelope = sealing(ring.active)
+    key = ring.active
+    bodies = {
+        "top": {**good, **evil},
+        "slip": {**good, "routing_slip": {**good["routing_slip"], "class": "canary_module.Canary"}},
+        "activity": {**good, "routing_slip": {"itinerary": [{"activity": "canary_module:run", "id": "pay"}]}},
+    }
+    for name, body in bodies.items():
+        wire = framed(text := json.dumps(body).encode(), signature=signing._sign(key, text))
+        if name == "activity":
+            assert (
+                await envelope.open("pay", wire)
+            ).due is not None  # a name like any other, that nobody serves
+        else:
+            assert await refusal(envelope, wire) == "wrong_shape"
+    assert "canary_module" not in sys.modules
+
+
+def replaced(envelope: SignedEnvelope, keys: FileKeys) -> SignedEnvelope:
+    """One like `envelope` with other keys."""
+    return SignedEnvelope(
+        keys, deployment=envelope.deployment, requires=True, lifetime=envelope.lifetime, clock=time.time
+    )
+
+
+def renamed(wire: bytes, kid: str, other: str) -> bytes:
+    """The message as if it was signed with another key."""
+    line, body = wire.split(b"\n", 1)
+    protected, _, signature = json.loads(line)["jws_signature"].partition("..")
+    header = base64.urlsafe_b64decode(protected + "=" * (-len(protected) % 4)).decode().replace(kid, other)
+    text = base64.urlsafe_b64encode(header.encode()).rstrip(b"=").decode()
+    return (
+        json.dumps({"jws_signature": f"{text}..{signature}"}, separators=(",", ":")).encode() + b"\n" + body
+    )
+
+
+async def refusal(envelope: SignedEnvelope, wire: bytes) -> str:
+    """Why it is refused."""
+    with pytest.raises(MessageInvalid) as found:
+        await envelope.open("pay", wire)
+    return found.value.reason
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Ask until `holds` does: nobody tells of a change in a file."""
+    async with asyncio.timeout(PATIENCE):
+        for _ in iter(holds, True):
+            await asyncio.sleep(0.05)
+
+
+async def until_revoked(app: Paigeant, kid: str) -> None:
+    """Ask until the application knows that the key is revoked: it looks at the file once a second."""
+    envelope = app.forwarder.envelope
+    assert isinstance(envelope, SignedEnvelope)
+    async with asyncio.timeout(PATIENCE):
+        for _ in range(10_000):
+            key = await envelope.keys.find(kid)
+            if key is not None and key.revoked_at is not None:
+                return
+            await asyncio.sleep(0.05)
