@@ -84,20 +84,25 @@ class Reporter:
 
     def tell_recorded(self, claim: Claim, result: StepResult, move: Move, at: float) -> None:
         """The end of an attempt is durable since the instant `at`, and perhaps the end of its run."""
-        if not self.observers:
-            return
-        seconds = time.monotonic() - claim.claimed_at
-        more = _phase(claim)
-        match move:
-            case Retry(delay=delay):
-                more["delay"] = delay
-            case Park(waits_for=waits_for, until=until):
-                more |= {"waits_for": list(waits_for), "until": until}
-        if result.usage is not None:
-            more["usage"] = from_json(result.usage)
-        self.tell(_STEP_EVENTS[result.status], claim, seconds=seconds, error=result.error, at=at, more=more)
-        if result.run is not None and result.run in _RUN_EVENTS:
+        name = _STEP_EVENTS[result.status]
+        if self.observers.want(name):
+            seconds, more = time.monotonic() - claim.claimed_at, _recorded(claim, result, move)
+            self.tell(name, claim, seconds=seconds, error=result.error, at=at, more=more)
+        if result.run in _RUN_EVENTS:
             self.tell(_RUN_EVENTS[result.run], claim, error=result.run_error, at=at)
+
+
+def _recorded(claim: Claim, result: StepResult, move: Move) -> dict[str, Any]:
+    """What else there is to tell of the end of an attempt."""
+    more = _phase(claim)
+    match move:
+        case Retry(delay=delay):
+            more["delay"] = delay
+        case Park(waits_for=waits_for, until=until):
+            more |= {"waits_for": list(waits_for), "until": until}
+    if result.usage is not None:
+        more["usage"] = from_json(result.usage)
+    return more
 
 
 def _phase(claim: Claim) -> dict[str, Any]:
