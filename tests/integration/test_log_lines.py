@@ -93,9 +93,11 @@ def told(*args: str) -> list[dict[str, Any]]:
 
 
 def story(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """What each line says of which step, and of its undo."""
+    """What each line says of which step, and of its undo. Which steps took a message depends on who did them."""
     return [
-        (line["event"], line.get("step"), *([line["phase"]] if "phase" in line else [])) for line in lines
+        (line["event"], line.get("step"), *([line["phase"]] if "phase" in line else []))
+        for line in lines
+        if not line["event"].startswith("delivery.")
     ]
 
 
