@@ -17,7 +17,13 @@ from paigeant.activity import MISSING
 from paigeant.arguments import Namespace, resolve
 from paigeant.claim import Claim, Limits
 from paigeant.context import StepContext, deadline_of
-from paigeant.errors import ActivityRejected, InvalidDefinition, NonRetryableError, PaigeantError
+from paigeant.errors import (
+    ActivityRejected,
+    InvalidDefinition,
+    NonRetryableError,
+    PaigeantError,
+    StoreUnavailable,
+)
 from paigeant.observer import CURRENT
 from paigeant.patience import PatientValues
 from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
@@ -131,11 +137,13 @@ class Performer:
             return attempt
         if self._is_stopping() and _is_cancelled():
             raise asyncio.CancelledError from error  # a library may put it in words of its own
-        permanent = isinstance(error, (NonRetryableError, InvalidDefinition))
+        final = await _given_up(context, error)
+        permanent = bool(final) or isinstance(error, (NonRetryableError, InvalidDefinition))
         if not isinstance(error, ActivityRejected):
             ids = claim.ids(self.worker_id)  # they are no longer those of the current step
             step_log.info("attempt failed", exc_info=error, extra=ids)
-        attempt.outcome = Failed(_text(error), claim.grant.attempt, retry, permanent, self._chance())
+        text = f"{_text(error)}; {final}" if final else _text(error)
+        attempt.outcome = Failed(text, claim.grant.attempt, retry, permanent, self._chance())
         return attempt
 
     def _namespace(self, claim: Claim) -> Namespace:
@@ -217,6 +225,14 @@ def _replays() -> AbstractContextManager[None]:
     from paigeant.agents.durability import replay_scope
 
     return replay_scope()
+
+
+async def _given_up(context: StepContext, error: BaseException) -> str:
+    """Have what the attempt gave up on done anew; gives why no further attempt is to be made by itself, if so."""
+    try:
+        return await context._place.journal.failed(error)
+    except StoreUnavailable:
+        return ""  # the next attempt gives up in the same way, and says so again
 
 
 def _is_cancelled() -> bool:

@@ -10,8 +10,9 @@ tool call and, where all that is the same, by how often it has occurred. Neither
 nor nesting can give one call what another was answered. These names are stored: a test pins them.
 
 **What is data.** What a tool tells the run by raising (ModelRetry, approval, deferral, failure) is recorded like a
-result. Any other error is not: the attempt fails, and the next one tries that unit again. When an agent gives up
-because of what its model said, the next attempt asks for the last answer again.
+result. Any other error is not: the attempt fails, and the next one tries that unit again. When an attempt ends because
+an agent gave up on what its model said, the next one asks for the last answer again, unless a tool call of that answer
+was done.
 
 **At least once.** A crash after an effect and before its record repeats the unit. `effect_key()` is the same then, for
 whoever has the effect; a tool marked `at_most_once` isn't repeated before a person has said so.
@@ -36,7 +37,11 @@ from pydantic_ai import DeferredToolRequests, DeferredToolResults, ModelMessage,
 from pydantic_ai._run_context import get_current_run_context
 from pydantic_ai.agent import AbstractAgent, EventStreamHandler, WrapperAgent
 from pydantic_ai.capabilities import AbstractCapability
-from pydantic_ai.capabilities.abstract import WrapRunHandler
+from pydantic_ai.capabilities.abstract import (
+    WrapOutputProcessHandler,
+    WrapRunHandler,
+    WrapToolExecuteHandler,
+)
 from pydantic_ai.durable_exec import (
     BaseDurabilityCapability,
     DurabilityEngineSpec,
@@ -59,15 +64,25 @@ from pydantic_ai.exceptions import (
     UserError,
 )
 from pydantic_ai.external_events import external_event_scope
-from pydantic_ai.messages import AgentStreamEvent, ModelResponse
+from pydantic_ai.messages import AgentStreamEvent, ModelResponse, ToolCallPart
 from pydantic_ai.models import Model
+from pydantic_ai.output import OutputContext
 from pydantic_ai.run import AgentRunResult
 from pydantic_ai.tool_manager import ToolManager
 from pydantic_ai.tools import AgentDepsT
 from pydantic_ai.toolsets import FunctionToolset, ToolsetTool
 
 from paigeant import journal
-from paigeant.agents.operations import EVENT_OF, PROGRESS, Codec, Operations, Progress, not_json, run_in_name
+from paigeant.agents.operations import (
+    EVENT_OF,
+    PROGRESS,
+    Codec,
+    Operations,
+    Progress,
+    not_json,
+    part_of,
+    run_in_name,
+)
 from paigeant.agents.options import METADATA, ToolOptions
 from paigeant.agents.people import Outside, asks_itself, decisions
 from paigeant.clock import SystemClock, as_datetime
@@ -165,7 +180,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return current_place() is not None
 
     def get_durable_operation_backend(self) -> Operations:
-        return Operations(self.name, self.default_model_id, self._config())
+        return Operations(self.name, self.default_model_id, self._config(), self._toolset_names)
 
     def get_default_run_id(self) -> str | None:
         place = current_place()
@@ -202,10 +217,42 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)):
                 return await super().wrap_run(ctx, handler=handler)
         except UnexpectedModelBehavior as exc:
-            await progress.failed(exc)
+            progress.failed(exc)
             raise
         finally:
             PROGRESS.reset(token)
+
+    async def wrap_tool_execute(
+        self,
+        ctx: RunContext[AgentDepsT],
+        *,
+        call: ToolCallPart,
+        tool_def: ToolDefinition,
+        args: dict[str, Any],
+        handler: WrapToolExecuteHandler,
+    ) -> Any:
+        place = current_place()
+        if place is None:
+            return await handler(args)
+        # Calls that aren't recorded have this place for their effects and units, so that none is taken for another's.
+        with part_of(place, f"{self.name}__inline:{call.tool_name}", ctx, call.tool_call_id).entered():
+            return await handler(args)
+
+    async def wrap_output_process(
+        self,
+        ctx: RunContext[AgentDepsT],
+        *,
+        output_context: OutputContext,
+        output: Any,
+        handler: WrapOutputProcessHandler,
+    ) -> Any:
+        place = current_place()
+        if place is None or not output_context.has_function:
+            return await handler(output)
+        # It may see a stream's outputs before their end as well: all are of one output, whose number is 1.
+        call = None if output_context.tool_call is None else output_context.tool_call.tool_call_id
+        with part_of(place, f"{self.name}__output", ctx, call, number=1).entered():
+            return await handler(output)
 
     async def handle_deferred_tool_calls(
         self, ctx: RunContext[AgentDepsT], *, requests: DeferredToolRequests
@@ -243,6 +290,13 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return RoleBasedOperationConfig(
             model=model, event=_PLAIN, capability=_PLAIN, tool=_PLAIN, resolve_tool=of_tool
         )
+
+    def _toolset_names(self) -> list[str]:
+        return [
+            f"{kind}__{name}"
+            for name in self._toolsets_by_id
+            for kind in ("function_toolset", "mcp_server", "dynamic_toolset")
+        ]
 
     def _delay_of_model(self, number: int, error: Exception) -> float | None:
         policy = self._model_policy

@@ -20,7 +20,7 @@ from pydantic_ai.external_events import ExternalEventError, ExternalEventWaiter
 from pydantic_ai.messages import ToolCallPart
 from pydantic_core import from_json, to_json
 
-from paigeant.agents.operations import run_in_name
+from paigeant.agents.operations import line, run_in_name
 from paigeant.errors import OutsideStep, RequestDenied, WaitTimeout
 from paigeant.journal import Place, Unit, current_place
 
@@ -50,7 +50,7 @@ async def decisions(
     timeout: float | None,
 ) -> DeferredToolResults:
     """What people have decided about the calls that wait for them: all asked at once, each by a request of its own."""
-    about = f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}"
+    about = f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}{line()}"
     calls = [*requests.approvals, *requests.calls]
     found = await asyncio.gather(*(_decision(place, agent, about, requests, call, timeout) for call in calls))
     results = DeferredToolResults()
@@ -103,7 +103,7 @@ class Outside(ExternalEventWaiter):
         if place is None:
             raise OutsideStep(f"the wait for '{name}' is outside of a step, where nothing could be recorded")
         ctx = get_current_run_context()
-        about = "" if ctx is None else f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}"
+        about = "" if ctx is None else f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}{line()}"
         unit = place.name(f"{self.agent}__external_event:{name}({about})")
         asked = to_json({"agent": self.agent, "event": name})
         request = await place.requested(unit, "external", name, asked)
