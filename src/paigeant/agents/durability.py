@@ -28,8 +28,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
 
@@ -51,6 +51,7 @@ from pydantic_ai.durable_exec import (
     conversation_id_from_run_id,
     replay_scope,
 )
+from pydantic_ai.durable_exec._operation_backend import _IN_DURABLE_UNIT
 from pydantic_ai.exceptions import (
     ModelConnectionError,
     ModelHTTPError,
@@ -214,7 +215,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         progress = Progress()
         token = PROGRESS.set(progress)
         try:
-            with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)):
+            with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)), _no_unit():
                 return await super().wrap_run(ctx, handler=handler)
         except UnexpectedModelBehavior as exc:
             progress.failed(exc)
@@ -354,6 +355,17 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             await super()._dispatch_event_stream_event(ctx, event)
         finally:
             EVENT_OF.reset(token)
+
+
+@contextmanager
+def _no_unit() -> Iterator[None]:
+    """The code inside is no unit: an agent within a tool is as durable as any other, and may wait for somebody."""
+    # The library has no other way to say so; it says the contrary around each unit.
+    token = _IN_DURABLE_UNIT.set(False)
+    try:
+        yield
+    finally:
+        _IN_DURABLE_UNIT.reset(token)
 
 
 def _are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:
