@@ -135,6 +135,10 @@ class Journal:
             found = await self._store.load_unit(self.key, unit)
         return found
 
+    async def all(self) -> dict[str, bytes]:
+        """All records of the step, by the names of their units."""
+        return await self._ask(self._store.load_units(self.key))
+
     def is_left(self, unit: str) -> bool:
         """Whether there is a record of this unit from an earlier attempt that nobody has asked for in this one."""
         return self._recorded is not None and unit in self._recorded
@@ -369,6 +373,11 @@ class Place:
             unit = f"{name}!{number + 1}"
         raise AssertionError("unreachable")
 
+    async def told(self, unit: str) -> None:
+        """That there was no answer in time, or none at all, has become an answer itself: it stays one for all times."""
+        if await self.journal.find(f"{unit}!told", again=True) is None:
+            await self.journal.save(f"{unit}!told", b"true")
+
     async def refuse(self, unit: str, *, held: bool = False) -> None:
         """Have later attempts do this unit anew: what is recorded of it would have them fail in the same way.
 
@@ -391,8 +400,8 @@ class Place:
         # That it begins is recorded first. What began and left no result is for a person to look at.
         for number in itertools.count(1):
             begun = f"{name}!begun" if number == 1 else f"{name}!begun#{number}"
-            mine = codec.dump(uuid.uuid4().hex)
-            trouble = "it was begun before, and how it ended was never recorded"
+            mine = codec.dump({"by": uuid.uuid4().hex, "unit": unit.label})
+            trouble = None
             with self.journal.parking.working(name):
                 if await self.journal.save(begun, mine) == mine:
                     try:
@@ -401,25 +410,46 @@ class Place:
                         raise  # it can't work, whoever lets it try again
                     except Exception as exc:
                         trouble = f"it failed: {type(exc).__name__}: {exc}"
+                        # Kept: whoever decides, or reads of the decision later, wants to know.
+                        await self.journal.save(f"{begun}!failed", codec.dump(codec.storable(trouble)))
                     else:
                         return Done(await self.journal.save(name, value), executed=True)
-            await self._decide(name, unit, begun, trouble)
+            await self._decide(name, unit.label, begun, trouble)
         raise AssertionError("unreachable")
 
-    async def _decide(self, name: str, unit: Unit, begun: str, trouble: str) -> None:
-        """Have a person decide whether `unit` is begun once more. Raises OutcomeUnknown when it isn't."""
+    async def decide_lost(self) -> None:
+        """Have a person decide about each unit whose outcome was lost: begun, with neither a record nor a decision.
+
+        For a step whose attempts are used up, so that nobody comes to these units by themselves: whoever allows one
+        to be begun once more allows one more attempt. Raises OutcomeUnknown when it isn't to be.
+        """
+        units = await self.journal.all()
+        for begun, value in units.items():
+            name, mark, number = begun.rpartition("!begun")
+            if not mark or (number and not number.startswith("#")):
+                continue
+            follower = f"{name}!begun#{int(number[1:] or 1) + 1}"
+            if not units.keys() & {name, follower, f"{begun}!decision"}:
+                await self._decide(name, from_json(value)["unit"], begun, None)
+
+    async def _decide(self, name: str, label: str, begun: str, trouble: str | None) -> None:
+        """Have a person decide whether a unit is begun once more. Raises OutcomeUnknown when it isn't."""
+        if trouble is None:
+            failed = await self.journal.find(f"{begun}!failed", again=self.again)
+            lost = "it was begun before, and how it ended was never recorded"
+            trouble = lost if failed is None else from_json(failed)
         key = self._inner(name, again=False).effect_key
         asked = {
-            "question": f"Do {unit.label} again? It may be done at most once; {trouble}",
+            "question": f"Do {label} again? It may be done at most once; {trouble}",
             "effect_key": key,
         }
         answer = await self.ask(
-            "approval", f"{unit.label} again", codec.dump(asked), timeout=None, unit=f"{begun}!decision"
+            "approval", f"{label} again", codec.dump(asked), timeout=None, unit=f"{begun}!decision"
         )
         if not answer["value"]["approved"]:
             reason = answer["value"].get("reason")
             raise OutcomeUnknown(
-                f"{unit.label} may be done at most once; {trouble}; it is not to be done again"
+                f"{label} may be done at most once; {trouble}; it is not to be done again"
                 f"{f' ({reason})' if reason else ''}; see what came of it under the effect key {key!r}"
             )
 

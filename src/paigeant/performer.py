@@ -21,10 +21,12 @@ from paigeant.errors import (
     ActivityRejected,
     InvalidDefinition,
     NonRetryableError,
+    OutcomeUnknown,
     PaigeantError,
     StoreUnavailable,
 )
 from paigeant.observer import CURRENT
+from paigeant.parking import Parked as Left
 from paigeant.patience import PatientValues
 from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
 from paigeant.slip import Compensation, Phase
@@ -94,8 +96,7 @@ class Performer:
         parking = context._place.journal.parking
         retry = claim.retry(self.limits)
         if claim.grant.exhausted:
-            lost = f"WorkerLost: {claim.grant.attempt} attempts began and none came back; their workers died"
-            attempt.outcome = Failed(lost, claim.grant.attempt, retry, permanent=True)
+            attempt.outcome = await self._lost(claim, context)
             return attempt
         timeout = claim.timeout(self.limits)
         limit = asyncio.timeout(
@@ -145,6 +146,18 @@ class Performer:
         text = f"{_text(error)}; {final}" if final else _text(error)
         attempt.outcome = Failed(text, claim.grant.attempt, retry, permanent, self._chance())
         return attempt
+
+    async def _lost(self, claim: Claim, context: StepContext) -> Outcome:
+        """What becomes of a step whose attempts are used up: it fails, or waits for who decides on lost outcomes."""
+        lost = f"WorkerLost: {claim.grant.attempt} attempts began and none came back; their workers died"
+        parking = context._place.journal.parking
+        try:
+            await context._place.decide_lost()
+        except Left:
+            return Parked(parking.waits_for, parking.until)
+        except OutcomeUnknown as exc:
+            lost = f"{_text(exc)}; {lost}"
+        return Failed(lost, claim.grant.attempt, claim.retry(self.limits), permanent=True)
 
     def _namespace(self, claim: Claim) -> Namespace:
         message = claim.message

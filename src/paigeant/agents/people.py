@@ -78,6 +78,7 @@ async def _decision(
     try:
         answer = await place.ask(kind, call.tool_name, to_json(asked), timeout=timeout, unit=unit)
     except (WaitTimeout, RequestDenied) as exc:
+        await place.told(unit)
         said = str(exc)
         return (ToolDenied(said) if kind == "approval" else ToolFailed(said)), ""
     value, by = answer["value"], str(answer["by"])
@@ -124,6 +125,7 @@ class Outside(ExternalEventWaiter):
         try:
             answer = await place.answer(unit, request, timeout=seconds)
         except (WaitTimeout, RequestDenied) as exc:
+            await place.told(unit)
             raise ExternalEventError(str(exc)) from exc
         value: JsonValue = answer["value"]["value"]
         return value
