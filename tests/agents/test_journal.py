@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import threading
 from typing import Any
 
@@ -490,6 +491,30 @@ async def test_an_activity_that_catches_its_leaving_is_left_all_the_same() -> No
         await run.signal("two", 2)
         await app.drain()
         assert (await run.wait(5)).output == [1, 2]
+
+
+async def test_waits_of_which_only_the_first_is_awaited_are_no_errors() -> None:
+    """`asyncio.wait` hands nobody the end of a wait: leaving it says nothing of errors that were never retrieved."""
+    said: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def race(context: StepContext) -> str:
+        signal = asyncio.create_task(context.wait_for("go"))
+        sleep = asyncio.create_task(context.sleep(3600))
+        done, _ = await asyncio.wait({signal, sleep}, return_when=asyncio.FIRST_COMPLETED)
+        sleep.cancel()
+        return "go" if signal in done else "slept"
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["race"]))
+        await app.drain(advance=False)
+        await run.signal("go", 1)
+        await app.drain(advance=False)
+        assert (await run.wait(5)).output == "go"
+    gc.collect()
+    assert said == []
 
 
 async def test_nothing_waits_inside_of_what_may_be_done_once_at_most() -> None:

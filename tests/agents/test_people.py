@@ -26,7 +26,7 @@ from tests.integration.workers import working
 
 from paigeant import ActivityRegistry, Paigeant, Run, RunStatus, Settings, Workflow
 from paigeant.agents import PaigeantDurability, effect_key
-from paigeant.errors import InvalidTransition
+from paigeant.errors import InputInvalid, InvalidTransition
 from paigeant.store import ClaimRequest, Request, StepKey
 
 PATIENCE = 30.0
@@ -337,7 +337,7 @@ async def test_a_lost_outcome_goes_to_a_person(again: bool) -> None:
 
 
 async def test_a_lost_outcome_goes_to_a_person_when_all_attempts_are_used_up() -> None:
-    """The only worker died within the tool: it is not the end of the step, and who allows it allows one more attempt."""
+    """The only worker died within the tool: that doesn't end the step; who allows it allows one more attempt."""
     model, _ = scripted(called("transfer", "c1"), tell)
     agent = Agent(model, name="banker")
     keys: list[str] = []
@@ -454,3 +454,17 @@ async def test_request_input_of_an_agent_within_a_tool_waits() -> None:
     assert "paid 5" in str(result.output), result.error
     assert (desk.tokens, paid) == ([request.id], [5])
     assert (inner_requests, outer_requests) == ([0, 1], [0, 1])
+
+
+@pytest.mark.parametrize("arguments", ["9", 9, [9]])
+async def test_arguments_that_are_no_object_are_refused_when_they_are_given(arguments: Any) -> None:
+    """Whoever answers is told, and the request is still open; it is not the run that fails later."""
+    activity, paid, _ = banker([called("pay", "c1", euros=9)], tell)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["banker"]))
+        [request] = await asked(app, run)
+        with pytest.raises(InputInvalid, match="arguments"):
+            await app.answer(request.id, {"approved": True, "arguments": arguments})
+        await app.answer(request.id, {"approved": True, "arguments": {"euros": 8}})
+        await run.wait(PATIENCE)
+    assert [euros for euros, _ in paid] == [8]
