@@ -14,7 +14,7 @@ import itertools
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -27,11 +27,12 @@ from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep, Requ
 from paigeant.parking import Parked, Parking
 from paigeant.store import Request, RequestKind, RunValues, StepKey
 
-__all__ = ["Done", "Journal", "Place", "Unit", "current_place", "effect_key"]
+__all__ = ["Done", "Journal", "Place", "Unit", "current_place", "effect_key", "readable"]
 
 Value = TypeVar("Value")
 
 _LONGEST_NAME = 300
+_DIGEST_LENGTH = 32
 _SHORT_SECONDS = 1.0
 """What is over so soon isn't worth leaving the step for."""
 
@@ -491,6 +492,22 @@ class Place:
         await self.journal.park(waits_for, until, frozenset(around))
 
 
+def readable(names: Iterable[str]) -> dict[str, str]:
+    """The names of a step's units as people can read them: what is within a unit has that one's name before its own.
+
+    A unit that isn't recorded yet, and a call that isn't recorded at all, is told by the first characters of a digest.
+    """
+    known = {_digest(name): name for name in names}
+
+    def told(name: str) -> str:
+        within, slash, own = name.partition("/")
+        if not slash or len(within) != _DIGEST_LENGTH or not set(within) <= set("0123456789abcdef"):
+            return name
+        return f"{told(known[within]) if within in known else f'{within[:8]}...'} / {own}"
+
+    return {name: told(name) for name in known.values()}
+
+
 @dataclass(frozen=True, slots=True)
 class _GivenUp:
     """A unit whose record made whoever asked for it give up with `error`."""
@@ -517,4 +534,4 @@ def _causes(error: BaseException) -> Iterator[int]:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_LENGTH]

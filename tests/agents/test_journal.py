@@ -14,7 +14,7 @@ from tests.agents.steps import Crash, Step
 
 from paigeant import ActivityRegistry, RunStatus, StepContext, Workflow, codec
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep
-from paigeant.journal import Done, Place, Unit, current_place, effect_key
+from paigeant.journal import Done, Place, Unit, current_place, effect_key, readable
 from paigeant.parking import Parked
 from paigeant.testing import ManualClock, MemoryApp
 
@@ -525,3 +525,21 @@ async def test_nothing_waits_inside_of_what_may_be_done_once_at_most() -> None:
 
     with pytest.raises(InvalidDefinition, match="may be done at most once: behind the wait"):
         await Step().attempt(lambda: here().do("u", Unit("u", at_most_once=True), produce))
+
+
+async def test_people_can_read_what_a_unit_is_within() -> None:
+    """Units within units are named by digests; where the outer one is recorded its name is told."""
+    step = Step()
+
+    async def outer() -> bytes:
+        async def middle() -> bytes:
+            await do("inner")
+            return b"1"
+
+        await here().do(here().name("middle"), Unit("the middle one"), middle)
+        return b"2"
+
+    await step.attempt(lambda: here().do("outer", Unit("the outer one"), outer))
+    assert sorted(readable(step.units).values()) == ["outer", "outer / middle", "outer / middle / inner"]
+    [inner] = [name for name in step.units if name.endswith("/inner")]
+    assert list(readable([inner, "a/b"]).values()) == [f"{inner[:8]}... / inner", "a/b"]
