@@ -239,6 +239,8 @@ async def test_request_input_hands_out_a_token_once() -> None:
             [request] = await asked(app, run)
     assert desk.tokens == [request.id]
     assert (request.kind, request.name) == ("external", "deferred_tool_calls")
+    [call] = from_json(request.asked)["calls"]
+    assert call == {"id": "c1", "tool": "pay", "arguments": {"euros": 9}}
     async with opened(activity) as app:
         await app.answer(request.id, {"approvals": {"c1": True}}, sender="ada")
         async with working(app.worker()):
@@ -291,6 +293,7 @@ async def test_a_tool_waits_for_an_event_outside() -> None:
     async with opened(activity) as app, working(app.worker()):
         run = await app.dispatch(Workflow("w", ["carrier"]))
         [request] = await asked(app, run)
+        assert from_json(request.asked)["tool"] == "deliver"
         assert request.expires_at is not None, "nobody is to answer when its time is up"
         await app.answer(request.id, {"at": "noon"})
         result = await run.wait(PATIENCE)

@@ -30,14 +30,16 @@ import asyncio
 import contextvars
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
 
 from pydantic_ai import DeferredToolRequests, DeferredToolResults, ModelMessage, RunContext, ToolDefinition
 from pydantic_ai._run_context import get_current_run_context
 from pydantic_ai.agent import AbstractAgent, EventStreamHandler, WrapperAgent
-from pydantic_ai.capabilities import AbstractCapability
+from pydantic_ai.capabilities import AbstractCapability, RequestInput
 from pydantic_ai.capabilities.abstract import (
+    CapabilityOrdering,
     WrapOutputProcessHandler,
     WrapRunHandler,
     WrapToolExecuteHandler,
@@ -75,6 +77,7 @@ from pydantic_ai.toolsets import FunctionToolset, ToolsetTool
 
 from paigeant import journal
 from paigeant.agents.operations import (
+    CALL,
     EVENT_OF,
     PROGRESS,
     Codec,
@@ -175,6 +178,10 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             self._binding = (parts, super().for_agent(agent))
         return self._binding[1]
 
+    def get_ordering(self) -> CapabilityOrdering:
+        # It has nothing but deferred calls to handle. They come here first, so that its request tells which they are.
+        return replace(super().get_ordering(), wraps=(RequestInput,))
+
     @property
     def in_durable_context(self) -> bool:
         """Whether the code that asks is part of a step."""
@@ -213,7 +220,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             await self._sleep(ctx.run_id or "", seconds)
 
         progress = Progress()
-        token = PROGRESS.set(progress)
+        token, call = PROGRESS.set(progress), CALL.set(None)
         try:
             with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)), _no_unit():
                 return await super().wrap_run(ctx, handler=handler)
@@ -222,6 +229,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             raise
         finally:
             PROGRESS.reset(token)
+            CALL.reset(call)
 
     async def wrap_tool_execute(
         self,
@@ -236,8 +244,12 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         if place is None:
             return await handler(args)
         # Calls that aren't recorded have this place for their effects and units, so that none is taken for another's.
-        with part_of(place, f"{self.name}__inline:{call.tool_name}", ctx, call.tool_call_id).entered():
-            return await handler(args)
+        token = CALL.set(call)
+        try:
+            with part_of(place, f"{self.name}__inline:{call.tool_name}", ctx, call.tool_call_id).entered():
+                return await handler(args)
+        finally:
+            CALL.reset(token)
 
     async def wrap_output_process(
         self,
@@ -259,6 +271,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         self, ctx: RunContext[AgentDepsT], *, requests: DeferredToolRequests
     ) -> DeferredToolResults | None:
         place = current_place()
+        if place is not None and (progress := PROGRESS.get()) is not None:
+            progress.deferred = requests
         if place is None or asks_itself(self.agent):
             return None
         return await decisions(place, self.name, ctx, requests, self._ask_timeout)

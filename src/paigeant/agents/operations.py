@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
-from pydantic_ai import RunContext, RunUsage
+from pydantic_ai import DeferredToolRequests, RunContext, RunUsage
 from pydantic_ai.durable_exec import (
     JSON_CODEC,
     CallableOperationBackend,
@@ -24,6 +24,7 @@ from pydantic_ai.durable_exec import (
     ToolsetValidateToolArgumentsId,
     record_durable_unit,
 )
+from pydantic_ai.messages import ToolCallPart
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.agents.usage import a_part, count, of_request, of_run
@@ -32,6 +33,7 @@ from paigeant.journal import Place, Unit, current_place
 from paigeant.usage import Usage
 
 __all__ = [
+    "CALL",
     "EVENT_OF",
     "PROGRESS",
     "Codec",
@@ -83,6 +85,8 @@ class Progress:
     """The names of the units of the last answer's tool calls, with the tools; empty for an answer that is new."""
     done: dict[str, str] = field(default_factory=dict)
     """The tools of the last answer that were called and may have had effects, by their units."""
+    deferred: DeferredToolRequests | None = None
+    """The calls that somebody outside was last wanted for."""
 
     def answered(self, place: Place, unit: str, number: int, about: str) -> None:
         """The model has given the answer that is recorded as `unit`, the so manieth to its request."""
@@ -128,6 +132,8 @@ class Progress:
 
 
 PROGRESS: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("paigeant.progress", default=None)
+CALL: contextvars.ContextVar[ToolCallPart | None] = contextvars.ContextVar("paigeant.call", default=None)
+"""The call of a tool that is being executed, if any is, in the run of an agent."""
 EVENT_OF: contextvars.ContextVar[RunContext[Any] | None] = contextvars.ContextVar(
     "paigeant.event_of", default=None
 )

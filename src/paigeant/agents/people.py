@@ -20,7 +20,7 @@ from pydantic_ai.external_events import ExternalEventError, ExternalEventWaiter
 from pydantic_ai.messages import ToolCallPart
 from pydantic_core import from_json, to_json
 
-from paigeant.agents.operations import line, run_in_name
+from paigeant.agents.operations import CALL, PROGRESS, line, run_in_name
 from paigeant.errors import OutsideStep, RequestDenied, WaitTimeout
 from paigeant.journal import Place, Unit, current_place
 
@@ -91,6 +91,21 @@ async def _decision(
     return (ToolDenied(reason) if reason else ToolDenied()), by
 
 
+def _wanted_for() -> dict[str, Any]:
+    """The calls that a wait for something outside is about: that of the tool which waits, or the deferred ones."""
+    if (call := CALL.get()) is not None:
+        return {"tool": call.tool_name, "arguments": call.args_as_dict()}
+    progress = PROGRESS.get()
+    if progress is None or progress.deferred is None:
+        return {}
+    calls = [*progress.deferred.approvals, *progress.deferred.calls]
+    return {
+        "calls": [
+            {"id": one.tool_call_id, "tool": one.tool_name, "arguments": one.args_as_dict()} for one in calls
+        ]
+    }
+
+
 class Outside(ExternalEventWaiter):
     """Waits of an agent's run for what happens outside: the token that it hands out is the id of a request."""
 
@@ -106,7 +121,7 @@ class Outside(ExternalEventWaiter):
         ctx = get_current_run_context()
         about = "" if ctx is None else f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}{line()}"
         unit = place.name(f"{self.agent}__external_event:{name}({about})")
-        asked = to_json({"agent": self.agent, "event": name})
+        asked = to_json({"agent": self.agent, "event": name, **_wanted_for()})
         request = await place.requested(unit, "external", name, asked)
 
         seconds = None if timeout is None else timeout.total_seconds()
