@@ -180,7 +180,7 @@ class StepContext:
 
     def _check_repeats(self, what: str) -> None:
         """Raise InvalidDefinition inside of a unit: a later attempt passes over it, and `what` would be lost."""
-        if self._here().within:
+        if self._here().is_recorded:
             raise InvalidDefinition(
                 f"{what} was called inside of something that is recorded (a tool of an agent, or what once() does): an "
                 "attempt that finds the record doesn't do that again, and this would be lost; call it outside of "

@@ -446,7 +446,12 @@ def _approval(value: Any) -> dict[str, Any]:
     answer = {"approved": value} if isinstance(value, bool) else value
     if isinstance(answer, Mapping) and set(answer) <= {"approved", "reason", "arguments"}:
         approved, reason = answer.get("approved"), answer.get("reason", "")
-        if isinstance(approved, bool) and isinstance(reason, str):
+        arguments = answer.get("arguments")
+        if (
+            isinstance(approved, bool)
+            and isinstance(reason, str)
+            and (arguments is None or isinstance(arguments, Mapping))
+        ):
             return dict(answer)
     raise InputInvalid(
         "an approval is answered by true or false, or by an object with `approved` (true or false) and, if need be, "

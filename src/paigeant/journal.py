@@ -14,7 +14,7 @@ import itertools
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -28,11 +28,12 @@ from paigeant.parking import Parked, Parking
 from paigeant.secret import SecretToken, refuse_tokens
 from paigeant.store import Request, RequestKind, RunValues, StepKey
 
-__all__ = ["Done", "Journal", "Place", "Unit", "current_place", "effect_key"]
+__all__ = ["Done", "Journal", "Place", "Unit", "current_place", "effect_key", "readable"]
 
 Value = TypeVar("Value")
 
 _LONGEST_NAME = 300
+_DIGEST_LENGTH = 32
 _SHORT_SECONDS = 1.0
 """What is over so soon isn't worth leaving the step for."""
 
@@ -89,7 +90,18 @@ class Journal:
     read at once, before the first is needed. `now` gives the store's time.
     """
 
-    __slots__ = ("_loop", "_reading", "_recorded", "_store", "effect", "key", "now", "parking", "secrets")
+    __slots__ = (
+        "_given_up",
+        "_loop",
+        "_reading",
+        "_recorded",
+        "_store",
+        "effect",
+        "key",
+        "now",
+        "parking",
+        "secrets",
+    )
 
     def __init__(
         self,
@@ -110,6 +122,7 @@ class Journal:
         self._recorded: dict[str, bytes] | None = {} if is_fresh else None
         self._reading: asyncio.Lock | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._given_up: list[_GivenUp] = []
 
     def open(self) -> None:
         """The event loop that runs now is the store's: code in others has what it asks for done here."""
@@ -136,6 +149,34 @@ class Journal:
         if found is None and again:
             found = await self._store.load_unit(self.key, unit)
         return found
+
+    async def all(self) -> dict[str, bytes]:
+        """All records of the step, by the names of their units."""
+        return await self._ask(self._store.load_units(self.key))
+
+    def is_left(self, unit: str) -> bool:
+        """Whether there is a record of this unit from an earlier attempt that nobody has asked for in this one."""
+        return self._recorded is not None and unit in self._recorded
+
+    def given_up(self, place: Place, unit: str, error: BaseException, held: str) -> None:
+        """See `Place.give_up`."""
+        self._given_up.append(_GivenUp(place, unit, error, held))
+
+    async def failed(self, error: BaseException) -> str:
+        """The attempt ends with `error`: a unit that it was `given_up` with is done anew by the next attempt.
+
+        That is so when `error` is the one with which it was, or was raised from it. Gives the reason why no further
+        attempt is to be made by itself; empty when there is none.
+        """
+        if not self._given_up:
+            return ""
+        reached = set(_causes(error))
+        for given_up in self._given_up:
+            if id(given_up.error) in reached:
+                await given_up.place.refuse(given_up.unit, held=bool(given_up.held))
+                if given_up.held:
+                    return given_up.held
+        return ""
 
     async def save(self, unit: str, value: bytes) -> bytes:
         """Record a unit, durably; gives the record that stands, which may be another worker's.
@@ -181,7 +222,7 @@ class Place:
     """A place in a step: the step itself (`within` is empty), or inside the unit of that name.
 
     `again`: what is done here may have been tried before by this very attempt. `is_once`: that unit may be done at most
-    once.
+    once. `is_unit`: it is recorded, so that what is done here isn't done again; else it is a place only, see `part`.
     """
 
     journal: Journal
@@ -189,6 +230,7 @@ class Place:
     again: bool = False
     outer: Place | None = None
     is_once: bool = False
+    is_unit: bool = True
     _counts: dict[str, Iterator[int]] = field(default_factory=dict)
 
     @property
@@ -201,9 +243,30 @@ class Place:
         # One step for threads, too: neither `setdefault` nor `next` is interrupted.
         return next(self._counts.setdefault(what, itertools.count(1)))
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether what is done here is done for a record: an attempt that finds that passes over all of it."""
+        place: Place | None = self
+        while place is not None and place.within:
+            if place.is_unit:
+                return True
+            place = place.outer
+        return False
+
+    def part(self, what: str, *, number: int | None = None) -> Place:
+        """The place inside of `what`, which has names and effects of its own and isn't recorded.
+
+        It counts on where that occurs again, unless `number` says how manieth it is.
+        """
+        name = self.spelled(what, self.count(what) if number is None else number)
+        return Place(self.journal, name, self.again, self, is_unit=False)
+
     def name(self, what: str) -> str:
         """The name of the next unit that is `what`; one that occurs again at this place counts on."""
-        number = self.count(what)
+        return self.spelled(what, self.count(what))
+
+    def spelled(self, what: str, number: int = 1) -> str:
+        """The name of the so manieth unit that is `what`."""
         name = what if number == 1 else f"{what}#{number}"
         if self.within:
             name = f"{_digest(self.within)}/{name}"
@@ -322,25 +385,46 @@ class Place:
             raise RequestDenied(f"'{request.name}' was denied{by}{f': {reason}' if reason else ''}")
         return found
 
-    async def standing(self, name: str) -> str:
-        """The name under which the unit `name` is done now: another one for each time that it was `refuse`d."""
+    async def standing(self, name: str) -> tuple[str, int]:
+        """The name under which the unit `name` is done now, and the how manieth that is: one more for each `refuse`."""
         unit = name
-        for number in itertools.count(2):
+        for number in itertools.count(1):
             if await self.journal.find(f"{unit}!refused", again=self.again) is None:
-                return unit
-            unit = f"{name}!{number}"
+                return unit, number
+            if await self.journal.find(f"{unit}!held", again=self.again) is not None:
+                return unit, number
+            unit = f"{name}!{number + 1}"
         raise AssertionError("unreachable")
 
-    async def refuse(self, unit: str) -> None:
-        """Have later attempts do this unit anew: what is recorded of it would have them fail in the same way."""
+    async def told(self, unit: str) -> None:
+        """That there was no answer in time, or none at all, has become an answer itself: it stays one for all times."""
+        if await self.journal.find(f"{unit}!told", again=True) is None:
+            await self.journal.save(f"{unit}!told", b"true")
+
+    async def refuse(self, unit: str, *, held: bool = False) -> None:
+        """Have later attempts do this unit anew: what is recorded of it would have them fail in the same way.
+
+        `held`: not before an operator takes the step up again.
+        """
+        if await self.journal.find(f"{unit}!refused", again=True) is not None:
+            return
+        if held:
+            await self.journal.save(f"{unit}!held", b"true")
         await self.journal.save(f"{unit}!refused", b"true")
+
+    def give_up(self, unit: str, error: BaseException, *, held: str = "") -> None:
+        """Refuse this unit if the attempt ends with `error`, and not if somebody catches it and goes on.
+
+        `held` says why it isn't to be done anew without an operator who wants that.
+        """
+        self.journal.given_up(self, unit, error, held)
 
     async def _do_at_most_once(self, name: str, unit: Unit, produce: Callable[[], Awaitable[bytes]]) -> Done:
         # That it begins is recorded first. What began and left no result is for a person to look at.
         for number in itertools.count(1):
             begun = f"{name}!begun" if number == 1 else f"{name}!begun#{number}"
-            mine = codec.dump(uuid.uuid4().hex)
-            trouble = "it was begun before, and how it ended was never recorded"
+            mine = codec.dump({"by": uuid.uuid4().hex, "unit": unit.label})
+            trouble = None
             with self.journal.parking.working(name):
                 if await self.journal.save(begun, mine) == mine:
                     try:
@@ -349,25 +433,46 @@ class Place:
                         raise  # it can't work, whoever lets it try again
                     except Exception as exc:
                         trouble = f"it failed: {type(exc).__name__}: {exc}"
+                        # Kept: whoever decides, or reads of the decision later, wants to know.
+                        await self.journal.save(f"{begun}!failed", codec.dump(codec.storable(trouble)))
                     else:
                         return Done(await self.journal.save(name, value), executed=True)
-            await self._decide(name, unit, begun, trouble)
+            await self._decide(name, unit.label, begun, trouble)
         raise AssertionError("unreachable")
 
-    async def _decide(self, name: str, unit: Unit, begun: str, trouble: str) -> None:
-        """Have a person decide whether `unit` is begun once more. Raises OutcomeUnknown when it isn't."""
+    async def decide_lost(self) -> None:
+        """Have a person decide about each unit whose outcome was lost: begun, with neither a record nor a decision.
+
+        For a step whose attempts are used up, so that nobody comes to these units by themselves: whoever allows one
+        to be begun once more allows one more attempt. Raises OutcomeUnknown when it isn't to be.
+        """
+        units = await self.journal.all()
+        for begun, value in units.items():
+            name, mark, number = begun.rpartition("!begun")
+            if not mark or (number and not number.startswith("#")):
+                continue
+            follower = f"{name}!begun#{int(number[1:] or 1) + 1}"
+            if not units.keys() & {name, follower, f"{begun}!decision"}:
+                await self._decide(name, from_json(value)["unit"], begun, None)
+
+    async def _decide(self, name: str, label: str, begun: str, trouble: str | None) -> None:
+        """Have a person decide whether a unit is begun once more. Raises OutcomeUnknown when it isn't."""
+        if trouble is None:
+            failed = await self.journal.find(f"{begun}!failed", again=self.again)
+            lost = "it was begun before, and how it ended was never recorded"
+            trouble = lost if failed is None else from_json(failed)
         key = self._inner(name, again=False).effect_key
         asked = {
-            "question": f"Do {unit.label} again? It may be done at most once; {trouble}",
+            "question": f"Do {label} again? It may be done at most once; {trouble}",
             "effect_key": key,
         }
         answer = await self.ask(
-            "approval", f"{unit.label} again", codec.dump(asked), timeout=None, unit=f"{begun}!decision"
+            "approval", f"{label} again", codec.dump(asked), timeout=None, unit=f"{begun}!decision"
         )
         if not answer["value"]["approved"]:
             reason = answer["value"].get("reason")
             raise OutcomeUnknown(
-                f"{unit.label} may be done at most once; {trouble}; it is not to be done again"
+                f"{label} may be done at most once; {trouble}; it is not to be done again"
                 f"{f' ({reason})' if reason else ''}; see what came of it under the effect key {key!r}"
             )
 
@@ -409,5 +514,46 @@ class Place:
         await self.journal.park(waits_for, until, frozenset(around))
 
 
+def readable(names: Iterable[str]) -> dict[str, str]:
+    """The names of a step's units as people can read them: what is within a unit has that one's name before its own.
+
+    A unit that isn't recorded yet, and a call that isn't recorded at all, is told by the first characters of a digest.
+    """
+    known = {_digest(name): name for name in names}
+
+    def told(name: str) -> str:
+        within, slash, own = name.partition("/")
+        if not slash or len(within) != _DIGEST_LENGTH or not set(within) <= set("0123456789abcdef"):
+            return name
+        return f"{told(known[within]) if within in known else f'{within[:8]}...'} / {own}"
+
+    return {name: told(name) for name in known.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class _GivenUp:
+    """A unit whose record made whoever asked for it give up with `error`."""
+
+    place: Place
+    unit: str
+    error: BaseException
+    held: str
+
+
+def _causes(error: BaseException) -> Iterator[int]:
+    """The identities of an error, of those that it holds, and of those that they were raised from."""
+    seen: set[int] = set()
+    ahead: list[BaseException | None] = [error]
+    while ahead:
+        found = ahead.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield id(found)
+        ahead.append(found.__cause__)
+        if isinstance(found, BaseExceptionGroup):
+            ahead.extend(found.exceptions)
+
+
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_LENGTH]

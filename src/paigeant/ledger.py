@@ -48,6 +48,7 @@ __all__ = [
     "adopted",
     "answers",
     "claim",
+    "done_anew",
     "expire",
     "fold",
     "free",
@@ -61,7 +62,6 @@ __all__ = [
     "release",
     "resume",
     "stop",
-    "timed_out",
     "wake",
 ]
 
@@ -104,7 +104,7 @@ class Head:
 class Changes:
     """What is to be written: values of columns for existing rows, rows to add, rows to drop.
 
-    Of the steps that are `renewed`, the units that are `timed_out` are dropped.
+    Of the steps that are `renewed`, the units that are to be `done_anew` are dropped.
     """
 
     steps: list[tuple[StepKey, Patch]] = field(default_factory=list)
@@ -281,13 +281,32 @@ def _park(head: Head, result: StepResult, changes: Changes, *, forward: bool) ->
         changes.runs.append((head.key.workflow_id, {"status": RunStatus.WAITING}))
 
 
-def timed_out(units: Mapping[str, bytes]) -> list[str]:
-    """The names of those units of a step that are waits whose time was up, with all that belongs to them.
+def done_anew(units: Mapping[str, bytes]) -> list[str]:
+    """The names of those units of a step that an operator who takes it up again wants to have done anew.
 
-    Whoever takes the step up again wants them to begin anew, with their question asked once more.
+    They are waits whose time was up and requests that were denied, with all that belongs to them, so that the question
+    is asked once more; and what keeps an answer from being asked for again. What a model was told stays as it is.
     """
-    over = [name for name, value in units.items() if value == b"null" and f"{name}!until" in units]
-    return [unit for unit in units for name in over if unit == name or unit.startswith(f"{name}!")]
+    over = [
+        name
+        for name, value in units.items()
+        if f"{name}!told" not in units
+        and (
+            (value == b"null" and f"{name}!until" in units)
+            or (f"{name}!token" in units and _is_denied(name, value))
+        )
+    ]
+    held = [name for name in units if name.endswith("!held") and f"{name[: -len('!held')]}!refused" in units]
+    return held + [unit for unit in units for name in over if unit == name or unit.startswith(f"{name}!")]
+
+
+def _is_denied(name: str, value: bytes) -> bool:
+    """Whether a recorded answer to a request ended its step: there is to be none, or a lost outcome stays lost."""
+    answer = from_json(value)
+    found = answer.get("value") if isinstance(answer, dict) else None
+    if not isinstance(found, dict):
+        return False
+    return "denied" in found or (name.endswith("!decision") and found.get("approved") is False)
 
 
 def wake(key: StepKey, changes: Changes, *, now: float, grace: float = 0.0) -> None:

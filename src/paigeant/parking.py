@@ -69,6 +69,10 @@ class Parking:
         self._changed()
         try:
             await over
+        except Parked:
+            if (task := asyncio.current_task()) is not None:
+                task.add_done_callback(_retrieved)
+            raise
         finally:
             del self._waits[over]
 
@@ -93,3 +97,9 @@ class Parking:
         for over in self._waits:
             if not over.done():
                 over.set_exception(Parked())
+
+
+def _retrieved(task: asyncio.Task[object]) -> None:
+    """Look at how a task ended: one of several waits that nobody awaits any more is no error that was overlooked."""
+    if not task.cancelled():
+        task.exception()

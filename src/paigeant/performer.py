@@ -23,10 +23,13 @@ from paigeant.errors import (
     ActivityRejected,
     InvalidDefinition,
     NonRetryableError,
+    OutcomeUnknown,
     PaigeantError,
+    StoreUnavailable,
 )
 from paigeant.identity import MANDATE, Mandate
 from paigeant.observer import CURRENT
+from paigeant.parking import Parked as Left
 from paigeant.patience import PatientValues, patiently
 from paigeant.redaction import redacted
 from paigeant.reporter import Reporter
@@ -102,8 +105,7 @@ class Performer:
         parking = context._place.journal.parking
         retry = claim.retry(self.limits)
         if claim.grant.exhausted:
-            lost = f"WorkerLost: {claim.grant.attempt} attempts began and none came back; their workers died"
-            attempt.outcome = Failed(lost, claim.grant.attempt, retry, permanent=True)
+            attempt.outcome = await self._lost(claim, context)
             return attempt
         timeout = claim.timeout(self.limits)
         limit = asyncio.timeout(
@@ -154,13 +156,27 @@ class Performer:
             return attempt
         if self._is_stopping() and _is_cancelled():
             raise asyncio.CancelledError from error  # a library may put it in words of its own
-        permanent = isinstance(error, (NonRetryableError, InvalidDefinition))
+        final = await _given_up(context, error)
+        permanent = bool(final) or isinstance(error, (NonRetryableError, InvalidDefinition))
         secrets = () if context._acting is None else tuple(context._acting.secrets)
         if not isinstance(error, ActivityRejected):
             ids = claim.ids(self.worker_id)  # they are no longer those of the current step
             _log_failure(error, ids, secrets)
-        attempt.outcome = Failed(_text(error, secrets), claim.grant.attempt, retry, permanent, self._chance())
+        text = f"{_text(error, secrets)}; {final}" if final else _text(error, secrets)
+        attempt.outcome = Failed(text, claim.grant.attempt, retry, permanent, self._chance())
         return attempt
+
+    async def _lost(self, claim: Claim, context: StepContext) -> Outcome:
+        """What becomes of a step whose attempts are used up: it fails, or waits for who decides on lost outcomes."""
+        lost = f"WorkerLost: {claim.grant.attempt} attempts began and none came back; their workers died"
+        parking = context._place.journal.parking
+        try:
+            await context._place.decide_lost()
+        except Left:
+            return Parked(parking.waits_for, parking.until)
+        except OutcomeUnknown as exc:
+            lost = f"{_text(exc)}; {lost}"
+        return Failed(lost, claim.grant.attempt, claim.retry(self.limits), permanent=True)
 
     def _namespace(self, claim: Claim) -> Namespace:
         message = claim.message
@@ -274,6 +290,14 @@ def _replays() -> AbstractContextManager[None]:
     from paigeant.agents.durability import replay_scope
 
     return replay_scope()
+
+
+async def _given_up(context: StepContext, error: BaseException) -> str:
+    """Have what the attempt gave up on done anew; gives why no further attempt is to be made by itself, if so."""
+    try:
+        return await context._place.journal.failed(error)
+    except StoreUnavailable:
+        return ""  # the next attempt gives up in the same way, and says so again
 
 
 def _is_cancelled() -> bool:

@@ -168,7 +168,8 @@ class Step:
     `id` names the step within its run; a workflow gives it one where it is empty. `args` are arguments that don't come
     from the payload. `when` is a CEL expression over the payload, evaluated where the step would run; false skips the
     step. `retries`, `timeout` (seconds, for each attempt) and `topic` override the activity's own. `depth` is set by
-    the engine: how many steps added each other down to this one, 0 for a step of the workflow.
+    the engine: how many steps added each other down to this one, 0 for a step of the workflow. `called` is what a step
+    is named after that has no `id`: `called`, then `called_2`; without it that is its activity.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
@@ -182,11 +183,14 @@ class Step:
     timeout: float | None = None
     topic: str | None = None
     depth: int = 0
+    called: str = ""
 
     def __post_init__(self) -> None:
         check_name("the activity of a step", self.activity)
         if self.id:
             check_name("the id of a step", self.id)
+        if self.called:
+            check_name("what a step is called", self.called)
         if not isinstance(self.args, Mapping) or not all(isinstance(key, str) for key in self.args):
             raise InvalidDefinition(
                 f"args of step '{self.activity}' are a mapping of parameter names, found {self.args!r}"
@@ -342,7 +346,8 @@ def identify(
     """`steps` with an id each, none of them in `taken`.
 
     Without `parent` a step is called like its activity, and `name_2`, `name_3` where that is taken. Steps that step
-    `parent` adds are `parent.1`, `parent.2`, counted from `first`: the same again when the step is executed again.
+    `parent` adds are `parent.1`, `parent.2`, counted from `first`: the same again when the step is executed again. What
+    says how it is called is called so with a parent, too.
     Raises InvalidDefinition for what is no step and for an id that occurs twice.
     """
     entries = [Step(entry) if isinstance(entry, str) else entry for entry in steps]
@@ -362,12 +367,13 @@ def identify(
         if entry.id:
             named.append(entry)
             continue
-        step_id = entry.activity if parent is None else f"{parent}.{number}"
+        called = entry.called or (entry.activity if parent is None else "")
+        step_id = called or f"{parent}.{number}"
         count = 2
-        while parent is None and step_id in used:
-            step_id, count = f"{entry.activity}_{count}", count + 1
+        while called and step_id in used:
+            step_id, count = f"{called}_{count}", count + 1
         if step_id in used:
             raise InvalidDefinition(f"step id '{step_id}' occurs twice; give each step its own id")
         used.add(step_id)
-        named.append(replace(entry, id=step_id))
+        named.append(replace(entry, id=step_id, called=""))
     return tuple(named)

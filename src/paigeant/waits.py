@@ -39,12 +39,11 @@ async def _wait_for(
 
 
 def Sleep(  # noqa: N802  # stands where a Step does
-    duration: float | timedelta, *, id: str = "sleep", when: str | None = None
+    duration: float | timedelta, *, id: str = "", when: str | None = None
 ) -> Step:
-    """A step that lets `duration` (seconds, or a timedelta) pass before the next one."""
-    return Step(
-        "paigeant.sleep", id=id, when=when, topic=_TOPIC, args={"seconds": _seconds("a duration", duration)}
-    )
+    """A step that lets `duration` (seconds, or a timedelta) pass before the next one: `sleep`, then `sleep_2`."""
+    args = {"seconds": _seconds("a duration", duration)}
+    return Step("paigeant.sleep", id=id, called="sleep", when=when, topic=_TOPIC, args=args)
 
 
 def WaitFor(  # noqa: N802
@@ -57,6 +56,8 @@ def WaitFor(  # noqa: N802
 ) -> Step:
     """A step that waits for the next signal of a name, whose value is its output, under the signal's name.
 
+    A second wait for that name is `name_2`, like any activity that is named twice.
+
     A signal that came before the run got here counts. After `timeout` (seconds, or a timedelta) its output is
     `default`; without one the step fails, and what was done is undone.
     """
@@ -68,7 +69,7 @@ def WaitFor(  # noqa: N802
         )
     otherwise = None if default is MISSING else {"value": default}
     args = {"signal": signal, "timeout": limit, "otherwise": otherwise}
-    return Step("paigeant.wait_for", id=signal if id is None else id, when=when, topic=_TOPIC, args=args)
+    return Step("paigeant.wait_for", id=id or "", called=signal, when=when, topic=_TOPIC, args=args)
 
 
 def _seconds(what: str, given: object) -> float:

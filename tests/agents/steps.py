@@ -49,7 +49,11 @@ class Step:
         journal = Journal(self.key, values, effect, is_fresh=first, now=self.clock.now)
         journal.open()
         with Place(journal).entered(), replay_scope():
-            return await work()
+            try:
+                return await work()
+            except Exception as exc:
+                await journal.failed(exc)
+                raise
 
     async def resumed(self, work: Callable[[], Awaitable[Value]]) -> tuple[Value, int]:
         """What `work` gives after a crash behind each of its records, one an attempt, and how many crashes it took."""

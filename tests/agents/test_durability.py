@@ -49,6 +49,7 @@ from pydantic_core import from_json
 from tests.agents.steps import (
     Crash,
     Step,
+    asks,
     called,
     prompt_of,
     returned,
@@ -56,11 +57,11 @@ from tests.agents.steps import (
     without_moments,
 )
 
-from paigeant import RetryPolicy
+from paigeant import ActivityRegistry, RetryPolicy, Workflow
 from paigeant.agents import PaigeantDurability, effect_key, operations
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutputInvalid, UnitUnreadable
 from paigeant.parking import Parked
-from paigeant.testing import ManualClock
+from paigeant.testing import ManualClock, MemoryApp
 
 AnyAgent = Agent[Any, Any]
 
@@ -400,10 +401,12 @@ async def test_rule_2_the_library_hands_over_what_identifies_a_call() -> None:
     found: list[tuple[str, Any]] = []
     original = operations._identity
 
-    def looked_into(place: Any, name: str, ctx: RunContext[Any] | None, cache_key: tuple[object, ...]) -> str:
+    def looked_into(
+        place: Any, name: str, ctx: RunContext[Any] | None, cache_key: tuple[object, ...], line: str
+    ) -> str:
         assert ctx is not None
         found.append((name.partition("__")[2], (ctx.run_id, ctx.run_step, ctx.tool_call_id)))
-        return original(place, name, ctx, cache_key)
+        return original(place, name, ctx, cache_key, line)
 
     outer, _ = nesting()
     with pytest.MonkeyPatch.context() as patch:
@@ -1201,3 +1204,225 @@ def test_any_crashes_leave_the_outcome_of_none(crashes: list[int], sequential: b
         return str(result.output), result.usage, set(seen["noted"]), sorted(step.units)
 
     assert asyncio.run(outcome(crashes)) == asyncio.run(outcome([]))
+
+
+# -- answers that were given up on
+
+
+def careless(*, reuses: bool, **metadata: Any) -> tuple[AnyAgent, list[Any], list[int]]:
+    """An agent whose first answer asks for a payment and for a check that fails for good; what it paid, the answers."""
+    paid: list[Any] = []
+    answers: list[int] = []
+
+    def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        answers.append(len(messages))
+        call = "c" if reuses else f"c{len(answers)}"
+        if len(messages) == 1:
+            pay = called("pay", call, cents=len(answers))
+            return ModelResponse(parts=[pay, called("check", f"{call}!", passes=len(answers) > 1)])
+        return ModelResponse(parts=[TextPart(both_answers(messages))])
+
+    agent = durable(FunctionModel(respond), retries=0)
+
+    @agent.tool_plain(metadata=metadata)
+    async def pay(cents: int) -> str:
+        paid.append((cents, effect_key()))
+        if cents < 0:
+            raise ModelRetry("less than nothing")
+        return f"paid {cents}"
+
+    @agent.tool_plain
+    async def check(passes: bool) -> str:
+        if not passes:
+            raise ModelRetry("no")
+        return "fine"
+
+    return agent, paid, answers
+
+
+@pytest.mark.parametrize("reuses", [True, False], ids=["same call ids", "other call ids"])
+@pytest.mark.parametrize("metadata", [{}, {"paigeant": {"at_most_once": True}}], ids=["tool", "at most once"])
+async def test_an_answer_of_which_something_was_done_isn_t_asked_for_again(
+    reuses: bool, metadata: dict[str, Any]
+) -> None:
+    """The new answer might ask for the same effect under another key: every attempt gives up in the same way."""
+    agent, paid, answers = careless(reuses=reuses, **metadata)
+    step = Step()
+    for _ in range(3):
+        with pytest.raises(UnexpectedModelBehavior):
+            await step.attempt(lambda: agent.run("go"))
+    assert (len(paid), len(answers)) == (1, 1)
+
+
+@pytest.mark.parametrize("reuses", [True, False], ids=["same call ids", "other call ids"])
+async def test_an_operator_s_retry_asks_for_that_answer_again(reuses: bool) -> None:
+    """The run has failed at once, and says why. Taken up again, no record is handed to the calls of another answer."""
+    agent, paid, answers = careless(reuses=reuses)
+    activity = ActivityRegistry()
+    activity.agent(agent, name="pay", prompt="go")
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["pay"]), {})
+        await app.drain()
+        error = (await run.wait()).error
+        assert "isn't asked for again, since what it asked of 'pay' was done" in str(error)
+        assert ((await run.detail()).steps[0].attempt, len(answers)) == (1, 1)
+        await run.retry()
+        await app.drain()
+        result = await run.wait()
+    assert "paid 2" in str(result.output), result.error
+    assert [cents for cents, _ in paid] == [1, 2]
+    assert len({key for _, key in paid}) == 2
+
+
+async def test_a_new_answer_gets_no_record_of_a_call_of_the_old_one() -> None:
+    """A provider uses call ids again: what a tool told the old answer (to try again) isn't told to the new one."""
+    answers: list[int] = []
+
+    def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        answers.append(len(messages))
+        return ModelResponse(
+            parts=[called("check", "c", passes=len(answers) > 1)]
+            if len(messages) == 1
+            else [TextPart(both_answers(messages))]
+        )
+
+    agent = durable(FunctionModel(respond), retries=0)
+
+    @agent.tool_plain
+    async def check(passes: bool) -> str:
+        if not passes:
+            raise ModelRetry("no")
+        return "fine"
+
+    step = Step()
+    with pytest.raises(UnexpectedModelBehavior):
+        await step.attempt(lambda: agent.run("go"))
+    result, _ = await step.resumed(lambda: agent.run("go"))
+    assert (result.output, answers) == ("c=fine", [1, 1, 3])
+    assert 'agent__function_toolset__<agent>.call_tool:check(agent:1,1,1!2,"c")' in step.units
+
+
+async def test_an_answer_that_somebody_made_do_without_stands() -> None:
+    """Code that catches the error and goes on takes the same way in each attempt; what was asked stays asked."""
+    asked: list[str] = []
+
+    def respond(_: list[ModelMessage], __: AgentInfo) -> ModelResponse:
+        asked.append("careless")
+        return ModelResponse(parts=[] if len(asked) == 1 else [TextPart("yes")])
+
+    agent = durable(FunctionModel(respond), name="careless", retries=0)
+    model, requests = scripted("no")
+    careful = durable(model, name="careful")
+
+    async def work() -> str:
+        try:
+            return str((await agent.run("go")).output)
+        except UnexpectedModelBehavior:
+            return str((await careful.run("go")).output)
+
+    step = Step()
+    assert await step.resumed(work) == ("no", 2)
+    assert (asked, requests) == (["careless"], [0])
+
+
+async def test_an_error_that_was_raised_from_it_gives_up_as_well() -> None:
+    """The attempt fails because of it, in whatever words."""
+    asked: list[int] = []
+
+    def respond(_: list[ModelMessage], __: AgentInfo) -> ModelResponse:
+        asked.append(1)
+        return ModelResponse(parts=[] if len(asked) == 1 else [TextPart("yes")])
+
+    agent = durable(FunctionModel(respond), retries=0)
+
+    async def work() -> str:
+        try:
+            return str((await agent.run("go")).output)
+        except UnexpectedModelBehavior as exc:
+            raise LookupError("nothing was found") from exc
+
+    step = Step()
+    with pytest.raises(LookupError):
+        await step.attempt(work)
+    assert await step.attempt(work) == "yes"
+
+
+# -- calls that aren't recorded
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "inline"])
+async def test_calls_that_aren_t_recorded_keep_their_places(recorded: bool) -> None:
+    """Two calls of one tool have keys and agents of their own, and swap nothing when they begin in another order."""
+    seen: list[tuple[str, str]] = []
+    inner_model, _ = scripted(asks("answer to"))
+    inner = durable(inner_model, name="inner")
+    model, _ = scripted([called("ask", "a", what="a"), called("ask", "b", what="b")], both_answers)
+    outer = durable(model, name="outer")
+    slow = ["a"]
+
+    @outer.tool_plain(metadata={} if recorded else {"paigeant": False})
+    async def ask(what: str) -> str:
+        if what in slow:
+            await asyncio.sleep(0.02)
+        seen.append((what, effect_key()))
+        return str((await inner.run(what)).output)
+
+    step = Step()
+    with contextlib.suppress(Crash):
+        await step.attempt(lambda: outer.run("go"), crash_after=3)
+    slow[:] = ["b"]
+    result = await step.attempt(lambda: outer.run("go"))
+    assert result.output == "a=answer to a b=answer to b"
+    assert len(set(seen)) == 2
+
+
+async def test_an_output_function_has_a_key_of_its_own() -> None:
+    """It isn't recorded: each attempt calls it, with the same key, which no other run of the agent has."""
+    sent: list[str] = []
+
+    async def send(to: str) -> str:
+        sent.append(effect_key())
+        return f"sent to {to}"
+
+    agent = durable(TestModel(custom_output_args={"to": "ada"}), output_type=send)
+
+    async def work() -> list[str]:
+        return [(await agent.run("one")).output, (await agent.run("two")).output]
+
+    step = Step()
+    for _ in range(2):
+        assert await step.attempt(work) == ["sent to ada"] * 2
+    assert sent[:2] == sent[2:]
+    assert len(set(sent)) == 2
+
+
+@pytest.mark.parametrize("change", ["type", "gone", "type, no retries", "gone, no retries"])
+async def test_a_recorded_call_that_new_code_would_not_make_is_an_error(change: str) -> None:
+    """A deploy has changed the tool: no model is told that its arguments are wrong, which would have it pay again."""
+    paid: list[Any] = []
+    requests: list[int] = []
+
+    def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        requests.append(len(messages))
+        return ModelResponse(parts=[called("pay", f"c{len(requests)}", to=1)])
+
+    def agent(to: Any, name: str = "pay") -> AnyAgent:
+        made = durable(FunctionModel(respond), retries=0 if "retries" in change else 1)
+
+        async def pay(to: Any) -> str:
+            paid.append(to)
+            return "paid"
+
+        pay.__annotations__["to"] = to
+        made.tool_plain(name=name)(pay)
+        return made
+
+    before, after = agent(int), agent(int, "transfer") if "gone" in change else agent(str)
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: before.run("go"), crash_after=2)
+    for _ in range(2):
+        error: type[Exception] = UnexpectedModelBehavior if "retries" in change else UnitUnreadable
+        with pytest.raises(error, match=r"tool 'pay' is recorded as done|exceeded max retries"):
+            await step.attempt(lambda: after.run("go"))
+    assert (paid, requests) == ([1], [1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import threading
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.agents.steps import Crash, Step
 
 from paigeant import ActivityRegistry, RunStatus, StepContext, Workflow, codec
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep
-from paigeant.journal import Done, Place, Unit, current_place, effect_key
+from paigeant.journal import Done, Place, Unit, current_place, effect_key, readable
 from paigeant.parking import Parked
 from paigeant.testing import ManualClock, MemoryApp
 
@@ -492,6 +493,30 @@ async def test_an_activity_that_catches_its_leaving_is_left_all_the_same() -> No
         assert (await run.wait(5)).output == [1, 2]
 
 
+async def test_waits_of_which_only_the_first_is_awaited_are_no_errors() -> None:
+    """`asyncio.wait` hands nobody the end of a wait: leaving it says nothing of errors that were never retrieved."""
+    said: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def race(context: StepContext) -> str:
+        signal = asyncio.create_task(context.wait_for("go"))
+        sleep = asyncio.create_task(context.sleep(3600))
+        done, _ = await asyncio.wait({signal, sleep}, return_when=asyncio.FIRST_COMPLETED)
+        sleep.cancel()
+        return "go" if signal in done else "slept"
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["race"]))
+        await app.drain(advance=False)
+        await run.signal("go", 1)
+        await app.drain(advance=False)
+        assert (await run.wait(5)).output == "go"
+    gc.collect()
+    assert said == []
+
+
 async def test_nothing_waits_inside_of_what_may_be_done_once_at_most() -> None:
     """Behind the wait it would have to be begun again: that is said at once, and to nobody as a question."""
 
@@ -500,3 +525,21 @@ async def test_nothing_waits_inside_of_what_may_be_done_once_at_most() -> None:
 
     with pytest.raises(InvalidDefinition, match="may be done at most once: behind the wait"):
         await Step().attempt(lambda: here().do("u", Unit("u", at_most_once=True), produce))
+
+
+async def test_people_can_read_what_a_unit_is_within() -> None:
+    """Units within units are named by digests; where the outer one is recorded its name is told."""
+    step = Step()
+
+    async def outer() -> bytes:
+        async def middle() -> bytes:
+            await do("inner")
+            return b"1"
+
+        await here().do(here().name("middle"), Unit("the middle one"), middle)
+        return b"2"
+
+    await step.attempt(lambda: here().do("outer", Unit("the outer one"), outer))
+    assert sorted(readable(step.units).values()) == ["outer", "outer / middle", "outer / middle / inner"]
+    [inner] = [name for name in step.units if name.endswith("/inner")]
+    assert list(readable([inner, "a/b"]).values()) == [f"{inner[:8]}... / inner", "a/b"]

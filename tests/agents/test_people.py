@@ -20,14 +20,14 @@ from pydantic_ai import (
 )
 from pydantic_ai.capabilities import RequestInput
 from pydantic_ai.external_events import ExternalEventError, wait_for_external_event
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from tests.agents.steps import called, returned, scripted
 from tests.integration.workers import working
 
 from paigeant import ActivityRegistry, Paigeant, Run, RunStatus, Settings, Workflow
 from paigeant.agents import PaigeantDurability, effect_key
-from paigeant.errors import InvalidTransition
-from paigeant.store import Request
+from paigeant.errors import InputInvalid, InvalidTransition
+from paigeant.store import ClaimRequest, Request, StepKey
 
 PATIENCE = 30.0
 SETTINGS = Settings(sweep_interval=0.2)
@@ -239,6 +239,8 @@ async def test_request_input_hands_out_a_token_once() -> None:
             [request] = await asked(app, run)
     assert desk.tokens == [request.id]
     assert (request.kind, request.name) == ("external", "deferred_tool_calls")
+    [call] = from_json(request.asked)["calls"]
+    assert call == {"id": "c1", "tool": "pay", "arguments": {"euros": 9}}
     async with opened(activity) as app:
         await app.answer(request.id, {"approvals": {"c1": True}}, sender="ada")
         async with working(app.worker()):
@@ -291,6 +293,7 @@ async def test_a_tool_waits_for_an_event_outside() -> None:
     async with opened(activity) as app, working(app.worker()):
         run = await app.dispatch(Workflow("w", ["carrier"]))
         [request] = await asked(app, run)
+        assert from_json(request.asked)["tool"] == "deliver"
         assert request.expires_at is not None, "nobody is to answer when its time is up"
         await app.answer(request.id, {"at": "noon"})
         result = await run.wait(PATIENCE)
@@ -334,3 +337,137 @@ async def test_a_lost_outcome_goes_to_a_person(again: bool) -> None:
         assert result.status is RunStatus.FAILED
         assert "it is not to be done again (it went through)" in str(result.error)
         assert len(tried) == 1
+
+
+async def test_a_lost_outcome_goes_to_a_person_when_all_attempts_are_used_up() -> None:
+    """The only worker died within the tool: that doesn't end the step; who allows it allows one more attempt."""
+    model, _ = scripted(called("transfer", "c1"), tell)
+    agent = Agent(model, name="banker")
+    keys: list[str] = []
+
+    @agent.tool_plain(metadata={"paigeant": {"at_most_once": True}})
+    async def transfer() -> str:
+        keys.append(effect_key())
+        return "transferred"
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Go.", retries=0)
+    key = StepKey("r", "banker")
+    unit = 'banker__function_toolset__<agent>.call_tool:transfer(banker:1,1,"c1")'
+    settings = Settings(lease=2.0, heartbeat=0.5, sweep_interval=0.05)
+    async with Paigeant(settings, activities=activity) as app:
+        run = await app.dispatch(Workflow("w", ["banker"]), workflow_id="r")
+        await app.store.claim_step(ClaimRequest(key, "lost", 1))
+        await app.store.save_unit(key, f"{unit}!begun", to_json({"by": "lost", "unit": "the transfer"}))
+        async with working(app.worker()):
+            [request] = await asked(app, run)
+            assert request.name == "the transfer again"
+            assert keys == []
+            await app.approve(request.id)
+            result = await run.wait(PATIENCE)
+    assert result.output == "[('c1', 'transferred')]", result.error
+    assert len(keys) == 1
+
+
+async def test_a_denied_request_is_asked_once_more_when_the_run_is_retried() -> None:
+    """As one whose time was up is; the error of the run tells what had happened to the tool."""
+    model, requests = scripted(called("transfer", "c1"), tell)
+    agent = Agent(model, name="banker")
+    tried: list[str] = []
+
+    @agent.tool_plain(metadata={"paigeant": {"at_most_once": True}})
+    async def transfer() -> str:
+        tried.append(effect_key())
+        if len(tried) == 1:
+            raise ConnectionError("reset by peer")
+        return "transferred"
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Go.", retries=0)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["banker"]))
+        [request] = await asked(app, run)
+        await app.deny(request.id, "not now")
+        error = str((await run.wait(PATIENCE)).error)
+        assert "reset by peer" in error and "not now" in error  # noqa: PT018
+        await run.retry()
+        [other] = await asked(app, run)
+        assert other.id != request.id
+        await app.approve(other.id)
+        result = await run.wait(PATIENCE)
+    assert result.output == "[('c1', 'transferred')]", result.error
+    assert (requests, len(set(tried)), len(tried)) == ([0, 1], 1, 2)
+
+
+async def test_what_a_model_was_told_stays_so_when_the_run_is_retried() -> None:
+    """A request that was denied is an answer for a model: its later answers, which are recorded, rest on it."""
+    told: list[str] = []
+
+    def fails(messages: list[Any]) -> str:
+        told.append(tell(messages))
+        if len(told) == 1:
+            raise ConnectionError("reset by peer")
+        return told[-1]
+
+    model, _ = scripted(called("ship", "c1"), fails)
+    agent = Agent(model, name="clerk")
+
+    @agent.tool_plain
+    async def ship() -> str:
+        raise CallDeferred
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Go.", retries=0)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["clerk"]))
+        [request] = await asked(app, run)
+        await app.deny(request.id, "out of stock")
+        assert "reset by peer" in str((await run.wait(PATIENCE)).error)
+        await run.retry()
+        result = await run.wait(PATIENCE)
+    assert "out of stock" in str(result.output), result.error
+    assert told[0] == told[1]
+
+
+async def test_request_input_of_an_agent_within_a_tool_waits() -> None:
+    """It leaves the step like any other, and the outer agent goes on behind it."""
+    desk = Desk()
+    inner_model, inner_requests = scripted(called("pay", "c1", euros=5), tell)
+    inner = Agent(inner_model, name="inner", capabilities=[PaigeantDurability(), RequestInput(desk.ask)])
+    outer_model, outer_requests = scripted(called("delegate", "o1"), tell)
+    outer = Agent(outer_model, name="outer")
+    paid: list[int] = []
+
+    @inner.tool_plain(requires_approval=True)
+    async def pay(euros: int) -> str:
+        paid.append(euros)
+        return f"paid {euros}"
+
+    @outer.tool_plain
+    async def delegate() -> str:
+        return str((await inner.run("Pay.")).output)
+
+    activity = ActivityRegistry()
+    activity.agent(outer, prompt="Delegate.", retries=0)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["outer"]))
+        [request] = await asked(app, run)
+        await app.answer(request.id, {"approvals": {"c1": True}})
+        result = await run.wait(PATIENCE)
+    assert "paid 5" in str(result.output), result.error
+    assert (desk.tokens, paid) == ([request.id], [5])
+    assert (inner_requests, outer_requests) == ([0, 1], [0, 1])
+
+
+@pytest.mark.parametrize("arguments", ["9", 9, [9]])
+async def test_arguments_that_are_no_object_are_refused_when_they_are_given(arguments: Any) -> None:
+    """Whoever answers is told, and the request is still open; it is not the run that fails later."""
+    activity, paid, _ = banker([called("pay", "c1", euros=9)], tell)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["banker"]))
+        [request] = await asked(app, run)
+        with pytest.raises(InputInvalid, match="arguments"):
+            await app.answer(request.id, {"approved": True, "arguments": arguments})
+        await app.answer(request.id, {"approved": True, "arguments": {"euros": 8}})
+        await run.wait(PATIENCE)
+    assert [euros for euros, _ in paid] == [8]

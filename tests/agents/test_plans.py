@@ -752,6 +752,7 @@ async def test_a_handoff_that_is_refused_again_and_again_ends_the_run(settings: 
         await run.wait(timeout=PATIENCE)
         detail = await run.detail()
     assert (detail.run.status, detail.steps[0].attempt) == ("failed", 2)
+    assert "not handed over: activity 'planner' may not be added" in str(detail.run.error)
 
 
 async def test_two_that_hand_over_to_each_other_are_stopped(settings: Settings) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from paigeant import ItineraryPolicy, Step, Workflow
+from paigeant import ItineraryPolicy, Sleep, Step, WaitFor, Workflow
 from paigeant.errors import InvalidDefinition, PolicyViolation
+from paigeant.slip import identify
 
 
 def test_names_and_steps_make_an_itinerary() -> None:
@@ -25,6 +26,16 @@ def test_a_given_id_goes_before_a_counted_one() -> None:
     """An id that the user gave is never taken by a step without one, wherever it stands."""
     steps = Workflow("w", ["a", "a", Step("b", id="a_2")]).steps
     assert [step.id for step in steps] == ["a", "a_3", "a_2"]
+
+
+def test_waits_are_counted_like_activities() -> None:
+    """A wait is called by what it waits for, in a workflow as where a step adds it: so a step may add one each time."""
+    waits = [Sleep(1), WaitFor("paid"), Sleep(2), WaitFor("paid"), Sleep(3, id="rest")]
+    steps = Workflow("w", waits).steps
+    assert [step.id for step in steps] == ["sleep", "paid", "sleep_2", "paid_2", "rest"]
+    added = identify([Sleep(1), "poll"], taken={"poll", "sleep"}, parent="poll")
+    assert [step.id for step in added] == ["sleep_2", "poll.2"]
+    assert {step.called for step in (*steps, *added)} == {""}
 
 
 def test_a_workflow_may_have_no_steps() -> None:

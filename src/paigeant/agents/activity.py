@@ -33,7 +33,7 @@ from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.capabilities.abstract import leaf_capabilities
 from pydantic_ai.conversation import Conversation
 from pydantic_ai.durable_exec import BaseDurabilityCapability
-from pydantic_ai.exceptions import UsageLimitExceeded, UserError
+from pydantic_ai.exceptions import UnexpectedModelBehavior, UsageLimitExceeded, UserError
 
 from paigeant import codec
 from paigeant.activity import Activity, ActivityRegistry, Parameter, read_parameters, typed
@@ -150,6 +150,10 @@ def agent_activity(
                 )
             except (UsageLimitExceeded, UserError) as exc:
                 raise NonRetryableError(f"{type(exc).__name__}: {exc}") from exc
+            except UnexpectedModelBehavior as exc:
+                if plan is None or not plan.refused:
+                    raise
+                raise UnexpectedModelBehavior(f"{exc}; the last output was refused: {plan.refused}") from exc
             finally:
                 count("", run.rest(), Usage(), to=None)
         if plan is not None:

@@ -10,8 +10,9 @@ tool call and, where all that is the same, by how often it has occurred. Neither
 nor nesting can give one call what another was answered. These names are stored: a test pins them.
 
 **What is data.** What a tool tells the run by raising (ModelRetry, approval, deferral, failure) is recorded like a
-result. Any other error is not: the attempt fails, and the next one tries that unit again. When an agent gives up
-because of what its model said, the next attempt asks for the last answer again.
+result. Any other error is not: the attempt fails, and the next one tries that unit again. When an attempt ends because
+an agent gave up on what its model said, the next one asks for the last answer again, unless a tool call of that answer
+was done.
 
 **At least once.** A crash after an effect and before its record repeats the unit. `effect_key()` is the same then, for
 whoever has the effect; a tool marked `at_most_once` isn't repeated before a person has said so.
@@ -27,16 +28,22 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
 
 from pydantic_ai import DeferredToolRequests, DeferredToolResults, ModelMessage, RunContext, ToolDefinition
 from pydantic_ai._run_context import get_current_run_context
 from pydantic_ai.agent import AbstractAgent, EventStreamHandler, WrapperAgent
-from pydantic_ai.capabilities import AbstractCapability
-from pydantic_ai.capabilities.abstract import WrapRunHandler
+from pydantic_ai.capabilities import AbstractCapability, RequestInput
+from pydantic_ai.capabilities.abstract import (
+    CapabilityOrdering,
+    WrapOutputProcessHandler,
+    WrapRunHandler,
+    WrapToolExecuteHandler,
+)
 from pydantic_ai.durable_exec import (
     BaseDurabilityCapability,
     DurabilityEngineSpec,
@@ -46,6 +53,7 @@ from pydantic_ai.durable_exec import (
     conversation_id_from_run_id,
     replay_scope,
 )
+from pydantic_ai.durable_exec._operation_backend import _IN_DURABLE_UNIT
 from pydantic_ai.exceptions import (
     ModelConnectionError,
     ModelHTTPError,
@@ -59,15 +67,26 @@ from pydantic_ai.exceptions import (
     UserError,
 )
 from pydantic_ai.external_events import external_event_scope
-from pydantic_ai.messages import AgentStreamEvent, ModelResponse
+from pydantic_ai.messages import AgentStreamEvent, ModelResponse, ToolCallPart
 from pydantic_ai.models import Model
+from pydantic_ai.output import OutputContext
 from pydantic_ai.run import AgentRunResult
 from pydantic_ai.tool_manager import ToolManager
 from pydantic_ai.tools import AgentDepsT
 from pydantic_ai.toolsets import FunctionToolset, ToolsetTool
 
 from paigeant import journal
-from paigeant.agents.operations import EVENT_OF, PROGRESS, Codec, Operations, Progress, not_json, run_in_name
+from paigeant.agents.operations import (
+    CALL,
+    EVENT_OF,
+    PROGRESS,
+    Codec,
+    Operations,
+    Progress,
+    not_json,
+    part_of,
+    run_in_name,
+)
 from paigeant.agents.options import METADATA, ToolOptions
 from paigeant.agents.people import Outside, asks_itself, decisions
 from paigeant.clock import SystemClock, as_datetime
@@ -159,13 +178,17 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             self._binding = (parts, super().for_agent(agent))
         return self._binding[1]
 
+    def get_ordering(self) -> CapabilityOrdering:
+        # It has nothing but deferred calls to handle. They come here first, so that its request tells which they are.
+        return replace(super().get_ordering(), wraps=(RequestInput,))
+
     @property
     def in_durable_context(self) -> bool:
         """Whether the code that asks is part of a step."""
         return current_place() is not None
 
     def get_durable_operation_backend(self) -> Operations:
-        return Operations(self.name, self.default_model_id, self._config())
+        return Operations(self.name, self.default_model_id, self._config(), self._toolset_names)
 
     def get_default_run_id(self) -> str | None:
         place = current_place()
@@ -197,20 +220,59 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             await self._sleep(ctx.run_id or "", seconds)
 
         progress = Progress()
-        token = PROGRESS.set(progress)
+        token, call = PROGRESS.set(progress), CALL.set(None)
         try:
-            with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)):
+            with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)), _no_unit():
                 return await super().wrap_run(ctx, handler=handler)
         except UnexpectedModelBehavior as exc:
-            await progress.failed(exc)
+            progress.failed(exc)
             raise
         finally:
             PROGRESS.reset(token)
+            CALL.reset(call)
+
+    async def wrap_tool_execute(
+        self,
+        ctx: RunContext[AgentDepsT],
+        *,
+        call: ToolCallPart,
+        tool_def: ToolDefinition,
+        args: dict[str, Any],
+        handler: WrapToolExecuteHandler,
+    ) -> Any:
+        place = current_place()
+        if place is None:
+            return await handler(args)
+        # Calls that aren't recorded have this place for their effects and units, so that none is taken for another's.
+        token = CALL.set(call)
+        try:
+            with part_of(place, f"{self.name}__inline:{call.tool_name}", ctx, call.tool_call_id).entered():
+                return await handler(args)
+        finally:
+            CALL.reset(token)
+
+    async def wrap_output_process(
+        self,
+        ctx: RunContext[AgentDepsT],
+        *,
+        output_context: OutputContext,
+        output: Any,
+        handler: WrapOutputProcessHandler,
+    ) -> Any:
+        place = current_place()
+        if place is None or not output_context.has_function:
+            return await handler(output)
+        # It may see a stream's outputs before their end as well: all are of one output, whose number is 1.
+        call = None if output_context.tool_call is None else output_context.tool_call.tool_call_id
+        with part_of(place, f"{self.name}__output", ctx, call, number=1).entered():
+            return await handler(output)
 
     async def handle_deferred_tool_calls(
         self, ctx: RunContext[AgentDepsT], *, requests: DeferredToolRequests
     ) -> DeferredToolResults | None:
         place = current_place()
+        if place is not None and (progress := PROGRESS.get()) is not None:
+            progress.deferred = requests
         if place is None or asks_itself(self.agent):
             return None
         return await decisions(place, self.name, ctx, requests, self._ask_timeout)
@@ -243,6 +305,13 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return RoleBasedOperationConfig(
             model=model, event=_PLAIN, capability=_PLAIN, tool=_PLAIN, resolve_tool=of_tool
         )
+
+    def _toolset_names(self) -> list[str]:
+        return [
+            f"{kind}__{name}"
+            for name in self._toolsets_by_id
+            for kind in ("function_toolset", "mcp_server", "dynamic_toolset")
+        ]
 
     def _delay_of_model(self, number: int, error: Exception) -> float | None:
         policy = self._model_policy
@@ -300,6 +369,17 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             await super()._dispatch_event_stream_event(ctx, event)
         finally:
             EVENT_OF.reset(token)
+
+
+@contextmanager
+def _no_unit() -> Iterator[None]:
+    """The code inside is no unit: an agent within a tool is as durable as any other, and may wait for somebody."""
+    # The library has no other way to say so; it says the contrary around each unit.
+    token = _IN_DURABLE_UNIT.set(False)
+    try:
+        yield
+    finally:
+        _IN_DURABLE_UNIT.reset(token)
 
 
 def _are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:

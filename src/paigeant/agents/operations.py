@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextvars
 import copy
 import json
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import TypeAdapter
-from pydantic_ai import RunContext, RunUsage
+from pydantic_ai import DeferredToolRequests, RunContext, RunUsage
 from pydantic_ai.durable_exec import (
     JSON_CODEC,
     CallableOperationBackend,
@@ -24,6 +24,7 @@ from pydantic_ai.durable_exec import (
     ToolsetValidateToolArgumentsId,
     record_durable_unit,
 )
+from pydantic_ai.messages import ToolCallPart
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.agents.usage import a_part, count, of_request, of_run
@@ -31,7 +32,18 @@ from paigeant.errors import OutputInvalid, UnitUnreadable
 from paigeant.journal import Place, Unit, current_place
 from paigeant.usage import Usage
 
-__all__ = ["EVENT_OF", "PROGRESS", "Codec", "Operations", "Progress", "not_json", "run_in_name"]
+__all__ = [
+    "CALL",
+    "EVENT_OF",
+    "PROGRESS",
+    "Codec",
+    "Operations",
+    "Progress",
+    "line",
+    "not_json",
+    "part_of",
+    "run_in_name",
+]
 
 _USAGE = TypeAdapter(RunUsage)
 
@@ -60,23 +72,68 @@ def not_json(error: Exception) -> OutputInvalid:
 
 @dataclass(slots=True)
 class Progress:
-    """How far one run of an agent has come: the last answer of its model, and the last error of one of its units."""
+    """How far one run of an agent has come: the last answer of its model, and what was done of what that asks for.
+
+    `line` is empty as long as each answer is the first to its request. Else it tells which ones are not; it is part of
+    the names of all units that come after them, so that none of these is given the record of another answer's unit.
+    """
 
     answer: tuple[Place, str] | None = None
     error: Exception | None = None
+    line: str = ""
+    calls: dict[str, str] = field(default_factory=dict)
+    """The names of the units of the last answer's tool calls, with the tools; empty for an answer that is new."""
+    done: dict[str, str] = field(default_factory=dict)
+    """The tools of the last answer that were called and may have had effects, by their units."""
+    deferred: DeferredToolRequests | None = None
+    """The calls that somebody outside was last wanted for."""
 
-    async def failed(self, error: Exception) -> None:
+    def answered(self, place: Place, unit: str, number: int, about: str) -> None:
+        """The model has given the answer that is recorded as `unit`, the so manieth to its request."""
+        self.answer = (place, unit)
+        self.calls, self.done = {}, {}
+        if number > 1:
+            self.line = f"{self.line},{about}!{number}"
+
+    def failed(self, error: Exception) -> None:
         """The run gave up because of what its model said: the next attempt asks for the last answer again.
 
         Otherwise it would read the same answers and give up as well. An error that comes from a unit is none of this:
-        that unit isn't recorded.
+        that unit isn't recorded. An answer of which a tool call was done isn't asked for again by itself: the new one
+        might ask for the same effect, under another key.
         """
-        if self.answer is not None and error is not self.error:
-            place, unit = self.answer
-            await place.refuse(unit)
+        if self.answer is None or error is self.error:
+            return
+        place, unit = self.answer
+        held = ""
+        left = (tool for name, tool in self.calls.items() if place.journal.is_left(name))
+        if done := dict.fromkeys((*self.done.values(), *left)):
+            tools = ", ".join(f"'{tool}'" for tool in done)
+            held = (
+                f"the answer isn't asked for again, since what it asked of {tools} was done, and might be done for the "
+                "second time; see what came of it: retrying the run has the model asked anew"
+            )
+        place.give_up(unit, error, held=held)
+
+    def check(self) -> None:
+        """Raise UnitUnreadable when a call that is recorded as done wasn't made by the code that is there now."""
+        if self.answer is None:
+            return
+        place, calls = self.answer[0], self.calls
+        self.calls = {}
+        for name, tool in calls.items():
+            if place.journal.is_left(name):
+                raise UnitUnreadable(
+                    f"the call of tool '{tool}' is recorded as done ({name}), and this code would not make it: the "
+                    "tool is gone, or doesn't take these arguments any more; the model isn't told that they are "
+                    "wrong, for it would call it again: go on with the code that recorded it, or dispatch the work "
+                    "again under another id"
+                )
 
 
 PROGRESS: contextvars.ContextVar[Progress | None] = contextvars.ContextVar("paigeant.progress", default=None)
+CALL: contextvars.ContextVar[ToolCallPart | None] = contextvars.ContextVar("paigeant.call", default=None)
+"""The call of a tool that is being executed, if any is, in the run of an agent."""
 EVENT_OF: contextvars.ContextVar[RunContext[Any] | None] = contextvars.ContextVar(
     "paigeant.event_of", default=None
 )
@@ -96,8 +153,17 @@ class _Namer(JournalOperationNamer):
 class Operations(CallableOperationBackend[Unit]):
     """Does the library's operations as units at the current place of the step."""
 
-    def __init__(self, agent: str, model: str | None, config: RoleBasedOperationConfig[Unit]) -> None:
+    def __init__(
+        self,
+        agent: str,
+        model: str | None,
+        config: RoleBasedOperationConfig[Unit],
+        toolsets: Callable[[], Iterable[str]],
+    ) -> None:
         super().__init__(namer=_Namer(agent, default_model_id=model or "default"), config=config)
+        self.agent = agent
+        self.toolsets = toolsets
+        """What names the toolsets of the agent in the names of units."""
 
     async def execute(
         self,
@@ -115,6 +181,7 @@ class Operations(CallableOperationBackend[Unit]):
         ctx = _context_in(cache_key) or (
             EVENT_OF.get() if isinstance(operation_id, EventStreamHandlerId) else None
         )
+        progress = PROGRESS.get() or Progress()
         is_answer = isinstance(operation_id, ModelRequestId)
         if isinstance(operation_id, ModelRequestId) and operation_id.streaming:
             # Whoever watches the stream has seen a part of it: the step's next attempt is told apart, a try isn't.
@@ -122,19 +189,35 @@ class Operations(CallableOperationBackend[Unit]):
         calls_tool = isinstance(operation_id, (ToolsetCallToolId, ToolsetValidateToolArgumentsId))
         caller = ctx if calls_tool else None
         usage = None if caller is None else caller.usage
-        unit = place.name(_identity(place, name, ctx, cache_key))
+        if not place.is_unit and place.outer is not None and isinstance(operation_id, ToolsetCallToolId):
+            place = place.outer  # a call that is recorded is a unit itself: it needs no place for its effects
+        unit = place.name(_identity(place, name, ctx, cache_key, progress.line))
+        number = 1
         if is_answer:
-            unit = await place.standing(unit)
-        progress = PROGRESS.get() or Progress()
+            progress.check()
+            unit, number = await place.standing(unit)
+        tool = (
+            ctx.tool_name or "" if ctx is not None and isinstance(operation_id, ToolsetCallToolId) else None
+        )
+        if tool is not None:
+            progress.done[unit] = tool
         try:
             done = await place.do(unit, config, lambda: _packed(operation_id, body, caller))
         except Exception as exc:
             progress.error = exc
             raise
         if is_answer:
-            progress.answer = (place, unit)
+            about = "" if ctx is None else str(ctx.run_step)
+            progress.answered(place, unit, number, about)
         record_durable_unit(executed=done.executed)
         payload, used = _unpacked(unit, done.value)
+        if tool is not None and not _is_return(payload):
+            progress.done.pop(unit, None)
+        if is_answer and not done.executed and ctx is not None:
+            progress.calls = {
+                place.spelled(called): tool
+                for called, tool in self._calls(place, payload, ctx, progress.line)
+            }
         itself = Usage.stamped(done.value) or Usage()
         # That is by the library, once it has the payload.
         added = itself if is_answer else _used(operation_id, payload)
@@ -143,6 +226,18 @@ class Operations(CallableOperationBackend[Unit]):
             added += of_run(used)
         count(unit, itself, added, to=None if ctx is None else ctx.usage)
         return payload
+
+    def _calls(
+        self, place: Place, answer: object, ctx: RunContext[Any], line: str
+    ) -> Iterator[tuple[str, str]]:
+        """What the units of the tool calls in an answer are called, whichever toolset has the tool, with the tool."""
+        parts = answer.get("parts") if isinstance(answer, dict) else None
+        for part in parts or ():
+            if part.get("part_kind") == "tool-call":
+                about = _about(place, ctx, line, part.get("tool_call_id"))
+                tool = str(part.get("tool_name"))
+                for toolset in self.toolsets():
+                    yield f"{self.agent}__{toolset}.call_tool:{tool}({about})", tool
 
 
 async def _packed(
@@ -175,8 +270,13 @@ def _used(operation_id: DurableOperationId, value: object) -> Usage:
     if isinstance(operation_id, ModelRequestId):
         return of_request(value)
     # A refusal, a deferral or a request to try again is no call.
-    outcome = value if isinstance(operation_id, ToolsetCallToolId) and isinstance(value, dict) else {}
-    return Usage(tool_calls=1) if outcome.get("kind") == "tool_return" else Usage()
+    called = isinstance(operation_id, ToolsetCallToolId) and _is_return(value)
+    return Usage(tool_calls=1) if called else Usage()
+
+
+def _is_return(value: object) -> bool:
+    """Whether a tool's recorded result is that of a call that was done."""
+    return isinstance(value, dict) and value.get("kind") in ("tool_return", "tool_content_result")
 
 
 def _json(record: dict[str, object]) -> bytes:
@@ -209,17 +309,33 @@ def _context_in(cache_key: tuple[object, ...]) -> RunContext[Any] | None:
     return None
 
 
-def _identity(place: Place, name: str, ctx: RunContext[Any] | None, cache_key: tuple[object, ...]) -> str:
+def _identity(
+    place: Place, name: str, ctx: RunContext[Any] | None, cache_key: tuple[object, ...], line: str
+) -> str:
     """What tells an operation from all others at this place, but for its repetitions."""
     if ctx is None:
         # Of a call of a workspace all that is known of its run is the id.
         run = cache_key[-1] if cache_key else None
-        return f"{name}({run_in_name(place, run)})" if isinstance(run, str) else f"{name}()"
-    call = ctx.tool_call_id or _call_of(cache_key)
-    about = [run_in_name(place, ctx.run_id or ""), str(ctx.run_step)]
-    if call is not None:
-        about.append(json.dumps(call))
-    return f"{name}({','.join(about)})"
+        return f"{name}({run_in_name(place, run)}{line})" if isinstance(run, str) else f"{name}()"
+    return f"{name}({_about(place, ctx, line, ctx.tool_call_id or _call_of(cache_key))})"
+
+
+def _about(place: Place, ctx: RunContext[Any], line: str, call: str | None) -> str:
+    about = f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}{line}"
+    return about if call is None else f"{about},{json.dumps(call)}"
+
+
+def part_of(
+    place: Place, what: str, ctx: RunContext[Any], call: str | None, *, number: int | None = None
+) -> Place:
+    """The place of what an agent does that isn't recorded: `what`, for a tool call if it is one."""
+    return place.part(f"{what}({_about(place, ctx, line(), call)})", number=number)
+
+
+def line() -> str:
+    """The `line` of the run of an agent that the code which calls this belongs to."""
+    progress = PROGRESS.get()
+    return "" if progress is None else progress.line
 
 
 def _call_of(cache_key: tuple[object, ...]) -> str | None:

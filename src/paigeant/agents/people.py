@@ -20,7 +20,7 @@ from pydantic_ai.external_events import ExternalEventError, ExternalEventWaiter
 from pydantic_ai.messages import ToolCallPart
 from pydantic_core import from_json, to_json
 
-from paigeant.agents.operations import run_in_name
+from paigeant.agents.operations import CALL, PROGRESS, line, run_in_name
 from paigeant.errors import OutsideStep, RequestDenied, WaitTimeout
 from paigeant.journal import Place, Unit, current_place
 
@@ -50,7 +50,7 @@ async def decisions(
     timeout: float | None,
 ) -> DeferredToolResults:
     """What people have decided about the calls that wait for them: all asked at once, each by a request of its own."""
-    about = f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}"
+    about = f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}{line()}"
     calls = [*requests.approvals, *requests.calls]
     found = await asyncio.gather(*(_decision(place, agent, about, requests, call, timeout) for call in calls))
     results = DeferredToolResults()
@@ -78,6 +78,7 @@ async def _decision(
     try:
         answer = await place.ask(kind, call.tool_name, to_json(asked), timeout=timeout, unit=unit)
     except (WaitTimeout, RequestDenied) as exc:
+        await place.told(unit)
         said = str(exc)
         return (ToolDenied(said) if kind == "approval" else ToolFailed(said)), ""
     value, by = answer["value"], str(answer["by"])
@@ -88,6 +89,21 @@ async def _decision(
         return (ToolApproved() if arguments is None else ToolApproved(override_args=arguments)), by
     reason = value.get("reason")
     return (ToolDenied(reason) if reason else ToolDenied()), by
+
+
+def _wanted_for() -> dict[str, Any]:
+    """The calls that a wait for something outside is about: that of the tool which waits, or the deferred ones."""
+    if (call := CALL.get()) is not None:
+        return {"tool": call.tool_name, "arguments": call.args_as_dict()}
+    progress = PROGRESS.get()
+    if progress is None or progress.deferred is None:
+        return {}
+    calls = [*progress.deferred.approvals, *progress.deferred.calls]
+    return {
+        "calls": [
+            {"id": one.tool_call_id, "tool": one.tool_name, "arguments": one.args_as_dict()} for one in calls
+        ]
+    }
 
 
 class Outside(ExternalEventWaiter):
@@ -103,9 +119,9 @@ class Outside(ExternalEventWaiter):
         if place is None:
             raise OutsideStep(f"the wait for '{name}' is outside of a step, where nothing could be recorded")
         ctx = get_current_run_context()
-        about = "" if ctx is None else f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}"
+        about = "" if ctx is None else f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}{line()}"
         unit = place.name(f"{self.agent}__external_event:{name}({about})")
-        asked = to_json({"agent": self.agent, "event": name})
+        asked = to_json({"agent": self.agent, "event": name, **_wanted_for()})
         request = await place.requested(unit, "external", name, asked)
 
         seconds = None if timeout is None else timeout.total_seconds()
@@ -124,6 +140,7 @@ class Outside(ExternalEventWaiter):
         try:
             answer = await place.answer(unit, request, timeout=seconds)
         except (WaitTimeout, RequestDenied) as exc:
+            await place.told(unit)
             raise ExternalEventError(str(exc)) from exc
         value: JsonValue = answer["value"]["value"]
         return value

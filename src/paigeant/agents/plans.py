@@ -167,6 +167,8 @@ class Plan(AbstractCapability[Any]):
         self.policy = context._slip.policy.narrowed(planner.may_add)
         self.offered = tuple(dict.fromkeys(self.policy.allowed or ()))
         self.targets = tuple(name for name in self.offered if planner.takes_message(name))
+        self.refused = ""
+        """Why the last Handoff was refused."""
 
     def get_toolset(self) -> AbstractToolset[Any]:
         return _Tools(self)
@@ -177,6 +179,7 @@ class Plan(AbstractCapability[Any]):
                 self._handing_over(output)
             except (PaigeantError, codec.JsonInvalid) as exc:
                 reason = self._log(exc)
+                self.refused = f"not handed over: {reason}"
                 raise ModelRetry(f"Not handed over: {reason}. {self._possible(self.targets)}") from exc
         return output
 

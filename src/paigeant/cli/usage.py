@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from paigeant.app import usage_of
 from paigeant.cli import console
+from paigeant.journal import readable
 from paigeant.slip import Phase
 from paigeant.store import RunDetail, StepKey, StepRecord
 from paigeant.usage import Usage
@@ -48,7 +49,12 @@ def tables_of(detail: RunDetail, units: Units | None) -> list[RenderableType]:
         rows.append([console.plain("run", "bold"), *_numbers(usage_of(detail))])
         tables.append(console.table(["usage", *_NUMBERS], rows, cut=["usage"], right=_NUMBERS))
     if units is not None:
-        rows = [_unit(key, name, record) for key, of in units.items() for name, record in sorted(of.items())]
+        rows = [
+            _unit(key, shown[name], record)
+            for key, of in units.items()
+            for shown in [readable(of)]
+            for name, record in sorted(of.items(), key=lambda unit: shown[unit[0]])
+        ]
         columns = ["step", "unit", "size", "tokens", "cost"]
         table = console.table(columns, rows, cut=["unit"], right=["size", "tokens", "cost"])
         tables.append(table if rows else console.plain("no units", "dim"))

@@ -553,7 +553,7 @@ class MemoryStore:
             del self._steps[key.workflow_id][key]
         for key in changes.renewed:
             units = {name: value for (owner, name), value in self._units.items() if owner == key}
-            for name in ledger.timed_out(units):
+            for name in ledger.done_anew(units):
                 del self._units[key, name]
         for key, patch in changes.steps:
             self._put(replace(self._steps[key.workflow_id][key], **patch))

@@ -76,7 +76,7 @@ class SqlPart:
             self.outbox.post(tx, postings)
 
     def _forget_waits(self, tx: Tx, key: StepKey) -> None:
-        gone = ledger.timed_out(units_of(tx, key))
+        gone = ledger.done_anew(units_of(tx, key))
         if gone:
             of = step_units.c
             its = (of.workflow_id == key.workflow_id, of.step == key.step, of.phase == key.phase)
