@@ -10,6 +10,7 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import Phase, given, settings
 from pydantic_ai import Agent, ModelMessage, ModelResponse, TextPart, ToolCallPart
+from pydantic_ai.messages import ModelResponsePart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 
 from paigeant import ActivityRegistry, ItineraryPolicy, RetryPolicy, Step, StepContext, Workflow
@@ -58,7 +59,7 @@ class Planners:
         kind = chance.choice(["add", "add", "add", "both", "finish", "done"])
         if kind == "done" or turn == TURNS:
             return ModelResponse(parts=[TextPart(f"{turn} turns")])
-        parts = []
+        parts: list[ModelResponsePart] = []
         if kind in ("add", "both"):
             steps = [
                 {"activity": chance.choice(KNOWN + UNKNOWN[: chance.random() < 0.2])}
