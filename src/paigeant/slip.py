@@ -365,7 +365,7 @@ def identify(
     named: list[Step] = []
     for number, entry in enumerate(entries, first):
         if entry.id:
-            named.append(entry)
+            named.append(replace(entry, called="") if entry.called else entry)
             continue
         called = entry.called or (entry.activity if parent is None else "")
         step_id = called or f"{parent}.{number}"
