@@ -37,7 +37,9 @@ CASES = [
         "paigeant.yaml has an unknown key 'transport'",
         "did you mean 'transport_url'",
     ),
-    file("unknown key far from any", "colour: red\n", "unknown key 'colour'", "known: adopt, allow_plaintext"),
+    file(
+        "unknown key far from any", "colour: red\n", "unknown key 'colour'", "known: adopt, allow_plaintext"
+    ),
     file("no YAML", "concurrency: 5\nhandlers: [a, b\n", "paigeant.yaml, line 3 is not YAML"),
     file("a tab in YAML", "workflows:\n\tpay: [a]\n", "paigeant.yaml, line 2 is not YAML"),
     file("a list", "- handlers.py\n", "paigeant.yaml holds a list", "`key: value`"),
