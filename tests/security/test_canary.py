@@ -120,7 +120,7 @@ async def test_a_token_is_found_nowhere(
         "stale": RunStatus.COMPLETED,
     }
     assert letter is not None
-    assert b'"obo_token":"***"' in letter.body
+    assert b"obo_token" not in letter.body, "it is cut off"
     secrets = [token, bad, stale, *TOKENS]
     signatures = [secret.rpartition(".")[2] for secret in secrets]
     files = b"".join(path.read_bytes() for path in tmp_path.iterdir() if path.is_file())  # noqa: ASYNC240
