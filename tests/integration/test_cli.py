@@ -921,7 +921,7 @@ def test_a_missing_library_is_named_with_what_installs_it(
     for name in [name for name in sys.modules if name.startswith(adapters)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", url)
+    monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", url.replace("host", "localhost"))
     assert f"pip install 'paigeant[{extra}]'" in checked(2)["transport"][1]
     assert f"pip install 'paigeant[{extra}]'" in refused(
         "dispatch", "pay", "-", "--handlers", "handlers.py", input="{}"
@@ -1157,13 +1157,13 @@ def commands() -> list[tuple[str, ...]]:
 def test_the_commands_are_those_of_the_design() -> None:
     """Exactly these names: scripts call them."""
     assert {" ".join(words) for words in commands()} == {
-        "init", "run", "dispatch", "demo",
+        "init", "run", "dispatch", "logs", "demo",
         "runs list", "runs show", "runs cancel", "runs retry", "runs signal", "runs grant", "runs prune",
         "requests list", "requests show", "requests approve", "requests deny", "requests answer",
         "variables list", "variables get", "variables set", "topics list",
         "dead-letters list", "dead-letters show", "dead-letters requeue", "dead-letters delete",
         "db upgrade", "db downgrade", "db current", "config show", "config check",
-        "keys generate", "keys rotate", "keys list",
+        "keys generate", "keys rotate", "keys revoke", "keys list", "keys export-jwks", "keys trust",
     }  # fmt: skip
 
 

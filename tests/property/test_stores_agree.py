@@ -48,7 +48,7 @@ WORKERS = tuple(WorkerRecord(f"w{n}", "host", f"{n}@1") for n in range(3))
 RUNS = ("r0", "r1", "r2")
 GOES_ON = (StepStatus.READY, StepStatus.WAITING)
 """How an attempt ends that isn't the step's last."""
-EXAMPLES = int(os.environ.get("PAIGEANT_TEST_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("PAIGEANT_TEST_EXAMPLES", "80"))
 
 numbers = st.integers(min_value=0, max_value=7)
 """Chooses one of what there is at that moment, of the newest."""
@@ -445,13 +445,14 @@ def _settings(examples: int) -> settings:
     )
 
 
-TestStoresAgree = StoresAgree.TestCase
+TestStoresAgree = pytest.mark.timeout(400)(StoresAgree.TestCase)  # a minute or two where nothing else is done
 TestStoresAgree.__doc__ = (
     "Whatever happens in whatever order, both stores say and hold the same, and I1 to I19 hold."
 )
 TestStoresAgree.settings = _settings(EXAMPLES)
 
 
+@pytest.mark.timeout(400)
 class TestPostgresAgrees(PostgresAgrees.TestCase):  # type: ignore[valid-type,misc]  # made by Hypothesis
     """Whatever happens in whatever order, Postgres says and holds the same as the memory store."""
 
