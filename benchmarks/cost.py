@@ -36,7 +36,7 @@ PARTS = (
     # The event loop's thread.
     Part("dispatch", "paigeant.dispatcher", "Dispatcher.dispatch"),
     Part("encode the message", "paigeant.forwarder", "encode"),
-    Part("decode the message", "paigeant.table_transport", "decode"),
+    Part("decode the message", "paigeant.envelope", "decode"),
     Part("take and hand over", "paigeant.worker", "ActivityWorker._take"),
     Part("claim", "paigeant.executor", "Executor.claim"),
     Part("accept", "paigeant.executor", "Executor._accept"),
