@@ -23,6 +23,7 @@ from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.util.types import AnyValue, Attributes
@@ -185,11 +186,11 @@ class _QuickTracer(trace.Tracer):
         else:
             above, trace_id, random = None, self._ids.generate_trace_id(), self._random
         decided = self._sampler.should_sample(context, trace_id, name, kind, None, links)
-        sampled = TraceFlags.SAMPLED if decided.decision.is_sampled() else TraceFlags.DEFAULT
+        sampled = TraceFlags.SAMPLED if decided.decision is Decision.RECORD_AND_SAMPLE else TraceFlags.DEFAULT
         own = SpanContext(
             trace_id, self._ids.generate_span_id(), False, TraceFlags(sampled | random), decided.trace_state
         )
-        if not decided.decision.is_recording():
+        if decided.decision is Decision.DROP:
             return trace.NonRecordingSpan(own)
         return _QuickSpan(self, name, own, above, kind, dict(attributes or {}), start_time or time.time_ns())
 
