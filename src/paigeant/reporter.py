@@ -50,13 +50,12 @@ class Reporter:
 
     def begin(self, claim: Claim) -> Around:
         """The activity of `claim` is about to run; gives what it is to run in."""
-        if self.observers.want("step.started"):
+        observers = self.observers
+        if not observers:
+            return NOTHING_AROUND
+        if observers.want("step.started"):
             self.tell("step.started", claim, at=claim.now, more=_phase(claim))
-        return (
-            self.observers.around(claim.described(self.worker_id))
-            if self.observers.surrounds
-            else NOTHING_AROUND
-        )
+        return observers.around(claim.described(self.worker_id)) if observers.surrounds else NOTHING_AROUND
 
     def tell_claimed(self, claim: Claim) -> None:
         """A message was delivered and its step claimed, which had been due for so many seconds."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from opentelemetry import metrics, trace
@@ -81,43 +81,41 @@ class WholeTraces(SpanExporter):
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
-        self._held: OrderedDict[int, list[ReadableSpan]] = OrderedDict()
+        self._held: dict[int, list[ReadableSpan]] = {}
         self._waiting = 0
-        self._gone: OrderedDict[int, None] = OrderedDict()
+        self._gone: dict[int, None] = {}
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Hand on what is whole."""
         ready: list[ReadableSpan] = []
+        gone = self._gone
         for span in spans:
             above = span.parent
-            if above is None or above.is_remote or above.span_id in self._gone:
+            if above is None or above.is_remote or above.span_id in gone:
                 self._release(span, ready)
             else:
                 self._held.setdefault(above.span_id, []).append(span)
                 self._waiting += 1
         while self._waiting > _MOST_HELD:
-            _, oldest = self._held.popitem(last=False)
+            oldest = self._held.pop(next(iter(self._held)))
             self._waiting -= len(oldest)
             for span in oldest:
                 self._release(span, ready)
-        while len(self._gone) > _MOST_HELD:
-            self._gone.popitem(last=False)
+        if len(gone) > 2 * _MOST_HELD:
+            for known in list(islice(gone, len(gone) - _MOST_HELD)):
+                del gone[known]
         return self._exporter.export(ready) if ready else SpanExportResult.SUCCESS
 
     def _release(self, span: ReadableSpan, ready: list[ReadableSpan]) -> None:
-        stack = [span]
-        while stack:
-            found = stack.pop()
-            ready.append(found)
-            own = found.get_span_context()
-            if own is None:
-                continue
-            self._gone[own.span_id] = None
-            below = self._held.pop(own.span_id, None)
-            if below is None:
-                continue
-            self._waiting -= len(below)
-            stack += reversed(below)
+        ready.append(span)
+        own = span.context
+        if own is None:
+            return
+        self._gone[own.span_id] = None
+        below = self._held.pop(own.span_id, ())
+        self._waiting -= len(below)
+        for each in below:
+            self._release(each, ready)
 
     def shutdown(self) -> None:
         """Hand on what is left: the process ends in good order, and nothing else will come."""
@@ -134,7 +132,7 @@ class WholeTraces(SpanExporter):
 
 
 class QuickProvider(trace.TracerProvider):
-    """Spans for the same end as those of `provider`, at a third of what the library's own cost.
+    """Spans for the same end as those of `provider`, at half of what the library's own cost.
 
     They are for what we make ourselves, many times a second and with attributes that are known to be right: nothing is
     limited, cleaned or measured on the way to `processor`, which is told only when a span has ended. Samplers, ids and
