@@ -20,7 +20,7 @@ _WAYS: Mapping[str, tuple[str, bool]] = {
 
 
 def run(bench: Bench) -> list[Figure]:
-    """Steps a second of each way, and their shares of those without lines, by rounds: machines change their pace."""
+    """Steps a second of each way, and the share of those without lines in each round: machines change their pace."""
     rounds = [
         {name: steps(bench, kept, prints) for name, (kept, prints) in _WAYS.items()}
         for _ in range(bench.many(5, 1))

@@ -6,15 +6,19 @@ import asyncio
 import io
 import json
 import logging
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import structlog
 
 from paigeant import ActivityRegistry, StepContext, Workflow
-from paigeant.observer import CURRENT, Event, EventName
-from paigeant.observers.logs import LEVELS, LogObserver, configure
+from paigeant.errors import ConfigurationError
+from paigeant.observer import CURRENT, Event, EventName, Observers
+from paigeant.observers.logs import LEVELS, LogFile, LogHandler, LogObserver, configure
+from paigeant.observers.logs.destinations import StreamLog
 from paigeant.testing import MemoryApp
 
 IDS = {"workflow_id", "workflow", "step", "activity", "attempt", "trace_id", "correlation_id", "worker"}
@@ -234,3 +238,117 @@ async def test_the_traceback_of_an_attempt_has_the_ids_of_its_step() -> None:
     (line,) = [line for line in lines(stream) if "exception" in line]
     assert line["exception"].endswith("RuntimeError: no steam")
     assert (line["workflow_id"], line["step"], line["attempt"]) == (run.id, "break_down", 1)
+
+
+# -- files
+
+
+def log_file(path: Path, **more: int) -> LogFile:
+    """A file for lines of any level."""
+    return LogFile(path, least=0, **{"most_bytes": 4096, "files": 3, **more})
+
+
+def numbers(path: Path) -> list[int]:
+    """The numbers in the lines of all files, the oldest file first."""
+    files = sorted(path.parent.glob(f"{path.name}*"), key=lambda file: file.name, reverse=True)
+    return [json.loads(line)["number"] for file in files for line in file.read_text().splitlines()]
+
+
+def test_a_file_that_is_full_is_put_aside(tmp_path: Path) -> None:
+    """So many files are kept, none larger than it may be, with the newest lines."""
+    path = tmp_path / "x.log"
+    file = log_file(path)
+    for number in range(500):
+        file.write(20, {"level": "info", "event": "told", "number": number})
+    file.close()
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["x.log", "x.log.1", "x.log.2"]
+    assert max(found.stat().st_size for found in tmp_path.iterdir()) <= 4096
+    kept = numbers(path)
+    assert kept == list(range(500))[-len(kept) :]
+
+
+def test_several_may_share_a_file(tmp_path: Path) -> None:
+    """Whoever puts it aside, each line is there once and whole."""
+    path = tmp_path / "x.log"
+    files = [log_file(path, files=100) for _ in range(3)]
+
+    def write(writer: int) -> None:
+        for number in range(100):
+            files[writer].write(20, {"event": "told", "number": writer * 100 + number})
+
+    threads = [threading.Thread(target=write, args=[writer]) for writer in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for file in files:
+        file.close()
+    assert sorted(numbers(path)) == list(range(300))
+
+
+def test_a_file_that_was_moved_away_is_made_anew(tmp_path: Path) -> None:
+    """As tools that rotate logs do."""
+    path = tmp_path / "x.log"
+    file = log_file(path)
+    file.write(20, {"event": "told", "number": 1})
+    path.rename(tmp_path / "moved")
+    file.write(20, {"event": "told", "number": 2})
+    file.close()
+    assert numbers(path) == [2]
+
+
+def test_lines_that_cannot_be_written_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that is gone is told of once, and how many lines were lost once it is back."""
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    file = log_file(folder / "x.log")
+    folder.rename(tmp_path / "away")
+    for number in range(3):
+        file.write(20, {"event": "told", "number": number})
+    folder.mkdir()
+    file.write(20, {"event": "told", "number": 3})
+    file.close()
+    assert capsys.readouterr().err.count("can't write the log file") == 1
+    lost = [json.loads(line).get("lines") for line in (folder / "x.log").read_text().splitlines()]
+    assert lost == [None, 3]
+
+
+def test_a_file_in_no_folder_is_a_mistake(tmp_path: Path) -> None:
+    """It is told at once."""
+    with pytest.raises(ConfigurationError, match="can't write the log file"):
+        log_file(tmp_path / "nowhere" / "x.log")
+
+
+def test_each_destination_gets_a_record_once(tmp_path: Path) -> None:
+    """Though a record comes by two handlers, and with the level that the destination takes."""
+    stream, path = io.StringIO(), tmp_path / "x.log"
+    logging.getLogger().handlers.clear()
+    file = LogFile(path, least=logging.WARNING, most_bytes=4096, files=2)
+    configure(stream=stream, also=[file])
+    logging.getLogger("shop").addHandler(LogHandler([file]))
+    logging.getLogger("shop").warning("loud")
+    logging.getLogger("shop").info("soft")
+    logging.getLogger("shop").handlers.clear()
+    file.close()
+    assert [line["event"] for line in lines(stream)] == ["loud", "soft"]
+    assert [json.loads(line)["event"] for line in path.read_text().splitlines()] == ["loud"]
+
+
+def test_events_that_nobody_wants_are_not_made() -> None:
+    """What all observers want together is known before an event is made."""
+    warnings = LogObserver(level="warning", stream=io.StringIO())
+    assert "step.started" not in Observers([warnings]).wanted
+    assert "step.failed" in Observers([warnings]).wanted
+    assert Observers([]).wanted == set()
+
+
+@pytest.mark.parametrize("name", ["event", "text", "exception"])
+def test_no_text_passes_for_a_line_at_the_terminal(name: str) -> None:
+    """Line breaks and control characters are written out, and a traceback is indented."""
+    stream = io.StringIO()
+    fields = {"event": "told", name: "one\n12:00:00 \x1b[31mtwo\u202e"}
+    StreamLog(stream, least=0, format="console").write(20, {"level": "info", **fields})
+    text = stream.getvalue()
+    assert "\x1b[31m" not in text
+    assert "\u202e" not in text
+    assert [line for line in text.splitlines()[1:] if not line.startswith("    ")] == []

@@ -45,7 +45,7 @@ def logs(
         str | None, typer.Argument(help="The run's id; without one the lines of all runs.", metavar="ID")
     ] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with what comes, until the run has ended or Ctrl-C.")
+        bool, typer.Option("--follow", help="Go on with what comes, until the run has ended or Ctrl-C.")
     ] = False,
     level: Annotated[
         str,
