@@ -445,7 +445,8 @@ def envelope_of(settings: Settings, clock: Clock | None = None) -> Envelope:
     """How the settings have messages sealed. Raises ConfigurationError for keys that can't be read."""
     settings.check_exposure()
     if settings.signing in (None, "off"):
-        return PlainEnvelope(settings.max_message_bytes)
+        # Not set, it is off because no message leaves this host: `check_exposure` would have raised.
+        return PlainEnvelope(settings.max_message_bytes, is_local=settings.signing is None)
     from paigeant.keyfiles import FileKeys  # here, because few processes sign
     from paigeant.signing import SignedEnvelope
 

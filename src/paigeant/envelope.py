@@ -66,13 +66,18 @@ class Envelope(Protocol):
 
 
 class PlainEnvelope:
-    """Signs nothing and believes what comes. A signature that another process has put there is passed over."""
+    """Signs nothing and believes what comes. A signature that another process has put there is passed over.
+
+    `is_local` is for whoever is told: messages come from this host alone.
+    """
 
     serves_all = True
-    told = "off: whoever can write to the transport can start any activity"
 
-    def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+    def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES, *, is_local: bool = False) -> None:
         self.limit_bytes = limit_bytes
+        self.told = "off: whoever can write to the transport can start any activity"
+        if is_local:
+            self.told = "off: no message leaves this host"
 
     def seal(self, message: PaigeantMessage, topic: str) -> bytes:
         if _HEADERS.isdisjoint(message.headers):
