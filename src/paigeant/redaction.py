@@ -14,7 +14,7 @@ from pydantic import SecretBytes, SecretStr
 
 from paigeant.urls import scrubbed, secrets_of
 
-__all__ = ["MASK", "Redactor", "redacted", "without_tokens"]
+__all__ = ["MASK", "Redactor", "redacted"]
 
 MASK = "***"
 
@@ -54,7 +54,6 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
         rf"\1{MASK}",
     ),
 )
-_TOKEN_BYTES = re.compile(_TOKEN.encode())
 _DEEPEST = 6
 
 
@@ -104,11 +103,6 @@ _PLAIN = Redactor()
 def redacted(text: str) -> str:
     """`text` with stars for what looks secret in it, such as the text of an error before it is recorded."""
     return _PLAIN.text(text)
-
-
-def without_tokens(body: bytes) -> bytes:
-    """The bytes of a message with stars for the tokens in them."""
-    return _TOKEN_BYTES.sub(MASK.encode(), body)
 
 
 def _is_secret(name: str) -> bool:

@@ -15,7 +15,8 @@ OBO_TOKEN = "obo_token"  # the header's name
 """The header of a message that holds the token of the person for whom its run acts. It is never recorded."""
 
 _SHOWN = "***"
-_JWT = re.compile(r"eyJ[\w-]{5,}\.[\w-]{5,}\.[\w-]*")
+# Encrypted ones have five parts. A detached signature, whose second part is empty, is no token: it says who signed.
+_JWT = re.compile(r"eyJ[\w-]{5,}(?:(?:\.[\w-]*){4}|\.[\w-]{5,}\.[\w-]*)")
 _JWT_BYTES = re.compile(_JWT.pattern.encode(), re.ASCII)
 _HEADER = re.compile(rb'("' + OBO_TOKEN.encode() + rb'"\s*:\s*")(?:[^"\\]|\\.)*')
 

@@ -15,7 +15,7 @@ import pytest
 from pydantic_core import PydanticSerializationError, to_json
 
 from paigeant import SecretToken, codec
-from paigeant.secret import masked
+from paigeant.secret import masked, masked_body
 from paigeant.store import DeadLetter
 
 TEXT = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2lnbmF0dXJl"
@@ -123,3 +123,10 @@ def test_a_dead_letter_has_no_token(body: bytes) -> None:
     assert b"eyJ" not in kept
     assert b"***" in kept
     assert kept[:5] == body[:5]
+
+
+@pytest.mark.parametrize("token", ["eyJhbGciOiJ9.eyJzdWIiOiJ9.c2ln", "eyJhbGciOiJ9..aXY.Y2lwaGVy.dGFn"])
+def test_no_part_of_a_token_is_left_in_a_body(token: str) -> None:
+    """Of a signed one with three parts and an encrypted one with five; what a detached signature says stays."""
+    body = b'{"jws_signature":"eyJhbGciOiJ9..c2lnbmF0dXJl"} said %s, then' % token.encode()
+    assert masked_body(body) == b'{"jws_signature":"eyJhbGciOiJ9..c2lnbmF0dXJl"} said ***, then'
