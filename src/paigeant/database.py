@@ -142,7 +142,7 @@ class Database(ABC):
             self._writer.submit_lazily(handler, request)
 
     async def read(
-        self, handler: Callable[[Tx, Sequence[Request]], Sequence[Result]], request: Request
+        self, handler: Callable[[Tx, Sequence[Request]], Sequence[Result | Later[Result]]], request: Request
     ) -> Result:
         """What `handler` finds for `request`, with others of its kind, from one consistent state, beside the writer.
 
