@@ -19,12 +19,15 @@ from sqlalchemy import Connection, inspect, text
 from paigeant.errors import StoreUnavailable
 from paigeant.lane import Handler, Lane, Later, Tx
 
-__all__ = ["READER", "WRITER", "Database", "current_version"]
+__all__ = ["READER", "TOPIC", "WRITER", "Database", "current_version"]
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
 WRITER, READER = "paigeant-writer", "paigeant-reader"
+
+TOPIC = "topic "
+"""How the names begin that commits ring for with messages of a topic: only those who attend it hear of others'."""
 
 
 class Database(ABC):
@@ -190,6 +193,10 @@ class Database(ABC):
         """Call `listener` in the event loop with what commits of any process rang for. Gives what ends that."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
+
+    def attend(self, topic: str) -> Callable[[], None]:
+        """Hear also of the messages that others' commits bring for a topic; gives what ends that."""
+        return lambda: None
 
     def _heard(self, names: frozenset[str]) -> None:
         for listener in tuple(self._listeners):

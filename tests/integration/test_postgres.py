@@ -598,10 +598,33 @@ def ring(url: str, bell: PostgresBell, names: list[str]) -> None:
 async def test_a_ring_is_heard_by_the_others(postgres_url: str) -> None:
     """Names reach every other process, and not the one that rang."""
     async with bells(postgres_url, 3) as [(ringing, own), (_, one), (_, other)]:
-        ring(postgres_url, ringing, ["ended completed r", "topic ä"])
+        ring(postgres_url, ringing, ["ended completed r", "turned"])
         for heard in (one, other):
-            await eventually(lambda: frozenset({"ended completed r", "topic ä"}) <= frozenset().union(*heard))  # noqa: B023
-        assert "topic ä" not in frozenset().union(*own)
+            await eventually(lambda: frozenset({"ended completed r", "turned"}) <= frozenset().union(*heard))  # noqa: B023
+        assert "turned" not in frozenset().union(*own)
+
+
+async def test_a_topic_is_heard_of_by_those_who_attend_it(postgres_url: str) -> None:
+    """Whoever begins to attend one is told to look; whoever leaves it is woken no more."""
+    both, asked = frozenset({"topic ä", "topic b"}), ["topic ä", "topic b"]
+    async with bells(postgres_url, 3) as [(ringing, _), (one, first), (other, second)]:
+        leave = [one.attend("topic ä"), one.attend("topic ä")]
+        other.attend("topic b")
+        await eventually(lambda: frozenset({"topic ä"}) in first and frozenset({"topic b"}) in second)
+        leave.pop()()  # the other one is still there
+        first.clear()
+        second.clear()
+        ring(postgres_url, ringing, [*asked, "turned"])
+        await eventually(lambda: "turned" in both.union(*first) and "turned" in both.union(*second))
+        assert frozenset().union(*first) == {"topic ä", "turned"}
+        assert frozenset().union(*second) == {"topic b", "turned"}
+        leave.pop()()
+        one.attend("topic c")
+        await eventually(lambda: frozenset({"topic c"}) in first)
+        first.clear()
+        ring(postgres_url, ringing, [*asked, "again"])
+        await eventually(lambda: "again" in both.union(*first))
+        assert frozenset().union(*first) == {"again"}
 
 
 async def test_a_ring_may_be_long(postgres_url: str) -> None:
@@ -616,6 +639,8 @@ async def test_a_ring_may_be_long(postgres_url: str) -> None:
 async def test_a_bell_that_lost_its_connections_hears_again(postgres_url: str) -> None:
     """Ended sessions are replaced, and whoever may have missed something is told to look."""
     async with bells(postgres_url, 2) as [(ringing, _), (listening, heard)]:
+        listening.attend("topic a")
+        await eventually(lambda: frozenset({"topic a"}) in heard)
         heard.clear()
         with psycopg.connect(postgres_url, autocommit=True) as connection:
             connection.execute(
@@ -623,8 +648,9 @@ async def test_a_bell_that_lost_its_connections_hears_again(postgres_url: str) -
                 "WHERE datname = current_database() AND application_name = 'paigeant'"
             )
         await eventually(lambda: frozenset({"*"}) in heard)
-        ring(postgres_url, ringing, ["again"])
-        await eventually(lambda: frozenset({"again"}) in heard and listening.works)
+        ring(postgres_url, ringing, ["again", "topic a"])
+        await eventually(lambda: frozenset({"again"}) in heard and frozenset({"topic a"}) in heard)
+        assert listening.works
 
 
 async def test_without_the_bell_everything_still_ends(

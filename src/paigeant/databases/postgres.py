@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock
-from paigeant.database import READER, WRITER, Database, current_version
+from paigeant.database import READER, TOPIC, WRITER, Database, current_version
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import Pipeline, ServerClock, Transaction, driver_of
 from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, SchemaMismatch, StoreUnavailable
@@ -105,6 +105,9 @@ class PostgresDatabase(Database):
     @property
     def exists(self) -> bool:
         return True
+
+    def attend(self, topic: str) -> Callable[[], None]:
+        return self._bell.attend(f"{TOPIC}{topic}")
 
     async def now(self) -> float:
         known = self.instant()
