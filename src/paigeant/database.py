@@ -7,6 +7,7 @@ transaction is one hop. The kinds of databases are in `databases/`.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -121,21 +122,20 @@ class Database(ABC):
 
     # -- transactions
 
-    async def write(
+    def write(
         self,
         handler: Callable[[Tx, Sequence[Request]], Sequence[Result | Later[Result]]],
         request: Request,
         *,
         durable: bool = True,
-    ) -> Result:
+    ) -> asyncio.Future[Result]:
         """Have `handler` do `request` in a transaction, with others of its kind; gives its result once it is committed.
 
         What isn't `durable` survives the death of this process, but perhaps not a loss of power: for what may be done
         again, such as a claim. Raises StoreUnavailable when the transaction couldn't be written: then nothing of it
         has been, unless the answer to the commit itself was lost.
         """
-        result: Result = await self._lane(self._writer).submit(handler, request, durable=durable)
-        return result
+        return self._submit(self._writer, handler, request, durable=durable)
 
     def write_lazily(
         self, handler: Callable[[Tx, Sequence[Request]], Sequence[Any]], request: Request
@@ -144,15 +144,14 @@ class Database(ABC):
         if self._writer is not None:
             self._writer.submit_lazily(handler, request)
 
-    async def read(
+    def read(
         self, handler: Callable[[Tx, Sequence[Request]], Sequence[Result | Later[Result]]], request: Request
-    ) -> Result:
+    ) -> asyncio.Future[Result]:
         """What `handler` finds for `request`, with others of its kind, from one consistent state, beside the writer.
 
         Raises StoreUnavailable.
         """
-        result: Result = await self._lane(self._reader).submit(handler, request)
-        return result
+        return self._submit(self._reader, handler, request)
 
     async def ask(self, query: Callable[[Connection], Result]) -> Result:
         """What `query` gives, from one consistent state: a `read` of a kind of its own."""
@@ -202,10 +201,14 @@ class Database(ABC):
         for listener in tuple(self._listeners):
             listener(names)
 
-    def _lane(self, lane: Lane | None) -> Lane:
-        if lane is None:
-            raise StoreUnavailable(f"{self.place} is not open")
-        return lane
+    def _submit(
+        self, lane: Lane | None, handler: Handler, request: Any, *, durable: bool = True
+    ) -> asyncio.Future[Any]:
+        if lane is not None:
+            return lane.submit(handler, request, durable=durable)
+        closed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        closed.set_exception(StoreUnavailable(f"{self.place} is not open"))
+        return closed
 
 
 def _instants(tx: Tx, requests: Sequence[None]) -> list[float]:

@@ -156,9 +156,7 @@ class TableTransport:
                 self.database.write_lazily(self._return, (item.message_id, 0.0))
 
     async def _fetched(self, request: _Fetch) -> _Fetched:
-        fetching: asyncio.Future[_Fetched] = asyncio.ensure_future(
-            self.database.write(self._fetch, request, durable=False)
-        )
+        fetching = self.database.write(self._fetch, request, durable=False)
         try:
             return await asyncio.shield(fetching)
         except asyncio.CancelledError:
