@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import json
-import resource
 import secrets
 import sqlite3
 import sys
@@ -208,7 +207,7 @@ def forged(own: Key) -> dict[str, tuple[bytes, str]]:
         "early": (sealing(own, clock=lambda: now + 9000).seal(message(), "pay"), "not_yet_valid"),
         "cut": (good[: len(line) - 9], "bad_frame"),
         "not canonical": (good.replace(signature.encode(), signature.encode() + b"="), "bad_header"),
-        "huge": (b"\x00" * (50 * 1024 * 1024), "too_large"),
+        "huge": (b"\x00" * (8 * 1024 * 1024), "too_large"),
     }
     flips = range(0, len(body) * 8, max(1, len(body) * 8 // 12))
     for bit in flips:
@@ -225,11 +224,6 @@ async def test_what_is_forged_is_kept_with_its_reason_and_never_runs(
     calls: list[Any] = []
     seen = Seen()
     cases = forged(ring.active)
-    if "postgres" in places["transport_url"] or "amqp" in places["transport_url"]:
-        cases["huge"] = (
-            cases["huge"][0][: 8 * 1024 * 1024],
-            "too_large",
-        )  # 50 MB takes these seconds to store
     settings = required(**places)
     async with Paigeant(settings, activities=paying(calls)):
         pass  # makes the tables
@@ -245,23 +239,6 @@ async def test_what_is_forged_is_kept_with_its_reason_and_never_runs(
     assert max(len(letter.body) for letter in letters) <= BODY_KEPT_BYTES
     told = Counter(event.more["reason"] for event in seen.events if event.name == "delivery.rejected")
     assert told == Counter(reason for _, reason in cases.values())
-
-
-@pytest.mark.slow
-async def test_large_bodies_do_not_pile_up_in_memory(ring: KeyRing, redis_url: str) -> None:
-    """A worker that refuses four bodies of 50 MB has at no time held them all."""
-    places = {"transport_url": redis_url, "store_url": STORE, "namespace": f"large-{secrets.token_hex(4)}"}
-    calls: list[Any] = []
-    seen = Seen()
-    large = b"[" * (50 * 1024 * 1024)
-    await put(places, {f"{number}/pay/do/0": large for number in range(4)})
-    del large
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    async with serving(required(**places, concurrency=1), paying(calls), seen):
-        await seen.wait_for("delivery.rejected", 4)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown < 120, f"{grown:.0f} MiB"
-    assert calls == []
 
 
 async def test_a_replay_after_the_end_is_a_duplicate(places: dict[str, str], ring: KeyRing) -> None:
