@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from paigeant.authority import GrantStore, KeySource, ServiceTokens, TokenExchanger
 from paigeant.clock import Clock, SystemClock
 from paigeant.errors import (
-    AuthorityUnavailable,
     ConfigurationError,
     ExchangeRefused,
     GrantInvalid,
     InputInvalid,
+    KeyUnknown,
     ScopeMissing,
     TokenExpired,
     TokenRejected,
@@ -44,6 +44,9 @@ __all__ = ["Acting", "Behalf", "Trust"]
 
 _UNSET = "no `token_url` with `client_id` and `client_secret` or `client_key` is set"
 
+_CLOCKS_DIFFER = 0.5
+"""Seconds by which two spans may differ that began and ended together: one is the store's, the other this host's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trust:
@@ -55,19 +58,21 @@ class Trust:
     clock: Clock = field(default_factory=SystemClock)
 
     async def verify(self, token: SecretToken) -> SecurityContext:
-        """For whom the token lets this service act, now. Raises TokenRejected, TokenExpired, AuthorityUnavailable."""
+        """For whom the token lets this service act, now.
+
+        Raises TokenRejected, TokenExpired, AuthorityUnavailable: KeyUnknown for a key that may be so new that the last
+        look at the key set didn't show it.
+        """
         draft = read_token(token)
         issuer = self.issuers.get(draft.issuer)
         if issuer is None:
             raise TokenRejected(
                 "issuer", f"nobody called '{draft.issuer[:200]}' is among the issuers accepted here"
             )
-        key = await self.keys[issuer.name].find(draft.kid)
+        source = self.keys[issuer.name]
+        key = await source.find(draft.kid)
         if key is None:
-            # Perhaps it is so new that the last look at the key set didn't show it: worth another attempt.
-            raise AuthorityUnavailable(
-                issuer.jwks_url, f"it publishes no key '{draft.kid[:100]}', or not yet"
-            )
+            raise KeyUnknown(issuer.jwks_url, draft.kid, **source.freshness()._asdict())
         check_signature(token, draft, key, issuer)
         return check_claims(draft, audience=self.audience, now=self.clock.now())
 
@@ -241,8 +246,12 @@ class Acting:
     async def _subject(self, place: Place) -> _Subject:
         """The person's token and what it allows, valid now. The step is left while there is none."""
         while True:
-            with place.journal.parking.working(object()):
-                found = await self._at_hand()
+            try:
+                with place.journal.parking.working(object()):
+                    found = await self._at_hand()
+            except KeyUnknown as exc:
+                await self._await_key(place, exc)
+                continue
             if found is not None:
                 return found
             await self._renew(place)
@@ -278,6 +287,19 @@ class Acting:
             self._spent.add(handle)
             return None
         return self._valid
+
+    async def _await_key(self, place: Place, unknown: KeyUnknown) -> None:
+        """Leave the step until there may be news of its token's key. It costs no attempt, for it is nobody's failure.
+
+        The message keeps the token. Raises TokenRejected once the key set has been fetched anew since the step first
+        asked for the key, and still lacks it; KeyUnknown when it can't be fetched.
+        """
+        waited = place.journal.now() - await place.instant(place.spelled(f"key {unknown.kid}"))
+        if unknown.is_away:
+            raise unknown
+        if not unknown.again_in or unknown.age + _CLOCKS_DIFFER < waited:
+            raise TokenRejected("key", f"{unknown.url} publishes no key '{unknown.kid[:100]}'")
+        await place.sleep(place.name("a new key"), unknown.again_in)
 
     async def _renew(self, place: Place) -> None:
         """Take up the grant that has come meanwhile, or leave the step until one comes."""

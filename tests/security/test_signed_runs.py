@@ -10,6 +10,7 @@ import secrets
 import sqlite3
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
@@ -32,6 +33,7 @@ from paigeant import (
     Step,
     WaitFor,
     Workflow,
+    jwks,
     signing,
 )
 from paigeant.envelope import PlainEnvelope, framed
@@ -41,6 +43,7 @@ from paigeant.keys import Key, KeyRing, Roles
 from paigeant.observer import Event
 from paigeant.signing import SignedEnvelope
 from paigeant.slip import RunStatus
+from paigeant.testing import ManualClock
 from paigeant.transport import BODY_KEPT_BYTES
 from paigeant.transports import open_transport
 
@@ -505,6 +508,39 @@ async def test_unknown_keys_are_asked_for_once_a_minute(ring: KeyRing, authority
         reasons[await refusal(reader, renamed(wire, kid, f"{number:0>{len(kid)}}"))] += 1
     assert reasons == {"unknown_key": 10_000}
     assert len(authority.asked("/jwks")) == 1
+
+
+async def test_a_flood_of_unknown_keys_while_the_key_set_is_away(
+    ring: KeyRing, authority: Authority, clock: ManualClock
+) -> None:
+    """10,000 messages of random keys in five minutes: five requests, no memory, and the key that is known goes on."""
+    theirs = Key.generate(now=2.0)
+    authority.body = json.dumps({"keys": [theirs.public]}).encode()
+    published = {"url": authority.jwks_url, "run": ["*"], "dispatch": ["*"]}
+    write_private(TRUST, {"version": 1, "keys": [], "jwks": published}, mode=0o644)
+    keys = FileKeys.of(RING, TRUST)
+    keys._jwks = jwks.Jwks(authority.jwks_url, clock=clock)  # the same, by a clock that a test can set
+    reader = replaced(sealing(theirs), keys)
+    good = sealing(theirs).seal(message(), "pay")
+    await reader.open("pay", good)
+    authority.status = 500
+    clock.advance(jwks.FRESH_SECONDS)
+    assert await refusal(reader, renamed(good, theirs.kid, secrets.token_urlsafe(32))) == "unknown_key"
+    reasons: Counter[str] = Counter()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for number in range(10_000):
+        if number % 2000 == 0:
+            assert (await reader.open("pay", good)).workflow_id == "r"
+            clock.advance(jwks.REFRESH_SECONDS)
+        reasons[await refusal(reader, renamed(good, theirs.kid, secrets.token_urlsafe(32)))] += 1
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert reasons == {"unknown_key": 10_000}
+    assert len(authority.asked("/jwks")) == 1 + 1 + 5
+    assert grown < 800_000, "the ids alone have 920,000 bytes"
+    clock.advance(jwks.STALE_SECONDS)
+    assert await refusal(reader, good) == "keys_unavailable"
 
 
 async def test_keys_that_cannot_be_fetched_close_the_door(ring: KeyRing) -> None:

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from paigeant.authority import Freshness
 from paigeant.behalf import Behalf, Trust
 from paigeant.clock import Clock, SystemClock
 from paigeant.errors import ExchangeRefused, GrantInvalid, TokenExpired
@@ -56,6 +57,9 @@ class MemoryAuthority:
         return Behalf(trust, self, self, self)
 
     # -- what applications ask
+
+    def freshness(self) -> Freshness:
+        return Freshness()
 
     async def find(self, kid: str) -> Mapping[str, Any] | None:
         return self._key.as_dict(private=False) if kid == self._key.kid else None
