@@ -9,6 +9,7 @@ import typer
 
 from paigeant.cli import console, session
 from paigeant.cli.behalf import read_given, refuse_token
+from paigeant.cli.sight import observing
 from paigeant.errors import ConfigurationError, nearest
 
 if TYPE_CHECKING:
@@ -120,8 +121,10 @@ def cancel(
     """Do nothing more of a run, and undo what was done."""
 
     async def command() -> Any:
-        async with session.opened(session.read_settings()) as paigeant:
-            return await paigeant.run(id).cancel(reason)
+        settings = session.read_settings()
+        with observing(settings, None, works=False) as sight:  # the run's trace has its end, if this is it
+            async with session.opened(settings, observers=sight.observers) as paigeant:
+                return await paigeant.run(id).cancel(reason)
 
     _tell(id, session.wait_for(command()), json)
 
