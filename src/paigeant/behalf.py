@@ -40,7 +40,7 @@ from paigeant.secret import OBO_TOKEN, SecretToken
 if TYPE_CHECKING:
     from paigeant.journal import Place
 
-__all__ = ["Acting", "Behalf", "Trust"]
+__all__ = ["Acting", "Behalf", "TokenVerifier"]
 
 _UNSET = "no `token_url` with `client_id` and `client_secret` or `client_key` is set"
 
@@ -49,7 +49,7 @@ _CLOCKS_DIFFER = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Trust:
+class TokenVerifier:
     """Whose tokens are accepted here: `issuers` by their exact names, their `keys`, for this service's `audience`."""
 
     issuers: Mapping[str, Issuer]
@@ -81,7 +81,7 @@ class Trust:
 class Behalf:
     """What a process has to act for people. Each part may be missing: whatever needs it then says so."""
 
-    trust: Trust | None = None
+    verifier: TokenVerifier | None = None
     grants: GrantStore | None = None
     exchanger: TokenExchanger | None = None
     own: ServiceTokens | None = None
@@ -89,8 +89,9 @@ class Behalf:
     async def mandate(self, given: object, *, carries: bool) -> tuple[Mandate, SecretToken | None]:
         """What is recorded of a token or a grant handle, and the token that travels.
 
-        A token is verified where there is trust. Otherwise what it says is only noted: each step that needs it verifies
-        it, and holds a later one against that. Raises InputInvalid, TokenRejected, TokenExpired, AuthorityUnavailable.
+        A token is verified where there is a verifier. Otherwise what it says is only noted: each step that needs it
+        verifies it, and holds a later one against that. Raises InputInvalid, TokenRejected, TokenExpired,
+        AuthorityUnavailable.
         """
         if isinstance(given, GrantHandle):
             return Mandate.of(given), None
@@ -105,8 +106,8 @@ class Behalf:
                 "a token can't travel through a database, where its message is a row; hand over a GrantHandle, or use "
                 "a message broker as transport_url"
             )
-        if self.trust is not None:
-            found = await self.trust.verify(given)
+        if self.verifier is not None:
+            found = await self.verifier.verify(given)
             return Mandate(found.subject, found.issuer or "", found.scopes), given
         draft = read_token(given)
         subject = draft.claims.get("sub")
@@ -258,19 +259,19 @@ class Acting:
 
     async def _at_hand(self) -> _Subject | None:
         """What is valid of what this attempt was given; None when it has nothing more to try."""
-        trust, mandate = self.behalf.trust, self.mandate
+        verifier, mandate = self.behalf.verifier, self.mandate
         assert mandate is not None, "who acts for nobody isn't asked"
-        if trust is None:
+        if verifier is None:
             raise ConfigurationError(
                 "no `token_issuers` and `token_audience` are set, without which no token can be verified"
             )
         known = self._valid
-        if known is not None and trust.clock.now() < (known.found.expires_at or 0.0):
+        if known is not None and verifier.clock.now() < (known.found.expires_at or 0.0):
             return known._replace(is_fresh=False)
         token, handle = self._token, mandate.handle
         if token is not None:
             try:
-                found = mandate.bound(await trust.verify(token))
+                found = mandate.bound(await verifier.verify(token))
             except TokenExpired:
                 self._token = None
             else:
@@ -282,7 +283,7 @@ class Acting:
             raise ConfigurationError(f"{_UNSET}, or `grant_url`, where a token is had for a grant handle")
         try:
             token = self._kept(await self.behalf.grants.subject_token(handle, workflow_id=self.workflow_id))
-            self._valid = _Subject(token, mandate.bound(await trust.verify(token)), handle)
+            self._valid = _Subject(token, mandate.bound(await verifier.verify(token)), handle)
         except (TokenExpired, GrantInvalid):
             self._spent.add(handle)
             return None

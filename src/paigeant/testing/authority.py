@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from paigeant.authority import Freshness
-from paigeant.behalf import Behalf, Trust
+from paigeant.behalf import Behalf, TokenVerifier
 from paigeant.clock import Clock, SystemClock
 from paigeant.errors import ExchangeRefused, GrantInvalid, TokenExpired
 from paigeant.identity import GrantHandle, Issuer
@@ -53,8 +53,8 @@ class MemoryAuthority:
         """What an application needs to act for those who have a grant here."""
         self.clock = clock
         issuer = Issuer(self.name, f"{self.name}/jwks", ("ES256",))
-        trust = Trust({self.name: issuer}, {self.name: self}, self.audience, clock)
-        return Behalf(trust, self, self, self)
+        verifier = TokenVerifier({self.name: issuer}, {self.name: self}, self.audience, clock)
+        return Behalf(verifier, self, self, self)
 
     # -- what applications ask
 
@@ -71,10 +71,10 @@ class MemoryAuthority:
         return self.token(subject, *scopes)
 
     async def exchange(self, subject: SecretToken, *, audience: str, scopes: tuple[str, ...]) -> SecretToken:
-        trust = self.behalf(self.clock).trust
-        assert trust is not None, "it trusts itself"
+        verifier = self.behalf(self.clock).verifier
+        assert verifier is not None, "it trusts itself"
         try:
-            found = await trust.verify(subject)
+            found = await verifier.verify(subject)
         except TokenExpired as exc:
             raise GrantInvalid(str(exc)) from exc
         if found.missing(scopes):
