@@ -16,7 +16,7 @@ from pydantic_core import from_json
 
 from paigeant.activity import ActivityRegistry
 from paigeant.authority import GrantStore, ServiceTokens, TokenExchanger
-from paigeant.behalf import Behalf, Trust
+from paigeant.behalf import Behalf, TokenVerifier
 from paigeant.claim import Limits
 from paigeant.clock import Clock, SystemClock
 from paigeant.database import Database
@@ -181,7 +181,7 @@ class Paigeant:
         self.settings = settings or Settings()
         behalf = behalf_of(self.settings, clock)
         self.behalf = Behalf(
-            behalf.trust,
+            behalf.verifier,
             grants or behalf.grants,
             exchanger or behalf.exchanger,
             service_tokens or behalf.own,
@@ -499,14 +499,14 @@ def transport_of(
 
 def behalf_of(settings: Settings, clock: Clock | None = None) -> Behalf:
     """What the settings say of acting on behalf of people; nothing is asked of anybody yet."""
-    trust = None
+    verifier = None
     if settings.token_issuers and settings.token_audience is not None:
         issuers = settings.issuers()
         keys = {name: Jwks(issuer.jwks_url, clock=clock) for name, issuer in issuers.items()}
-        trust = Trust(issuers, keys, settings.token_audience, clock or SystemClock())
+        verifier = TokenVerifier(issuers, keys, settings.token_audience, clock or SystemClock())
     client = _client(settings, clock)
     if client is None or settings.token_url is None:
-        return Behalf(trust)
+        return Behalf(verifier)
     endpoint = TokenEndpoint(settings.token_url, client)
     own = OwnTokens(endpoint)
     exchanger: TokenExchanger
@@ -519,7 +519,7 @@ def behalf_of(settings: Settings, clock: Clock | None = None) -> Behalf:
     grants = HandleGrants(
         endpoint if settings.grant_url is None else TokenEndpoint(settings.grant_url, client)
     )
-    return Behalf(trust, grants, exchanger, own)
+    return Behalf(verifier, grants, exchanger, own)
 
 
 def _client(settings: Settings, clock: Clock | None) -> ClientAuthentication | None:

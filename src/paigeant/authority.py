@@ -7,15 +7,30 @@ SecretToken, used for one call and recorded nowhere.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from paigeant.secret import SecretToken
 
-__all__ = ["GrantStore", "KeySource", "ServiceTokens", "TokenExchanger"]
+__all__ = ["Freshness", "GrantStore", "KeySource", "ServiceTokens", "TokenExchanger"]
+
+
+class Freshness(NamedTuple):
+    """How new what is known of keys is: `age` seconds, with no news for `again_in` more, 0 where it is always new.
+
+    `is_away`: whoever publishes them couldn't be asked the last time.
+    """
+
+    age: float = 0.0
+    again_in: float = 0.0
+    is_away: bool = False
 
 
 class KeySource(Protocol):
     """The keys of one issuer."""
+
+    def freshness(self) -> Freshness:
+        """How new the keys are in which `find` looks."""
+        ...
 
     async def find(self, kid: str) -> Mapping[str, Any] | None:
         """The public key of this id as a JWK, None when there is none. Raises KeysUnavailable."""

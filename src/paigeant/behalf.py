@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from paigeant.authority import GrantStore, KeySource, ServiceTokens, TokenExchanger
 from paigeant.clock import Clock, SystemClock
 from paigeant.errors import (
-    AuthorityUnavailable,
     ConfigurationError,
     ExchangeRefused,
     GrantInvalid,
     InputInvalid,
+    KeyUnknown,
     ScopeMissing,
     TokenExpired,
     TokenRejected,
@@ -40,13 +40,16 @@ from paigeant.secret import OBO_TOKEN, SecretToken
 if TYPE_CHECKING:
     from paigeant.journal import Place
 
-__all__ = ["Acting", "Behalf", "Trust"]
+__all__ = ["Acting", "Behalf", "TokenVerifier"]
 
 _UNSET = "no `token_url` with `client_id` and `client_secret` or `client_key` is set"
 
+_CLOCKS_DIFFER = 0.5
+"""Seconds by which two spans may differ that began and ended together: one is the store's, the other this host's."""
+
 
 @dataclass(frozen=True, slots=True)
-class Trust:
+class TokenVerifier:
     """Whose tokens are accepted here: `issuers` by their exact names, their `keys`, for this service's `audience`."""
 
     issuers: Mapping[str, Issuer]
@@ -55,19 +58,21 @@ class Trust:
     clock: Clock = field(default_factory=SystemClock)
 
     async def verify(self, token: SecretToken) -> SecurityContext:
-        """For whom the token lets this service act, now. Raises TokenRejected, TokenExpired, AuthorityUnavailable."""
+        """For whom the token lets this service act, now.
+
+        Raises TokenRejected, TokenExpired, AuthorityUnavailable: KeyUnknown for a key that may be so new that the last
+        look at the key set didn't show it.
+        """
         draft = read_token(token)
         issuer = self.issuers.get(draft.issuer)
         if issuer is None:
             raise TokenRejected(
                 "issuer", f"nobody called '{draft.issuer[:200]}' is among the issuers accepted here"
             )
-        key = await self.keys[issuer.name].find(draft.kid)
+        source = self.keys[issuer.name]
+        key = await source.find(draft.kid)
         if key is None:
-            # Perhaps it is so new that the last look at the key set didn't show it: worth another attempt.
-            raise AuthorityUnavailable(
-                issuer.jwks_url, f"it publishes no key '{draft.kid[:100]}', or not yet"
-            )
+            raise KeyUnknown(issuer.jwks_url, draft.kid, **source.freshness()._asdict())
         check_signature(token, draft, key, issuer)
         return check_claims(draft, audience=self.audience, now=self.clock.now())
 
@@ -76,7 +81,7 @@ class Trust:
 class Behalf:
     """What a process has to act for people. Each part may be missing: whatever needs it then says so."""
 
-    trust: Trust | None = None
+    verifier: TokenVerifier | None = None
     grants: GrantStore | None = None
     exchanger: TokenExchanger | None = None
     own: ServiceTokens | None = None
@@ -84,8 +89,9 @@ class Behalf:
     async def mandate(self, given: object, *, carries: bool) -> tuple[Mandate, SecretToken | None]:
         """What is recorded of a token or a grant handle, and the token that travels.
 
-        A token is verified where there is trust. Otherwise what it says is only noted: each step that needs it verifies
-        it, and holds a later one against that. Raises InputInvalid, TokenRejected, TokenExpired, AuthorityUnavailable.
+        A token is verified where there is a verifier. Otherwise what it says is only noted: each step that needs it
+        verifies it, and holds a later one against that. Raises InputInvalid, TokenRejected, TokenExpired,
+        AuthorityUnavailable.
         """
         if isinstance(given, GrantHandle):
             return Mandate.of(given), None
@@ -100,8 +106,8 @@ class Behalf:
                 "a token can't travel through a database, where its message is a row; hand over a GrantHandle, or use "
                 "a message broker as transport_url"
             )
-        if self.trust is not None:
-            found = await self.trust.verify(given)
+        if self.verifier is not None:
+            found = await self.verifier.verify(given)
             return Mandate(found.subject, found.issuer or "", found.scopes), given
         draft = read_token(given)
         subject = draft.claims.get("sub")
@@ -241,27 +247,31 @@ class Acting:
     async def _subject(self, place: Place) -> _Subject:
         """The person's token and what it allows, valid now. The step is left while there is none."""
         while True:
-            with place.journal.parking.working(object()):
-                found = await self._at_hand()
+            try:
+                with place.journal.parking.working(object()):
+                    found = await self._at_hand()
+            except KeyUnknown as exc:
+                await self._await_key(place, exc)
+                continue
             if found is not None:
                 return found
             await self._renew(place)
 
     async def _at_hand(self) -> _Subject | None:
         """What is valid of what this attempt was given; None when it has nothing more to try."""
-        trust, mandate = self.behalf.trust, self.mandate
+        verifier, mandate = self.behalf.verifier, self.mandate
         assert mandate is not None, "who acts for nobody isn't asked"
-        if trust is None:
+        if verifier is None:
             raise ConfigurationError(
                 "no `token_issuers` and `token_audience` are set, without which no token can be verified"
             )
         known = self._valid
-        if known is not None and trust.clock.now() < (known.found.expires_at or 0.0):
+        if known is not None and verifier.clock.now() < (known.found.expires_at or 0.0):
             return known._replace(is_fresh=False)
         token, handle = self._token, mandate.handle
         if token is not None:
             try:
-                found = mandate.bound(await trust.verify(token))
+                found = mandate.bound(await verifier.verify(token))
             except TokenExpired:
                 self._token = None
             else:
@@ -273,11 +283,24 @@ class Acting:
             raise ConfigurationError(f"{_UNSET}, or `grant_url`, where a token is had for a grant handle")
         try:
             token = self._kept(await self.behalf.grants.subject_token(handle, workflow_id=self.workflow_id))
-            self._valid = _Subject(token, mandate.bound(await trust.verify(token)), handle)
+            self._valid = _Subject(token, mandate.bound(await verifier.verify(token)), handle)
         except (TokenExpired, GrantInvalid):
             self._spent.add(handle)
             return None
         return self._valid
+
+    async def _await_key(self, place: Place, unknown: KeyUnknown) -> None:
+        """Leave the step until there may be news of its token's key. It costs no attempt, for it is nobody's failure.
+
+        The message keeps the token. Raises TokenRejected once the key set has been fetched anew since the step first
+        asked for the key, and still lacks it; KeyUnknown when it can't be fetched.
+        """
+        waited = place.journal.now() - await place.instant(place.spelled(f"key {unknown.kid}"))
+        if unknown.is_away:
+            raise unknown
+        if not unknown.again_in or unknown.age + _CLOCKS_DIFFER < waited:
+            raise TokenRejected("key", f"{unknown.url} publishes no key '{unknown.kid[:100]}'")
+        await place.sleep(place.name("a new key"), unknown.again_in)
 
     async def _renew(self, place: Place) -> None:
         """Take up the grant that has come meanwhile, or leave the step until one comes."""

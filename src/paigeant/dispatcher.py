@@ -34,6 +34,7 @@ from paigeant.forwarder import LONGEST_DELAY, Forwarder
 from paigeant.identity import GRANT_SIGNAL, MANDATE, GrantHandle, Mandate
 from paigeant.message import MessageId, PaigeantMessage, decode
 from paigeant.observer import NOTHING_AROUND, Around, Event, EventName, Observers, Work
+from paigeant.reporter import about_run
 from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import RUN_ENDED, Phase, RoutingSlip, RunStatus, Step, is_text
 from paigeant.store import REQUEST_SIGNAL, DeadLetter, Request, RequestKind, RunRecord, StepKey, Store
@@ -120,7 +121,9 @@ class Dispatcher:
         status = await self.store.cancel_run(workflow_id, reason)
         # Where there is nothing to undo, it has ended with that.
         name: EventName = "run.cancelled" if status in RUN_ENDED else "run.cancelling"
-        await self._tell(name, workflow_id, error=reason)
+        if self.observers.want(name):
+            now, about = await self.store.now(), await about_run(self.store, workflow_id)
+            self.observers.observe(Event(name, workflow_id, error=reason, at=now, **about))
         await self.wake(workflow_id)
         return status
 

@@ -21,6 +21,7 @@ __all__ = [
     "InvalidCondition",
     "InvalidDefinition",
     "InvalidTransition",
+    "KeyUnknown",
     "KeysUnavailable",
     "MessageInvalid",
     "MessageTooLarge",
@@ -258,6 +259,18 @@ class KeysUnavailable(AuthorityUnavailable):
 
     def __init__(self, url: str) -> None:
         super().__init__(url, "there are no keys from there that are less than a day old")
+
+
+class KeyUnknown(AuthorityUnavailable):
+    """A set of public keys doesn't have one, or not yet.
+
+    The set was fetched `age` seconds ago, and is asked for again in `again_in` seconds at the earliest. `is_away`: it
+    couldn't be had the last time.
+    """
+
+    def __init__(self, url: str, kid: str, *, age: float, again_in: float, is_away: bool) -> None:
+        self.kid, self.age, self.again_in, self.is_away = kid, age, again_in, is_away
+        super().__init__(url, f"it publishes no key '{kid[:100]}', or not yet")
 
 
 class SchemaMismatch(PaigeantError):

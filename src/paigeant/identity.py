@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from paigeant.codec import parse_strict
 from paigeant.errors import InputInvalid, MessageInvalid, TokenExpired, TokenRejected
-from paigeant.secret import SecretToken
+from paigeant.secret import SecretToken, holds_token
 from paigeant.slip import is_text
 
 __all__ = [
@@ -97,7 +97,7 @@ class GrantHandle:
                 raise InputInvalid(
                     f"the {name} of a grant is a text of 1 to {_MOST_TEXT} characters, found {type(value).__name__}"
                 )
-        if self.handle.count(".") == 2 and self.handle.startswith("eyJ"):
+        if holds_token(self.handle):
             raise InputInvalid(
                 "a handle is the name of a grant, found a token; pass the token itself instead"
             )

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from paigeant.authority import Freshness
 from paigeant.clock import Clock, SystemClock
 from paigeant.codec import parse_strict
 from paigeant.errors import AuthorityUnavailable, KeysUnavailable, MessageInvalid
@@ -69,12 +70,24 @@ class Jwks:
             raise KeysUnavailable(self.url)
         return self._keys.get(kid)
 
+    def freshness(self) -> Freshness:
+        """How old the last fetched set is, and in how many seconds the server may be asked for another."""
+        return Freshness(
+            self._age(),
+            max(self._asked_at + self._pause() - self.clock.now(), 1.0),
+            self._asked_at > self._fetched_at,
+        )
+
     def _age(self) -> float:
         return self.clock.now() - self._fetched_at
 
     def _may_ask(self) -> bool:
-        pause = FIRST_SECONDS if math.isinf(self._fetched_at) else REFRESH_SECONDS
-        return abs(self.clock.now() - self._asked_at) >= pause  # a clock that was set back mustn't stop it
+        return (
+            abs(self.clock.now() - self._asked_at) >= self._pause()
+        )  # a clock that was set back mustn't stop it
+
+    def _pause(self) -> float:
+        return FIRST_SECONDS if math.isinf(self._fetched_at) else REFRESH_SECONDS
 
     async def _refresh(self) -> None:
         before, self._asked_at = self._asked_at, self.clock.now()
@@ -89,7 +102,7 @@ class Jwks:
             self._asked_at = before
             raise
         else:
-            self._fetched_at = self.clock.now()
+            self._fetched_at = max(self.clock.now(), self._asked_at)
 
 
 def read_jwks(body: bytes) -> dict[str, Jwk]:

@@ -12,11 +12,10 @@ from typing import Any
 
 from pydantic import SecretBytes, SecretStr
 
+from paigeant.secret import MASK, TOKEN
 from paigeant.urls import scrubbed, secrets_of
 
-__all__ = ["MASK", "Redactor", "redacted"]
-
-MASK = "***"
+__all__ = ["Redactor", "redacted"]
 
 _NAMES = (
     "password|passwd|passphrase|pwd|secret|token|authorization|api[_-]?key|apikey|private[_-]?key|access[_-]?key|"
@@ -25,11 +24,8 @@ _NAMES = (
 _KEY = re.compile(rf"(?:^|[_\-.\s])(?:{_NAMES})$", re.I)
 """The names of fields whose values are secret: `token`, `obo_token`, `x-api-key`, but not `tokens` or `token_count`."""
 
-_TOKEN = r"(?:eyJ|ewo|eyA)[A-Za-z0-9_-]{6,}(?:\.[A-Za-z0-9_-]*){2,4}"
-"""A JOSE token (RFC 7519, 7515, 7516): base64url parts with dots between, of which the first is a JSON object."""
-
 _SUSPECTS = (
-    *("eyj", "ewo", "eya", "://", "sk-", "bearer", "basic", "passw", "passphrase", "pwd", "secret", "token"),
+    *("eyj", "eya", "ew", "://", "sk-", "bearer", "basic", "passw", "passphrase", "pwd", "secret", "token"),
     *("authorization", "key", "credential", "cookie", "assertion"),
 )
 """One of these is in each text that has something to hide. Most have none, and are looked at no further."""
@@ -39,7 +35,7 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL),
         MASK,
     ),
-    (re.compile(_TOKEN), MASK),
+    (TOKEN, MASK),
     (re.compile(r"\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{6,}", re.I), rf"\1\2{MASK}"),
     (re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"), MASK),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 from pydantic_core import from_json
 
 from paigeant.claim import Claim
+from paigeant.errors import PaigeantError
 from paigeant.message import PaigeantMessage
 from paigeant.observer import CURRENT, NOTHING_AROUND, Around, Event, EventName, Observers
 from paigeant.routing import Move, Park, Retry
 from paigeant.slip import Phase, RunStatus, StepStatus
-from paigeant.store import StepResult
+from paigeant.store import StepResult, Store
 
-__all__ = ["Reporter"]
+__all__ = ["Reporter", "about_run"]
+
+log = logging.getLogger("paigeant.reporter")
 
 _STEP_EVENTS: dict[StepStatus, EventName] = {
     StepStatus.READY: "step.retrying",
@@ -33,6 +37,24 @@ _RUN_EVENTS: dict[RunStatus, EventName] = {
     RunStatus.COMPENSATION_FAILED: "run.compensation_failed",
     RunStatus.CANCELLED: "run.cancelled",
 }
+
+
+async def about_run(store: Store, workflow_id: str) -> dict[str, Any]:
+    """What an event says of a run besides its id, read from its record: for those who end it without a message of it.
+
+    Nothing where that can't be read now, since what has happened is to be told all the same.
+    """
+    try:
+        run = (await store.load_run(workflow_id, inline_bytes=0)).run
+    except PaigeantError as exc:
+        log.warning("can't tell which workflow run '%s' is of: %s", workflow_id, exc)
+        return {}
+    return {
+        "workflow": run.workflow,
+        "trace_id": run.trace_id,
+        "correlation_id": run.correlation_id,
+        "traceparent": run.headers.get("traceparent", ""),
+    }
 
 
 class Reporter:

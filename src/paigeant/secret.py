@@ -9,15 +9,32 @@ from typing import Any, NoReturn, Self
 
 from paigeant.errors import OutputInvalid
 
-__all__ = ["OBO_TOKEN", "SecretToken", "masked", "masked_body", "refuse_tokens"]
+__all__ = [
+    "MASK",
+    "OBO_TOKEN",
+    "TOKEN",
+    "SecretToken",
+    "holds_token",
+    "masked",
+    "masked_body",
+    "refuse_tokens",
+]
 
 OBO_TOKEN = "obo_token"  # the header's name
 """The header of a message that holds the token of the person for whom its run acts. It is never recorded."""
 
-_SHOWN = "***"
-# Encrypted ones have five parts. A detached signature, whose second part is empty, is no token: it says who signed.
-_JWT = re.compile(r"eyJ[\w-]{5,}(?:(?:\.[\w-]*){4}|\.[\w-]{5,}\.[\w-]*)")
-_JWT_BYTES = re.compile(_JWT.pattern.encode(), re.ASCII)
+MASK = "***"
+"""What is shown in the place of a secret."""
+
+TOKEN = re.compile(
+    r"(?:eyJ|eyA|ew[0ko])[A-Za-z0-9_-]{5,}(?:(?:\.[A-Za-z0-9_-]*){4}|\.[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]*)"
+)
+"""What a token looks like (RFC 7519, 7515, 7516): base64url parts with dots between, the first one a JSON object.
+
+Encrypted ones have five parts. A detached signature, whose second part is empty, is no token: it says who signed.
+"""
+
+_TOKEN_BYTES = re.compile(TOKEN.pattern.encode())
 _HEADER = re.compile(rb'("' + OBO_TOKEN.encode() + rb'"\s*:\s*")(?:[^"\\]|\\.)*')
 
 
@@ -39,13 +56,13 @@ class SecretToken:
         return self._reveal()
 
     def __repr__(self) -> str:
-        return f"SecretToken({_SHOWN})"
+        return f"SecretToken({MASK})"
 
     def __str__(self) -> str:
-        return _SHOWN
+        return MASK
 
     def __format__(self, spec: str) -> str:
-        return format(_SHOWN, spec)
+        return format(MASK, spec)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SecretToken):
@@ -71,13 +88,18 @@ def refuse_tokens(what: str, text: bytes, secrets: Iterable[SecretToken]) -> Non
         raise OutputInvalid(f"{what} holds a token, which may not be recorded; leave it out")
 
 
+def holds_token(text: str) -> bool:
+    """Whether there is something in `text` that looks like a token."""
+    return TOKEN.search(text) is not None
+
+
 def masked(text: str, secrets: Iterable[SecretToken] = ()) -> str:
     """`text` with stars for these tokens, and for whatever else looks like a signed one."""
     for secret in secrets:
-        text = text.replace(secret.reveal(), _SHOWN)
-    return _JWT.sub(_SHOWN, text) if "eyJ" in text else text
+        text = text.replace(secret.reveal(), MASK)
+    return TOKEN.sub(MASK, text)
 
 
 def masked_body(body: bytes) -> bytes:
     """The bytes of a message, such as a dead letter keeps, without the token that they carry."""
-    return _JWT_BYTES.sub(_SHOWN.encode(), _HEADER.sub(rb"\1" + _SHOWN.encode(), body))
+    return _TOKEN_BYTES.sub(MASK.encode(), _HEADER.sub(rb"\1" + MASK.encode(), body))

@@ -12,6 +12,7 @@ from paigeant import host
 from paigeant.errors import PaigeantError
 from paigeant.forwarder import Forwarder
 from paigeant.observer import Event, Observers
+from paigeant.reporter import about_run
 from paigeant.store import StepKey, Store, Swept, WorkerRecord
 
 __all__ = ["Sweeper"]
@@ -68,9 +69,11 @@ class Sweeper:
             self.observers.observe(Event("worker.lost", worker=worker_id))
         for workflow_id in swept.expired:
             self.observers.observe(Event("run.expired", workflow_id, at=swept.at))
-        for workflow_id in swept.failed:
-            error = "DeadlineExceeded: the run was not done by its deadline"
-            self.observers.observe(Event("run.failed", workflow_id, error=error, at=swept.at))
+        if self.observers.want("run.failed"):
+            for workflow_id in swept.failed:
+                error = "DeadlineExceeded: the run was not done by its deadline"
+                about = await about_run(self.store, workflow_id)
+                self.observers.observe(Event("run.failed", workflow_id, error=error, at=swept.at, **about))
         for key in swept.freed:
             self.observers.observe(
                 Event("step.swept", key.workflow_id, step=key.step, worker=self.worker.id, at=swept.at)

@@ -16,8 +16,14 @@ from sqlalchemy import Update, bindparam, case, delete, func, literal_column, nu
 
 from paigeant import host
 from paigeant.database import TOPIC, Database
-from paigeant.envelope import Envelope, PlainEnvelope
-from paigeant.errors import MessageInvalid, PaigeantError, StoreUnavailable, TransportUnavailable
+from paigeant.envelope import HEAD_BYTES, Envelope, PlainEnvelope
+from paigeant.errors import (
+    MessageInvalid,
+    MessageTooLarge,
+    PaigeantError,
+    StoreUnavailable,
+    TransportUnavailable,
+)
 from paigeant.lane import Later, Tx
 from paigeant.message import PaigeantMessage
 from paigeant.prepared import Prepared, each_of, instant, upsert
@@ -45,7 +51,9 @@ class _Fetch(NamedTuple):
 class _Item(NamedTuple):
     message_id: str
     body: bytes
+    """Its beginning only where it is larger than any message may be: no other part of it is read."""
     deliveries: int
+    size: int
 
 
 class _Fetched(NamedTuple):
@@ -179,12 +187,13 @@ class TableTransport:
         # Nothing is decided on what it finds, so that all of it is one round trip to a server.
         now = tx.told_now
         _FREE.each(tx, [(0.0, holder) for holder in request.gone])
-        take = _TAKE.ask(tx, request.topic, now, now, request.most, now, _HOLD_SECONDS, self._holder)
+        largest = self.envelope.limit_bytes + HEAD_BYTES
+        take = _TAKE.ask(tx, request.topic, now, now, request.most, now, _HOLD_SECONDS, self._holder, largest)
         following = _NEXT.ask(tx, now, request.topic, now)
 
         def taken() -> _Fetched:
             # The rows come in no order of their own; ids rise as messages do.
-            items = [_Item(id_, _as_bytes(body), deliveries) for _, id_, body, deliveries in sorted(take())]
+            items = [_Item(id_, _as_bytes(body), *rest) for _, id_, body, *rest in sorted(take())]
             [(next_in,)] = following()
             return _Fetched(items, _HOLD_SECONDS - 1.0, next_in)
 
@@ -192,6 +201,8 @@ class TableTransport:
 
     async def _opened(self, topic: str, item: _Item) -> PaigeantMessage | None:
         try:
+            if item.size > self.envelope.limit_bytes + HEAD_BYTES:
+                raise MessageTooLarge(item.size, self.envelope.limit_bytes)
             return await self.envelope.open(topic, item.body)
         except MessageInvalid as exc:
             letter = DeadLetter.about(
@@ -327,14 +338,20 @@ def _take(dialect: str) -> Update:
             deliveries=columns.deliveries + literal_column("1"),
             holder=bindparam("by"),
         )
-        .returning(columns.id, columns.message_id, columns.body, columns.deliveries)
+        .returning(
+            columns.id,
+            columns.message_id,
+            func.substr(columns.body, literal_column("1"), bindparam("largest")),
+            columns.deliveries,
+            func.length(columns.body),
+        )
     )
 
 
 _COLUMNS = ("message_id", "topic", "body", "due_at", "held_until", "created_at", "deliveries")
 _POST = upsert(messages, _COLUMNS, key=["message_id"], update=_earlier)
 _KEEP = upsert(dead_letters, [column.name for column in dead_letters.c], key=["id"], update=None)
-_TAKE = Prepared(_take, ["topic", "now", "same", "most", "since", "hold", "by"])
+_TAKE = Prepared(_take, ["topic", "now", "same", "most", "since", "hold", "by", "largest"])
 _ids = each_of(bindparam("ids")).table_valued("value")
 _WAITING = Prepared(
     select(messages.c.message_id)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -19,7 +19,8 @@ _STAMP = f'{{"{_KEY}":'.encode()
 class Usage:
     """Answers of models, successful calls of tools, tokens, and the `cost` in US dollars.
 
-    `cost` is that of the requests whose price is known: None where it is known of none.
+    `cost` is that of the requests whose price is known: None where it is known of none. `models` has what each model
+    took, by its name, as far as that is known; it tells the same in parts, and isn't compared.
     """
 
     requests: int = 0
@@ -27,6 +28,7 @@ class Usage:
     input_tokens: int = 0
     output_tokens: int = 0
     cost: Decimal | None = None
+    models: Mapping[str, Usage] = field(default_factory=dict, compare=False, repr=False)
 
     def __bool__(self) -> bool:
         return self != _NOTHING
@@ -39,10 +41,11 @@ class Usage:
             self.input_tokens + other.input_tokens,
             self.output_tokens + other.output_tokens,
             sum(costs, Decimal()) if costs else None,
+            _together(self.models, other.models),
         )
 
     def beyond(self, other: Usage) -> Usage:
-        """What this is more than `other`, in each number; nothing is below 0."""
+        """What this is more than `other`, in each number; nothing is below 0. Of which models isn't told."""
         cost = (self.cost or Decimal()) - (other.cost or Decimal())
         return Usage(
             max(self.requests - other.requests, 0),
@@ -71,7 +74,11 @@ class Usage:
 
     def dump(self) -> bytes:
         """The usage as it is recorded with a step."""
-        return to_json(self.as_json())
+        return to_json(self._recorded())
+
+    def _recorded(self) -> dict[str, Any]:
+        models = {name: used.as_json() for name, used in self.models.items()}
+        return {**self.as_json(), "models": models} if models else self.as_json()
 
     @classmethod
     def read(cls, recorded: bytes | None) -> Usage | None:
@@ -83,22 +90,23 @@ class Usage:
         if not isinstance(found, dict):
             return None
         try:
-            cost = found.get("cost")
+            cost, models = found.get("cost"), found.get("models", {})
             return cls(
                 int(found.get("requests", 0)),
                 int(found.get("tool_calls", 0)),
                 int(found.get("input_tokens", 0)),
                 int(found.get("output_tokens", 0)),
                 None if cost is None else Decimal(str(cost)),
+                {name: used for name, one in models.items() if (used := cls._of(one)) is not None},
             )
-        except (ValueError, TypeError, InvalidOperation):
+        except (ValueError, TypeError, AttributeError, InvalidOperation):
             return None
 
     # -- in the record of a unit
 
     def stamp(self, record: dict[str, Any]) -> dict[str, Any]:
         """The record of a unit that tells what the unit itself used, before all else so that it is found at once."""
-        return {_KEY: self.as_json(), **record} if self else record
+        return {_KEY: self._recorded(), **record} if self else record
 
     @classmethod
     def stamped(cls, record: bytes) -> Usage | None:
@@ -109,6 +117,12 @@ class Usage:
     def of_units(cls, records: Iterable[bytes]) -> Usage:
         """What units used together."""
         return cls.total(used for record in records if (used := cls.stamped(record)) is not None)
+
+
+def _together(some: Mapping[str, Usage], more: Mapping[str, Usage]) -> Mapping[str, Usage]:
+    if not some or not more:
+        return some or more
+    return {name: some.get(name, _NOTHING) + more.get(name, _NOTHING) for name in {**some, **more}}
 
 
 _NOTHING = Usage()

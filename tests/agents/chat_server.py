@@ -9,9 +9,9 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from tests.services.http import HttpServer, Incoming
 
 __all__ = ["Answer", "ChatServer", "Request", "Turn"]
 
@@ -37,35 +37,24 @@ class Request:
     body: Mapping[str, Any] = field(repr=False, default_factory=dict)
 
 
-class ChatServer:
+class ChatServer(HttpServer):
     """Serves on a free port of this host while the block lasts. `script` has the turns of each model, by its name.
 
     Which turn is asked for follows from the conversation that a request holds: nothing is kept between requests.
     """
 
+    protocol = "HTTP/1.1"
+
     def __init__(self, script: Mapping[str, Sequence[Turn]]) -> None:
+        super().__init__()
         self.script = script
         self.requests: list[Request] = []
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
     @property
     def url(self) -> str:
         """What a client takes for its base URL."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        return f"{self.origin}/v1"
 
     def take(self) -> list[Request]:
         """The requests since it was last asked."""
@@ -81,47 +70,30 @@ class ChatServer:
         said = self.script[body["model"]][turn]
         return said if isinstance(said, Answer) else said(body["messages"])
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        outer = self
+    def serve(self, request: Incoming) -> None:
+        body = json.loads(request.body())
+        if request.path != "/v1/chat/completions":
+            request.send_error(404)
+            return
+        answer = self.answer(body)
+        if body.get("stream"):
+            _stream(request, body, answer)
+        else:
+            request.reply(200, json.dumps(whole(body, answer)).encode())
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
 
-            def do_POST(self) -> None:  # the name that the standard library calls
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                if self.path != "/v1/chat/completions":
-                    self.send_error(404)
-                    return
-                answer = outer.answer(body)
-                try:
-                    if body.get("stream"):
-                        self._stream(body, answer)
-                    else:
-                        self._reply("application/json", json.dumps(whole(body, answer)).encode())
-                except (BrokenPipeError, ConnectionResetError):  # who asked is dead
-                    self.close_connection = True
-
-            def _reply(self, kind: str, text: bytes) -> None:
-                self.send_response(200)
-                self.send_header("content-type", kind)
-                self.send_header("content-length", str(len(text)))
-                self.end_headers()
-                self.wfile.write(text)
-
-            def _stream(self, body: dict[str, Any], answer: Answer) -> None:
-                self.send_response(200)
-                self.send_header("content-type", "text/event-stream")
-                self.send_header("transfer-encoding", "chunked")
-                self.end_headers()
-                for event in [*(json.dumps(chunk) for chunk in chunks(body, answer)), "[DONE]"]:
-                    text = f"data: {event}\n\n".encode()
-                    self.wfile.write(b"%x\r\n%s\r\n" % (len(text), text))
-                self.wfile.write(b"0\r\n\r\n")
-
-            def log_message(self, *_: Any) -> None:
-                """Nothing is printed."""
-
-        return Handler
+def _stream(request: Incoming, body: dict[str, Any], answer: Answer) -> None:
+    try:
+        request.send_response(200)
+        request.send_header("content-type", "text/event-stream")
+        request.send_header("transfer-encoding", "chunked")
+        request.end_headers()
+        for event in [*(json.dumps(chunk) for chunk in chunks(body, answer)), "[DONE]"]:
+            text = f"data: {event}\n\n".encode()
+            request.wfile.write(b"%x\r\n%s\r\n" % (len(text), text))
+        request.wfile.write(b"0\r\n\r\n")
+    except OSError:  # who asked is dead
+        request.close_connection = True
 
 
 def usage_of(body: Mapping[str, Any], answer: Answer) -> dict[str, int]:

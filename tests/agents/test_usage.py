@@ -85,6 +85,7 @@ async def test_a_request_is_recorded_with_its_tokens_and_its_price() -> None:
         await app.drain()
         [unit] = (await app.store.load_units(StepKey("r", "report"))).values()
         assert Usage.stamped(unit) == used(await run.detail()) == (await run.wait()).usage == times(1)
+        assert list((await run.wait()).usage.models.values()) == [times(1)]
     assert from_json(unit)["value"]["usage"]["cost"] == "0.0035"
 
 
@@ -104,6 +105,8 @@ async def test_a_run_costs_what_is_known_of_it() -> None:
     activity.agent(Agent(priced("our-own"), name="unknown"), prompt="go")
     result, _ = await carried_out(activity, "known", "unknown")
     assert result.usage == Usage(2, 0, 2000, 200, COST)
+    assert sorted(used.cost or 0 for used in result.usage.models.values()) == [0, COST]
+    assert "our-own" in result.usage.models
 
 
 async def test_a_run_without_agents_used_nothing() -> None:
@@ -438,7 +441,7 @@ async def test_runs_show_tells_people_what_was_used() -> None:
     assert lines[start + 4].split() == ["step", "unit", "size", "tokens", "cost"]
     words = lines[start + 7].split()
     assert words[:2] == ["writer", "writer__model.request(writer:1,1)"]
-    assert words[-3:] == ["B", "1,100", "$0.0035"]
+    assert words[-2:] == ["1,100", "$0.0035"]
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,65 @@ CASES = [
     dispatched("id with blanks", "--id", "order 42", says=("no blanks", "'order 42'")),
     dispatched("id with a line break", "--id", "order\n42", says=("no control characters", "'order\\n42'")),
     dispatched("id without an end", "--id", "x" * 201, says=("1 to 200 characters",)),
+    *(
+        dispatched(f"on behalf of {name}", "--on-behalf-of", source, says=says)
+        for name, source, says in (
+            ("a missing file", "gone", ("can't read gone: No such file", "env:NAME", "standard input as -")),
+            ("a folder", ".", ("can't read .: Is a directory",)),
+            ("a name that no file can have", "a\0b", ("can't read", "null byte")),
+            ("a file for everybody", "/etc/passwd", ("others can read /etc/passwd", "chmod 600 /etc/passwd")),
+            ("an unknown variable", "env:NOBODY", ("no variable 'NOBODY'",)),
+            ("a variable without a name", "env:", ("no variable ''",)),
+            ("nothing", "/dev/null", ("/dev/null is empty", "expected a token")),
+            ("a file without an end", "/dev/zero", ("/dev/zero is too large for a token", "16,384")),
+        )
+    ),
+    *(
+        Case(
+            f"on behalf of {name}",
+            (*DISPATCH, "--on-behalf-of", "-"),
+            ("standard input", *says),
+            files=FILES,
+            input=text,
+        )
+        for name, text, says in (
+            ("bytes", b"\xff\xfe", ("it is no text",)),
+            ("broken JSON", '{"handle": ', ("is not JSON", "a grant is")),
+            ("another object", '{"token": "x"}', ("is no grant", "found token")),
+            (
+                "a grant with something more",
+                '{"handle": "h", "subject": "s", "issuer": "i", "to": 1}',
+                ("to",),
+            ),
+        )
+    ),
+    Case(
+        "on behalf of a grant of no scopes",
+        (*DISPATCH, "--on-behalf-of", "-"),
+        ("a scope is a text", "'a b'"),
+        files=FILES,
+        input='{"handle": "h", "subject": "s", "issuer": "i", "scopes": ["a b"]}',
+    ),
+    Case(
+        "on behalf of a grant of no text",
+        (*DISPATCH, "--on-behalf-of", "-"),
+        ("the subject of a grant is a text", "found int"),
+        files=FILES,
+        input='{"handle": "h", "subject": 5, "issuer": "i"}',
+    ),
+    Case(
+        "on behalf of a token over a database",
+        (*DISPATCH, "--on-behalf-of", "-"),
+        ("a token can't travel through a database",),
+        files=FILES,
+        input="opaque",
+    ),
+    Case(
+        "standard input for two",
+        ("dispatch", "order", "-", *DISPATCH[3:], "--on-behalf-of", "-"),
+        ("INPUT and --on-behalf-of can't both be -",),
+        input="{}",
+    ),
     Case(
         "unknown migration",
         ("db", "upgrade", "0042"),

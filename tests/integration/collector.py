@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from tests.services.http import HttpServer, Incoming
 
 __all__ = ["Collector", "Received", "under"]
 
@@ -31,40 +29,19 @@ class Received:
     ended: int
 
 
-class Collector:
+class Collector(HttpServer):
     """A server for OTLP over HTTP on a port of its own, for as long as the block lasts."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.spans: list[Received] = []
         self.metrics: dict[str, list[tuple[dict[str, Any], float]]] = {}
         self.bytes = b""
-        outer = self
+        self.url = self.origin
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                outer.take(self.path, self.rfile.read(int(self.headers["Content-Length"])))
-                self.send_response(200)
-                self.send_header("Content-Type", "application/x-protobuf")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Say nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+    def serve(self, request: Incoming) -> None:
+        self.take(request.path, request.body())
+        request.reply(200, kind="application/x-protobuf")
 
     def take(self, path: str, body: bytes) -> None:
         """Keep what a request brings."""

@@ -124,6 +124,25 @@ def test_a_run_over_three_workers_and_two_brokers_is_one_trace(
     assert ({"activity": "judge", "outcome": "completed"}, 1.0) in collector.metrics["paigeant.steps"]
 
 
+def test_a_run_that_is_cancelled_from_the_command_line_has_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no worker has begun is in its trace all the same: that it was dispatched, and that it is over."""
+    Path("handlers.py").write_text(HANDLERS)
+    Path("input.json").write_text('{"text": "a"}')
+    with Collector() as collector:
+        monkeypatch.setenv("PAIGEANT_HANDLERS", "handlers.py")
+        monkeypatch.setenv("PAIGEANT_TRACES", "true")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        assert call("dispatch", "judged", "input.json", "--id", "t-1").returncode == 0
+        assert call("runs", "cancel", "t-1").returncode == 0
+        trace_id = shown("t-1")["trace_id"]
+    spans = collector.spans
+    assert [(span.name, span.trace_id) for span in spans] == [
+        ("dispatch judged", trace_id),
+        ("run.cancelled", trace_id),
+    ]
+    _is_one_tree(spans, "dispatch judged")
+
+
 def _is_one_tree(spans: list[Received], root: str) -> None:
     ids = [span.span_id for span in spans]
     assert len(ids) == len(set(ids))

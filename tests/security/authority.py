@@ -14,13 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qsl, unquote_plus, urlsplit
 
 from joserfc import jwt
 from joserfc.jwk import ECKey, Key, import_key
+from tests.services.http import HttpServer, Incoming
 
 __all__ = ["Asked", "Authority", "Kept"]
 
@@ -51,7 +50,7 @@ class Refusal(Exception):
     """An error of OAuth: its code."""
 
 
-class Authority:
+class Authority(HttpServer):
     """Serves on a free port of this host while the block lasts.
 
     Its knobs may be turned at any time: `status` answers everything so, `release` holds answers back until it is set,
@@ -60,6 +59,7 @@ class Authority:
     """
 
     def __init__(self, *, now: Callable[[], float] = time.time) -> None:
+        super().__init__()
         self.now = now
         self.clients: dict[str, str | Key] = {}
         self.keys: list[Key] = []
@@ -79,15 +79,12 @@ class Authority:
         self._asked: list[Asked] = []
         self._seen: set[str] = set()
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self.rotate()
 
     @property
     def url(self) -> str:
         """The issuer of its tokens."""
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return self.origin
 
     @property
     def jwks_url(self) -> str:
@@ -99,17 +96,9 @@ class Authority:
         """Where tokens are asked for."""
         return f"{self.url}/token"
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.release.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        super().__exit__(*error)
 
     # -- what tests do to it
 
@@ -259,58 +248,38 @@ class Authority:
             raise Refusal("invalid_client")
         return client
 
+    # -- over HTTP
+
+    def serve(self, request: Incoming) -> None:
+        form = dict(parse_qsl(request.body().decode(), keep_blank_values=True))
+        path = urlsplit(request.path).path
+        with self._lock:
+            self._asked.append(Asked(path, form))
+        self.entered.set()
+        self.release.wait(60)
+        if self.status is not None:
+            request.reply(self.status, b'{"error": "server_error"}')
+        elif self.redirect is not None and not path.startswith("/moved"):
+            request.reply(302, headers={"location": self.redirect})
+        elif path in ("/jwks", "/moved"):
+            request.reply(200, self.body if self.body is not None else self.keys_as_json())
+        elif path == "/token":
+            self._serve_token(request, form)
+        else:
+            request.reply(404, b"{}")
+
+    def _serve_token(self, request: Incoming, form: dict[str, str]) -> None:
+        kind, _, basic = request.headers.get("authorization", "").partition(" ")
+        try:
+            answer = self.issue(form, basic if kind == "Basic" else None)
+        except Refusal as exc:
+            code = str(exc)
+            said = {"error": code, "error_description": "refused"}
+            request.reply(401 if code == "invalid_client" else 400, json.dumps(said).encode())
+        else:
+            request.reply(200, json.dumps(answer).encode())
+
 
 def digest(token: str) -> str:
     """A name for a token that doesn't tell it."""
     return hashlib.sha256(token.encode()).hexdigest()[:12]
-
-
-def _handler(authority: Authority) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._serve({})
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            self._serve(dict(parse_qsl(body.decode(), keep_blank_values=True)))
-
-        def _serve(self, form: dict[str, str]) -> None:
-            path = urlsplit(self.path).path
-            with authority._lock:
-                authority._asked.append(Asked(path, form))
-            authority.entered.set()
-            authority.release.wait(60)
-            if authority.status is not None:
-                self._say(authority.status, b'{"error": "server_error"}')
-            elif authority.redirect is not None and not path.startswith("/moved"):
-                self._say(302, b"", location=authority.redirect)
-            elif path in ("/jwks", "/moved"):
-                self._say(200, authority.body if authority.body is not None else authority.keys_as_json())
-            elif path == "/token":
-                kind, _, basic = self.headers.get("authorization", "").partition(" ")
-                try:
-                    answer = authority.issue(form, basic if kind == "Basic" else None)
-                except Refusal as exc:
-                    code = str(exc)
-                    said = {"error": code, "error_description": "refused"}
-                    self._say(401 if code == "invalid_client" else 400, json.dumps(said).encode())
-                else:
-                    self._say(200, json.dumps(answer).encode())
-            else:
-                self._say(404, b"{}")
-
-        def _say(self, status: int, body: bytes, **headers: str) -> None:
-            try:
-                self.send_response(status)
-                for name, value in {"content-type": "application/json", **headers}.items():
-                    self.send_header(name, value)
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-            except OSError:
-                pass  # whoever asked has gone
-
-        def log_message(self, *_: object) -> None:
-            """Nothing: a test looks at `asked`."""
-
-    return Handler

@@ -32,6 +32,7 @@ from paigeant import (
 from paigeant.behalf import Behalf
 from paigeant.errors import InputInvalid, InvalidTransition, TokenExpired, TokenRejected
 from paigeant.identity import GRANT_SIGNAL, MANDATE, check_claims, read_token
+from paigeant.jwks import REFRESH_SECONDS
 from paigeant.observer import Event
 from paigeant.slip import StepStatus
 from paigeant.testing import ManualClock, MemoryApp
@@ -479,6 +480,71 @@ async def test_a_rotated_key(
         assert (await run.wait()).status is RunStatus.COMPLETED
         authority.rotate()
         clock.advance(61)
+
+
+@pytest.mark.parametrize("travels", [True, False], ids=["token", "handle"])
+async def test_a_key_that_is_newer_than_the_key_set(
+    app: MemoryApp,
+    authority: Authority,
+    office: Office,
+    clock: ManualClock,
+    watcher: Watcher,
+    travels: bool,
+) -> None:
+    """Right after a rotation a step waits until the set may be asked for again, and loses no attempt."""
+    await verified_once(app, authority)
+    authority.rotate()
+    app.dispatcher.behalf = Behalf()  # so that the worker is who finds out
+    asked = len(authority.asked("/jwks"))
+    given = authority.token("ann", "mail.read") if travels else grant_of(authority, "mail.read")
+    run = await app.dispatch(flow("read"), on_behalf_of=given, workflow_id="r")
+    await app.drain(advance=False)
+    assert (await run.detail()).steps[0].status is StepStatus.WAITING
+    assert len(authority.asked("/jwks")) == asked, "it was asked less than a minute ago"
+    await app.drain()
+    assert (await run.wait()).output == ["ann", ["mail.read"], 1]
+    assert len(authority.asked("/jwks")) == asked + 1
+    assert [event.name for event in watcher.events if event.workflow_id == "r"].count("step.retrying") == 0
+
+
+async def test_a_key_that_nobody_publishes(
+    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock
+) -> None:
+    """Once the key set has been fetched anew without the key, the token is no proof: there is no further attempt."""
+    await verified_once(app, authority)
+    foreign = ECKey.generate_key("P-256", {"use": "sig", "alg": "ES256"}, private=True)
+    foreign.ensure_kid()
+    token = authority.token("ann", "mail.read", "mail.send", key=foreign)
+    app.dispatcher.behalf = Behalf()
+    run = await app.dispatch(flow("send"), on_behalf_of=token)
+    began = clock.now()
+    await app.drain()
+    assert "TokenRejected: key: " in str((await run.wait()).error)
+    assert (await run.detail()).steps[0].attempt == 1
+    assert clock.now() - began < REFRESH_SECONDS + 1
+    assert "send" not in office.seen
+
+
+async def test_an_unknown_key_while_the_key_set_is_away(
+    app: MemoryApp, authority: Authority, office: Office
+) -> None:
+    """Whether there is such a key can't be told: that is a failure, and tried again by the policy."""
+    await verified_once(app, authority)
+    authority.rotate()
+    authority.status = 500
+    app.dispatcher.behalf = Behalf()
+    run = await app.dispatch(flow("send"), on_behalf_of=authority.token("ann", "mail.read", "mail.send"))
+    await app.drain()
+    assert "KeyUnknown" in str((await run.wait()).error)
+    assert (await run.detail()).steps[0].attempt == 3
+    assert "send" not in office.seen
+
+
+async def verified_once(app: MemoryApp, authority: Authority) -> None:
+    """A run has been verified, so that the key set was fetched just now."""
+    run = await app.dispatch(flow("read"), on_behalf_of=authority.token("ann", "mail.read"))
+    await app.drain()
+    assert (await run.wait()).status is RunStatus.COMPLETED
 
 
 async def test_a_grant_of_somebody_else(app: MemoryApp, authority: Authority) -> None:

@@ -72,9 +72,83 @@ def test_a_grant_from_the_command_line(authority: Authority, monkeypatch: pytest
 
 def test_a_token_in_a_command_is_refused(authority: Authority) -> None:
     """A token as an argument is refused without being used, for the list of processes has shown it."""
-    said = refused("runs", "grant", "r", authority.token("ann"))
-    assert "standard input" in said
-    assert "eyJ" not in said
+    Path("input.json").write_text("{}")
+    for command in (("runs", "grant", "r"), ("dispatch", "look", "input.json", "--on-behalf-of")):
+        said = refused(*command, authority.token("ann"))
+        assert "standard input" in said
+        assert "eyJ" not in said
+
+
+def test_a_run_is_dispatched_with_a_token(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, redis_url: str
+) -> None:
+    """It comes from a file, a variable or standard input, travels with the messages, and is recorded nowhere."""
+    authority.now = time.time
+    Path("handlers.py").write_text(HANDLERS)
+    Path("input.json").write_text("{}")
+    place = {"transport_url": redis_url, "namespace": f"behalf-{time.time_ns()}"}
+    configure(monkeypatch, {**settings_of(authority), **place})
+    tokens = [authority.token("ann", "mail.read", jti=str(n)) for n in range(3)]
+    private("token", f"{tokens[0]}\n")
+    monkeypatch.setenv("OBO_TOKEN", tokens[1])
+    command = ("dispatch", "look", "input.json", "--handlers", "handlers.py", "--on-behalf-of")
+    assert as_json(*command, "token", "--id", "file") == {"id": "file"}
+    assert as_json(*command, "env:OBO_TOKEN", "--id", "variable") == {"id": "variable"}
+    assert as_json(*command, "-", "--id", "input", input=f" {tokens[2]}\n") == {"id": "input"}
+    paigeant("run", "handlers.py", "--until-idle")
+    for run in ("file", "variable", "input"):
+        found = as_json("runs", "show", run)
+        assert (found["output"], found["on_behalf_of"]["handle"]) == ("ann", None)
+    recorded = b"".join(path.read_bytes() for path in Path().glob("paigeant.db*"))
+    assert all(token.encode() not in recorded for token in tokens)
+
+
+def test_a_run_is_dispatched_with_a_grant(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grant is given in JSON, as `runs show` tells it, to `dispatch` and to `runs grant`."""
+    authority.now = time.time
+    Path("handlers.py").write_text(HANDLERS)
+    configure(monkeypatch, settings_of(authority))
+    Path("input.json").write_text("{}")
+    about = {"subject": "ann", "issuer": authority.url, "scopes": ["mail.read"]}
+    private("grant.json", json.dumps({"handle": "over", **about}))
+    command = ("dispatch", "look", "input.json", "--handlers", "handlers.py", "--id", "r", "--on-behalf-of")
+    assert as_json(*command, "grant.json") == {"id": "r"}
+    assert as_json(*command, "grant.json") == {"id": "r"}, "the same once more is the same run"
+    paigeant("run", "handlers.py", "--until-idle")
+    found = as_json("runs", "show", "r")
+    assert (found["status"], found["on_behalf_of"]) == ("waiting", {"handle": "over", **about})
+    fresh = {**found["on_behalf_of"], "handle": authority.grant("ann", "mail.read", workflow_id="r")}
+    assert as_json("runs", "grant", "r", "-", input=json.dumps(fresh))["id"] == "r"
+    paigeant("run", "handlers.py", "--until-idle")
+    assert as_json("runs", "show", "r")["output"] == "ann"
+
+
+def test_who_cannot_be_asked_and_what_is_no_proof(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, redis_url: str
+) -> None:
+    """A token that proves nothing is wrong use (2), a key set out of reach a server that can't be reached (3)."""
+    authority.now = time.time
+    Path("handlers.py").write_text(HANDLERS)
+    Path("input.json").write_text("{}")
+    place = {"transport_url": redis_url, "namespace": f"behalf-{time.time_ns()}"}
+    configure(monkeypatch, {**settings_of(authority), **place})
+    command = ("dispatch", "look", "input.json", "--handlers", "handlers.py", "--on-behalf-of", "-")
+    for token, code, says in (
+        (authority.token("ann", "mail.read", aud="https://other.example"), 2, "audience"),
+        (authority.token("ann", "mail.read", lifetime=-90), 2, "expired"),
+        (authority.token("ann", "mail.read"), 3, "can't be asked"),
+    ):
+        authority.status = 500 if code == 3 else None
+        said = refused(*command, input=token, code=code)
+        assert says in said
+        assert "eyJ" not in said
+    assert as_json("runs", "list") == []
+
+
+def private(name: str, text: str) -> None:
+    """Write a file that only its owner can read."""
+    Path(name).write_text(text)
+    Path(name).chmod(0o600)
 
 
 def test_config_check_looks_at_issuers_and_client(

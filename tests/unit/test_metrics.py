@@ -110,9 +110,47 @@ def test_usage_is_counted_with_the_step_that_is_recorded() -> None:
     metrics.observe(Event("step.completed", activity="a", more={"usage": USED}))
     metrics.observe(Event("step.completed", activity="a", more={"usage": {**USED, "cost": None}}))
     found = shown(metrics)
-    assert found["paigeant_agent_tokens_total"] == {("a", "input"): 200, ("a", "output"): 14}
-    assert found["paigeant_agent_requests_total"] == {("a",): 4}
-    assert found["paigeant_agent_cost_dollars_total"] == {("a",): 0.25}
+    assert found["paigeant_agent_tokens_total"] == {
+        ("a", "other", "input"): 200,
+        ("a", "other", "output"): 14,
+    }
+    assert found["paigeant_agent_requests_total"] == {("a", "other"): 4}
+    assert found["paigeant_agent_cost_dollars_total"] == {("a", "other"): 0.25}
+
+
+def test_usage_is_counted_by_model() -> None:
+    """What each model took, and under `other` what isn't known to be anybody's; no cost is lost to rounding."""
+    metrics = observer()
+    models = {
+        "gpt-5": {**USED, "requests": 1, "input_tokens": 60, "output_tokens": 5, "cost": "0.1"},
+        "org/small:1": {**USED, "requests": 1, "input_tokens": 30, "output_tokens": 2, "cost": None},
+    }
+    metrics.observe(Event("step.completed", activity="a", more={"usage": {**USED, "models": models}}))
+    found = shown(metrics)
+    tokens = found["paigeant_agent_tokens_total"]
+    assert {key[1:]: count for key, count in tokens.items() if key[2] == "input"} == {
+        ("gpt-5", "input"): 60,
+        ("org/small:1", "input"): 30,
+        ("other", "input"): 10,
+    }
+    assert found["paigeant_agent_requests_total"] == {
+        ("a", "gpt-5"): 1,
+        ("a", "org/small:1"): 1,
+        ("a", "other"): 0,
+    }
+    assert found["paigeant_agent_cost_dollars_total"] == {("a", "gpt-5"): 0.1, ("a", "other"): 0.15}
+
+
+def test_models_are_a_bounded_set() -> None:
+    """Whoever answers says what its model is called: a thousand names, or one that is no name, make no series."""
+    metrics = observer()
+    for name in (*(f"model-{number}" for number in range(1000)), "", "a" * 200, "two words", "x\ny"):
+        usage = {**USED, "models": {name: USED}}
+        metrics.observe(Event("step.completed", activity="a", more={"usage": usage}))
+    found = shown(metrics)["paigeant_agent_requests_total"]
+    assert len(found) == 21
+    assert found["a", "model-19"] == USED["requests"]
+    assert found["a", "other"] == 984 * USED["requests"]
 
 
 def test_what_could_not_be_asked_is_left_out() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import SecretBytes, SecretStr
 
-from paigeant.redaction import MASK, Redactor, redacted
+from paigeant.redaction import Redactor, redacted
+from paigeant.secret import MASK
 
 TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJjYW5hcnkifQ.c2lnbmF0dXJl"
 
@@ -14,7 +15,7 @@ TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJjYW5hcnkifQ.c2lnbmF0dXJl"
     ("text", "shown"),
     [
         (f"refused {TOKEN}!", "refused ***!"),
-        ("detached eyJhbGciOiJFZERTQSJ9..c2lnbmF0dXJl", "detached ***"),
+        ("indented ewogICJhbGciOiJFZERTQSIKfQ.eyJzdWIiOiJjYW5hcnkifQ.c2lnbmF0dXJl", "indented ***"),
         (f"encrypted {TOKEN}.four.five.", "encrypted ***."),
         ("can't reach amqp://ada:pa55word@host/x?y=1", "can't reach amqp://ada:***@host/x?y=1"),
         ("GET https://host/x?access_token=abc&y=1", "GET https://host/x?access_token=***&y=1"),
@@ -39,6 +40,7 @@ def test_what_looks_secret_is_hidden(text: str, shown: str) -> None:
         "paigeant.observers.logs_of_the_sink.something_long failed",
         "missing argument 'token'; there is: sku, quantity",
         "eyJ is how tokens begin",
+        "signed by eyJhbGciOiJFZERTQSJ9..c2lnbmF0dXJl",
         "see https://docs.example.org/a.b.c",
     ],
 )

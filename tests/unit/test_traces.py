@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from paigeant import ActivityRegistry, StepContext, Workflow
+from paigeant import ActivityRegistry, StepContext, WaitFor, Workflow
 from paigeant.observer import Event, Observers, Work
 from paigeant.observers.otlp import QuickProvider, WholeTraces
 from paigeant.observers.traces import TraceObserver
@@ -45,6 +45,16 @@ class Spans:
         return next(
             (span.name for span in self.all if span.context.span_id == above.span_id), f"{above.span_id:x}"
         )
+
+
+class Seen:
+    """Keeps the events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def observe(self, event: Event) -> None:
+        self.events.append(event)
 
 
 @pytest.fixture(params=["library", "quick"])
@@ -106,6 +116,33 @@ async def test_a_run_is_one_trace(spans: Spans) -> None:
     ]
     assert {spans.parent(span.name) for span in ours[1:]} == {"dispatch w"}
     assert spans["dispatch w"].parent is None
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+async def test_a_run_that_ends_without_a_step_has_its_end(spans: Spans, how: str) -> None:
+    """A run with nothing to undo that an operator cancels, or a sweep ends at its deadline, has a span of that end."""
+    seen = Seen()
+    async with MemoryApp(activities(), observers=[spans.observer, seen]) as app:
+        workflow = Workflow("w", [WaitFor("go"), "pick"])
+        run = await app.dispatch(workflow, {"secret": "s"}, deadline=60, correlation_id="c")
+        await app.drain()
+        if how == "cancel":
+            await run.cancel("no more")
+        else:
+            app.clock.advance(61)
+        await app.drain()
+        status = await run.status()
+        detail = await run.detail()
+    assert status == ("cancelled" if how == "cancel" else "failed")
+    end = f"run.{status}"
+    assert spans.parent(end) == "dispatch w"
+    assert f"{spans[end].context.trace_id:032x}" == detail.run.trace_id
+    assert dict(spans[end].attributes or {}) == {
+        "paigeant.workflow_id": run.id,
+        "paigeant.run.status": str(status),
+    }
+    [told] = [event for event in seen.events if event.name == end]
+    assert (told.workflow, told.trace_id, told.correlation_id) == ("w", detail.run.trace_id, "c")
 
 
 async def test_what_an_activity_makes_is_under_its_step(spans: Spans) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from pydantic import TypeAdapter
@@ -116,7 +116,8 @@ def of_request(answer: object) -> Usage:
     for found in (answer["usage"], *tried):
         if found is not None:
             used.incr(_RUN.validate_python(found))
-    return of_run(used)
+    total, model = of_run(used), answer.get("model_name")
+    return replace(total, models={model: total}) if isinstance(model, str) and model else total
 
 
 def _price(answer: dict[str, Any]) -> str | None:

@@ -163,7 +163,7 @@ def _people(settings: Settings) -> list[Finding]:
         if behalf.exchanger is None:
             lacks = ConfigurationError("token_url needs client_id, and client_secret or client_key")
         findings.append(Finding("client", who if lacks is None else str(lacks), lacks))
-    for name, keys in {} if behalf.trust is None else behalf.trust.keys.items():
+    for name, keys in {} if behalf.verifier is None else behalf.verifier.keys.items():
         try:
             session.wait_for(keys.find(""))
         except PaigeantError as exc:

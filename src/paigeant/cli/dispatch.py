@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paigeant.cli import console, session
+from paigeant.cli.behalf import read_given
 from paigeant.cli.sight import observing
 from paigeant.errors import ConfigurationError, InputInvalid, MessageTooLarge, RunTimeout, nearest
 
@@ -32,6 +33,7 @@ def register(app: typer.Typer) -> None:
             "paigeant dispatch fulfil_order input.json --id order-42 --wait --timeout 60 --json",
             "paigeant dispatch fulfil_order input.json --start-at 2027-01-01T08:00:00+01:00 --deadline 2h",
             'echo \'{"sku": "A-1"}\' | paigeant dispatch fulfil_order - --handlers shop/orders.py',
+            "get-token | paigeant dispatch fulfil_order input.json --on-behalf-of -",
         )
     )(dispatch)
 
@@ -69,6 +71,16 @@ def dispatch(
         str | None,
         typer.Option(help="How long the run may take from its start on: 90s, 15m, 12h.", metavar="TIME"),
     ] = None,
+    on_behalf_of: Annotated[
+        str | None,
+        typer.Option(
+            "--on-behalf-of",
+            help="For whom the run acts: a file, or env:NAME for a variable, or - for standard input, with an access "
+            "token or a grant as JSON. Never the token itself.",
+            metavar="FILE|env:NAME|-",
+            autocompletion=session.complete("*"),
+        ),
+    ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait until the run has ended; exit code 1 if it failed.")
     ] = False,
@@ -87,6 +99,9 @@ def dispatch(
         raise ConfigurationError("--timeout says how long to wait; it needs --wait")
     limit = None if deadline is None else session.duration(deadline, "--deadline")
     begins = None if start_at is None else _start(start_at)
+    if input == on_behalf_of == "-":
+        raise ConfigurationError("standard input is one text: INPUT and --on-behalf-of can't both be -")
+    given = None if on_behalf_of is None else read_given(on_behalf_of)
     settings = session.read_settings(strict=strict or None)
     payload = read_input(input, settings.max_message_bytes)
     loaded = session.handlers_of(settings, handlers or ())
@@ -95,7 +110,9 @@ def dispatch(
     async def start(app: Paigeant) -> Run:
         now = await app.store.now()
         begin = datetime.fromtimestamp(now + begins, UTC) if isinstance(begins, float) else begins
-        return await app.dispatch(workflow, payload, workflow_id=id, start_at=begin, deadline=limit)
+        return await app.dispatch(
+            workflow, payload, workflow_id=id, start_at=begin, deadline=limit, on_behalf_of=given
+        )
 
     code = session.wait_for(_dispatch(settings, loaded, start, wait, timeout, json))
     if code:

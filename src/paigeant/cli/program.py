@@ -28,7 +28,13 @@ from paigeant.cli import (
     topics,
     variables,
 )
-from paigeant.errors import PaigeantError, RunTimeout, StoreUnavailable, TransportUnavailable
+from paigeant.errors import (
+    AuthorityUnavailable,
+    PaigeantError,
+    RunTimeout,
+    StoreUnavailable,
+    TransportUnavailable,
+)
 
 __all__ = ["app", "exit_code"]
 
@@ -38,7 +44,7 @@ FAILED, WRONG_USE, UNREACHABLE = 1, 2, 3
 def exit_code(error: PaigeantError) -> int:
     """1: the run failed, or isn't done; 2: wrong use or configuration; 3: a server or database can't be reached."""
     match error:
-        case StoreUnavailable() | TransportUnavailable():
+        case StoreUnavailable() | TransportUnavailable() | AuthorityUnavailable():
             return UNREACHABLE
         case RunTimeout():
             return FAILED

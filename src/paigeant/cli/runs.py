@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paigeant.cli import console, session
+from paigeant.cli.behalf import read_given, refuse_token
+from paigeant.cli.sight import observing
 from paigeant.errors import ConfigurationError, nearest
 
 if TYPE_CHECKING:
@@ -119,8 +121,10 @@ def cancel(
     """Do nothing more of a run, and undo what was done."""
 
     async def command() -> Any:
-        async with session.opened(session.read_settings()) as paigeant:
-            return await paigeant.run(id).cancel(reason)
+        settings = session.read_settings()
+        with observing(settings, None, works=False) as sight:  # the run's trace has its end, if this is it
+            async with session.opened(settings, observers=sight.observers) as paigeant:
+                return await paigeant.run(id).cancel(reason)
 
     _tell(id, session.wait_for(command()), json)
 
@@ -176,7 +180,7 @@ def grant(
     handle: Annotated[
         str,
         typer.Argument(
-            help="The handle of the grant, or - for a token on standard input: never in the command.",
+            help="The handle of the grant, or - for a token or a grant as JSON on standard input: no token here.",
             metavar="HANDLE|-",
         ),
     ],
@@ -188,21 +192,17 @@ def grant(
 ) -> None:
     """Let a run that waits for a fresh grant of its person go on."""
     sender = session.user() if by is None else by
-    if handle.startswith("eyJ"):
-        raise ConfigurationError(
-            "that looks like a token, which the history of the shell and the list of processes now show; have it "
-            "withdrawn, and give another one on standard input: paigeant runs grant ID -"
-        )
+    refuse_token(handle, "on standard input: paigeant runs grant ID -")
+    given = read_given("-") if handle == "-" else None
 
     async def command() -> Any:
         from paigeant.errors import InputInvalid
         from paigeant.identity import GrantHandle
-        from paigeant.secret import SecretToken
 
         async with session.opened(session.read_settings()) as paigeant:
             run = paigeant.run(id)
-            if handle == "-":
-                return await run.grant(SecretToken(sys.stdin.readline().strip()), sender=sender)
+            if given is not None:
+                return await run.grant(given, sender=sender)
             known = await run.identity()
             if known is None:
                 raise InputInvalid(f"run '{id}' acts for nobody, so it takes no grant")

@@ -4,7 +4,7 @@ The numbers are kept here; a library is only needed to show them: the extra `met
 provider for OpenTelemetry. What the store and the broker must be asked for is asked when somebody looks.
 
 Labels are bounded: activities, workflows and topics that this process knows, and `other` for all else. Whoever writes
-to a broker chooses the names in messages.
+to a broker chooses the names in messages. Of reasons and models the first few that come are told apart.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from paigeant.observer import Event, EventName
@@ -27,6 +28,8 @@ __all__ = ["FAMILIES", "Backlog", "Family", "MetricsObserver", "TopicBacklog"]
 OTHER = "other"
 _REASON = re.compile(r"[a-z][a-z_]{0,39}")
 _MOST_REASONS = 50
+_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,99}")
+_MOST_MODELS = 20
 BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0),
@@ -59,10 +62,16 @@ FAMILIES = (
     Family("paigeant_runs_adopted_total", "counter", ("workflow",), "runs taken over from their messages"),
     Family("paigeant_runs_ended_total", "counter", ("workflow", "status"), "runs whose end came here"),
     Family("paigeant_runs_expired_total", "counter", (), "runs turned round at their deadline"),
-    Family("paigeant_agent_requests_total", "counter", ("activity",), "model requests of recorded steps"),
+    Family(
+        "paigeant_agent_requests_total", "counter", ("activity", "model"), "model requests of recorded steps"
+    ),
     Family("paigeant_agent_tool_calls_total", "counter", ("activity",), "tool calls of recorded steps"),
-    Family("paigeant_agent_tokens_total", "counter", ("activity", "type"), "tokens of recorded steps"),
-    Family("paigeant_agent_cost_dollars_total", "counter", ("activity",), "known cost of recorded steps"),
+    Family(
+        "paigeant_agent_tokens_total", "counter", ("activity", "model", "type"), "tokens of recorded steps"
+    ),
+    Family(
+        "paigeant_agent_cost_dollars_total", "counter", ("activity", "model"), "known cost of recorded steps"
+    ),
     Family("paigeant_worker_ready", "gauge", (), "1 while this worker takes messages"),
     Family("paigeant_steps_running", "gauge", (), "steps this worker does now"),
     Family("paigeant_concurrency", "gauge", (), "steps this worker does at once at most"),
@@ -110,6 +119,30 @@ class _Histogram:
         self.total += seconds
 
 
+class _Taken(NamedTuple):
+    """What was taken of models, in the numbers that are told apart by model."""
+
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cost: Decimal
+
+    @classmethod
+    def of(cls, usage: Mapping[str, Any]) -> _Taken:
+        """Those of a recorded usage, in which nothing is left out but a cost that isn't known."""
+        requests, read, written = (usage.get(name, 0) for name in cls._fields[:3])
+        return cls(requests, read, written, Decimal(usage.get("cost") or 0))
+
+    def without(self, other: _Taken) -> _Taken:
+        """What is left when a part is taken out."""
+        return _Taken(
+            self.requests - other.requests,
+            self.input_tokens - other.input_tokens,
+            self.output_tokens - other.output_tokens,
+            self.cost - other.cost,
+        )
+
+
 Labels = tuple[str, ...]
 
 _WANTED = frozenset(
@@ -149,6 +182,7 @@ class MetricsObserver:
             self._deliveries[(outcome,)] = 0  # what has begun at 0 can be seen to rise
         self._step_times = self._times["paigeant_step_seconds"]
         self._queue_times = self._times["paigeant_queue_seconds"]
+        self._models: set[str] = set()
         self._record: Callable[[str, float, str], None] | None = None
 
     def observe(self, event: Event) -> None:
@@ -200,14 +234,29 @@ class MetricsObserver:
         else:
             self._add("paigeant_runs_ended_total", workflow, how)
 
-    def _used(self, activity: str, usage: Any) -> None:
+    def _used(self, activity: str, usage: Mapping[str, Any]) -> None:
         """The usage is that of all attempts of a step together, and comes with its last one alone."""
-        self._add("paigeant_agent_requests_total", activity, by=usage.get("requests", 0))
         self._add("paigeant_agent_tool_calls_total", activity, by=usage.get("tool_calls", 0))
-        for kind in ("input", "output"):
-            self._add("paigeant_agent_tokens_total", activity, kind, by=usage.get(f"{kind}_tokens", 0))
-        if usage.get("cost") is not None:
-            self._add("paigeant_agent_cost_dollars_total", activity, by=float(usage["cost"]))
+        rest = _Taken.of(usage)
+        for name, one in usage.get("models", {}).items():
+            taken = _Taken.of(one)
+            self._took(activity, self._model(name), taken)
+            rest = rest.without(taken)
+        if any(rest):
+            self._took(activity, OTHER, rest)
+
+    def _took(self, activity: str, model: str, taken: _Taken) -> None:
+        self._add("paigeant_agent_requests_total", activity, model, by=taken.requests)
+        self._add("paigeant_agent_tokens_total", activity, model, "input", by=taken.input_tokens)
+        self._add("paigeant_agent_tokens_total", activity, model, "output", by=taken.output_tokens)
+        if taken.cost:
+            self._add("paigeant_agent_cost_dollars_total", activity, model, by=float(taken.cost))
+
+    def _model(self, name: str) -> str:
+        """The model as a label. Whoever answers says what it is called, so only the first few names are told apart."""
+        if name not in self._models and len(self._models) < _MOST_MODELS and _MODEL.fullmatch(name):
+            self._models.add(name)
+        return name if name in self._models else OTHER
 
     def _add(self, name: str, *labels: str, by: float = 1) -> None:
         self._counts[name][labels] += by

@@ -6,7 +6,8 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from paigeant.behalf import Behalf, Trust
+from paigeant.authority import Freshness
+from paigeant.behalf import Behalf, TokenVerifier
 from paigeant.clock import Clock, SystemClock
 from paigeant.errors import ExchangeRefused, GrantInvalid, TokenExpired
 from paigeant.identity import GrantHandle, Issuer
@@ -52,10 +53,13 @@ class MemoryAuthority:
         """What an application needs to act for those who have a grant here."""
         self.clock = clock
         issuer = Issuer(self.name, f"{self.name}/jwks", ("ES256",))
-        trust = Trust({self.name: issuer}, {self.name: self}, self.audience, clock)
-        return Behalf(trust, self, self, self)
+        verifier = TokenVerifier({self.name: issuer}, {self.name: self}, self.audience, clock)
+        return Behalf(verifier, self, self, self)
 
     # -- what applications ask
+
+    def freshness(self) -> Freshness:
+        return Freshness()
 
     async def find(self, kid: str) -> Mapping[str, Any] | None:
         return self._key.as_dict(private=False) if kid == self._key.kid else None
@@ -67,10 +71,10 @@ class MemoryAuthority:
         return self.token(subject, *scopes)
 
     async def exchange(self, subject: SecretToken, *, audience: str, scopes: tuple[str, ...]) -> SecretToken:
-        trust = self.behalf(self.clock).trust
-        assert trust is not None, "it trusts itself"
+        verifier = self.behalf(self.clock).verifier
+        assert verifier is not None, "it trusts itself"
         try:
-            found = await trust.verify(subject)
+            found = await verifier.verify(subject)
         except TokenExpired as exc:
             raise GrantInvalid(str(exc)) from exc
         if found.missing(scopes):

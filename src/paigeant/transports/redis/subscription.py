@@ -26,7 +26,7 @@ _QUICK_SECONDS, _SLOW_SECONDS = 0.05, 2.0
 """The first and the longest pause before a broken connection is opened again."""
 
 _FETCH_BYTES = 16 * 1024 * 1024
-_FIRST_COUNT = 16
+_FIRST_COUNT = 1
 """How many messages are fetched before it is known how large they are."""
 
 
@@ -140,7 +140,7 @@ class Subscription:
         if items:
             # However large they are, no more of them are asked for than memory has room for.
             average = sum(len(item.body) for item in items) // len(items) + 1
-            self._count = max(1, min(self._prefetch, _FETCH_BYTES // average))
+            self._count = max(1, min(self._prefetch, _FETCH_BYTES // average, 2 * self._count))
         return items
 
     async def _return_strays(self) -> None:
