@@ -45,7 +45,7 @@ from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.toolsets import DynamicToolset, FunctionToolset
 from pydantic_ai.usage import UsageLimits
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from tests.agents.steps import (
     Crash,
     Step,
@@ -59,8 +59,9 @@ from tests.agents.steps import (
 
 from paigeant import ActivityRegistry, RetryPolicy, Workflow
 from paigeant.agents import PaigeantDurability, effect_key, operations
-from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutputInvalid, UnitUnreadable
+from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutputInvalid, StoreUnavailable, UnitUnreadable
 from paigeant.parking import Parked
+from paigeant.store import StepKey
 from paigeant.testing import ManualClock, MemoryApp
 
 AnyAgent = Agent[Any, Any]
@@ -1152,12 +1153,19 @@ async def test_a_nested_agent_that_gave_up_is_asked_again_by_itself() -> None:
 
 
 async def test_two_workers_at_once_go_on_with_the_same_records() -> None:
-    """A worker that was given up and one that took over reach the same result, whoever recorded what."""
+    """A worker that was given up and one that took over reach the same result, whoever recorded what.
+
+    The one that is behind begins anew, behind what the other one has recorded.
+    """
     outer, _ = nesting()
     step = Step()
-    one, other = await asyncio.gather(
-        step.attempt(lambda: outer.run("go")), step.attempt(lambda: outer.run("go"))
-    )
+
+    async def worker() -> Any:
+        while True:
+            with contextlib.suppress(Parked):
+                return await step.attempt(lambda: outer.run("go"))
+
+    one, other = await asyncio.gather(worker(), worker())
     assert one.output == other.output == "c1=ans-2 c2=ans-1"
     assert without_moments(one.all_messages_json()) == without_moments(other.all_messages_json())
     assert one.usage == other.usage
@@ -1426,3 +1434,133 @@ async def test_a_recorded_call_that_new_code_would_not_make_is_an_error(change: 
         with pytest.raises(error, match=r"tool 'pay' is recorded as done|exceeded max retries"):
             await step.attempt(lambda: after.run("go"))
     assert (paid, requests) == ([1], [1])
+
+
+# -- records that are being made while the agent goes on
+
+
+class Slow(Step):
+    """A step whose store takes its time. `said` tells what happened, in that order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    async def save_unit(self, key: Any, name: str, value: bytes) -> bytes:
+        for _ in range(100):  # longer than the agent takes to do what it does by itself
+            await asyncio.sleep(0)
+        stands = await super().save_unit(key, name, value)
+        self.said.append("recorded")
+        return stands
+
+
+@pytest.mark.parametrize("inline", [False, True], ids=["recorded", "inline"])
+async def test_nothing_is_done_before_what_led_to_it_is_recorded(inline: bool) -> None:
+    """Neither a request nor a tool, whether it is recorded or not, nor an output function; nor does a run end."""
+    step = Slow()
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        number = sum(isinstance(message, ModelResponse) for message in messages)
+        step.said.append("asked")
+        part = (
+            called(info.output_tools[0].name, "o1", text="x") if number == 2 else called("look", f"c{number}")
+        )
+        return ModelResponse(parts=[part])
+
+    async def send(text: str) -> str:
+        step.said.append("sent")
+        return text
+
+    agent = durable(FunctionModel(respond), output_type=send)
+
+    @agent.tool_plain(metadata={"paigeant": {"inline": inline}})
+    async def look() -> str:
+        step.said.append("looked")
+        return "seen"
+
+    await step.attempt(lambda: agent.run("go"))
+    looked = ["looked"] if inline else ["looked", "recorded"]
+    assert step.said == [*(["asked", "recorded", *looked] * 2), "asked", "recorded", "sent"]
+    step, agent = Slow(), durable(FunctionModel(lambda *_: ModelResponse(parts=[TextPart("done")])))
+    await step.attempt(lambda: agent.run("go"))
+    assert step.said == ["recorded"]
+
+
+async def test_tools_that_run_together_wait_for_their_answer_once() -> None:
+    """Each is recorded when it has ended; the next request waits for all of them."""
+    step = Slow()
+    model, _ = scripted([called("look", "c1"), called("look", "c2")], both_answers)
+    agent = durable(model)
+
+    @agent.tool_plain
+    async def look() -> str:
+        step.said.append("looked")
+        return "seen"
+
+    await step.attempt(lambda: agent.run("go"))
+    assert step.said == ["recorded", "looked", "looked", "recorded", "recorded", "recorded"]
+
+
+@pytest.mark.parametrize("catches", [False, True], ids=["lets it fail", "catches it"])
+async def test_a_record_that_can_t_be_made_ends_what_comes_after_it(catches: bool) -> None:
+    """No tool is called for an answer that isn't recorded, and whoever catches the error starts no other agent."""
+    tools: list[str] = []
+
+    class Broken(Step):
+        async def save_unit(self, key: Any, name: str, value: bytes) -> bytes:
+            raise StoreUnavailable("gone")
+
+    model, requests = scripted(called("look", "c1"), both_answers)
+    agent = durable(model)
+
+    @agent.tool_plain
+    def look() -> str:
+        tools.append("looked")
+        return "seen"
+
+    async def work() -> None:
+        if catches:
+            with pytest.raises(StoreUnavailable):
+                await agent.run("go")
+        await agent.run("go")
+
+    with pytest.raises(StoreUnavailable):
+        await Broken().attempt(work)
+    assert (tools, requests) == ([], [0])
+
+
+async def test_an_attempt_that_is_behind_begins_anew_behind_what_is_recorded() -> None:
+    """Another worker has recorded another answer meanwhile: that one stands, no tool is called for this one's."""
+    tools: list[str] = []
+    asked: list[int] = []
+    activity = ActivityRegistry()
+
+    async def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        number = sum(isinstance(message, ModelResponse) for message in messages)
+        asked.append(number)
+        if number == 1:
+            return ModelResponse(parts=[TextPart(f"{returned(messages)}")])
+        theirs, mine = (
+            ModelResponse(parts=[called("look", call)], run_id=messages[-1].run_id)
+            for call in ("theirs", "mine")
+        )
+        value = to_json({"value": theirs})
+        await app.store.save_unit(StepKey(run.id, "agent"), "agent__model.request(agent:1,1)", value)
+        return mine
+
+    agent: AnyAgent = Agent(FunctionModel(respond), name="agent")
+
+    @agent.tool
+    def look(ctx: RunContext[Any]) -> str:
+        tools.append(str(ctx.tool_call_id))
+        return "seen"
+
+    activity.agent(agent, prompt="go", retries=0)
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["agent"]))
+        await app.drain()
+        detail = await run.detail()
+    assert detail.run.status == "completed", detail.run.error
+    assert from_json(detail.steps[0].output or b"") == "{'theirs': 'seen'}"
+    assert (tools, asked) == (["theirs"], [0, 1])
+    assert detail.steps[0].attempt == 1

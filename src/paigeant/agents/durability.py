@@ -15,7 +15,8 @@ an agent gave up on what its model said, the next one asks for the last answer a
 was done.
 
 **At least once.** A crash after an effect and before its record repeats the unit. `effect_key()` is the same then, for
-whoever has the effect; a tool marked `at_most_once` isn't repeated before a person has said so.
+whoever has the effect; a tool marked `at_most_once` isn't repeated before a person has said so. An answer is recorded
+before anything is done for it that may have an effect; hooks and validators may see it a moment earlier.
 
 **Waits.** An agent that waits for an approval, an answer or an event outside leaves its step: nothing of it is kept in
 a worker. When that is there, it runs through what is recorded, and goes on behind it.
@@ -29,7 +30,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
@@ -53,7 +54,7 @@ from pydantic_ai.durable_exec import (
     conversation_id_from_run_id,
     replay_scope,
 )
-from pydantic_ai.durable_exec._operation_backend import _IN_DURABLE_UNIT
+from pydantic_ai.durable_exec._operation_backend import _IN_DURABLE_UNIT, DurableOperationBackend
 from pydantic_ai.exceptions import (
     ModelConnectionError,
     ModelHTTPError,
@@ -89,6 +90,7 @@ from paigeant.agents.operations import (
 )
 from paigeant.agents.options import METADATA, ToolOptions
 from paigeant.agents.people import Outside, asks_itself, decisions
+from paigeant.agents.usage import put_price
 from paigeant.clock import SystemClock, as_datetime
 from paigeant.errors import InvalidDefinition, NonRetryableError
 from paigeant.journal import Unit, current_place
@@ -114,6 +116,8 @@ _TRANSIENT = (ModelRateLimitError, ModelUnavailableError, ModelServerError, Mode
 _FINAL = (NonRetryableError, InvalidDefinition, UsageLimitExceeded, UserError)
 
 _CLOCK = SystemClock()
+_MODELS = 100
+"""How many models' operations are kept: of those that are made for each tenant there is no end."""
 
 
 class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
@@ -161,6 +165,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         ask_timeout: float | None = None,
     ) -> None:
         super().__init__(models=models, event_stream_handler=event_stream_handler, name=name)
+        self._operations: Operations | None = None
+        self._requests: dict[tuple[str | None, str], Any] = {}
         self._binding: tuple[tuple[object, ...], AbstractCapability[AgentDepsT]] | None = None
         self._model_policy = RetryPolicy.of(model_retries)
         self._model_timeout = ToolOptions(timeout=model_timeout).timeout
@@ -188,7 +194,11 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return current_place() is not None
 
     def get_durable_operation_backend(self) -> Operations:
-        return Operations(self.name, self.default_model_id, self._config(), self._toolset_names)
+        if self._operations is None:
+            self._operations = Operations(
+                self.name, self.default_model_id, self._config(), self._toolset_names
+            )
+        return self._operations
 
     def get_default_run_id(self) -> str | None:
         place = current_place()
@@ -219,13 +229,21 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         async def sleep(seconds: float) -> None:
             await self._sleep(ctx.run_id or "", seconds)
 
+        place = current_place()
+        assert place is not None, "this is part of a step"
         progress = Progress()
         token, call = PROGRESS.set(progress), CALL.set(None)
         try:
             with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)), _no_unit():
-                return await super().wrap_run(ctx, handler=handler)
-        except UnexpectedModelBehavior as exc:
-            progress.failed(exc)
+                result = await super().wrap_run(ctx, handler=handler)
+            # Whoever has run the agent may do anything with the answer.
+            await place.settled()
+            return result
+        except Exception as exc:
+            if isinstance(exc, UnexpectedModelBehavior):
+                progress.failed(exc)
+            with suppress(Exception):  # the error that there is says more
+                await place.settled()
             raise
         finally:
             PROGRESS.reset(token)
@@ -243,6 +261,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         place = current_place()
         if place is None:
             return await handler(args)
+        # Of what a call may do nothing must come before the record of the answer that asks for it.
+        await place.settled()
         # Calls that aren't recorded have this place for their effects and units, so that none is taken for another's.
         token = CALL.set(call)
         try:
@@ -262,6 +282,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         place = current_place()
         if place is None or not output_context.has_function:
             return await handler(output)
+        await place.settled()
         # It may see a stream's outputs before their end as well: all are of one output, whose number is 1.
         call = None if output_context.tool_call is None else output_context.tool_call.tool_call_id
         with part_of(place, f"{self.name}__output", ctx, call, number=1).entered():
@@ -321,6 +342,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return None if asked > policy.cap else max(asked, policy.next_delay(number, chance=0.0))
 
     def _bind_to_agent(self, agent: AbstractAgent[AgentDepsT, Any]) -> None:
+        # This is a copy, whose operations are its own.
+        self._operations, self._requests = None, {}
         super()._bind_to_agent(agent)
         for wrapper in self._toolsets_by_id.values():
             if isinstance(wrapper.wrapped, FunctionToolset):
@@ -334,6 +357,18 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             self._models_by_id = dict(self._extra_models)
             return
         super()._bind_models(agent)
+
+    def _bind_model_operations(
+        self, backend: DurableOperationBackend[Any], *, model_id: str | None, model_name: str
+    ) -> Any:
+        # The library does it for each request anew.
+        known = self._requests.get((model_id, model_name))
+        if known is None:
+            if len(self._requests) >= _MODELS:
+                self._requests.clear()
+            known = super()._bind_model_operations(backend, model_id=model_id, model_name=model_name)
+            self._requests[model_id, model_name] = known
+        return known
 
     def _registered_model_id(self, model: Model) -> tuple[bool, str | None]:
         return (True, None) if model is self._override() else super()._registered_model_id(model)
@@ -355,6 +390,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return some.value if some is not None and isinstance(some.value, Model) else None
 
     def _stamp_response(self, response: ModelResponse, messages: list[ModelMessage]) -> None:
+        put_price(response)
         # What is recorded says which run it is of; the agent fills these in only after that.
         if messages:
             response.run_id = response.run_id or messages[-1].run_id

@@ -144,9 +144,9 @@ class _Namer(JournalOperationNamer):
 
     def invocation_name(self, operation_id: DurableOperationId, *, label: str | None) -> Any:
         invocation = super().invocation_name(operation_id, label=label)
-        bare = self.operation_name(operation_id)
-        if label is not None and invocation.operation_name == bare:
-            return type(invocation)(f"{bare}:{label}")
+        name = invocation.operation_name
+        if label is not None and name == self.operation_name(operation_id):
+            return type(invocation)(f"{name}:{label}")
         return invocation
 
 
@@ -202,7 +202,7 @@ class Operations(CallableOperationBackend[Unit]):
         if tool is not None:
             progress.done[unit] = tool
         try:
-            done = await place.do(unit, config, lambda: _packed(operation_id, body, caller))
+            done = await place.do(unit, config, lambda: _packed(operation_id, body, caller), soon=is_answer)
         except Exception as exc:
             progress.error = exc
             raise
@@ -210,7 +210,7 @@ class Operations(CallableOperationBackend[Unit]):
             about = "" if ctx is None else str(ctx.run_step)
             progress.answered(place, unit, number, about)
         record_durable_unit(executed=done.executed)
-        payload, used = _unpacked(unit, done.value)
+        payload, used, itself = _unpacked(unit, done.value)
         if tool is not None and not _is_return(payload):
             progress.done.pop(unit, None)
         if is_answer and not done.executed and ctx is not None:
@@ -218,7 +218,6 @@ class Operations(CallableOperationBackend[Unit]):
                 place.spelled(called): tool
                 for called, tool in self._calls(place, payload, ctx, progress.line)
             }
-        itself = Usage.stamped(done.value) or Usage()
         # That is by the library, once it has the payload.
         added = itself if is_answer else _used(operation_id, payload)
         if usage is not None and used is not None:
@@ -256,12 +255,12 @@ async def _packed(
     try:
         with a_part(caller.usage) as within:
             value = await body()
-        used = caller.usage - before
+        after = caller.usage
     finally:
         caller.usage = common
     record: dict[str, object] = {"value": value}
-    if used.has_values() or used.requests or used.tool_calls:
-        record["usage"] = _USAGE.dump_python(used, mode="json", exclude_defaults=True)
+    if vars(after) != vars(before):
+        record["usage"] = _USAGE.dump_python(after - before, mode="json", exclude_defaults=True)
     return _json((_used(operation_id, value) + within.rest()).stamp(record))
 
 
@@ -286,11 +285,15 @@ def _json(record: dict[str, object]) -> bytes:
         raise not_json(exc) from exc
 
 
-def _unpacked(unit: str, record: bytes) -> tuple[object, RunUsage | None]:
-    """The value in a record, and the usage if any. Raises UnitUnreadable."""
+def _unpacked(unit: str, record: bytes) -> tuple[object, RunUsage | None, Usage]:
+    """The value in a record, what its caller is to count for it, if anything, and what the unit itself used.
+
+    Raises UnitUnreadable.
+    """
     try:
         found = from_json(record)
-        return found["value"], _USAGE.validate_python(found["usage"]) if "usage" in found else None
+        used = _USAGE.validate_python(found["usage"]) if "usage" in found else None
+        return found["value"], used, Usage.told(found) or Usage()
     except (ValueError, KeyError, TypeError) as exc:
         raise UnitUnreadable(f"the record of unit '{unit}' is no record of an operation: {exc}") from exc
 
