@@ -228,13 +228,12 @@ class Journal:
     async def _written(self) -> None:
         """Wait for the records that are being made. Raises what kept one from being made, from then on each time."""
         if self._unsettled:
-            await self.at_home(self._wait_until_written(set(self._unsettled)))
+            await self.at_home(self._wait_until_written())
         if self._trouble is not None:
             raise self._trouble
 
-    @staticmethod
-    async def _wait_until_written(unsettled: set[asyncio.Task[None]]) -> None:
-        await asyncio.wait(unsettled)
+    async def _wait_until_written(self) -> None:
+        await asyncio.wait(self._unsettled)
 
     @property
     def saves_soon(self) -> bool:
