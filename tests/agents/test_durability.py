@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,7 @@ from pydantic import BaseModel, Field
 from pydantic_ai import (
     Agent,
     ApprovalRequired,
+    BinaryContent,
     CallDeferred,
     CancellationToken,
     DeferredToolRequests,
@@ -29,6 +31,7 @@ from pydantic_ai import (
     TextPart,
     ToolDefinition,
     ToolFailed,
+    ToolReturn,
 )
 from pydantic_ai._agent_graph import _agent_graph_sleep
 from pydantic_ai.capabilities import AbstractCapability, LocalWorkspace, durable_operation
@@ -40,7 +43,7 @@ from pydantic_ai.exceptions import (
     UsageLimitExceeded,
     UserError,
 )
-from pydantic_ai.messages import AgentStreamEvent
+from pydantic_ai.messages import AgentStreamEvent, FilePart
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.toolsets import DynamicToolset, FunctionToolset
@@ -1034,6 +1037,56 @@ async def test_rule_15_what_is_written_grows_with_the_conversation() -> None:
     ten, forty = await written(10), await written(40)
     assert ten < 200_000
     assert forty < 4.2 * ten
+
+
+async def test_rule_15_images_are_written_once() -> None:
+    """Those of tools and those of models: each in the record of what gave it, and in no other one."""
+    size = 30_000
+
+    def image(number: int) -> BinaryContent:
+        return BinaryContent(random.Random(number).randbytes(size), media_type="image/png")
+
+    async def written(turns: int) -> int:
+        seen: list[int] = []
+
+        def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+            seen.append(sum(isinstance(part, FilePart) for message in messages for part in message.parts))
+            number = len(seen)
+            if number > turns:
+                return ModelResponse(parts=[TextPart("done")])
+            return ModelResponse(parts=[FilePart(image(number)), called("look", f"c{number}")])
+
+        agent = durable(FunctionModel(respond))
+
+        @agent.tool_plain
+        def look() -> ToolReturn:
+            number = 100 + len(seen)
+            return ToolReturn(return_value=["seen", image(number)], content=["Here:", image(200 + number)])
+
+        step = Step()
+        await step.attempt(lambda: agent.run(["go", image(0)]))
+        assert seen == list(range(turns + 1))
+        units = await step.store.load_units(step.key)
+        result = await step.attempt(lambda: agent.run(["go", image(0)]))
+        images = [part for part in _binaries(result.all_messages()) if len(part.data) == size]
+        assert len(images) == 1 + 3 * turns
+        assert len(seen) == turns + 1
+        return sum(len(value) for value in units.values())
+
+    five, twenty = await written(5), await written(20)
+    assert five < 5 * 3 * size * 1.4
+    assert twenty < 4.1 * five
+
+
+def _binaries(messages: list[ModelMessage]) -> list[BinaryContent]:
+    """All images in these messages."""
+    found: list[BinaryContent] = []
+    for message in messages:
+        for part in message.parts:
+            content = getattr(part, "content", None)
+            parts = content if isinstance(content, list) else [content]
+            found.extend(one for one in parts if isinstance(one, BinaryContent))
+    return found
 
 
 # -- rule 16: deadlines and pauses

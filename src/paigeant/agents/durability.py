@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -166,6 +167,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
     ) -> None:
         super().__init__(models=models, event_stream_handler=event_stream_handler, name=name)
         self._operations: Operations | None = None
+        self._guards: dict[str, Any] | None = None
         self._requests: dict[tuple[str | None, str], Any] = {}
         self._binding: tuple[tuple[object, ...], AbstractCapability[AgentDepsT]] | None = None
         self._model_policy = RetryPolicy.of(model_retries)
@@ -349,6 +351,17 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             if isinstance(wrapper.wrapped, FunctionToolset):
                 for name, tool in wrapper.wrapped.tools.items():
                     ToolOptions.of(name, ToolDefinition(name=name, metadata=tool.metadata))
+
+    def _durable_run_context(self, ctx: RunContext[AgentDepsT]) -> RunContext[AgentDepsT]:
+        # What guards a unit's context is the same for all, and the library's way of putting it in takes long.
+        if type(ctx) is not RunContext:
+            return super()._durable_run_context(ctx)
+        if self._guards is None:
+            guarded = super()._durable_run_context(ctx)
+            self._guards = {name: vars(guarded)[name] for name in ("pending_messages", "_cancellation")}
+        same = copy.copy(ctx)
+        vars(same).update(self._guards)
+        return same
 
     # -- models
 
