@@ -29,6 +29,7 @@ from pydantic_ai import (
     RunContext,
     RunUsage,
     TextPart,
+    ToolCallPart,
     ToolDefinition,
     ToolFailed,
     ToolReturn,
@@ -1487,6 +1488,117 @@ async def test_a_recorded_call_that_new_code_would_not_make_is_an_error(change: 
         with pytest.raises(error, match=r"tool 'pay' is recorded as done|exceeded max retries"):
             await step.attempt(lambda: after.run("go"))
     assert (paid, requests) == ([1], [1])
+
+
+@pytest.mark.parametrize("mode", ["recorded", "inline", "once", "asked"])
+async def test_a_tool_that_was_renamed_goes_on_with_its_records(mode: str) -> None:
+    """Wherever the deploy came: the same requests, effects and keys as if it had kept its name."""
+    metadata: dict[str, Any] = {"inline": mode == "inline", "at_most_once": mode == "once"}
+
+    def agent(name: str, **more: Any) -> tuple[AnyAgent, list[int], list[str]]:
+        keys: list[str] = []
+
+        async def pay(ctx: RunContext[Any], to: int) -> str:
+            keys.append(f"{to} {effect_key()}")
+            return f"paid {to}"
+
+        turns = [called(name, f"c{to}", to=to) for to in (1, 2)], called(name, "c1", to=3), both_answers
+        model, requests = scripted(*turns)
+        made = durable(model)
+        options = {"metadata": {"paigeant": {**metadata, **more}}, "requires_approval": mode == "asked"}
+        made.tool(name=name, **options)(pay)
+        return made, requests, keys
+
+    async def done(agent: AnyAgent, step: Step, crash_after: int | None = None) -> Any:
+        """What the agent gives; None when it crashed before that. People are asked, and allow it."""
+        for _ in range(10):
+            with contextlib.suppress(Parked):
+                return await step.attempt(lambda: agent.run("go"), crash_after=crash_after)
+            await asyncio.gather(
+                *(
+                    step.store.answer_request(request.id, b'{"approved":true}')
+                    for request in await step.store.list_requests()
+                )
+            )
+        raise AssertionError("it has no end")
+
+    async def started() -> Step:
+        step = Step()
+        await step.start()
+        return step
+
+    (old, _, plain), (new, _, other) = agent("pay"), agent("transfer")
+    output = (await done(old, await started())).output
+    await done(new, await started())
+    assert set(plain).isdisjoint(other)
+    for crash_after in range(1, 12):
+        (old, first, old_keys), (new, second, new_keys) = agent("pay"), agent("transfer", was="pay")
+        step = await started()
+        with contextlib.suppress(Crash):
+            await done(old, step, crash_after)
+        result = await done(new, step)
+        assert result.output == output
+        assert first + second == [0, 1, 2]
+        keys = {*old_keys, *new_keys}
+        assert len(keys) == 3, "a call has two keys"
+        # Those of an answer that the old code recorded are that one's, whoever calls.
+        kept = 0 if not first else 2 if len(first) == 1 else 3
+        assert len(keys & set(plain)) == kept
+        assert keys - set(plain) <= set(other)
+        assert {call.tool_name for call in _calls(result.all_messages())} == {"transfer"}
+
+
+def _calls(messages: list[ModelMessage]) -> list[ToolCallPart]:
+    return [part for message in messages for part in message.parts if isinstance(part, ToolCallPart)]
+
+
+async def test_an_agent_that_was_renamed_goes_on_with_its_records() -> None:
+    """An engine of the old name stands for it."""
+
+    def agent(called_now: str, **options: Any) -> tuple[AnyAgent, list[int]]:
+        model, requests = scripted(called("look", "c1"), both_answers)
+        made = durable(model, name=called_now, engine=options)
+
+        @made.tool_plain
+        def look() -> str:
+            return effect_key()
+
+        return made, requests
+
+    before, first = agent("writer")
+    after, second = agent("author", name="writer")
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: before.run("go"), crash_after=2)
+    resumed = await step.attempt(lambda: after.run("go"))
+    whole = await Step().attempt(lambda: agent("writer")[0].run("go"))
+    assert (resumed.output, resumed.run_id) == (whole.output, whole.run_id)
+    assert (first, second) == ([0], [1])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"one": {"was": 1}}, "was is a name that the tool had"),
+        ({"one": {"was": ["x", ""]}}, "was is a name that the tool had"),
+        ({"one": {"was": "two"}, "two": {}}, "tool 'one' says that it was 'two', and so is tool 'two'"),
+        (
+            {"one": {"was": "x"}, "two": {"was": ["y", "x"]}},
+            "tool 'two' says that it was 'x', and so is tool 'one'",
+        ),
+    ],
+)
+def test_names_that_tools_had_are_checked(options: dict[str, Any], says: str) -> None:
+    """When the engine is attached: a name stands for one tool."""
+    toolset = FunctionToolset[Any](id="tools")
+    for name, told in options.items():
+
+        @toolset.tool_plain(name=name, metadata={"paigeant": told})
+        def tool() -> None:
+            """Nothing."""
+
+    with pytest.raises(InvalidDefinition, match=says):
+        durable(TestModel(), toolsets=[toolset])
 
 
 # -- records that are being made while the agent goes on

@@ -87,9 +87,10 @@ from paigeant.agents.operations import (
     Progress,
     not_json,
     part_of,
+    recorded_name,
     run_in_name,
 )
-from paigeant.agents.options import METADATA, ToolOptions
+from paigeant.agents.options import METADATA, ToolOptions, renamed
 from paigeant.agents.people import Outside, asks_itself, decisions
 from paigeant.agents.usage import put_price
 from paigeant.clock import SystemClock, as_datetime
@@ -198,7 +199,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
     def get_durable_operation_backend(self) -> Operations:
         if self._operations is None:
             self._operations = Operations(
-                self.name, self.default_model_id, self._config(), self._toolset_names
+                self.name, self.default_model_id, self._config(), self._toolset_names, self._renamed
             )
         return self._operations
 
@@ -268,7 +269,9 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         # Calls that aren't recorded have this place for their effects and units, so that none is taken for another's.
         token = CALL.set(call)
         try:
-            with part_of(place, f"{self.name}__inline:{call.tool_name}", ctx, call.tool_call_id).entered():
+            with part_of(
+                place, f"{self.name}__inline:{recorded_name(call)}", ctx, call.tool_call_id
+            ).entered():
                 return await handler(args)
         finally:
             CALL.reset(token)
@@ -347,10 +350,18 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         # This is a copy, whose operations are its own.
         self._operations, self._requests = None, {}
         super()._bind_to_agent(agent)
-        for wrapper in self._toolsets_by_id.values():
-            if isinstance(wrapper.wrapped, FunctionToolset):
-                for name, tool in wrapper.wrapped.tools.items():
-                    ToolOptions.of(name, ToolDefinition(name=name, metadata=tool.metadata))
+        self._renamed()
+
+    def _renamed(self) -> dict[str, str]:
+        """What function tools are called now, by the names that they had. Raises InvalidDefinition."""
+        return renamed(
+            {
+                name: ToolOptions.of(name, ToolDefinition(name=name, metadata=tool.metadata))
+                for wrapper in self._toolsets_by_id.values()
+                if isinstance(wrapper.wrapped, FunctionToolset)
+                for name, tool in wrapper.wrapped.tools.items()
+            }
+        )
 
     def _durable_run_context(self, ctx: RunContext[AgentDepsT]) -> RunContext[AgentDepsT]:
         # What guards a unit's context is the same for all, and the library's way of putting it in takes long.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import json
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ __all__ = [
     "line",
     "not_json",
     "part_of",
+    "recorded_name",
     "run_in_name",
 ]
 
@@ -85,13 +86,15 @@ class Progress:
     """The names of the units of the last answer's tool calls, with the tools; empty for an answer that is new."""
     done: dict[str, str] = field(default_factory=dict)
     """The tools of the last answer that were called and may have had effects, by their units."""
+    was: dict[tuple[str, str], str] = field(default_factory=dict)
+    """What tools of the last answer were called when it was recorded, by the call and the name that they have now."""
     deferred: DeferredToolRequests | None = None
     """The calls that somebody outside was last wanted for."""
 
     def answered(self, place: Place, unit: str, number: int, about: str) -> None:
         """The model has given the answer that is recorded as `unit`, the so manieth to its request."""
         self.answer = (place, unit)
-        self.calls, self.done = {}, {}
+        self.calls, self.done, self.was = {}, {}, {}
         if number > 1:
             self.line = f"{self.line},{about}!{number}"
 
@@ -159,11 +162,14 @@ class Operations(CallableOperationBackend[Unit]):
         model: str | None,
         config: RoleBasedOperationConfig[Unit],
         toolsets: Callable[[], Iterable[str]],
+        renamed: Callable[[], Mapping[str, str]],
     ) -> None:
         super().__init__(namer=_Namer(agent, default_model_id=model or "default"), config=config)
         self.agent = agent
         self.toolsets = toolsets
         """What names the toolsets of the agent in the names of units."""
+        self.renamed = renamed
+        """What tools are called now, by the names that they had."""
 
     async def execute(
         self,
@@ -191,6 +197,10 @@ class Operations(CallableOperationBackend[Unit]):
         usage = None if caller is None else caller.usage
         if not place.is_unit and place.outer is not None and isinstance(operation_id, ToolsetCallToolId):
             place = place.outer  # a call that is recorded is a unit itself: it needs no place for its effects
+        if calls_tool and ctx is not None and progress.was:
+            now = ctx.tool_name or ""
+            if (was := progress.was.get((ctx.tool_call_id or "", now))) is not None:
+                name = f"{name.removesuffix(now)}{was}"
         unit = place.name(_identity(place, name, ctx, cache_key, progress.line))
         number = 1
         if is_answer:
@@ -218,6 +228,7 @@ class Operations(CallableOperationBackend[Unit]):
                 place.spelled(called): tool
                 for called, tool in self._calls(place, payload, ctx, progress.line)
             }
+            progress.was = self._rename(payload)
         # That is by the library, once it has the payload.
         added = itself if is_answer else _used(operation_id, payload)
         if usage is not None and used is not None:
@@ -230,13 +241,29 @@ class Operations(CallableOperationBackend[Unit]):
         self, place: Place, answer: object, ctx: RunContext[Any], line: str
     ) -> Iterator[tuple[str, str]]:
         """What the units of the tool calls in an answer are called, whichever toolset has the tool, with the tool."""
-        parts = answer.get("parts") if isinstance(answer, dict) else None
-        for part in parts or ():
-            if part.get("part_kind") == "tool-call":
-                about = _about(place, ctx, line, part.get("tool_call_id"))
-                tool = str(part.get("tool_name"))
-                for toolset in self.toolsets():
-                    yield f"{self.agent}__{toolset}.call_tool:{tool}({about})", tool
+        for part in _tool_calls(answer):
+            about = _about(place, ctx, line, part.get("tool_call_id"))
+            tool = str(part.get("tool_name"))
+            for toolset in self.toolsets():
+                yield f"{self.agent}__{toolset}.call_tool:{tool}({about})", tool
+
+    def _rename(self, answer: object) -> dict[tuple[str, str], str]:
+        """Have a recorded answer call tools by the names that they have now; gives `Progress.was`."""
+        was: dict[tuple[str, str], str] = {}
+        names = self.renamed()
+        for part in _tool_calls(answer) if names else ():
+            tool = str(part.get("tool_name"))
+            if (now := names.get(tool)) is not None:
+                part["tool_name"] = now
+                was[str(part.get("tool_call_id")), now] = tool
+        return was
+
+
+def _tool_calls(answer: object) -> Iterator[dict[str, Any]]:
+    parts = answer.get("parts") if isinstance(answer, dict) else None
+    for part in parts or ():
+        if part.get("part_kind") == "tool-call":
+            yield part
 
 
 async def _packed(
@@ -333,6 +360,12 @@ def part_of(
 ) -> Place:
     """The place of what an agent does that isn't recorded: `what`, for a tool call if it is one."""
     return place.part(f"{what}({_about(place, ctx, line(), call)})", number=number)
+
+
+def recorded_name(call: ToolCallPart) -> str:
+    """What the tool of a call is called in the names of units: as it was when the call was recorded."""
+    progress, tool = PROGRESS.get(), call.tool_name
+    return tool if progress is None else progress.was.get((call.tool_call_id, tool), tool)
 
 
 def line() -> str:
