@@ -1505,7 +1505,7 @@ async def test_a_tool_that_was_renamed_goes_on_with_its_records(mode: str) -> No
         turns = [called(name, f"c{to}", to=to) for to in (1, 2)], called(name, "c1", to=3), both_answers
         model, requests = scripted(*turns)
         made = durable(model)
-        options = {"metadata": {"paigeant": {**metadata, **more}}, "requires_approval": mode == "asked"}
+        options: dict[str, Any] = {"metadata": {"paigeant": {**metadata, **more}}, "requires_approval": mode == "asked"}
         made.tool(name=name, **options)(pay)
         return made, requests, keys
 
