@@ -73,6 +73,8 @@ class Unit:
     delay: Callable[[int, Exception], float | None] = lambda *_: None
     timeout: float | None = None
     at_most_once: bool = False
+    beside: bool = False
+    """It goes on beside others like it, none of which relies on what another one has done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ class Journal:
     """
 
     __slots__ = (
+        "_beside",
         "_given_up",
         "_is_behind",
         "_loop",
@@ -127,7 +130,8 @@ class Journal:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._given_up: list[_GivenUp] = []
         self._unsettled: set[asyncio.Task[None]] = set()
-        """The records that are being made, see `save_soon`."""
+        """The records that are being made, see `save_soon`; those of units that are `beside` each other once more."""
+        self._beside: set[asyncio.Task[None]] = set()
         self._trouble: BaseException | None = None
         self._is_behind = False
         """Whether another worker was the first to record what was done here, and did it in another way."""
@@ -200,15 +204,18 @@ class Journal:
             refuse_tokens(f"'{unit}'", value, self.secrets)
         return await self._ask(self._store.save_unit(self.key, unit, value))
 
-    def save_soon(self, unit: str, value: bytes) -> None:
+    def save_soon(self, unit: str, value: bytes, *, beside: bool = False) -> None:
         """Begin to record a unit: what comes then and can have no effect needn't wait for the store, see `settled`.
 
-        Raises OutputInvalid for one that holds a token.
+        Units that are `beside` each other needn't wait for each other either. Raises OutputInvalid for one that holds a
+        token.
         """
         if self.secrets:
             refuse_tokens(f"'{unit}'", value, self.secrets)
         saving = asyncio.get_running_loop().create_task(self._save_soon(unit, value))
         self._unsettled.add(saving)
+        if beside:
+            self._beside.add(saving)
         self.parking.begin(saving)
         saving.add_done_callback(self._saved)
 
@@ -223,17 +230,18 @@ class Journal:
 
     def _saved(self, saving: asyncio.Task[None]) -> None:
         self._unsettled.discard(saving)
+        self._beside.discard(saving)
         self.parking.end(saving)
 
-    async def _written(self) -> None:
+    async def _written(self, *, beside: bool = False) -> None:
         """Wait for the records that are being made. Raises what kept one from being made, from then on each time."""
-        if self._unsettled:
-            await self.at_home(self._wait_until_written())
+        if self._unsettled and not (beside and self._unsettled == self._beside):
+            await self.at_home(self._wait_until_written(beside))
         if self._trouble is not None:
             raise self._trouble
 
-    async def _wait_until_written(self) -> None:
-        await asyncio.wait(self._unsettled)
+    async def _wait_until_written(self, beside: bool) -> None:
+        await asyncio.wait(self._unsettled - self._beside if beside else self._unsettled)
 
     @property
     def saves_soon(self) -> bool:
@@ -245,13 +253,14 @@ class Journal:
         """Whether `settled` has nothing to do, which it mostly has not."""
         return not self._unsettled and self._trouble is None and not self._is_behind
 
-    async def settled(self) -> bool:
+    async def settled(self, *, beside: bool = False) -> bool:
         """Wait until all that was done so far is recorded: what has an effect begins only then, and a run ends.
 
         Gives whether the attempt may go on. Otherwise another worker has taken another way, and was the first to
         record it: then this is to begin anew, behind what is recorded. Raises StoreUnavailable when something can't be.
+        What is `beside` others doesn't wait for theirs.
         """
-        await self._written()
+        await self._written(beside=beside)
         return not self._is_behind
 
     async def take(self, unit: str, signal: str, *, otherwise: bytes | None = None) -> bytes | None:
@@ -350,7 +359,8 @@ class Place:
     ) -> Done:
         """The record of the unit `name`, made from what `produce` gives when there is none.
 
-        `soon`: what it gives may be used while it is being recorded, for whatever has no effect, see `settled`.
+        `soon`: what it gives may be used while it is being recorded, for whatever has no effect, see `settled`. That is
+        so of units that go on `beside` others anyway.
         What `produce` raises is raised and not recorded. A unit that may be done at most once and was begun before, or
         fails now, waits for a person who decides whether it is done again; raises OutcomeUnknown when it isn't.
         """
@@ -358,22 +368,22 @@ class Place:
         if recorded is not None:
             return Done(recorded, executed=False)
         if not self.journal.is_settled:
-            await self.settled()
+            await self.settled(beside=unit.beside)
         if unit.at_most_once:
             return await self._do_at_most_once(name, unit, produce)
         with self.journal.parking.working(name):
             value = await self._produce(name, unit, produce)
-            if soon and self.journal.saves_soon and not self._is_in_once():
-                self.journal.save_soon(name, value)
+            if (soon or unit.beside) and self.journal.saves_soon and not self._is_in_once():
+                self.journal.save_soon(name, value, beside=unit.beside)
                 return Done(value, executed=True)
             return Done(await self.journal.save(name, value), executed=True)
 
-    async def settled(self) -> None:
-        """Wait until all that the attempt has done so far is recorded.
+    async def settled(self, *, beside: bool = False) -> None:
+        """Wait until all that the attempt has done so far is recorded, but for what goes on `beside` this.
 
         Leaves the step, to begin anew, when another worker has recorded something else: that lasts no time.
         """
-        if not await self.journal.settled() and not self._is_in_once():
+        if not await self.journal.settled(beside=beside) and not self._is_in_once():
             await self._leave((), self.journal.now())
 
     def _is_in_once(self) -> bool:

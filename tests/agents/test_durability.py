@@ -1505,7 +1505,10 @@ async def test_a_tool_that_was_renamed_goes_on_with_its_records(mode: str) -> No
         turns = [called(name, f"c{to}", to=to) for to in (1, 2)], called(name, "c1", to=3), both_answers
         model, requests = scripted(*turns)
         made = durable(model)
-        options: dict[str, Any] = {"metadata": {"paigeant": {**metadata, **more}}, "requires_approval": mode == "asked"}
+        options: dict[str, Any] = {
+            "metadata": {"paigeant": {**metadata, **more}},
+            "requires_approval": mode == "asked",
+        }
         made.tool(name=name, **options)(pay)
         return made, requests, keys
 
@@ -1651,19 +1654,48 @@ async def test_nothing_is_done_before_what_led_to_it_is_recorded(inline: bool) -
     assert step.said == ["recorded"]
 
 
-async def test_tools_that_run_together_wait_for_their_answer_once() -> None:
-    """Each is recorded when it has ended; the next request waits for all of them."""
+@pytest.mark.parametrize("one_by_one", ["", "tool", "engine"])
+async def test_only_tools_that_run_together_don_t_wait_for_each_other(one_by_one: str) -> None:
+    """They wait for their answer, and the next request for all of them; in sequence one may rely on the other."""
     step = Slow()
-    model, _ = scripted([called("look", "c1"), called("look", "c2")], both_answers)
-    agent = durable(model)
+    calls: list[int] = []
 
-    @agent.tool_plain
+    def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        step.said.append("asked")
+        calls.append(1)
+        both = [called("look", "c1"), called("look", "c2")]
+        return ModelResponse(parts=both if len(calls) == 1 else [TextPart("done")])
+
+    agent = durable(FunctionModel(respond), engine={"sequential": one_by_one == "engine"})
+
+    @agent.tool_plain(sequential=one_by_one == "tool")
     async def look() -> str:
         step.said.append("looked")
         return "seen"
 
     await step.attempt(lambda: agent.run("go"))
-    assert step.said == ["recorded", "looked", "looked", "recorded", "recorded", "recorded"]
+    looked = ["looked", "recorded"] * 2 if one_by_one else ["looked", "looked", "recorded", "recorded"]
+    assert step.said == ["asked", "recorded", *looked, "asked", "recorded"]
+
+
+async def test_tools_that_a_tool_calls_wait_for_each_other() -> None:
+    """Code that calls tools may rely on what one gave to call the next."""
+    step = Slow()
+    model, _ = scripted(called("both", "c1"), both_answers)
+
+    class Twice(AbstractCapability[Any]):
+        async def wrap_tool_execute(self, ctx: Any, *, handler: Any, args: Any, **_: Any) -> Any:
+            return [await handler(args), await handler(args)]
+
+    agent = durable(model, capabilities=[Twice()])
+
+    @agent.tool_plain
+    async def both() -> str:
+        step.said.append("looked")
+        return "seen"
+
+    await step.attempt(lambda: agent.run("go"))
+    assert step.said == ["recorded", "looked", "recorded", "looked", "recorded", "recorded"]
 
 
 @pytest.mark.parametrize("catches", [False, True], ids=["lets it fail", "catches it"])

@@ -226,8 +226,11 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         agent = self.agent
         assert agent is not None, "a capability is bound before its agent runs"
         # 'parallel' tells of tools in the order in which they happen to end. Who wants them in sequence gets that.
-        told = ToolManager.get_parallel_execution_mode(cast(Any, None))
-        mode = agent.parallel_tool_call_execution_mode(self._mode) if told == "parallel" else nullcontext()
+        mode = (
+            agent.parallel_tool_call_execution_mode(self._mode)
+            if _told_mode() == "parallel"
+            else nullcontext()
+        )
 
         async def sleep(seconds: float) -> None:
             await self._sleep(ctx.run_id or "", seconds)
@@ -265,7 +268,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         if place is None:
             return await handler(args)
         # Of what a call may do nothing must come before the record of the answer that asks for it.
-        await place.settled()
+        await place.settled(beside=True)
         # Calls that aren't recorded have this place for their effects and units, so that none is taken for another's.
         token = CALL.set(call)
         try:
@@ -325,7 +328,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
                 return _PLAIN
             label = f"tool '{name}' of agent '{self.name}'"
             delay = _retrying(RetryPolicy.of(options.retries)) if options.retries else _never
-            return Unit(label, delay, options.timeout, options.at_most_once)
+            alone = options.at_most_once or tool.tool_def.sequential or _told_mode() == "sequential"
+            return Unit(label, delay, options.timeout, options.at_most_once, beside=not alone)
 
         model = Unit(f"the model request of agent '{self.name}'", self._delay_of_model, self._model_timeout)
         return RoleBasedOperationConfig(
@@ -440,6 +444,11 @@ def _no_unit() -> Iterator[None]:
         yield
     finally:
         _IN_DURABLE_UNIT.reset(token)
+
+
+def _told_mode() -> str:
+    """How tools of one answer are called in the run that asks: 'sequential', or at the same time."""
+    return ToolManager.get_parallel_execution_mode(cast(Any, None))
 
 
 def _are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:

@@ -6,7 +6,7 @@ import contextvars
 import copy
 import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -201,7 +201,8 @@ class Operations(CallableOperationBackend[Unit]):
             now = ctx.tool_name or ""
             if (was := progress.was.get((ctx.tool_call_id or "", now))) is not None:
                 name = f"{name.removesuffix(now)}{was}"
-        unit = place.name(_identity(place, name, ctx, cache_key, progress.line))
+        identity = _identity(place, name, ctx, cache_key, progress.line)
+        unit = place.name(identity)
         number = 1
         if is_answer:
             progress.check()
@@ -209,6 +210,12 @@ class Operations(CallableOperationBackend[Unit]):
         tool = (
             ctx.tool_name or "" if ctx is not None and isinstance(operation_id, ToolsetCallToolId) else None
         )
+        if config.beside and (
+            progress.answer is None or progress.answer[0] is not place or unit != place.spelled(identity)
+        ):
+            config = replace(
+                config, beside=False
+            )  # code has called it, which may rely on what it called before
         if tool is not None:
             progress.done[unit] = tool
         try:
