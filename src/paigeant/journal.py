@@ -9,13 +9,13 @@ part of it. It hands out the names of units, the same ones to every attempt that
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import itertools
 import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -73,6 +73,8 @@ class Unit:
     delay: Callable[[int, Exception], float | None] = lambda *_: None
     timeout: float | None = None
     at_most_once: bool = False
+    beside: bool = False
+    """It goes on beside others like it, none of which relies on what another one has done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +93,15 @@ class Journal:
     """
 
     __slots__ = (
+        "_beside",
         "_given_up",
+        "_is_behind",
         "_loop",
         "_reading",
         "_recorded",
         "_store",
+        "_trouble",
+        "_unsettled",
         "effect",
         "key",
         "now",
@@ -123,6 +129,12 @@ class Journal:
         self._reading: asyncio.Lock | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._given_up: list[_GivenUp] = []
+        self._unsettled: set[asyncio.Task[None]] = set()
+        """The records that are being made, see `save_soon`; those of units that are `beside` each other once more."""
+        self._beside: set[asyncio.Task[None]] = set()
+        self._trouble: BaseException | None = None
+        self._is_behind = False
+        """Whether another worker was the first to record what was done here, and did it in another way."""
 
     def open(self) -> None:
         """The event loop that runs now is the store's: code in others has what it asks for done here."""
@@ -133,12 +145,17 @@ class Journal:
 
         Raises Parked once the step is left: what still runs of the attempt begins nothing more.
         """
-        found = await self._ask(self._find(unit, again))
+        if self._recorded is None or again:
+            found = await self._ask(self._find(unit, again))
+        else:
+            found = self._recorded.pop(unit, None)
         if self.parking.is_parked:
             raise Parked
         return found
 
     async def _find(self, unit: str, again: bool) -> bytes | None:
+        if again:
+            await self._written()
         if self._recorded is None:
             if self._reading is None:
                 self._reading = asyncio.Lock()
@@ -187,15 +204,76 @@ class Journal:
             refuse_tokens(f"'{unit}'", value, self.secrets)
         return await self._ask(self._store.save_unit(self.key, unit, value))
 
+    def save_soon(self, unit: str, value: bytes, *, beside: bool = False) -> None:
+        """Begin to record a unit: what comes then and can have no effect needn't wait for the store, see `settled`.
+
+        Units that are `beside` each other needn't wait for each other either. Raises OutputInvalid for one that holds a
+        token.
+        """
+        if self.secrets:
+            refuse_tokens(f"'{unit}'", value, self.secrets)
+        saving = asyncio.get_running_loop().create_task(self._save_soon(unit, value))
+        self._unsettled.add(saving)
+        if beside:
+            self._beside.add(saving)
+        self.parking.begin(saving)
+        saving.add_done_callback(self._saved)
+
+    async def _save_soon(self, unit: str, value: bytes) -> None:
+        try:
+            if await self._store.save_unit(self.key, unit, value) != value:
+                self._is_behind = True
+        except asyncio.CancelledError:
+            raise  # nobody but the end of the event loop cancels this
+        except BaseException as exc:  # whoever has to wait for this record hears of it
+            self._trouble = exc
+
+    def _saved(self, saving: asyncio.Task[None]) -> None:
+        self._unsettled.discard(saving)
+        self._beside.discard(saving)
+        self.parking.end(saving)
+
+    async def _written(self, *, beside: bool = False) -> None:
+        """Wait for the records that are being made. Raises what kept one from being made, from then on each time."""
+        if self._unsettled and not (beside and self._unsettled == self._beside):
+            await self.at_home(self._wait_until_written(beside))
+        if self._trouble is not None:
+            raise self._trouble
+
+    async def _wait_until_written(self, beside: bool) -> None:
+        await asyncio.wait(self._unsettled - self._beside if beside else self._unsettled)
+
+    @property
+    def saves_soon(self) -> bool:
+        """Whether `save_soon` can be used here, which is so in the event loop of the worker only."""
+        return self._loop is None or self._loop is asyncio.get_running_loop()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `settled` has nothing to do, which it mostly has not."""
+        return not self._unsettled and self._trouble is None and not self._is_behind
+
+    async def settled(self, *, beside: bool = False) -> bool:
+        """Wait until all that was done so far is recorded: what has an effect begins only then, and a run ends.
+
+        Gives whether the attempt may go on. Otherwise another worker has taken another way, and was the first to
+        record it: then this is to begin anew, behind what is recorded. Raises StoreUnavailable when something can't be.
+        What is `beside` others doesn't wait for theirs.
+        """
+        await self._written(beside=beside)
+        return not self._is_behind
+
     async def take(self, unit: str, signal: str, *, otherwise: bytes | None = None) -> bytes | None:
         """Record the oldest signal of this name that nobody has taken, or else `otherwise`.
 
         Gives the record that stands, None without.
         """
+        await self._written()
         return await self._ask(self._store.take_signal(self.key, unit, signal, otherwise=otherwise))
 
     async def request(self, request: Request) -> None:
         """Keep what is asked of somebody outside. One of the same id stays as it is."""
+        await self._written()
         if self.secrets:
             refuse_tokens(f"what '{request.name[:40]}' asks", request.asked, self.secrets)
         await self._ask(self._store.open_request(request))
@@ -272,29 +350,50 @@ class Place:
             name = f"{_digest(self.within)}/{name}"
         return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 40]}~{_digest(name)}"
 
-    @contextmanager
-    def entered(self) -> Iterator[None]:
+    def entered(self) -> Entered:
         """The code inside is at this place."""
-        token = _PLACE.set(self)
-        try:
-            yield
-        finally:
-            _PLACE.reset(token)
+        return Entered(self)
 
-    async def do(self, name: str, unit: Unit, produce: Callable[[], Awaitable[bytes]]) -> Done:
+    async def do(
+        self, name: str, unit: Unit, produce: Callable[[], Awaitable[bytes]], *, soon: bool = False
+    ) -> Done:
         """The record of the unit `name`, made from what `produce` gives when there is none.
 
+        `soon`: what it gives may be used while it is being recorded, for whatever has no effect, see `settled`. That is
+        so of units that go on `beside` others anyway.
         What `produce` raises is raised and not recorded. A unit that may be done at most once and was begun before, or
         fails now, waits for a person who decides whether it is done again; raises OutcomeUnknown when it isn't.
         """
         recorded = await self.journal.find(name, again=self.again)
         if recorded is not None:
             return Done(recorded, executed=False)
+        if not self.journal.is_settled:
+            await self.settled(beside=unit.beside)
         if unit.at_most_once:
             return await self._do_at_most_once(name, unit, produce)
         with self.journal.parking.working(name):
             value = await self._produce(name, unit, produce)
+            if (soon or unit.beside) and self.journal.saves_soon and not self._is_in_once():
+                self.journal.save_soon(name, value, beside=unit.beside)
+                return Done(value, executed=True)
             return Done(await self.journal.save(name, value), executed=True)
+
+    async def settled(self, *, beside: bool = False) -> None:
+        """Wait until all that the attempt has done so far is recorded, but for what goes on `beside` this.
+
+        Leaves the step, to begin anew, when another worker has recorded something else: that lasts no time.
+        """
+        if not await self.journal.settled(beside=beside) and not self._is_in_once():
+            await self._leave((), self.journal.now())
+
+    def _is_in_once(self) -> bool:
+        """Whether this is within a unit that may be done at most once, and so can't be left."""
+        place: Place | None = self
+        while place is not None:
+            if place.is_once:
+                return True
+            place = place.outer
+        return False
 
     async def instant(self, name: str, *, offset: float = 0.0) -> float:
         """A recorded instant: `offset` seconds after this was first asked for under this name."""
@@ -478,15 +577,17 @@ class Place:
 
     async def _produce(self, name: str, unit: Unit, produce: Callable[[], Awaitable[bytes]]) -> bytes:
         for number in itertools.count(1):
-            limit = asyncio.timeout(unit.timeout)
+            limit = None if unit.timeout is None else asyncio.timeout(unit.timeout)
             try:
                 inner = self._inner(name, again=self.again or number > 1, is_once=unit.at_most_once)
                 with inner.entered():
+                    if limit is None:
+                        return await produce()
                     async with limit:
                         return await produce()
             except Exception as exc:
                 error: Exception = exc
-                if limit.expired() and isinstance(exc, TimeoutError):
+                if limit is not None and limit.expired() and isinstance(exc, TimeoutError):
                     error = TimeoutError(f"{unit.label} took longer than {unit.timeout:g} s")
                 delay = None if unit.at_most_once else unit.delay(number, error)
                 if delay is None:
@@ -512,6 +613,21 @@ class Place:
             around.append(place.within)
             place = place.outer
         await self.journal.park(waits_for, until, frozenset(around))
+
+
+class Entered:
+    """The block of `Place.entered`; a generator would cost each unit several times as much."""
+
+    __slots__ = ("_place", "_token")
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    def __enter__(self) -> None:
+        self._token = _PLACE.set(self._place)
+
+    def __exit__(self, *_: object) -> None:
+        _PLACE.reset(self._token)
 
 
 def readable(names: Iterable[str]) -> dict[str, str]:
@@ -555,5 +671,6 @@ def _causes(error: BaseException) -> Iterator[int]:
             ahead.extend(found.exceptions)
 
 
+@functools.lru_cache(maxsize=1024)
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_LENGTH]

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 __all__ = ["Parked", "Parking"]
@@ -43,15 +41,20 @@ class Parking:
         self._settling: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    @contextmanager
-    def working(self, what: object) -> Iterator[None]:
+    def working(self, what: object) -> Working:
         """The code inside works, in any thread: at `what`, which is a unit by its name, or anything else."""
+        return Working(self, what)
+
+    def begin(self, what: object) -> None:
+        """Work at `what` begins, see `working`."""
         self._working.add(what)
-        self._changed()
-        try:
-            yield
-        finally:
-            self._working.discard(what)
+        if self._waits:
+            self._changed()
+
+    def end(self, what: object) -> None:
+        """Work at `what` has ended."""
+        self._working.discard(what)
+        if self._waits:
             self._changed()
 
     async def wait(
@@ -77,7 +80,7 @@ class Parking:
             del self._waits[over]
 
     def _changed(self) -> None:
-        if self._waits and self._loop is not None:
+        if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: there is nothing left to park
                 self._loop.call_soon_threadsafe(self._settle)
 
@@ -97,6 +100,22 @@ class Parking:
         for over in self._waits:
             if not over.done():
                 over.set_exception(Parked())
+
+
+class Working:
+    """The block of `Parking.working`; a generator would cost each unit several times as much."""
+
+    __slots__ = ("_parking", "_what")
+
+    def __init__(self, parking: Parking, what: object) -> None:
+        self._parking = parking
+        self._what = what
+
+    def __enter__(self) -> None:
+        self._parking.begin(self._what)
+
+    def __exit__(self, *_: object) -> None:
+        self._parking.end(self._what)
 
 
 def _retrieved(task: asyncio.Task[object]) -> None:

@@ -61,6 +61,7 @@ __all__ = [
     "NEW_RUN",
     "NEW_STEP",
     "STARTED",
+    "ask_unit",
     "detail_of",
     "details_of",
     "due_steps",
@@ -454,8 +455,18 @@ _UNIT = Prepared(
 
 def unit_of(tx: Tx, key: StepKey, name: str) -> bytes | None:
     """The recorded value of a unit inside a step; None when there is none."""
-    rows = _UNIT.rows(tx, key.workflow_id, key.step, key.phase.value, name)
-    return encoded(rows[0][0]) if rows else None
+    return ask_unit(tx, key, name)()
+
+
+def ask_unit(tx: Tx, key: StepKey, name: str) -> Callable[[], bytes | None]:
+    """Gives what gives the recorded value of a unit, to be read later."""
+    asked = _UNIT.ask(tx, key.workflow_id, key.step, key.phase.value, name)
+
+    def read() -> bytes | None:
+        rows = asked()
+        return encoded(rows[0][0]) if rows else None
+
+    return read
 
 
 _UNITS = Prepared(

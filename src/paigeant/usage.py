@@ -111,7 +111,12 @@ class Usage:
     @classmethod
     def stamped(cls, record: bytes) -> Usage | None:
         """What a unit itself used, as its record tells; None where it tells nothing."""
-        return cls._of(from_json(record)[_KEY]) if record.startswith(_STAMP) else None
+        return cls.told(from_json(record)) if record.startswith(_STAMP) else None
+
+    @classmethod
+    def told(cls, record: dict[str, Any]) -> Usage | None:
+        """The same, of a record that has been read."""
+        return cls._of(record.get(_KEY))
 
     @classmethod
     def of_units(cls, records: Iterable[bytes]) -> Usage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from paigeant.store import RunDetail, StepKey
 from paigeant.testing import MemoryApp
 
 
-def talker(*, size: int = 0, history_processor: Any = None) -> Agent[Any, str]:
+def talker(*, size: int = 0, image: int = 30, history_processor: Any = None) -> Agent[Any, str]:
     """An agent that looks at a large thing and says how many messages it has seen."""
 
     def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
@@ -49,7 +50,7 @@ def talker(*, size: int = 0, history_processor: Any = None) -> Agent[Any, str]:
 
     @agent.tool
     def look(ctx: RunContext[Any]) -> list[Any]:
-        return ["x" * size, BinaryContent(b"\x00\xff\xfe" * 10, media_type="image/png")]
+        return ["x" * size, BinaryContent(random.Random(1).randbytes(image), media_type="image/png")]
 
     return agent
 
@@ -90,6 +91,14 @@ async def test_each_step_keeps_what_it_added() -> None:
     sizes = [len(value) for value in kept.values()]
     assert max(sizes) < 1.2 * min(sizes)
     assert all(b"\\u0000" not in value for value in kept.values())
+
+
+async def test_images_are_kept_once_in_a_conversation() -> None:
+    """Each step writes those that it added, however many came before them: to its own call's record and to its part."""
+    size = 30_000
+    detail, kept = await talk(6, image=size)
+    assert detail.run.status == "completed"
+    assert all(size * 1.3 < len(value) < size * 1.4 + 3_000 for value in kept.values())
 
 
 async def test_a_history_that_was_changed_is_kept_whole() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,7 @@ from pydantic import BaseModel, Field
 from pydantic_ai import (
     Agent,
     ApprovalRequired,
+    BinaryContent,
     CallDeferred,
     CancellationToken,
     DeferredToolRequests,
@@ -27,8 +29,10 @@ from pydantic_ai import (
     RunContext,
     RunUsage,
     TextPart,
+    ToolCallPart,
     ToolDefinition,
     ToolFailed,
+    ToolReturn,
 )
 from pydantic_ai._agent_graph import _agent_graph_sleep
 from pydantic_ai.capabilities import AbstractCapability, LocalWorkspace, durable_operation
@@ -40,12 +44,12 @@ from pydantic_ai.exceptions import (
     UsageLimitExceeded,
     UserError,
 )
-from pydantic_ai.messages import AgentStreamEvent
+from pydantic_ai.messages import AgentStreamEvent, FilePart
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.toolsets import DynamicToolset, FunctionToolset
 from pydantic_ai.usage import UsageLimits
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from tests.agents.steps import (
     Crash,
     Step,
@@ -59,8 +63,9 @@ from tests.agents.steps import (
 
 from paigeant import ActivityRegistry, RetryPolicy, Workflow
 from paigeant.agents import PaigeantDurability, effect_key, operations
-from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutputInvalid, UnitUnreadable
+from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutputInvalid, StoreUnavailable, UnitUnreadable
 from paigeant.parking import Parked
+from paigeant.store import StepKey
 from paigeant.testing import ManualClock, MemoryApp
 
 AnyAgent = Agent[Any, Any]
@@ -1035,6 +1040,56 @@ async def test_rule_15_what_is_written_grows_with_the_conversation() -> None:
     assert forty < 4.2 * ten
 
 
+async def test_rule_15_images_are_written_once() -> None:
+    """Those of tools and those of models: each in the record of what gave it, and in no other one."""
+    size = 30_000
+
+    def image(number: int) -> BinaryContent:
+        return BinaryContent(random.Random(number).randbytes(size), media_type="image/png")
+
+    async def written(turns: int) -> int:
+        seen: list[int] = []
+
+        def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+            seen.append(sum(isinstance(part, FilePart) for message in messages for part in message.parts))
+            number = len(seen)
+            if number > turns:
+                return ModelResponse(parts=[TextPart("done")])
+            return ModelResponse(parts=[FilePart(image(number)), called("look", f"c{number}")])
+
+        agent = durable(FunctionModel(respond))
+
+        @agent.tool_plain
+        def look() -> ToolReturn:
+            number = 100 + len(seen)
+            return ToolReturn(return_value=["seen", image(number)], content=["Here:", image(200 + number)])
+
+        step = Step()
+        await step.attempt(lambda: agent.run(["go", image(0)]))
+        assert seen == list(range(turns + 1))
+        units = await step.store.load_units(step.key)
+        result = await step.attempt(lambda: agent.run(["go", image(0)]))
+        images = [part for part in _binaries(result.all_messages()) if len(part.data) == size]
+        assert len(images) == 1 + 3 * turns
+        assert len(seen) == turns + 1
+        return sum(len(value) for value in units.values())
+
+    five, twenty = await written(5), await written(20)
+    assert five < 5 * 3 * size * 1.4
+    assert twenty < 4.1 * five
+
+
+def _binaries(messages: list[ModelMessage]) -> list[BinaryContent]:
+    """All images in these messages."""
+    found: list[BinaryContent] = []
+    for message in messages:
+        for part in message.parts:
+            content = getattr(part, "content", None)
+            parts = content if isinstance(content, list) else [content]
+            found.extend(one for one in parts if isinstance(one, BinaryContent))
+    return found
+
+
 # -- rule 16: deadlines and pauses
 
 
@@ -1152,12 +1207,19 @@ async def test_a_nested_agent_that_gave_up_is_asked_again_by_itself() -> None:
 
 
 async def test_two_workers_at_once_go_on_with_the_same_records() -> None:
-    """A worker that was given up and one that took over reach the same result, whoever recorded what."""
+    """A worker that was given up and one that took over reach the same result, whoever recorded what.
+
+    The one that is behind begins anew, behind what the other one has recorded.
+    """
     outer, _ = nesting()
     step = Step()
-    one, other = await asyncio.gather(
-        step.attempt(lambda: outer.run("go")), step.attempt(lambda: outer.run("go"))
-    )
+
+    async def worker() -> Any:
+        while True:
+            with contextlib.suppress(Parked):
+                return await step.attempt(lambda: outer.run("go"))
+
+    one, other = await asyncio.gather(worker(), worker())
     assert one.output == other.output == "c1=ans-2 c2=ans-1"
     assert without_moments(one.all_messages_json()) == without_moments(other.all_messages_json())
     assert one.usage == other.usage
@@ -1426,3 +1488,276 @@ async def test_a_recorded_call_that_new_code_would_not_make_is_an_error(change: 
         with pytest.raises(error, match=r"tool 'pay' is recorded as done|exceeded max retries"):
             await step.attempt(lambda: after.run("go"))
     assert (paid, requests) == ([1], [1])
+
+
+@pytest.mark.parametrize("mode", ["recorded", "inline", "once", "asked"])
+async def test_a_tool_that_was_renamed_goes_on_with_its_records(mode: str) -> None:
+    """Wherever the deploy came: the same requests, effects and keys as if it had kept its name."""
+    metadata: dict[str, Any] = {"inline": mode == "inline", "at_most_once": mode == "once"}
+
+    def agent(name: str, **more: Any) -> tuple[AnyAgent, list[int], list[str]]:
+        keys: list[str] = []
+
+        async def pay(ctx: RunContext[Any], to: int) -> str:
+            keys.append(f"{to} {effect_key()}")
+            return f"paid {to}"
+
+        turns = [called(name, f"c{to}", to=to) for to in (1, 2)], called(name, "c1", to=3), both_answers
+        model, requests = scripted(*turns)
+        made = durable(model)
+        options: dict[str, Any] = {
+            "metadata": {"paigeant": {**metadata, **more}},
+            "requires_approval": mode == "asked",
+        }
+        made.tool(name=name, **options)(pay)
+        return made, requests, keys
+
+    async def done(agent: AnyAgent, step: Step, crash_after: int | None = None) -> Any:
+        """What the agent gives; None when it crashed before that. People are asked, and allow it."""
+        for _ in range(10):
+            with contextlib.suppress(Parked):
+                return await step.attempt(lambda: agent.run("go"), crash_after=crash_after)
+            await asyncio.gather(
+                *(
+                    step.store.answer_request(request.id, b'{"approved":true}')
+                    for request in await step.store.list_requests()
+                )
+            )
+        raise AssertionError("it has no end")
+
+    async def started() -> Step:
+        step = Step()
+        await step.start()
+        return step
+
+    (old, _, plain), (new, _, other) = agent("pay"), agent("transfer")
+    output = (await done(old, await started())).output
+    await done(new, await started())
+    assert set(plain).isdisjoint(other)
+    for crash_after in range(1, 12):
+        (old, first, old_keys), (new, second, new_keys) = agent("pay"), agent("transfer", was="pay")
+        step = await started()
+        with contextlib.suppress(Crash):
+            await done(old, step, crash_after)
+        result = await done(new, step)
+        assert result.output == output
+        assert first + second == [0, 1, 2]
+        keys = {*old_keys, *new_keys}
+        assert len(keys) == 3, "a call has two keys"
+        # Those of an answer that the old code recorded are that one's, whoever calls.
+        kept = 0 if not first else 2 if len(first) == 1 else 3
+        assert len(keys & set(plain)) == kept
+        assert keys - set(plain) <= set(other)
+        assert {call.tool_name for call in _calls(result.all_messages())} == {"transfer"}
+
+
+def _calls(messages: list[ModelMessage]) -> list[ToolCallPart]:
+    return [part for message in messages for part in message.parts if isinstance(part, ToolCallPart)]
+
+
+async def test_an_agent_that_was_renamed_goes_on_with_its_records() -> None:
+    """An engine of the old name stands for it."""
+
+    def agent(called_now: str, **options: Any) -> tuple[AnyAgent, list[int]]:
+        model, requests = scripted(called("look", "c1"), both_answers)
+        made = durable(model, name=called_now, engine=options)
+
+        @made.tool_plain
+        def look() -> str:
+            return effect_key()
+
+        return made, requests
+
+    before, first = agent("writer")
+    after, second = agent("author", name="writer")
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: before.run("go"), crash_after=2)
+    resumed = await step.attempt(lambda: after.run("go"))
+    whole = await Step().attempt(lambda: agent("writer")[0].run("go"))
+    assert (resumed.output, resumed.run_id) == (whole.output, whole.run_id)
+    assert (first, second) == ([0], [1])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"one": {"was": 1}}, "was is a name that the tool had"),
+        ({"one": {"was": ["x", ""]}}, "was is a name that the tool had"),
+        ({"one": {"was": "two"}, "two": {}}, "tool 'one' says that it was 'two', and so is tool 'two'"),
+        (
+            {"one": {"was": "x"}, "two": {"was": ["y", "x"]}},
+            "tool 'two' says that it was 'x', and so is tool 'one'",
+        ),
+    ],
+)
+def test_names_that_tools_had_are_checked(options: dict[str, Any], says: str) -> None:
+    """When the engine is attached: a name stands for one tool."""
+    toolset = FunctionToolset[Any](id="tools")
+    for name, told in options.items():
+
+        @toolset.tool_plain(name=name, metadata={"paigeant": told})
+        def tool() -> None:
+            """Nothing."""
+
+    with pytest.raises(InvalidDefinition, match=says):
+        durable(TestModel(), toolsets=[toolset])
+
+
+# -- records that are being made while the agent goes on
+
+
+class Slow(Step):
+    """A step whose store takes its time. `said` tells what happened, in that order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    async def save_unit(self, key: Any, name: str, value: bytes) -> bytes:
+        for _ in range(100):  # longer than the agent takes to do what it does by itself
+            await asyncio.sleep(0)
+        stands = await super().save_unit(key, name, value)
+        self.said.append("recorded")
+        return stands
+
+
+@pytest.mark.parametrize("inline", [False, True], ids=["recorded", "inline"])
+async def test_nothing_is_done_before_what_led_to_it_is_recorded(inline: bool) -> None:
+    """Neither a request nor a tool, whether it is recorded or not, nor an output function; nor does a run end."""
+    step = Slow()
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        number = sum(isinstance(message, ModelResponse) for message in messages)
+        step.said.append("asked")
+        part = (
+            called(info.output_tools[0].name, "o1", text="x") if number == 2 else called("look", f"c{number}")
+        )
+        return ModelResponse(parts=[part])
+
+    async def send(text: str) -> str:
+        step.said.append("sent")
+        return text
+
+    agent = durable(FunctionModel(respond), output_type=send)
+
+    @agent.tool_plain(metadata={"paigeant": {"inline": inline}})
+    async def look() -> str:
+        step.said.append("looked")
+        return "seen"
+
+    await step.attempt(lambda: agent.run("go"))
+    looked = ["looked"] if inline else ["looked", "recorded"]
+    assert step.said == [*(["asked", "recorded", *looked] * 2), "asked", "recorded", "sent"]
+    step, agent = Slow(), durable(FunctionModel(lambda *_: ModelResponse(parts=[TextPart("done")])))
+    await step.attempt(lambda: agent.run("go"))
+    assert step.said == ["recorded"]
+
+
+@pytest.mark.parametrize("one_by_one", ["", "tool", "engine"])
+async def test_only_tools_that_run_together_don_t_wait_for_each_other(one_by_one: str) -> None:
+    """They wait for their answer, and the next request for all of them; in sequence one may rely on the other."""
+    step = Slow()
+    calls: list[int] = []
+
+    def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        step.said.append("asked")
+        calls.append(1)
+        both = [called("look", "c1"), called("look", "c2")]
+        return ModelResponse(parts=both if len(calls) == 1 else [TextPart("done")])
+
+    agent = durable(FunctionModel(respond), engine={"sequential": one_by_one == "engine"})
+
+    @agent.tool_plain(sequential=one_by_one == "tool")
+    async def look() -> str:
+        step.said.append("looked")
+        return "seen"
+
+    await step.attempt(lambda: agent.run("go"))
+    looked = ["looked", "recorded"] * 2 if one_by_one else ["looked", "looked", "recorded", "recorded"]
+    assert step.said == ["asked", "recorded", *looked, "asked", "recorded"]
+
+
+async def test_tools_that_a_tool_calls_wait_for_each_other() -> None:
+    """Code that calls tools may rely on what one gave to call the next."""
+    step = Slow()
+    model, _ = scripted(called("both", "c1"), both_answers)
+
+    class Twice(AbstractCapability[Any]):
+        async def wrap_tool_execute(self, ctx: Any, *, handler: Any, args: Any, **_: Any) -> Any:
+            return [await handler(args), await handler(args)]
+
+    agent = durable(model, capabilities=[Twice()])
+
+    @agent.tool_plain
+    async def both() -> str:
+        step.said.append("looked")
+        return "seen"
+
+    await step.attempt(lambda: agent.run("go"))
+    assert step.said == ["recorded", "looked", "recorded", "looked", "recorded", "recorded"]
+
+
+@pytest.mark.parametrize("catches", [False, True], ids=["lets it fail", "catches it"])
+async def test_a_record_that_can_t_be_made_ends_what_comes_after_it(catches: bool) -> None:
+    """No tool is called for an answer that isn't recorded, and whoever catches the error starts no other agent."""
+    tools: list[str] = []
+
+    class Broken(Step):
+        async def save_unit(self, key: Any, name: str, value: bytes) -> bytes:
+            raise StoreUnavailable("gone")
+
+    model, requests = scripted(called("look", "c1"), both_answers)
+    agent = durable(model)
+
+    @agent.tool_plain
+    def look() -> str:
+        tools.append("looked")
+        return "seen"
+
+    async def work() -> None:
+        if catches:
+            with pytest.raises(StoreUnavailable):
+                await agent.run("go")
+        await agent.run("go")
+
+    with pytest.raises(StoreUnavailable):
+        await Broken().attempt(work)
+    assert (tools, requests) == ([], [0])
+
+
+async def test_an_attempt_that_is_behind_begins_anew_behind_what_is_recorded() -> None:
+    """Another worker has recorded another answer meanwhile: that one stands, no tool is called for this one's."""
+    tools: list[str] = []
+    asked: list[int] = []
+    activity = ActivityRegistry()
+
+    async def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        number = sum(isinstance(message, ModelResponse) for message in messages)
+        asked.append(number)
+        if number == 1:
+            return ModelResponse(parts=[TextPart(f"{returned(messages)}")])
+        theirs, mine = (
+            ModelResponse(parts=[called("look", call)], run_id=messages[-1].run_id)
+            for call in ("theirs", "mine")
+        )
+        value = to_json({"value": theirs})
+        await app.store.save_unit(StepKey(run.id, "agent"), "agent__model.request(agent:1,1)", value)
+        return mine
+
+    agent: AnyAgent = Agent(FunctionModel(respond), name="agent")
+
+    @agent.tool
+    def look(ctx: RunContext[Any]) -> str:
+        tools.append(str(ctx.tool_call_id))
+        return "seen"
+
+    activity.agent(agent, prompt="go", retries=0)
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["agent"]))
+        await app.drain()
+        detail = await run.detail()
+    assert detail.run.status == "completed", detail.run.error
+    assert from_json(detail.steps[0].output or b"") == "{'theirs': 'seen'}"
+    assert (tools, asked) == (["theirs"], [0, 1])
+    assert detail.steps[0].attempt == 1

@@ -15,7 +15,8 @@ an agent gave up on what its model said, the next one asks for the last answer a
 was done.
 
 **At least once.** A crash after an effect and before its record repeats the unit. `effect_key()` is the same then, for
-whoever has the effect; a tool marked `at_most_once` isn't repeated before a person has said so.
+whoever has the effect; a tool marked `at_most_once` isn't repeated before a person has said so. An answer is recorded
+before anything is done for it that may have an effect; hooks and validators may see it a moment earlier.
 
 **Waits.** An agent that waits for an approval, an answer or an event outside leaves its step: nothing of it is kept in
 a worker. When that is there, it runs through what is recorded, and goes on behind it.
@@ -28,8 +29,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
@@ -53,7 +55,7 @@ from pydantic_ai.durable_exec import (
     conversation_id_from_run_id,
     replay_scope,
 )
-from pydantic_ai.durable_exec._operation_backend import _IN_DURABLE_UNIT
+from pydantic_ai.durable_exec._operation_backend import _IN_DURABLE_UNIT, DurableOperationBackend
 from pydantic_ai.exceptions import (
     ModelConnectionError,
     ModelHTTPError,
@@ -85,10 +87,12 @@ from paigeant.agents.operations import (
     Progress,
     not_json,
     part_of,
+    recorded_name,
     run_in_name,
 )
-from paigeant.agents.options import METADATA, ToolOptions
+from paigeant.agents.options import METADATA, ToolOptions, renamed
 from paigeant.agents.people import Outside, asks_itself, decisions
+from paigeant.agents.usage import put_price
 from paigeant.clock import SystemClock, as_datetime
 from paigeant.errors import InvalidDefinition, NonRetryableError
 from paigeant.journal import Unit, current_place
@@ -114,6 +118,8 @@ _TRANSIENT = (ModelRateLimitError, ModelUnavailableError, ModelServerError, Mode
 _FINAL = (NonRetryableError, InvalidDefinition, UsageLimitExceeded, UserError)
 
 _CLOCK = SystemClock()
+_MODELS = 100
+"""How many models' operations are kept: of those that are made for each tenant there is no end."""
 
 
 class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
@@ -161,6 +167,9 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         ask_timeout: float | None = None,
     ) -> None:
         super().__init__(models=models, event_stream_handler=event_stream_handler, name=name)
+        self._operations: Operations | None = None
+        self._guards: dict[str, Any] | None = None
+        self._requests: dict[tuple[str | None, str], Any] = {}
         self._binding: tuple[tuple[object, ...], AbstractCapability[AgentDepsT]] | None = None
         self._model_policy = RetryPolicy.of(model_retries)
         self._model_timeout = ToolOptions(timeout=model_timeout).timeout
@@ -188,7 +197,11 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return current_place() is not None
 
     def get_durable_operation_backend(self) -> Operations:
-        return Operations(self.name, self.default_model_id, self._config(), self._toolset_names)
+        if self._operations is None:
+            self._operations = Operations(
+                self.name, self.default_model_id, self._config(), self._toolset_names, self._renamed
+            )
+        return self._operations
 
     def get_default_run_id(self) -> str | None:
         place = current_place()
@@ -213,19 +226,30 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         agent = self.agent
         assert agent is not None, "a capability is bound before its agent runs"
         # 'parallel' tells of tools in the order in which they happen to end. Who wants them in sequence gets that.
-        told = ToolManager.get_parallel_execution_mode(cast(Any, None))
-        mode = agent.parallel_tool_call_execution_mode(self._mode) if told == "parallel" else nullcontext()
+        mode = (
+            agent.parallel_tool_call_execution_mode(self._mode)
+            if _told_mode() == "parallel"
+            else nullcontext()
+        )
 
         async def sleep(seconds: float) -> None:
             await self._sleep(ctx.run_id or "", seconds)
 
+        place = current_place()
+        assert place is not None, "this is part of a step"
         progress = Progress()
         token, call = PROGRESS.set(progress), CALL.set(None)
         try:
             with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)), _no_unit():
-                return await super().wrap_run(ctx, handler=handler)
-        except UnexpectedModelBehavior as exc:
-            progress.failed(exc)
+                result = await super().wrap_run(ctx, handler=handler)
+            # Whoever has run the agent may do anything with the answer.
+            await place.settled()
+            return result
+        except Exception as exc:
+            if isinstance(exc, UnexpectedModelBehavior):
+                progress.failed(exc)
+            with suppress(Exception):  # the error that there is says more
+                await place.settled()
             raise
         finally:
             PROGRESS.reset(token)
@@ -243,10 +267,14 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         place = current_place()
         if place is None:
             return await handler(args)
+        # Of what a call may do nothing must come before the record of the answer that asks for it.
+        await place.settled(beside=True)
         # Calls that aren't recorded have this place for their effects and units, so that none is taken for another's.
         token = CALL.set(call)
         try:
-            with part_of(place, f"{self.name}__inline:{call.tool_name}", ctx, call.tool_call_id).entered():
+            with part_of(
+                place, f"{self.name}__inline:{recorded_name(call)}", ctx, call.tool_call_id
+            ).entered():
                 return await handler(args)
         finally:
             CALL.reset(token)
@@ -262,6 +290,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         place = current_place()
         if place is None or not output_context.has_function:
             return await handler(output)
+        await place.settled()
         # It may see a stream's outputs before their end as well: all are of one output, whose number is 1.
         call = None if output_context.tool_call is None else output_context.tool_call.tool_call_id
         with part_of(place, f"{self.name}__output", ctx, call, number=1).entered():
@@ -299,7 +328,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
                 return _PLAIN
             label = f"tool '{name}' of agent '{self.name}'"
             delay = _retrying(RetryPolicy.of(options.retries)) if options.retries else _never
-            return Unit(label, delay, options.timeout, options.at_most_once)
+            alone = options.at_most_once or tool.tool_def.sequential or _told_mode() == "sequential"
+            return Unit(label, delay, options.timeout, options.at_most_once, beside=not alone)
 
         model = Unit(f"the model request of agent '{self.name}'", self._delay_of_model, self._model_timeout)
         return RoleBasedOperationConfig(
@@ -321,11 +351,32 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return None if asked > policy.cap else max(asked, policy.next_delay(number, chance=0.0))
 
     def _bind_to_agent(self, agent: AbstractAgent[AgentDepsT, Any]) -> None:
+        # This is a copy, whose operations are its own.
+        self._operations, self._requests = None, {}
         super()._bind_to_agent(agent)
-        for wrapper in self._toolsets_by_id.values():
-            if isinstance(wrapper.wrapped, FunctionToolset):
-                for name, tool in wrapper.wrapped.tools.items():
-                    ToolOptions.of(name, ToolDefinition(name=name, metadata=tool.metadata))
+        self._renamed()
+
+    def _renamed(self) -> dict[str, str]:
+        """What function tools are called now, by the names that they had. Raises InvalidDefinition."""
+        return renamed(
+            {
+                name: ToolOptions.of(name, ToolDefinition(name=name, metadata=tool.metadata))
+                for wrapper in self._toolsets_by_id.values()
+                if isinstance(wrapper.wrapped, FunctionToolset)
+                for name, tool in wrapper.wrapped.tools.items()
+            }
+        )
+
+    def _durable_run_context(self, ctx: RunContext[AgentDepsT]) -> RunContext[AgentDepsT]:
+        # What guards a unit's context is the same for all, and the library's way of putting it in takes long.
+        if type(ctx) is not RunContext:
+            return super()._durable_run_context(ctx)
+        if self._guards is None:
+            guarded = super()._durable_run_context(ctx)
+            self._guards = {name: vars(guarded)[name] for name in ("pending_messages", "_cancellation")}
+        same = copy.copy(ctx)
+        vars(same).update(self._guards)
+        return same
 
     # -- models
 
@@ -334,6 +385,18 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             self._models_by_id = dict(self._extra_models)
             return
         super()._bind_models(agent)
+
+    def _bind_model_operations(
+        self, backend: DurableOperationBackend[Any], *, model_id: str | None, model_name: str
+    ) -> Any:
+        # The library does it for each request anew.
+        known = self._requests.get((model_id, model_name))
+        if known is None:
+            if len(self._requests) >= _MODELS:
+                self._requests.clear()
+            known = super()._bind_model_operations(backend, model_id=model_id, model_name=model_name)
+            self._requests[model_id, model_name] = known
+        return known
 
     def _registered_model_id(self, model: Model) -> tuple[bool, str | None]:
         return (True, None) if model is self._override() else super()._registered_model_id(model)
@@ -355,6 +418,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return some.value if some is not None and isinstance(some.value, Model) else None
 
     def _stamp_response(self, response: ModelResponse, messages: list[ModelMessage]) -> None:
+        put_price(response)
         # What is recorded says which run it is of; the agent fills these in only after that.
         if messages:
             response.run_id = response.run_id or messages[-1].run_id
@@ -380,6 +444,11 @@ def _no_unit() -> Iterator[None]:
         yield
     finally:
         _IN_DURABLE_UNIT.reset(token)
+
+
+def _told_mode() -> str:
+    """How tools of one answer are called in the run that asks: 'sequential', or at the same time."""
+    return ToolManager.get_parallel_execution_mode(cast(Any, None))
 
 
 def _are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:

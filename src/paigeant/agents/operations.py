@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextvars
 import copy
 import json
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -42,6 +42,7 @@ __all__ = [
     "line",
     "not_json",
     "part_of",
+    "recorded_name",
     "run_in_name",
 ]
 
@@ -85,13 +86,15 @@ class Progress:
     """The names of the units of the last answer's tool calls, with the tools; empty for an answer that is new."""
     done: dict[str, str] = field(default_factory=dict)
     """The tools of the last answer that were called and may have had effects, by their units."""
+    was: dict[tuple[str, str], str] = field(default_factory=dict)
+    """What tools of the last answer were called when it was recorded, by the call and the name that they have now."""
     deferred: DeferredToolRequests | None = None
     """The calls that somebody outside was last wanted for."""
 
     def answered(self, place: Place, unit: str, number: int, about: str) -> None:
         """The model has given the answer that is recorded as `unit`, the so manieth to its request."""
         self.answer = (place, unit)
-        self.calls, self.done = {}, {}
+        self.calls, self.done, self.was = {}, {}, {}
         if number > 1:
             self.line = f"{self.line},{about}!{number}"
 
@@ -144,9 +147,9 @@ class _Namer(JournalOperationNamer):
 
     def invocation_name(self, operation_id: DurableOperationId, *, label: str | None) -> Any:
         invocation = super().invocation_name(operation_id, label=label)
-        bare = self.operation_name(operation_id)
-        if label is not None and invocation.operation_name == bare:
-            return type(invocation)(f"{bare}:{label}")
+        name = invocation.operation_name
+        if label is not None and name == self.operation_name(operation_id):
+            return type(invocation)(f"{name}:{label}")
         return invocation
 
 
@@ -159,11 +162,14 @@ class Operations(CallableOperationBackend[Unit]):
         model: str | None,
         config: RoleBasedOperationConfig[Unit],
         toolsets: Callable[[], Iterable[str]],
+        renamed: Callable[[], Mapping[str, str]],
     ) -> None:
         super().__init__(namer=_Namer(agent, default_model_id=model or "default"), config=config)
         self.agent = agent
         self.toolsets = toolsets
         """What names the toolsets of the agent in the names of units."""
+        self.renamed = renamed
+        """What tools are called now, by the names that they had."""
 
     async def execute(
         self,
@@ -191,7 +197,12 @@ class Operations(CallableOperationBackend[Unit]):
         usage = None if caller is None else caller.usage
         if not place.is_unit and place.outer is not None and isinstance(operation_id, ToolsetCallToolId):
             place = place.outer  # a call that is recorded is a unit itself: it needs no place for its effects
-        unit = place.name(_identity(place, name, ctx, cache_key, progress.line))
+        if calls_tool and ctx is not None and progress.was:
+            now = ctx.tool_name or ""
+            if (was := progress.was.get((ctx.tool_call_id or "", now))) is not None:
+                name = f"{name.removesuffix(now)}{was}"
+        identity = _identity(place, name, ctx, cache_key, progress.line)
+        unit = place.name(identity)
         number = 1
         if is_answer:
             progress.check()
@@ -199,10 +210,16 @@ class Operations(CallableOperationBackend[Unit]):
         tool = (
             ctx.tool_name or "" if ctx is not None and isinstance(operation_id, ToolsetCallToolId) else None
         )
+        if config.beside and (
+            progress.answer is None or progress.answer[0] is not place or unit != place.spelled(identity)
+        ):
+            config = replace(
+                config, beside=False
+            )  # code has called it, which may rely on what it called before
         if tool is not None:
             progress.done[unit] = tool
         try:
-            done = await place.do(unit, config, lambda: _packed(operation_id, body, caller))
+            done = await place.do(unit, config, lambda: _packed(operation_id, body, caller), soon=is_answer)
         except Exception as exc:
             progress.error = exc
             raise
@@ -210,7 +227,7 @@ class Operations(CallableOperationBackend[Unit]):
             about = "" if ctx is None else str(ctx.run_step)
             progress.answered(place, unit, number, about)
         record_durable_unit(executed=done.executed)
-        payload, used = _unpacked(unit, done.value)
+        payload, used, itself = _unpacked(unit, done.value)
         if tool is not None and not _is_return(payload):
             progress.done.pop(unit, None)
         if is_answer and not done.executed and ctx is not None:
@@ -218,7 +235,7 @@ class Operations(CallableOperationBackend[Unit]):
                 place.spelled(called): tool
                 for called, tool in self._calls(place, payload, ctx, progress.line)
             }
-        itself = Usage.stamped(done.value) or Usage()
+            progress.was = self._rename(payload)
         # That is by the library, once it has the payload.
         added = itself if is_answer else _used(operation_id, payload)
         if usage is not None and used is not None:
@@ -231,13 +248,29 @@ class Operations(CallableOperationBackend[Unit]):
         self, place: Place, answer: object, ctx: RunContext[Any], line: str
     ) -> Iterator[tuple[str, str]]:
         """What the units of the tool calls in an answer are called, whichever toolset has the tool, with the tool."""
-        parts = answer.get("parts") if isinstance(answer, dict) else None
-        for part in parts or ():
-            if part.get("part_kind") == "tool-call":
-                about = _about(place, ctx, line, part.get("tool_call_id"))
-                tool = str(part.get("tool_name"))
-                for toolset in self.toolsets():
-                    yield f"{self.agent}__{toolset}.call_tool:{tool}({about})", tool
+        for part in _tool_calls(answer):
+            about = _about(place, ctx, line, part.get("tool_call_id"))
+            tool = str(part.get("tool_name"))
+            for toolset in self.toolsets():
+                yield f"{self.agent}__{toolset}.call_tool:{tool}({about})", tool
+
+    def _rename(self, answer: object) -> dict[tuple[str, str], str]:
+        """Have a recorded answer call tools by the names that they have now; gives `Progress.was`."""
+        was: dict[tuple[str, str], str] = {}
+        names = self.renamed()
+        for part in _tool_calls(answer) if names else ():
+            tool = str(part.get("tool_name"))
+            if (now := names.get(tool)) is not None:
+                part["tool_name"] = now
+                was[str(part.get("tool_call_id")), now] = tool
+        return was
+
+
+def _tool_calls(answer: object) -> Iterator[dict[str, Any]]:
+    parts = answer.get("parts") if isinstance(answer, dict) else None
+    for part in parts or ():
+        if part.get("part_kind") == "tool-call":
+            yield part
 
 
 async def _packed(
@@ -256,12 +289,12 @@ async def _packed(
     try:
         with a_part(caller.usage) as within:
             value = await body()
-        used = caller.usage - before
+        after = caller.usage
     finally:
         caller.usage = common
     record: dict[str, object] = {"value": value}
-    if used.has_values() or used.requests or used.tool_calls:
-        record["usage"] = _USAGE.dump_python(used, mode="json", exclude_defaults=True)
+    if vars(after) != vars(before):
+        record["usage"] = _USAGE.dump_python(after - before, mode="json", exclude_defaults=True)
     return _json((_used(operation_id, value) + within.rest()).stamp(record))
 
 
@@ -286,11 +319,15 @@ def _json(record: dict[str, object]) -> bytes:
         raise not_json(exc) from exc
 
 
-def _unpacked(unit: str, record: bytes) -> tuple[object, RunUsage | None]:
-    """The value in a record, and the usage if any. Raises UnitUnreadable."""
+def _unpacked(unit: str, record: bytes) -> tuple[object, RunUsage | None, Usage]:
+    """The value in a record, what its caller is to count for it, if anything, and what the unit itself used.
+
+    Raises UnitUnreadable.
+    """
     try:
         found = from_json(record)
-        return found["value"], _USAGE.validate_python(found["usage"]) if "usage" in found else None
+        used = _USAGE.validate_python(found["usage"]) if "usage" in found else None
+        return found["value"], used, Usage.told(found) or Usage()
     except (ValueError, KeyError, TypeError) as exc:
         raise UnitUnreadable(f"the record of unit '{unit}' is no record of an operation: {exc}") from exc
 
@@ -330,6 +367,12 @@ def part_of(
 ) -> Place:
     """The place of what an agent does that isn't recorded: `what`, for a tool call if it is one."""
     return place.part(f"{what}({_about(place, ctx, line(), call)})", number=number)
+
+
+def recorded_name(call: ToolCallPart) -> str:
+    """What the tool of a call is called in the names of units: as it was when the call was recorded."""
+    progress, tool = PROGRESS.get(), call.tool_name
+    return tool if progress is None else progress.was.get((call.tool_call_id, tool), tool)
 
 
 def line() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 
 from pydantic_ai import ToolDefinition
@@ -11,7 +11,7 @@ from paigeant.clock import is_duration
 from paigeant.errors import InvalidDefinition, nearest
 from paigeant.retry import RetryPolicy
 
-__all__ = ["METADATA", "ToolOptions"]
+__all__ = ["METADATA", "ToolOptions", "renamed"]
 
 METADATA = "paigeant"
 """The key of a tool's metadata whose value says how calls of it are recorded."""
@@ -23,12 +23,14 @@ class ToolOptions:
 
     `retries` is a number of further tries or a RetryPolicy, within one attempt of the step; `timeout` is in seconds,
     for each try. `inline`: the call isn't recorded. `at_most_once`: what began and left no record is not begun again.
+    `was`: a name that the tool had, or several: a recorded answer that calls it so means this tool.
     """
 
     retries: int | RetryPolicy = 0
     timeout: float | None = None
     inline: bool = False
     at_most_once: bool = False
+    was: str | Collection[str] = ()
 
     def __post_init__(self) -> None:
         RetryPolicy.of(self.retries)
@@ -41,6 +43,18 @@ class ToolOptions:
             raise InvalidDefinition(
                 "what is done at most once is recorded and not tried again: leave out inline and retries"
             )
+
+        if not isinstance(self.was, Collection) or not all(
+            isinstance(name, str) and name for name in self.earlier_names
+        ):
+            raise InvalidDefinition(
+                f"was is a name that the tool had, or a list of names, found {self.was!r}"
+            )
+
+    @property
+    def earlier_names(self) -> tuple[str, ...]:
+        """The names that the tool had."""
+        return (self.was,) if isinstance(self.was, str) else tuple(self.was)
 
     @classmethod
     def of(cls, tool: str, definition: ToolDefinition) -> ToolOptions:
@@ -63,3 +77,17 @@ class ToolOptions:
 
 
 _DEFAULT = ToolOptions()
+
+
+def renamed(tools: Mapping[str, ToolOptions]) -> dict[str, str]:
+    """What tools are called now, by the names that they had. Raises InvalidDefinition for one that isn't clear."""
+    found: dict[str, str] = {}
+    for name, options in tools.items():
+        for earlier in options.earlier_names:
+            if earlier in tools or found.get(earlier, name) != name:
+                other = earlier if earlier in tools else found[earlier]
+                raise InvalidDefinition(
+                    f"tool '{name}' says that it was '{earlier}', and so is tool '{other}'"
+                )
+            found[earlier] = name
+    return found

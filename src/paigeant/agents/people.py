@@ -20,7 +20,7 @@ from pydantic_ai.external_events import ExternalEventError, ExternalEventWaiter
 from pydantic_ai.messages import ToolCallPart
 from pydantic_core import from_json, to_json
 
-from paigeant.agents.operations import CALL, PROGRESS, line, run_in_name
+from paigeant.agents.operations import CALL, PROGRESS, line, recorded_name, run_in_name
 from paigeant.errors import OutsideStep, RequestDenied, WaitTimeout
 from paigeant.journal import Place, Unit, current_place
 
@@ -74,7 +74,7 @@ async def _decision(
     asked = {"agent": agent, "tool": call.tool_name, "arguments": call.args_as_dict()}
     if more := requests.metadata.get(call.tool_call_id):
         asked["about"] = more
-    unit = place.name(f"{agent}__{kind}:{call.tool_name}({about},{call.tool_call_id})")
+    unit = place.name(f"{agent}__{kind}:{recorded_name(call)}({about},{call.tool_call_id})")
     try:
         answer = await place.ask(kind, call.tool_name, to_json(asked), timeout=timeout, unit=unit)
     except (WaitTimeout, RequestDenied) as exc:

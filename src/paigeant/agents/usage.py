@@ -8,23 +8,21 @@ unit, and adds nothing.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any, Self
 
-from pydantic import TypeAdapter
 from pydantic_ai import ModelResponse, RunUsage
 
 from paigeant.errors import StoreUnavailable
 from paigeant.store import RunValues, StepKey
 from paigeant.usage import Usage
 
-__all__ = ["Counting", "Part", "a_part", "count", "of_request", "of_run"]
-
-_RESPONSE = TypeAdapter(ModelResponse)
-_RUN = TypeAdapter(RunUsage)
+__all__ = ["Counting", "Part", "a_part", "count", "of_request", "of_run", "put_price"]
 
 
 class Counting:
@@ -102,29 +100,31 @@ def of_run(usage: RunUsage) -> Usage:
 
 
 def of_request(answer: object) -> Usage:
-    """What a model request used, as its recorded answer tells; the price is put into it where it is known.
+    """What a model request used, as its answer tells, which is one that is about to be recorded."""
+    if not isinstance(answer, dict) or not isinstance(answer.get("usage"), dict):
+        return Usage(requests=1)
+    # Models that a fallback gave up on before this one may have billed something, too.
+    tried = [one.get("usage") for one in answer.get("failed_attempts") or ()]
+    told = [_tokens(found) for found in (answer["usage"], *tried) if found is not None]
+    used, model = Usage.total((Usage(requests=1), *told)), answer.get("model_name")
+    return replace(used, models={model: used}) if isinstance(model, str) and model else used
+
+
+def _tokens(found: dict[str, Any]) -> Usage:
+    cost = found.get("cost")
+    return Usage(
+        input_tokens=found.get("input_tokens") or 0,
+        output_tokens=found.get("output_tokens") or 0,
+        cost=None if cost is None else Decimal(str(cost)),
+    )
+
+
+def put_price(answer: ModelResponse) -> None:
+    """Put what an answer cost in US dollars into its usage, where that is known.
 
     Prices change: it is that of the day on which it was asked, for replays and for limits as well.
     """
-    if not isinstance(answer, dict) or not isinstance(answer.get("usage"), dict):
-        return Usage(requests=1)
-    if answer["usage"].get("cost") is None and (cost := _price(answer)) is not None:
-        answer["usage"]["cost"] = cost
-    # Models that a fallback gave up on before this one may have billed something, too.
-    tried = [one.get("usage") for one in answer.get("failed_attempts") or ()]
-    used = RunUsage(requests=1)
-    for found in (answer["usage"], *tried):
-        if found is not None:
-            used.incr(_RUN.validate_python(found))
-    total, model = of_run(used), answer.get("model_name")
-    return replace(total, models={model: total}) if isinstance(model, str) and model else total
-
-
-def _price(answer: dict[str, Any]) -> str | None:
-    """What the request cost in US dollars; None where nobody knows."""
-    try:
-        return f"{_RESPONSE.validate_python({**answer, 'parts': []}).cost().total_price:f}"
-    except (
-        Exception
-    ):  # a model that has no price list, and whatever a list may hold: counting never fails a step
-        return None
+    if answer.usage.cost is None:
+        # A model that has no price list, and whatever a list may hold: counting never fails a step.
+        with contextlib.suppress(Exception):
+            answer.usage.cost = answer.cost().total_price

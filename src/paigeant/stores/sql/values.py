@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic_core import from_json
@@ -16,8 +16,9 @@ from paigeant.errors import (
     PaigeantError,
     RunNotFound,
 )
-from paigeant.lane import Tx
+from paigeant.lane import Later, Tx
 from paigeant.rows import (
+    ask_unit,
     encoded,
     lock_runs,
     save_units,
@@ -76,11 +77,15 @@ class SqlValues(SqlPart):
     async def save_unit(self, key: StepKey, name: str, value: bytes) -> bytes:
         return await self.database.write(self._save_unit, (key, name, value))
 
-    def _save_unit(self, tx: Tx, requests: Sequence[tuple[StepKey, str, bytes]]) -> list[bytes]:
+    def _save_unit(self, tx: Tx, requests: Sequence[tuple[StepKey, str, bytes]]) -> list[Later[bytes]]:
         save_units(tx, requests)
-        return [
-            found if (found := unit_of(tx, key, name)) is not None else value for key, name, value in requests
-        ]
+        return [Later(self._standing(tx, *request)) for request in requests]
+
+    @staticmethod
+    def _standing(tx: Tx, key: StepKey, name: str, value: bytes) -> Callable[[], bytes]:
+        # Asked along with the commit: nothing in the transaction depends on it.
+        asked = ask_unit(tx, key, name)
+        return lambda: found if (found := asked()) is not None else value
 
     async def load_unit(self, key: StepKey, name: str) -> bytes | None:
         return await self.database.read(self._load_unit, (key, name))

@@ -306,6 +306,43 @@ class WaitConformance(StoreBench):
         assert await store.take_signal(key, "u1", "paid") == b"null"
         assert from_json(await store.take_signal(key, "u2", "paid") or b"")["value"] == 1
 
+    async def test_a_retry_has_what_was_denied_done_anew(self, store: Store) -> None:
+        """Waits that were over without an answer, with all that belongs to them, and what held an answer."""
+        stays = {
+            "u": b"1",
+            "u#2": b"null",  # a value like any other
+            "told": b"null",
+            "told!until": b"5",
+            "told!told": b"true",
+            "held": b"2",
+            "held!refused": b"true",
+            "allowed!begun!decision": b'{"value":{"approved":true},"by":"ada"}',
+            "allowed!begun!decision!token": b'"t1"',
+            "no answer": b'{"value":{"approved":false},"by":"ada"}',  # that is one: it was asked whether to go on
+            "no answer!token": b'"t2"',
+        }
+        goes = {
+            "over": b"null",
+            "over!until": b"5",
+            "denied": b'{"value":{"denied":"no"},"by":"ada"}',
+            "denied!token": b'"t3"',
+            "lost!begun!decision": b'{"value":{"approved":false},"by":"ada"}',
+            "lost!begun!decision!token": b'"t4"',
+            "held!held": b"true",
+        }
+        keys = [await self.start(store, run_id=run_id) for run_id in ("r", "s")]
+        for key in keys:
+            for name, value in {**stays, **goes}.items():
+                await store.save_unit(key, name, value)
+        ended = {"run": RunStatus.FAILED, "ending": "failed", "run_error": "a: E: no"}
+        grant = await self.claim(store, keys[0])
+        await self.record(store, self.ending(keys[0], grant, StepStatus.FAILED, error="E: no", **ended))
+        await store.retry_run("r")
+        async with self.other(store) as other:
+            assert await other.load_units(keys[0]) == stays
+            assert await other.load_units(keys[1]) == {**stays, **goes}
+            assert await other.save_unit(keys[0], "over", b"1") == b"1"
+
     async def test_a_signal_or_else_is_recorded_in_one_go(self, store: Store) -> None:
         """Whoever's time is up takes what came in the last moment; else that nothing came is what stands."""
         key = await self.start(store)
