@@ -13,6 +13,7 @@ from paigeant.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from paigeant.loading import Handlers
+    from paigeant.monitor import Monitor
     from paigeant.observer import Observer
     from paigeant.observers.metrics import MetricsObserver
     from paigeant.settings import Settings
@@ -28,6 +29,7 @@ class Sight:
     settings: Settings
     observers: list[Observer] = field(default_factory=list)
     metrics: MetricsObserver | None = None
+    _monitor: Monitor | None = None
 
     @contextlib.asynccontextmanager
     async def of(self, worker: ActivityWorker) -> AsyncIterator[None]:
@@ -38,8 +40,13 @@ class Sight:
         from paigeant.monitor import Monitor
 
         host, port = self.settings.metrics_host, self.settings.metrics_port
-        async with Monitor(worker, self.metrics, host=host, port=port):
+        async with Monitor(worker, self.metrics, host=host, port=port) as self._monitor:
             yield
+
+    def waits(self, why: str | None) -> None:
+        """Tell that the worker waits for its store or transport before it begins; None: not any more."""
+        if self._monitor is not None:
+            self._monitor.waits_for = why
 
 
 @contextlib.contextmanager
