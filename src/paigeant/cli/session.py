@@ -126,7 +126,7 @@ def json_value(text: str, what: str) -> Any:
     except MessageInvalid as exc:
         reason = str(exc).removeprefix(f"{exc.reason}: ")
         hint = "" if text[:1] in '[{"' else f"; a text needs quotes of its own: '\"{text}\"'"
-        raise InputInvalid(f"{what} is not JSON: {reason}{hint}") from exc
+        raise InputInvalid(f"{what} is not JSON: {reason}, found {text[:30]!r}{hint}") from exc
 
 
 def duration(text: str, what: str) -> float:

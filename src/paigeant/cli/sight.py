@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from paigeant.errors import ConfigurationError
+from paigeant.extras import how_to_install
 
 if TYPE_CHECKING:
     from paigeant.loading import Handlers
@@ -119,5 +120,5 @@ def _need(module: str, setting: str, extra: str) -> None:
         found = None
     if found is None:
         raise ConfigurationError(
-            f"the setting `{setting}` needs {module}, which isn't installed: pip install 'paigeant[{extra}]'"
+            f"the setting `{setting}` needs {module}, which isn't installed: {how_to_install(extra)}"
         )
