@@ -540,16 +540,22 @@ def _trace(parent: str) -> tuple[str, str]:
     return trace_id, f"00-{trace_id}-{random.getrandbits(64):016x}-01"
 
 
+_MOST_TOLD = 20
+"""What is wrong with an input is told up to this number: a long list may be wrong in each of its items."""
+
+
 def _fitted(workflow: Workflow, payload: dict[str, Any]) -> dict[str, Any]:
     adapter: TypeAdapter[Any] = typed(workflow.input_model)
     try:
         model = adapter.validate_json(codec.dump(payload))
     except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "input"
-        more = f" (and {exc.error_count() - 1} more)" if exc.error_count() > 1 else ""
+        wrong = [
+            f"{'.'.join(str(part) for part in error['loc']) or 'input'}: {error['msg']}"
+            for error in exc.errors(include_url=False, include_input=False)
+        ]
+        more = f"; and {len(wrong) - _MOST_TOLD} more" if len(wrong) > _MOST_TOLD else ""
         raise InputInvalid(
-            f"the input of workflow '{workflow.name}' doesn't fit: {place}: {first['msg']}{more}"
+            f"the input of workflow '{workflow.name}' doesn't fit: {'; '.join(wrong[:_MOST_TOLD])}{more}"
         ) from exc
     fitted: dict[str, Any] = codec.plain(model)
     return fitted

@@ -57,6 +57,8 @@ class Monitor:
         self.metrics = metrics
         self.host = host
         self.port = port
+        self.waits_for: str | None = None
+        """Why its store and transport aren't open, so that the worker can't begin yet; None when they are."""
         self._server: _Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asking = asyncio.Lock()
@@ -95,10 +97,13 @@ class Monitor:
 
     def dead(self) -> list[str]:
         """Why this process had better be ended and started anew; empty while it lives."""
-        return self.worker.heartbeat.troubles()
+        # No new start would bring a server back.
+        return [] if self.waits_for else self.worker.heartbeat.troubles()
 
     def unready(self) -> list[str]:
         """Why this worker takes no messages now, or can't do anything with them; empty when it is ready."""
+        if (why := self.waits_for) is not None:
+            return [f"the worker waits for its servers: {why}"]
         found = self._now()
         return self.worker.idleness() + (["the event loop doesn't answer"] if found is None else found[2])
 
@@ -131,6 +136,10 @@ class Monitor:
             found = self._found
             if found is not None and time.monotonic() - found[0] < _FRESH_SECONDS:
                 return found
+            if (why := self.waits_for) is not None:
+                # Neither is asked before both are open. The store is opened first.
+                up = {"store": why == "TransportUnavailable", "transport": False}
+                return time.monotonic(), Backlog(False, 0, self.worker.concurrency, up=up), []
             store, transport = self.worker.store, self.worker.transport
             steps, stored = await _answer(_of_store(store))
             known = sorted({*self.worker.topics, *(steps.topics if steps is not None else ())})

@@ -82,6 +82,9 @@ class Settings(BaseSettings):
     )
     grace: float = Field(10.0, gt=0, description="how long a sent message has before it is sent again")
     shutdown_grace: float = Field(30.0, ge=0, description="how long running steps may finish at a shutdown")
+    start_timeout: float | None = Field(
+        None, ge=0, description="how long a worker waits at its start for servers; without end by default"
+    )
     local_steps: int = Field(50, ge=1, description="steps of one run in a row before others have their turn")
 
     adopt: bool = Field(False, description="take over runs that the store has never seen from their messages")

@@ -124,7 +124,11 @@ CASES = [
         {"sku": "A", "quantity": 0},
         "quantity: Input should be greater than 0",
     ),
-    fitted("two fields of the model don't fit", {"quantity": "x"}, "sku: Field required", "(and 1 more)"),
+    fitted(
+        "two fields of the model don't fit",
+        {"quantity": "x"},
+        "sku: Field required; quantity: Input should be a valid integer",
+    ),
     piped("nothing in the pipe", "", "is empty"),
     piped("no JSON in the pipe", "sku=A-1", "is not JSON", "line 1, column 1"),
     piped("no text in the pipe", b"\x00\xff\x00\xff", "is not JSON", "is not UTF-8"),

@@ -23,6 +23,7 @@ from paigeant import Paigeant, PaigeantMessage, RoutingSlip, Settings, Step
 from paigeant.cli import session
 from paigeant.cli.program import app, exit_code
 from paigeant.errors import InputInvalid, RunTimeout, StoreUnavailable, TransportUnavailable
+from paigeant.extras import how_to_install
 from paigeant.message import encode
 from paigeant.store import DeadLetter
 
@@ -758,7 +759,7 @@ def test_an_upgrade_makes_the_tables() -> None:
     assert as_json("db", "current")["current"] is None
     assert as_json("db", "upgrade")["current"] == newest
     assert as_json("db", "upgrade") == {"database": "paigeant.db", "before": newest, "current": newest}
-    assert paigeant("db", "current").stdout == f"{newest} (newest)\n"
+    assert paigeant("db", "current").stdout == f"paigeant.db: {newest} (newest)\n"
 
 
 def test_a_downgrade_takes_the_tables_away() -> None:
@@ -922,10 +923,8 @@ def test_a_missing_library_is_named_with_what_installs_it(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", url.replace("host", "localhost"))
-    assert f"pip install 'paigeant[{extra}]'" in checked(2)["transport"][1]
-    assert f"pip install 'paigeant[{extra}]'" in refused(
-        "dispatch", "pay", "-", "--handlers", "handlers.py", input="{}"
-    )
+    assert how_to_install(extra) in checked(2)["transport"][1]
+    assert how_to_install(extra) in refused("dispatch", "pay", "-", "--handlers", "handlers.py", input="{}")
 
 
 def test_an_unknown_setting_is_refused_by_every_command() -> None:
@@ -1180,3 +1179,42 @@ def test_every_help_has_an_example(words: tuple[str, ...]) -> None:
 def test_a_group_alone_shows_its_help(group: str) -> None:
     """Calling a group without a command tells which there are, once."""
     assert CliRunner().invoke(app, [group]).stdout.count("Usage:") == 1
+
+
+def test_a_dispatch_that_reaches_no_broker_says_that_nothing_was_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever gets exit code 3 knows whether to look for a run, and finds none."""
+    monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", "redis://127.0.0.1:1")
+    args = ("dispatch", "order", "-", "--handlers", "handlers.py")
+    assert "Nothing was recorded, so no run was started" in refused(*args, input=json.dumps(GOOD), code=3)
+    monkeypatch.delenv("PAIGEANT_TRANSPORT_URL")
+    assert as_json("runs", "list") == []
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"{'a': 1}", """found "'a': 1}", expected a JSON object such as {"""),
+        (b'{"a": ', "found its end, expected a JSON object such as {"),
+        (b"sku: A-1", "found 'sku: A-1', expected"),
+    ],
+)
+def test_what_is_no_json_is_shown_with_an_example(body: bytes, said: str) -> None:
+    """The message has what stands at the place where it goes wrong, and how it is meant."""
+    Path("in.json").write_bytes(body)
+    assert said in refused("dispatch", "order", "in.json", "--handlers", "handlers.py")
+
+
+def test_current_says_which_database_and_whether_it_fits() -> None:
+    """A file that isn't there fits, for it is made; one of newer code doesn't, which is exit code 2."""
+    from paigeant.tables import SCHEMA_VERSION
+
+    assert as_json("db", "current")["fits"]
+    paigeant("db", "upgrade")
+    with sqlite3.connect("paigeant.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.close()
+    result = paigeant("db", "current", code=2)
+    assert result.stdout == f"paigeant.db: 9999 (newest: {SCHEMA_VERSION})\n"
+    assert "error: the tables of paigeant.db were made by another version" in result.stderr

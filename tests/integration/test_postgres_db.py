@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 
 import psycopg
@@ -11,6 +12,8 @@ import pytest
 from tests.integration.processes import PAIGEANT
 from tests.services import free_port
 
+from paigeant.databases import open_database
+from paigeant.errors import SchemaMismatch
 from paigeant.tables import SCHEMA_VERSION, metadata
 
 
@@ -20,7 +23,8 @@ def command(url: str, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def _env(url: str) -> dict[str, str]:
-    return {"PAIGEANT_STORE_URL": url, "PAIGEANT_TRANSPORT_URL": url, "TERM": "dumb", "COLUMNS": "400"}
+    urls = {"PAIGEANT_STORE_URL": url, "PAIGEANT_TRANSPORT_URL": url}
+    return {**os.environ, **urls, "TERM": "dumb", "COLUMNS": "400"}
 
 
 def tables(url: str) -> set[str]:
@@ -92,10 +96,10 @@ def test_newer_tables_are_left_alone(postgres_url: str, args: tuple[str, ...]) -
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
     done = command(postgres_url, *args)
     if args == ("db", "current"):
-        assert (done.returncode, done.stdout) == (0, f"9999 (newest: {SCHEMA_VERSION})\n")
-    else:
-        assert done.returncode == 2
-        assert "Install the newer version, or name another database" in done.stderr
+        assert f": 9999 (newest: {SCHEMA_VERSION})\n" in done.stdout
+        assert done.stdout.startswith(f"Postgres database '{postgres_url.rpartition('/')[2]}' at ")
+    assert done.returncode == 2
+    assert "Install the newer version, or name another database" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -105,8 +109,31 @@ def test_a_server_that_is_down_is_exit_code_3(args: tuple[str, ...]) -> None:
     """A server that can't be reached is told from a mistake, and its password is never shown."""
     done = command(f"postgresql://someone:hidden@127.0.0.1:{free_port()}/x", *args)
     assert done.returncode == 3, done.stderr
-    assert "is the server running" in done.stderr + done.stdout
+    lines = (done.stderr + done.stdout).lower().splitlines()
+    assert {line.count("is the server running") for line in lines if "can't use" in line} == {1}
     assert "hidden" not in done.stderr + done.stdout
+
+
+def test_current_tells_tables_that_are_missing(postgres_url: str) -> None:
+    """Nothing makes the tables on a server by itself, so one without them doesn't fit."""
+    done = command(postgres_url, "db", "current")
+    assert (done.returncode, ": none (newest: " in done.stdout) == (2, True)
+    assert "`paigeant db upgrade` brings them up to date" in done.stderr
+    assert command(postgres_url, "db", "upgrade").returncode == 0
+    assert command(postgres_url, "db", "current").returncode == 0
+
+
+def test_tables_of_newer_code_are_told_before_alembic_begins(
+    postgres_store_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No line of Alembic's stands before the error."""
+    with psycopg.connect(postgres_store_url) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    database = open_database(postgres_store_url)
+    caplog.set_level("INFO")
+    with pytest.raises(SchemaMismatch), database.as_it_is() as connection:
+        database.prepare(connection)
+    assert [record.name for record in caplog.records if record.name.startswith("alembic")] == []
 
 
 @pytest.mark.parametrize("args", [("db", "upgrade"), ("runs", "list")])

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
-from tests.kill.nursery import Nursery
 from tests.kill.roles import BEGAN, LOST, Record, diary, steps_of
 from tests.kill.sql import rows
 
@@ -18,6 +18,7 @@ __all__ = [
     "longest_pause",
     "open_runs",
     "recoveries",
+    "stragglers",
     "usual_wait",
     "violations",
 ]
@@ -79,9 +80,8 @@ def open_runs(store: str) -> int:
 
 
 def violations(store: str, runs: Collection[int]) -> list[tuple[str, str]]:
-    """All that is wrong with these runs (of consecutive numbers) by the rows alone."""
+    """All that is wrong by the rows alone with these runs: all that there are from the first to the last of them."""
     first, last = min(runs), max(runs)
-    assert len(runs) == last - first + 1
     wrong = rows(store, _VIOLATIONS.format(first=first, last=last))
     numbers = f"CAST(substr(id, 2) AS INTEGER) BETWEEN {first} AND {last}"
     [(there,)] = rows(store, f"SELECT count(*) FROM workflow_runs WHERE {numbers}")
@@ -100,14 +100,24 @@ def begun(folder: Path) -> Counter[Execution]:
     return Counter((entry.run, entry.step, entry.undo) for entry in diary(folder) if entry.what == BEGAN)
 
 
-def audit(nursery: Nursery, *, runs: Collection[int], killed: Collection[int] = ()) -> int:
+class Audited(Protocol):
+    """What has been done: recorded in a store, and in a diary."""
+
+    folder: Path
+
+    @property
+    def store(self) -> str:
+        """The url of the store."""
+
+
+def audit(done: Audited, *, runs: Collection[int], killed: Collection[int] = ()) -> int:
     """Check it all for `runs`, while the processes `killed` were killed. Gives how many executions were repeats."""
-    store = nursery.store
+    store = done.store
     if store.startswith("sqlite:"):
         assert rows(store, "PRAGMA integrity_check") == [("ok",)]
     wrong = violations(store, runs)
     assert not wrong, f"{len(wrong)} violations: {wrong[:20]}"
-    records = [entry for entry in diary(nursery.folder) if entry.run in runs]
+    records = [entry for entry in diary(done.folder) if entry.run in runs]
     _check_outputs(store, records, runs)
     return _count_repeats(records, runs, killed)
 
@@ -118,22 +128,43 @@ def recoveries(store: str, healed: Collection[float]) -> list[float]:
     A run goes on when one of its steps is claimed or recorded, or with its end. Instants are seconds since 1970.
     """
     moves = _moves(store)
-    waits = []
-    for heal in healed:
-        in_flight = [run for run in moves if run[0] < heal < run[-1]]
-        waits.append(max((min(at for at in run if at > heal) - heal for run in in_flight), default=0.0))
-    return waits
+    return [max(_waits(moves, heal).values(), default=0.0) for heal in healed]
+
+
+def stragglers(store: str, faults: Collection[float], *, within: float) -> dict[str, float]:
+    """The runs that, after one of these faults with which they were in flight, went on later than `within` seconds.
+
+    By run how long it took, the longest where there were several. What going on is, see `recoveries`.
+    """
+    late: dict[str, float] = {}
+    moves = _moves(store)
+    for fault in faults:
+        for run, wait in _waits(moves, fault).items():
+            if wait > max(within, late.get(run, 0.0)):
+                late[run] = wait
+    return late
+
+
+def _waits(moves: dict[str, list[float]], since: float) -> dict[str, float]:
+    """For each run that was in flight then, how long it took to go on."""
+    in_flight = {run: at for run, at in moves.items() if at[0] < since < at[-1]}
+    return {run: min(one for one in at if one > since) - since for run, at in in_flight.items()}
 
 
 def usual_wait(store: str, until: float) -> float:
     """The longest time that a run didn't go on before any fault: what waiting for one's turn takes on this machine."""
     return max(
-        (later - earlier for run in _moves(store) for earlier, later in pairwise(run) if later < until),
+        (
+            later - earlier
+            for run in _moves(store).values()
+            for earlier, later in pairwise(run)
+            if later < until
+        ),
         default=0.0,
     )
 
 
-def _moves(store: str) -> list[list[float]]:
+def _moves(store: str) -> dict[str, list[float]]:
     """For each run the instants at which it began, went on, and ended."""
     moves = {
         run: [created, ended]
@@ -141,7 +172,7 @@ def _moves(store: str) -> list[list[float]]:
     }
     for run, *instants in rows(store, "SELECT workflow_id, started_at, completed_at FROM step_executions"):
         moves[run] += instants
-    return [sorted(at for at in run if at is not None) for run in moves.values()]
+    return {run: sorted(at for at in found if at is not None) for run, found in moves.items()}
 
 
 def longest_pause(store: str, since: float) -> float:

@@ -28,7 +28,21 @@ from paigeant.settings import Settings
 from paigeant.slip import Step
 from paigeant.workflow import Workflow
 
-__all__ = ["BEGAN", "ENDED", "LOST", "TIMES", "Record", "activity", "diary", "length", "play", "steps_of"]
+__all__ = [
+    "BEGAN",
+    "ENDED",
+    "LOST",
+    "TIMES",
+    "Loser",
+    "Record",
+    "activity",
+    "diary",
+    "execute",
+    "keep_diary",
+    "length",
+    "play",
+    "steps_of",
+]
 
 TIMES = {"lease": 2.0, "heartbeat": 0.3, "sweep_interval": 0.2, "grace": 1.0}
 """Settings for tests in which leases end and messages are lost, so that these don't take long."""
@@ -65,6 +79,14 @@ def diary(folder: Path) -> list[Record]:
     return [Record(*record) for record in _RECORD.iter_unpack((folder / "diary").read_bytes())]
 
 
+def keep_diary(folder: Path) -> None:
+    """Have what this process executes recorded in the diary of this folder."""
+    global _diary
+    if _diary >= 0:
+        os.close(_diary)
+    _diary = os.open(folder / "diary", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
 def length(folder: Path) -> int:
     """How many records there are."""
     try:
@@ -89,7 +111,8 @@ def _write(run_id: str, step_id: str, attempt: int, undo: bool, what: int) -> in
     return _written
 
 
-async def _execute(context: StepContext, *, undo: bool = False) -> str:
+async def execute(context: StepContext, *, undo: bool = False) -> str:
+    """Leave records of an execution in the diary, and say which one it was."""
     number = _write(context.workflow_id, context.step_id, context.attempt, undo, BEGAN)
     late = context.attempt == 1 and _slow[:2] == (context.step_id, undo)
     await asyncio.sleep(_slow[2] if late else random.random() * _pause)
@@ -100,19 +123,19 @@ async def _execute(context: StepContext, *, undo: bool = False) -> str:
 @activity.execute(retries=RetryPolicy(attempts=50, base=0.01, cap=0.1))
 async def work(context: StepContext) -> str:
     """Leave a record, take a little time, and say which execution this was."""
-    return await _execute(context)
+    return await execute(context)
 
 
 @activity.compensate("work", retries=RetryPolicy(attempts=50, base=0.01, cap=0.1))
 async def unwork(context: StepContext, output: str) -> None:
     """Undo it, with a record of its own."""
-    await _execute(context, undo=True)
+    await execute(context, undo=True)
 
 
 @activity.execute(retries=RetryPolicy(attempts=50))
 async def fail(context: StepContext) -> str:
     """Fail for good."""
-    await _execute(context)
+    await execute(context)
     raise NonRetryableError("planned")
 
 
@@ -126,7 +149,7 @@ async def poison(context: StepContext) -> str:
 activity.check()
 
 
-class _Loser:
+class Loser:
     """Notes which steps their worker lost without dying: they may be executed again."""
 
     def observe(self, event: Event) -> None:
@@ -139,7 +162,7 @@ async def _worker(settings: Settings, options: dict[str, Any]) -> None:
     global _pause, _slow
     _pause = options.get("pause", 0.0)
     _slow = tuple(options.get("slow", _slow))
-    app = Paigeant(settings, activities=activity, observers=[_Loser()])
+    app = Paigeant(settings, activities=activity, observers=[Loser()])
     async with app:
         worker = app.worker(concurrency=options.get("concurrency", 20))
         stopping: list[asyncio.Task[None]] = []
@@ -191,11 +214,10 @@ ROLES: dict[str, Role] = {"worker": _worker, "dispatcher": _dispatcher}
 
 def play(role: str, folder: Path, settings: dict[str, Any], options: dict[str, Any]) -> None:
     """Be this role in this process, until it ends."""
-    global _diary
     random.seed(os.getpid())
     stacks = (folder / f"stacks.{os.getpid()}").open("a")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-    _diary = os.open(folder / "diary", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    keep_diary(folder)
     logs = logging.FileHandler(folder / "log")
     logs.setFormatter(logging.Formatter("%(asctime)s %(process)d %(name)s: %(message)s"))
     logging.getLogger("paigeant").addHandler(logs)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from tests.kill.audit import audit, open_runs
+from tests.kill.audit import audit, open_runs, stragglers
 from tests.kill.nursery import Nursery
 from tests.kill.roles import BEGAN, diary
 from tests.kill.sql import make_tables, write
@@ -74,6 +74,16 @@ def test_forged_rows_are_found(restored: Nursery, forgery: str) -> None:
     write(restored.store, FORGERIES[forgery])
     with pytest.raises(AssertionError, match=r"'r21'|'r23'|'all'|^r21"):
         audit(restored, runs=RUNS)
+
+
+def test_a_run_that_goes_on_late_is_found(restored: Nursery) -> None:
+    """Of several runs in flight the one that rested after a fault, and for how long; the others went on in time."""
+    write(restored.store, "UPDATE workflow_runs SET created_at = 1000, completed_at = 1100")
+    write(restored.store, "UPDATE step_executions SET started_at = 1001, completed_at = 1012")
+    write(restored.store, "UPDATE step_executions SET completed_at = 1017 WHERE workflow_id = 'r24'")
+    assert stragglers(restored.store, [1010.0], within=5.0) == {"r24": 7.0}
+    assert stragglers(restored.store, [1010.0, 1000.5, 1200.0], within=1.0)["r24"] == 7.0
+    assert stragglers(restored.store, [1010.0], within=7.0) == {}
 
 
 def test_an_execution_that_nothing_explains_is_found(done: Nursery) -> None:

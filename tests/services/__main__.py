@@ -11,16 +11,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.services import docker
-from tests.services.programs import PROGRAMS, Kind, ServerMissing, is_installed, program
+from tests.services.programs import PROGRAMS, Kind, ServerMissing, find, is_installed, program
 from tests.services.shared import VARIABLES
 
 PACKAGES = {
     "postgres": "postgresql",
     "redis": "redis-server",
     "rabbitmq": "rabbitmq-server",
-    "hosts": "iproute2",
 }
-UNITS = ["postgresql", "redis-server", "rabbitmq-server"]
+TOOLS = {"ip": "iproute2", "pgbouncer": "pgbouncer"}
+"""Programs that are no servers for tests to share, and the packages that have them."""
+UNITS = ["postgresql", "redis-server", "rabbitmq-server", "pgbouncer"]
 FORBIDS_STARTS = Path("/usr/sbin/policy-rc.d")
 
 
@@ -29,8 +30,7 @@ def main() -> int:
     missing = [kind for kind in PROGRAMS if not is_installed(kind)]
     packages = [PACKAGES[kind] for kind in missing]
     if shutil.which("apt-get") and os.geteuid() == 0:
-        if shutil.which("ip") is None:
-            packages.append(PACKAGES["hosts"])
+        packages += [package for name, package in TOOLS.items() if find(name) is None]
         if packages:
             say(f"installing {', '.join(packages)}")
             try:

@@ -59,7 +59,7 @@ class PostgresServer(Server):
         self.start()
 
     def _user(self) -> str | None:
-        return _unprivileged()
+        return unprivileged()
 
     def _prepare(self) -> None:
         shutil.copytree(_template(), self._data, symlinks=True)
@@ -73,7 +73,7 @@ class PostgresServer(Server):
         with (self._data / "postgresql.conf").open("a") as file:
             file.write("\n".join(lines) + "\n")
         (self._data / "pg_hba.conf").write_text("host all all all trust\n")
-        _give_away(self._data)
+        give_away(self._data)
 
     @property
     def _data(self) -> Path:
@@ -110,7 +110,7 @@ def _run(server_url: str, statement: LiteralString, name: str) -> None:
         connection.execute(sql.SQL(statement).format(sql.Identifier(name)))
 
 
-def _unprivileged() -> str | None:
+def unprivileged() -> str | None:
     """Who runs Postgres when root may not: its own account, or else that of nobody. None when we aren't root."""
     if os.geteuid() != 0:
         return None
@@ -120,8 +120,8 @@ def _unprivileged() -> str | None:
         return "nobody"
 
 
-def _give_away(folder: Path) -> None:
-    user = _unprivileged()
+def give_away(folder: Path) -> None:
+    user = unprivileged()
     if user is not None:
         account = pwd.getpwnam(user)
         for file in [folder, *folder.rglob("*")]:
@@ -139,10 +139,10 @@ def _template() -> Path:
 
 
 def _initdb(folder: Path) -> None:
-    user = _unprivileged()
+    user = unprivileged()
     with tempfile.TemporaryDirectory(prefix="paigeant-initdb-") as place:
         cluster = Path(place) / "data"
-        _give_away(Path(place))
+        give_away(Path(place))
         done = subprocess.run(
             [
                 str(program("initdb")),

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["PROGRAMS", "Kind", "ServerMissing", "is_installed", "program"]
+__all__ = ["PROGRAMS", "Kind", "ServerMissing", "find", "is_installed", "program"]
 
 Kind = Literal["postgres", "redis", "rabbitmq"]
 
@@ -49,9 +49,9 @@ class ServerMissing(Exception):
 
 def program(name: str) -> Path:
     """The program of this name, the newest one where there are several. Raises ServerMissing."""
-    found = _find(name)
+    found = find(name)
     if found is None:
-        _find.cache_clear()  # it may be installed later
+        find.cache_clear()  # it may be installed later
         raise ServerMissing(f"The program {name}")
     return found
 
@@ -65,7 +65,8 @@ def is_installed(kind: Kind) -> bool:
 
 
 @cache
-def _find(name: str) -> Path | None:
+def find(name: str) -> Path | None:
+    """The program of this name; None where there is none."""
     for place in PLACES:
         folders = sorted(Path("/").glob(place.lstrip("/")), key=_version, reverse=True)
         for folder in folders:

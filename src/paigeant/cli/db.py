@@ -23,20 +23,29 @@ app = typer.Typer(help="See and change the version of the database's tables.", n
 
 @app.command(epilog=session.examples("paigeant db current --json"))
 def current(json: AsJson = False) -> None:
-    """Show at which migration the database is, and which is the newest."""
+    """Show at which migration each database is, and which is the newest. Exit code 2 when one doesn't fit."""
     from paigeant.database import current_version
     from paigeant.migrations import known
 
-    newest = known()[-1]
+    newest, misfits = known()[-1], 0
     for database in _databases():
         found = None
         if database.exists:
             with database.as_it_is() as connection:
                 found = current_version(connection)
+        misfit = _misfit(database, found)
+        misfits += misfit is not None
         if json:
-            console.value({"database": database.place, "current": found, "newest": newest})
+            console.value(
+                {"database": database.place, "current": found, "newest": newest, "fits": misfit is None}
+            )
         else:
-            console.result(f"{found or 'none'}{' (newest)' if found == newest else f' (newest: {newest})'}")
+            told = "newest" if found == newest else f"newest: {newest}"
+            console.result(f"{database.place}: {found or 'none'} ({told})")
+        if misfit is not None:
+            console.error(misfit)
+    if misfits:
+        raise typer.Exit(2)
 
 
 @app.command(epilog=session.examples("paigeant db upgrade"))
@@ -99,6 +108,22 @@ def downgrade(
             migrations.downgrade(connection, database.place, revision)
             after = current_version(connection)
         _tell(database, before, after, json)
+
+
+def _misfit(database: Database, found: str | None) -> str | None:
+    """Why this version can't work with tables of the migration `found`, and what to do; None when it can."""
+    from paigeant.errors import SchemaMismatch
+    from paigeant.migrations import check, known
+
+    if found is not None:
+        try:
+            check(database.place, found)
+        except SchemaMismatch as exc:
+            return str(exc)
+    if found == known()[-1] or database.url.startswith("sqlite:"):  # a file is brought there when it is used
+        return None
+    which = "no" if found is None else "older"
+    return f"{database.place} has {which} tables; `paigeant db upgrade` brings them up to date"
 
 
 def _databases() -> list[Database]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +15,16 @@ import typer
 
 from paigeant.cli import console, session
 from paigeant.cli.behalf import read_given
-from paigeant.cli.sight import observing
-from paigeant.errors import ConfigurationError, InputInvalid, MessageTooLarge, RunTimeout, nearest
+from paigeant.cli.opening import AWAY
+from paigeant.cli.sight import Sight, observing
+from paigeant.errors import (
+    ConfigurationError,
+    InputInvalid,
+    MessageTooLarge,
+    RunTimeout,
+    StoreUnavailable,
+    nearest,
+)
 
 if TYPE_CHECKING:
     from paigeant.app import Paigeant, Run
@@ -155,7 +164,19 @@ def read_input(name: str, limit_bytes: int) -> Any:
     try:
         return parse_strict(body.removeprefix(b"\xef\xbb\xbf"))
     except MessageInvalid as exc:
-        raise InputInvalid(f"{shown} is not JSON: {str(exc).removeprefix(f'{exc.reason}: ')}") from exc
+        reason = str(exc).removeprefix(f"{exc.reason}: ")
+        raise InputInvalid(f"{shown} is not JSON: {reason}{_there(exc.__cause__)}, {_EXAMPLE}") from exc
+
+
+_EXAMPLE = 'expected a JSON object such as {"sku": "A-1", "quantity": 2}'
+
+
+def _there(cause: BaseException | None) -> str:
+    """What stands at the place where the JSON goes wrong, as far as that is told."""
+    if not isinstance(cause, JSONDecodeError):
+        return ""
+    found = cause.doc[cause.pos :].partition("\n")[0]
+    return f", found {found[:30]!r}" if found.strip() else ", found its end"
 
 
 def _read_stdin(_: str, limit_bytes: int) -> bytes:
@@ -206,14 +227,36 @@ async def _dispatch(
     as_json: bool,
 ) -> int:
     with observing(settings, loaded, works=False) as sight:
-        async with session.opened(settings, loaded, makes=True, observers=sight.observers) as app:
-            run = await start(app)
+        async with _opened(settings, loaded, sight) as app:
+            run = await _started(start, app)
             if not wait:
                 console.value({"id": run.id}) if as_json else console.result(run.id)
                 if session.is_interactive():
                     console.note(f"[dim]dispatched; `paigeant runs show {run.id}` tells where it is[/]")
                 return 0
             return await _wait(app, run, timeout, as_json)
+
+
+@contextlib.asynccontextmanager
+async def _opened(settings: Settings, loaded: Handlers, sight: Sight) -> AsyncIterator[Paigeant]:
+    app = session.application(settings, loaded, makes=True, observers=sight.observers)
+    try:
+        await app.__aenter__()
+    except AWAY as exc:
+        raise type(exc)(f"{exc}. Nothing was recorded, so no run was started") from exc
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_exit(app)
+        yield app
+
+
+async def _started(start: Callable[[Paigeant], Awaitable[Run]], app: Paigeant) -> Run:
+    try:
+        return await start(app)
+    except StoreUnavailable as exc:
+        raise StoreUnavailable(
+            f"{exc}. Whether the run was recorded isn't known: `paigeant runs list` tells; "
+            "dispatched again with the --id that it had, it is the same run"
+        ) from exc
 
 
 async def _wait(app: Paigeant, run: Run, timeout: float | None, as_json: bool) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from paigeant.cli import session
+from paigeant.cli.opening import AWAY
 
 if TYPE_CHECKING:
     from paigeant.settings import Settings
@@ -19,7 +21,7 @@ __all__ = ["pause_before", "supervise"]
 log = logging.getLogger("paigeant.supervisor")
 
 _HEALTHY_SECONDS = 30.0
-_WRONG_USE = 2
+_WRONG_USE, _UNREACHABLE = 2, 3
 
 
 def pause_before(deaths: int) -> float:
@@ -31,11 +33,14 @@ async def supervise(command: Sequence[str], settings: Settings, *, until_idle: b
     """Keep `settings.processes` processes of `command` running until they are to stop; gives the exit code.
 
     A process that ends unasked is started again after a pause that grows, unless it ended because it was told to end
-    when idle, or because it is configured wrongly, which no new start would mend.
+    when idle, or because it is configured wrongly, which no new start would mend, or has waited for its servers for as
+    long as it was to.
     """
-    async with session.opened(settings, makes=True):
-        pass  # what is wrong with store or transport is told once, here
-    supervisor = _Supervisor(command, until_idle=until_idle, metrics_port=settings.metrics_port)
+    with contextlib.suppress(*AWAY):  # the workers tell, and wait
+        async with session.opened(settings, makes=True):
+            pass  # what is wrong with store or transport is told once, here
+    final = {_WRONG_USE} if settings.start_timeout is None else {_WRONG_USE, _UNREACHABLE}
+    supervisor = _Supervisor(command, until_idle=until_idle, metrics_port=settings.metrics_port, final=final)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, supervisor.stop, number)
@@ -47,8 +52,11 @@ async def supervise(command: Sequence[str], settings: Settings, *, until_idle: b
 
 
 class _Supervisor:
-    def __init__(self, command: Sequence[str], *, until_idle: bool, metrics_port: int | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], *, until_idle: bool, metrics_port: int | None, final: Collection[int]
+    ) -> None:
         self._command = command
+        self._final = final
         self._metrics_port = metrics_port
         self._until_idle = until_idle
         self._running: set[asyncio.subprocess.Process] = set()
@@ -71,7 +79,7 @@ class _Supervisor:
             code = await self._once(number)
             if self._stopping.is_set() or (code == 0 and self._until_idle):
                 return 0
-            if code == _WRONG_USE:
+            if code in self._final:
                 self.stop(signal.SIGTERM)
                 return code
             deaths = 1 if time.monotonic() - began > _HEALTHY_SECONDS else deaths + 1

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paigeant.cli import console, session
+from paigeant.cli.opening import open_unless
 from paigeant.cli.sight import observing
 from paigeant.errors import ConfigurationError, UnknownActivity
 
@@ -73,6 +74,7 @@ def run(
 
     Ctrl-C or SIGTERM lets running steps finish, then ends the worker.
     A second time ends it at once; what it was doing is free for other workers.
+    While its database or broker is away it waits for it, by default without end (setting start_timeout).
     """
     settings = session.read_settings(
         concurrency=concurrency,
@@ -204,18 +206,20 @@ async def _work(
     banner: Callable[[Paigeant, ActivityWorker], None] | None,
 ) -> None:
     with observing(settings, loaded) as sight:
-        observers = [logs, *sight.observers]
-        async with session.opened(settings, loaded, makes=True, observers=observers) as app:
-            worker = app.worker(topics=wanted)
-            async with sight.of(worker):
+        app = session.application(settings, loaded, makes=True, observers=[logs, *sight.observers])
+        worker, stopped = app.worker(topics=wanted), asyncio.Event()
+        async with contextlib.AsyncExitStack() as stack, sight.of(worker):
+            with (
+                _stopping(worker, stopped),
+                _parent(worker, stopped) if supervised else contextlib.nullcontext(),
+            ):
+                if not await open_unless(stopped, app, seconds=settings.start_timeout, waits=sight.waits):
+                    return
+                stack.push_async_exit(app)  # closed when nobody asks any more how its worker is
                 if banner is not None:
                     banner(app, worker)
                 _settle_memory()
-                with (
-                    _kept(app),
-                    _stopping(worker),
-                    _parent(worker) if supervised else contextlib.nullcontext(),
-                ):
+                with _kept(app):
                     await worker.run(until_idle=until_idle)
 
 
@@ -248,12 +252,13 @@ def _settle_memory() -> None:
 
 
 @contextlib.contextmanager
-def _stopping(worker: ActivityWorker) -> Any:
-    """A first signal stops the worker gracefully, a second one at once."""
+def _stopping(worker: ActivityWorker, stopped: asyncio.Event) -> Any:
+    """A first signal stops the worker gracefully, a second one at once. Either sets `stopped`."""
     loop = asyncio.get_running_loop()
     stops: set[asyncio.Task[None]] = set()
 
     def stop() -> None:
+        stopped.set()
         stops.add(asyncio.create_task(worker.stop(grace=0 if stops else None)))
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -266,7 +271,7 @@ def _stopping(worker: ActivityWorker) -> Any:
 
 
 @contextlib.contextmanager
-def _parent(worker: ActivityWorker) -> Any:
+def _parent(worker: ActivityWorker, stopped: asyncio.Event) -> Any:
     """Stops the worker when its standard input ends: then the process that supervises it is gone."""
     loop = asyncio.get_running_loop()
     stops: set[asyncio.Task[None]] = set()
@@ -274,6 +279,7 @@ def _parent(worker: ActivityWorker) -> Any:
     def read() -> None:
         if not os.read(0, 1024):
             loop.remove_reader(0)
+            stopped.set()
             stops.add(asyncio.create_task(worker.stop()))
 
     loop.add_reader(0, read)

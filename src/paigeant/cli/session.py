@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from paigeant.settings import Settings
 
 __all__ = [
+    "application",
     "check_shared",
     "complete",
     "duration",
@@ -58,6 +59,14 @@ async def opened(
 
     Raises ConfigurationError for a store or transport in memory: no other process would ever see what is in it.
     """
+    async with application(settings, handlers, makes=makes, **more) as app:
+        yield app
+
+
+def application(
+    settings: Settings, handlers: Handlers | None = None, *, makes: bool = False, **more: Any
+) -> Paigeant:
+    """What `opened` opens. Raises ConfigurationError as that does."""
     from paigeant.app import Paigeant
 
     for name in ("store_url", "transport_url"):
@@ -70,8 +79,7 @@ async def opened(
         settings = settings.model_copy(update=nowhere)
     if handlers is not None:
         more = {**more, "activities": handlers.activities, "workflows": handlers.workflows}
-    async with Paigeant(settings, **more) as app:
-        yield app
+    return Paigeant(settings, **more)
 
 
 def check_shared(name: str, url: str) -> None:
@@ -118,7 +126,7 @@ def json_value(text: str, what: str) -> Any:
     except MessageInvalid as exc:
         reason = str(exc).removeprefix(f"{exc.reason}: ")
         hint = "" if text[:1] in '[{"' else f"; a text needs quotes of its own: '\"{text}\"'"
-        raise InputInvalid(f"{what} is not JSON: {reason}{hint}") from exc
+        raise InputInvalid(f"{what} is not JSON: {reason}, found {text[:30]!r}{hint}") from exc
 
 
 def duration(text: str, what: str) -> float:

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from paigeant.errors import ConfigurationError
+from paigeant.extras import how_to_install
 
 if TYPE_CHECKING:
     from paigeant.loading import Handlers
+    from paigeant.monitor import Monitor
     from paigeant.observer import Observer
     from paigeant.observers.metrics import MetricsObserver
     from paigeant.settings import Settings
@@ -28,6 +30,7 @@ class Sight:
     settings: Settings
     observers: list[Observer] = field(default_factory=list)
     metrics: MetricsObserver | None = None
+    _monitor: Monitor | None = None
 
     @contextlib.asynccontextmanager
     async def of(self, worker: ActivityWorker) -> AsyncIterator[None]:
@@ -38,8 +41,13 @@ class Sight:
         from paigeant.monitor import Monitor
 
         host, port = self.settings.metrics_host, self.settings.metrics_port
-        async with Monitor(worker, self.metrics, host=host, port=port):
+        async with Monitor(worker, self.metrics, host=host, port=port) as self._monitor:
             yield
+
+    def waits(self, why: str | None) -> None:
+        """Tell that the worker waits for its store or transport before it begins; None: not any more."""
+        if self._monitor is not None:
+            self._monitor.waits_for = why
 
 
 @contextlib.contextmanager
@@ -112,5 +120,5 @@ def _need(module: str, setting: str, extra: str) -> None:
         found = None
     if found is None:
         raise ConfigurationError(
-            f"the setting `{setting}` needs {module}, which isn't installed: pip install 'paigeant[{extra}]'"
+            f"the setting `{setting}` needs {module}, which isn't installed: {how_to_install(extra)}"
         )

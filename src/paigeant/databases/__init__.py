@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from paigeant.errors import ConfigurationError
+from paigeant.extras import how_to_install
 
 if TYPE_CHECKING:
     from paigeant.clock import Clock
@@ -30,7 +31,7 @@ def open_database(url: str, *, clock: Clock | None = None) -> Database:
             from paigeant.databases.postgres import PostgresDatabase
         except ImportError as exc:
             raise ConfigurationError(
-                "postgresql:// needs a driver that is not installed; expected: pip install 'paigeant[postgres]'"
+                f"postgresql:// needs a driver that is not installed; expected: {how_to_install('postgres')}"
             ) from exc
         return PostgresDatabase(url, clock=clock)
     raise ConfigurationError(f"{scheme}:// names no database; expected one of sqlite://, postgresql://")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from paigeant.clock import Clock
 from paigeant.database import READER, TOPIC, WRITER, Database, current_version
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import Pipeline, ServerClock, Transaction, driver_of
+from paigeant.databases.pooler import check_pooler, hands_on
 from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, SchemaMismatch, StoreUnavailable
 from paigeant.lane import Blocked, Contended, Handler, Lane, Misjudged, Tx, transact
 from paigeant.tables import SCHEMA_VERSION, metadata
@@ -258,10 +260,13 @@ class PostgresDatabase(Database):
         row = connection.execute(
             text(
                 "SELECT current_setting('server_version_num')::int, pg_is_in_recovery(), "
-                "current_setting('default_transaction_read_only')::bool, current_setting('server_encoding')"
+                "current_setting('default_transaction_read_only')::bool, current_setting('server_encoding'), "
+                "pg_backend_pid()"
             )
         ).one()
-        version, is_replica, reads_only, encoding = row
+        version, is_replica, reads_only, encoding, process = row
+        if process != driver_of(connection).info.backend_pid:  # there is a pooler in between
+            check_pooler(self._parameters, self.place)
         if version < _OLDEST_SERVER:
             raise ConfigurationError(f"{self.place} is a Postgres of before version 12; expected a newer one")
         if is_replica:
@@ -359,6 +364,8 @@ class PostgresDatabase(Database):
                 return ConfigurationError(f"{self.place}: {reason}; grant the user what it needs")
             case errors.InvalidPassword() | errors.InvalidAuthorizationSpecification():
                 return ConfigurationError(f"{self.place} doesn't let the user in: {reason}")
+            case errors.DuplicatePreparedStatement() | errors.InvalidSqlStatementName():
+                return hands_on(self.place)
             case errors.InvalidCatalogName():
                 return ConfigurationError(f"{self.place}: {reason}; make it with `createdb`, or name another")
             case errors.ProgramLimitExceeded() | psycopg.DataError():
@@ -381,6 +388,9 @@ class PostgresDatabase(Database):
             return ConfigurationError(f"{self.place}: {reason}; make it with `createdb`, or name another")
         if "role" in reason and "does not exist" in reason:
             return ConfigurationError(f"{self.place}: {reason}; name another user, or make this one")
+        reason = re.sub(
+            r" Is the server running [^?]*\?", "", reason
+        )  # it asks so for each host; we do at the end
         return StoreUnavailable(
             f"can't use {self.place}: {reason}; is the server running, and reachable from here?"
         )

@@ -10,6 +10,7 @@ from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection
 
+from paigeant.database import current_version
 from paigeant.errors import SchemaMismatch
 
 __all__ = ["check", "downgrade", "known", "newest", "upgrade"]
@@ -29,6 +30,7 @@ def newest() -> str | None:
 
 def upgrade(connection: Connection, place: str, to: str = "head") -> None:
     """Bring the database to the migration `to`. Raises SchemaMismatch when newer code has been there."""
+    _check_known(connection, place)
     try:
         command.upgrade(_config(connection), to)
     except CommandError as exc:
@@ -37,6 +39,7 @@ def upgrade(connection: Connection, place: str, to: str = "head") -> None:
 
 def downgrade(connection: Connection, place: str, to: str = "base") -> None:
     """Take the database back to the migration `to`. Raises SchemaMismatch when newer code has been there."""
+    _check_known(connection, place)
     try:
         command.downgrade(_config(connection), to)
     except CommandError as exc:
@@ -47,6 +50,13 @@ def check(place: str, found: str) -> None:
     """Raise SchemaMismatch unless this version of the code knows the migration `found`."""
     if found not in known():
         raise _mismatch(place, f"can't locate revision '{found}'")
+
+
+def _check_known(connection: Connection, place: str) -> None:
+    # Before Alembic begins: it tells the log how it goes about it first, and only then that it can't.
+    found = current_version(connection)
+    if found is not None:
+        check(place, found)
 
 
 def _mismatch(place: str, reason: object) -> SchemaMismatch:

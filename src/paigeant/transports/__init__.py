@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 from paigeant.errors import ConfigurationError
+from paigeant.extras import how_to_install
 
 if TYPE_CHECKING:
     from paigeant.clock import Clock
@@ -79,5 +80,5 @@ def _adapter(scheme: str) -> Any:
     except ImportError as exc:
         raise ConfigurationError(
             f"{scheme}:// needs a library that is not installed ({exc.name or exc}); "
-            f"expected: pip install 'paigeant[{module}]'"
+            f"expected: {how_to_install(module)}"
         ) from exc
