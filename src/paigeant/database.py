@@ -7,6 +7,7 @@ transaction is one hop. The kinds of databases are in `databases/`.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -19,12 +20,15 @@ from sqlalchemy import Connection, inspect, text
 from paigeant.errors import StoreUnavailable
 from paigeant.lane import Handler, Lane, Later, Tx
 
-__all__ = ["READER", "WRITER", "Database", "current_version"]
+__all__ = ["READER", "TOPIC", "WRITER", "Database", "current_version"]
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
 
 WRITER, READER = "paigeant-writer", "paigeant-reader"
+
+TOPIC = "topic "
+"""How the names begin that commits ring for with messages of a topic: only those who attend it hear of others'."""
 
 
 class Database(ABC):
@@ -118,21 +122,20 @@ class Database(ABC):
 
     # -- transactions
 
-    async def write(
+    def write(
         self,
         handler: Callable[[Tx, Sequence[Request]], Sequence[Result | Later[Result]]],
         request: Request,
         *,
         durable: bool = True,
-    ) -> Result:
+    ) -> asyncio.Future[Result]:
         """Have `handler` do `request` in a transaction, with others of its kind; gives its result once it is committed.
 
         What isn't `durable` survives the death of this process, but perhaps not a loss of power: for what may be done
         again, such as a claim. Raises StoreUnavailable when the transaction couldn't be written: then nothing of it
         has been, unless the answer to the commit itself was lost.
         """
-        result: Result = await self._lane(self._writer).submit(handler, request, durable=durable)
-        return result
+        return self._submit(self._writer, handler, request, durable=durable)
 
     def write_lazily(
         self, handler: Callable[[Tx, Sequence[Request]], Sequence[Any]], request: Request
@@ -141,15 +144,14 @@ class Database(ABC):
         if self._writer is not None:
             self._writer.submit_lazily(handler, request)
 
-    async def read(
-        self, handler: Callable[[Tx, Sequence[Request]], Sequence[Result]], request: Request
-    ) -> Result:
+    def read(
+        self, handler: Callable[[Tx, Sequence[Request]], Sequence[Result | Later[Result]]], request: Request
+    ) -> asyncio.Future[Result]:
         """What `handler` finds for `request`, with others of its kind, from one consistent state, beside the writer.
 
         Raises StoreUnavailable.
         """
-        result: Result = await self._lane(self._reader).submit(handler, request)
-        return result
+        return self._submit(self._reader, handler, request)
 
     async def ask(self, query: Callable[[Connection], Result]) -> Result:
         """What `query` gives, from one consistent state: a `read` of a kind of its own."""
@@ -191,14 +193,22 @@ class Database(ABC):
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
+    def attend(self, topic: str) -> Callable[[], None]:
+        """Hear also of the messages that others' commits bring for a topic; gives what ends that."""
+        return lambda: None
+
     def _heard(self, names: frozenset[str]) -> None:
         for listener in tuple(self._listeners):
             listener(names)
 
-    def _lane(self, lane: Lane | None) -> Lane:
-        if lane is None:
-            raise StoreUnavailable(f"{self.place} is not open")
-        return lane
+    def _submit(
+        self, lane: Lane | None, handler: Handler, request: Any, *, durable: bool = True
+    ) -> asyncio.Future[Any]:
+        if lane is not None:
+            return lane.submit(handler, request, durable=durable)
+        closed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        closed.set_exception(StoreUnavailable(f"{self.place} is not open"))
+        return closed
 
 
 def _instants(tx: Tx, requests: Sequence[None]) -> list[float]:

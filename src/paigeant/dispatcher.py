@@ -113,7 +113,7 @@ class Dispatcher:
                 trace_id=trace_id,
                 headers={**(headers or {}), **mandate, **token, "traceparent": parent},
             )
-            await self._start(message, text, begins=begins, now=now)
+            await self._start(message, text, begins=begins, now=now, is_new=workflow_id is None)
         return run_id
 
     async def cancel(self, workflow_id: str, reason: str = "cancelled") -> RunStatus:
@@ -322,7 +322,9 @@ class Dispatcher:
             )
         return {MANDATE: mandate.dump()}, {} if token is None else {OBO_TOKEN: token.reveal()}
 
-    async def _start(self, message: PaigeantMessage, input: bytes, *, begins: float, now: float) -> None:
+    async def _start(
+        self, message: PaigeantMessage, input: bytes, *, begins: float, now: float, is_new: bool
+    ) -> None:
         """Record the run that `message` is the first of, unless it is recorded, and send that."""
         slip = message.routing_slip
         self.forwarder.check(message)
@@ -351,7 +353,7 @@ class Dispatcher:
                 "its roles in the trust file say which: `dispatch`"
             )
         posting = None if letter is None else self.forwarder.posting(letter)
-        if await self.store.record_workflow_start(run, first, posting):
+        if await self.store.record_workflow_start(run, first, posting, is_new=is_new):
             self.observers.observe(
                 Event(
                     "run.dispatched",

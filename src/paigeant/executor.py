@@ -180,7 +180,8 @@ class Executor:
                 await self._drop(message, "recorded")
                 return None
             claim = Claim(key, Grant(0, 0, 0.0), message, activity, time.monotonic())
-            request = ClaimRequest(claim.key, self.worker_id, claim.retry(self.limits).attempts)
+            attempts = claim.retry(self.limits).attempts
+            request = ClaimRequest(claim.key, self.worker_id, attempts, self.forwarder.place(message))
             answer = await self.store.claim_step(request)
             if self.adoption is not None and answer == Refused("unknown"):
                 await self.adoption.adopt(message)
@@ -424,6 +425,7 @@ class Executor:
             variables=context._variables if succeeded and context is not None else {},
             next=next_step,
             take_next=take_next,
+            place=_place(claim),
         )
 
     async def _persist(self, result: StepResult, letter: Letter | None) -> Recorded | Refused:
@@ -443,6 +445,10 @@ class Executor:
 
 def _is_about(message: PaigeantMessage, key: StepKey) -> bool:
     return (message.step_id, message.phase) == (key.step, key.phase)
+
+
+def _place(claim: Claim) -> int:
+    return len(claim.message.routing_slip.executed)
 
 
 def _run_status(move: Move, *, forward: bool) -> RunStatus | None:

@@ -21,7 +21,18 @@ from sqlalchemy import Connection, Dialect
 
 from paigeant.errors import StoreUnavailable
 
-__all__ = ["Blocked", "Contended", "Driver", "Handler", "Lane", "Later", "Tx", "needing", "transact"]
+__all__ = [
+    "Blocked",
+    "Contended",
+    "Driver",
+    "Handler",
+    "Lane",
+    "Later",
+    "Misjudged",
+    "Tx",
+    "needing",
+    "transact",
+]
 
 log = logging.getLogger("paigeant.lane")
 
@@ -39,6 +50,10 @@ class Contended(Exception):
     def __init__(self, reason: str, *, is_lost: bool = False) -> None:
         super().__init__(reason)
         self.is_lost = is_lost
+
+
+class Misjudged(Contended):
+    """A transaction did nothing, because things weren't as a handler had foreseen: do it again, and look first."""
 
 
 class Blocked(StoreUnavailable):
@@ -76,12 +91,17 @@ class Driver(Protocol):
 
 
 class Tx:
-    """A transaction in progress: its driver, its instant, and what others shall hear once it is committed."""
+    """A transaction in progress: its driver, its instant, and what others shall hear once it is committed.
 
-    __slots__ = ("driver", "locked", "rings")
+    `foresees`: a handler may decide on what it expects to find, if it has the database check that: each question to a
+    server costs a round trip, and a transaction without any is a single one. It raises Misjudged where it was wrong.
+    """
 
-    def __init__(self, driver: Driver) -> None:
+    __slots__ = ("driver", "foresees", "locked", "rings")
+
+    def __init__(self, driver: Driver, *, foresees: bool = False) -> None:
         self.driver = driver
+        self.foresees = foresees
         self.rings: set[str] = set()
         self.locked: set[str] = set()
         """The runs that no other transaction can change until its end."""
@@ -98,7 +118,10 @@ class Tx:
 
     @property
     def connection(self) -> Connection:
-        """SQLAlchemy's connection, for statements that are not worth being prepared."""
+        """SQLAlchemy's connection, for statements that are not worth being prepared.
+
+        To be taken anew for each: what is asked of the transaction otherwise takes it away again.
+        """
         return self.driver.plain()
 
 
@@ -136,7 +159,7 @@ def needing(
 
 
 Begin = Callable[[Connection, bool], AbstractContextManager[Tx]]
-"""A transaction on a connection, durable or not, committed at the end of the block."""
+"""A transaction on a connection, durable or not, committed at the end of the block. It foresees where that pays."""
 
 
 class _Op:
@@ -366,6 +389,7 @@ def transact(
         results: list[Any] = [None] * len(requests)
         try:
             with begin(connected(), durable) as tx:
+                tx.foresees = tx.foresees and not attempt
                 for take, names in needs.items():
                     take(tx, names)
                 for handler, places in kinds.items():
@@ -377,5 +401,6 @@ def transact(
             reason = str(exc)
             if exc.is_lost and attempt:  # an old connection may be gone; that a new one is, too, is trouble
                 break
-            time.sleep(0.002 * 2**attempt * random.random())
+            if not isinstance(exc, Misjudged):
+                time.sleep(0.002 * 2**attempt * random.random())
     raise StoreUnavailable(f"a transaction could not be done, tried again and again: {reason}")

@@ -51,6 +51,8 @@ __all__ = [
     "done_anew",
     "expire",
     "fold",
+    "foreseen_for_claim",
+    "foreseen_for_record",
     "free",
     "grant",
     "is_resendable",
@@ -58,6 +60,7 @@ __all__ = [
     "pack_revision",
     "pack_slip",
     "postpone",
+    "queued_since",
     "record",
     "release",
     "resume",
@@ -100,6 +103,22 @@ class Head:
     created_at: float = 0.0
 
 
+def foreseen_for_claim(request: ClaimRequest) -> Head | None:
+    """The step as it is when nobody has claimed it yet; None where nothing is foreseen."""
+    if request.place is None or request.key.phase is Phase.UNDO:
+        return None
+    run = RunStatus.RUNNING if request.place else RunStatus.PENDING
+    return Head(request.key, request.place, run, StepStatus.READY, 0, 0, None, 0.0)
+
+
+def foreseen_for_record(result: StepResult) -> Head | None:
+    """The step as it is when the one who has a result for it still holds it; None where nothing is foreseen."""
+    if result.place is None or result.key.phase is Phase.UNDO:
+        return None
+    held = (result.epoch, result.attempt, result.worker)
+    return Head(result.key, result.place, RunStatus.RUNNING, StepStatus.RUNNING, *held, 0.0)
+
+
 @dataclass(slots=True)
 class Changes:
     """What is to be written: values of columns for existing rows, rows to add, rows to drop.
@@ -134,9 +153,7 @@ def claim(head: Head | None, request: ClaimRequest, changes: Changes, *, now: fl
     if head.not_before > now:
         return Refused("not_due", retry_in=head.not_before - now)
     exhausted = head.attempt >= request.max_attempts
-    due_at = head.wake_at if head.status is StepStatus.WAITING else max(head.not_before, head.created_at)
-    queued = max(now - due_at, 0.0)
-    grant = Grant(head.epoch + 1, head.attempt + (not exhausted), now, exhausted, queued)
+    grant = queued_since(Grant(head.epoch + 1, head.attempt + (not exhausted), now, exhausted), head)
     changes.steps.append(
         (
             head.key,
@@ -156,6 +173,12 @@ def claim(head: Head | None, request: ClaimRequest, changes: Changes, *, now: fl
             patch["started_at"] = now
         changes.runs.append((head.key.workflow_id, patch))
     return grant
+
+
+def queued_since(grant: Grant, head: Head) -> Grant:
+    """`grant` with the time for which the step, as it was before, had been due."""
+    due_at = head.wake_at if head.status is StepStatus.WAITING else max(head.not_before, head.created_at)
+    return replace(grant, queued=max(grant.now - due_at, 0.0))
 
 
 def record(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from functools import lru_cache
@@ -15,11 +15,13 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Float,
+    Integer,
     Select,
     Table,
     and_,
     bindparam,
     case,
+    cast,
     column,
     extract,
     func,
@@ -35,7 +37,7 @@ from sqlalchemy import (
 from paigeant.errors import RunNotFound
 from paigeant.lane import Tx
 from paigeant.ledger import MOST_GRACES, Head
-from paigeant.prepared import Prepared, byte_length, each_of, item, upsert
+from paigeant.prepared import Prepared, byte_length, each_of, instant, item, upsert
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import (
     OpenTopic,
@@ -63,6 +65,7 @@ __all__ = [
     "details_of",
     "due_steps",
     "encoded",
+    "foreseen_heads",
     "heads_of",
     "is_in",
     "key_of",
@@ -113,27 +116,56 @@ def key_of(row: Any) -> StepKey:
 # -- statements
 
 
+_HEAD = (
+    step_executions.c.seq,
+    workflow_runs.c.status,
+    step_executions.c.status,
+    step_executions.c.epoch,
+    step_executions.c.attempt,
+    step_executions.c.worker,
+    step_executions.c.not_before,
+    step_executions.c.wake_at,
+    step_executions.c.created_at,
+)
+
+
 def _head_query() -> Select[Any]:
     # A join with the keys as a table: SQLite answers `(a, b, c) IN (...)` with a scan of the whole index.
     keys = each_of(bindparam("keys")).table_valued("value")
-    steps = step_executions.c
     same = (column == item(keys.c.value, literal_column(str(place))) for place, column in enumerate(KEY))
+    return (
+        select(*KEY, *_HEAD)
+        .select_from(keys)
+        .join(step_executions, and_(*same))
+        .join(workflow_runs, workflow_runs.c.id == step_executions.c.workflow_id)
+    )
+
+
+def _foreseen_query() -> Select[Any]:
+    """The same for heads as they are foreseen; one that is otherwise is a division by zero."""
+    heads = each_of(bindparam("heads")).table_valued("value")
+    steps, run = step_executions.c, workflow_runs.c
+    told = [item(heads.c.value, literal_column(str(place))) for place in range(len(KEY) + 6)]
+    same = (column == text for column, text in zip(KEY, told, strict=False))
+    seq, status, step_status, epoch, attempt, worker = told[len(KEY) :]
+    as_foreseen = and_(
+        steps.seq == cast(seq, Integer),
+        run.status == status,
+        steps.status == step_status,
+        steps.epoch == cast(epoch, Integer),
+        steps.attempt == cast(attempt, Integer),
+        steps.worker.is_not_distinct_from(worker),
+        steps.not_before <= instant(null()),
+    )
     return (
         select(
             *KEY,
-            steps.seq,
-            workflow_runs.c.status,
-            steps.status,
-            steps.epoch,
-            steps.attempt,
-            steps.worker,
-            steps.not_before,
-            steps.wake_at,
-            steps.created_at,
+            *_HEAD,
+            literal_column("1") / case((as_foreseen, literal_column("1")), else_=literal_column("0")),
         )
-        .select_from(keys)
-        .join(step_executions, and_(*same))
-        .join(workflow_runs, workflow_runs.c.id == steps.workflow_id)
+        .select_from(heads)
+        .outerjoin(step_executions, and_(*same))
+        .outerjoin(workflow_runs, run.id == steps.workflow_id)
     )
 
 
@@ -203,13 +235,40 @@ STARTED = Prepared(
     ["ids"],
 )
 _HEADS = Prepared(_head_query(), ["keys"])
+_FORESEEN = Prepared(_foreseen_query(), ["heads"])
 
 
 def heads_of(tx: Tx, keys: Sequence[StepKey]) -> dict[StepKey, Head]:
     """What decisions need to know of those of the steps that exist. Their runs are locked."""
     lock_runs(tx, [key.workflow_id for key in keys])
+    return _heads(_HEADS.rows(tx, json.dumps(keys)))
+
+
+def foreseen_heads(
+    tx: Tx, foreseen: Collection[Head | None]
+) -> tuple[dict[StepKey, Head], Callable[[], dict[StepKey, Head]]] | None:
+    """The heads as they are foreseen, and what reads them as they are once the transaction is committed.
+
+    It isn't where they are otherwise: it raises Misjudged. None when not all of them are foreseen, or the transaction
+    doesn't go by that. Their runs are locked.
+    """
+    if not tx.foresees:
+        return None
+    heads = {head.key: head for head in foreseen if head is not None}
+    if len(heads) < len(foreseen):
+        return None
+    lock_runs(tx, [key.workflow_id for key in heads])
+    told = [
+        (*head.key, head.seq, head.run, head.status, head.epoch, head.attempt, head.worker)
+        for head in heads.values()
+    ]
+    found = _FORESEEN.ask(tx, json.dumps(told))
+    return heads, lambda: _heads(row[:-1] for row in found())
+
+
+def _heads(rows: Iterable[Sequence[Any]]) -> dict[StepKey, Head]:
     heads = {}
-    for workflow_id, step, phase, seq, run, status, *rest in _HEADS.rows(tx, json.dumps(keys)):
+    for workflow_id, step, phase, seq, run, status, *rest in rows:
         key = StepKey(workflow_id, step, _PHASES[phase])
         heads[key] = Head(key, seq, _RUNS[run], _STEPS[status], *rest)
     return heads
@@ -513,32 +572,40 @@ _DETAIL_VARIABLES = Prepared(_of_runs(workflow_variables), ["ids"])
 _DETAIL_SIGNALS = Prepared(_of_runs(workflow_signals).order_by(workflow_signals.c.id), ["ids"])
 
 
+Rows = list[tuple[Any, ...]]
+
 _MOST_BYTES = 2**31 - 1
 """What no value in a database exceeds."""
 
 
-def details_of(tx: Tx, workflow_ids: Collection[str], inline_bytes: int | None) -> dict[str, RunDetail]:
-    """The runs that there are, with all of their rows."""
+def details_of(
+    tx: Tx, workflow_ids: Collection[str], inline_bytes: int | None
+) -> Callable[[], dict[str, RunDetail]]:
+    """What gives the runs that there are, with all of their rows."""
     ids = json.dumps(list(workflow_ids))
     limit = _MOST_BYTES if inline_bytes is None else min(inline_bytes, _MOST_BYTES)
     # All asked first and then read: one round trip.
     step_rows = _DETAIL_STEPS.ask(tx, limit, limit, ids)
     variable_rows, signal_rows = _DETAIL_VARIABLES.ask(tx, ids), _DETAIL_SIGNALS.ask(tx, ids)
     run_rows = _DETAIL_RUNS.ask(tx, ids)
+    return lambda: _details(run_rows(), step_rows(), variable_rows(), signal_rows())
+
+
+def _details(run_rows: Rows, step_rows: Rows, variable_rows: Rows, signal_rows: Rows) -> dict[str, RunDetail]:
     steps: dict[str, list[StepRecord]] = {}
     stored: dict[str, set[str]] = {}
-    for too_large, *values in step_rows():
+    for too_large, *values in step_rows:
         step = _step(dict(zip(_DETAIL_STEP_FIELDS, values, strict=True)))
         steps.setdefault(step.workflow_id, []).append(step)
         if too_large:
             stored.setdefault(step.workflow_id, set()).add(step.step)
     variables: dict[str, dict[str, bytes]] = {}
-    for run_id, name, value in variable_rows():
+    for run_id, name, value in variable_rows:
         variables.setdefault(run_id, {})[name] = variable_in(value)
     signals: dict[str, list[Signal]] = {}
-    for _, run_id, name, value, *rest in signal_rows():
+    for _, run_id, name, value, *rest in signal_rows:
         signals.setdefault(run_id, []).append(Signal(name, value.encode(), *rest))
-    runs = [run_of(dict(zip(_RUN_FIELDS, row, strict=True))) for row in run_rows()]
+    runs = [run_of(dict(zip(_RUN_FIELDS, row, strict=True))) for row in run_rows]
     return {
         run.id: RunDetail(
             run,
@@ -553,7 +620,7 @@ def details_of(tx: Tx, workflow_ids: Collection[str], inline_bytes: int | None) 
 
 def detail_of(tx: Tx, workflow_id: str, inline_bytes: int | None) -> RunDetail:
     """The run with all of its rows. Raises RunNotFound."""
-    found = details_of(tx, [workflow_id], inline_bytes)
+    found = details_of(tx, [workflow_id], inline_bytes)()
     if workflow_id not in found:
         raise RunNotFound(workflow_id)
     return found[workflow_id]

@@ -118,11 +118,16 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class ClaimRequest:
-    """A worker asks for a step. After `max_attempts` tries it gets it only to record that they are used up."""
+    """A worker asks for a step. After `max_attempts` tries it gets it only to record that they are used up.
+
+    `place`: that of the step in its run, where it is taken to be as new as when its message was written: a store may
+    save a look by that, and is right also where it is wrong.
+    """
 
     key: StepKey
     worker: str
     max_attempts: int
+    place: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +176,8 @@ class StepResult:
 
     `status` READY means another attempt in `delay` seconds; WAITING, that the attempt goes on once one of the signals
     `waits_for` is there, or at the instant `until`. `run` is the run's new state, None where it keeps its own.
-    `take_next`: the same worker goes on with `next` at once, which is claimed in the same transaction.
+    `take_next`: the same worker goes on with `next` at once, which is claimed in the same transaction. `place`: as in
+    ClaimRequest.
     """
 
     key: StepKey
@@ -195,6 +201,7 @@ class StepResult:
     take_next: bool = False
     waits_for: tuple[str, ...] = ()
     until: float | None = None
+    place: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -481,11 +488,12 @@ class Store(RunHistory, RunValues, Protocol):
         ...
 
     async def record_workflow_start(
-        self, run: RunRecord, first: NextStep | None, posting: Posting | None = None
+        self, run: RunRecord, first: NextStep | None, posting: Posting | None = None, *, is_new: bool = False
     ) -> bool:
         """Record a run with its first step, which is ready. True when it is new, False when this same run exists.
 
-        Without a first step the run is completed at once. Raises RunConflict when the id belongs to another input.
+        `is_new`: its id was just made, so a store need not look for it first. Without a first step the run is completed
+        at once. Raises RunConflict when the id belongs to another input.
         """
         ...
 

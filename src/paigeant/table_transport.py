@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Update, bindparam, case, delete, func, literal_column, null, select, update
 
 from paigeant import host
-from paigeant.database import Database
+from paigeant.database import TOPIC, Database
 from paigeant.envelope import HEAD_BYTES, Envelope, PlainEnvelope
 from paigeant.errors import (
     MessageInvalid,
@@ -122,7 +122,7 @@ class TableTransport:
         ]
         # In one order, so that no two transactions wait for each other.
         _POST.each(tx, sorted(rows))
-        tx.rings.update(f"topic {posting.topic}" for posting in postings)
+        tx.rings.update(f"{TOPIC}{posting.topic}" for posting in postings)
 
     def waiting(self, tx: Tx, message_ids: Sequence[str]) -> set[str]:
         """Those of the messages that can be taken now. One that was taken, or is due later, is not among them."""
@@ -133,6 +133,7 @@ class TableTransport:
     async def subscribe(self, topic: str, *, prefetch: int = 1) -> AsyncIterator[PaigeantMessage]:
         waker = asyncio.Event()
         self._wakers.setdefault(topic, set()).add(waker)
+        leave = self.database.attend(topic)
         gone: tuple[str, ...] = ()
         items: list[_Item] = []
         closings = self._closings
@@ -157,14 +158,13 @@ class TableTransport:
                     if not waker.is_set():
                         gone = await self._gone()
         finally:
+            leave()
             self._wakers[topic].discard(waker)
             for item in items:
                 self.database.write_lazily(self._return, (item.message_id, 0.0))
 
     async def _fetched(self, request: _Fetch) -> _Fetched:
-        fetching: asyncio.Future[_Fetched] = asyncio.ensure_future(
-            self.database.write(self._fetch, request, durable=False)
-        )
+        fetching = self.database.write(self._fetch, request, durable=False)
         try:
             return await asyncio.shield(fetching)
         except asyncio.CancelledError:
@@ -229,7 +229,7 @@ class TableTransport:
 
     def _wake(self, names: frozenset[str]) -> None:
         for topic, wakers in self._wakers.items():
-            if "*" in names or f"topic {topic}" in names:
+            if "*" in names or f"{TOPIC}{topic}" in names:
                 for waker in wakers:
                     waker.set()
 
@@ -253,14 +253,14 @@ class TableTransport:
     def _return(self, tx: Tx, requests: Sequence[tuple[str, float]]) -> list[None]:
         for message_id, delay in sorted(requests):
             for (topic,) in _RETURN.rows(tx, tx.now + delay, 0.0, message_id, self._holder):
-                tx.rings.add(f"topic {topic}")
+                tx.rings.add(f"{TOPIC}{topic}")
         return [None] * len(requests)
 
     def _give_back(self, tx: Tx, requests: Sequence[None]) -> list[None]:
         values = {"held_until": 0.0, "holder": None}
         mine = update(messages).where(messages.c.holder == self._holder).values(values)
         topics = tx.connection.execute(mine.returning(messages.c.topic)).scalars()
-        tx.rings.update(f"topic {topic}" for topic in topics)
+        tx.rings.update(f"{TOPIC}{topic}" for topic in topics)
         return [None] * len(requests)
 
     async def dead_letter(self, message_id: str, reason: str) -> None:

@@ -114,7 +114,8 @@ class Hammer:
         for row in detail.steps:
             if row.status in ledger.OPEN:
                 # An answer that was lost may have been a grant: then nobody has it until a sweep frees the step.
-                answer = await tried(lambda: self.store.claim_step(ClaimRequest(row.key, worker, ATTEMPTS)))  # noqa: B023
+                request = ClaimRequest(row.key, worker, ATTEMPTS, self.chance.choice((row.seq, None)))
+                answer = await tried(lambda: self.store.claim_step(request))  # noqa: B023
                 if isinstance(answer, Grant):
                     self.tell("granted", *row.key, answer.epoch, worker)
                     self._hold(worker, row.key, answer, detail)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from tests.services.proxy import Direction, Proxy
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, rows
 from paigeant.databases import postgres
 from paigeant.databases.bell import PostgresBell
-from paigeant.databases.pipeline import Pipeline
+from paigeant.databases.pipeline import Pipeline, ServerClock
 from paigeant.databases.postgres import PostgresDatabase
-from paigeant.errors import ConfigurationError, SchemaMismatch, StoreUnavailable
+from paigeant.errors import ConfigurationError, RunConflict, SchemaMismatch, StoreUnavailable
 from paigeant.lane import Tx
 from paigeant.slip import RunStatus, StepStatus
-from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, StepKey, StepResult
+from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, Refused, StepKey, StepResult
 from paigeant.stores.sql import SqlStore
 from paigeant.table_transport import _Fetch
 from paigeant.testing.conformance.bench import run
@@ -70,31 +71,91 @@ async def eventually(holds: Callable[[], bool]) -> None:
 # -- round trips
 
 
-async def test_a_message_is_fetched_in_one_round_trip_and_a_step_claimed_in_two(
-    postgres_tables: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where nothing is decided on what was read, the commit goes along; else it goes along with what is written."""
-    waits: list[str] = []
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Has an entry for each time that somebody waits for the server: not for what is settled afterwards."""
+    found: list[str] = []
     wait = Pipeline.sync
 
     def counted(pipeline: Pipeline) -> None:
-        waits.append("for the server")
+        if (caller := sys._getframe(1).f_code.co_name) != "settle":
+            found.append(caller)
         wait(pipeline)
 
+    monkeypatch.setattr(Pipeline, "sync", counted)
+    return found
+
+
+async def test_a_run_takes_one_round_trip_for_each_transaction(
+    postgres_tables: str, waits: list[str]
+) -> None:
+    """What a transaction asks goes along with its commit: how things stand is foreseen, and checked by the server."""
     async with opened(postgres_tables) as store:
         transport = PostgresTransport(store.database)
         await transport.connect()
-        result = await claimed(store, "first")  # all statements of a claim are known to the server now
-        assert isinstance(await store.record_step_result(result), Recorded)
-        await store.record_workflow_start(run("r", "a"), NextStep(StepKey("r", "a"), "a", "a"))
-        monkeypatch.setattr(Pipeline, "sync", counted)
-        assert isinstance(await store.claim_step(ClaimRequest(StepKey("r", "a"), "w", 9)), Grant)
-        assert len(waits) == 2
-        for _ in range(2):  # the first time, the server gets to know the statements, in the same round trip
+        for name in ("first", "r"):  # the clocks of the first run are set by what the server says
+            key = StepKey(name, "a")
             waits.clear()
+            await store.record_workflow_start(run(name, "a"), NextStep(key, "a", "a"), is_new=True)
             await store.database.write(transport._fetch, _Fetch("a", 10, ()), durable=False)
-            assert len(waits) == 1
+            grant = await store.claim_step(ClaimRequest(key, "w", 9, place=0))
+            assert isinstance(grant, Grant)
+            assert grant.queued > 0
+            result = StepResult(
+                key, "w", grant.epoch, 1, StepStatus.COMPLETED, run=RunStatus.COMPLETED, place=0
+            )
+            assert isinstance(await store.record_step_result(result), Recorded)
+            assert (await store.load_run(name)).run.status is RunStatus.COMPLETED
+        assert len(waits) == 5
         await transport.close()
+
+
+@pytest.mark.parametrize("place", [None, 0, 1])
+async def test_what_was_foreseen_wrongly_is_looked_up(
+    postgres_tables: str, waits: list[str], place: int | None
+) -> None:
+    """Nothing is taken or recorded on a belief that doesn't hold, nor refused."""
+    async with opened(postgres_tables) as store:
+        result = await claimed(store, "r")
+        again = ClaimRequest(result.key, "other", 9, place)
+        assert await store.claim_step(again) == Refused("taken")
+        stale = replace(result, worker="other", place=place, status=StepStatus.READY)
+        assert await store.record_step_result(stale) == Refused("stale")
+        assert isinstance(await store.record_step_result(replace(result, place=place)), Recorded)
+        assert await store.record_step_result(replace(result, place=place)) == Recorded()
+        assert await store.claim_step(again) == Refused("ended")
+        waits.clear()
+        assert await store.claim_step(ClaimRequest(StepKey("nobody's", "a"), "w", 9, place)) == Refused(
+            "unknown"
+        )
+        assert len(waits) == (2 if place is None else 3)
+
+
+async def test_a_transaction_may_ask_for_the_time_between_two_statements(postgres_tables: str) -> None:
+    """The connection that it has taken stays usable, also where the server is asked."""
+
+    def handler(tx: Tx, requests: Sequence[None]) -> list[bool]:
+        connection = tx.connection
+        return [
+            tx.now <= connection.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one()
+        ]
+
+    async with opened(postgres_tables) as store:
+        assert isinstance(store.database, PostgresDatabase)
+        for clock in (ServerClock(), store.database._clock):  # one that has to be set, and one that is
+            store.database._clock = clock
+            assert await store.database.write(handler, None)
+
+
+async def test_a_run_that_is_said_to_be_new_and_isnt_is_found(postgres_tables: str) -> None:
+    """Its key tells."""
+    async with opened(postgres_tables) as store:
+        first = NextStep(StepKey("r", "a"), "a", "a")
+        assert await store.record_workflow_start(run("r", "a"), first, is_new=True)
+        assert not await store.record_workflow_start(run("r", "a"), first, is_new=True)
+        other = replace(run("r", "a"), input_hash="another")
+        with pytest.raises(RunConflict):
+            await store.record_workflow_start(other, first, is_new=True)
 
 
 # -- opening
@@ -537,10 +598,33 @@ def ring(url: str, bell: PostgresBell, names: list[str]) -> None:
 async def test_a_ring_is_heard_by_the_others(postgres_url: str) -> None:
     """Names reach every other process, and not the one that rang."""
     async with bells(postgres_url, 3) as [(ringing, own), (_, one), (_, other)]:
-        ring(postgres_url, ringing, ["ended completed r", "topic ä"])
+        ring(postgres_url, ringing, ["ended completed r", "turned"])
         for heard in (one, other):
-            await eventually(lambda: frozenset({"ended completed r", "topic ä"}) <= frozenset().union(*heard))  # noqa: B023
-        assert "topic ä" not in frozenset().union(*own)
+            await eventually(lambda: frozenset({"ended completed r", "turned"}) <= frozenset().union(*heard))  # noqa: B023
+        assert "turned" not in frozenset().union(*own)
+
+
+async def test_a_topic_is_heard_of_by_those_who_attend_it(postgres_url: str) -> None:
+    """Whoever begins to attend one is told to look; whoever leaves it is woken no more."""
+    both, asked = frozenset({"topic ä", "topic b"}), ["topic ä", "topic b"]
+    async with bells(postgres_url, 3) as [(ringing, _), (one, first), (other, second)]:
+        leave = [one.attend("topic ä"), one.attend("topic ä")]
+        other.attend("topic b")
+        await eventually(lambda: frozenset({"topic ä"}) in first and frozenset({"topic b"}) in second)
+        leave.pop()()  # the other one is still there
+        first.clear()
+        second.clear()
+        ring(postgres_url, ringing, [*asked, "turned"])
+        await eventually(lambda: "turned" in both.union(*first) and "turned" in both.union(*second))
+        assert frozenset().union(*first) == {"topic ä", "turned"}
+        assert frozenset().union(*second) == {"topic b", "turned"}
+        leave.pop()()
+        one.attend("topic c")
+        await eventually(lambda: frozenset({"topic c"}) in first)
+        first.clear()
+        ring(postgres_url, ringing, [*asked, "again"])
+        await eventually(lambda: "again" in both.union(*first))
+        assert frozenset().union(*first) == {"again"}
 
 
 async def test_a_ring_may_be_long(postgres_url: str) -> None:
@@ -555,6 +639,8 @@ async def test_a_ring_may_be_long(postgres_url: str) -> None:
 async def test_a_bell_that_lost_its_connections_hears_again(postgres_url: str) -> None:
     """Ended sessions are replaced, and whoever may have missed something is told to look."""
     async with bells(postgres_url, 2) as [(ringing, _), (listening, heard)]:
+        listening.attend("topic a")
+        await eventually(lambda: frozenset({"topic a"}) in heard)
         heard.clear()
         with psycopg.connect(postgres_url, autocommit=True) as connection:
             connection.execute(
@@ -562,8 +648,9 @@ async def test_a_bell_that_lost_its_connections_hears_again(postgres_url: str) -
                 "WHERE datname = current_database() AND application_name = 'paigeant'"
             )
         await eventually(lambda: frozenset({"*"}) in heard)
-        ring(postgres_url, ringing, ["again"])
-        await eventually(lambda: frozenset({"again"}) in heard and listening.works)
+        ring(postgres_url, ringing, ["again", "topic a"])
+        await eventually(lambda: frozenset({"again"}) in heard and frozenset({"topic a"}) in heard)
+        assert listening.works
 
 
 async def test_without_the_bell_everything_still_ends(

@@ -421,7 +421,10 @@ async def _answer(asked: Awaitable[Any]) -> Any:
 
 
 def _claim(key: StepKey, worker: str) -> Callable[[Store], Awaitable[Any]]:
-    return lambda store: store.claim_step(ClaimRequest(key, worker, ATTEMPTS))
+    # Right or wrong, what is foreseen of the step changes no answer.
+    place = key.step.removeprefix("s")
+    request = ClaimRequest(key, worker, ATTEMPTS, int(place) if place.isdecimal() else None)
+    return lambda store: store.claim_step(request)
 
 
 class PostgresAgrees(StoresAgree):

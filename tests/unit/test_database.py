@@ -86,7 +86,7 @@ async def held(database: SqliteDatabase) -> threading.Event:
         go.wait(20)
         return [None] * len(requests)
 
-    task = asyncio.create_task(database.write(hold, None))
+    task = database.write(hold, None)
     await began.wait()
     task.add_done_callback(lambda done: done.result())
     return go
@@ -135,7 +135,7 @@ async def test_an_error_takes_back_the_whole_transaction(database: SqliteDatabas
 async def test_who_gave_up_leaves_the_others(database: SqliteDatabase) -> None:
     """A task that is cancelled while it waits for its commit takes nobody along."""
     go = await held(database)
-    first, given_up = (asyncio.create_task(database.write(add, n)) for n in (1, 2))
+    first, given_up = (database.write(add, n) for n in (1, 2))
     await asyncio.sleep(0)
     given_up.cancel()
     go.set()

@@ -1,5 +1,7 @@
 """A bell between the processes that share a Postgres database, by LISTEN and NOTIFY. It listens on its own connection.
 
+What is rung for often and concerns few has a channel for itself: messages of a topic wake none but those who serve it.
+
 A ring that is lost only costs time, since whoever waits for one also looks by itself now and then. A pooler that shares
 connections between transactions swallows them all; that is noticed, and whoever waits looks more often.
 """
@@ -7,16 +9,21 @@ connections between transactions swallows them all; that is noticed, and whoever
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 import random
 import secrets
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import psycopg
 from psycopg.pq.abc import PGconn
 
-__all__ = ["PostgresBell"]
+from paigeant.database import TOPIC
+
+__all__ = ["PostgresBell", "has_channel"]
 
 log = logging.getLogger("paigeant.bell")
 
@@ -28,7 +35,10 @@ _LONGEST_BYTES = 7000
 _LONGEST_PAUSE = 2.0
 
 # It writes nothing that would have to be kept.
-_RING = f"SELECT set_config('synchronous_commit', 'off', true), pg_notify('{_CHANNEL}', $1)"
+_RING = (
+    "SELECT set_config('synchronous_commit', 'off', true), count(pg_notify(ring ->> 0, ring ->> 1)) "
+    "FROM json_array_elements(CAST($1 AS JSON)) AS ring"
+)
 
 
 class PostgresBell:
@@ -42,6 +52,8 @@ class PostgresBell:
         self._heard = heard
         self._name = secrets.token_hex(8)
         self._listening: asyncio.Task[None] | None = None
+        self._attended: Counter[str] = Counter()
+        self._changed = asyncio.Event()
         self.works = False
 
     def open(self) -> None:
@@ -56,9 +68,30 @@ class PostgresBell:
             self._listening = None
         self.works = False
 
+    def attend(self, name: str) -> Callable[[], None]:
+        """Hear also of `name`, which has a channel for itself (`has_channel`); gives what ends that."""
+        self._attend(name, 1)
+        return lambda: self._attend(name, -1)
+
     def rings(self, names: Collection[str]) -> list[tuple[str, list[str]]]:
-        """The statements, with their values, that tell the others that something of each of `names` has happened."""
-        return [(_RING, [f"{self._name}\n{payload}"]) for payload in _payloads(names)] if names else []
+        """The statement, with its values, that tells the others that something of each of `names` has happened."""
+        if not names:
+            return []
+        channels: dict[str, list[str]] = {}
+        for name in names:
+            channels.setdefault(_channel(name), []).append(name)
+        rings = [
+            (channel, f"{self._name}\n{payload}")
+            for channel, own in channels.items()
+            for payload in _payloads(own)
+        ]
+        return [(_RING, [json.dumps(rings)])]
+
+    def _attend(self, name: str, more: int) -> None:
+        self._attended[name] += more
+        if self._attended[name] == max(more, 0):  # the first one, or no one any more
+            self._attended += Counter()  # which leaves out those of no one
+            self._changed.set()
 
     async def _forever(self) -> None:
         pause = 0.05
@@ -76,17 +109,41 @@ class PostgresBell:
 
     async def _listen(self, connection: psycopg.AsyncConnection[Any]) -> None:
         connection.add_notify_handler(lambda notify: self._rung(notify.payload))
+        listened: set[str] = set()
         await connection.execute(f"LISTEN {_CHANNEL}")
+        await self._follow(connection, listened)
         await connection.execute(f"NOTIFY {_CHANNEL}")  # its echo shows that rings come through
         self._heard(frozenset({_ANYTHING}))  # what was rung for before is not known
+        while True:
+            await self._until_changed(connection)
+            self._heard(await self._follow(connection, listened))
+
+    async def _follow(self, connection: psycopg.AsyncConnection[Any], listened: set[str]) -> frozenset[str]:
+        """Listen to the channels of what is attended; gives what is new: what was rung for before is not known."""
+        self._changed.clear()
+        attended = set(self._attended)
+        new, old = attended - listened, listened - attended
+        for verb, names in (("LISTEN", new), ("UNLISTEN", old)):
+            for channel in {_channel(name) for name in names}:
+                await connection.execute(f"{verb} {channel}")
+        listened |= new
+        listened -= old
+        return frozenset(new)
+
+    async def _until_changed(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        """Hear, until something else is to be attended. Raises psycopg's errors when the connection is lost."""
         loop = asyncio.get_running_loop()
         wire, lost = connection.fileno(), loop.create_future()
+        changed = asyncio.create_task(self._changed.wait())
         # Read by ourselves: psycopg's own iteration takes the socket from the loop and gives it back for each ring.
         loop.add_reader(wire, self._read, connection.pgconn, lost)
         try:
-            await lost
+            await asyncio.wait({changed, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():
+                lost.result()
         finally:
             loop.remove_reader(wire)
+            changed.cancel()
 
     def _read(self, wire: PGconn, lost: asyncio.Future[None]) -> None:
         try:
@@ -102,6 +159,16 @@ class PostgresBell:
         name, _, names = payload.partition("\n")
         if names and name != self._name:
             self._heard(frozenset(names.split("\n")))
+
+
+def has_channel(name: str) -> bool:
+    """Whether `name` has a channel for itself, so that only those who attend it hear of it."""
+    return name.startswith(TOPIC)
+
+
+def _channel(name: str) -> str:
+    # A channel's name is an identifier of at most 63 bytes.
+    return f"{_CHANNEL}_{hashlib.sha256(name.encode()).hexdigest()[:24]}" if has_channel(name) else _CHANNEL
 
 
 def _payloads(names: Iterable[str]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import select
 import time
 from collections import deque
@@ -189,22 +190,31 @@ class ServerClock:
     """The server's time between two transactions, by this process's steady clock: a little slow, never fast."""
 
     def __init__(self) -> None:
-        self._seen: tuple[float, float] | None = None
+        self._ahead = -math.inf
+        self._set = -math.inf
 
     def set(self, now: float) -> None:
-        self._seen = now, time.monotonic()
+        """The server has said this, some time ago: of what it says the latest instant is nearest to the truth."""
+        read = time.monotonic()
+        if now - read > self._ahead or not self.is_set:
+            self._ahead, self._set = now - read, read
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it was set so lately that it need not be set again."""
+        return time.monotonic() - self._set < _CLOCK_SECONDS / 2
 
     def now(self) -> float | None:
         """The time; None when the server hasn't told it for long."""
-        if self._seen is None:
-            return None
-        said, seen = self._seen
-        passed = time.monotonic() - seen
-        return said + passed if passed < _CLOCK_SECONDS else None
+        now = time.monotonic()
+        return now + self._ahead if now - self._set < _CLOCK_SECONDS else None
 
 
 class Transaction:
-    """A transaction in a pipeline. `clock` goes before the server's, of which `server` knows what it said last."""
+    """A transaction in a pipeline. `clock` goes before the server's, of which `server` knows what it said last.
+
+    `roughly`: its instant is the server's as this process knows it, if it does: perhaps a little before the true one.
+    """
 
     __slots__ = (
         "_asked",
@@ -213,6 +223,8 @@ class Transaction:
         "_driver",
         "_now",
         "_pipeline",
+        "_rough",
+        "_roughly",
         "_server",
         "_unsent",
         "committing",
@@ -220,7 +232,12 @@ class Transaction:
     )
 
     def __init__(
-        self, connection: Connection, clock: Callable[[], float] | None, server: ServerClock
+        self,
+        connection: Connection,
+        clock: Callable[[], float] | None,
+        server: ServerClock,
+        *,
+        roughly: bool = False,
     ) -> None:
         self.dialect = _DIALECT
         self.committing = False
@@ -229,9 +246,11 @@ class Transaction:
         self._pipeline = Pipeline.of(connection)
         self._clock = clock
         self._server = server
+        self._roughly = roughly
         self._asked: Answer | None = None
         self._unsent: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
         self._now: float | None = None
+        self._rough: float | None = None
 
     def begin(self, opening: str, *, durable: bool) -> None:
         """Begin it by this statement; not `durable`, its commit doesn't wait for the disk."""
@@ -239,10 +258,10 @@ class Transaction:
         self._pipeline.send(opening)
         if not durable:
             self._pipeline.send(_NOT_SYNCED)
-        if self._clock is None:
-            self._asked = self._pipeline.send(_NOW)
-        else:
+        if self._clock is not None:
             self._now = self._clock()
+        elif not (self._roughly and self._server.is_set):
+            self._asked = self._pipeline.send(_NOW)
 
     def settle(self) -> None:
         """Take the results of what was sent after the last commit, of which an error means nothing to anyone."""
@@ -264,15 +283,31 @@ class Transaction:
 
     def plain(self) -> Connection:
         self._send()
+        if self._now is None and self._asked is None:
+            self._asked = self._pipeline.send(
+                _NOW
+            )  # asked for later, it would take the connection away again
         self._pipeline.leave()
         return self._connection
 
     def now(self) -> float:
-        if self._now is None:
-            assert self._asked is not None, "a transaction has begun"
-            [(self._now,)] = self._pipeline.rows(self._asked)
-            self._server.set(self._now)
+        if self._now is not None:
+            return self._now
+        if self._roughly and self._rough is None:
+            self._rough = self._server.now()
+        if self._rough is not None:
+            return self._rough
+        if self._asked is None:
+            self._asked = self._pipeline.send(_NOW)
+        self._now = self._told(self._asked)
         return self._now
+
+    def _told(self, asked: Answer) -> float:
+        [(now,)] = self._pipeline.rows(asked)
+        self._server.set(now)
+        self._asked = None
+        told: float = now
+        return told
 
     def told_now(self) -> float | None:
         return self._now
@@ -295,6 +330,8 @@ class Transaction:
         if answer != b"COMMIT":
             said = "nothing" if answer is None else answer.decode()
             raise Contended(f"the server was asked to commit and answered {said}")
+        if self._asked is not None:
+            self._told(self._asked)
 
     def abandon(self) -> None:
         """Have nothing of it done. A connection on which that fails is closed, which does it as well."""

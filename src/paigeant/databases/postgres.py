@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,11 +24,11 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock
-from paigeant.database import READER, WRITER, Database, current_version
+from paigeant.database import READER, TOPIC, WRITER, Database, current_version
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import Pipeline, ServerClock, Transaction, driver_of
 from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, SchemaMismatch, StoreUnavailable
-from paigeant.lane import Blocked, Contended, Handler, Lane, Tx, transact
+from paigeant.lane import Blocked, Contended, Handler, Lane, Misjudged, Tx, transact
 from paigeant.tables import SCHEMA_VERSION, metadata
 
 __all__ = ["PostgresDatabase"]
@@ -106,6 +106,9 @@ class PostgresDatabase(Database):
     def exists(self) -> bool:
         return True
 
+    def attend(self, topic: str) -> Callable[[], None]:
+        return self._bell.attend(f"{TOPIC}{topic}")
+
     async def now(self) -> float:
         known = self.instant()
         return await super().now() if known is None else known
@@ -123,7 +126,7 @@ class PostgresDatabase(Database):
             WRITER,
             self._connect,
             guard=self._guard,
-            begin=partial(self._begun, _BEGIN),
+            begin=partial(self._begun, _BEGIN, roughly=True),
             is_lost=_is_lost,
             heard=self._heard,
             tidy=_settle,
@@ -134,7 +137,7 @@ class PostgresDatabase(Database):
             READER,
             self._connect,
             guard=self._guard,
-            begin=partial(self._begun, _BEGIN_READING),
+            begin=partial(self._begun, _BEGIN_READING, roughly=True),
             is_lost=_is_lost,
             limit=_STUCK_SECONDS,
             cut=_cut,
@@ -300,11 +303,14 @@ class PostgresDatabase(Database):
             raise ours from exc
 
     @contextlib.contextmanager
-    def _begun(self, opening: str, connection: Connection, durable: bool) -> Iterator[Tx]:
-        driver = Transaction(connection, None if self.clock is None else self.clock.now, self._clock)
+    def _begun(
+        self, opening: str, connection: Connection, durable: bool, *, roughly: bool = False
+    ) -> Iterator[Tx]:
+        clock = None if self.clock is None else self.clock.now
+        driver = Transaction(connection, clock, self._clock, roughly=roughly)
         try:
             driver.begin(opening, durable=durable)
-            tx = Tx(driver)
+            tx = Tx(driver, foresees=roughly)
             yield tx
             # Rung for right behind the commit, not in it: a NOTIFY makes the commits of all wait for one another.
             driver.commit(*self._bell.rings(tx.rings))
@@ -341,6 +347,8 @@ class PostgresDatabase(Database):
         match exc.orig if isinstance(exc, DBAPIError) else exc:
             case errors.SerializationFailure() | errors.DeadlockDetected() | errors.UniqueViolation():
                 return Contended(reason)
+            case errors.DivisionByZero():  # see `rows.foreseen_heads`; nothing else divides
+                return Misjudged(reason)
             case errors.LockNotAvailable():
                 return Blocked(f"{self.place}: somebody keeps a row for too long: {reason}")
             case errors.UndefinedTable() | errors.UndefinedColumn():

@@ -80,7 +80,7 @@ class MemoryStore:
     # -- a run's life
 
     async def record_workflow_start(
-        self, run: RunRecord, first: NextStep | None, posting: Posting | None = None
+        self, run: RunRecord, first: NextStep | None, posting: Posting | None = None, *, is_new: bool = False
     ) -> bool:
         with self._lock:
             there = self._runs.get(run.id)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 from pydantic_core import from_json
@@ -19,7 +20,7 @@ from paigeant.database import Database
 from paigeant.errors import (
     RunNotFound,
 )
-from paigeant.lane import Tx
+from paigeant.lane import Later, Tx
 from paigeant.prepared import upsert
 from paigeant.rows import (
     details_of,
@@ -73,17 +74,18 @@ class SqlHistory(SqlPart):
         return [{run_id: found[run_id] for run_id in ids if run_id in found} for ids in requests]
 
     async def load_run(self, workflow_id: str, *, inline_bytes: int | None = None) -> RunDetail:
-        answer = await self.database.read(self._load, (workflow_id, inline_bytes))
+        answer: RunDetail | RunNotFound = await self.database.read(self._load, (workflow_id, inline_bytes))
         detail: RunDetail = unwrapped(answer)
         return detail
 
-    def _load(self, tx: Tx, requests: Sequence[tuple[str, int | None]]) -> list[RunDetail | RunNotFound]:
-        answers: dict[tuple[str, int | None], RunDetail] = {}
-        for limit in {limit for _, limit in requests}:
-            ids = {run_id for run_id, wanted in requests if wanted == limit}
-            found = details_of(tx, ids, limit)
-            answers.update(((run_id, limit), detail) for run_id, detail in found.items())
-        return [answers.get(request) or RunNotFound(request[0]) for request in requests]
+    def _load(
+        self, tx: Tx, requests: Sequence[tuple[str, int | None]]
+    ) -> list[RunDetail | RunNotFound | Later[RunDetail | RunNotFound]]:
+        wanted: dict[int | None, set[str]] = {}
+        for run_id, limit in requests:
+            wanted.setdefault(limit, set()).add(run_id)
+        found = {limit: cache(details_of(tx, ids, limit)) for limit, ids in wanted.items()}
+        return [Later(partial(_its_detail, found[limit], run_id)) for run_id, limit in requests]
 
     async def list_runs(
         self,
@@ -154,3 +156,7 @@ class SqlHistory(SqlPart):
             tx.connection.execute(delete(dead_letters).where(dead_letters.c.id == letter)).rowcount > 0
             for letter in requests
         ]
+
+
+def _its_detail(found: Callable[[], Mapping[str, RunDetail]], run_id: str) -> RunDetail | RunNotFound:
+    return found().get(run_id) or RunNotFound(run_id)

@@ -149,9 +149,8 @@ class SqlLeases(SqlPart):
         topics: Collection[str] | None,
         limit: int,
     ) -> Swept:
-        execute = tx.connection.execute
         over = or_(workers.c.lease_until <= tx.now, workers.c.id.in_(list(gone)))
-        lost = tuple(execute(delete(workers).where(over).returning(workers.c.id)).scalars())
+        lost = tuple(tx.connection.execute(delete(workers).where(over).returning(workers.c.id)).scalars())
         changes = Changes()
         freed = [key_of(row) for row in self._locked(tx, orphan_steps().limit(limit))]
         for key in freed:
@@ -159,7 +158,8 @@ class SqlLeases(SqlPart):
         self.write(tx, changes)
         changes = Changes()
         expired, failed = [], []
-        late = execute(late_runs(tx.now).limit(limit)).scalars().all()
+        overdue = late_runs(tx.now).limit(limit)
+        late = tx.connection.execute(overdue).scalars().all()
         for run_id in sorted(lock_runs(tx, late, only_free=True)):
             detail = detail_of(tx, run_id, self.inline_bytes)
             status = ledger.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes)

@@ -30,13 +30,14 @@ from paigeant.errors import (
     PaigeantError,
     RunConflict,
 )
-from paigeant.lane import Tx, needing
-from paigeant.ledger import Changes
+from paigeant.lane import Later, Tx, needing
+from paigeant.ledger import Changes, Head
 from paigeant.rows import (
     KEY,
     NEW_RUN,
     STARTED,
     detail_of,
+    foreseen_heads,
     heads_of,
     key_of,
     lock_runs,
@@ -77,10 +78,15 @@ from paigeant.waiters import ended
 __all__ = ["SqlStore"]
 
 
+_FEW_CLAIMS = 4
+"""Up to so many claims in a transaction go by what is foreseen: of many one is soon wrong, and then all are redone."""
+
+
 class _Start(NamedTuple):
     run: RunRecord
     first: NextStep | None
     posting: Posting | None
+    is_new: bool
 
 
 class _Result(NamedTuple):
@@ -115,25 +121,30 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
     # -- a run's life
 
     async def record_workflow_start(
-        self, run: RunRecord, first: NextStep | None, posting: Posting | None = None
+        self, run: RunRecord, first: NextStep | None, posting: Posting | None = None, *, is_new: bool = False
     ) -> bool:
-        new: bool = unwrapped(await self.database.write(self._start, _Start(run, first, posting)))
+        start = _Start(run, first, posting, is_new)
+        new: bool = unwrapped(await self.database.write(self._start, start))
         if new and first is not None:
             self.waiters.started(run.id)
         return new
 
     def _start(self, tx: Tx, requests: Sequence[_Start]) -> list[bool | PaigeantError]:
-        ids = json.dumps([request.run.id for request in requests])
-        there = {run_id: (name, digest) for run_id, name, digest in STARTED.rows(tx, ids)}
+        # An id that is there all the same violates its key, and the transaction is done again.
+        doubtful = [request.run.id for request in requests if not (request.is_new and tx.foresees)]
+        there: dict[str, tuple[str, str]] = {}
+        if doubtful:
+            found = STARTED.rows(tx, json.dumps(doubtful))
+            there = {run_id: (name, digest) for run_id, name, digest in found}
         answers: list[bool | PaigeantError] = []
         runs: list[tuple[Any, ...]] = []
         changes = Changes()
         postings: list[Posting] = []
-        for run, first, posting in requests:
+        for run, first, posting, _ in requests:
             mine = (run.workflow, run.input_hash)
-            found = there.setdefault(run.id, mine)
-            if found is not mine:
-                answers.append(_conflict(run, found[0]) if found != mine else False)
+            known = there.setdefault(run.id, mine)
+            if known is not mine:
+                answers.append(_conflict(run, known[0]) if known != mine else False)
                 continue
             answers.append(True)
             runs.append(new_run(run, now=tx.now, ended=first is None))
@@ -197,8 +208,22 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
         return await self.database.write(self._claim, request, durable=False)
 
     @needing(lock_runs, lambda request: (request.key.workflow_id,))
-    def _claim(self, tx: Tx, requests: Sequence[ClaimRequest]) -> list[Grant | Refused]:
-        heads = heads_of(tx, [request.key for request in requests])
+    def _claim(
+        self, tx: Tx, requests: Sequence[ClaimRequest]
+    ) -> Sequence[Grant | Refused | Later[Grant | Refused]]:
+        few = requests if len(requests) <= _FEW_CLAIMS else ()
+        foreseen = foreseen_heads(tx, [ledger.foreseen_for_claim(request) for request in few])
+        if few and foreseen is not None:
+            heads, found = foreseen
+            return [
+                Later(partial(_as_found, answer, request.key, found))
+                for request, answer in zip(requests, self._claimed(tx, heads, requests), strict=True)
+            ]
+        return self._claimed(tx, heads_of(tx, [request.key for request in requests]), requests)
+
+    def _claimed(
+        self, tx: Tx, heads: dict[StepKey, Head], requests: Sequence[ClaimRequest]
+    ) -> list[Grant | Refused]:
         changes = Changes()
         answers: list[Grant | Refused] = []
         for request in requests:
@@ -220,7 +245,8 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
 
     @needing(lock_runs, lambda request: (request.result.key.workflow_id,))
     def _record(self, tx: Tx, requests: Sequence[_Result]) -> list[Recorded | Refused]:
-        heads = heads_of(tx, [result.key for result, _ in requests])
+        foreseen = foreseen_heads(tx, [ledger.foreseen_for_record(result) for result, _ in requests])
+        heads = heads_of(tx, [result.key for result, _ in requests]) if foreseen is None else foreseen[0]
         changes = Changes()
         postings: list[Posting] = []
         answers: list[Recorded | Refused] = []
@@ -370,6 +396,15 @@ def _ended_runs(before: float, statuses: Collection[RunStatus] | None) -> Select
         )
         .order_by(runs.created_at, runs.id)
     )
+
+
+def _as_found(
+    answer: Grant | Refused, key: StepKey, found: Callable[[], dict[StepKey, Head]]
+) -> Grant | Refused:
+    """A grant with the time for which its step had really been due."""
+    if isinstance(answer, Refused):
+        return answer
+    return ledger.queued_since(answer, found()[key])
 
 
 def _conflict(run: RunRecord, workflow: str) -> RunConflict:
