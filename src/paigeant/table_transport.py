@@ -386,4 +386,5 @@ _RETURN = Prepared(
 
 def _as_bytes(body: object) -> bytes:
     # The column holds what was put into it: a row that somebody wrote by hand may have a text there.
-    return body if isinstance(body, bytes) else str(body).encode()
+    # Of an empty one SQLite says that the beginning is null.
+    return body if isinstance(body, bytes) else str(body or "").encode()
