@@ -67,13 +67,9 @@ def _watching(names: Sequence[str]) -> Iterator[list[Observer]]:
                     found.append(LogObserver(stream=stream))
                 case "traces":
                     from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-                    from opentelemetry.sdk.trace.export import (
-                        BatchSpanProcessor,
-                        SpanExporter,
-                        SpanExportResult,
-                    )
+                    from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-                    from paigeant.observers.otlp import QuickProvider, WholeTraces
+                    from paigeant.observers.otlp import QuickProvider, SpanQueue, WholeTraces
                     from paigeant.observers.traces import TraceObserver
 
                     class Dropping(SpanExporter):
@@ -81,7 +77,7 @@ def _watching(names: Sequence[str]) -> Iterator[list[Observer]]:
                             return SpanExportResult.SUCCESS
 
                     provider = TracerProvider(shutdown_on_exit=False)
-                    processor = BatchSpanProcessor(WholeTraces(Dropping()))
+                    processor = SpanQueue(WholeTraces(Dropping()))
                     provider.add_span_processor(processor)
                     ends.append(provider.shutdown)
                     found.append(TraceObserver(QuickProvider(provider, processor)))

@@ -82,7 +82,7 @@ class Claim:
 
     def described(self, worker_id: str) -> Work:
         """What the observers around it are told of it."""
-        message, step = self.message, self.step
+        message, step = self.message, self.message.routing_slip.next_step()
         return Work(
             "do" if message.phase is Phase.DO else "undo",
             message.workflow_id,

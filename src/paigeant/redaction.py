@@ -6,6 +6,7 @@ the texts of errors, the details of dead letters.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -76,6 +77,8 @@ class Redactor:
 
         What is no JSON becomes the text that it is shown by.
         """
+        if isinstance(value, float) and not math.isfinite(value):
+            value = repr(value)
         if value is None or isinstance(value, (bool, int, float)):
             return MASK if value and _is_secret(name) and not isinstance(value, bool) else value
         if isinstance(value, (SecretStr, SecretBytes)) or _is_secret(name):

@@ -12,7 +12,7 @@ from pydantic_core import from_json
 from paigeant.claim import Claim
 from paigeant.errors import PaigeantError
 from paigeant.message import PaigeantMessage
-from paigeant.observer import CURRENT, NOTHING_AROUND, Around, Event, EventName, Observers
+from paigeant.observer import CURRENT, NOTHING_AROUND, NOTHING_MORE, Around, Event, EventName, Observers
 from paigeant.routing import Move, Park, Retry
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import StepResult, Store
@@ -63,21 +63,48 @@ class Reporter:
     def __init__(self, observers: Observers, worker_id: str) -> None:
         self.observers = observers
         self.worker_id = worker_id
+        self._tells_starts = observers.want("step.started")
+        self._surrounds = observers.surrounds
 
-    def tell(self, name: EventName, claim: Claim, **more: Any) -> None:
+    def tell(
+        self,
+        name: EventName,
+        claim: Claim,
+        *,
+        seconds: float | None = None,
+        error: str | None = None,
+        at: float | None = None,
+        more: Mapping[str, Any] = NOTHING_MORE,
+    ) -> None:
         """`name` has happened to the step of `claim`."""
-        if self.observers.want(name):
-            parent = claim.message.headers.get("traceparent", "")
-            self.observers.observe(Event(name, traceparent=parent, **claim.ids(self.worker_id), **more))
+        if not self.observers.want(name):
+            return
+        message = claim.message
+        event = Event(
+            name,
+            message.workflow_id,
+            message.workflow,
+            claim.key.step,
+            claim.activity.name,
+            claim.grant.attempt,
+            message.trace_id,
+            message.correlation_id,
+            self.worker_id,
+            seconds,
+            error,
+            at,
+            more,
+            message.headers.get("traceparent", ""),
+        )
+        self.observers.observe(event)
 
     def begin(self, claim: Claim) -> Around:
         """The activity of `claim` is about to run; gives what it is to run in."""
-        observers = self.observers
-        if not observers:
-            return NOTHING_AROUND
-        if observers.want("step.started"):
+        if self._tells_starts:
             self.tell("step.started", claim, at=claim.now, more=_phase(claim))
-        return observers.around(claim.described(self.worker_id)) if observers.surrounds else NOTHING_AROUND
+        if not self._surrounds:
+            return NOTHING_AROUND
+        return self.observers.around(claim.described(self.worker_id))
 
     def tell_claimed(self, claim: Claim) -> None:
         """A message was delivered and its step claimed, which had been due for so many seconds."""
@@ -113,18 +140,20 @@ class Reporter:
             self.tell(_RUN_EVENTS[result.run], claim, error=result.run_error, at=at)
 
 
-def _recorded(claim: Claim, result: StepResult, move: Move) -> dict[str, Any]:
-    """What else there is to tell of the end of an attempt."""
+def _recorded(claim: Claim, result: StepResult, move: Move) -> Mapping[str, Any]:
+    """What else there is to tell of the end of an attempt; of most there is nothing."""
     more = _phase(claim)
-    match move:
-        case Retry(delay=delay):
-            more["delay"] = delay
-        case Park(waits_for=waits_for, until=until):
-            more |= {"waits_for": list(waits_for), "until": until}
+    if isinstance(move, Retry):
+        more = {**more, "delay": move.delay}
+    elif isinstance(move, Park):
+        more = {**more, "waits_for": list(move.waits_for), "until": move.until}
     if result.usage is not None:
-        more["usage"] = from_json(result.usage)
+        more = {**more, "usage": from_json(result.usage)}
     return more
 
 
-def _phase(claim: Claim) -> dict[str, Any]:
-    return {"phase": "undo"} if claim.key.phase is Phase.UNDO else {}
+def _phase(claim: Claim) -> Mapping[str, Any]:
+    return _UNDO if claim.key.phase is Phase.UNDO else NOTHING_MORE
+
+
+_UNDO: Mapping[str, Any] = {"phase": "undo"}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import structlog
@@ -19,9 +20,21 @@ from paigeant.errors import ConfigurationError
 from paigeant.observer import CURRENT, Event, EventName, Observers
 from paigeant.observers.logs import LEVELS, LogFile, LogHandler, LogObserver, configure
 from paigeant.observers.logs.destinations import StreamLog
+from paigeant.observers.logs.lines import Told
+from paigeant.redaction import Redactor
 from paigeant.testing import MemoryApp
 
-IDS = {"workflow_id", "workflow", "step", "activity", "attempt", "trace_id", "correlation_id", "worker"}
+IDS_IN_ORDER = (
+    "workflow_id",
+    "workflow",
+    "step",
+    "activity",
+    "attempt",
+    "trace_id",
+    "correlation_id",
+    "worker",
+)
+IDS = set(IDS_IN_ORDER)
 
 
 @pytest.fixture(autouse=True)
@@ -238,6 +251,132 @@ async def test_the_traceback_of_an_attempt_has_the_ids_of_its_step() -> None:
     (line,) = [line for line in lines(stream) if "exception" in line]
     assert line["exception"].endswith("RuntimeError: no steam")
     assert (line["workflow_id"], line["step"], line["attempt"]) == (run.id, "break_down", 1)
+
+
+# -- lines of events
+
+
+def test_the_ids_of_an_event_stand_as_lines_have_them() -> None:
+    """Lines take them by their place."""
+    assert Event._fields[1:9] == IDS_IN_ORDER
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        step_event(seconds=0.25),
+        step_event(
+            "step.failed", error='"quoted" \\ \u00fc\u2028\ud800', more={"delay": 1.5, "workflow_id": "other"}
+        ),
+        step_event(more={"waits_for": ["a", ("b", {"c": None})], "until": float("inf"), "n": float("nan")}),
+        step_event(more={"token": "secret", "odd": object, "usage": {"requests": 3, "cost": "0.1"}}),
+        Event("step.started", "\u00fc" * 500, "w" * 300, "s", "a", 1, "t", "c\n" * 200, "k"),
+        Event("run.completed", "r", "w", trace_id="t"),
+        Event("worker.stopped", worker="w\\1"),
+        Event("delivery.rejected", error="Bearer abcdefghijkl", more={"reason": "signature"}),
+    ],
+)
+def test_the_text_of_an_event_says_what_its_fields_do(event: Event) -> None:
+    """It is JSON whatever is in it, and the same at a terminal as in a file."""
+    told = Told(event, Redactor(), 0.0)
+    assert json.loads(f"{{{told.members[2:]}}}", parse_constant=None) == json.loads(json.dumps(told.fields))
+    assert told.members.isascii()
+    assert "NaN" not in told.members
+    assert "secret" not in told.members
+    assert "abcdefghijkl" not in told.members
+
+
+class Counted(io.StringIO):
+    """A stream that keeps what it is given in each call, and fails as long as it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[str] = []
+        self.is_broken = False
+
+    def write(self, text: str) -> int:
+        if self.is_broken:
+            raise BrokenPipeError
+        self.parts.append(text)
+        return super().write(text)
+
+
+async def test_events_of_one_turn_are_written_together() -> None:
+    """In the order in which they were told, in writes that no other process can cut in two."""
+    stream = Counted()
+    observer = LogObserver(stream=stream)
+    for number in range(100):
+        observer.observe(step_event(more={"number": number}))
+    assert stream.parts == []
+    await asyncio.sleep(0)
+    assert [line["number"] for line in lines(stream)] == list(range(100))
+    assert 1 < len(stream.parts) < 15
+    assert max(map(len, stream.parts)) <= 4096
+
+
+async def test_what_cannot_wait_is_written_at_once_behind_what_waits() -> None:
+    """Troubles, what is told in detail, and users' own lines: whatever comes next, a crash too, they are there."""
+    stream = Counted()
+    logging.getLogger().handlers.clear()
+    observer = configure(stream=stream, level="debug")
+    for name in ("step.failed", "step.started"):
+        observer.observe(step_event("step.completed"))
+        observer.observe(step_event(name))
+        assert [line["event"] for line in lines(stream)][-2:] == ["step.completed", name]
+    observer.observe(step_event("step.completed"))
+    logging.getLogger("shop").info("sold")
+    assert [line["event"] for line in lines(stream)][-2:] == ["step.completed", "sold"]
+
+
+def test_a_loop_that_ends_before_its_turn_keeps_no_line_back() -> None:
+    """The next loop writes it."""
+    stream = Counted()
+    observer = LogObserver(stream=stream)
+
+    async def tell() -> None:
+        observer.observe(step_event())
+
+    loop = asyncio.new_event_loop()
+    with contextlib.suppress(StopIteration):
+        asyncio._set_running_loop(loop)
+        try:
+            tell().send(None)
+        finally:
+            asyncio._set_running_loop(None)
+    loop.close()
+    assert stream.parts == []
+    asyncio.run(tell())
+    assert len(lines(stream)) == 2
+
+
+def test_lines_that_a_stream_does_not_take_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """No step fails for them; it is told once, and how many were lost when it goes on."""
+    stream = Counted()
+    observer = LogObserver(stream=stream)
+    stream.is_broken = True
+    for _ in range(3):
+        observer.observe(step_event())
+    stream.is_broken = False
+    observer.observe(step_event())
+    assert capsys.readouterr().err.count("can't write log lines") == 1
+    assert [(line["event"], line.get("lines")) for line in lines(stream)] == [
+        ("step.completed", None),
+        ("log.lost", 3),
+    ]
+
+
+async def test_a_line_that_cannot_be_made_does_not_take_others_with_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is told which it was."""
+    stream = Counted()
+    observer = LogObserver(stream=stream)
+    observer.observe(step_event())
+    observer.observe(step_event(more=cast("Any", 5)))
+    observer.observe(step_event())
+    await asyncio.sleep(0)
+    assert len(lines(stream)) == 2
+    assert "the line of step.completed can't be made" in caplog.text
 
 
 # -- files

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from opentelemetry import trace
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_OFF,
+    ALWAYS_ON,
+    AlwaysRecordSampler,
+    ParentBased,
+    Sampler,
+    TraceIdRatioBased,
+)
 
 from paigeant import ActivityRegistry, StepContext, WaitFor, Workflow
 from paigeant.observer import Event, Observers, Work
-from paigeant.observers.otlp import QuickProvider, WholeTraces
-from paigeant.observers.traces import TraceObserver
+from paigeant.observers.otlp import QuickProvider, SpanQueue, WholeTraces
+from paigeant.observers.traces import TraceObserver, remote
 from paigeant.testing import MemoryApp
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -23,10 +34,10 @@ CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 class Spans:
     """A provider of its own, and what it was told. `is_quick`: the spans of runs are made as `paigeant run` does."""
 
-    def __init__(self, *, is_quick: bool = False) -> None:
+    def __init__(self, *, is_quick: bool = False, sampler: Sampler | None = None) -> None:
         self._exporter = InMemorySpanExporter()
         processor = SimpleSpanProcessor(self._exporter)
-        self.provider = TracerProvider()
+        self.provider = TracerProvider(sampler)
         self.provider.add_span_processor(processor)
         self.observer = TraceObserver(QuickProvider(self.provider, processor) if is_quick else self.provider)
 
@@ -229,6 +240,58 @@ async def test_a_trace_that_is_not_sampled_is_empty_and_goes_on(is_quick: bool) 
     assert spans.all == []
 
 
+SAMPLERS = {
+    "default": None,
+    "on": ALWAYS_ON,
+    "off": ALWAYS_OFF,
+    "half": TraceIdRatioBased(0.5),
+    "half of roots": ParentBased(TraceIdRatioBased(0.5)),
+    "never below a caller": ParentBased(ALWAYS_ON, remote_parent_sampled=ALWAYS_OFF),
+    "always below a caller": ParentBased(ALWAYS_OFF, remote_parent_not_sampled=ALWAYS_ON),
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("flags", ["00", "01", "02", "03"])
+@pytest.mark.parametrize("trace", [CALLER.split("-")[1], "f" * 32])
+def test_quick_spans_are_sampled_as_the_librarys(sampler: str, flags: str, trace: str) -> None:
+    """By whatever sampler, below whatever is above; those that are have the same ids, flags and parent."""
+    found = []
+    for is_quick in (True, False):
+        spans = Spans(is_quick=is_quick, sampler=SAMPLERS[sampler])
+        span = spans.observer.tracer.start_span("s", remote(f"00-{trace}-{CALLER.split('-')[2]}-{flags}"))
+        span.end()
+        context = span.get_span_context()
+        parents = [each.parent for each in spans.all]
+        found.append(
+            (context.trace_id, context.trace_flags, context.is_valid, context.is_remote and 0, parents)
+        )
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("sampler", ["default", "on", "off", "always below a caller"])
+def test_quick_spans_of_a_new_trace_are_sampled_as_the_librarys(sampler: str) -> None:
+    """There the sampler of roots decides."""
+    found = []
+    for is_quick in (True, False):
+        spans = Spans(is_quick=is_quick, sampler=SAMPLERS[sampler])
+        span = spans.observer.tracer.start_span("s")
+        span.end()
+        context = span.get_span_context()
+        found.append((context.trace_flags, context.trace_state, context.is_valid, len(spans.all)))
+        assert [each.context for each in spans.all] == [context] * len(spans.all)
+    assert found[0] == found[1]
+
+
+def test_quick_spans_have_ids_of_their_own() -> None:
+    """Their own and those that the provider's generator makes."""
+    spans = Spans(is_quick=True)
+    for _ in range(100):
+        spans.observer.tracer.start_span("s", remote(CALLER)).end()
+    assert len({span.context.span_id for span in spans.all}) == 100
+    assert {f"{span.context.trace_id:x}" for span in spans.all} == {f"{int(CALLER.split('-')[1], 16):x}"}
+
+
 class Broken:
     """An observer that fails in every way there is."""
 
@@ -326,3 +389,155 @@ def test_spans_that_wait_for_their_parent_are_bounded(monkeypatch: pytest.Monkey
     for _ in range(5):
         whole.export(nested()[1:2])
     assert kept.names == ["b", "b"]
+
+
+class Unfailing(SpanProcessor):
+    """A processor of spans that fails."""
+
+    def on_end(self, span: ReadableSpan) -> None:
+        raise RuntimeError
+
+
+async def test_a_processor_that_fails_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The step has gone well, and the log has the trouble."""
+    spans = Spans()
+    spans.observer = TraceObserver(QuickProvider(spans.provider, Unfailing()))
+    await done(spans, "pick")
+    assert "a span can't be ended" in caplog.text
+
+
+# -- the queue
+
+
+class Gate(Kept):
+    """An exporter that is held up until it may go on, and fails if it is to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_begun, self.may_go = threading.Event(), threading.Event()
+        self.may_go.set()
+        self.fails = False
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.has_begun.set()
+        assert self.may_go.wait(10)
+        if self.fails:
+            raise RuntimeError
+        return super().export(spans)
+
+
+def queue(
+    monkeypatch: pytest.MonkeyPatch, exporter: SpanExporter, **settings: str
+) -> tuple[trace.Tracer, SpanQueue]:
+    """A queue with these `OTEL_BSP_*` settings, and a tracer whose spans go there."""
+    for name, value in settings.items():
+        monkeypatch.setenv(f"OTEL_BSP_{name.upper()}", value)
+    processor = SpanQueue(exporter)
+    return TraceObserver(QuickProvider(TracerProvider(), processor)).tracer, processor
+
+
+def test_all_that_has_ended_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fills a batch by itself, all of it on demand, and the rest at the end; then nothing more."""
+    exporter = Kept()
+    tracer, spans = queue(monkeypatch, exporter, max_export_batch_size="10")
+    for number in range(25):
+        tracer.start_span(f"{number}").end()
+    spans.force_flush()
+    assert exporter.names == [f"{number}" for number in range(25)]
+    tracer.start_span("last").end()
+    spans.shutdown()
+    spans.shutdown()
+    tracer.start_span("late").end()
+    assert exporter.names[25:] == ["last"]
+
+
+def test_spans_are_exported_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few they are."""
+    exporter = Gate()
+    tracer, spans = queue(monkeypatch, exporter, schedule_delay="10")
+    tracer.start_span("one").end()
+    assert exporter.has_begun.wait(10)
+    spans.shutdown()
+    assert exporter.names == ["one"]
+
+
+def test_spans_beyond_the_bound_are_lost_and_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that ended first are kept; no step waits for an exporter."""
+    exporter = Gate()
+    exporter.may_go.clear()
+    tracer, spans = queue(monkeypatch, exporter, max_queue_size="5", max_export_batch_size="1")
+    tracer.start_span("first").end()
+    assert exporter.has_begun.wait(10)
+    for number in range(8):
+        tracer.start_span(f"{number}").end()
+    assert spans.lost == 3
+    exporter.may_go.set()
+    spans.shutdown()
+    assert exporter.names == ["first", "0", "1", "2", "3", "4"]
+    assert "3 spans were lost" in caplog.text
+
+
+def test_an_exporter_that_fails_is_told_of_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The spans of that time are lost, and counted."""
+    exporter = Gate()
+    tracer, spans = queue(monkeypatch, exporter)
+    exporter.fails = True
+    tracer.start_span("lost").end()
+    spans.force_flush()
+    exporter.fails = False
+    tracer.start_span("kept").end()
+    spans.shutdown()
+    assert exporter.names == ["kept"]
+    assert "spans can't be exported" in caplog.text
+    assert "1 spans were lost" in caplog.text
+
+
+def test_what_the_library_does_not_sample_is_not_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spans that are only recorded end here as well."""
+    exporter = Kept()
+    _, spans = queue(monkeypatch, exporter)
+    for sampler in (AlwaysRecordSampler(ALWAYS_OFF), ALWAYS_ON):
+        provider = TracerProvider(sampler)
+        provider.add_span_processor(spans)
+        provider.get_tracer("t").start_span(sampler.get_description()).end()
+    spans.shutdown()
+    assert exporter.names == ["AlwaysOnSampler"]
+
+
+def test_a_setting_that_is_none_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The default holds."""
+    _, spans = queue(monkeypatch, Kept(), max_queue_size="many", schedule_delay="0")
+    assert (spans._most, spans._delay) == (2048, 5.0)
+    spans.shutdown()
+    assert caplog.text.count("expected a whole number above 0") == 2
+
+
+def test_a_process_that_was_forked_off_exports_its_own() -> None:
+    """And nothing of its parent's."""
+    code = """
+import os, sys
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import ConsoleSpanExporter
+from paigeant.observers.otlp import QuickProvider, SpanQueue
+spans = SpanQueue(ConsoleSpanExporter(formatter=lambda span: f"{os.getpid() == parent} {span.name}\\n"))
+parent = os.getpid()
+tracer = QuickProvider(TracerProvider(), spans).get_tracer("t")
+tracer.start_span("before").end()
+child = os.fork()
+tracer.start_span("after").end()
+spans.shutdown()
+if child:
+    os.waitpid(child, 0)
+else:
+    os._exit(0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert sorted(done.stdout.splitlines()) == ["False after", "True after", "True before"]

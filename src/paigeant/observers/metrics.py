@@ -145,6 +145,9 @@ class _Taken(NamedTuple):
 
 Labels = tuple[str, ...]
 
+_PARTS: dict[EventName, tuple[str, str]] = {
+    name: (name.split(".")[0], name.split(".")[1]) for name in get_args(EventName)
+}
 _WANTED = frozenset(
     name
     for name in get_args(EventName)
@@ -187,17 +190,15 @@ class MetricsObserver:
 
     def observe(self, event: Event) -> None:
         """Count `event`."""
-        what, _, how = event.name.partition(".")
-        match what:
-            case "step":
-                self._step(event, how)
-            case "delivery":
-                self._delivery(event, how)
-            case "run":
-                self._run(event, how)
-            case _:
-                if event.name == "worker.lost":
-                    self._add("paigeant_workers_lost_total")
+        what, how = _PARTS[event.name]
+        if what == "step":
+            self._step(event, how)
+        elif what == "delivery":
+            self._delivery(event, how)
+        elif what == "run":
+            self._run(event, how)
+        elif event.name == "worker.lost":
+            self._add("paigeant_workers_lost_total")
 
     def _step(self, event: Event, how: str) -> None:
         if how == "swept":

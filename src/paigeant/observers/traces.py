@@ -13,6 +13,7 @@ Attributes are ids and names, from a fixed list: neither input nor output, nor t
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from functools import lru_cache
@@ -32,12 +33,16 @@ from opentelemetry.trace import (
     TracerProvider,
 )
 
+from paigeant.observer import Harmless
+
 if TYPE_CHECKING:
     from opentelemetry.context import Context
 
     from paigeant.observer import Around, Event, EventName, Work
 
 __all__ = ["TraceObserver"]
+
+log = logging.getLogger("paigeant.traces")
 
 _ENDS: Mapping[EventName, StatusCode] = {
     "run.completed": StatusCode.OK,
@@ -59,7 +64,11 @@ class TraceObserver:
 
     def around(self, work: Work) -> Around:
         """The span of `work` as the current one; gives the traceparent of that for a run which is dispatched."""
-        return _Current(self.tracer, work)
+        above = remote(work.traceparent)
+        if work.kind != "dispatch":
+            return _Current(self._attempt(work, above))
+        name = f"dispatch {work.workflow}"
+        return _NewRun(self.tracer.start_span(name, above, SpanKind.PRODUCER, _of_dispatch(work)))
 
     def observe(self, event: Event) -> None:
         """The end of a run as a moment in its trace; all else is told by the spans."""
@@ -77,56 +86,66 @@ class TraceObserver:
         span.set_status(Status(status))
         span.end()
 
-
-class _Current:
-    """The span of one work: begun and made the current one on entry, ended on exit."""
-
-    __slots__ = ("_span", "_token", "_tracer", "_work")
-
-    def __init__(self, tracer: Tracer, work: Work) -> None:
-        self._tracer = tracer
-        self._work = work
-
-    def __enter__(self) -> str | None:
-        work = self._work
-        above = remote(work.traceparent)
-        if work.kind == "dispatch":
-            span = self._tracer.start_span(
-                f"dispatch {work.workflow}", above, SpanKind.PRODUCER, _of_dispatch(work)
-            )
-        else:
-            span = self._attempt(work, above)
-        self._span: Span = span
-        self._token = context.attach(trace.set_span_in_context(span))
-        found = span.get_span_context()
-        return written(found) if work.kind == "dispatch" and found.is_valid else None
-
     def _attempt(self, work: Work, above: Context | None) -> Span:
         name = f"step {work.activity}" if work.kind == "do" else f"undo {work.activity}"
-        attributes = _of_step(work)
+        # What the dispatch tells of the run isn't told again.
+        attributes: dict[str, Any] = {
+            "paigeant.workflow_id": work.workflow_id[:_LONGEST],
+            "paigeant.step": work.step,
+            "paigeant.attempt": work.attempt,
+            "paigeant.worker": work.worker,
+        }
         if not work.message_id:
-            return self._tracer.start_span(name, above, SpanKind.INTERNAL, attributes)
+            return self.tracer.start_span(name, above, SpanKind.INTERNAL, attributes)
         now = time.time_ns()
         attributes["messaging.system"] = "paigeant"
         attributes["messaging.destination.name"] = work.topic
         attributes["messaging.message.id"] = work.message_id[:_LONGEST]
         attributes["messaging.operation.name"] = attributes[_TYPE] = "receive"
         due = now - int(work.queued * 1e9)
-        self._tracer.start_span(
+        self.tracer.start_span(
             f"receive {work.topic}", above, SpanKind.CONSUMER, attributes, start_time=due
         ).end(now)
         attributes["messaging.operation.name"] = attributes[_TYPE] = "process"
-        return self._tracer.start_span(name, above, SpanKind.CONSUMER, attributes, start_time=now)
+        return self.tracer.start_span(name, above, SpanKind.CONSUMER, attributes, start_time=now)
+
+
+class _Current(Harmless):
+    """Makes a span the current one on entry, and ends it on exit."""
+
+    __slots__ = ("_span", "_token")
+
+    def __init__(self, span: Span) -> None:
+        self._span = span
+
+    def __enter__(self) -> str | None:
+        # As `trace.set_span_in_context` does it, with one copy instead of two.
+        self._token = context.attach(context.Context({**context.get_current(), _CURRENT_SPAN: self._span}))
+        return None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         context.detach(self._token)
         span = self._span
-        if isinstance(error, Exception):  # what isn't one is a wait or a shutdown, and no failure
-            span.set_attribute("error.type", type(error).__qualname__)
-            span.set_status(Status(StatusCode.ERROR, type(error).__qualname__))
-        span.end()
+        try:
+            if isinstance(error, Exception):  # what isn't one is a wait or a shutdown, and no failure
+                span.set_attribute("error.type", type(error).__qualname__)
+                span.set_status(Status(StatusCode.ERROR, type(error).__qualname__))
+            span.end()
+        except Exception:  # whatever a processor of spans does wrong is not the step's
+            log.exception("a span can't be ended")
+
+
+class _NewRun(_Current):
+    """Gives the context of the span as well, for the run that is dispatched in it."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> str | None:
+        super().__enter__()
+        found = self._span.get_span_context()
+        return written(found) if found.is_valid else None
 
 
 _TYPE = "messaging.operation.type"
@@ -145,19 +164,19 @@ def _of_dispatch(work: Work) -> dict[str, Any]:
     }
 
 
-def _of_step(work: Work) -> dict[str, Any]:
-    # Each attribute costs the library three microseconds, more than all else here: what the dispatch tells of the run
-    # isn't told again.
-    return {
-        "paigeant.workflow_id": work.workflow_id[:_LONGEST],
-        "paigeant.step": work.step,
-        "paigeant.attempt": work.attempt,
-        "paigeant.worker": work.worker,
-    }
+(_CURRENT_SPAN,) = trace.set_span_in_context(trace.INVALID_SPAN, context.Context())
+
+
+class Remote(context.Context):
+    """The context of a span of another process, or of another time, with `above` at hand, what that is known by."""
+
+    def __init__(self, above: SpanContext) -> None:
+        super().__init__({_CURRENT_SPAN: NonRecordingSpan(above)})
+        self.above = above
 
 
 @lru_cache(maxsize=1024)
-def remote(traceparent: str) -> Context | None:
+def remote(traceparent: str) -> Remote | None:
     """The context that a W3C traceparent names; None, which is the current one, where it names none."""
     try:
         version, trace_id, span_id, flags = traceparent.split("-")
@@ -166,10 +185,7 @@ def remote(traceparent: str) -> Context | None:
         found = SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16)))
     except ValueError:
         return None
-    return trace.set_span_in_context(NonRecordingSpan(found), _NOTHING) if found.is_valid else None
-
-
-_NOTHING = context.Context()
+    return Remote(found) if found.is_valid else None
 
 
 def written(found: SpanContext) -> str:

@@ -15,6 +15,7 @@ from typing import TextIO
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
+from paigeant.clock import SystemClock
 from paigeant.observer import Event
 from paigeant.observers.logs.destinations import LogFile, StreamLog
 from paigeant.observers.logs.lines import (
@@ -23,7 +24,7 @@ from paigeant.observers.logs.lines import (
     RECORD,
     Destination,
     Format,
-    fields_of,
+    Told,
     level_number,
     redacting,
     wanted_at,
@@ -32,6 +33,9 @@ from paigeant.observers.logs.lines import (
 from paigeant.redaction import Redactor
 
 __all__ = ["LEVELS", "LogFile", "LogHandler", "LogObserver", "configure", "with_step"]
+
+
+_CLOCK = SystemClock()
 
 
 class LogObserver:
@@ -58,13 +62,12 @@ class LogObserver:
 
     def observe(self, event: Event) -> None:
         """Write the line of `event`, unless its level is too low: then nothing is built at all."""
-        level = LEVELS.get(event.name, logging.INFO)
-        if level < self._least:
+        if event.name not in self.wants:
             return
-        fields = fields_of(event, level, self.redactor)
+        told = Told(event, self.redactor, _CLOCK.now())
         for destination in self.destinations:
-            if level >= destination.least:
-                destination.write(level, fields, event.at)
+            if told.level >= destination.least:
+                destination.tell(told)
 
 
 class LogHandler(logging.Handler):

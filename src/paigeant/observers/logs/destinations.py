@@ -2,59 +2,160 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
-from paigeant.clock import SystemClock, as_datetime
+from paigeant.clock import SystemClock
 from paigeant.errors import ConfigurationError
-from paigeant.observers.logs.lines import Format, renderer
+from paigeant.observers.logs.lines import Format, Told, renderer
 
 __all__ = ["LogFile", "StreamLog"]
 
+log = logging.getLogger("paigeant.logs")
+
 _CLOCK = SystemClock()
 
+_MOST_AT_ONCE = 4096
+"""Bytes in one write: more may be cut by the lines of other processes on the same pipe (`PIPE_BUF` of Linux)."""
 
-class StreamLog:
+
+class _TextLog:
+    """Lines of text, written as they come; those of events at `info` a turn of the event loop together.
+
+    Steps are recorded together, so their events come together. Their lines are made one after the other when the loop
+    has done what else there is: that costs less than making each where it comes, and is one write instead of many.
+    Where a line can't be written nothing is raised; it is lost, and how many were is told once it can be again.
+    """
+
+    def __init__(self, *, least: int, most_at_once: int = _MOST_AT_ONCE) -> None:
+        self.least = least
+        self.lost = 0
+        self._most_at_once = most_at_once
+        self._lock = threading.RLock()  # what is shown of a user's value may log a line itself
+        self._waiting: deque[Told | str] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def write(self, level: int, fields: Mapping[str, Any]) -> None:
+        """Write one line; this process's clock tells the time."""
+        self._waiting.append(self._line(fields, _CLOCK.now()))
+        self._flush()
+
+    def tell(self, told: Told) -> None:
+        """Write the line of an event; this process's clock tells the time."""
+        self._waiting.append(told)
+        loop = asyncio._get_running_loop() if told.level == logging.INFO else None
+        if loop is None:
+            self._flush()
+        elif self._loop is not loop:  # another one may have ended without its turn
+            self._loop = loop
+            loop.call_soon(self._flush)
+
+    def _line(self, fields: Mapping[str, Any], at: float) -> str:
+        raise NotImplementedError
+
+    def _line_of(self, told: Told) -> str:
+        return f'{{"timestamp": "{_as_json(told.at)}"{told.members}}}\n'
+
+    def _place(self, text: str) -> None:
+        """Write whole lines. Raises OSError, or ValueError where the stream is closed."""
+        raise NotImplementedError
+
+    def _complain(self, exc: Exception) -> None:
+        """Say that lines are lost from now on."""
+        raise NotImplementedError
+
+    def _flush(self) -> None:
+        with self._lock:
+            self._loop = None  # before the lines are taken: who comes now has another turn
+            lines: list[str] = []
+            size = 0
+            while self._waiting:
+                told = self._waiting.popleft()
+                line = told if isinstance(told, str) else self._made(told)
+                size += len(line)
+                if lines and size > self._most_at_once:
+                    self._try(lines)
+                    lines, size = [], len(line)
+                lines.append(line)
+            if lines:
+                self._try(lines)
+
+    def _made(self, told: Told) -> str:
+        try:
+            return self._line_of(told)
+        except Exception:  # one line must not take the others with it
+            log.exception("the line of %s can't be made", told.event.name)
+            return ""
+
+    def _try(self, lines: list[str]) -> None:
+        if not self._placed("".join(lines)):
+            self.lost += len(lines)
+        elif self.lost:
+            told = {"level": "warning", "event": "log.lost", "lines": self.lost}
+            if self._placed(self._line(told, _CLOCK.now())):
+                self.lost = 0
+
+    def _placed(self, text: str) -> bool:
+        try:
+            self._place(text)
+        except (
+            OSError,
+            ValueError,
+        ) as exc:  # a full disk or a reader that is gone is no reason for a step to fail
+            if not self.lost:
+                self._complain(exc)
+            return False
+        return True
+
+
+class StreamLog(_TextLog):
     """Lines on a stream, as JSON or for a terminal."""
 
     def __init__(self, stream: TextIO, *, least: int, format: Format) -> None:
-        self.least = least
+        super().__init__(least=least)
         self._stream = stream
         self._is_json = format == "json"
         self._render = renderer(format, colors=stream.isatty())
-        self._lock = threading.Lock()
 
-    def write(self, level: int, fields: Mapping[str, Any], at: float | None = None) -> None:
-        """Write one line; `at` is left out: this process's clock tells the time."""
-        now = _now()
-        time = _as_json(now) if self._is_json else now.astimezone().strftime("%H:%M:%S")
-        text = self._render({"timestamp": time, **fields})
-        with self._lock:
-            self._stream.write(f"{text}\n")
-            self._stream.flush()
+    def _line(self, fields: Mapping[str, Any], at: float) -> str:
+        time = _as_json(at) if self._is_json else f"{datetime.fromtimestamp(at, UTC).astimezone():%H:%M:%S}"
+        return f"{self._render({'timestamp': time, **fields})}\n"
+
+    def _line_of(self, told: Told) -> str:
+        return super()._line_of(told) if self._is_json else self._line(told.fields, told.at)
+
+    def _place(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+    def _complain(self, exc: Exception) -> None:
+        if self._stream is not sys.stderr:
+            name = getattr(self._stream, "name", type(self._stream).__name__)
+            sys.stderr.write(f"can't write log lines to {name}: {exc}\n")
 
 
-class LogFile:
+class LogFile(_TextLog):
     """JSON lines in a file. One of `most_bytes` is put aside as `path.1`, that before as `path.2`, `files` in all.
 
-    Processes that share the file notice when another one has put it aside, or when somebody else has. Where it can't be
-    written nothing is raised; the lines are lost, and so many are told once it can be again.
+    Processes that share the file notice when another one has put it aside, or when somebody else has.
     """
 
     def __init__(self, path: str | Path, *, least: int, most_bytes: int, files: int) -> None:
+        super().__init__(least=least, most_at_once=min(_MOST_AT_ONCE, most_bytes))
         self.path = Path(path)
-        self.least = least
-        self.lost = 0
         self._most_bytes = most_bytes
         self._files = files
         self._render = renderer("json")
-        self._lock = threading.Lock()
         self._file: int | None = None
         try:
             self._open()
@@ -63,31 +164,26 @@ class LogFile:
                 f"can't write the log file {self.path}: {exc.strerror}; expected a file in a folder that is there"
             ) from exc
 
-    def write(self, level: int, fields: Mapping[str, Any], at: float | None = None) -> None:
-        """Write one line; `at` is left out: this process's clock tells the time."""
-        line = self._line(fields)
-        with self._lock:
-            try:
-                self._place(line)
-                if self.lost:
-                    lost, self.lost = self.lost, 0
-                    self._place(self._line({"level": "warning", "event": "log.lost", "lines": lost}))
-            except OSError as exc:  # a full disk is no reason for a step to fail
-                if not self.lost:
-                    sys.stderr.write(f"can't write the log file {self.path}: {exc.strerror}\n")
-                self.lost += 1
-                self._close()
-
     def close(self) -> None:
         """Close it; a later line opens it again."""
         with self._lock:
+            self._flush()
             self._close()
 
-    def _line(self, fields: Mapping[str, Any]) -> bytes:
-        text = self._render({"timestamp": _as_json(_now()), **fields})
-        return f"{text}\n".encode("utf-8", "backslashreplace")
+    def _line(self, fields: Mapping[str, Any], at: float) -> str:
+        return f"{self._render({'timestamp': _as_json(at), **fields})}\n"
 
-    def _place(self, line: bytes) -> None:
+    def _complain(self, exc: Exception) -> None:
+        sys.stderr.write(f"can't write the log file {self.path}: {getattr(exc, 'strerror', exc)}\n")
+
+    def _place(self, text: str) -> None:
+        try:
+            self._append(text.encode("utf-8", "backslashreplace"))
+        except OSError:
+            self._close()
+            raise
+
+    def _append(self, line: bytes) -> None:
         if self._file is None or self._is_aside():
             self._close()
             self._open()
@@ -132,11 +228,11 @@ class LogFile:
         return f"{self.path}.{number}" if number else str(self.path)
 
 
-def _now() -> datetime:
-    now = as_datetime(_CLOCK.now())
-    assert now is not None
-    return now
+def _as_json(instant: float) -> str:
+    second, micro = divmod(int(instant * 1e6), 1_000_000)
+    return f"{_second(second)}.{micro:06d}Z"
 
 
-def _as_json(instant: datetime) -> str:
-    return instant.isoformat().replace("+00:00", "Z")
+@lru_cache(maxsize=8)
+def _second(instant: int) -> str:
+    return datetime.fromtimestamp(instant, UTC).strftime("%Y-%m-%dT%H:%M:%S")

@@ -6,6 +6,8 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
+from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Literal, Protocol
 
 import structlog
@@ -21,11 +23,13 @@ __all__ = [
     "RECORD",
     "Destination",
     "Format",
-    "fields_of",
+    "Told",
+    "encoded",
     "level_name",
     "level_number",
     "redacting",
     "renderer",
+    "short",
     "wanted_at",
     "with_step",
 ]
@@ -86,25 +90,93 @@ class Destination(Protocol):
 
     least: int
 
-    def write(self, level: int, fields: Mapping[str, Any], at: float | None = None) -> None:
-        """Write a line, whose `fields` are others' as well. `at`: the store's instant of what it tells, if known."""
+    def write(self, level: int, fields: Mapping[str, Any]) -> None:
+        """Write a line by its fields, which are others' as well."""
+        ...
+
+    def tell(self, told: Told) -> None:
+        """Write the line of an event."""
         ...
 
 
-def fields_of(event: Event, level: int, redactor: Redactor) -> dict[str, Any]:
-    """The fields of the line of an event, without the time."""
-    fields: dict[str, Any] = {"level": level_name(level), "event": event.name}
-    for name in IDS:
-        value = getattr(event, name)
-        if value:
-            fields[name] = _short(value)
-    if event.seconds is not None:
-        fields["seconds"] = round(event.seconds, 6)
+class Told:
+    """What is told of an event: its line without the time, for all destinations alike.
+
+    A step has one at least, so its text is put together as such, when the first asks for it, without a dictionary or
+    an encoder in between; it says what `fields` do. Ids are ours, and hold no secrets.
+    """
+
+    __slots__ = ("_redactor", "_text", "at", "event", "level")
+
+    def __init__(self, event: Event, redactor: Redactor, at: float) -> None:
+        self.event = event
+        self.level = LEVELS[event.name]
+        self.at = at
+        """By this process's clock; that of the store, where it is known, is the event's."""
+        self._redactor = redactor
+        self._text: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The fields behind level and event as the JSON text of members, each with a comma before it."""
+        if self._text is None:
+            self._text = self._written()
+        return self._text
+
+    def _written(self) -> str:
+        event = self.event
+        _, run, workflow, step, activity, attempt, trace, correlation, worker, seconds, error, _, more, _ = (
+            event
+        )
+        if attempt and step and trace and len(run) <= _ID_CHARACTERS >= len(correlation):
+            text = (
+                f', "workflow_id": {quoted(run)}, "workflow": {_known(workflow)}, "step": {_known(step)}'
+                f', "activity": {_known(activity)}, "attempt": {attempt}, "trace_id": {quoted(trace)}'
+                f', "correlation_id": {quoted(correlation)}, "worker": {_known(worker)}'
+            )
+        else:
+            text = "".join([f', "{name}": {encoded(value)}' for name, value in _ids(event)])
+        if seconds is not None:
+            text += f', "seconds": {seconds:.6f}'
+        if more or error is not None:
+            text += f", {encoded(_beside(event, self._redactor))[1:-1]}"
+        return text
+
+    @property
+    def members(self) -> str:
+        """All fields as the JSON text of members, a comma before the first."""
+        return _HEADS[self.event.name] + self.text
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All fields as values."""
+        event = self.event
+        fields: dict[str, Any] = {"level": level_name(self.level), "event": event.name}
+        fields |= _ids(event)
+        if event.seconds is not None:
+            fields["seconds"] = round(event.seconds, 6)
+        return fields | _beside(event, self._redactor)
+
+
+_known = lru_cache(maxsize=1024)(quoted)
+"""As `quoted`, of names of which there are few."""
+
+
+def _beside(event: Event, redactor: Redactor) -> dict[str, Any]:
+    """What an event tells beside ids and seconds: what others have written, and so may hold secrets."""
+    beside: dict[str, Any] = {}
     if event.error is not None:
-        fields["error"] = _cut(redactor.text(event.error))
-    for name, value in event.more.items():
-        fields.setdefault(name, redactor.value(name, value))
-    return fields
+        beside["error"] = _cut(redactor.text(event.error))
+    if event.more:
+        for name, value in event.more.items():
+            if name not in _OWN and name not in beside:
+                beside[name] = redactor.value(name, value)
+    return beside
+
+
+def _ids(event: Event) -> list[tuple[str, Any]]:
+    """The ids of an event by their names, those that it has."""
+    return [(name, short(value)) for name, value in zip(IDS, event[1:9], strict=True) if value]
 
 
 def redacting(redactor: Redactor) -> Processor:
@@ -113,7 +185,7 @@ def redacting(redactor: Redactor) -> Processor:
     def redact(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
         for name, value in fields.items():
             if name in IDS:
-                fields[name] = _short(value)
+                fields[name] = short(value)
             elif name not in _OURS:
                 shown = redactor.value(name, value)
                 fields[name] = _cut(shown) if isinstance(shown, str) else shown
@@ -124,6 +196,9 @@ def redacting(redactor: Redactor) -> Processor:
 
 RECORD, HAD = "_paigeant_record", "_paigeant_had"
 """Fields on the way only: the record that a line is made of, and which destinations have had it."""
+
+_OWN = frozenset((*IDS, "level", "event", "seconds", "timestamp"))
+"""What each line of an event says in the same way; it has no other field of such a name."""
 
 _OURS = frozenset({"level", "timestamp", "logger", RECORD, HAD})
 
@@ -140,9 +215,7 @@ def with_step(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
 def renderer(format: Format, *, colors: bool = False) -> Callable[[Mapping[str, Any]], str]:
     """Makes the text of a line from its fields, one line whatever is in them; a traceback is indented."""
     if format == "json":
-        # structlog's own renderer makes an encoder for each line, which takes as long as the line itself.
-        encode = json.JSONEncoder(default=repr).encode
-        return lambda fields: encode(_ordered(fields))
+        return lambda fields: encoded(_ordered(fields))
     to_console = structlog.dev.ConsoleRenderer(
         colors=colors,
         pad_event_to=16,
@@ -151,6 +224,11 @@ def renderer(format: Format, *, colors: bool = False) -> Callable[[Mapping[str, 
         exception_formatter=structlog.dev.plain_traceback,
     )
     return lambda fields: str(to_console(None, "", _unforged(_brief(dict(fields)))))
+
+
+# structlog's own renderer makes an encoder for each line, which takes as long as the line itself.
+encoded: Callable[[Any], str] = json.JSONEncoder(default=repr).encode
+"""Fields or a value as JSON; what is none, as the text that it is shown by."""
 
 
 def wanted_at(least: int) -> frozenset[str]:
@@ -173,7 +251,12 @@ def level_name(level: int) -> str:
     return _NAMES.get(level) or logging.getLevelName(level).lower()
 
 
-def _short(value: Any) -> Any:
+_HEADS = {name: f', "level": "{level_name(level)}", "event": "{name}"' for name, level in LEVELS.items()}
+"""How the line of each event begins, behind the time."""
+
+
+def short(value: Any) -> Any:
+    """An id as lines have it."""
     if isinstance(value, str) and len(value) > _ID_CHARACTERS:
         return f"{value[:_ID_CHARACTERS]}..."
     return value

@@ -22,7 +22,7 @@ from paigeant.database import Database
 from paigeant.errors import InputInvalid
 from paigeant.lane import Tx
 from paigeant.observer import Event, LogLine
-from paigeant.observers.logs.lines import LEVELS, fields_of, level_name, level_number, wanted_at
+from paigeant.observers.logs.lines import Told, level_name, level_number, short, wanted_at
 from paigeant.prepared import Prepared
 from paigeant.redaction import Redactor
 from paigeant.tables import workflow_logs, workflow_runs
@@ -88,18 +88,27 @@ class SqlLog:
 
     def observe(self, event: Event) -> None:
         """Take the line of an event."""
-        level = LEVELS.get(event.name, logging.INFO)
-        if level >= self.least:
-            self.write(level, fields_of(event, level, self._redactor), event.at)
+        if event.name in self.wants:
+            self.tell(Told(event, self._redactor, 0.0))
 
-    def write(self, level: int, fields: Mapping[str, Any], at: float | None = None) -> None:
+    def tell(self, told: Told) -> None:
+        """Take the line of an event."""
+        event = told.event
+        text = _storable(f"{{{told.text[2:]}}}")
+        self._take(
+            event.at, told.level, event.name, _fit(short(event.workflow_id)), _fit(short(event.step)), text
+        )
+
+    def write(self, level: int, fields: Mapping[str, Any]) -> None:
         """Take a line. Never waits, and never raises for what it says."""
-        if threading.current_thread() is self._thread:
-            return  # what a driver logs about the writing of lines would have more of them written, for ever
         told = dict(fields)
         told.pop("level", None)
         event, run, step = told.pop("event", ""), told.get("workflow_id"), told.get("step")
-        line = (level, _fit(event) or "", _fit(run), _fit(step), _text(told))
+        self._take(None, level, _fit(event) or "", _fit(run), _fit(step), _text(told))
+
+    def _take(self, at: float | None, *line: Any) -> None:
+        if threading.current_thread() is self._thread:
+            return  # what a driver logs about the writing of lines would have more of them written, for ever
         with self._lock:
             if self._closing.is_set():
                 return
@@ -231,6 +240,11 @@ def _text(fields: Mapping[str, Any]) -> str:
         text = to_json(fields, fallback=repr, inf_nan_mode="strings").decode()
     except (PydanticSerializationError, ValueError):  # half a surrogate pair, which ASCII can express
         text = json.dumps(fields, default=repr, separators=(",", ":"))
+    return _storable(text)
+
+
+def _storable(text: str) -> str:
+    """A JSON text that Postgres can hold as well."""
     return text.replace("\\u0000", "\\\\0") if "\\u0000" in text else text
 
 
