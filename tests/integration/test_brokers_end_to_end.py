@@ -142,10 +142,10 @@ async def test_without_the_setting_it_stays_where_it_was(systems: Systems) -> No
     async with (
         Paigeant(systems.settings(systems.theirs, grace=1000), activities=work.registry()) as there,
         Paigeant(systems.settings(systems.ours), activities=work.registry(), observers=[work]) as here,
-        working(here.worker()),
     ):
         await there.dispatch(flow, {"sku": "A-1"}, workflow_id="r")
-        await work.until("delivery.duplicate")
+        async with working(here.worker()):
+            await work.until("delivery.duplicate")
         assert await here.store.list_runs() == []
     assert not work.done
 

@@ -512,6 +512,7 @@ async def test_tls_is_verified(tmp_path: Path) -> None:
         f"ssl_options.keyfile = {tmp_path}/key.pem",
     ]
     with RabbitServer(lines=lines) as server:
+        server.ctl("await_startup")  # RabbitMQ 4 opens this port some time after the other
         url = f"amqps://guest:guest@127.0.0.1:{port}/"
         transport = RabbitMQTransport(f"{url}?cafile={tmp_path}/cert.pem")
         await transport.connect()
