@@ -37,6 +37,7 @@ __all__ = [
     "RunTimeout",
     "SchemaMismatch",
     "ScopeMissing",
+    "StoreDamaged",
     "StoreUnavailable",
     "TokenExpired",
     "TokenRejected",
@@ -240,6 +241,10 @@ class MessageTooLarge(MessageInvalid):
 
 class StoreUnavailable(PaigeantError):
     """The store can't be reached, or can't write now."""
+
+
+class StoreDamaged(StoreUnavailable):
+    """What the store has on its disk can't be read; waiting mends nothing."""
 
 
 class TransportUnavailable(PaigeantError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import gc
 import json
 import secrets
 import sqlite3
@@ -527,6 +528,7 @@ async def test_a_flood_of_unknown_keys_while_the_key_set_is_away(
     clock.advance(jwks.FRESH_SECONDS)
     assert await refusal(reader, renamed(good, theirs.kid, secrets.token_urlsafe(32))) == "unknown_key"
     reasons: Counter[str] = Counter()
+    gc.collect()
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     for number in range(10_000):
@@ -534,6 +536,7 @@ async def test_a_flood_of_unknown_keys_while_the_key_set_is_away(
             assert (await reader.open("pay", good)).workflow_id == "r"
             clock.advance(jwks.REFRESH_SECONDS)
         reasons[await refusal(reader, renamed(good, theirs.kid, secrets.token_urlsafe(32)))] += 1
+    gc.collect()
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert reasons == {"unknown_key": 10_000}

@@ -7,7 +7,7 @@ import logging
 import random
 from typing import TYPE_CHECKING
 
-from paigeant.errors import StoreUnavailable, TransportUnavailable
+from paigeant.errors import StoreDamaged, StoreUnavailable, TransportUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +57,8 @@ async def _open(app: Paigeant, seconds: float | None, waits: Callable[[str | Non
     while True:
         try:
             await app.__aenter__()
+        except StoreDamaged:
+            raise
         except AWAY as exc:
             tries += 1
             pause = pause_after(tries, chance=random.random())

@@ -17,7 +17,7 @@ from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock, SystemClock
 from paigeant.database import READER, WRITER, Database, current_version
-from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreUnavailable
+from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreDamaged, StoreUnavailable
 from paigeant.lane import Handler, Lane, Tx, transact
 from paigeant.tables import SCHEMA_VERSION, metadata
 from paigeant.wakeup import Bell
@@ -368,7 +368,9 @@ def _translated(path: Path) -> Iterator[None]:
                 f"{path} is not an SQLite database; name another file in the URL"
             ) from exc
         # A damaged file is plainly a DatabaseError; the other kinds below it are mistakes in a statement.
-        if isinstance(cause, sqlite3.OperationalError) or type(cause) is sqlite3.DatabaseError:
+        if type(cause) is sqlite3.DatabaseError:
+            raise StoreDamaged(f"can't use {path}: {cause}") from exc
+        if isinstance(cause, sqlite3.OperationalError):
             raise StoreUnavailable(f"can't use {path}: {cause}") from exc
         raise
 
