@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 TIMES = {"lease": 3.0, "heartbeat": 0.5, "sweep_interval": 0.2, "grace": 2.0}
 FIRST = 200
 """Runs that have waited before memory is looked at, so that the worker has all that it needs in any case."""
-SLACK_BYTES = 6 * 1024 * 1024
+SLACK_BYTES = 8 * 1024 * 1024
 """What memory may differ by without any run: a garbage collection earlier or later."""
 BYTES_PER_RUN = 400
 PATIENCE = 900.0

@@ -236,8 +236,8 @@ def _kept(app: Paigeant) -> Any:
             root.removeHandler(handler)
 
 
-_YOUNG_OBJECTS, _YOUNG_LOOKS, _OLD_LOOKS = 10_000, 50, 100
-"""How many new objects there are before the garbage collector looks at them, and how many looks before older ones."""
+_NEW_OBJECTS = 10_000
+"""How many new objects there are before the garbage collector looks at them: by default 700."""
 
 
 def _settle_memory() -> None:
@@ -248,7 +248,7 @@ def _settle_memory() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_YOUNG_OBJECTS, _YOUNG_LOOKS, _OLD_LOOKS)
+    gc.set_threshold(_NEW_OBJECTS)
 
 
 @contextlib.contextmanager
