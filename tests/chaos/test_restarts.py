@@ -42,8 +42,8 @@ def restart_all_the_time(
 
     Gives when the first stop came, and when each start was done.
 
-    Steps take `pause` seconds. Unless `local`, each crosses the transport. The next stop comes when all that was in flight
-    has gone on, and a part of the work is done.
+    Steps take `pause` seconds. Unless `local`, each crosses the transport. The next stop comes when all that was in
+    flight has gone on, and a part of the work is done.
     """
     chance = random.Random(restarts)
     settings = {} if local else {"local_steps": 1}
