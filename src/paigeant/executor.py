@@ -425,7 +425,7 @@ class Executor:
             variables=context._variables if succeeded and context is not None else {},
             next=next_step,
             take_next=take_next,
-            place=_place(claim),
+            place=claim.message.routing_slip.place,
         )
 
     async def _persist(self, result: StepResult, letter: Letter | None) -> Recorded | Refused:
@@ -445,10 +445,6 @@ class Executor:
 
 def _is_about(message: PaigeantMessage, key: StepKey) -> bool:
     return (message.step_id, message.phase) == (key.step, key.phase)
-
-
-def _place(claim: Claim) -> int:
-    return len(claim.message.routing_slip.executed)
 
 
 def _run_status(move: Move, *, forward: bool) -> RunStatus | None:

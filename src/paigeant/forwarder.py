@@ -210,7 +210,7 @@ class Forwarder:
 
     def place(self, message: PaigeantMessage) -> int | None:
         """That of the step in its run, where `message` was written when the step was new: before its first claim."""
-        return len(message.routing_slip.executed) if self.is_for(message, 1) else None
+        return message.routing_slip.place if self.is_for(message, 1) else None
 
     async def renewed(self, message: PaigeantMessage) -> PaigeantMessage:
         """`message` as the rows of its run have it now, with the token that it came with, which no row has.

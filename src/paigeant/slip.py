@@ -272,6 +272,11 @@ class RoutingSlip:
         return self.compensations[-1] if self.compensations and self.ending is not None else None
 
     @property
+    def place(self) -> int:
+        """That of the step to do next: how many steps have been recorded before it."""
+        return len(self.executed)
+
+    @property
     def depth(self) -> int:
         """That of the step to do next."""
         return self.itinerary[0].depth if self.itinerary else 0

@@ -131,6 +131,21 @@ async def test_what_was_foreseen_wrongly_is_looked_up(
         assert len(waits) == (2 if place is None else 3)
 
 
+@pytest.mark.parametrize(("claims", "trips"), [(2, 1), (6, 2)])
+async def test_a_few_claims_go_by_what_is_foreseen(
+    postgres_tables: str, waits: list[str], claims: int, trips: int
+) -> None:
+    """Of many, one is soon wrong: they are looked up. All are granted either way."""
+    async with opened(postgres_tables) as store:
+        keys = [StepKey(f"r{number}", "a") for number in range(claims)]
+        for key in keys:
+            await store.record_workflow_start(run(key.workflow_id, "a"), NextStep(key, "a", "a"))
+        waits.clear()
+        asked = [store.claim_step(ClaimRequest(key, "w", 9, place=0)) for key in keys]
+        assert all(isinstance(answer, Grant) for answer in await asyncio.gather(*asked))
+        assert len(waits) == trips
+
+
 async def test_a_transaction_may_ask_for_the_time_between_two_statements(postgres_tables: str) -> None:
     """The connection that it has taken stays usable, also where the server is asked."""
 

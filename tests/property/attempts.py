@@ -90,7 +90,7 @@ def attempted(
         variables={f"v_{key.step}": _output(held, end)} if succeeded and forward and on else {},
         next=_next(key.workflow_id, move),
         take_next=on,
-        place=len(held.slip.executed),  # as the worker knew it: perhaps long ago
+        place=held.slip.place,  # as the worker knew it: perhaps long ago
     )
 
 

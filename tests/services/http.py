@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -49,7 +50,7 @@ class Incoming(BaseHTTPRequestHandler):
         """Nothing is printed: a test looks at what its server has kept."""
 
 
-class HttpServer:
+class HttpServer(ABC):
     """Serves on a free port of this host while the block lasts. Derived classes say in `serve` what is answered."""
 
     protocol = "HTTP/1.0"
@@ -62,9 +63,9 @@ class HttpServer:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self.origin = f"http://127.0.0.1:{self._server.server_port}"
 
+    @abstractmethod
     def serve(self, request: Incoming) -> None:
         """Answer `request`, in a thread of its own."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -23,7 +23,7 @@ from psycopg.pq.abc import PGconn
 
 from paigeant.database import TOPIC
 
-__all__ = ["PostgresBell", "has_channel"]
+__all__ = ["PostgresBell"]
 
 log = logging.getLogger("paigeant.bell")
 
@@ -69,7 +69,7 @@ class PostgresBell:
         self.works = False
 
     def attend(self, name: str) -> Callable[[], None]:
-        """Hear also of `name`, which has a channel for itself (`has_channel`); gives what ends that."""
+        """Hear also of `name`, which has a channel for itself; gives what ends that."""
         self._attend(name, 1)
         return lambda: self._attend(name, -1)
 
@@ -161,14 +161,11 @@ class PostgresBell:
             self._heard(frozenset(names.split("\n")))
 
 
-def has_channel(name: str) -> bool:
-    """Whether `name` has a channel for itself, so that only those who attend it hear of it."""
-    return name.startswith(TOPIC)
-
-
 def _channel(name: str) -> str:
+    if not name.startswith(TOPIC):
+        return _CHANNEL
     # A channel's name is an identifier of at most 63 bytes.
-    return f"{_CHANNEL}_{hashlib.sha256(name.encode()).hexdigest()[:24]}" if has_channel(name) else _CHANNEL
+    return f"{_CHANNEL}_{hashlib.sha256(name.encode()).hexdigest()[:24]}"
 
 
 def _payloads(names: Iterable[str]) -> list[str]:

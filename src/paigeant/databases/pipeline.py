@@ -284,9 +284,8 @@ class Transaction:
     def plain(self) -> Connection:
         self._send()
         if self._now is None and self._asked is None:
-            self._asked = self._pipeline.send(
-                _NOW
-            )  # asked for later, it would take the connection away again
+            # Asked for later, it would take the connection away again.
+            self._asked = self._pipeline.send(_NOW)
         self._pipeline.leave()
         return self._connection
 

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ _MOST_AT_ONCE = 4096
 """Bytes in one write: more may be cut by the lines of other processes on the same pipe (`PIPE_BUF` of Linux)."""
 
 
-class _TextLog:
+class _TextLog(ABC):
     """Lines of text, written as they come; those of events at `info` a turn of the event loop together.
 
     Steps are recorded together, so their events come together. Their lines are made one after the other when the loop
@@ -60,19 +61,19 @@ class _TextLog:
             self._loop = loop
             loop.call_soon(self._flush)
 
-    def _line(self, fields: Mapping[str, Any], at: float) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _line(self, fields: Mapping[str, Any], at: float) -> str: ...
 
     def _line_of(self, told: Told) -> str:
         return f'{{"timestamp": "{_as_json(told.at)}"{told.members}}}\n'
 
+    @abstractmethod
     def _place(self, text: str) -> None:
         """Write whole lines. Raises OSError, or ValueError where the stream is closed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _complain(self, exc: Exception) -> None:
         """Say that lines are lost from now on."""
-        raise NotImplementedError
 
     def _flush(self) -> None:
         with self._lock:

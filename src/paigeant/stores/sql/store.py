@@ -211,9 +211,10 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
     def _claim(
         self, tx: Tx, requests: Sequence[ClaimRequest]
     ) -> Sequence[Grant | Refused | Later[Grant | Refused]]:
-        few = requests if len(requests) <= _FEW_CLAIMS else ()
-        foreseen = foreseen_heads(tx, [ledger.foreseen_for_claim(request) for request in few])
-        if few and foreseen is not None:
+        foreseen = None
+        if len(requests) <= _FEW_CLAIMS:
+            foreseen = foreseen_heads(tx, [ledger.foreseen_for_claim(request) for request in requests])
+        if foreseen is not None:
             heads, found = foreseen
             return [
                 Later(partial(_as_found, answer, request.key, found))
