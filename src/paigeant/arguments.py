@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic_core import from_json
@@ -13,11 +12,12 @@ from paigeant.context import StepContext
 from paigeant.errors import ArgumentError
 from paigeant.slip import RoutingSlip
 from paigeant.store import RunValues
+from paigeant.values import value
 
 __all__ = ["Namespace", "resolve"]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Namespace:
     """The names that a step can use: inputs, variables, outputs of earlier steps under their ids.
 

@@ -13,6 +13,7 @@ from paigeant.observer import Work
 from paigeant.retry import RetryPolicy
 from paigeant.slip import Phase, Step
 from paigeant.store import Grant, StepKey
+from paigeant.values import value
 
 __all__ = ["Claim", "Limits"]
 
@@ -32,7 +33,7 @@ class Limits:
     persist: float = 30.0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Claim:
     """A step that is this worker's: the store's grant, the message it belongs to, and its activity."""
 

@@ -119,7 +119,7 @@ class Executor:
                 bound.release()
         if claim is not None:
             self.reporter.tell_claimed(claim)
-            claim = replace(claim, bound=bound)
+            claim = claim if bound is None else replace(claim, bound=bound)
         while claim is not None:
             claim = await self._do(claim)
 
@@ -433,7 +433,8 @@ class Executor:
         posting = None if letter is None else self.forwarder.posting(letter)
         try:
             return await self._patiently(
-                lambda: self.store.record_step_result(result, posting), f"result of {result.key}"
+                lambda: self.store.record_step_result(result, posting),
+                f"result of step '{result.key.step}' of run '{result.key.workflow_id}'",
             )
         except StoreUnavailable as exc:
             log.error("result of %s not recorded, the step will run again: %s", result.key, exc)

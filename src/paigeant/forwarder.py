@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +18,7 @@ from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import Compensation, Phase, RoutingSlip, Step, StepStatus
 from paigeant.store import NextStep, RunDetail, StepKey, Store
 from paigeant.transport import Posting, Transport
+from paigeant.values import value
 
 __all__ = ["LONGEST_DELAY", "STORED_PAYLOAD", "Forwarder", "Letter"]
 
@@ -31,7 +31,7 @@ STORED_PAYLOAD = "paigeant-payload"
 log = logging.getLogger("paigeant.forwarder")
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Letter:
     """A message with its address."""
 

@@ -38,6 +38,7 @@ from paigeant.store import (
     StepRecord,
     StepResult,
 )
+from paigeant.values import value
 
 __all__ = [
     "MOST_GRACES",
@@ -87,7 +88,7 @@ _LIFE = 1_000_000
 before the retry can't be taken for what comes after it."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Head:
     """What a decision needs to know of a step and its run."""
 

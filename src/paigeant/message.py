@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from urllib.parse import quote, unquote
@@ -14,6 +14,7 @@ from pydantic_core import PydanticSerializationError
 from paigeant.codec import MAX_DEPTH, parse_strict
 from paigeant.errors import InvalidDefinition, MessageInvalid, MessageTooLarge, UnsupportedVersion
 from paigeant.slip import Compensation, Phase, RoutingSlip, Step
+from paigeant.values import evolved
 
 if TYPE_CHECKING:
     from pydantic import ConfigDict
@@ -56,7 +57,7 @@ class Seal:
     obo_hash: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PaigeantMessage:
     """A wake-up plus travel document: it says which step of which run is due, and carries what that step needs.
 
@@ -99,7 +100,7 @@ class PaigeantMessage:
 
     def evolve(self, **changes: Any) -> PaigeantMessage:
         """A copy with `changes`."""
-        return replace(self, **changes)
+        return evolved(self, **changes)
 
 
 class MessageId(NamedTuple):

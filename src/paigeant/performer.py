@@ -47,6 +47,8 @@ step_log = logging.getLogger("paigeant.step")
 
 _ERROR_CHARACTERS = 4000
 _UNLIMITED = nullcontext()
+_LOG = logging.LoggerAdapter(step_log, {})
+"""What activities write to: which step it is, lines find out by themselves."""
 
 
 @dataclass(slots=True)
@@ -108,9 +110,9 @@ class Performer:
             attempt.outcome = await self._lost(claim, context)
             return attempt
         timeout = claim.timeout(self.limits)
-        limit = asyncio.timeout(
-            timeout
-        )  # not entered where there is none: most steps have none, and it isn't free
+        limit = (
+            None if timeout is None else asyncio.timeout(timeout)
+        )  # most steps have none, and it isn't free
         token = CURRENT.set(claim.ids(self.worker_id))
         try:
             if not await self._is_wanted(claim):
@@ -122,7 +124,7 @@ class Performer:
                 context._place.journal.secrets = acting.secrets
             if timeout == 0:
                 raise TimeoutError(_timeout_text(claim, timeout))
-            async with limit if timeout is not None else _UNLIMITED:
+            async with limit or _UNLIMITED:
                 with context._place.entered(), _replays():
                     if acting is not None and claim.work.scopes:
                         context.identity = await acting.require(context._place) or context.identity
@@ -142,7 +144,7 @@ class Performer:
                 raise
             error: BaseException = exc  # the activity let a cancellation of its own escape
         except TimeoutError as exc:
-            error = TimeoutError(_timeout_text(claim, timeout)) if limit.expired() else exc
+            error = TimeoutError(_timeout_text(claim, timeout)) if _is_over(limit) else exc
         except GeneratorExit:
             raise  # this coroutine is being closed, and may not wait for anything any more
         except BaseException as exc:  # whatever a user's code raises is the outcome of the step
@@ -151,7 +153,7 @@ class Performer:
             error = exc
         finally:
             CURRENT.reset(token)
-        if parking.is_parked and not limit.expired():
+        if parking.is_parked and not _is_over(limit):
             attempt.outcome = Parked(parking.waits_for, parking.until)
             return attempt
         if self._is_stopping() and _is_cancelled():
@@ -222,7 +224,7 @@ class Performer:
             idempotency_key=f"{key.workflow_id}:{key.step}{undo}",
             deadline=deadline_of(message.routing_slip),
             identity=None,
-            log=logging.LoggerAdapter(step_log, {}),
+            log=_LOG,
             _key=key,
             _slip=message.routing_slip,
             _store=self.values,
@@ -298,6 +300,10 @@ async def _given_up(context: StepContext, error: BaseException) -> str:
         return await context._place.journal.failed(error)
     except StoreUnavailable:
         return ""  # the next attempt gives up in the same way, and says so again
+
+
+def _is_over(limit: asyncio.Timeout | None) -> bool:
+    return limit is not None and limit.expired()
 
 
 def _is_cancelled() -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import assert_never
 
 from paigeant.retry import RetryPolicy
 from paigeant.slip import Compensation, Revision, RoutingSlip, RunStatus, Step, StepStatus
+from paigeant.values import value
 
 __all__ = [
     "Failed",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Succeeded:
     """The attempt gave a result. `stored`: its output is too large to travel."""
 
@@ -34,12 +35,12 @@ class Succeeded:
     stored: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Skipped:
     """The step's condition was false."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Failed:
     """The attempt gave no result. `attempt` counts from 1; `chance` (0 to 1) places the wait within its jitter.
 
@@ -53,7 +54,7 @@ class Failed:
     chance: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Parked:
     """The attempt is to go on when one of the signals `waits_for` is there, or at the instant `until`."""
 
@@ -64,7 +65,7 @@ class Parked:
 Outcome = Succeeded | Skipped | Failed | Parked
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Forward:
     """The step is recorded with `status`; `step` is next."""
 
@@ -73,7 +74,7 @@ class Forward:
     step: Step
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Retry:
     """The same step again, `delay` seconds from now."""
 
@@ -82,7 +83,7 @@ class Retry:
     error: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Park:
     """The same step goes on when one of the signals `waits_for` is there, or at the instant `until`."""
 
@@ -91,7 +92,7 @@ class Park:
     until: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Undo:
     """The step ends with `status`; undoing `undo` is next. `error`: why the step failed, where it did."""
 
@@ -101,7 +102,7 @@ class Undo:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Finish:
     """The step ends with `status` and the run with `run`."""
 

@@ -17,6 +17,7 @@ from paigeant.clock import is_duration
 from paigeant.errors import InvalidDefinition
 from paigeant.policy import ItineraryPolicy
 from paigeant.retry import RetryPolicy
+from paigeant.values import evolved
 
 if TYPE_CHECKING:
     from pydantic import ConfigDict
@@ -240,7 +241,7 @@ class Revision:
     added: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class RoutingSlip:
     """A run's plan and history as it travels.
 
@@ -302,7 +303,7 @@ class RoutingSlip:
         if step is None:
             raise ValueError("there is no step left to complete")
         done = Executed(step.id, step.activity, status, stored)
-        return replace(
+        return evolved(
             self,
             itinerary=self.itinerary[1:] if revision is None else revision.itinerary,
             executed=(*self.executed, done),
@@ -312,7 +313,7 @@ class RoutingSlip:
 
     def begin_undo(self, ending: Literal["failed", "cancelled"]) -> RoutingSlip:
         """The slip of a run that turns round: nothing more is done, what was recorded is undone."""
-        return replace(self, ending=ending)
+        return evolved(self, ending=ending)
 
     def mark_undone(self, *, succeeded: bool, step_id: str | None = None) -> RoutingSlip:
         """The slip after an undo was recorded, the next one or that of `step_id`. Raises ValueError for none."""
@@ -321,7 +322,7 @@ class RoutingSlip:
             raise ValueError("there is nothing left to undo")
         undo = found[-1]
         ids = (undo.step_id,)
-        return replace(
+        return evolved(
             self,
             compensations=tuple(entry for entry in self.compensations if entry is not undo),
             undone=self.undone + ids if succeeded else self.undone,

@@ -16,6 +16,7 @@ from paigeant.message import MessageId
 from paigeant.secret import masked_body
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.transport import BODY_KEPT_BYTES, Posting, Transport
+from paigeant.values import value
 
 __all__ = [
     "REQUEST_SIGNAL",
@@ -50,7 +51,7 @@ class StepKey(NamedTuple):
     phase: Phase = Phase.DO
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RunRecord:
     """A row of `workflow_runs`. `input` and `slip` (the plan at dispatch) are JSON; `headers` travel with messages."""
 
@@ -71,7 +72,7 @@ class RunRecord:
     completed_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StepRecord:
     """A row of `step_executions`: one step, done or undone, from ready to its end.
 
@@ -116,7 +117,7 @@ class StepRecord:
         return max(self.created_at, self.not_before)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ClaimRequest:
     """A worker asks for a step. After `max_attempts` tries it gets it only to record that they are used up.
 
@@ -130,7 +131,7 @@ class ClaimRequest:
     place: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Grant:
     """A step is this worker's for as long as its lease holds. `now` is the store's time of the claim.
 
@@ -145,7 +146,7 @@ class Grant:
     queued: float = field(default=0.0, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Refused:
     """A change didn't take effect. `reason`: unknown, ended, recorded, taken, not_due, stale or arrived.
 
@@ -156,7 +157,7 @@ class Refused:
     retry_in: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class NextStep:
     """What becomes ready with a result, or with the start of a run; it may start from `not_before` on.
 
@@ -170,7 +171,7 @@ class NextStep:
     is_sent: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StepResult:
     """How an attempt ended and what follows: all that one transaction records.
 
@@ -204,7 +205,7 @@ class StepResult:
     place: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Recorded:
     """The result is durable, `at` this instant. `grant` is the claim of the next step, where it was taken along."""
 
@@ -350,7 +351,7 @@ class OpenTopic:
     oldest: float | None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RunDetail:
     """A run with its rows. Outputs above the limit that the reader gave are left out (`output` None, in `stored`)."""
 

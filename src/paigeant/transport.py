@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from paigeant.values import value
+
 if TYPE_CHECKING:
     from paigeant.message import PaigeantMessage
     from paigeant.store import DeadLetter, Store
@@ -22,7 +24,7 @@ Bury = Callable[["DeadLetter"], Awaitable[None]]
 """Records a dead letter; returns once it is durable. Doing it twice for one letter is harmless."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Posting:
     """A message ready to be sent: where to, its encoded body, and seconds before it may be delivered."""
 
