@@ -303,9 +303,9 @@ async def test_a_tool_waits_for_an_event_outside() -> None:
     assert tokens == [request.id]
 
 
-@pytest.mark.parametrize("again", [True, False])
-async def test_a_lost_outcome_goes_to_a_person(again: bool) -> None:
-    """A tool that may be done at most once and failed on the way is done again only when somebody says so."""
+def cut_off() -> tuple[ActivityRegistry, list[str], list[int]]:
+    """An agent whose tool may be done at most once and is cut off the first time, the effect keys with which it was
+    tried, and the requests of its model."""
     model, requests = scripted(called("transfer", "c1"), tell)
     agent = Agent(model, name="banker")
     tried: list[str] = []
@@ -319,6 +319,13 @@ async def test_a_lost_outcome_goes_to_a_person(again: bool) -> None:
 
     activity = ActivityRegistry()
     activity.agent(agent, prompt="Go.", retries=0)
+    return activity, tried, requests
+
+
+@pytest.mark.parametrize("again", [True, False])
+async def test_a_lost_outcome_goes_to_a_person(again: bool) -> None:
+    """A tool that may be done at most once and failed on the way is done again only when somebody says so."""
+    activity, tried, requests = cut_off()
     async with opened(activity) as app, working(app.worker()):
         run = await app.dispatch(Workflow("w", ["banker"]))
         [request] = await asked(app, run)
@@ -371,19 +378,7 @@ async def test_a_lost_outcome_goes_to_a_person_when_all_attempts_are_used_up() -
 
 async def test_a_denied_request_is_asked_once_more_when_the_run_is_retried() -> None:
     """As one whose time was up is; the error of the run tells what had happened to the tool."""
-    model, requests = scripted(called("transfer", "c1"), tell)
-    agent = Agent(model, name="banker")
-    tried: list[str] = []
-
-    @agent.tool_plain(metadata={"paigeant": {"at_most_once": True}})
-    async def transfer() -> str:
-        tried.append(effect_key())
-        if len(tried) == 1:
-            raise ConnectionError("reset by peer")
-        return "transferred"
-
-    activity = ActivityRegistry()
-    activity.agent(agent, prompt="Go.", retries=0)
+    activity, tried, requests = cut_off()
     async with opened(activity) as app, working(app.worker()):
         run = await app.dispatch(Workflow("w", ["banker"]))
         [request] = await asked(app, run)

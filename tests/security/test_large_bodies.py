@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.postgres_tables import database_with_tables
 from tests.integration.processes import Command, call
+from tests.security.conftest import STORE
 from tests.security.test_signed_runs import PATIENCE, paying, put, serving
 from tests.services import RabbitServer
 
@@ -21,7 +19,6 @@ from paigeant.errors import TransportUnavailable
 MEBIBYTE = 1024 * 1024
 LARGE = 50 * MEBIBYTE
 COUNT = 12
-STORE = "sqlite:///runs.db"
 
 GROWS = {"sqlite": 300, "postgres": 60, "redis": 200, "rabbitmq": 150}
 """How much more memory a worker may ever take for them, in MiB; together they have 600.
@@ -43,20 +40,6 @@ async def pay(sum: int = 0) -> str:
 
 order = Workflow("order", ["pay"])
 """
-
-
-@pytest.fixture(params=["sqlite", "postgres", "redis", "rabbitmq"])
-def places(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
-    """Where messages are, on each transport; runs are in a file, or in the same database."""
-    match request.param:
-        case "sqlite":
-            yield {"transport_url": STORE, "store_url": STORE}
-        case "postgres":
-            with database_with_tables(request.getfixturevalue("postgres_server_url")) as url:
-                yield {"transport_url": url, "store_url": url}
-        case kind:
-            url = request.getfixturevalue(f"{kind}_url")
-            yield {"transport_url": url, "store_url": STORE, "namespace": f"large-{secrets.token_hex(4)}"}
 
 
 def memory(pid: int) -> tuple[float, float]:

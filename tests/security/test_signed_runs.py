@@ -21,8 +21,8 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-from tests.integration.postgres_tables import database_with_tables
 from tests.security.authority import Authority
+from tests.security.conftest import STORE
 from tests.services import free_port
 
 from paigeant import (
@@ -50,22 +50,7 @@ from paigeant.transports import open_transport
 
 PATIENCE = 60.0
 RING, TRUST = Path("paigeant-keys.json"), Path("trust.json")
-STORE = "sqlite:///runs.db"
 FAST: dict[str, Any] = {"sweep_interval": 0.05, "grace": 0.5, "retry_base": 0.0, "deployment": "shop"}
-
-
-@pytest.fixture(params=["sqlite", "postgres", "redis", "rabbitmq"])
-def places(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
-    """Where messages and runs are: one database for both, or a broker beside a file."""
-    match request.param:
-        case "sqlite":
-            yield {"transport_url": STORE, "store_url": STORE}
-        case "postgres":
-            with database_with_tables(request.getfixturevalue("postgres_server_url")) as url:
-                yield {"transport_url": url, "store_url": url}
-        case kind:
-            url = request.getfixturevalue(f"{kind}_url")
-            yield {"transport_url": url, "store_url": STORE, "namespace": f"signed-{secrets.token_hex(4)}"}
 
 
 @pytest.fixture
