@@ -6,11 +6,11 @@ arguments and the same figures.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from typing import Any
 
+import uvloop
 from dbos import DBOS  # type: ignore[import-not-found]  # only in the peers' environment, which `make bench` makes
 from pydantic_ai.durable_exec.dbos import DBOSDurability
 
@@ -59,4 +59,4 @@ async def measure(*, store: str, runs: int, in_flight: int, alone: int) -> dict[
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(measure(**json.loads(sys.argv[1])))))
+    print(json.dumps(uvloop.run(measure(**json.loads(sys.argv[1])))))

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from benchmarks.agents_workload import PROMPT, Asked, asked, checked, made, many, one_by_one, settled
-from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
+from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, loops
 from paigeant.agents import PaigeantDurability
 from paigeant.store import StepKey
 
@@ -76,4 +76,4 @@ async def measure(*, store: str, runs: int, in_flight: int, alone: int) -> dict[
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(measure(**json.loads(sys.argv[1])))))
+    print(json.dumps(loops.run(measure(**json.loads(sys.argv[1])))))

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from benchmarks.workload import WARM_UP, Order, all_at_once, one_by_one, raised
-from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
+from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, loops
 from paigeant.observer import Observer
 
 __all__ = ["activity", "chain", "connected", "measure", "one_run"]
@@ -85,7 +85,7 @@ async def measure(
     Where it doesn't work itself, worker processes do.
     """
     async with connected(store, transport, prints=prints) as app:
-        worker = app.worker(concurrency=in_flight)
+        worker = app.worker(concurrency=max(in_flight, app.settings.concurrency))
         working = asyncio.create_task(worker.run()) if works else None
 
         async def run(order: Order) -> Order:
@@ -101,4 +101,4 @@ async def measure(
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(measure(**json.loads(sys.argv[1])))))
+    print(json.dumps(loops.run(measure(**json.loads(sys.argv[1])))))

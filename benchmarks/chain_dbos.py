@@ -5,11 +5,11 @@ Client and worker are one process, as in `chain.py`. `python -m benchmarks.chain
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 from typing import Any
 
+import uvloop
 from dbos import DBOS  # type: ignore[import-not-found]  # only in the peer's environment, which `make bench` makes
 
 from benchmarks.workload import STEPS, WARM_UP, Order, all_at_once, one_by_one, raised
@@ -48,4 +48,4 @@ async def measure(*, store: str, runs: int, in_flight: int, alone: int) -> dict[
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(measure(**json.loads(sys.argv[1])))))
+    print(json.dumps(uvloop.run(measure(**json.loads(sys.argv[1])))))

@@ -20,6 +20,7 @@ from benchmarks.bench import Bench
 from benchmarks.chain import connected, one_run
 from benchmarks.report import Figure
 from benchmarks.workload import STEPS, WARM_UP, Order, all_at_once
+from paigeant import loops
 
 __all__ = ["PARTS", "measure", "run"]
 
@@ -212,4 +213,4 @@ async def measure(*, store: str, runs: int, in_flight: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(measure(**json.loads(sys.argv[1])))))
+    print(json.dumps(loops.run(measure(**json.loads(sys.argv[1])))))

@@ -12,6 +12,7 @@ from benchmarks.bench import Bench
 from benchmarks.chain import connected, one_run
 from benchmarks.report import Figure, of
 from benchmarks.workload import order
+from paigeant import loops
 
 __all__ = ["fill", "run"]
 
@@ -41,7 +42,7 @@ def fill(file: Path, runs: int) -> None:
 
     The copies have older ids and times, as finished runs do: new rows go to the end of the indexes.
     """
-    asyncio.run(_a_few_runs(file))
+    loops.run(_a_few_runs(file))
     with closing(sqlite3.connect(file, isolation_level=None)) as connection:
         connection.execute("PRAGMA synchronous=OFF")
         there = [row_id for (row_id,) in connection.execute("SELECT id FROM workflow_runs")]

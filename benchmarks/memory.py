@@ -13,6 +13,7 @@ from benchmarks.bench import ROOT, Bench, NotMeasured, environment
 from benchmarks.chain import chain, connected
 from benchmarks.report import Figure
 from benchmarks.workload import STEPS, order
+from paigeant import loops
 
 __all__ = ["dispatch", "run"]
 
@@ -75,4 +76,4 @@ async def dispatch(*, store: str, runs: int) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(dispatch(**json.loads(sys.argv[1])))))
+    print(json.dumps(loops.run(dispatch(**json.loads(sys.argv[1])))))

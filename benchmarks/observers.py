@@ -17,7 +17,7 @@ from benchmarks.bench import Bench
 from benchmarks.chain import activity, chain, one_run
 from benchmarks.report import Figure, of
 from benchmarks.workload import STEPS, WARM_UP, Order, all_at_once
-from paigeant import Paigeant, Settings
+from paigeant import Paigeant, Settings, loops
 from paigeant.observer import Observer
 
 __all__ = ["KINDS", "measure", "run"]
@@ -126,4 +126,4 @@ async def measure(*, folder: str, runs: int, rounds: int) -> list[dict[str, Any]
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(measure(**json.loads(sys.argv[1])))))
+    print(json.dumps(loops.run(measure(**json.loads(sys.argv[1])))))

@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from paigeant import loops
+
 __all__ = ["measure"]
 
 _TABLES = """
@@ -136,4 +138,4 @@ async def _asyncpg(url: str, batch: int) -> tuple[Transaction, Callable[[], Awai
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(measure(**json.loads(sys.argv[1])))))
+    print(json.dumps(loops.run(measure(**json.loads(sys.argv[1])))))

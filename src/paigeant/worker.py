@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import secrets
+import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 
@@ -244,12 +245,11 @@ class ActivityWorker:
                 return
 
     async def _finish_running(self) -> None:
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = time.monotonic()
         while self._tasks:
             self._hurry.clear()
             grace = self.shutdown_grace if self._grace is None else self._grace
-            left = began + grace - loop.time()
+            left = began + grace - time.monotonic()
             if left <= 0:
                 break
             hurry = asyncio.create_task(self._hurry.wait())

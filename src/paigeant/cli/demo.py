@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shlex
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from paigeant import loops
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +96,7 @@ def demo(
     _begin(console, plan, document)
     # From within the folder, as a person looks further afterwards: with the settings that hold there, too.
     with contextlib.chdir(plan.folder), Screen(console) as screen:
-        ending = asyncio.run(play(plan, document, screen))
+        ending = loops.run(play(plan, document, screen))
     _end(console, plan, document, ending)
     if ending.status != "completed" or ending.twice or ending.again:
         raise typer.Exit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from typing import TYPE_CHECKING
 
 from paigeant.errors import StoreDamaged, StoreUnavailable, TransportUnavailable
@@ -51,8 +52,7 @@ async def open_unless(
 
 
 async def _open(app: Paigeant, seconds: float | None, waits: Callable[[str | None], None]) -> None:
-    loop = asyncio.get_running_loop()
-    began, tries = loop.time(), 0
+    began, tries = time.monotonic(), 0
     waits("it opens them")
     while True:
         try:
@@ -62,7 +62,7 @@ async def _open(app: Paigeant, seconds: float | None, waits: Callable[[str | Non
         except AWAY as exc:
             tries += 1
             pause = pause_after(tries, chance=random.random())
-            if seconds is not None and loop.time() + pause - began > seconds:
+            if seconds is not None and time.monotonic() + pause - began > seconds:
                 raise
             waits(type(exc).__name__)
             log.warning("worker.waiting", extra={"error": str(exc), "again_in": round(pause, 1)})

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paigeant import loops
 from paigeant.cli import console, session
 from paigeant.cli.opening import open_unless
 from paigeant.cli.sight import observing
@@ -104,10 +105,10 @@ def run(
         from paigeant.cli.processes import supervise
 
         command = _command(settings, wanted, until_idle=until_idle)
-        code = asyncio.run(supervise(command, settings, until_idle=until_idle))
+        code = loops.run(supervise(command, settings, until_idle=until_idle))
     else:
         banner = None if supervised else _banner(as_json)
-        asyncio.run(_work(settings, loaded, wanted, logs, until_idle, supervised, banner))
+        loops.run(_work(settings, loaded, wanted, logs, until_idle, supervised, banner))
         code = 0
     _leave(code)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import getpass
 import logging
@@ -12,6 +11,7 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from paigeant import loops
 from paigeant.cli import console
 from paigeant.errors import ConfigurationError, InputInvalid
 
@@ -106,7 +106,7 @@ def wait_for(command: Coroutine[Any, Any, Result]) -> Result:
     handler = _Warnings(logging.WARNING)
     own.addHandler(handler)
     try:
-        return asyncio.run(command)
+        return loops.run(command)
     finally:
         own.removeHandler(handler)
 

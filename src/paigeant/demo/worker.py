@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pydantic_ai.models import Model
 
+from paigeant import loops
 from paigeant.app import Paigeant
 from paigeant.demo import offline
 from paigeant.demo.journal import Hold, Journal
@@ -76,7 +77,7 @@ async def _work(orders: Orders) -> None:
 def main() -> None:
     """Work as ordered."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    asyncio.run(_work(Orders.unpacked(sys.argv[1])))
+    loops.run(_work(Orders.unpacked(sys.argv[1])))
     sys.stdout.flush()
     os._exit(0)  # the thread that reads standard input would not let the interpreter end
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -44,8 +45,7 @@ class Route:
 
     async def do(self, work: Callable[[Transport], Awaitable[Any]]) -> Any:
         """What `work` gives for the open transport. Raises TransportUnavailable, at once while it is out of reach."""
-        loop = asyncio.get_running_loop()
-        left = self._closed_until - loop.time()
+        left = self._closed_until - time.monotonic()
         if left > 0:
             raise TransportUnavailable(f"{self.name} is out of reach, and asked again in {left:.0f} s")
         try:
@@ -57,7 +57,7 @@ class Route:
             raise  # the message's fault
         except (PaigeantError, TimeoutError) as exc:
             self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE)
-            self._closed_until = loop.time() + self._pause
+            self._closed_until = time.monotonic() + self._pause
             reason = str(exc) or f"no answer within {self._patience:g} s"
             raise TransportUnavailable(f"{self.name} is out of reach: {reason}") from exc
         self._pause = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from typing import NamedTuple
 
 from paigeant.transports.redis.streams import Streams
@@ -54,7 +55,7 @@ class Hands:
     def let_go(self, message_id: str) -> list[Held]:
         """What an ack or a return of `message_id` settles: one delivery, and those of it that are overdue."""
         deliveries = self._held.pop(message_id, [])
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         valid = (count for count, held in enumerate(deliveries, 1) if held.until > now)
         count = next(valid, len(deliveries))
         if deliveries[count:]:
@@ -69,7 +70,7 @@ class Hands:
 
     def forget_overdue(self, slack: float) -> None:
         """Let go of what nobody has settled for `slack` seconds after it went to others."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         for message_id, deliveries in tuple(self._held.items()):
             kept = [held for held in deliveries if held.until + slack > now]
             if kept:

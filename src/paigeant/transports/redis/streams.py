@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -140,14 +141,14 @@ class Streams:
     async def add(self, topic: str, message_id: str, body: bytes, delay: float) -> None:
         """A new message, to be delivered in `delay` seconds."""
         adding = self._add(topic, message_id, body, delay)
-        if asyncio.get_running_loop().time() > self._announced.get(topic, -math.inf):
+        if time.monotonic() > self._announced.get(topic, -math.inf):
             await asyncio.gather(self._announce(topic), adding)
         else:
             await adding
 
     async def _announce(self, topic: str) -> None:
         await self.servers.ask(self._topics_key, "SADD", self._topics_key, topic)
-        self._announced[topic] = asyncio.get_running_loop().time() + _ANNOUNCE_SECONDS
+        self._announced[topic] = time.monotonic() + _ANNOUNCE_SECONDS
 
     async def _add(self, topic: str, message_id: str, body: bytes, delay: float) -> None:
         if delay > 0:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections import deque
 from collections.abc import Awaitable, Iterable
 from typing import Any, NamedTuple
@@ -257,5 +258,5 @@ def _is_group_missing(exc: Exception) -> bool:
 
 
 def _now() -> float:
-    """The steady clock of the process, which the loop's timers go by."""
-    return asyncio.get_running_loop().time()
+    """The steady clock of the process."""
+    return time.monotonic()
