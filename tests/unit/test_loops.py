@@ -38,7 +38,9 @@ def test_errors_and_interrupts_come_out() -> None:
         "async def main():\n    os.kill(os.getpid(), signal.SIGINT)\n    await asyncio.sleep(60)\n"
         "try:\n    loops.run(main())\nexcept KeyboardInterrupt:\n    print('interrupted')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout == "interrupted\n"
 
 
@@ -47,5 +49,7 @@ def test_the_command_line_does_not_load_it_to_say_what_it_can() -> None:
     code = "import sys\nfrom paigeant.cli import main\nsys.argv = ['paigeant', '--help']\n" + (
         "try:\n    main()\nexcept SystemExit:\n    print('uvloop' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.splitlines()[-1] == "False"
