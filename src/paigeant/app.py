@@ -112,11 +112,12 @@ class Run:
         The usage of a step that has no result is that of what it has recorded so far.
         """
         detail = await self._app.store.load_run(self.id)
+        if all(map(_is_counted, detail.steps)):
+            return detail
         return replace(detail, steps=tuple([await self._counted(row) for row in detail.steps]))
 
     async def _counted(self, row: StepRecord) -> StepRecord:
-        has_result = row.status in _WITH_RESULT or (row.status is StepStatus.FAILED and row.usage is not None)
-        if has_result or not row.epoch:
+        if _is_counted(row):
             return row
         units = await self._app.store.load_units(row.key)
         used = Usage.of_units(units.values())
@@ -410,6 +411,12 @@ class Paigeant:
             chance=self._chance,
             behalf=self.behalf,
         )
+
+
+def _is_counted(row: StepRecord) -> bool:
+    """Whether the row says what agents have used in it: with its result, or because nobody has begun it."""
+    has_result = row.status in _WITH_RESULT or (row.status is StepStatus.FAILED and row.usage is not None)
+    return has_result or not row.epoch
 
 
 def result_of(detail: RunDetail) -> RunResult:

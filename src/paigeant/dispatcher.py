@@ -327,7 +327,6 @@ class Dispatcher:
     ) -> None:
         """Record the run that `message` is the first of, unless it is recorded, and send that."""
         slip = message.routing_slip
-        self.forwarder.check(message)
         recorded = {name: text for name, text in message.headers.items() if name != OBO_TOKEN}
         run = RunRecord(
             id=message.workflow_id,
@@ -353,6 +352,8 @@ class Dispatcher:
                 "its roles in the trust file say which: `dispatch`"
             )
         posting = None if letter is None else self.forwarder.posting(letter)
+        if posting is None:
+            self.forwarder.check(message)
         if await self.store.record_workflow_start(run, first, posting, is_new=is_new):
             self.observers.observe(
                 Event(
