@@ -41,7 +41,7 @@ async def measure(*, store: str, runs: int, in_flight: int, alone: int) -> dict[
     `many_plain` and `many` are a `Many` each, without and with the engine.
     """
     async with Paigeant(Settings(store_url=store, transport_url=store), activities=activity) as app:
-        worker = app.worker(concurrency=in_flight)
+        worker = app.worker(concurrency=max(in_flight, app.settings.concurrency))
         working = asyncio.create_task(worker.run())
         inside: list[float] = []
 

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from paigeant import loops
+import uvloop
 
 __all__ = ["measure"]
 
@@ -138,4 +138,4 @@ async def _asyncpg(url: str, batch: int) -> tuple[Transaction, Callable[[], Awai
 
 
 if __name__ == "__main__":
-    print(json.dumps(loops.run(measure(**json.loads(sys.argv[1])))))
+    print(json.dumps(uvloop.run(measure(**json.loads(sys.argv[1])))))

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.integration.processes import PAIGEANT, Command, call, shown
 
 from paigeant import Paigeant, Workflow
-from paigeant.cli.processes import pause_before
+from paigeant.cli.processes import _Supervisor, pause_before
 
 HANDLERS = """
 import asyncio, pathlib, time
@@ -33,8 +34,13 @@ def block(ctx: StepContext) -> None:
     ctx.log.info("blocking")
     time.sleep(600)
 
+@activity.execute()
+async def where() -> str:
+    return type(asyncio.get_running_loop()).__module__.split(".")[0]
+
 hold_on = Workflow("hold_on", ["hold"])
 block_all = Workflow("block_all", ["block"])
+where_is = Workflow("where_is", ["where"])
 """
 
 
@@ -127,6 +133,41 @@ def test_several_processes_end_when_idle() -> None:
     assert call("run", "--processes", "2", "--until-idle").returncode == 0
     runs = json.loads(call("runs", "list", "--json").stdout)
     assert [run["status"] for run in runs] == ["completed"] * 6
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_workers_run_on_uvloop_where_it_is_installed(
+    loop: str, processes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a worker, and what supervises several, is in asyncio's own event loop and does the same."""
+    if loop == "asyncio":
+        first = tmp_path / "first"
+        first.mkdir()
+        (first / "uvloop.py").write_text("raise ImportError('it is not installed')")
+        monkeypatch.setenv("PYTHONPATH", str(first), prepend=os.pathsep)
+    dispatch("where_is", "w-1")
+    assert call("run", "--processes", processes, "--until-idle").returncode == 0
+    assert shown("w-1")["output"] == loop
+
+
+def test_a_process_that_has_just_ended_keeps_no_signal_from_the_others() -> None:
+    """Until its parent has looked, it is among those that run; what tells them then finds no such process."""
+
+    class Process:
+        def __init__(self, *, is_gone: bool) -> None:
+            self.is_gone = is_gone
+            self.told: list[int] = []
+
+        def send_signal(self, number: int) -> None:
+            if self.is_gone:
+                raise ProcessLookupError
+            self.told.append(number)
+
+    supervisor: Any = _Supervisor([], until_idle=False, metrics_port=None, final=())
+    supervisor._running = [Process(is_gone=True), running := Process(is_gone=False)]
+    supervisor.stop(signal.SIGTERM)
+    assert running.told == [signal.SIGTERM]
 
 
 def test_a_parent_tells_wrong_handlers_once() -> None:

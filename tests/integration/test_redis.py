@@ -25,6 +25,7 @@ from tests.integration.redis_servers import redis_cluster, redis_sentinels, redi
 from tests.services import RedisServer, free_port
 from tests.services.proxy import Proxy
 
+from paigeant import loops
 from paigeant.envelope import HEAD_BYTES
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.message import PaigeantMessage, encode
@@ -246,6 +247,24 @@ async def test_what_was_given_to_a_lost_read_comes_again(server: RedisServer, op
             began = time.monotonic()
             await listening.wait_for("m")
             assert time.monotonic() - began < 1.5
+
+
+async def test_a_connection_that_was_reset_while_idle_is_opened_again_on_uvloop(server: RedisServer) -> None:
+    """There a write on it is a RuntimeError, which redis-py passes on as it is."""
+
+    async def main() -> None:
+        with Proxy(server.host, server.port) as proxy:
+            transport = RedisStreamTransport(proxy.url(server.url))
+            await transport.connect()
+            try:
+                proxy.cut()
+                await asyncio.sleep(0.2)  # by then the event loop has closed it
+                await transport.publish("work", message("m"))
+                assert [depth.waiting for depth in await transport.topics()] == [1]
+            finally:
+                await transport.close()
+
+    await asyncio.to_thread(loops.run, main())
 
 
 async def _is_taken(transport: RedisStreamTransport) -> bool:

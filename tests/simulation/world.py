@@ -840,6 +840,7 @@ def virtual(world: World) -> Iterator[None]:
             mock.patch("paigeant.patience.time", clock),
             mock.patch("paigeant.worker.random", chance),
             mock.patch("paigeant.worker.secrets", names),
+            mock.patch("paigeant.worker.time", clock),
             mock.patch("paigeant.transports.memory._LOOK_SECONDS", 0.25),
         ):
             yield

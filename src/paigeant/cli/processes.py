@@ -70,7 +70,7 @@ class _Supervisor:
         """Hand the signal on; nothing is started any more."""
         self._stopping.set()
         for process in self._running:
-            process.send_signal(number)
+            _tell(process, number)
 
     async def _keep(self, number: int) -> int:
         deaths = 0
@@ -95,15 +95,15 @@ class _Supervisor:
                 pass
 
     async def _once(self, number: int) -> int:
-        # A group of its own: Ctrl-C reaches this process alone, which hands it on once. Its standard input is a pipe
-        # that ends with this process, however that ends: then the worker stops too.
+        # A session of its own (uvloop can't give it just a group): Ctrl-C reaches this process alone, which hands it on
+        # once. Its standard input ends with this process, however that ends: then the worker stops too.
         process = await asyncio.create_subprocess_exec(
-            *self._command, *self._port(number), stdin=asyncio.subprocess.PIPE, process_group=0
+            *self._command, *self._port(number), stdin=asyncio.subprocess.PIPE, start_new_session=True
         )
         self._running.add(process)
         log.info("process.started", extra={"number": number, "pid": process.pid})
         if self._stopping.is_set():
-            process.send_signal(signal.SIGTERM)
+            _tell(process, signal.SIGTERM)
         try:
             return await process.wait()
         finally:
@@ -113,6 +113,11 @@ class _Supervisor:
         """Each process serves its metrics at a port of its own: the first at the given one, the others behind it."""
         port = self._metrics_port
         return [] if port is None else ["--metrics-port", str(port and port + number - 1)]
+
+
+def _tell(process: asyncio.subprocess.Process, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just ended; the others are to be told all the same
+        process.send_signal(number)
 
 
 def _how(code: int) -> str:

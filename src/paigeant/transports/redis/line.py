@@ -11,7 +11,7 @@ from typing import Any
 from redis.exceptions import ConnectionError as Disconnected
 from redis.exceptions import ReadOnlyError, ResponseError
 
-from paigeant.transports.redis.trouble import TROUBLE
+from paigeant.transports.redis.trouble import LOST, TROUBLE
 
 __all__ = ["Line"]
 
@@ -89,7 +89,7 @@ class Line:
                 await self._drop()
                 # A connection that the server closed while it was idle shows only now. Doing a command twice is
                 # harmless: a message may be doubled.
-                was_lost = isinstance(exc, (Disconnected, OSError)) and not isinstance(exc, TimeoutError)
+                was_lost = isinstance(exc, LOST) and not isinstance(exc, TimeoutError)
                 if not (was_open and was_lost):
                     raise
 

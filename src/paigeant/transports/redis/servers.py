@@ -11,13 +11,12 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import AskError, ClusterDownError, MovedError, TryAgainError
-from redis.exceptions import ConnectionError as Disconnected
 from redis.exceptions import TimeoutError as TimedOut
 
 from paigeant.errors import ConfigurationError
 from paigeant.transports.redis.line import Line
 from paigeant.transports.redis.place import Place
-from paigeant.transports.redis.trouble import TROUBLE
+from paigeant.transports.redis.trouble import LOST, TROUBLE
 
 __all__ = ["ANSWER_SECONDS", "Servers"]
 
@@ -27,7 +26,7 @@ ANSWER_SECONDS = 5.0
 _SENTINEL_SECONDS = 2.0
 """A sentinel that takes longer is passed over for the next one."""
 
-_MOVED = (MovedError, AskError, TryAgainError, ClusterDownError, Disconnected, TimedOut, OSError)
+_MOVED = (MovedError, AskError, TryAgainError, ClusterDownError, TimedOut, *LOST)
 """After these errors a key may be on another node of the cluster."""
 
 

@@ -18,14 +18,18 @@ from redis.exceptions import (
     RedisError,
     ResponseError,
 )
+from redis.exceptions import ConnectionError as Disconnected
 from redis.exceptions import TimeoutError as TimedOut
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.transports.redis.place import Place, one_line
 
-__all__ = ["FAILURES", "TROUBLE", "explained", "refusal", "told"]
+__all__ = ["FAILURES", "LOST", "TROUBLE", "explained", "refusal", "told"]
 
-TROUBLE = (RedisError, RedisClusterException, OSError)
+LOST = (Disconnected, OSError, RuntimeError)
+"""What a lost connection raises: a write on one that uvloop has closed is a RuntimeError, and redis-py passes it on."""
+
+TROUBLE = (RedisError, RedisClusterException, *LOST)
 """What redis-py raises."""
 
 FAILURES = (*TROUBLE, TransportUnavailable)
