@@ -50,7 +50,7 @@ PARTS = (
     Part("record", "paigeant.executor", "Executor.record"),
     Part("hand to the lanes", "paigeant.lane", "Lane.submit"),
     Part("answer from the lanes", "paigeant.lane", "Lane._done"),
-    Part("fetch the result", "paigeant.app", "Run.wait"),
+    Part("fetch the result", "paigeant.run", "Run.wait"),
     # The threads that write and read.
     Part("record: rows to change", "paigeant.stores.sql", "SqlStore._record"),
     Part("claim: rows to change", "paigeant.stores.sql", "SqlStore._claim"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paigeant.activity import ActivityRegistry
     from paigeant.agents.plans import Handoff
-    from paigeant.app import Paigeant, Run, RunResult
+    from paigeant.app import Paigeant
     from paigeant.context import StepContext
     from paigeant.errors import (
         NonRetryableError,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from paigeant.message import PaigeantMessage
     from paigeant.policy import ItineraryPolicy
     from paigeant.retry import RetryPolicy
+    from paigeant.run import Run, RunResult
     from paigeant.secret import SecretToken
     from paigeant.settings import Settings
     from paigeant.slip import RoutingSlip, RunStatus, Step, StepStatus
@@ -70,7 +71,7 @@ __all__ = [
 _MODULES = {
     "activity": ("ActivityRegistry",),
     "agents.plans": ("Handoff",),
-    "app": ("Paigeant", "Run", "RunResult"),
+    "app": ("Paigeant",),
     "context": ("StepContext",),
     "errors": (
         "NonRetryableError",
@@ -86,6 +87,7 @@ _MODULES = {
     "message": ("PaigeantMessage",),
     "policy": ("ItineraryPolicy",),
     "retry": ("RetryPolicy",),
+    "run": ("Run", "RunResult"),
     "secret": ("SecretToken",),
     "settings": ("Settings",),
     "slip": ("RoutingSlip", "RunStatus", "Step", "StepStatus"),

@@ -6,13 +6,11 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
-
-from pydantic_core import from_json
 
 from paigeant.activity import ActivityRegistry
 from paigeant.authority import GrantStore, ServiceTokens, TokenExchanger
@@ -22,7 +20,7 @@ from paigeant.clock import Clock, SystemClock
 from paigeant.database import Database
 from paigeant.dispatcher import Dispatcher
 from paigeant.envelope import Envelope, PlainEnvelope
-from paigeant.errors import ConfigurationError, InvalidDefinition, RunTimeout, UnknownWorkflow
+from paigeant.errors import ConfigurationError, InvalidDefinition, UnknownWorkflow
 from paigeant.exchange import (
     ClientAuthentication,
     ClientSecret,
@@ -34,128 +32,30 @@ from paigeant.exchange import (
     TokenExchange,
 )
 from paigeant.forwarder import Forwarder
-from paigeant.identity import GrantHandle, Mandate, SecurityContext
+from paigeant.identity import GrantHandle
 from paigeant.jwks import Jwks
 from paigeant.observer import Event, LogLine, Observer, Observers
 from paigeant.redaction import Redactor, redacted
+from paigeant.run import Run
 from paigeant.secret import SecretToken
 from paigeant.settings import Settings
-from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
-from paigeant.store import DeadLetter, Request, RunDetail, StepRecord, Store
+from paigeant.slip import RunStatus
+from paigeant.store import DeadLetter, Request, Store
 from paigeant.stores import open_store
 from paigeant.transport import Transport
 from paigeant.transports import open_transport
 from paigeant.transports.routed import Route, RoutedTransport
 from paigeant.urls import without_password
-from paigeant.usage import Usage
 from paigeant.worker import ActivityWorker
 from paigeant.workflow import Workflow
 
 if TYPE_CHECKING:
     from paigeant.observers.logs.sql import SqlLog
 
-__all__ = ["Paigeant", "Run", "RunResult"]
+__all__ = ["Paigeant"]
 
 _OWN_LOG = logging.getLogger("paigeant")
 _OWN_LOG.addHandler(logging.NullHandler())
-
-_WITH_RESULT = frozenset(
-    {StepStatus.COMPLETED, StepStatus.SKIPPED, StepStatus.COMPENSATED, StepStatus.COMPENSATION_FAILED}
-)
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """How a run ended. `output` is that of its last step, `outputs` are all by step id, as JSON gives them back.
-
-    `usage` is what agents used in all of its steps, tried in vain or not, and in their compensations.
-    """
-
-    id: str
-    status: RunStatus
-    output: Any = None
-    outputs: Mapping[str, Any] = field(default_factory=dict)
-    error: str | None = None
-    usage: Usage = field(default_factory=Usage)
-
-
-class Run:
-    """A run, by its id. It may be dispatched, worked on and asked about in different processes."""
-
-    def __init__(self, app: Paigeant, workflow_id: str) -> None:
-        self._app = app
-        self.id = workflow_id
-
-    def __repr__(self) -> str:
-        return f"Run({self.id!r})"
-
-    async def status(self) -> RunStatus:
-        """Where the run is. Raises RunNotFound."""
-        return await self._app.store.run_status(self.id)
-
-    async def wait(self, timeout: float | None = None) -> RunResult:
-        """The result, once the run has ended. Raises RunTimeout after `timeout` seconds, RunNotFound."""
-        try:
-            async with asyncio.timeout(timeout):
-                await self._app.store.wait_ended(self.id)
-        except TimeoutError as exc:
-            if await self.status() not in RUN_ENDED:
-                raise RunTimeout(
-                    f"run '{self.id}' has not ended within {timeout:g} s; it goes on: "
-                    f"`paigeant runs show {self.id}` tells where it is"
-                ) from exc
-        return result_of(await self.detail())
-
-    async def detail(self) -> RunDetail:
-        """The run with all its steps and variables as they are recorded now. Raises RunNotFound.
-
-        The usage of a step that has no result is that of what it has recorded so far.
-        """
-        detail = await self._app.store.load_run(self.id)
-        if all(map(_is_counted, detail.steps)):
-            return detail
-        return replace(detail, steps=tuple([await self._counted(row) for row in detail.steps]))
-
-    async def _counted(self, row: StepRecord) -> StepRecord:
-        if _is_counted(row):
-            return row
-        units = await self._app.store.load_units(row.key)
-        used = Usage.of_units(units.values())
-        return replace(row, usage=used.dump() if used else None)
-
-    async def cancel(self, reason: str = "cancelled") -> RunStatus:
-        """Do nothing more and undo what was done; gives the run's state. Raises InvalidTransition, RunNotFound."""
-        return await self._app.dispatcher.cancel(self.id, reason)
-
-    async def retry(self) -> RunStatus:
-        """Take up a failed or compensation_failed run where it stopped. Raises InvalidTransition, RunNotFound."""
-        return await self._app.dispatcher.retry(self.id)
-
-    async def signal(self, name: str, value: Any = None, *, sender: str = "") -> None:
-        """Send a named value to the run, by `sender`. Raises RunNotFound, InvalidTransition, InputInvalid.
-
-        It is kept until a step waits for it: `WaitFor` or `StepContext.wait_for`.
-        """
-        await self._app.dispatcher.signal(self.id, name, value, sender=sender)
-
-    async def grant(self, given: SecretToken | str | GrantHandle, *, sender: str = "") -> RunStatus:
-        """Let the run go on with a fresh grant of the person for whom it acts; gives the run's state.
-
-        A handle is recorded with the run. A token (a text is one) travels with the message of the step that waits for
-        one, and is recorded nowhere. See `Dispatcher.grant` for what it raises.
-        """
-        return await self._app.dispatcher.grant(self.id, given, sender=sender)
-
-    async def identity(self) -> SecurityContext | None:
-        """For whom the run acts, as its dispatch said; None for nobody. Raises RunNotFound."""
-        detail = await self._app.store.load_run(self.id, inline_bytes=0)
-        mandate = Mandate.read(detail.run.headers)
-        return None if mandate is None else mandate.identity
-
-    async def requests(self, *, only_open: bool = True) -> list[Request]:
-        """What the run asks of people, the oldest first. Raises RunNotFound."""
-        await self.status()
-        return await self._app.store.list_requests(workflow_id=self.id, only_open=only_open)
 
 
 class Paigeant:
@@ -293,11 +193,11 @@ class Paigeant:
             deadline=deadline,
             on_behalf_of=on_behalf_of,
         )
-        return Run(self, run_id)
+        return Run(self.dispatcher, run_id)
 
     def run(self, workflow_id: str) -> Run:
         """The run of this id; whether there is one is found out when it is asked something."""
-        return Run(self, workflow_id)
+        return Run(self.dispatcher, workflow_id)
 
     async def requests(self, *, only_open: bool = True, limit: int = 100) -> list[Request]:
         """What runs ask of people, the oldest first. `only_open`: what still waits for an answer."""
@@ -411,34 +311,6 @@ class Paigeant:
             chance=self._chance,
             behalf=self.behalf,
         )
-
-
-def _is_counted(row: StepRecord) -> bool:
-    """Whether the row says what agents have used in it: with its result, or because nobody has begun it."""
-    has_result = row.status in _WITH_RESULT or (row.status is StepStatus.FAILED and row.usage is not None)
-    return has_result or not row.epoch
-
-
-def result_of(detail: RunDetail) -> RunResult:
-    """What the recorded steps of a run amount to."""
-    outputs: dict[str, Any] = {}
-    output = None
-    for row in detail.steps:
-        done = row.phase is Phase.DO and row.status in (
-            StepStatus.COMPLETED,
-            StepStatus.COMPENSATED,
-            StepStatus.COMPENSATION_FAILED,
-        )
-        if done and row.output is not None:
-            output = outputs[row.step] = from_json(row.output)
-    run = detail.run
-    last = output if run.status is RunStatus.COMPLETED else None
-    return RunResult(run.id, run.status, last, outputs, run.error, usage_of(detail))
-
-
-def usage_of(detail: RunDetail) -> Usage:
-    """What agents used in all steps of a run, and in their compensations."""
-    return Usage.total(used for row in detail.steps if (used := Usage.read(row.usage)) is not None)
 
 
 def store_of(settings: Settings, clock: Clock | None = None) -> Store:

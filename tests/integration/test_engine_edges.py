@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.integration.workers import working
 
-from paigeant import ActivityRegistry, Paigeant, Run, RunStatus, Settings, WaitFor, Workflow
+from paigeant import ActivityRegistry, Paigeant, RunStatus, Settings, WaitFor, Workflow
 from paigeant.errors import StoreUnavailable
 from paigeant.stores.memory import MemoryStore
 from paigeant.stores.sql import SqlStore
@@ -240,7 +240,7 @@ async def test_a_lost_message_is_sent_again(settings: Settings) -> None:
                 app.store._open, app.store._variables = lone.store._open, lone.store._variables  # type: ignore[attr-defined]
             worker = app.worker()
             working = asyncio.create_task(worker.run())
-            assert (await Run(app, run.id).wait(PATIENCE)).output == "done"
+            assert (await app.run(run.id).wait(PATIENCE)).output == "done"
             await worker.stop()
             await working
 

@@ -27,8 +27,9 @@ from paigeant.errors import (
 )
 
 if TYPE_CHECKING:
-    from paigeant.app import Paigeant, Run
+    from paigeant.app import Paigeant
     from paigeant.loading import Handlers
+    from paigeant.run import Run
     from paigeant.settings import Settings
 
 __all__ = ["read_input", "register"]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json
 
 from paigeant import ledger
-from paigeant.app import result_of, usage_of
 from paigeant.cli import console, usage, waiting
 from paigeant.identity import Mandate
+from paigeant.run import result_of, usage_of
 from paigeant.slip import Phase
 from paigeant.store import Request, RunDetail, RunRecord, StepRecord
 

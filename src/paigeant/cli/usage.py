@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from paigeant.app import usage_of
 from paigeant.cli import console
 from paigeant.journal import readable
+from paigeant.run import usage_of
 from paigeant.slip import Phase
 from paigeant.store import RunDetail, StepKey, StepRecord
 from paigeant.usage import Usage

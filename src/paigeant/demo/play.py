@@ -20,7 +20,7 @@ from typing import Self
 from pydantic_ai.models import infer_model
 from pydantic_core import from_json
 
-from paigeant.app import Paigeant, Run
+from paigeant.app import Paigeant
 from paigeant.demo import offline
 from paigeant.demo.journal import Call, Entry, Hold, Journal
 from paigeant.demo.pipeline import MARK, WORKFLOW, Request, activities, readings
@@ -28,6 +28,7 @@ from paigeant.demo.screen import Screen
 from paigeant.demo.text import Document, read_document
 from paigeant.demo.worker import Orders, models
 from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError
+from paigeant.run import Run
 from paigeant.settings import Settings
 from paigeant.slip import RUN_ENDED, Phase, RunStatus, StepStatus
 from paigeant.store import RunDetail, StepKey, StepRecord
