@@ -59,6 +59,7 @@ from paigeant.tables import (
 
 __all__ = [
     "KEY",
+    "MISJUDGED",
     "NEW_RUN",
     "NEW_STEP",
     "STARTED",
@@ -143,12 +144,15 @@ def _head_query() -> Select[Any]:
     )
 
 
+MISJUDGED = "Paigeant looks again: a step was not as it was taken to be"
+"""Is in the error with which a server ends a transaction that went by what was foreseen wrongly."""
+
 _FORESEEN_NAMES = ("workflow_id", "step", "phase", "seq", "run", "status", "epoch", "attempt", "worker")
 """What is told of a head as it is foreseen."""
 
 
 def _foreseen_query(heads: FromClause, told: Sequence[ColumnElement[Any]]) -> Select[Any]:
-    """The same for `heads` as they are `told`; one that is otherwise, or isn't there, is a division by zero."""
+    """The same for `heads` as they are `told`; one that is otherwise, or isn't there, is an error: `MISJUDGED`."""
     steps, run = step_executions.c, workflow_runs.c
     same = (column == text for column, text in zip(KEY, told, strict=False))
     seq, status, step_status, epoch, attempt, worker = told[len(KEY) :]
@@ -165,7 +169,8 @@ def _foreseen_query(heads: FromClause, told: Sequence[ColumnElement[Any]]) -> Se
         select(
             *KEY,
             *_HEAD,
-            literal_column("1") / case((as_foreseen, literal_column("1")), else_=literal_column("0")),
+            # What can't be read as a number stands in the server's log, so it says what it is.
+            cast(case((as_foreseen, literal_column("'1'")), else_=literal_column(f"'{MISJUDGED}'")), Integer),
         )
         .select_from(heads)
         .outerjoin(step_executions, and_(*same))

@@ -31,6 +31,7 @@ from paigeant.databases.pipeline import Pipeline, ServerClock, Transaction, driv
 from paigeant.databases.pooler import check_pooler, hands_on
 from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, SchemaMismatch, StoreUnavailable
 from paigeant.lane import Blocked, Contended, Handler, Lane, Misjudged, Tx, transact
+from paigeant.rows import MISJUDGED
 from paigeant.tables import SCHEMA_VERSION, metadata
 
 __all__ = ["PostgresDatabase"]
@@ -352,7 +353,7 @@ class PostgresDatabase(Database):
         match exc.orig if isinstance(exc, DBAPIError) else exc:
             case errors.SerializationFailure() | errors.DeadlockDetected() | errors.UniqueViolation():
                 return Contended(reason)
-            case errors.DivisionByZero():  # see `rows.foreseen_heads`; nothing else divides
+            case errors.InvalidTextRepresentation() if MISJUDGED in reason:  # see `rows.foreseen_heads`
                 return Misjudged(reason)
             case errors.LockNotAvailable():
                 return Blocked(f"{self.place}: somebody keeps a row for too long: {reason}")
