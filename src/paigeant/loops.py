@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-__all__ = ["run"]
+__all__ = ["EventLoop", "run"]
+
+EventLoop = Literal["uvloop", "asyncio"]
 
 Result = TypeVar("Result")
 
 
-def run(main: Coroutine[Any, Any, Result]) -> Result:
-    """What `main` gives, run as `asyncio.run` does it, in uvloop's event loop; in asyncio's where uvloop isn't there.
+def run(main: Coroutine[Any, Any, Result], event_loop: EventLoop = "uvloop") -> Result:
+    """What `main` gives, run as `asyncio.run` does it; in asyncio's event loop also where uvloop isn't there.
 
     There is none for Windows and PyPy.
     """
-    with asyncio.Runner(loop_factory=_factory()) as runner:
+    with asyncio.Runner(loop_factory=_uvloop() if event_loop == "uvloop" else None) as runner:
         return runner.run(main)
 
 
-def _factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def _uvloop() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop  # here, because most commands that only look at something don't need it
     except ImportError:

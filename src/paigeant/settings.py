@@ -26,6 +26,7 @@ from paigeant.errors import ConfigurationError, MessageInvalid, PaigeantError, n
 from paigeant.https import check_url
 from paigeant.identity import ALGORITHMS, Issuer
 from paigeant.keys import KeyRing
+from paigeant.loops import EventLoop
 from paigeant.policy import ItineraryPolicy
 from paigeant.retry import RetryPolicy
 from paigeant.slip import Step
@@ -70,6 +71,7 @@ class Settings(BaseSettings):
 
     concurrency: int = Field(100, ge=1, description="steps at once in one worker process")
     processes: int = Field(1, ge=1, description="worker processes that `paigeant run` starts")
+    event_loop: EventLoop = Field("uvloop", description="of `paigeant run`; `asyncio` is Python's own")
     retries: int = Field(3, ge=0, description="further attempts after the first")
     retry_base: float = Field(0.5, ge=0, description="wait before the first further attempt; it doubles")
     retry_cap: float = Field(60.0, ge=0, description="longest wait between attempts")

@@ -136,19 +136,21 @@ def test_several_processes_end_when_idle() -> None:
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
-@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-def test_workers_run_on_uvloop_where_it_is_installed(
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio", "no uvloop"])
+def test_workers_run_on_uvloop_where_it_is_installed_and_wanted(
     loop: str, processes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without it a worker, and what supervises several, is in asyncio's own event loop and does the same."""
-    if loop == "asyncio":
+    """Otherwise a worker, and without it what supervises several, is in asyncio's own and does the same."""
+    if loop == "no uvloop":
         first = tmp_path / "first"
         first.mkdir()
         (first / "uvloop.py").write_text("raise ImportError('it is not installed')")
         monkeypatch.setenv("PYTHONPATH", str(first), prepend=os.pathsep)
+    elif loop == "asyncio":
+        monkeypatch.setenv("PAIGEANT_EVENT_LOOP", "asyncio")
     dispatch("where_is", "w-1")
     assert call("run", "--processes", processes, "--until-idle").returncode == 0
-    assert shown("w-1")["output"] == loop
+    assert shown("w-1")["output"] == ("uvloop" if loop == "uvloop" else "asyncio")
 
 
 def test_a_process_that_has_just_ended_keeps_no_signal_from_the_others() -> None:

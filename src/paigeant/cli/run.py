@@ -108,7 +108,8 @@ def run(
         code = loops.run(supervise(command, settings, until_idle=until_idle))
     else:
         banner = None if supervised else _banner(as_json)
-        loops.run(_work(settings, loaded, wanted, logs, until_idle, supervised, banner))
+        work = _work(settings, loaded, wanted, logs, until_idle, supervised, banner)
+        loops.run(work, settings.event_loop)
         code = 0
     _leave(code)
 
