@@ -31,7 +31,13 @@ class Usage:
     models: Mapping[str, Usage] = field(default_factory=dict, compare=False, repr=False)
 
     def __bool__(self) -> bool:
-        return self != _NOTHING
+        return bool(
+            self.requests
+            or self.tool_calls
+            or self.input_tokens
+            or self.output_tokens
+            or self.cost is not None
+        )
 
     def __add__(self, other: Usage) -> Usage:
         costs = [cost for cost in (self.cost, other.cost) if cost is not None]

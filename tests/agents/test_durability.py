@@ -35,7 +35,7 @@ from pydantic_ai import (
     ToolReturn,
 )
 from pydantic_ai._agent_graph import _agent_graph_sleep
-from pydantic_ai.capabilities import AbstractCapability, LocalWorkspace, durable_operation
+from pydantic_ai.capabilities import AbstractCapability, LocalWorkspace, ModelFallback, durable_operation
 from pydantic_ai.exceptions import (
     ModelHTTPError,
     RunCancelled,
@@ -609,6 +609,27 @@ async def test_rule_8_a_model_that_overrides_the_agent_s_own_is_taken() -> None:
             result = await step.attempt(partial(agent.run, "go", capabilities=engine))
         assert result.output == "other"
         assert step.units == ["agent__model.request(agent:1,1)"]
+
+
+async def test_rule_8_a_model_that_takes_over_is_recorded() -> None:
+    """A request that goes on to another model, since its own failed, is a unit as well: that one is asked once."""
+
+    def fail(_: list[ModelMessage]) -> str:
+        raise ModelHTTPError(400, "own")
+
+    spare, requests = scripted(called("add", "c1"), both_answers)
+    agent = durable(
+        scripted(fail, fail)[0], engine={"models": {"spare": spare}}, capabilities=[ModelFallback("spare")]
+    )
+
+    @agent.tool_plain
+    def add() -> int:
+        return 1
+
+    step = Step()
+    result, crashes = await step.resumed(lambda: agent.run("go"))
+    assert (result.output, crashes, requests) == ("c1=1", 3, [0, 1])
+    assert [name for name in step.units if "model.request.spare" in name] == [step.units[0], step.units[2]]
 
 
 async def test_rule_8_cancellation_tokens_are_refused() -> None:

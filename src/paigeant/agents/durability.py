@@ -30,12 +30,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterable, Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
 
+from opentelemetry.trace import get_current_span
 from pydantic_ai import DeferredToolRequests, DeferredToolResults, ModelMessage, RunContext, ToolDefinition
 from pydantic_ai._run_context import get_current_run_context
 from pydantic_ai.agent import AbstractAgent, EventStreamHandler, WrapperAgent
@@ -171,6 +172,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         self._guards: dict[str, Any] | None = None
         self._requests: dict[tuple[str | None, str], Any] = {}
         self._binding: tuple[tuple[object, ...], AbstractCapability[AgentDepsT]] | None = None
+        # It has nothing but deferred calls to handle. They come here first, so that its request tells which they are.
+        self._ordering = replace(super().get_ordering(), wraps=(RequestInput,))
         self._model_policy = RetryPolicy.of(model_retries)
         self._model_timeout = ToolOptions(timeout=model_timeout).timeout
         self._ask_timeout = ToolOptions(timeout=ask_timeout).timeout
@@ -188,8 +191,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return self._binding[1]
 
     def get_ordering(self) -> CapabilityOrdering:
-        # It has nothing but deferred calls to handle. They come here first, so that its request tells which they are.
-        return replace(super().get_ordering(), wraps=(RequestInput,))
+        return self._ordering
 
     @property
     def in_durable_context(self) -> bool:
@@ -306,6 +308,17 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             return None
         return await decisions(place, self.name, ctx, requests, self._ask_timeout)
 
+    def wrap_run_event_stream(
+        self, ctx: RunContext[AgentDepsT], *, stream: AsyncIterable[AgentStreamEvent]
+    ) -> AsyncIterable[AgentStreamEvent]:
+        # Without a handler nothing is done with events: they needn't come through here.
+        return super().wrap_run_event_stream(ctx, stream=stream) if self.has_wrap_run_event_stream else stream
+
+    @property
+    def _has_prepare_model_request(self) -> bool:
+        # The library copies all tools for each request when somebody may change them. The base's hook doesn't.
+        return type(self).prepare_model_request is not BaseDurabilityCapability.prepare_model_request
+
     # -- units of its own
 
     async def _sleep(self, run_id: str, seconds: float) -> None:
@@ -378,6 +391,15 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         vars(same).update(self._guards)
         return same
 
+    @contextmanager
+    def _request_policy_scope(self, ctx: RunContext[AgentDepsT]) -> Generator[None]:
+        # The policy of a request is made for its span. Without one the library looks for it all the same.
+        if get_current_span().is_recording():
+            with super()._request_policy_scope(ctx):
+                yield
+        else:
+            yield
+
     # -- models
 
     def _bind_models(self, agent: AbstractAgent[AgentDepsT, Any]) -> None:
@@ -436,7 +458,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
 
 
 @contextmanager
-def _no_unit() -> Iterator[None]:
+def _no_unit() -> Generator[None]:
     """The code inside is no unit: an agent within a tool is as durable as any other, and may wait for somebody."""
     # The library has no other way to say so; it says the contrary around each unit.
     token = _IN_DURABLE_UNIT.set(False)

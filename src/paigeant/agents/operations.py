@@ -24,6 +24,7 @@ from pydantic_ai.durable_exec import (
     ToolsetValidateToolArgumentsId,
     record_durable_unit,
 )
+from pydantic_ai.durable_exec._operation_names import DurableInvocationName
 from pydantic_ai.messages import ToolCallPart
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
@@ -145,12 +146,11 @@ EVENT_OF: contextvars.ContextVar[RunContext[Any] | None] = contextvars.ContextVa
 class _Namer(JournalOperationNamer):
     """The library's names. Those of MCP calls and validations tell their tool as well, like that of any other call."""
 
-    def invocation_name(self, operation_id: DurableOperationId, *, label: str | None) -> Any:
-        invocation = super().invocation_name(operation_id, label=label)
-        name = invocation.operation_name
-        if label is not None and name == self.operation_name(operation_id):
-            return type(invocation)(f"{name}:{label}")
-        return invocation
+    def invocation_name(
+        self, operation_id: DurableOperationId, *, label: str | None
+    ) -> DurableInvocationName:
+        name = self.operation_name(operation_id)
+        return DurableInvocationName(name if label is None else f"{name}:{label}")
 
 
 class Operations(CallableOperationBackend[Unit]):
@@ -293,9 +293,11 @@ async def _packed(
     finally:
         caller.usage = common
     record: dict[str, object] = {"value": value}
+    used = _used(operation_id, value)
     if vars(after) != vars(before):
         record["usage"] = _USAGE.dump_python(after - before, mode="json", exclude_defaults=True)
-    return _json((_used(operation_id, value) + within.rest()).stamp(record))
+        used += within.rest()
+    return _json(used.stamp(record))
 
 
 def _used(operation_id: DurableOperationId, value: object) -> Usage:

@@ -104,15 +104,17 @@ def of_request(answer: object) -> Usage:
     if not isinstance(answer, dict) or not isinstance(answer.get("usage"), dict):
         return Usage(requests=1)
     # Models that a fallback gave up on before this one may have billed something, too.
-    tried = [one.get("usage") for one in answer.get("failed_attempts") or ()]
-    told = [_tokens(found) for found in (answer["usage"], *tried) if found is not None]
-    used, model = Usage.total((Usage(requests=1), *told)), answer.get("model_name")
+    used, model = _request(answer["usage"]), answer.get("model_name")
+    for one in answer.get("failed_attempts") or ():
+        if (found := one.get("usage")) is not None:
+            used += _request(found, requests=0)
     return replace(used, models={model: used}) if isinstance(model, str) and model else used
 
 
-def _tokens(found: dict[str, Any]) -> Usage:
+def _request(found: dict[str, Any], *, requests: int = 1) -> Usage:
     cost = found.get("cost")
     return Usage(
+        requests,
         input_tokens=found.get("input_tokens") or 0,
         output_tokens=found.get("output_tokens") or 0,
         cost=None if cost is None else Decimal(str(cost)),
