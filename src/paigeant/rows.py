@@ -248,7 +248,7 @@ def lock_runs(tx: Tx, workflow_ids: Collection[str], *, only_free: bool = False)
         tx.locked |= free
         return free
     wanted = sorted(ids - tx.locked)
-    if len(wanted) == 1:
+    if len(wanted) == 1 and wanted[0].isascii():  # half of a surrogate pair is no parameter; JSON can say it
         _LOCK_ONE.each(tx, [(wanted[0],)])
     else:
         _LOCK.each(tx, [(json.dumps(wanted),)])

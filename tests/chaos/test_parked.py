@@ -23,8 +23,6 @@ from paigeant import Paigeant, Run, Settings, WaitFor, Workflow
 
 Item = TypeVar("Item")
 TIMES = {"lease": 3.0, "heartbeat": 0.5, "sweep_interval": 0.2, "grace": 2.0}
-FIRST = 200
-"""Runs that have waited before memory is looked at, so that the worker has all that it needs in any case."""
 SLACK_BYTES = 8 * 1024 * 1024
 """What memory may differ by without any run: a garbage collection earlier or later."""
 BYTES_PER_RUN = 400
@@ -99,11 +97,11 @@ PARKED = (
 )
 
 
-@pytest.mark.parametrize(("runs", "kills"), [short(500, 5), full(10_000, 60)])
+@pytest.mark.parametrize(("first", "runs", "kills"), [short(200, 500, 5), full(2_000, 10_000, 60)])
 async def test_parked_runs_cost_nothing_and_each_is_asked_once(
-    url: str, tmp_path: Path, runs: int, kills: int
+    url: str, tmp_path: Path, first: int, runs: int, kills: int
 ) -> None:
-    """A worker's memory doesn't grow with them. Signals and answers come in any order, early, and some twice.
+    """A worker's memory doesn't grow with them, once the `first` have filled its caches. Signals and answers come in any order, early, and some twice.
 
     Meanwhile workers are killed again and again. All runs complete with what they were told, each was asked once, and
     each signal was taken by one wait.
@@ -113,20 +111,20 @@ async def test_parked_runs_cost_nothing_and_each_is_asked_once(
     settings = Settings(transport_url=url, store_url=url, **TIMES)
     async with Paigeant(settings) as app:
         with worker(url, tmp_path) as process:
-            begun = list(await asyncio.gather(*(dispatched(app, number) for number in range(FIRST))))
-            await until_all(url, PARKED, FIRST)
+            begun = list(await asyncio.gather(*(dispatched(app, number) for number in range(first))))
+            await until_all(url, PARKED, first)
             before = memory_bytes(process)
             early: set[str] = set()
-            for numbers in portions(range(FIRST, FIRST + runs), 100):
+            for numbers in portions(range(first, first + runs), 100):
                 found = await asyncio.gather(*(dispatched(app, number) for number in numbers))
                 begun += found
                 sent = [run for run in found if chance.random() < 0.3]  # before or while they are asked
                 await asyncio.gather(*(run.signal("go", run.id) for run in sent))
                 early |= {run.id for run in sent}
-            await until_all(url, PARKED, FIRST + runs)
+            await until_all(url, PARKED, first + runs)
             grown = memory_bytes(process) - before
         asked = {request.workflow_id: request for request in await app.requests(limit=2 * len(begun))}
-        assert len(asked) == FIRST + runs
+        assert len(asked) == first + runs
 
         started = time.monotonic()
         with Crew(url, tmp_path, chance) as crew:

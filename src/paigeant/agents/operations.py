@@ -24,7 +24,6 @@ from pydantic_ai.durable_exec import (
     ToolsetValidateToolArgumentsId,
     record_durable_unit,
 )
-from pydantic_ai.durable_exec._operation_names import DurableInvocationName
 from pydantic_ai.messages import ToolCallPart
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
@@ -146,11 +145,12 @@ EVENT_OF: contextvars.ContextVar[RunContext[Any] | None] = contextvars.ContextVa
 class _Namer(JournalOperationNamer):
     """The library's names. Those of MCP calls and validations tell their tool as well, like that of any other call."""
 
-    def invocation_name(
-        self, operation_id: DurableOperationId, *, label: str | None
-    ) -> DurableInvocationName:
-        name = self.operation_name(operation_id)
-        return DurableInvocationName(name if label is None else f"{name}:{label}")
+    def invocation_name(self, operation_id: DurableOperationId, *, label: str | None) -> Any:
+        invocation = super().invocation_name(operation_id, label=label)
+        name = invocation.operation_name
+        if label is not None and name == self.operation_name(operation_id):
+            return type(invocation)(f"{name}:{label}")
+        return invocation
 
 
 class Operations(CallableOperationBackend[Unit]):
