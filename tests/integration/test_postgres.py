@@ -162,6 +162,14 @@ async def test_a_transaction_may_ask_for_the_time_between_two_statements(postgre
             assert await store.database.write(handler, None)
 
 
+@pytest.mark.parametrize("run_id", ["\ud800", "r\u00e4"])
+async def test_a_run_of_any_id_is_not_found(postgres_tables: str, run_id: str) -> None:
+    """Whatever somebody types: half of a surrogate pair is nothing that the driver could send."""
+    async with opened(postgres_tables) as store:
+        with pytest.raises(RunNotFound):
+            await store.cancel_run(run_id, "cancelled")
+
+
 async def test_a_run_that_is_said_to_be_new_and_isnt_is_found(postgres_tables: str) -> None:
     """Its key tells."""
     async with opened(postgres_tables) as store:
