@@ -103,8 +103,8 @@ async def test_parked_runs_cost_nothing_and_each_is_asked_once(
 ) -> None:
     """A worker's memory doesn't grow with them, once the `first` have filled its caches.
 
-    Signals and answers come in any order, early, and some twice. Meanwhile workers are killed again and again. All runs complete with what they were told, each was asked once, and
-    each signal was taken by one wait.
+    Signals and answers come in any order, early, and some twice. Meanwhile workers are killed again and again. All runs
+    complete with what they were told, each was asked once, and each signal was taken by one wait.
     """
     (tmp_path / "handlers.py").write_text(HANDLERS)
     chance = random.Random(11)

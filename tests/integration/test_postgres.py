@@ -26,7 +26,7 @@ from paigeant.databases import postgres
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import Pipeline, ServerClock
 from paigeant.databases.postgres import PostgresDatabase
-from paigeant.errors import ConfigurationError, RunConflict, SchemaMismatch, StoreUnavailable
+from paigeant.errors import ConfigurationError, RunConflict, RunNotFound, SchemaMismatch, StoreUnavailable
 from paigeant.lane import Tx
 from paigeant.slip import RunStatus, StepStatus
 from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, Refused, StepKey, StepResult
