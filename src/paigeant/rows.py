@@ -15,13 +15,13 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Float,
+    FromClause,
     Integer,
     Select,
     Table,
     and_,
     bindparam,
     case,
-    cast,
     column,
     extract,
     func,
@@ -37,7 +37,7 @@ from sqlalchemy import (
 from paigeant.errors import RunNotFound
 from paigeant.lane import Tx
 from paigeant.ledger import MOST_GRACES, Head
-from paigeant.prepared import Prepared, byte_length, each_of, instant, item, upsert
+from paigeant.prepared import Keyed, Prepared, byte_length, instant, upsert
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import (
     OpenTopic,
@@ -130,56 +130,75 @@ _HEAD = (
 )
 
 
-def _head_query() -> Select[Any]:
+def _head_query(keys: FromClause, key: Sequence[ColumnElement[Any]]) -> Select[Any]:
     # A join with the keys as a table: SQLite answers `(a, b, c) IN (...)` with a scan of the whole index.
-    keys = each_of(bindparam("keys")).table_valued("value")
-    same = (column == item(keys.c.value, literal_column(str(place))) for place, column in enumerate(KEY))
     return (
         select(*KEY, *_HEAD)
         .select_from(keys)
-        .join(step_executions, and_(*same))
+        .join(step_executions, _equal(KEY, key))
         .join(workflow_runs, workflow_runs.c.id == step_executions.c.workflow_id)
     )
 
 
-def _foreseen_query() -> Select[Any]:
-    """The same for heads as they are foreseen; one that is otherwise is a division by zero."""
-    heads = each_of(bindparam("heads")).table_valued("value")
-    steps, run = step_executions.c, workflow_runs.c
-    told = [item(heads.c.value, literal_column(str(place))) for place in range(len(KEY) + 6)]
-    same = (column == text for column, text in zip(KEY, told, strict=False))
-    seq, status, step_status, epoch, attempt, worker = told[len(KEY) :]
-    as_foreseen = and_(
-        steps.seq == cast(seq, Integer),
-        run.status == status,
-        steps.status == step_status,
-        steps.epoch == cast(epoch, Integer),
-        steps.attempt == cast(attempt, Integer),
-        steps.worker.is_not_distinct_from(worker),
-        steps.not_before <= instant(null()),
+_FORESEEN_COLUMNS = (
+    *KEY,
+    step_executions.c.seq,
+    workflow_runs.c.status,
+    step_executions.c.status,
+    step_executions.c.epoch,
+    step_executions.c.attempt,
+    step_executions.c.worker,
+)
+
+
+def _foreseen_query(heads: FromClause, head: Sequence[ColumnElement[Any]]) -> Select[Any]:
+    """The same for heads as they are foreseen; one that is otherwise, or isn't there, is a division by zero."""
+    steps, known = step_executions.c, len(KEY)
+    as_foreseen = (
+        column.is_not_distinct_from(value)
+        for column, value in zip(_FORESEEN_COLUMNS[known:], head[known:], strict=True)
     )
+    is_so = case((and_(*as_foreseen, steps.not_before <= instant(null())), _ONE), else_=_ZERO)
     return (
-        select(
-            *KEY,
-            *_HEAD,
-            literal_column("1") / case((as_foreseen, literal_column("1")), else_=literal_column("0")),
-        )
+        select(*KEY, *_HEAD, _ONE // is_so)
         .select_from(heads)
-        .outerjoin(step_executions, and_(*same))
-        .outerjoin(workflow_runs, run.id == steps.workflow_id)
+        .outerjoin(step_executions, _equal(KEY, head[:known]))
+        .outerjoin(workflow_runs, workflow_runs.c.id == steps.workflow_id)
     )
 
 
-_ids = each_of(bindparam("ids")).table_valued("value")
+_ONE, _ZERO = literal_column("1", Integer), literal_column("0", Integer)
 
 
-def _lock(*, skip: bool) -> Prepared:
-    # In one order, so that no two transactions wait for each other.
-    rows = select(workflow_runs.c.id).join(_ids, workflow_runs.c.id == _ids.c.value)
-    locked = rows.order_by(workflow_runs.c.id).with_for_update(
-        of=workflow_runs, key_share=True, skip_locked=skip
-    )
-    return Prepared(locked, ["ids"])
+def _equal(
+    columns: Sequence[ColumnElement[Any]], values: Sequence[ColumnElement[Any]]
+) -> ColumnElement[bool]:
+    return and_(*(column == value for column, value in zip(columns, values, strict=True)))
+
+
+def _of_runs(
+    table: Table,
+    *columns: ColumnElement[Any],
+    parameters: Sequence[str] = (),
+    more: Callable[[Select[Any]], Select[Any]] = lambda rows: rows,
+) -> Keyed:
+    """The rows of `table` that belong to the runs asked for; `more` says in which order, or locks them."""
+    own = table.c.id if table is workflow_runs else table.c.workflow_id
+
+    def query(runs: FromClause, run: Sequence[ColumnElement[Any]]) -> Select[Any]:
+        return more(select(*(columns or table.c)).select_from(runs).join(table, own == run[0]))
+
+    return Keyed(query, [own], parameters)
+
+
+def _lock(*, skip: bool) -> Keyed:
+    def locked(rows: Select[Any]) -> Select[Any]:
+        # In one order, so that no two transactions wait for each other.
+        return rows.order_by(workflow_runs.c.id).with_for_update(
+            of=workflow_runs, key_share=True, skip_locked=skip
+        )
+
+    return _of_runs(workflow_runs, workflow_runs.c.id, more=locked)
 
 
 _LOCK, _LOCK_FREE = _lock(skip=False), _lock(skip=True)
@@ -219,30 +238,25 @@ def lock_runs(tx: Tx, workflow_ids: Collection[str], *, only_free: bool = False)
     if tx.driver.dialect.name == "sqlite" or ids <= tx.locked:
         return ids
     if only_free:
-        free = {run_id for (run_id,) in _LOCK_FREE.rows(tx, json.dumps(sorted(ids)))}
+        free = {run_id for (run_id,) in _LOCK_FREE.rows(tx, sorted(ids))}
         if len(free) < len(ids):
             _END_STUCK.rows(tx, STUCK_SECONDS)
         tx.locked |= free
         return free
-    _LOCK.each(tx, [(json.dumps(sorted(ids - tx.locked)),)])
+    _LOCK.each(tx, sorted(ids - tx.locked))
     tx.locked |= ids
     return ids
 
 
-STARTED = Prepared(
-    select(workflow_runs.c.id, workflow_runs.c.workflow, workflow_runs.c.input_hash).join(
-        _ids, workflow_runs.c.id == _ids.c.value
-    ),
-    ["ids"],
-)
-_HEADS = Prepared(_head_query(), ["keys"])
-_FORESEEN = Prepared(_foreseen_query(), ["heads"])
+STARTED = _of_runs(workflow_runs, workflow_runs.c.id, workflow_runs.c.workflow, workflow_runs.c.input_hash)
+_HEADS = Keyed(_head_query, KEY)
+_FORESEEN = Keyed(_foreseen_query, _FORESEEN_COLUMNS)
 
 
 def heads_of(tx: Tx, keys: Sequence[StepKey]) -> dict[StepKey, Head]:
     """What decisions need to know of those of the steps that exist. Their runs are locked."""
     lock_runs(tx, [key.workflow_id for key in keys])
-    return _heads(_HEADS.rows(tx, json.dumps(keys)))
+    return _heads(_HEADS.rows(tx, keys))
 
 
 def foreseen_heads(
@@ -263,7 +277,7 @@ def foreseen_heads(
         (*head.key, head.seq, head.run, head.status, head.epoch, head.attempt, head.worker)
         for head in heads.values()
     ]
-    found = _FORESEEN.ask(tx, json.dumps(told))
+    found = _FORESEEN.ask(tx, told)
     return heads, lambda: _heads(row[:-1] for row in found())
 
 
@@ -434,14 +448,12 @@ def variable_in(column: str) -> bytes:
     return column.encode()
 
 
-_STATUSES = Prepared(
-    select(workflow_runs.c.id, workflow_runs.c.status).join(_ids, workflow_runs.c.id == _ids.c.value), ["ids"]
-)
+_STATUSES = _of_runs(workflow_runs, workflow_runs.c.id, workflow_runs.c.status)
 
 
 def statuses_of(tx: Tx, workflow_ids: Collection[str]) -> dict[str, RunStatus]:
     """The states of those of the runs that exist."""
-    rows = _STATUSES.rows(tx, json.dumps(list(workflow_ids)))
+    rows = _STATUSES.rows(tx, list(workflow_ids))
     return {run_id: _RUNS[status] for run_id, status in rows}
 
 
@@ -559,28 +571,21 @@ def _step(values: dict[str, Any]) -> StepRecord:
     return StepRecord(**values)
 
 
-def _of_runs(table: Table, *columns: ColumnElement[Any]) -> Select[Any]:
-    """The rows of `table` that belong to the runs asked for."""
-    own = table.c.id if table is workflow_runs else table.c.workflow_id
-    return select(*(columns or table.c)).join_from(_ids, table, own == _ids.c.value)
-
-
-_DETAIL_RUNS = Prepared(_of_runs(workflow_runs), ["ids"])
+_DETAIL_RUNS = _of_runs(workflow_runs)
 _output_bytes = byte_length(step_executions.c.output)
 _too_large = _output_bytes > bindparam("limit")
-_DETAIL_STEPS = Prepared(
-    _of_runs(
-        step_executions,
-        _too_large.label("too_large"),
-        case((_output_bytes > bindparam("same"), null()), else_=step_executions.c.output),
-        *(column for column in step_executions.c if column.name != "output"),
-    ).order_by(step_executions.c.seq),
-    ["limit", "same", "ids"],
+_DETAIL_STEPS = _of_runs(
+    step_executions,
+    _too_large.label("too_large"),
+    case((_output_bytes > bindparam("same"), null()), else_=step_executions.c.output),
+    *(column for column in step_executions.c if column.name != "output"),
+    parameters=["limit", "same"],
+    more=lambda rows: rows.order_by(step_executions.c.seq),
 )
 _DETAIL_STEP_FIELDS = ("output", *(column.name for column in step_executions.c if column.name != "output"))
 _RUN_FIELDS = [column.name for column in workflow_runs.c]
-_DETAIL_VARIABLES = Prepared(_of_runs(workflow_variables), ["ids"])
-_DETAIL_SIGNALS = Prepared(_of_runs(workflow_signals).order_by(workflow_signals.c.id), ["ids"])
+_DETAIL_VARIABLES = _of_runs(workflow_variables)
+_DETAIL_SIGNALS = _of_runs(workflow_signals, more=lambda rows: rows.order_by(workflow_signals.c.id))
 
 
 Rows = list[tuple[Any, ...]]
@@ -593,10 +598,10 @@ def details_of(
     tx: Tx, workflow_ids: Collection[str], inline_bytes: int | None
 ) -> Callable[[], dict[str, RunDetail]]:
     """What gives the runs that there are, with all of their rows."""
-    ids = json.dumps(list(workflow_ids))
+    ids = list(workflow_ids)
     limit = _MOST_BYTES if inline_bytes is None else min(inline_bytes, _MOST_BYTES)
     # All asked first and then read: one round trip.
-    step_rows = _DETAIL_STEPS.ask(tx, limit, limit, ids)
+    step_rows = _DETAIL_STEPS.ask(tx, ids, limit, limit)
     variable_rows, signal_rows = _DETAIL_VARIABLES.ask(tx, ids), _DETAIL_SIGNALS.ask(tx, ids)
     run_rows = _DETAIL_RUNS.ask(tx, ids)
     return lambda: _details(run_rows(), step_rows(), variable_rows(), signal_rows())
