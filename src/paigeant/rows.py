@@ -18,6 +18,7 @@ from sqlalchemy import (
     FromClause,
     Integer,
     Select,
+    String,
     Table,
     and_,
     bindparam,
@@ -38,7 +39,7 @@ from sqlalchemy import (
 from paigeant.errors import RunNotFound
 from paigeant.lane import Tx
 from paigeant.ledger import MOST_GRACES, Head
-from paigeant.prepared import Prepared, byte_length, each_of, instant, item, upsert
+from paigeant.prepared import Keyed, Prepared, byte_length, instant, upsert
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import (
     OpenTopic,
@@ -132,14 +133,12 @@ _HEAD = (
 )
 
 
-def _head_query() -> Select[Any]:
+def _head_query(keys: FromClause, key: Sequence[ColumnElement[Any]]) -> Select[Any]:
     # A join with the keys as a table: SQLite answers `(a, b, c) IN (...)` with a scan of the whole index.
-    keys = each_of(bindparam("keys")).table_valued("value")
-    same = (column == item(keys.c.value, literal_column(str(place))) for place, column in enumerate(KEY))
     return (
         select(*KEY, *_HEAD)
         .select_from(keys)
-        .join(step_executions, and_(*same))
+        .join(step_executions, _equal(KEY, key))
         .join(workflow_runs, workflow_runs.c.id == step_executions.c.workflow_id)
     )
 
@@ -147,65 +146,71 @@ def _head_query() -> Select[Any]:
 MISJUDGED = "Paigeant looks again: a step was not as it was taken to be"
 """Is in the error with which a server ends a transaction that went by what was foreseen wrongly."""
 
-_FORESEEN_NAMES = ("workflow_id", "step", "phase", "seq", "run", "status", "epoch", "attempt", "worker")
-"""What is told of a head as it is foreseen."""
+_FORESEEN_COLUMNS = (
+    *KEY,
+    step_executions.c.seq,
+    workflow_runs.c.status,
+    step_executions.c.status,
+    step_executions.c.epoch,
+    step_executions.c.attempt,
+    step_executions.c.worker,
+)
 
 
-def _foreseen_query(heads: FromClause, told: Sequence[ColumnElement[Any]]) -> Select[Any]:
-    """The same for `heads` as they are `told`; one that is otherwise, or isn't there, is an error: `MISJUDGED`."""
-    steps, run = step_executions.c, workflow_runs.c
-    same = (column == text for column, text in zip(KEY, told, strict=False))
-    seq, status, step_status, epoch, attempt, worker = told[len(KEY) :]
-    as_foreseen = and_(
-        steps.seq == cast(seq, Integer),
-        run.status == status,
-        steps.status == step_status,
-        steps.epoch == cast(epoch, Integer),
-        steps.attempt == cast(attempt, Integer),
-        steps.worker.is_not_distinct_from(worker),
-        steps.not_before <= instant(null()),
+def _foreseen_query(heads: FromClause, head: Sequence[ColumnElement[Any]]) -> Select[Any]:
+    """The same for heads as they are foreseen; one that is otherwise, or isn't there, is an error: MISJUDGED."""
+    steps, known = step_executions.c, len(KEY)
+    as_foreseen = (
+        column.is_not_distinct_from(value)
+        for column, value in zip(_FORESEEN_COLUMNS[known:], head[known:], strict=True)
     )
+    is_so = and_(*as_foreseen, steps.not_before <= instant(null()))
+    # What can't be read as a number stands in the server's log, so it says what it is.
+    checked = cast(case((is_so, _text("1")), else_=_text(MISJUDGED)), Integer)
     return (
-        select(
-            *KEY,
-            *_HEAD,
-            # What can't be read as a number stands in the server's log, so it says what it is.
-            cast(case((as_foreseen, literal_column("'1'")), else_=literal_column(f"'{MISJUDGED}'")), Integer),
-        )
+        select(*KEY, *_HEAD, checked)
         .select_from(heads)
-        .outerjoin(step_executions, and_(*same))
-        .outerjoin(workflow_runs, run.id == steps.workflow_id)
+        .outerjoin(step_executions, _equal(KEY, head[:known]))
+        .outerjoin(workflow_runs, workflow_runs.c.id == steps.workflow_id)
     )
 
 
-def _foreseen_one() -> Prepared:
-    told: list[ColumnElement[Any]] = [bindparam(f"_{name}") for name in _FORESEEN_NAMES]
-    one = select(literal_column("1").label("head")).subquery()
-    return Prepared(_foreseen_query(one, told), [f"_{name}" for name in _FORESEEN_NAMES])
+def _text(text: str) -> ColumnElement[str]:
+    return literal_column(f"'{text}'", String)
 
 
-def _foreseen_many() -> Prepared:
-    heads = each_of(bindparam("heads")).table_valued("value")
-    told = [item(heads.c.value, literal_column(str(place))) for place in range(len(_FORESEEN_NAMES))]
-    return Prepared(_foreseen_query(heads, told), ["heads"])
+def _equal(
+    columns: Sequence[ColumnElement[Any]], values: Sequence[ColumnElement[Any]]
+) -> ColumnElement[bool]:
+    return and_(*(column == value for column, value in zip(columns, values, strict=True)))
 
 
-_ids = each_of(bindparam("ids")).table_valued("value")
+def _of_runs(
+    table: Table,
+    *columns: ColumnElement[Any],
+    parameters: Sequence[str] = (),
+    more: Callable[[Select[Any]], Select[Any]] = lambda rows: rows,
+) -> Keyed:
+    """The rows of `table` that belong to the runs asked for; `more` says in which order, or locks them."""
+    own = table.c.id if table is workflow_runs else table.c.workflow_id
+
+    def query(runs: FromClause, run: Sequence[ColumnElement[Any]]) -> Select[Any]:
+        return more(select(*(columns or table.c)).select_from(runs).join(table, own == run[0]))
+
+    return Keyed(query, [own], parameters)
 
 
-def _lock(rows: Select[Any], parameter: str, *, skip: bool = False) -> Prepared:
-    # In one order, so that no two transactions wait for each other.
-    locked = rows.order_by(workflow_runs.c.id).with_for_update(
-        of=workflow_runs, key_share=True, skip_locked=skip
-    )
-    return Prepared(locked, [parameter])
+def _lock(*, skip: bool) -> Keyed:
+    def locked(rows: Select[Any]) -> Select[Any]:
+        # In one order, so that no two transactions wait for each other.
+        return rows.order_by(workflow_runs.c.id).with_for_update(
+            of=workflow_runs, key_share=True, skip_locked=skip
+        )
+
+    return _of_runs(workflow_runs, workflow_runs.c.id, more=locked)
 
 
-_run_ids = select(workflow_runs.c.id)
-_of_ids = _run_ids.join(_ids, workflow_runs.c.id == _ids.c.value)
-_LOCK, _LOCK_FREE = _lock(_of_ids, "ids"), _lock(_of_ids, "ids", skip=True)
-_LOCK_ONE = _lock(_run_ids.where(workflow_runs.c.id == bindparam("run_id")), "run_id")
-"""Of a single run it costs the server half as much to find it without a list."""
+_LOCK, _LOCK_FREE = _lock(skip=False), _lock(skip=True)
 
 STUCK_SECONDS = 6.0
 """After so long a transaction whose server waits for its client is stuck: the client was stopped, or cut off.
@@ -242,34 +247,25 @@ def lock_runs(tx: Tx, workflow_ids: Collection[str], *, only_free: bool = False)
     if tx.driver.dialect.name == "sqlite" or ids <= tx.locked:
         return ids
     if only_free:
-        free = {run_id for (run_id,) in _LOCK_FREE.rows(tx, json.dumps(sorted(ids)))}
+        free = {run_id for (run_id,) in _LOCK_FREE.rows(tx, sorted(ids))}
         if len(free) < len(ids):
             _END_STUCK.rows(tx, STUCK_SECONDS)
         tx.locked |= free
         return free
-    wanted = sorted(ids - tx.locked)
-    if len(wanted) == 1 and wanted[0].isascii():  # half of a surrogate pair is no parameter; JSON can say it
-        _LOCK_ONE.each(tx, [(wanted[0],)])
-    else:
-        _LOCK.each(tx, [(json.dumps(wanted),)])
+    _LOCK.each(tx, sorted(ids - tx.locked))
     tx.locked |= ids
     return ids
 
 
-STARTED = Prepared(
-    select(workflow_runs.c.id, workflow_runs.c.workflow, workflow_runs.c.input_hash).join(
-        _ids, workflow_runs.c.id == _ids.c.value
-    ),
-    ["ids"],
-)
-_HEADS = Prepared(_head_query(), ["keys"])
-_FORESEEN, _FORESEEN_ONE = _foreseen_many(), _foreseen_one()
+STARTED = _of_runs(workflow_runs, workflow_runs.c.id, workflow_runs.c.workflow, workflow_runs.c.input_hash)
+_HEADS = Keyed(_head_query, KEY)
+_FORESEEN = Keyed(_foreseen_query, _FORESEEN_COLUMNS)
 
 
 def heads_of(tx: Tx, keys: Sequence[StepKey]) -> dict[StepKey, Head]:
     """What decisions need to know of those of the steps that exist. Their runs are locked."""
     lock_runs(tx, [key.workflow_id for key in keys])
-    return _heads(_HEADS.rows(tx, json.dumps(keys)))
+    return _heads(_HEADS.rows(tx, keys))
 
 
 def foreseen_heads(
@@ -290,7 +286,7 @@ def foreseen_heads(
         (*head.key, head.seq, head.run, head.status, head.epoch, head.attempt, head.worker)
         for head in heads.values()
     ]
-    found = _FORESEEN_ONE.ask(tx, *told[0]) if len(told) == 1 else _FORESEEN.ask(tx, json.dumps(told))
+    found = _FORESEEN.ask(tx, told)
     return heads, lambda: _heads(row[:-1] for row in found())
 
 
@@ -461,14 +457,12 @@ def variable_in(column: str) -> bytes:
     return column.encode()
 
 
-_STATUSES = Prepared(
-    select(workflow_runs.c.id, workflow_runs.c.status).join(_ids, workflow_runs.c.id == _ids.c.value), ["ids"]
-)
+_STATUSES = _of_runs(workflow_runs, workflow_runs.c.id, workflow_runs.c.status)
 
 
 def statuses_of(tx: Tx, workflow_ids: Collection[str]) -> dict[str, RunStatus]:
     """The states of those of the runs that exist."""
-    rows = _STATUSES.rows(tx, json.dumps(list(workflow_ids)))
+    rows = _STATUSES.rows(tx, list(workflow_ids))
     return {run_id: _RUNS[status] for run_id, status in rows}
 
 
@@ -586,28 +580,21 @@ def _step(values: dict[str, Any]) -> StepRecord:
     return StepRecord(**values)
 
 
-def _of_runs(table: Table, *columns: ColumnElement[Any]) -> Select[Any]:
-    """The rows of `table` that belong to the runs asked for."""
-    own = table.c.id if table is workflow_runs else table.c.workflow_id
-    return select(*(columns or table.c)).join_from(_ids, table, own == _ids.c.value)
-
-
-_DETAIL_RUNS = Prepared(_of_runs(workflow_runs), ["ids"])
+_DETAIL_RUNS = _of_runs(workflow_runs)
 _output_bytes = byte_length(step_executions.c.output)
 _too_large = _output_bytes > bindparam("limit")
-_DETAIL_STEPS = Prepared(
-    _of_runs(
-        step_executions,
-        _too_large.label("too_large"),
-        case((_output_bytes > bindparam("same"), null()), else_=step_executions.c.output),
-        *(column for column in step_executions.c if column.name != "output"),
-    ).order_by(step_executions.c.seq),
-    ["limit", "same", "ids"],
+_DETAIL_STEPS = _of_runs(
+    step_executions,
+    _too_large.label("too_large"),
+    case((_output_bytes > bindparam("same"), null()), else_=step_executions.c.output),
+    *(column for column in step_executions.c if column.name != "output"),
+    parameters=["limit", "same"],
+    more=lambda rows: rows.order_by(step_executions.c.seq),
 )
 _DETAIL_STEP_FIELDS = ("output", *(column.name for column in step_executions.c if column.name != "output"))
 _RUN_FIELDS = [column.name for column in workflow_runs.c]
-_DETAIL_VARIABLES = Prepared(_of_runs(workflow_variables), ["ids"])
-_DETAIL_SIGNALS = Prepared(_of_runs(workflow_signals).order_by(workflow_signals.c.id), ["ids"])
+_DETAIL_VARIABLES = _of_runs(workflow_variables)
+_DETAIL_SIGNALS = _of_runs(workflow_signals, more=lambda rows: rows.order_by(workflow_signals.c.id))
 
 
 Rows = list[tuple[Any, ...]]
@@ -620,10 +607,10 @@ def details_of(
     tx: Tx, workflow_ids: Collection[str], inline_bytes: int | None
 ) -> Callable[[], dict[str, RunDetail]]:
     """What gives the runs that there are, with all of their rows."""
-    ids = json.dumps(list(workflow_ids))
+    ids = list(workflow_ids)
     limit = _MOST_BYTES if inline_bytes is None else min(inline_bytes, _MOST_BYTES)
     # All asked first and then read: one round trip.
-    step_rows = _DETAIL_STEPS.ask(tx, limit, limit, ids)
+    step_rows = _DETAIL_STEPS.ask(tx, ids, limit, limit)
     variable_rows, signal_rows = _DETAIL_VARIABLES.ask(tx, ids), _DETAIL_SIGNALS.ask(tx, ids)
     run_rows = _DETAIL_RUNS.ask(tx, ids)
     return lambda: _details(run_rows(), step_rows(), variable_rows(), signal_rows())

@@ -47,6 +47,11 @@ CASES = [
         ("runs", "show", "nobody", "--json"),
         ("no run 'nobody'", "`paigeant runs list`"),
     ),
+    Case(
+        "show a run whose id is no text",
+        ("runs", "show", BYTES, "--json"),
+        ("no run", "`paigeant runs list`"),
+    ),
     Case("cancel an unknown run", ("runs", "cancel", "nobody"), ("no run 'nobody'", "`paigeant runs list`")),
     Case("retry an unknown run", ("runs", "retry", "nobody", "--json"), ("no run 'nobody'",)),
     Case("signal an unknown run", ("runs", "signal", "nobody", "go", "--json"), ("no run 'nobody'",)),

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,14 +21,16 @@ from tests.integration.postgres_tables import database_with_tables, make_tables
 from tests.services import PostgresServer, free_port
 from tests.services.proxy import Direction, Proxy
 
-from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, rows
+from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, ledger, rows
 from paigeant.databases import postgres
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import Pipeline, ServerClock
 from paigeant.databases.postgres import PostgresDatabase
-from paigeant.errors import ConfigurationError, RunConflict, RunNotFound, SchemaMismatch, StoreUnavailable
-from paigeant.lane import Tx
-from paigeant.slip import RunStatus, StepStatus
+from paigeant.errors import ConfigurationError, RunConflict, SchemaMismatch, StoreUnavailable
+from paigeant.lane import Later, Tx
+from paigeant.ledger import Head
+from paigeant.rows import foreseen_heads
+from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, Refused, StepKey, StepResult
 from paigeant.stores.sql import SqlStore
 from paigeant.table_transport import _Fetch
@@ -146,6 +148,50 @@ async def test_a_few_claims_go_by_what_is_foreseen(
         assert len(waits) == trips
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4])
+async def test_each_part_of_what_is_foreseen_is_checked(postgres_tables: str, heads: int) -> None:
+    """By the statement for one head as by that for several: nothing is done where any of them differs."""
+
+    def handler(
+        tx: Tx, requests: Sequence[list[Head]]
+    ) -> list[Mapping[StepKey, Head] | Later[Mapping[StepKey, Head] | None] | None]:
+        foreseen = [foreseen_heads(tx, request) for request in requests]
+        return [None if found is None else Later(found[1]) for found in foreseen]
+
+    async with opened(postgres_tables) as store:
+
+        async def judged(heads: list[Head]) -> Mapping[StepKey, Head] | None:
+            found: Mapping[StepKey, Head] | None = await store.database.write(handler, heads)
+            return found
+
+        held = [await claimed(store, f"r{number}") for number in range(heads)]
+        found = [ledger.foreseen_for_record(replace(result, place=0)) for result in held]
+        right = [head for head in found if head is not None]
+        there = await judged(right)
+        assert there is not None
+        told = [replace(there[head.key], not_before=0.0, wake_at=0.0, created_at=0.0) for head in right]
+        assert told == right
+        last = right[-1]
+        for wrong in (
+            replace(last, key=StepKey("nobody's", "a")),
+            replace(last, key=StepKey(last.key.workflow_id, "other")),
+            replace(last, key=StepKey(last.key.workflow_id, "a", Phase.UNDO)),
+            replace(last, seq=1),
+            replace(last, run=RunStatus.PENDING),
+            replace(last, status=StepStatus.READY),
+            replace(last, epoch=last.epoch + 1),
+            replace(last, attempt=last.attempt + 1),
+            replace(last, worker="other"),
+            replace(last, worker=None),
+        ):
+            # Done again, it foresees nothing.
+            assert await judged([*right[:-1], wrong]) is None
+        await store.release_steps("w", [(last.key, last.epoch)])
+        ready = replace(last, status=StepStatus.READY, worker=None, attempt=0)
+        assert await judged([*right[:-1], replace(ready, worker="w")]) is None
+        assert await judged([*right[:-1], ready]) is not None
+
+
 async def test_a_transaction_may_ask_for_the_time_between_two_statements(postgres_tables: str) -> None:
     """The connection that it has taken stays usable, also where the server is asked."""
 
@@ -160,14 +206,6 @@ async def test_a_transaction_may_ask_for_the_time_between_two_statements(postgre
         for clock in (ServerClock(), store.database._clock):  # one that has to be set, and one that is
             store.database._clock = clock
             assert await store.database.write(handler, None)
-
-
-@pytest.mark.parametrize("run_id", ["\ud800", "r\u00e4"])
-async def test_a_run_of_any_id_is_not_found(postgres_tables: str, run_id: str) -> None:
-    """Whatever somebody types: half of a surrogate pair is nothing that the driver could send."""
-    async with opened(postgres_tables) as store:
-        with pytest.raises(RunNotFound):
-            await store.cancel_run(run_id, "cancelled")
 
 
 async def test_a_run_that_is_said_to_be_new_and_isnt_is_found(postgres_tables: str) -> None:

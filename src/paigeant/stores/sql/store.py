@@ -6,7 +6,6 @@ multi-row statement for each kind of change.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -134,7 +133,7 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
         doubtful = [request.run.id for request in requests if not (request.is_new and tx.foresees)]
         there: dict[str, tuple[str, str]] = {}
         if doubtful:
-            found = STARTED.rows(tx, json.dumps(doubtful))
+            found = STARTED.rows(tx, doubtful)
             there = {run_id: (name, digest) for run_id, name, digest in found}
         answers: list[bool | PaigeantError] = []
         runs: list[tuple[Any, ...]] = []
