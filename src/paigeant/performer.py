@@ -110,9 +110,8 @@ class Performer:
             attempt.outcome = await self._lost(claim, context)
             return attempt
         timeout = claim.timeout(self.limits)
-        limit = (
-            None if timeout is None else asyncio.timeout(timeout)
-        )  # most steps have none, and it isn't free
+        # Most steps have none, and to make one isn't free.
+        limit = None if timeout is None else asyncio.timeout(timeout)
         token = CURRENT.set(claim.ids(self.worker_id))
         try:
             if not await self._is_wanted(claim):

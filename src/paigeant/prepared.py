@@ -129,7 +129,7 @@ class Keyed:
     def _for(self, keys: Sequence[Any]) -> tuple[Prepared, tuple[Any, ...]]:
         if len(keys) == 1:
             key = (keys[0],) if self._is_plain else tuple(keys[0])
-            # Half of a surrogate pair is no parameter. JSON can say it, and nothing is found.
+            # Half of a surrogate pair is no parameter. JSON can say it: SQLite finds nothing then, Postgres says why.
             if all(value.isascii() for value in key if isinstance(value, str)):
                 return self._one, key
         return self._several, (json.dumps(keys),)

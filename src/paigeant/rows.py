@@ -120,13 +120,18 @@ def key_of(row: Any) -> StepKey:
 # -- statements
 
 
-_HEAD = (
+_HELD = (
     step_executions.c.seq,
     workflow_runs.c.status,
     step_executions.c.status,
     step_executions.c.epoch,
     step_executions.c.attempt,
     step_executions.c.worker,
+)
+"""What of a head is foreseen, behind its key."""
+
+_HEAD = (
+    *_HELD,
     step_executions.c.not_before,
     step_executions.c.wake_at,
     step_executions.c.created_at,
@@ -146,23 +151,12 @@ def _head_query(keys: FromClause, key: Sequence[ColumnElement[Any]]) -> Select[A
 MISJUDGED = "Paigeant looks again: a step was not as it was taken to be"
 """Is in the error with which a server ends a transaction that went by what was foreseen wrongly."""
 
-_FORESEEN_COLUMNS = (
-    *KEY,
-    step_executions.c.seq,
-    workflow_runs.c.status,
-    step_executions.c.status,
-    step_executions.c.epoch,
-    step_executions.c.attempt,
-    step_executions.c.worker,
-)
-
 
 def _foreseen_query(heads: FromClause, head: Sequence[ColumnElement[Any]]) -> Select[Any]:
     """The same for heads as they are foreseen; one that is otherwise, or isn't there, is an error: MISJUDGED."""
     steps, known = step_executions.c, len(KEY)
     as_foreseen = (
-        column.is_not_distinct_from(value)
-        for column, value in zip(_FORESEEN_COLUMNS[known:], head[known:], strict=True)
+        column.is_not_distinct_from(value) for column, value in zip(_HELD, head[known:], strict=True)
     )
     is_so = and_(*as_foreseen, steps.not_before <= instant(null()))
     # What can't be read as a number stands in the server's log, so it says what it is.
@@ -259,7 +253,7 @@ def lock_runs(tx: Tx, workflow_ids: Collection[str], *, only_free: bool = False)
 
 STARTED = _of_runs(workflow_runs, workflow_runs.c.id, workflow_runs.c.workflow, workflow_runs.c.input_hash)
 _HEADS = Keyed(_head_query, KEY)
-_FORESEEN = Keyed(_foreseen_query, _FORESEEN_COLUMNS)
+_FORESEEN = Keyed(_foreseen_query, (*KEY, *_HELD))
 
 
 def heads_of(tx: Tx, keys: Sequence[StepKey]) -> dict[StepKey, Head]:

@@ -19,7 +19,8 @@ Value = TypeVar("Value")
 def value(cls: type[Class]) -> type[Class]:
     """Make `cls` a dataclass with slots and a hash, whose fields the type checker lets nobody set.
 
-    For what the engine makes in passing. What users hold in their hands is a frozen dataclass.
+    For what the engine makes in passing, and for the rows that it reads. Slips and messages, which are handed on and
+    shared, are frozen dataclasses.
     """
     return dataclass(slots=True, unsafe_hash=True)(cls)
 
