@@ -1,7 +1,7 @@
-"""Lane: one thread with one connection, through which the transactions of many tasks pass, shared by whoever meets.
+"""Lane: one connection, through which the transactions of many tasks pass one by one, shared by whoever meets.
 
-A transaction is one hop to the thread, however many statements it has. Requests that come while one is under way
-gather and become the next: one statement for each kind of request, one fsync for all (group commit).
+A transaction is awaited once, however many statements it has. Requests that come while one is under way gather and
+become the next: one statement for each kind of request, one fsync for all (group commit).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import queue
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -29,15 +30,14 @@ __all__ = [
     "Lane",
     "Later",
     "Misjudged",
+    "Op",
+    "ThreadLane",
     "Tx",
     "needing",
     "transact",
 ]
 
 log = logging.getLogger("paigeant.lane")
-
-_BATCH = 1000
-"""Requests in one transaction at the most: it bounds how long others wait for the database."""
 
 _LAZY_SECONDS = 0.02
 _TRIES = 8
@@ -162,7 +162,9 @@ Begin = Callable[[Connection, bool], AbstractContextManager[Tx]]
 """A transaction on a connection, durable or not, committed at the end of the block. It foresees where that pays."""
 
 
-class _Op:
+class Op:
+    """A request to a lane, and who waits for its result."""
+
     __slots__ = ("durable", "future", "handler", "request")
 
     def __init__(
@@ -174,14 +176,20 @@ class _Op:
         self.durable = durable
 
 
-class Lane:
+class Lane(ABC):
     """Runs transactions one by one, on a connection of its own that `connect` gives and `begin` begins them on.
 
     `guard` turns the driver's errors into ours, `is_lost` tells whether a connection can't be used any more.
-    `committed` is called in the thread after each transaction that rang for something, `tidy` after each, when its
+    `committed` is called where it works after each transaction that rang for something, `tidy` after each, when its
     results are on their way, with what it rang for; `heard` in the event loop. A transaction that takes longer than
-    `limit` seconds is cut off with `cut`.
+    `limit` seconds is cut off with `cut`. A kind of lane says where it works: in a thread, or in the event loop's own.
     """
+
+    most = 1000
+    """Requests in one transaction at the most: it bounds how long others wait for the database."""
+
+    pause: Callable[[float], None] = staticmethod(time.sleep)
+    """Sleeps, where it works."""
 
     def __init__(
         self,
@@ -206,18 +214,16 @@ class Lane:
         self._tidy = tidy
         self._limit = limit
         self._cut = cut
-        self._waiting: list[_Op] = []
-        self._lazy: list[_Op] = []
+        self._waiting: list[Op] = []
+        self._lazy: list[Op] = []
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopped = False
         self._loop = asyncio.get_running_loop()
-        self._batches: queue.SimpleQueue[list[_Op] | None] = queue.SimpleQueue()
         self._connection: Connection | None = None
         self._watch: asyncio.TimerHandle | None = None
         self._began = 0.0
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._open(name)
 
     def submit(self, handler: Handler, request: Any, *, durable: bool = True) -> asyncio.Future[Any]:
         """Have `request` done; the future has its result once its transaction is committed."""
@@ -225,7 +231,7 @@ class Lane:
         if self._stopped:
             future.set_exception(StoreUnavailable("the database is closed"))
             return future
-        self._waiting.append(_Op(handler, request, future, durable))
+        self._waiting.append(Op(handler, request, future, durable))
         if self._idle.is_set() and len(self._waiting) == 1:
             # Not at once: what other tasks ask for in this turn of the loop shares the transaction.
             self._loop.call_soon(self._next_if_idle)
@@ -235,20 +241,35 @@ class Lane:
         """Have `request` done along with the next transaction, or soon. For what may be lost in a crash."""
         if self._stopped:
             return
-        self._lazy.append(_Op(handler, request, None, False))
+        self._lazy.append(Op(handler, request, None, False))
         if len(self._lazy) == 1:
             self._loop.call_later(_LAZY_SECONDS, self._next_if_idle)
 
     async def stop(self) -> None:
-        """Finish what was asked for, and end the thread."""
+        """Finish what was asked for, and close the connection."""
         while self._waiting or self._lazy or not self._idle.is_set():
             self._next_if_idle()
             await self._idle.wait()
         self._stopped = True
         if self._watch is not None:
             self._watch.cancel()
-        self._batches.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await self._end()
+
+    @abstractmethod
+    def _open(self, name: str) -> None:
+        """Begin to work on what it is handed."""
+
+    @abstractmethod
+    def _hand(self, batch: list[Op]) -> None:
+        """Have this `_work`ed, after what was handed before."""
+
+    @abstractmethod
+    def _later(self, callback: Callable[..., object], *args: Any) -> None:
+        """Have something called by the event loop, from where it works. Raises RuntimeError when that is closed."""
+
+    @abstractmethod
+    async def _end(self) -> None:
+        """Disconnect, after what was handed before."""
 
     # -- in the event loop
 
@@ -257,18 +278,18 @@ class Lane:
             self._next()
 
     def _next(self) -> None:
-        batch = self._lazy + self._waiting[:_BATCH]
-        del self._waiting[:_BATCH]
+        batch = self._lazy + self._waiting[: self.most]
+        del self._waiting[: self.most]
         self._lazy = []
         self._idle.clear()
         if self._limit is not None:
             self._began = time.monotonic()
             if self._watch is None:
                 self._watch_over(self._limit, self._limit)
-        self._batches.put(batch)
+        self._hand(batch)
 
     def _watch_over(self, limit: float, seconds: float) -> None:
-        # A server that has vanished without a word would keep the thread for ever. One watch for all transactions that
+        # A server that has vanished without a word would keep the lane for ever. One watch for all transactions that
         # come meanwhile: a timer for each would be a twentieth of what a short one costs.
         self._watch = self._loop.call_later(seconds, self._overdue, limit)
 
@@ -287,7 +308,7 @@ class Lane:
             self._cut(self._connection)
         self._watch_over(limit, limit)  # the next try may meet the same
 
-    def _done(self, batch: list[_Op], results: list[Any], rings: set[str]) -> None:
+    def _done(self, batch: list[Op], results: list[Any], rings: set[str]) -> None:
         for op, result in zip(batch, results, strict=True):
             if op.future is None or op.future.done():
                 continue
@@ -304,26 +325,24 @@ class Lane:
         if rings:
             self._heard(frozenset(rings))
 
-    # -- in the thread
+    # -- where it works
 
-    def _run(self) -> None:
-        while (batch := self._batches.get()) is not None:
-            results, rings = self._transact_all(batch)
-            try:
-                if rings:
-                    self._after_commit(rings)
-            except Exception:  # whatever it meets, those who wait must get their results
-                log.exception("others were not told of a commit")
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(self._done, batch, results, rings)
-            try:
-                if self._connection is not None:
-                    self._tidy(self._connection, rings)
-            except Exception:  # without this thread nobody would ever get an answer again
-                log.exception("tidying up after a commit failed")
-        self._disconnect()
+    def _work(self, batch: list[Op]) -> None:
+        results, rings = self._transact_all(batch)
+        try:
+            if rings:
+                self._after_commit(rings)
+        except Exception:  # whatever it meets, those who wait must get their results
+            log.exception("others were not told of a commit")
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._later(self._done, batch, results, rings)
+        try:
+            if self._connection is not None:
+                self._tidy(self._connection, rings)
+        except Exception:  # if it ended here, nobody would ever get an answer again
+            log.exception("tidying up after a commit failed")
 
-    def _transact_all(self, batch: list[_Op]) -> tuple[list[Any], set[str]]:
+    def _transact_all(self, batch: list[Op]) -> tuple[list[Any], set[str]]:
         try:
             return self._transact(batch)
         except BaseException as exc:
@@ -341,11 +360,11 @@ class Lane:
             rings |= rung
         return results, rings
 
-    def _transact(self, batch: Sequence[_Op]) -> tuple[list[Any], set[str]]:
+    def _transact(self, batch: Sequence[Op]) -> tuple[list[Any], set[str]]:
         durable = any(op.durable for op in batch)
         requests = [(op.handler, op.request) for op in batch]
         with self._guard():
-            return transact(self._connected, requests, begin=self._begin, durable=durable)
+            return transact(self._connected, requests, begin=self._begin, durable=durable, pause=self.pause)
 
     def _connected(self) -> Connection:
         if self._connection is not None and self._is_lost(self._connection):
@@ -364,12 +383,37 @@ class Lane:
             self._connection = None
 
 
+class ThreadLane(Lane):
+    """Runs its transactions in a thread, for a database that is files: to write to the disk blocks."""
+
+    def _open(self, name: str) -> None:
+        self._batches: queue.SimpleQueue[list[Op] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _hand(self, batch: list[Op]) -> None:
+        self._batches.put(batch)
+
+    def _run(self) -> None:
+        while (batch := self._batches.get()) is not None:
+            self._work(batch)
+        self._disconnect()
+
+    def _later(self, callback: Callable[..., object], *args: Any) -> None:
+        self._loop.call_soon_threadsafe(callback, *args)
+
+    async def _end(self) -> None:
+        self._batches.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+
 def transact(
     connected: Callable[[], Connection],
     requests: Sequence[tuple[Handler, Any]],
     *,
     begin: Begin,
     durable: bool = True,
+    pause: Callable[[float], None] = time.sleep,
 ) -> tuple[list[Any], set[str]]:
     """Do `requests` in one transaction, those of a kind together; gives their results and what they rang for.
 
@@ -402,5 +446,5 @@ def transact(
             if exc.is_lost and attempt:  # an old connection may be gone; that a new one is, too, is trouble
                 break
             if not isinstance(exc, Misjudged):
-                time.sleep(0.002 * 2**attempt * random.random())
+                pause(0.002 * 2**attempt * random.random())
     raise StoreUnavailable(f"a transaction could not be done, tried again and again: {reason}")

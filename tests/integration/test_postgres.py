@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tests.services.proxy import Direction, Proxy
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, ledger, rows
 from paigeant.databases import postgres
 from paigeant.databases.bell import PostgresBell
+from paigeant.databases.green import elsewhere
 from paigeant.databases.pipeline import Pipeline, ServerClock
 from paigeant.databases.postgres import PostgresDatabase
 from paigeant.errors import ConfigurationError, RunConflict, SchemaMismatch, StoreUnavailable
@@ -363,8 +366,7 @@ async def test_starts_in_opposite_order_agree(postgres_tables: str) -> None:
 
 async def test_a_deadlock_is_done_again(postgres_tables: str) -> None:
     """Of two transactions that wait for each other one is begun anew; both are done."""
-    met = [asyncio.Event(), asyncio.Event()]
-    loop = asyncio.get_running_loop()
+    met = [threading.Event(), threading.Event()]
     tries = []
 
     def crossing(tx: Tx, requests: Sequence[tuple[int, str, str]]) -> list[None]:
@@ -372,8 +374,8 @@ async def test_a_deadlock_is_done_again(postgres_tables: str) -> None:
         tries.append(number)
         touch = text("UPDATE workers SET process = process || :n WHERE id = :id")
         tx.connection.execute(touch, {"n": str(number), "id": first})
-        loop.call_soon_threadsafe(met[number].set)
-        asyncio.run_coroutine_threadsafe(met[1 - number].wait(), loop).result(PATIENCE)
+        met[number].set()
+        assert elsewhere(partial(met[1 - number].wait, PATIENCE))
         tx.connection.execute(touch, {"n": str(number), "id": second})
         return [None]
 

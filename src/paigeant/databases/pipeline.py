@@ -9,11 +9,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import select
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg
 from psycopg.adapt import Transformer
@@ -23,6 +22,7 @@ from psycopg.pq.abc import PGconn, PGresult
 from sqlalchemy import Connection, Dialect
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
+from paigeant.databases.green import until_ready
 from paigeant.lane import Contended
 
 __all__ = ["Pipeline", "ServerClock", "Transaction", "driver_of"]
@@ -32,6 +32,8 @@ _DIALECT: Dialect = PGDialect_psycopg(paramstyle="numeric_dollar")  # type: igno
 
 _NOW = "SELECT extract(epoch FROM clock_timestamp())::float8"
 _NOT_SYNCED = "SET LOCAL synchronous_commit = off"
+
+_DONE = frozenset({ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK})
 
 _CLOCK_SECONDS = 10.0
 """How long two clocks are taken to run alike."""
@@ -46,22 +48,13 @@ def driver_of(connection: Connection) -> psycopg.Connection[Any]:
     return driver
 
 
-class _Sent(NamedTuple):
-    """A command whose result the server owes us: what it prepares, or who wants to have its rows; a sync is neither."""
-
-    answer: Answer | None = None
-    prepares: str | None = None
-
-
-_SYNC = _Sent()
-
-
 class Answer:
-    """What a statement gives; `result` is None until the server has said it."""
+    """What the server owes us for a statement, or for having prepared one. `result` is None until it has said it."""
 
-    __slots__ = ("result",)
+    __slots__ = ("prepares", "result")
 
-    def __init__(self) -> None:
+    def __init__(self, prepares: str | None = None) -> None:
+        self.prepares = prepares
         self.result: PGresult | None = None
 
 
@@ -77,9 +70,9 @@ class Pipeline:
         self._loads = Transformer(driver)
         self._names: dict[str, bytes] = {}
         self._numbers = itertools.count()
-        self._sent: deque[_Sent] = deque()
-        self._poll = select.poll()
-        self._poll.register(driver.fileno(), select.POLLIN)
+        self._sent: deque[Answer | None] = deque()
+        """What has no answer yet, in its order; None is a mark."""
+        self._marks = 0
 
     @classmethod
     def of(cls, connection: Connection) -> Pipeline:
@@ -97,13 +90,13 @@ class Pipeline:
         if name is None:
             name = self._names[text] = b"paigeant_%d" % next(self._numbers)
             self._conn.send_prepare(name, text.encode())
-            self._sent.append(_Sent(prepares=text))
+            self._sent.append(Answer(text))
         formats = None
         if bytes in map(type, values):
             formats = [Format.BINARY if type(value) is bytes else Format.TEXT for value in values]
         self._conn.send_query_prepared(name, [_WRITERS[type(value)](value) for value in values], formats)
         answer = Answer()
-        self._sent.append(_Sent(answer))
+        self._sent.append(answer)
         return answer
 
     def rows(self, answer: Answer) -> Rows:
@@ -114,21 +107,27 @@ class Pipeline:
         self._loads.set_pgresult(answer.result)
         return self._loads.load_rows(0, answer.result.ntuples, tuple)
 
+    def push(self) -> None:
+        """Let the server begin with what was sent, while more is put together."""
+        self._conn.flush()
+
     def mark(self) -> None:
         """What was sent so far stands by itself: the server does what comes then even if this fails."""
         if self._conn.pipeline_status != PipelineStatus.OFF:
             self._conn.pipeline_sync()
-            self._sent.append(_SYNC)
+            self._sent.append(None)
+            self._marks += 1
 
     def sync(self) -> None:
         """Have what was sent done up to the first mark, or all of it, and wait for the results."""
-        if not any(sent is _SYNC for sent in self._sent):
+        if not self._marks:
             self.mark()
         self._flush()
         trouble: psycopg.Error | None = None
         while self._sent:
             sent = self._sent.popleft()
-            if sent is _SYNC:
+            if sent is None:
+                self._marks -= 1
                 self._result()
                 break
             trouble = self._take(sent, trouble)
@@ -156,32 +155,28 @@ class Pipeline:
             if self._conn.status == ConnStatus.OK:
                 self._conn.exit_pipeline_mode()
 
-    def _take(self, sent: _Sent, trouble: psycopg.Error | None) -> psycopg.Error | None:
+    def _take(self, sent: Answer, trouble: psycopg.Error | None) -> psycopg.Error | None:
         result = self._result()
         if result is None:
             raise psycopg.OperationalError("the server gave no answer")
-        if result.status in (ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK):
-            if sent.answer is not None:
-                sent.answer.result = result
+        if result.status in _DONE:
+            sent.result = result
         else:
             if sent.prepares is not None:
                 self._names.pop(sent.prepares, None)
             if result.status == ExecStatus.FATAL_ERROR and trouble is None:
                 trouble = _error(result)
-        self._result()  # the end of this one's results
+        self._conn.get_result()  # the end of this one's results, which libpq knows by itself
         return trouble
 
     def _flush(self) -> None:
         while self._conn.flush() == 1:
-            self._poll.modify(self._conn.socket, select.POLLIN | select.POLLOUT)
-            events = self._poll.poll()
-            self._poll.modify(self._conn.socket, select.POLLIN)
-            if any(event & ~select.POLLOUT for _, event in events):
+            if until_ready(self._conn.socket, write=True):
                 self._conn.consume_input()
 
     def _result(self) -> PGresult | None:
         while self._conn.is_busy():
-            self._poll.poll()
+            until_ready(self._conn.socket)
             self._conn.consume_input()
         return self._conn.get_result()
 
@@ -218,6 +213,7 @@ class Transaction:
 
     __slots__ = (
         "_asked",
+        "_begun",
         "_clock",
         "_connection",
         "_driver",
@@ -251,6 +247,7 @@ class Transaction:
         self._unsent: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
         self._now: float | None = None
         self._rough: float | None = None
+        self._begun = False
 
     def begin(self, opening: str, *, durable: bool) -> None:
         """Begin it by this statement; not `durable`, its commit doesn't wait for the disk."""
@@ -274,6 +271,9 @@ class Transaction:
     def ask(self, text: str, values: Sequence[Any]) -> Callable[[], Rows]:
         self._send()
         answer = self._pipeline.send(text, values)
+        if not self._begun:
+            self._begun = True
+            self._pipeline.push()
         return lambda: self._pipeline.rows(answer)
 
     def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> None:

@@ -27,10 +27,11 @@ from sqlalchemy.pool import NullPool
 from paigeant.clock import Clock
 from paigeant.database import READER, TOPIC, WRITER, Database, current_version
 from paigeant.databases.bell import PostgresBell
+from paigeant.databases.green import GreenConnection, GreenLane, elsewhere
 from paigeant.databases.pipeline import Pipeline, ServerClock, Transaction, driver_of
 from paigeant.databases.pooler import check_pooler, hands_on
 from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, SchemaMismatch, StoreUnavailable
-from paigeant.lane import Blocked, Contended, Handler, Lane, Misjudged, Tx, transact
+from paigeant.lane import Blocked, Contended, Handler, Misjudged, Tx, transact
 from paigeant.rows import MISJUDGED
 from paigeant.tables import SCHEMA_VERSION, metadata
 
@@ -125,9 +126,9 @@ class PostgresDatabase(Database):
     async def _open(self) -> None:
         self._engine = self._make_engine()
         loop = asyncio.get_running_loop()
-        self._writer = Lane(
+        self._writer = GreenLane(
             WRITER,
-            self._connect,
+            partial(elsewhere, self._connect),
             guard=self._guard,
             begin=partial(self._begun, _BEGIN, roughly=True),
             is_lost=_is_lost,
@@ -136,9 +137,9 @@ class PostgresDatabase(Database):
             limit=_STUCK_SECONDS,
             cut=_cut,
         )
-        self._reader = Lane(
+        self._reader = GreenLane(
             READER,
-            self._connect,
+            partial(elsewhere, self._connect),
             guard=self._guard,
             begin=partial(self._begun, _BEGIN_READING, roughly=True),
             is_lost=_is_lost,
@@ -234,7 +235,7 @@ class PostgresDatabase(Database):
 
     def _make_engine(self, *, plain: bool = False) -> Engine:
         def connect() -> Any:
-            driver = psycopg.connect(**self._parameters, autocommit=not plain)
+            driver = GreenConnection.connect(**self._parameters, autocommit=not plain)
             if not plain:
                 self._opening.watch = _watched(driver)
             # What was recorded comes back byte for byte, and is parsed by whoever needs it.

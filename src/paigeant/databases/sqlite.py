@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool
 from paigeant.clock import Clock, SystemClock
 from paigeant.database import READER, WRITER, Database, current_version
 from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreDamaged, StoreUnavailable
-from paigeant.lane import Handler, Lane, Tx, transact
+from paigeant.lane import Handler, ThreadLane, Tx, transact
 from paigeant.tables import SCHEMA_VERSION, metadata
 from paigeant.wakeup import Bell
 
@@ -85,7 +85,7 @@ class SqliteDatabase(Database):
         self._durable = True
         engine = self._engine = _engine(self.path)
         reader = _engine(self.path, reads_only=True)
-        self._writer = Lane(
+        self._writer = ThreadLane(
             WRITER,
             engine.connect,
             guard=self._guard,
@@ -94,7 +94,7 @@ class SqliteDatabase(Database):
             heard=self._heard,
             tidy=lambda connection, _: self._checkpoint(connection),
         )
-        self._reader = Lane(READER, reader.connect, guard=self._guard, begin=self._begin_reading)
+        self._reader = ThreadLane(READER, reader.connect, guard=self._guard, begin=self._begin_reading)
         await self._writer.submit(self._prepare, None)
         self._bell.open()
 
