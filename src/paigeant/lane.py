@@ -40,6 +40,12 @@ __all__ = [
 log = logging.getLogger("paigeant.lane")
 
 _LAZY_SECONDS = 0.02
+_LONGEST_REST = 0.005
+"""A lane for which more is waiting already rests as long as it has worked, so that still more comes along."""
+
+_MANY = 32
+"""Requests that share their transaction well enough."""
+
 _TRIES = 8
 """How often a transaction is done again that another one got ahead of."""
 
@@ -282,10 +288,9 @@ class Lane(ABC):
         del self._waiting[: self.most]
         self._lazy = []
         self._idle.clear()
-        if self._limit is not None:
-            self._began = time.monotonic()
-            if self._watch is None:
-                self._watch_over(self._limit, self._limit)
+        self._began = time.monotonic()
+        if self._limit is not None and self._watch is None:
+            self._watch_over(self._limit, self._limit)
         self._hand(batch)
 
     def _watch_over(self, limit: float, seconds: float) -> None:
@@ -316,12 +321,14 @@ class Lane(ABC):
                 op.future.set_exception(result)
             else:
                 op.future.set_result(result)
+        self._idle.set()
         if self._waiting:
-            self._next()
-        else:
-            self._idle.set()
-            if self._lazy:  # their time may have come while this one was under way
-                self._loop.call_later(_LAZY_SECONDS, self._next_if_idle)
+            # Requests that come one by one, as from a broker, would else share little, and a transaction of one costs
+            # as much of the processor as one of twenty.
+            rest = time.monotonic() - self._began if len(batch) < _MANY else 0.0
+            self._loop.call_later(min(rest, _LONGEST_REST), self._next_if_idle)
+        elif self._lazy:  # their time may have come while this one was under way
+            self._loop.call_later(_LAZY_SECONDS, self._next_if_idle)
         if rings:
             self._heard(frozenset(rings))
 
