@@ -1,4 +1,4 @@
-"""Transactions in the event loop's own thread: while one waits for its server, the loop goes on with other work.
+"""Transactions in the event loop's own thread: while one waits for its server or its disk, the loop goes on.
 
 What they run in is a greenlet, as in SQLAlchemy's asyncio extension: code that waits needs no `await` on the way there.
 A thread of their own would have to be woken for each and wake the loop again, and two threads of one interpreter on two
@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import select
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-import psycopg
 from greenlet import getcurrent, greenlet
-from psycopg.abc import PQGen
-from psycopg.waiting import Ready, Wait
 
 from paigeant.lane import Lane, Op
 
-__all__ = ["GreenConnection", "GreenLane", "elsewhere", "pause", "until_ready"]
+__all__ = ["GreenLane", "TooSlow", "elsewhere", "is_green", "pause", "until_ready"]
 
 Result = TypeVar("Result")
 
@@ -39,8 +37,9 @@ class _Green(greenlet):
     What it wants of the loop it hands to the loop's own side of it, to `resume`.
     """
 
-    def __init__(self, work: Callable[[], None]) -> None:
+    def __init__(self, work: Callable[[], None], hands: _Hands) -> None:
         super().__init__(work, getcurrent())
+        self.hands = hands
         self._calls: list[Callable[[], object]] = []
 
     def resume(self) -> None:
@@ -60,6 +59,36 @@ class _Green(greenlet):
         """Let the loop go on until it calls, in its thread, what it gave to `watch`."""
         assert self.parent is not None, "it was started by the loop's own greenlet"
         self.parent.switch(watch)
+
+
+class _Hands:
+    """A thread that does what blocks, one thing after the other. It begins with the first."""
+
+    def __init__(self) -> None:
+        self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def ask(self, work: Callable[[], None]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="paigeant-hands", daemon=True)
+            self._thread.start()
+        self._asked.put(work)
+
+    def close(self) -> None:
+        self._asked.put(None)
+
+    def _run(self) -> None:
+        while (work := self._asked.get()) is not None:
+            work()
+
+
+class TooSlow(Exception):
+    """A transaction is nothing to keep the event loop with: it did nothing, and is to be done elsewhere."""
+
+
+def is_green() -> bool:
+    """Whether the event loop waits for whoever asks."""
+    return isinstance(getcurrent(), _Green)
 
 
 def until_ready(wire: int, *, write: bool = False) -> bool:
@@ -93,55 +122,55 @@ def until_ready(wire: int, *, write: bool = False) -> bool:
     return bool(readable)
 
 
-def elsewhere(work: Callable[[], Result]) -> Result:
-    """What `work` gives, which blocks: in a thread of its own."""
+def elsewhere(work: Callable[[], Result], *, at_once: bool = False) -> Result:
+    """What `work` gives, which blocks: in another thread, if the event loop would have to wait for it here.
+
+    That begins when Python here pauses, or `at_once`: then all waits until it has begun.
+    """
     me = getcurrent()
     if not isinstance(me, _Green):
         return work()
-    result: Future[Result] = Future()
+    result: Result | None = None
+    trouble: BaseException | None = None
 
     def watch(wake: Wake) -> None:
         loop = asyncio.get_running_loop()
 
         def do() -> None:
+            nonlocal result, trouble
             try:
-                result.set_result(work())
+                result = work()
             except BaseException as exc:
-                result.set_exception(exc)
+                trouble = exc
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(wake)
 
-        threading.Thread(target=do, daemon=True).start()
+        if not at_once:
+            me.hands.ask(do)
+            return
+        begun = threading.Lock()
+        begun.acquire()
+
+        def begin() -> None:
+            begun.release()
+            do()
+
+        me.hands.ask(begin)
+        begun.acquire()
 
     me.wait_for(watch)
-    return result.result()
+    if trouble is not None:
+        raise trouble
+    return cast(Result, result)
 
 
 def pause(seconds: float) -> None:
-    """Sleep, in a transaction of a GreenLane."""
-    _current().wait_for(lambda wake: asyncio.get_running_loop().call_later(seconds, wake))
-
-
-def _current() -> _Green:
+    """Sleep."""
     me = getcurrent()
-    assert isinstance(me, _Green), "a GreenLane's work runs in greenlets"
-    return me
-
-
-class GreenConnection(psycopg.Connection[Any]):
-    """psycopg's connection, which lets the event loop go on while a GreenLane waits for it."""
-
-    def wait(self, gen: PQGen[Result], interval: float = 0.1, timeout: float | None = None) -> Result:
-        if not isinstance(getcurrent(), _Green):
-            return super().wait(gen, interval, timeout)
-        try:
-            wanted = next(gen)
-            while True:
-                can_read = until_ready(self.pgconn.socket, write=wanted != Wait.R)
-                wanted = gen.send(Ready.R if can_read else Ready.W)
-        except StopIteration as exc:
-            result: Result = exc.value
-            return result
+    if not isinstance(me, _Green):
+        time.sleep(seconds)
+        return
+    me.wait_for(lambda wake: asyncio.get_running_loop().call_later(seconds, wake))
 
 
 class GreenLane(Lane):
@@ -152,14 +181,15 @@ class GreenLane(Lane):
 
     def _open(self, name: str) -> None:
         self._batches: deque[list[Op] | None] = deque()
-        self._working = False
+        self._hands = _Hands()
+        self._green: _Green | None = None
         self._ended = asyncio.Event()
 
     def _hand(self, batch: list[Op] | None) -> None:
         self._batches.append(batch)
-        if not self._working:
-            self._working = True
-            _Green(self._run).resume()
+        if self._green is None:
+            self._green = _Green(self._run, self._hands)
+            self._green.resume()
 
     def _run(self) -> None:
         try:
@@ -168,12 +198,20 @@ class GreenLane(Lane):
                     self._work(batch)
                 else:
                     self._disconnect()
+                    self._hands.close()
                     self._later(self._ended.set)
         finally:
-            self._working = False
+            self._green = None
+
+    def _transact(self, batch: Sequence[Op]) -> tuple[list[Any], set[str]]:
+        try:
+            return super()._transact(batch)
+        except TooSlow:
+            return elsewhere(partial(super()._transact, batch))
 
     def _later(self, callback: Callable[..., object], *args: Any) -> None:
-        _current().later(partial(callback, *args))
+        assert self._green is not None, "it works in one"
+        self._green.later(partial(callback, *args))
 
     async def _end(self) -> None:
         self._hand(None)

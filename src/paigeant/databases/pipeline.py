@@ -12,20 +12,22 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
+from psycopg.abc import PQGen
 from psycopg.adapt import Transformer
 from psycopg.errors import lookup
 from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, Format, PipelineStatus
 from psycopg.pq.abc import PGconn, PGresult
+from psycopg.waiting import Ready, Wait
 from sqlalchemy import Connection, Dialect
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
-from paigeant.databases.green import until_ready
+from paigeant.databases.green import is_green, until_ready
 from paigeant.lane import Contended
 
-__all__ = ["Pipeline", "ServerClock", "Transaction", "driver_of"]
+__all__ = ["GreenConnection", "Pipeline", "ServerClock", "Transaction", "driver_of"]
 
 _DIALECT: Dialect = PGDialect_psycopg(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
 """Statements as the server itself takes them."""
@@ -39,6 +41,7 @@ _CLOCK_SECONDS = 10.0
 """How long two clocks are taken to run alike."""
 
 Rows = list[tuple[Any, ...]]
+Value = TypeVar("Value")
 
 
 def driver_of(connection: Connection) -> psycopg.Connection[Any]:
@@ -46,6 +49,22 @@ def driver_of(connection: Connection) -> psycopg.Connection[Any]:
     driver: Any = connection.connection.dbapi_connection
     assert isinstance(driver, psycopg.Connection)
     return driver
+
+
+class GreenConnection(psycopg.Connection[Any]):
+    """psycopg's connection, which lets the event loop go on while a GreenLane waits for it."""
+
+    def wait(self, gen: PQGen[Value], interval: float = 0.1, timeout: float | None = None) -> Value:
+        if not is_green():
+            return super().wait(gen, interval, timeout)
+        try:
+            wanted = next(gen)
+            while True:
+                can_read = until_ready(self.pgconn.socket, write=wanted != Wait.R)
+                wanted = gen.send(Ready.R if can_read else Ready.W)
+        except StopIteration as exc:
+            result: Value = exc.value
+            return result
 
 
 class Answer:

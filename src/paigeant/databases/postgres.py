@@ -27,8 +27,8 @@ from sqlalchemy.pool import NullPool
 from paigeant.clock import Clock
 from paigeant.database import READER, TOPIC, WRITER, Database, current_version
 from paigeant.databases.bell import PostgresBell
-from paigeant.databases.green import GreenConnection, GreenLane, elsewhere
-from paigeant.databases.pipeline import Pipeline, ServerClock, Transaction, driver_of
+from paigeant.databases.green import GreenLane, elsewhere
+from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, Transaction, driver_of
 from paigeant.databases.pooler import check_pooler, hands_on
 from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, SchemaMismatch, StoreUnavailable
 from paigeant.lane import Blocked, Contended, Handler, Misjudged, Tx, transact

@@ -8,6 +8,7 @@ import random
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock, SystemClock
 from paigeant.database import READER, WRITER, Database, current_version
+from paigeant.databases.green import GreenLane, TooSlow, elsewhere, is_green, pause
 from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreDamaged, StoreUnavailable
-from paigeant.lane import Handler, ThreadLane, Tx, transact
+from paigeant.lane import Handler, Tx, transact
 from paigeant.tables import SCHEMA_VERSION, metadata
 from paigeant.wakeup import Bell
 
@@ -26,6 +28,9 @@ __all__ = ["SqliteDatabase", "database_path", "prepare"]
 
 _CHECKPOINT_BYTES = 16 * 1024 * 1024
 _BUSY_SECONDS = 15.0
+_QUICK_SECONDS = 0.002
+"""What a commit may take on average that the event loop waits for."""
+
 _BESIDE_SECONDS = 2.0
 """How long that waits for its turn which nobody waits for."""
 
@@ -58,6 +63,7 @@ class SqliteDatabase(Database):
         self._file: tuple[Path, tuple[int, int]] | None = None
         self._bell = Bell(self.path, self._heard)
         self._commits = 0
+        self._synced = _Synced()
         self._durable = True
 
     @property
@@ -85,16 +91,18 @@ class SqliteDatabase(Database):
         self._durable = True
         engine = self._engine = _engine(self.path)
         reader = _engine(self.path, reads_only=True)
-        self._writer = ThreadLane(
+        self._writer = GreenLane(
             WRITER,
-            engine.connect,
+            partial(elsewhere, engine.connect),
             guard=self._guard,
             begin=self._begin,
             committed=self._bell.ring,
             heard=self._heard,
-            tidy=lambda connection, _: self._checkpoint(connection),
+            tidy=lambda connection, _: self._tidy(connection),
         )
-        self._reader = ThreadLane(READER, reader.connect, guard=self._guard, begin=self._begin_reading)
+        self._reader = GreenLane(
+            READER, partial(elsewhere, reader.connect), guard=self._guard, begin=self._begin_reading
+        )
         await self._writer.submit(self._prepare, None)
         self._bell.open()
 
@@ -159,8 +167,13 @@ class SqliteDatabase(Database):
             # A NORMAL commit is written but not synced; the next FULL one syncs it as well.
             driver_of(connection).execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._durable = durable
-        with begun(connection):
-            yield Tx(_Driver(connection, self.clock.now()))
+
+        def synced(driver: sqlite3.Connection) -> None:
+            self._synced.commit(tx, driver)
+
+        with begun(connection, commit=synced if durable else _commit):
+            tx = Tx(_Driver(connection, self.clock.now()))
+            yield tx
 
     @contextlib.contextmanager
     def _begin_reading(self, connection: Connection, _: bool) -> Iterator[Tx]:
@@ -204,7 +217,7 @@ class SqliteDatabase(Database):
         self._file = place, (found.st_dev, found.st_ino)
         return [None] * len(requests)
 
-    def _checkpoint(self, connection: Connection) -> None:
+    def _tidy(self, connection: Connection) -> None:
         # Nobody checkpoints by itself (wal_autocheckpoint=0): SQLite before 3.51.3 may corrupt the file when a
         # checkpoint races with a commit that resets the log (sqlite.org/wal.html#walresetbug). TRUNCATE holds the
         # write lock while it works, so it can't race; when it isn't given the lock soon, the next commit tries again.
@@ -213,10 +226,36 @@ class SqliteDatabase(Database):
             return
         with contextlib.suppress(OSError, sqlite3.Error):
             if os.path.getsize(f"{self.path}-wal") > _CHECKPOINT_BYTES:
-                raw = driver_of(connection)
-                raw.execute("PRAGMA busy_timeout=250")
-                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                raw.execute("PRAGMA busy_timeout=0")
+                elsewhere(partial(_checkpoint, driver_of(connection)))
+
+
+class _Synced:
+    """Commits that wait for the disk: in another thread, but for those that nobody works beside, of a quick disk."""
+
+    def __init__(self) -> None:
+        self._seconds = 2 * _QUICK_SECONDS
+
+    def commit(self, tx: Tx, driver: sqlite3.Connection) -> None:
+        """Commit `tx`, without keeping the event loop from its work for long."""
+        if tx.beside or self._seconds > _QUICK_SECONDS:
+            elsewhere(partial(self._commit, driver), at_once=tx.beside)
+        else:
+            self._commit(driver)
+
+    def _commit(self, driver: sqlite3.Connection) -> None:
+        began = time.monotonic()
+        driver.commit()
+        self._seconds += 0.1 * (time.monotonic() - began - self._seconds)
+
+
+def _commit(driver: sqlite3.Connection) -> None:
+    driver.commit()
+
+
+def _checkpoint(driver: sqlite3.Connection) -> None:
+    driver.execute("PRAGMA busy_timeout=250")
+    driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    driver.execute("PRAGMA busy_timeout=0")
 
 
 class _Driver:
@@ -242,6 +281,8 @@ class _Driver:
         self._driver.executemany(text, rows)
 
     def plain(self) -> Connection:
+        if is_green():  # a server looks through many rows by itself; here nothing else would go on meanwhile
+            raise TooSlow
         return self._connection
 
     def now(self) -> float:
@@ -301,7 +342,7 @@ def _patiently(driver: sqlite3.Connection, statement: str, seconds: float = _BUS
     # SQLite's own waiting sleeps 1, 2, 5, 10, 15 ms and more between its looks, while others hold the lock for less
     # than one: two workers on a file would spend most of their time asleep.
     until = time.monotonic() + seconds
-    pause = 0.0001
+    seconds_asleep = 0.0001
     while True:
         try:
             driver.execute(statement)
@@ -309,13 +350,17 @@ def _patiently(driver: sqlite3.Connection, statement: str, seconds: float = _BUS
         except sqlite3.OperationalError as exc:
             if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
                 raise
-        time.sleep(pause * random.uniform(0.5, 1.5))
-        pause = min(pause * 1.5, 0.01)
+        pause(seconds_asleep * random.uniform(0.5, 1.5))
+        seconds_asleep = min(seconds_asleep * 1.5, 0.01)
 
 
 @contextlib.contextmanager
 def begun(
-    connection: Connection, *, reads_only: bool = False, patience: float = _BUSY_SECONDS
+    connection: Connection,
+    *,
+    reads_only: bool = False,
+    commit: Callable[[sqlite3.Connection], object] = _commit,
+    patience: float = _BUSY_SECONDS,
 ) -> Iterator[None]:
     """A transaction that is committed at the end, or rolled back by an error.
 
@@ -331,7 +376,7 @@ def begun(
         yield
         connection.commit()
         if driver.in_transaction:  # nothing went through SQLAlchemy
-            driver.commit()
+            commit(driver)
     except BaseException:
         connection.rollback()
         if driver.in_transaction:
