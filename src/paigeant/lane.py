@@ -101,15 +101,13 @@ class Tx:
 
     `foresees`: a handler may decide on what it expects to find, if it has the database check that: each question to a
     server costs a round trip, and a transaction without any is a single one. It raises Misjudged where it was wrong.
-    `beside`: whoever has asked for it works on meanwhile, so that its commit mustn't keep the event loop.
     """
 
-    __slots__ = ("beside", "driver", "foresees", "locked", "rings")
+    __slots__ = ("driver", "foresees", "locked", "rings")
 
     def __init__(self, driver: Driver, *, foresees: bool = False) -> None:
         self.driver = driver
         self.foresees = foresees
-        self.beside = False
         self.rings: set[str] = set()
         self.locked: set[str] = set()
         """The runs that no other transaction can change until its end."""

@@ -122,11 +122,8 @@ def until_ready(wire: int, *, write: bool = False) -> bool:
     return bool(readable)
 
 
-def elsewhere(work: Callable[[], Result], *, at_once: bool = False) -> Result:
-    """What `work` gives, which blocks: in another thread, if the event loop would have to wait for it here.
-
-    That begins when Python here pauses, or `at_once`: then all waits until it has begun.
-    """
+def elsewhere(work: Callable[[], Result]) -> Result:
+    """What `work` gives, which blocks: in another thread, if the event loop would have to wait for it here."""
     me = getcurrent()
     if not isinstance(me, _Green):
         return work()
@@ -145,18 +142,7 @@ def elsewhere(work: Callable[[], Result], *, at_once: bool = False) -> Result:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(wake)
 
-        if not at_once:
-            me.hands.ask(do)
-            return
-        begun = threading.Lock()
-        begun.acquire()
-
-        def begin() -> None:
-            begun.release()
-            do()
-
-        me.hands.ask(begin)
-        begun.acquire()
+        me.hands.ask(do)
 
     me.wait_for(watch)
     if trouble is not None:

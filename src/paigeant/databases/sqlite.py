@@ -168,12 +168,8 @@ class SqliteDatabase(Database):
             driver_of(connection).execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._durable = durable
 
-        def synced(driver: sqlite3.Connection) -> None:
-            self._synced.commit(tx, driver)
-
-        with begun(connection, commit=synced if durable else _commit):
-            tx = Tx(_Driver(connection, self.clock.now()))
-            yield tx
+        with begun(connection, commit=self._synced.commit if durable else _commit):
+            yield Tx(_Driver(connection, self.clock.now()))
 
     @contextlib.contextmanager
     def _begin_reading(self, connection: Connection, _: bool) -> Iterator[Tx]:
@@ -230,15 +226,18 @@ class SqliteDatabase(Database):
 
 
 class _Synced:
-    """Commits that wait for the disk: in another thread, but for those that nobody works beside, of a quick disk."""
+    """Commits that wait for the disk: where it is, if it has lately been quick, else in another thread.
+
+    Whoever is handed a commit while Python goes on here begins with it only when that pauses, mostly after more time
+    than a quick disk takes.
+    """
 
     def __init__(self) -> None:
         self._seconds = 2 * _QUICK_SECONDS
 
-    def commit(self, tx: Tx, driver: sqlite3.Connection) -> None:
-        """Commit `tx`, without keeping the event loop from its work for long."""
-        if tx.beside or self._seconds > _QUICK_SECONDS:
-            elsewhere(partial(self._commit, driver), at_once=tx.beside)
+    def commit(self, driver: sqlite3.Connection) -> None:
+        if self._seconds > _QUICK_SECONDS:
+            elsewhere(partial(self._commit, driver))
         else:
             self._commit(driver)
 

@@ -79,7 +79,6 @@ class SqlValues(SqlPart):
 
     def _save_unit(self, tx: Tx, requests: Sequence[tuple[StepKey, str, bytes]]) -> list[Later[bytes]]:
         save_units(tx, requests)
-        tx.beside = True  # an agent goes on while its model's answer is recorded
         return [Later(self._standing(tx, *request)) for request in requests]
 
     @staticmethod
