@@ -58,7 +58,6 @@ _SESSION = {
     "enable_mergejoin": "off",
     "jit": "off",
 }
-_BEGIN = "BEGIN"
 _BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _UPGRADE_LOCK = 0x70616967
 
@@ -130,7 +129,7 @@ class PostgresDatabase(Database):
             WRITER,
             partial(elsewhere, self._connect),
             guard=self._guard,
-            begin=partial(self._begun, _BEGIN, roughly=True),
+            begin=partial(self._begun, None, roughly=True),
             is_lost=_is_lost,
             heard=self._heard,
             tidy=_settle,
@@ -168,7 +167,7 @@ class PostgresDatabase(Database):
     def _transact_now(self, handler: Handler, request: Any, *, beside: bool = False) -> Any:
         with self._guard():
             connected = self._connected_beside if beside else self._connected_beater
-            begin = partial(self._begun_in_time, _BEGIN)
+            begin = partial(self._begun_in_time, None)
             [result], rings = transact(connected, [(handler, request)], begin=begin, durable=not beside)
             if rings:
                 with contextlib.suppress(RuntimeError):  # the loop is closed: nobody here waits any more
@@ -311,7 +310,7 @@ class PostgresDatabase(Database):
 
     @contextlib.contextmanager
     def _begun(
-        self, opening: str, connection: Connection, durable: bool, *, roughly: bool = False
+        self, opening: str | None, connection: Connection, durable: bool, *, roughly: bool = False
     ) -> Iterator[Tx]:
         clock = None if self.clock is None else self.clock.now
         driver = Transaction(connection, clock, self._clock, roughly=roughly)
@@ -340,7 +339,7 @@ class PostgresDatabase(Database):
             raise
 
     @contextlib.contextmanager
-    def _begun_in_time(self, opening: str, connection: Connection, durable: bool) -> Iterator[Tx]:
+    def _begun_in_time(self, opening: str | None, connection: Connection, durable: bool) -> Iterator[Tx]:
         watch = _watched(driver_of(connection))
         try:
             with self._begun(opening, connection, durable) as tx:
