@@ -390,6 +390,49 @@ async def test_a_deadlock_is_done_again(postgres_tables: str) -> None:
     assert sorted("".join(sorted(process)) for (process,) in found) == ["01", "01"]
 
 
+@pytest.mark.parametrize("asks", [False, True], ids=["sent at once", "with a question in the middle"])
+async def test_what_a_transaction_did_before_an_error_of_ours_is_undone(
+    postgres_tables: str, asks: bool
+) -> None:
+    """Also where the server has been told of no beginning: the end of a pipeline would commit it."""
+
+    def failing(tx: Tx, requests: Sequence[None]) -> list[None]:
+        tx.driver.each("INSERT INTO workers VALUES ($1, 'h', '', 9e9)", [("x",)])
+        seen = tx.driver.ask("SELECT count(*) FROM workers", [])
+        if asks:
+            assert seen() == [(1,)]
+        raise ValueError("in the middle")
+
+    async with opened(postgres_tables) as store:
+        with pytest.raises(ValueError, match="in the middle"):
+            await store.database.write(failing, None)
+        assert await store.list_workers() == []
+
+
+async def test_a_commit_that_fails_is_an_error(postgres_tables: str) -> None:
+    """The server says so with the mark that ends the transaction, after all statements have gone well."""
+
+    def adding(tx: Tx, requests: Sequence[str]) -> list[None]:
+        tx.driver.each("INSERT INTO workers VALUES ($1, 'h', '', 9e9)", [(name,) for name in requests])
+        return [None] * len(requests)
+
+    with psycopg.connect(postgres_tables, autocommit=True) as connection:
+        connection.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN IF NEW.id = 'bad' THEN RAISE EXCEPTION 'too late'; END IF; RETURN NULL; END $$"
+        )
+        connection.execute(
+            "CREATE CONSTRAINT TRIGGER late AFTER INSERT ON workers DEFERRABLE INITIALLY DEFERRED "
+            "FOR EACH ROW EXECUTE FUNCTION refuse()"
+        )
+        async with opened(postgres_tables) as store:
+            with pytest.raises(psycopg.Error, match="too late"):
+                await store.database.write(adding, "bad")
+            await store.database.write(adding, "good")
+        found = connection.execute("SELECT id FROM workers").fetchall()
+    assert found == [("good",)]
+
+
 async def test_a_row_that_somebody_keeps_stops_only_who_needs_it(
     postgres_tables: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

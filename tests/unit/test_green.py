@@ -1,0 +1,201 @@
+"""Transactions in the event loop's own thread: the loop goes on while one waits, in asyncio's loop and in uvloop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, cast
+
+import pytest
+
+from paigeant import loops
+from paigeant.databases.green import GreenLane, TooSlow, elsewhere, is_green, pause, until_ready
+from paigeant.lane import Driver, Tx
+from paigeant.loops import EventLoop
+
+LOOPS: list[EventLoop] = ["asyncio", "uvloop"]
+PATIENCE = 10.0
+
+
+class Closing:
+    """A connection of which nobody asks more than to be closed."""
+
+    is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Place:
+    """A lane whose transactions only count themselves."""
+
+    def __init__(self) -> None:
+        self.begun = self.done = 0
+        self.connection = Closing()
+        self.lane = GreenLane(
+            "place", lambda: cast(Any, self.connection), guard=contextlib.nullcontext, begin=self._begin
+        )
+
+    @contextlib.contextmanager
+    def _begin(self, connection: object, durable: bool) -> Iterator[Tx]:
+        self.begun += 1
+        yield Tx(cast(Driver, None))
+        self.done += 1
+
+
+@pytest.fixture(params=LOOPS)
+def run(request: pytest.FixtureRequest) -> Callable[[Callable[[Place], Coroutine[Any, Any, None]]], None]:
+    """Runs a test with a place in one of the loops."""
+
+    def run(test: Callable[[Place], Coroutine[Any, Any, None]]) -> None:
+        async def main() -> None:
+            async with asyncio.timeout(PATIENCE):
+                place = Place()
+                await test(place)
+                await place.lane.stop()
+                assert place.connection.is_closed == bool(place.begun)
+
+        loops.run(main(), request.param)
+
+    return run
+
+
+Run = Callable[[Callable[[Place], Coroutine[Any, Any, None]]], None]
+
+
+def one(work: Callable[[], Any]) -> Callable[[Tx, Sequence[Any]], list[Any]]:
+    """A handler that does the same for each request."""
+    return lambda tx, requests: [work() for _ in requests]
+
+
+def test_the_loop_goes_on_while_a_transaction_blocks_elsewhere(run: Run) -> None:
+    """What blocks is done in another thread; the loop has its turns meanwhile."""
+    async def test(place: Place) -> None:
+        released = threading.Event()
+        asked = place.lane.submit(one(lambda: elsewhere(lambda: released.wait(PATIENCE))), None)
+        await asyncio.sleep(0.01)
+        assert not asked.done()
+        released.set()
+        assert await asked
+
+    run(test)
+
+
+def test_what_comes_meanwhile_shares_the_next_transaction(run: Run) -> None:
+    """Fifty requests are one transaction, and each gets its own result."""
+    async def test(place: Place) -> None:
+        released = threading.Event()
+        numbers: Callable[[Tx, Sequence[Any]], list[int]] = lambda tx, requests: list(requests)  # noqa: E731
+        first = place.lane.submit(one(lambda: elsewhere(lambda: released.wait(PATIENCE))), None)
+        await asyncio.sleep(0.01)
+        others = [place.lane.submit(numbers, number) for number in range(50)]
+        released.set()
+        assert await first
+        assert await asyncio.gather(*others) == list(range(50))
+        assert place.done == 2
+
+    run(test)
+
+
+def test_it_waits_for_a_socket_to_be_read_and_to_have_room(run: Run) -> None:
+    """It wakes when there is something to read, or room to write, and says which."""
+    async def test(place: Place) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with ours, theirs:
+            reading = place.lane.submit(one(lambda: (until_ready(ours.fileno()), ours.recv(9))), None)
+            await asyncio.sleep(0.01)
+            assert not reading.done()
+            theirs.sendall(b"word")
+            assert await reading == (True, b"word")
+            assert await place.lane.submit(one(lambda: until_ready(ours.fileno(), write=True)), None) is False
+            theirs.sendall(b"word")
+            assert await place.lane.submit(one(lambda: until_ready(ours.fileno())), None) is True
+
+    run(test)
+
+
+def test_it_sleeps_without_keeping_the_loop(run: Run) -> None:
+    """A transaction that waits before its next try lets the loop go on."""
+    async def test(place: Place) -> None:
+        slept = place.lane.submit(one(lambda: pause(0.05)), None)
+        turns = 0
+        while not slept.done():
+            await asyncio.sleep(0.001)
+            turns += 1
+        assert turns > 3
+
+    run(test)
+
+
+def test_an_error_elsewhere_is_that_of_its_request(run: Run) -> None:
+    """Nothing is committed, and the lane works on."""
+    async def test(place: Place) -> None:
+        with pytest.raises(ValueError, match="invalid literal"):
+            await place.lane.submit(one(lambda: elsewhere(lambda: int("x"))), None)
+        assert (place.begun, place.done) == (1, 0)
+        assert await place.lane.submit(one(is_green), None) is True
+
+    run(test)
+
+
+def test_what_is_too_slow_is_done_anew_in_another_thread(run: Run) -> None:
+    """The first try is undone."""
+    async def test(place: Place) -> None:
+        def slow() -> int:
+            if is_green():
+                raise TooSlow
+            return threading.get_ident()
+
+        assert await place.lane.submit(one(slow), None) != threading.get_ident()
+        assert (place.begun, place.done) == (2, 1)
+
+    run(test)
+
+
+def test_two_lanes_wait_side_by_side(run: Run) -> None:
+    """Each has its own thread for what blocks."""
+    async def test(place: Place) -> None:
+        other = Place()
+        met = threading.Barrier(2)
+        meet = one(lambda: elsewhere(lambda: met.wait(PATIENCE)))
+        assert sorted(await asyncio.gather(place.lane.submit(meet, None), other.lane.submit(meet, None))) == [
+            0,
+            1,
+        ]
+        await other.lane.stop()
+
+    run(test)
+
+
+def test_a_loop_that_is_closed_in_the_middle_leaves_nothing_that_waits() -> None:
+    """The thread ends its work and has nobody to tell."""
+    released, ended = threading.Event(), threading.Event()
+
+    def block() -> None:
+        released.wait(PATIENCE)
+        ended.set()
+
+    async def leave() -> None:
+        Place().lane.submit(one(lambda: elsewhere(block)), None)
+        await asyncio.sleep(0.01)
+
+    loops.run(leave())
+    released.set()
+    assert ended.wait(PATIENCE)
+
+
+def test_outside_of_a_lane_it_waits_like_anybody() -> None:
+    """The same calls block where no event loop would have to wait."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"word")
+        assert until_ready(ours.fileno()) is True
+        assert ours.recv(9) == b"word"
+        assert until_ready(ours.fileno(), write=True) is False
+    assert elsewhere(threading.get_ident) == threading.get_ident()
+    pause(0.001)
+    assert not is_green()
