@@ -73,6 +73,7 @@ def one(work: Callable[[], Any]) -> Callable[[Tx, Sequence[Any]], list[Any]]:
 
 def test_the_loop_goes_on_while_a_transaction_blocks_elsewhere(run: Run) -> None:
     """What blocks is done in another thread; the loop has its turns meanwhile."""
+
     async def test(place: Place) -> None:
         released = threading.Event()
         asked = place.lane.submit(one(lambda: elsewhere(lambda: released.wait(PATIENCE))), None)
@@ -86,6 +87,7 @@ def test_the_loop_goes_on_while_a_transaction_blocks_elsewhere(run: Run) -> None
 
 def test_what_comes_meanwhile_shares_the_next_transaction(run: Run) -> None:
     """Fifty requests are one transaction, and each gets its own result."""
+
     async def test(place: Place) -> None:
         released = threading.Event()
         numbers: Callable[[Tx, Sequence[Any]], list[int]] = lambda tx, requests: list(requests)  # noqa: E731
@@ -102,6 +104,7 @@ def test_what_comes_meanwhile_shares_the_next_transaction(run: Run) -> None:
 
 def test_it_waits_for_a_socket_to_be_read_and_to_have_room(run: Run) -> None:
     """It wakes when there is something to read, or room to write, and says which."""
+
     async def test(place: Place) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -120,6 +123,7 @@ def test_it_waits_for_a_socket_to_be_read_and_to_have_room(run: Run) -> None:
 
 def test_it_sleeps_without_keeping_the_loop(run: Run) -> None:
     """A transaction that waits before its next try lets the loop go on."""
+
     async def test(place: Place) -> None:
         slept = place.lane.submit(one(lambda: pause(0.05)), None)
         turns = 0
@@ -133,6 +137,7 @@ def test_it_sleeps_without_keeping_the_loop(run: Run) -> None:
 
 def test_an_error_elsewhere_is_that_of_its_request(run: Run) -> None:
     """Nothing is committed, and the lane works on."""
+
     async def test(place: Place) -> None:
         with pytest.raises(ValueError, match="invalid literal"):
             await place.lane.submit(one(lambda: elsewhere(lambda: int("x"))), None)
@@ -144,6 +149,7 @@ def test_an_error_elsewhere_is_that_of_its_request(run: Run) -> None:
 
 def test_what_is_too_slow_is_done_anew_in_another_thread(run: Run) -> None:
     """The first try is undone."""
+
     async def test(place: Place) -> None:
         def slow() -> int:
             if is_green():
@@ -158,6 +164,7 @@ def test_what_is_too_slow_is_done_anew_in_another_thread(run: Run) -> None:
 
 def test_two_lanes_wait_side_by_side(run: Run) -> None:
     """Each has its own thread for what blocks."""
+
     async def test(place: Place) -> None:
         other = Place()
         met = threading.Barrier(2)
