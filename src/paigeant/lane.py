@@ -9,18 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import queue
 import random
-import threading
 import time
-from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import Connection, Dialect
 
 from paigeant.errors import StoreUnavailable
+from paigeant.green import Green, Hands, TooSlow, elsewhere, pause
 
 __all__ = [
     "Blocked",
@@ -30,14 +30,15 @@ __all__ = [
     "Lane",
     "Later",
     "Misjudged",
-    "Op",
-    "ThreadLane",
     "Tx",
     "needing",
     "transact",
 ]
 
 log = logging.getLogger("paigeant.lane")
+
+_BATCH = 250
+"""Requests in one transaction at the most: while they are put together nothing else runs."""
 
 _LAZY_SECONDS = 0.02
 _LONGEST_REST = 0.005
@@ -168,7 +169,7 @@ Begin = Callable[[Connection, bool], AbstractContextManager[Tx]]
 """A transaction on a connection, durable or not, committed at the end of the block. It foresees where that pays."""
 
 
-class Op:
+class _Op:
     """A request to a lane, and who waits for its result."""
 
     __slots__ = ("durable", "future", "handler", "request")
@@ -182,20 +183,17 @@ class Op:
         self.durable = durable
 
 
-class Lane(ABC):
+class Lane:
     """Runs transactions one by one, on a connection of its own that `connect` gives and `begin` begins them on.
 
     `guard` turns the driver's errors into ours, `is_lost` tells whether a connection can't be used any more.
-    `committed` is called where it works after each transaction that rang for something, `tidy` after each, when its
-    results are on their way, with what it rang for; `heard` in the event loop. A transaction that takes longer than
-    `limit` seconds is cut off with `cut`. A kind of lane says where it works: in a thread, or in the event loop's own.
+    `committed` is called after each transaction that rang for something, `tidy` after each, when its results are on
+    their way, with what it rang for; `heard` by the event loop itself. A transaction that takes longer than `limit`
+    seconds is cut off with `cut`.
+
+    All of this is in the thread of the event loop, which goes on while a transaction waits (`green.py`). Only one that
+    is TooSlow is done in another thread.
     """
-
-    most = 1000
-    """Requests in one transaction at the most: it bounds how long others wait for the database."""
-
-    pause: Callable[[float], None] = staticmethod(time.sleep)
-    """Sleeps, where it works."""
 
     def __init__(
         self,
@@ -220,8 +218,8 @@ class Lane(ABC):
         self._tidy = tidy
         self._limit = limit
         self._cut = cut
-        self._waiting: list[Op] = []
-        self._lazy: list[Op] = []
+        self._waiting: list[_Op] = []
+        self._lazy: list[_Op] = []
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopped = False
@@ -229,7 +227,10 @@ class Lane(ABC):
         self._connection: Connection | None = None
         self._watch: asyncio.TimerHandle | None = None
         self._began = 0.0
-        self._open(name)
+        self._batches: deque[list[_Op] | None] = deque()
+        self._green: Green | None = None
+        self._hands = Hands(name)
+        self._ended = asyncio.Event()
 
     def submit(self, handler: Handler, request: Any, *, durable: bool = True) -> asyncio.Future[Any]:
         """Have `request` done; the future has its result once its transaction is committed."""
@@ -237,7 +238,7 @@ class Lane(ABC):
         if self._stopped:
             future.set_exception(StoreUnavailable("the database is closed"))
             return future
-        self._waiting.append(Op(handler, request, future, durable))
+        self._waiting.append(_Op(handler, request, future, durable))
         if self._idle.is_set() and len(self._waiting) == 1:
             # Not at once: what other tasks ask for in this turn of the loop shares the transaction.
             self._loop.call_soon(self._next_if_idle)
@@ -247,7 +248,7 @@ class Lane(ABC):
         """Have `request` done along with the next transaction, or soon. For what may be lost in a crash."""
         if self._stopped:
             return
-        self._lazy.append(Op(handler, request, None, False))
+        self._lazy.append(_Op(handler, request, None, False))
         if len(self._lazy) == 1:
             self._loop.call_later(_LAZY_SECONDS, self._next_if_idle)
 
@@ -259,23 +260,8 @@ class Lane(ABC):
         self._stopped = True
         if self._watch is not None:
             self._watch.cancel()
-        await self._end()
-
-    @abstractmethod
-    def _open(self, name: str) -> None:
-        """Begin to work on what it is handed."""
-
-    @abstractmethod
-    def _hand(self, batch: list[Op]) -> None:
-        """Have this `_work`ed, after what was handed before."""
-
-    @abstractmethod
-    def _later(self, callback: Callable[..., object], *args: Any) -> None:
-        """Have something called by the event loop, from where it works. Raises RuntimeError when that is closed."""
-
-    @abstractmethod
-    async def _end(self) -> None:
-        """Disconnect, after what was handed before."""
+        self._hand(None)
+        await self._ended.wait()
 
     # -- in the event loop
 
@@ -284,14 +270,21 @@ class Lane(ABC):
             self._next()
 
     def _next(self) -> None:
-        batch = self._lazy + self._waiting[: self.most]
-        del self._waiting[: self.most]
+        batch = self._lazy + self._waiting[:_BATCH]
+        del self._waiting[:_BATCH]
         self._lazy = []
         self._idle.clear()
         self._began = time.monotonic()
         if self._limit is not None and self._watch is None:
             self._watch_over(self._limit, self._limit)
         self._hand(batch)
+
+    def _hand(self, batch: list[_Op] | None) -> None:
+        """Have it done, after what is still being tidied up; None is the end."""
+        self._batches.append(batch)
+        if self._green is None:
+            self._green = Green(self._run, self._hands)
+            self._green.resume()
 
     def _watch_over(self, limit: float, seconds: float) -> None:
         # A server that has vanished without a word would keep the lane for ever. One watch for all transactions that
@@ -313,7 +306,7 @@ class Lane(ABC):
             self._cut(self._connection)
         self._watch_over(limit, limit)  # the next try may meet the same
 
-    def _done(self, batch: list[Op], results: list[Any], rings: set[str]) -> None:
+    def _done(self, batch: list[_Op], results: list[Any], rings: set[str]) -> None:
         for op, result in zip(batch, results, strict=True):
             if op.future is None or op.future.done():
                 continue
@@ -332,24 +325,36 @@ class Lane(ABC):
         if rings:
             self._heard(frozenset(rings))
 
-    # -- where it works
+    # -- in a greenlet
 
-    def _work(self, batch: list[Op]) -> None:
+    def _run(self) -> None:
+        assert self._green is not None, "it runs in one"
+        try:
+            while self._batches:
+                if (batch := self._batches.popleft()) is not None:
+                    self._work(self._green, batch)
+                else:
+                    self._disconnect()
+                    self._hands.close()
+                    self._green.later(self._ended.set)
+        finally:
+            self._green = None
+
+    def _work(self, green: Green, batch: list[_Op]) -> None:
         results, rings = self._transact_all(batch)
         try:
             if rings:
                 self._after_commit(rings)
         except Exception:  # whatever it meets, those who wait must get their results
             log.exception("others were not told of a commit")
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._later(self._done, batch, results, rings)
+        green.later(partial(self._done, batch, results, rings))
         try:
             if self._connection is not None:
                 self._tidy(self._connection, rings)
         except Exception:  # if it ended here, nobody would ever get an answer again
             log.exception("tidying up after a commit failed")
 
-    def _transact_all(self, batch: list[Op]) -> tuple[list[Any], set[str]]:
+    def _transact_all(self, batch: list[_Op]) -> tuple[list[Any], set[str]]:
         try:
             return self._transact(batch)
         except BaseException as exc:
@@ -367,11 +372,18 @@ class Lane(ABC):
             rings |= rung
         return results, rings
 
-    def _transact(self, batch: Sequence[Op]) -> tuple[list[Any], set[str]]:
+    def _transact(self, batch: Sequence[_Op]) -> tuple[list[Any], set[str]]:
         durable = any(op.durable for op in batch)
         requests = [(op.handler, op.request) for op in batch]
-        with self._guard():
-            return transact(self._connected, requests, begin=self._begin, durable=durable, pause=self.pause)
+
+        def work() -> tuple[list[Any], set[str]]:
+            with self._guard():
+                return transact(self._connected, requests, begin=self._begin, durable=durable)
+
+        try:
+            return work()
+        except TooSlow:
+            return elsewhere(work)
 
     def _connected(self) -> Connection:
         if self._connection is not None and self._is_lost(self._connection):
@@ -390,37 +402,12 @@ class Lane(ABC):
             self._connection = None
 
 
-class ThreadLane(Lane):
-    """Runs its transactions in a thread, for a database that is files: to write to the disk blocks."""
-
-    def _open(self, name: str) -> None:
-        self._batches: queue.SimpleQueue[list[Op] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def _hand(self, batch: list[Op]) -> None:
-        self._batches.put(batch)
-
-    def _run(self) -> None:
-        while (batch := self._batches.get()) is not None:
-            self._work(batch)
-        self._disconnect()
-
-    def _later(self, callback: Callable[..., object], *args: Any) -> None:
-        self._loop.call_soon_threadsafe(callback, *args)
-
-    async def _end(self) -> None:
-        self._batches.put(None)
-        await asyncio.to_thread(self._thread.join)
-
-
 def transact(
     connected: Callable[[], Connection],
     requests: Sequence[tuple[Handler, Any]],
     *,
     begin: Begin,
     durable: bool = True,
-    pause: Callable[[float], None] = time.sleep,
 ) -> tuple[list[Any], set[str]]:
     """Do `requests` in one transaction, those of a kind together; gives their results and what they rang for.
 

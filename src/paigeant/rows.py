@@ -567,25 +567,32 @@ def new_step(step: StepRecord) -> tuple[Any, ...]:
     return tuple(map(_plain, _new_step_values(step)))
 
 
-def _step(values: dict[str, Any]) -> StepRecord:
-    values["phase"], values["status"] = _PHASES[values["phase"]], _STEPS[values["status"]]
-    for name in ("input", "output", "revision", "usage", "waits_for"):
-        values[name] = encoded(values[name])
-    return StepRecord(**values)
+_STEP_PLACES = {column.name: place for place, column in enumerate(step_executions.c)}
+"""Where a row of steps has each field of StepRecord, which has them in the same order."""
+
+_STEP_JSON = [_STEP_PLACES[name] for name in ("input", "output", "revision", "usage", "waits_for")]
+
+
+def _step(row: Sequence[Any]) -> StepRecord:
+    values = list(row)
+    phase, status = _STEP_PLACES["phase"], _STEP_PLACES["status"]
+    values[phase], values[status] = _PHASES[values[phase]], _STEPS[values[status]]
+    for place in _STEP_JSON:
+        values[place] = encoded(values[place])
+    return StepRecord(*values)
 
 
 _DETAIL_RUNS = _of_runs(workflow_runs)
 _output_bytes = byte_length(step_executions.c.output)
 _too_large = _output_bytes > bindparam("limit")
+_shown_output = case((_output_bytes > bindparam("same"), null()), else_=step_executions.c.output)
 _DETAIL_STEPS = _of_runs(
     step_executions,
     _too_large.label("too_large"),
-    case((_output_bytes > bindparam("same"), null()), else_=step_executions.c.output),
-    *(column for column in step_executions.c if column.name != "output"),
+    *(_shown_output if column.name == "output" else column for column in step_executions.c),
     parameters=["limit", "same"],
     more=lambda rows: rows.order_by(step_executions.c.seq),
 )
-_DETAIL_STEP_FIELDS = ("output", *(column.name for column in step_executions.c if column.name != "output"))
 _RUN_FIELDS = [column.name for column in workflow_runs.c]
 _DETAIL_VARIABLES = _of_runs(workflow_variables)
 _DETAIL_SIGNALS = _of_runs(workflow_signals, more=lambda rows: rows.order_by(workflow_signals.c.id))
@@ -614,7 +621,7 @@ def _details(run_rows: Rows, step_rows: Rows, variable_rows: Rows, signal_rows: 
     steps: dict[str, list[StepRecord]] = {}
     stored: dict[str, set[str]] = {}
     for too_large, *values in step_rows:
-        step = _step(dict(zip(_DETAIL_STEP_FIELDS, values, strict=True)))
+        step = _step(values)
         steps.setdefault(step.workflow_id, []).append(step)
         if too_large:
             stored.setdefault(step.workflow_id, set()).add(step.step)

@@ -26,10 +26,10 @@ from tests.services.proxy import Direction, Proxy
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, ledger, rows
 from paigeant.databases import postgres
 from paigeant.databases.bell import PostgresBell
-from paigeant.databases.green import elsewhere
 from paigeant.databases.pipeline import Pipeline, ServerClock
 from paigeant.databases.postgres import PostgresDatabase
 from paigeant.errors import ConfigurationError, RunConflict, SchemaMismatch, StoreUnavailable
+from paigeant.green import elsewhere
 from paigeant.lane import Later, Tx
 from paigeant.ledger import Head
 from paigeant.rows import foreseen_heads

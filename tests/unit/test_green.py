@@ -12,8 +12,8 @@ from typing import Any, cast
 import pytest
 
 from paigeant import loops
-from paigeant.databases.green import GreenLane, TooSlow, elsewhere, is_green, pause, until_ready
-from paigeant.lane import Driver, Tx
+from paigeant.green import TooSlow, elsewhere, is_green, pause, until_ready
+from paigeant.lane import Driver, Lane, Tx
 from paigeant.loops import EventLoop
 
 LOOPS: list[EventLoop] = ["asyncio", "uvloop"]
@@ -35,7 +35,7 @@ class Place:
     def __init__(self) -> None:
         self.begun = self.done = 0
         self.connection = Closing()
-        self.lane = GreenLane(
+        self.lane = Lane(
             "place", lambda: cast(Any, self.connection), guard=contextlib.nullcontext, begin=self._begin
         )
 

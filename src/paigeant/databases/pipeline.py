@@ -24,7 +24,7 @@ from psycopg.waiting import Ready, Wait
 from sqlalchemy import Connection, Dialect
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
-from paigeant.databases.green import is_green, until_ready
+from paigeant.green import is_green, until_ready
 from paigeant.lane import Contended
 
 __all__ = ["GreenConnection", "Pipeline", "ServerClock", "Transaction", "driver_of"]

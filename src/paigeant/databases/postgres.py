@@ -27,11 +27,11 @@ from sqlalchemy.pool import NullPool
 from paigeant.clock import Clock
 from paigeant.database import READER, TOPIC, WRITER, Database, current_version
 from paigeant.databases.bell import PostgresBell
-from paigeant.databases.green import GreenLane, elsewhere
 from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, Transaction, driver_of
 from paigeant.databases.pooler import check_pooler, hands_on
 from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, SchemaMismatch, StoreUnavailable
-from paigeant.lane import Blocked, Contended, Handler, Misjudged, Tx, transact
+from paigeant.green import elsewhere
+from paigeant.lane import Blocked, Contended, Handler, Lane, Misjudged, Tx, transact
 from paigeant.rows import MISJUDGED
 from paigeant.tables import SCHEMA_VERSION, metadata
 
@@ -125,7 +125,7 @@ class PostgresDatabase(Database):
     async def _open(self) -> None:
         self._engine = self._make_engine()
         loop = asyncio.get_running_loop()
-        self._writer = GreenLane(
+        self._writer = Lane(
             WRITER,
             partial(elsewhere, self._connect),
             guard=self._guard,
@@ -136,7 +136,7 @@ class PostgresDatabase(Database):
             limit=_STUCK_SECONDS,
             cut=_cut,
         )
-        self._reader = GreenLane(
+        self._reader = Lane(
             READER,
             partial(elsewhere, self._connect),
             guard=self._guard,

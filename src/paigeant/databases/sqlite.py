@@ -18,9 +18,9 @@ from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock, SystemClock
 from paigeant.database import READER, WRITER, Database, current_version
-from paigeant.databases.green import GreenLane, TooSlow, elsewhere, is_green, pause
 from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreDamaged, StoreUnavailable
-from paigeant.lane import Handler, Tx, transact
+from paigeant.green import TooSlow, elsewhere, is_green, pause
+from paigeant.lane import Handler, Lane, Tx, transact
 from paigeant.tables import SCHEMA_VERSION, metadata
 from paigeant.wakeup import Bell
 
@@ -91,7 +91,7 @@ class SqliteDatabase(Database):
         self._durable = True
         engine = self._engine = _engine(self.path)
         reader = _engine(self.path, reads_only=True)
-        self._writer = GreenLane(
+        self._writer = Lane(
             WRITER,
             partial(elsewhere, engine.connect),
             guard=self._guard,
@@ -100,7 +100,7 @@ class SqliteDatabase(Database):
             heard=self._heard,
             tidy=lambda connection, _: self._tidy(connection),
         )
-        self._reader = GreenLane(
+        self._reader = Lane(
             READER, partial(elsewhere, reader.connect), guard=self._guard, begin=self._begin_reading
         )
         await self._writer.submit(self._prepare, None)

@@ -13,16 +13,12 @@ import queue
 import select
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 from greenlet import getcurrent, greenlet
 
-from paigeant.lane import Lane, Op
-
-__all__ = ["GreenLane", "TooSlow", "elsewhere", "is_green", "pause", "until_ready"]
+__all__ = ["Green", "Hands", "TooSlow", "elsewhere", "is_green", "pause", "until_ready"]
 
 Result = TypeVar("Result")
 
@@ -30,14 +26,14 @@ Result = TypeVar("Result")
 Wake = Callable[[], None]
 
 
-class _Green(greenlet):
+class Green(greenlet):
     """Runs `work` in the thread of an event loop, and lets that go on whenever it has to wait.
 
     It never calls the loop itself: a loop of C keeps what it is just doing on its stack, which isn't there meanwhile.
     What it wants of the loop it hands to the loop's own side of it, to `resume`.
     """
 
-    def __init__(self, work: Callable[[], None], hands: _Hands) -> None:
+    def __init__(self, work: Callable[[], None], hands: Hands) -> None:
         super().__init__(work, getcurrent())
         self.hands = hands
         self._calls: list[Callable[[], object]] = []
@@ -61,16 +57,17 @@ class _Green(greenlet):
         self.parent.switch(watch)
 
 
-class _Hands:
+class Hands:
     """A thread that does what blocks, one thing after the other. It begins with the first."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def ask(self, work: Callable[[], None]) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="paigeant-hands", daemon=True)
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
         self._asked.put(work)
 
@@ -88,13 +85,13 @@ class TooSlow(Exception):
 
 def is_green() -> bool:
     """Whether the event loop waits for whoever asks."""
-    return isinstance(getcurrent(), _Green)
+    return isinstance(getcurrent(), Green)
 
 
 def until_ready(wire: int, *, write: bool = False) -> bool:
     """Wait until there is something to read from the socket, or also room to write; gives whether it can be read."""
     me = getcurrent()
-    if not isinstance(me, _Green):
+    if not isinstance(me, Green):
         poll = select.poll()
         poll.register(wire, select.POLLIN | select.POLLOUT if write else select.POLLIN)
         return any(event & ~select.POLLOUT for _, event in poll.poll())
@@ -125,7 +122,7 @@ def until_ready(wire: int, *, write: bool = False) -> bool:
 def elsewhere(work: Callable[[], Result]) -> Result:
     """What `work` gives, which blocks: in another thread, if the event loop would have to wait for it here."""
     me = getcurrent()
-    if not isinstance(me, _Green):
+    if not isinstance(me, Green):
         return work()
     result: Result | None = None
     trouble: BaseException | None = None
@@ -153,52 +150,7 @@ def elsewhere(work: Callable[[], Result]) -> Result:
 def pause(seconds: float) -> None:
     """Sleep."""
     me = getcurrent()
-    if not isinstance(me, _Green):
+    if not isinstance(me, Green):
         time.sleep(seconds)
         return
     me.wait_for(lambda wake: asyncio.get_running_loop().call_later(seconds, wake))
-
-
-class GreenLane(Lane):
-    """Runs its transactions in the event loop's thread. What they wait for has to be waited for by this module."""
-
-    most = 250  # meanwhile nothing else runs
-    pause = staticmethod(pause)
-
-    def _open(self, name: str) -> None:
-        self._batches: deque[list[Op] | None] = deque()
-        self._hands = _Hands()
-        self._green: _Green | None = None
-        self._ended = asyncio.Event()
-
-    def _hand(self, batch: list[Op] | None) -> None:
-        self._batches.append(batch)
-        if self._green is None:
-            self._green = _Green(self._run, self._hands)
-            self._green.resume()
-
-    def _run(self) -> None:
-        try:
-            while self._batches:
-                if (batch := self._batches.popleft()) is not None:
-                    self._work(batch)
-                else:
-                    self._disconnect()
-                    self._hands.close()
-                    self._later(self._ended.set)
-        finally:
-            self._green = None
-
-    def _transact(self, batch: Sequence[Op]) -> tuple[list[Any], set[str]]:
-        try:
-            return super()._transact(batch)
-        except TooSlow:
-            return elsewhere(partial(super()._transact, batch))
-
-    def _later(self, callback: Callable[..., object], *args: Any) -> None:
-        assert self._green is not None, "it works in one"
-        self._green.later(partial(callback, *args))
-
-    async def _end(self) -> None:
-        self._hand(None)
-        await self._ended.wait()
