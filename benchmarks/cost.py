@@ -1,4 +1,4 @@
-"""Where the time of a step goes, part by part, in the event loop and in the thread that writes.
+"""Where the time of a step goes, part by part, in the event loop.
 
 Each part's own time is taken, without the parts inside it. Taking it costs about a microsecond a part, which makes
 everything a little slower than it is: compare the parts with one another, not with the other benchmarks.
@@ -33,8 +33,9 @@ class Part(NamedTuple):
     function: str
 
 
+_COMMIT = "begin, commit, sync"
+
 PARTS = (
-    # The event loop's thread.
     Part("dispatch", "paigeant.dispatcher", "Dispatcher.dispatch"),
     Part("encode the message", "paigeant.forwarder", "encode"),
     Part("decode the message", "paigeant.envelope", "decode"),
@@ -51,7 +52,7 @@ PARTS = (
     Part("hand to the lanes", "paigeant.lane", "Lane.submit"),
     Part("answer from the lanes", "paigeant.lane", "Lane._done"),
     Part("fetch the result", "paigeant.run", "Run.wait"),
-    # The threads that write and read.
+    # In its transactions.
     Part("record: rows to change", "paigeant.stores.sql", "SqlStore._record"),
     Part("claim: rows to change", "paigeant.stores.sql", "SqlStore._claim"),
     Part("start: rows to change", "paigeant.stores.sql", "SqlStore._start"),
@@ -60,59 +61,51 @@ PARTS = (
     Part("make rows of changes", "paigeant.stores.sql", "SqlStore.write"),
     Part("SQL that reads", "paigeant.prepared", "Prepared.rows"),
     Part("SQL that writes", "paigeant.prepared", "Prepared.each"),
-    Part("begin, commit, sync", "paigeant.lane", "transact"),
+    Part(_COMMIT, "paigeant.lane", "transact"),
     Part("rows to results", "paigeant.stores.sql", "SqlStore._load"),
 )
 
-_THREADS = {"MainThread": "loop", "paigeant-writer": "writer", "paigeant-reader": "reader"}
-
 
 def run(bench: Bench) -> list[Figure]:
-    """Microseconds a step: what each part takes of its processor, and for the writer also what it waits for."""
+    """Microseconds a step: what each part takes of the processor, and of a commit also what it waits for."""
     with bench.file() as file:
         found = bench.fresh(
             "benchmarks.cost", store=f"sqlite:///{file}", runs=bench.many(4000, 100), in_flight=500
         )
     figures = [Figure("while it is measured", found["steps"], "steps/s")]
-    for thread, parts in found["threads"].items():
-        figures += [Figure(f"{thread}: {name}", micros, "us/step") for name, micros in parts.items()]
+    figures += [Figure(name, micros, "us/step") for name, micros in found["parts"].items()]
     return figures
 
 
 class _Clock:
-    """Own times of nested parts, for each thread, in nanoseconds."""
+    """Own times of nested parts in one thread, in nanoseconds; other threads aren't counted."""
 
     def __init__(self) -> None:
-        self.cpu: dict[tuple[str, str], int] = {}
-        self.wall: dict[tuple[str, str], int] = {}
-        self._local = threading.local()
+        self.cpu: dict[str, int] = {}
+        self.wall: dict[str, int] = {}
+        self._thread = threading.get_ident()
+        self._stack: list[tuple[str, int, int]] = []
 
     def enter(self, name: str) -> None:
-        stack = self._stack()
-        now = (time.thread_time_ns(), time.perf_counter_ns())
-        self._charge(stack, now)
-        stack.append((name, *now))
+        if threading.get_ident() == self._thread:
+            now = self._charged()
+            self._stack.append((name, *now))
 
     def leave(self) -> None:
-        stack = self._stack()
+        if threading.get_ident() == self._thread:
+            now = self._charged()
+            self._stack.pop()
+            if self._stack:
+                self._stack[-1] = (self._stack[-1][0], *now)
+
+    def _charged(self) -> tuple[int, int]:
+        """Now, up to which what was going on is charged with the time."""
         now = (time.thread_time_ns(), time.perf_counter_ns())
-        self._charge(stack, now)
-        stack.pop()
-        if stack:
-            stack[-1] = (stack[-1][0], *now)
-
-    def _stack(self) -> list[tuple[str, int, int]]:
-        if not hasattr(self._local, "stack"):
-            self._local.stack = []
-        stack: list[tuple[str, int, int]] = self._local.stack
-        return stack
-
-    def _charge(self, stack: list[tuple[str, int, int]], now: tuple[int, int]) -> None:
-        if stack:
-            name, cpu, wall = stack[-1]
-            key = (threading.current_thread().name, name)
-            self.cpu[key] = self.cpu.get(key, 0) + now[0] - cpu
-            self.wall[key] = self.wall.get(key, 0) + now[1] - wall
+        if self._stack:
+            name, cpu, wall = self._stack[-1]
+            self.cpu[name] = self.cpu.get(name, 0) + now[0] - cpu
+            self.wall[name] = self.wall.get(name, 0) + now[1] - wall
+        return now
 
 
 class _Timed:
@@ -171,7 +164,7 @@ def _watch(clock: _Clock) -> None:
 
 
 async def measure(*, store: str, runs: int, in_flight: int) -> dict[str, Any]:
-    """Steps a second, and for each thread the microseconds a step of each part."""
+    """Steps a second, and the microseconds a step of each part."""
     clock = _Clock()
     _watch(clock)
     async with connected(store) as app:
@@ -194,22 +187,12 @@ async def measure(*, store: str, runs: int, in_flight: int) -> dict[str, Any]:
     def micros(nanoseconds: int) -> float:
         return nanoseconds / 1000 / STEPS / runs
 
-    threads: dict[str, dict[str, float]] = {name: {} for name in _THREADS.values()}
-    for (thread, name), spent in sorted(cpu.items(), key=lambda item: -item[1]):
-        if thread in _THREADS:  # the heartbeat's own little transaction is no part of a step
-            threads[_THREADS[thread]][name] = micros(spent)
-    loop = sum(spent for (thread, _), spent in cpu.items() if thread == "MainThread")
-    threads["loop"]["asyncio, and all else"] = micros(busy - loop)
-    threads["loop"]["sum"] = micros(busy)
-    for thread, name in _THREADS.items():
-        if name != "loop":
-            threads[name]["sum"] = sum(threads[name].values())
-            threads[name]["sum with waiting"] = micros(sum(ns for (t, _), ns in wall.items() if t == thread))
-    threads["writer"]["commit, with waiting"] = micros(
-        wall.get(("paigeant-writer", "begin, commit, sync"), 0)
-    )
-    threads["all"] = {"a step": micros(took)}
-    return {"steps": steps, "threads": threads}
+    parts = {name: micros(spent) for name, spent in sorted(cpu.items(), key=lambda item: -item[1])}
+    parts["asyncio, and all else"] = micros(busy - sum(cpu.values()))
+    parts["sum"] = micros(busy)
+    parts[f"{_COMMIT}, with waiting"] = micros(wall.get(_COMMIT, 0))
+    parts["a step, by the clock"] = micros(took)
+    return {"steps": steps, "parts": parts}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The shape of our transactions, by a driver's own means: psycopg 3 or asyncpg. For `drivers.py`; knows no Paigeant.
 
 A transaction asks for the time, locks runs, reads the heads of their steps, updates these, inserts the next ones, and
-commits. psycopg does it as databases/postgres.py does: in a thread, the writes in one pipeline with the commit.
+commits. psycopg does it in a thread, by its own pipeline, the writes along with the commit.
 """
 
 from __future__ import annotations
