@@ -41,11 +41,19 @@ class Green(greenlet):
     def resume(self) -> None:
         """Let it begin, or go on until it has to wait again. For the loop's own code only."""
         watch = self.switch()
-        calls, self._calls = self._calls, []
-        for call in calls:
-            call()
-        if watch is not None:
-            watch(self.resume)
+        while True:
+            calls, self._calls = self._calls, []
+            for call in calls:
+                call()
+            if watch is None:
+                return
+            try:
+                watch(self.resume)
+                return
+            except (
+                Exception
+            ) as exc:  # a socket that is gone can't be watched: whoever waits for it has to know
+                watch = self.throw(exc)
 
     def later(self, call: Callable[[], object]) -> None:
         """Have the loop call this, when it has to wait the next time or is done."""

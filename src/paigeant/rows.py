@@ -20,6 +20,7 @@ from sqlalchemy import (
     Select,
     String,
     Table,
+    Update,
     and_,
     bindparam,
     case,
@@ -384,14 +385,26 @@ def late_runs(now: float) -> Select[Any]:
 def _update(table: Table, columns: tuple[str, ...]) -> Prepared:
     keys = list(table.primary_key)
     places = [f"key_of{place}" for place in range(len(keys))]
-    statement = (
-        update(table)
-        .where(and_(*(column == bindparam(place) for column, place in zip(keys, places, strict=True))))
-        .values({table.c[name]: bindparam(f"_{name}") for name in columns})
-    )
+
+    def statement(dialect: str) -> Update:
+        return (
+            update(table)
+            .where(and_(*(column == bindparam(place) for column, place in zip(keys, places, strict=True))))
+            .values({table.c[name]: _new_value(table.c[name], dialect) for name in columns})
+        )
+
     # The statement names its columns in the order of the table.
     ordered = [f"_{column.name}" for column in table.c if column.name in columns]
     return Prepared(statement, [*ordered, *places])
+
+
+def _new_value(changed: ColumnElement[Any], dialect: str) -> ColumnElement[Any]:
+    value: ColumnElement[Any] = bindparam(f"_{changed.key}", type_=changed.type)
+    if changed is not step_executions.c.started_at:
+        return value
+    # One process may know the server's time a little later than another: a step isn't begun before it is made.
+    later_of = func.max if dialect == "sqlite" else func.greatest
+    return later_of(value, step_executions.c.created_at, type_=changed.type)
 
 
 @lru_cache(maxsize=64)

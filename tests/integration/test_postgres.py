@@ -211,6 +211,21 @@ async def test_a_transaction_may_ask_for_the_time_between_two_statements(postgre
             assert await store.database.write(handler, None)
 
 
+async def test_a_step_is_begun_after_it_was_made_whoever_tells_the_time(postgres_tables: str) -> None:
+    """A process to which the server's time came late claims what another one has just recorded."""
+    async with opened(postgres_tables) as one, opened(postgres_tables) as other:
+        await claimed(one, "r")
+        assert isinstance(other.database, PostgresDatabase)
+        await other.now()
+        other.database._clock._ahead -= 3.0
+        first = NextStep(StepKey("later", "a"), "a", "a")
+        assert await one.record_workflow_start(run("later", "a"), first, is_new=True)
+        answer = await other.claim_step(ClaimRequest(first.key, "w", 3, 0))
+        assert isinstance(answer, Grant)
+        [row] = (await one.load_run("later")).steps
+        assert row.started_at == row.created_at
+
+
 async def test_a_run_that_is_said_to_be_new_and_isnt_is_found(postgres_tables: str) -> None:
     """Its key tells."""
     async with opened(postgres_tables) as store:

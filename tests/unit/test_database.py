@@ -10,10 +10,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -422,7 +420,7 @@ async def test_who_opens_a_new_file_waits_for_another_that_makes_it(
         if other.in_transaction:
             other.execute("ROLLBACK")
 
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pause))
+    monkeypatch.setattr(module, "pause", pause)
     database = SqliteDatabase(f"sqlite:///{path}")
     await database.connect()
     await database.close()

@@ -147,6 +147,23 @@ def test_an_error_elsewhere_is_that_of_its_request(run: Run) -> None:
     run(test)
 
 
+def test_a_socket_that_is_gone_is_an_error_of_its_request(run: Run) -> None:
+    """It can't be waited for, and whoever tries isn't left to wait for ever."""
+
+    async def test(place: Place) -> None:
+        ours, theirs = socket.socketpair()
+        number = ours.fileno()
+        ours.close()
+        theirs.close()
+        with pytest.raises((OSError, ValueError)):
+            await place.lane.submit(one(lambda: until_ready(number)), None)
+        with pytest.raises((OSError, ValueError)):
+            await place.lane.submit(one(lambda: until_ready(-1)), None)
+        assert await place.lane.submit(one(is_green), None) is True
+
+    run(test)
+
+
 def test_what_is_too_slow_is_done_anew_in_another_thread(run: Run) -> None:
     """The first try is undone."""
 

@@ -15,7 +15,7 @@ import logging
 import random
 import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import psycopg
@@ -34,8 +34,9 @@ _LONGEST_BYTES = 7000
 
 _LONGEST_PAUSE = 2.0
 
-# It writes nothing that would have to be kept.
-_RING = (
+# They write nothing that would have to be kept.
+_RING = "SELECT set_config('synchronous_commit', 'off', true), pg_notify($1, $2)"
+_RING_SEVERAL = (
     "SELECT set_config('synchronous_commit', 'off', true), count(pg_notify(ring ->> 0, ring ->> 1)) "
     "FROM json_array_elements(CAST($1 AS JSON)) AS ring"
 )
@@ -73,7 +74,7 @@ class PostgresBell:
         self._attend(name, 1)
         return lambda: self._attend(name, -1)
 
-    def rings(self, names: Collection[str]) -> list[tuple[str, list[str]]]:
+    def rings(self, names: Collection[str]) -> list[tuple[str, Sequence[str]]]:
         """The statement, with its values, that tells the others that something of each of `names` has happened."""
         if not names:
             return []
@@ -85,7 +86,7 @@ class PostgresBell:
             for channel, own in channels.items()
             for payload in _payloads(own)
         ]
-        return [(_RING, [json.dumps(rings)])]
+        return [(_RING, rings[0])] if len(rings) == 1 else [(_RING_SEVERAL, [json.dumps(rings)])]
 
     def _attend(self, name: str, more: int) -> None:
         self._attended[name] += more
@@ -136,23 +137,25 @@ class PostgresBell:
         wire, lost = connection.fileno(), loop.create_future()
         changed = asyncio.create_task(self._changed.wait())
         # Read by ourselves: psycopg's own iteration takes the socket from the loop and gives it back for each ring.
-        loop.add_reader(wire, self._read, connection.pgconn, lost)
+        loop.add_reader(wire, self._read, wire, connection.pgconn, lost)
         try:
             await asyncio.wait({changed, lost}, return_when=asyncio.FIRST_COMPLETED)
             if lost.done():
                 lost.result()
         finally:
-            loop.remove_reader(wire)
+            if not lost.done():
+                loop.remove_reader(wire)
             changed.cancel()
 
-    def _read(self, wire: PGconn, lost: asyncio.Future[None]) -> None:
+    def _read(self, wire: int, server: PGconn, lost: asyncio.Future[None]) -> None:
         try:
-            wire.consume_input()
-            while (notify := wire.notifies()) is not None:
+            server.consume_input()
+            while (notify := server.notifies()) is not None:
                 self._rung(notify.extra.decode())
         except psycopg.Error as exc:
-            if not lost.done():
-                lost.set_exception(exc)
+            # Now: libpq has closed the socket, and its number may be another one's before the next turn.
+            asyncio.get_running_loop().remove_reader(wire)
+            lost.set_exception(exc)
 
     def _rung(self, payload: str) -> None:
         self.works = True

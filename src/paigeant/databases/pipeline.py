@@ -38,6 +38,9 @@ _BEGIN = "BEGIN"
 
 _DONE = frozenset({ExecStatus.COMMAND_OK, ExecStatus.TUPLES_OK})
 
+_DRIFT = 0.001
+"""By how much two clocks run differently at the most; while one of them is being put right, by half of that."""
+
 _CLOCK_SECONDS = 10.0
 """How long two clocks are taken to run alike."""
 
@@ -218,11 +221,14 @@ class ServerClock:
         self._ahead = -math.inf
         self._set = -math.inf
 
-    def set(self, now: float) -> None:
-        """The server has said this, some time ago: of what it says the latest instant is nearest to the truth."""
+    def set(self, now: float, asked: float) -> None:
+        """The server has said this, to a question that was sent at `asked` by the steady clock."""
         read = time.monotonic()
-        if now - read > self._ahead or not self.is_set:
-            self._ahead, self._set = now - read, read
+        # It said so at some instant between the two. An answer that was read late must not make the clock slow, as long
+        # as what is known is possible: it isn't where somebody has set the server's clock back.
+        known = self._ahead - _DRIFT * (read - self._set)
+        self._ahead = now - read if known > now - asked else max(now - read, known)
+        self._set = read
 
     @property
     def is_set(self) -> bool:
@@ -245,6 +251,7 @@ class Transaction:
 
     __slots__ = (
         "_asked",
+        "_asked_at",
         "_begun",
         "_clock",
         "_connection",
@@ -278,6 +285,7 @@ class Transaction:
         self._server = server
         self._roughly = roughly
         self._asked: Answer | None = None
+        self._asked_at = 0.0
         self._unsent: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
         self._now: float | None = None
         self._rough: float | None = None
@@ -295,7 +303,7 @@ class Transaction:
         if self._clock is not None:
             self._now = self._clock()
         elif not (self._roughly and self._server.is_set):
-            self._asked = self._pipeline.send(_NOW)
+            self._ask_now()
 
     def settle(self) -> None:
         """Take the results of what was sent after the last commit, of which an error means nothing to anyone."""
@@ -323,7 +331,7 @@ class Transaction:
         self._send()
         if self._now is None and self._asked is None:
             # Asked for later, it would take the connection away again.
-            self._asked = self._pipeline.send(_NOW)
+            self._ask_now()
         self._open()
         self._pipeline.leave()
         return self._connection
@@ -335,14 +343,17 @@ class Transaction:
             self._rough = self._server.now()
         if self._rough is not None:
             return self._rough
-        if self._asked is None:
-            self._asked = self._pipeline.send(_NOW)
-        self._now = self._told(self._asked)
+        self._now = self._told(self._asked or self._ask_now())
         return self._now
+
+    def _ask_now(self) -> Answer:
+        self._asked_at = time.monotonic()
+        self._asked = self._pipeline.send(_NOW)
+        return self._asked
 
     def _told(self, asked: Answer) -> float:
         [(now,)] = self._rows(asked)
-        self._server.set(now)
+        self._server.set(now, self._asked_at)
         self._asked = None
         told: float = now
         return told
