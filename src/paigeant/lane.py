@@ -41,11 +41,11 @@ _BATCH = 250
 """Requests in one transaction at the most: while they are put together nothing else runs."""
 
 _LAZY_SECONDS = 0.02
-_LONGEST_REST = 0.005
-"""A lane for which more is waiting already rests as long as it has worked, so that still more comes along."""
+_MANY = 24
+"""Requests that share their transaction well enough. A lane for which fewer are waiting rests until so many may be."""
 
-_MANY = 32
-"""Requests that share their transaction well enough."""
+_MOST_RESTS, _LONGEST_REST = 4, 0.01
+"""As often as long as the last transaction took, and seconds: the longest rest."""
 
 _TRIES = 8
 """How often a transaction is done again that another one got ahead of."""
@@ -318,8 +318,9 @@ class Lane:
         if self._waiting:
             # Requests that come one by one, as from a broker, would else share little, and a transaction of one costs
             # as much of the processor as one of twenty.
-            rest = time.monotonic() - self._began if len(batch) < _MANY else 0.0
-            self._loop.call_later(min(rest, _LONGEST_REST), self._next_if_idle)
+            took = time.monotonic() - self._began
+            rest = took * min(_MANY / len(self._waiting) - 1, _MOST_RESTS)
+            self._loop.call_later(min(max(rest, 0.0), _LONGEST_REST), self._next_if_idle)
         elif self._lazy:  # their time may have come while this one was under way
             self._loop.call_later(_LAZY_SECONDS, self._next_if_idle)
         if rings:

@@ -163,7 +163,9 @@ def claim(head: Head | None, request: ClaimRequest, changes: Changes, *, now: fl
                 "epoch": grant.epoch,
                 "attempt": grant.attempt,
                 "worker": request.worker,
-                "started_at": now,
+                # One process may know the time a little later than another that has made the step. Where a head is
+                # foreseen, that is seen to with the row (`rows.patch_rows`).
+                "started_at": max(now, head.created_at),
                 **({"waits_for": None} if head.status is StepStatus.WAITING else {}),
             },
         )

@@ -402,7 +402,7 @@ def _new_value(changed: ColumnElement[Any], dialect: str) -> ColumnElement[Any]:
     value: ColumnElement[Any] = bindparam(f"_{changed.key}", type_=changed.type)
     if changed is not step_executions.c.started_at:
         return value
-    # One process may know the server's time a little later than another: a step isn't begun before it is made.
+    # As `ledger.claim` says, also where that knows nothing of the row.
     later_of = func.max if dialect == "sqlite" else func.greatest
     return later_of(value, step_executions.c.created_at, type_=changed.type)
 

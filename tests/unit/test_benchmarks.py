@@ -29,7 +29,7 @@ FIGURES = {
     "growth": {"on an empty file", "on the full file", "a step takes longer by"},
     "memory": {"peak of a worker with 100 runs queued"},
     "startup": {"import paigeant", "paigeant --help"},
-    "cost": {"loop: perform", "writer: SQL that writes", "reader: rows to results", "all: a step"},
+    "cost": {"perform", "SQL that writes", "rows to results", "a step, by the clock"},
     "signing": {"plain: seal and open", "Ed25519: seal and open", "a signature adds to a hop"},
     "floor": {"insert and commit", "100 inserts a commit", "Paigeant over single commits"},
     "servers": {

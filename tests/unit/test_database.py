@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sqlalchemy import text
 from paigeant.databases import sqlite as module
 from paigeant.databases.sqlite import SqliteDatabase, database_path
 from paigeant.errors import ConfigurationError, SchemaMismatch, StoreUnavailable
+from paigeant.green import elsewhere
 from paigeant.lane import Tx
 
 WRITERS = """
@@ -81,7 +83,7 @@ async def held(database: SqliteDatabase) -> threading.Event:
 
     def hold(tx: Tx, requests: Sequence[None]) -> list[None]:
         loop.call_soon_threadsafe(began.set)
-        go.wait(20)
+        assert elsewhere(partial(go.wait, 20))
         return [None] * len(requests)
 
     task = database.write(hold, None)
