@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import queue
 import select
 import threading
@@ -20,8 +21,9 @@ from greenlet import getcurrent, greenlet
 
 __all__ = ["Green", "Hands", "TooSlow", "elsewhere", "is_green", "pause", "until_ready"]
 
-Result = TypeVar("Result")
+log = logging.getLogger("paigeant.lane")
 
+Result = TypeVar("Result")
 
 Wake = Callable[[], None]
 
@@ -44,15 +46,17 @@ class Green(greenlet):
         while True:
             calls, self._calls = self._calls, []
             for call in calls:
-                call()
+                try:
+                    call()
+                except Exception:  # whoever is told, this has to go on
+                    log.exception("what waited for a transaction failed")
             if watch is None:
                 return
             try:
                 watch(self.resume)
                 return
-            except (
-                Exception
-            ) as exc:  # a socket that is gone can't be watched: whoever waits for it has to know
+            except Exception as exc:
+                # A socket that is gone can't be watched: whoever waits for it has to know.
                 watch = self.throw(exc)
 
     def later(self, call: Callable[[], object]) -> None:

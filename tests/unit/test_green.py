@@ -164,6 +164,27 @@ def test_a_socket_that_is_gone_is_an_error_of_its_request(run: Run) -> None:
     run(test)
 
 
+def test_a_listener_that_fails_does_not_end_the_lane(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged, and what the transaction still waits for is waited for."""
+
+    async def test(place: Place) -> None:
+        def fail(_: object) -> None:
+            raise ValueError("a listener")
+
+        def ringing(tx: Tx, requests: Sequence[None]) -> list[None]:
+            tx.rings.add("a name")
+            return [None] * len(requests)
+
+        place.lane._heard = fail
+        place.lane._tidy = lambda *_: pause(0.01)
+        await place.lane.submit(ringing, None)
+        assert "what waited for a transaction failed" in caplog.text
+        place.lane._heard = lambda _: None
+        assert await place.lane.submit(one(is_green), None) is True
+
+    run(test)
+
+
 def test_what_is_too_slow_is_done_anew_in_another_thread(run: Run) -> None:
     """The first try is undone."""
 
