@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import sqlite3
@@ -10,10 +11,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import pytest_asyncio
@@ -23,7 +25,7 @@ from paigeant.databases import sqlite as module
 from paigeant.databases.sqlite import SqliteDatabase, database_path
 from paigeant.errors import ConfigurationError, SchemaMismatch, StoreUnavailable
 from paigeant.green import elsewhere
-from paigeant.lane import Tx
+from paigeant.lane import Lane, Tx
 
 WRITERS = """
 import asyncio, sys
@@ -90,6 +92,41 @@ async def held(database: SqliteDatabase) -> threading.Event:
     await began.wait()
     task.add_done_callback(lambda done: done.result())
     return go
+
+
+async def test_a_question_through_sqlalchemy_does_not_keep_the_event_loop(database: SqliteDatabase) -> None:
+    """It may look through the whole file, so that its transaction is done in another thread."""
+    own = threading.get_ident()
+    assert await database.ask(lambda connection: threading.get_ident()) != own
+    assert await database.write(lambda tx, requests: [threading.get_ident() for _ in requests], None) == own
+
+
+@pytest.mark.parametrize(("seconds", "stays"), [(0.0, True), (0.01, False)], ids=["quick", "slow"])
+async def test_a_commit_is_left_to_another_thread_while_the_disk_is_slow(seconds: float, stays: bool) -> None:
+    """What the last ones took says where the next one is done."""
+    done_in: list[int] = []
+
+    class Driver:
+        def commit(self) -> None:
+            time.sleep(seconds)  # the disk
+            done_in.append(threading.get_ident())
+
+    def commit(tx: Tx, requests: Sequence[None]) -> list[None]:
+        synced.commit(cast(sqlite3.Connection, Driver()))
+        return [None] * len(requests)
+
+    @contextlib.contextmanager
+    def begin(_: object, durable: bool) -> Iterator[Tx]:
+        yield Tx(cast(Any, None))
+
+    synced = module._Synced()
+    lane = Lane("lane", lambda: cast(Any, None), guard=contextlib.nullcontext, begin=begin)
+    for _ in range(20):
+        await lane.submit(commit, None)
+    await lane.stop()
+    own = threading.get_ident()
+    assert done_in[0] != own, "nothing is known of the disk yet"
+    assert (done_in[-1] == own) is stays
 
 
 async def test_requests_that_meet_share_a_transaction(database: SqliteDatabase) -> None:

@@ -71,6 +71,11 @@ def one(work: Callable[[], Any]) -> Callable[[Tx, Sequence[Any]], list[Any]]:
     return lambda tx, requests: [work() for _ in requests]
 
 
+def as_asked(tx: Tx, requests: Sequence[int]) -> list[int]:
+    """A handler that gives back what it is asked."""
+    return list(requests)
+
+
 def test_the_loop_goes_on_while_a_transaction_blocks_elsewhere(run: Run) -> None:
     """What blocks is done in another thread; the loop has its turns meanwhile."""
 
@@ -90,13 +95,30 @@ def test_what_comes_meanwhile_shares_the_next_transaction(run: Run) -> None:
 
     async def test(place: Place) -> None:
         released = threading.Event()
-        numbers: Callable[[Tx, Sequence[Any]], list[int]] = lambda tx, requests: list(requests)  # noqa: E731
         first = place.lane.submit(one(lambda: elsewhere(lambda: released.wait(PATIENCE))), None)
         await asyncio.sleep(0.01)
-        others = [place.lane.submit(numbers, number) for number in range(50)]
+        others = [place.lane.submit(as_asked, number) for number in range(50)]
         released.set()
         assert await first
         assert await asyncio.gather(*others) == list(range(50))
+        assert place.done == 2
+
+    run(test)
+
+
+def test_a_lane_for_which_few_are_waiting_rests_so_that_more_may_come(run: Run) -> None:
+    """What is asked for just after a transaction shares the next one with what was asked for during it."""
+
+    async def test(place: Place) -> None:
+        released = threading.Event()
+        first = place.lane.submit(one(lambda: elsewhere(lambda: released.wait(PATIENCE))), None)
+        await asyncio.sleep(0.02)
+        second = place.lane.submit(as_asked, 2)
+        released.set()
+        assert await first
+        await asyncio.sleep(0)
+        third = place.lane.submit(as_asked, 3)
+        assert [await second, await third] == [2, 3]
         assert place.done == 2
 
     run(test)
@@ -207,10 +229,8 @@ def test_two_lanes_wait_side_by_side(run: Run) -> None:
         other = Place()
         met = threading.Barrier(2)
         meet = one(lambda: elsewhere(lambda: met.wait(PATIENCE)))
-        assert sorted(await asyncio.gather(place.lane.submit(meet, None), other.lane.submit(meet, None))) == [
-            0,
-            1,
-        ]
+        met_by = await asyncio.gather(place.lane.submit(meet, None), other.lane.submit(meet, None))
+        assert sorted(met_by) == [0, 1]
         await other.lane.stop()
 
     run(test)

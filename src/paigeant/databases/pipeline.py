@@ -56,7 +56,7 @@ def driver_of(connection: Connection) -> psycopg.Connection[Any]:
 
 
 class GreenConnection(psycopg.Connection[Any]):
-    """psycopg's connection, which lets the event loop go on while a GreenLane waits for it."""
+    """psycopg's connection, which lets the event loop go on while a lane waits for it."""
 
     def wait(self, gen: PQGen[Value], interval: float = 0.1, timeout: float | None = None) -> Value:
         if not is_green():

@@ -168,7 +168,7 @@ class SqliteDatabase(Database):
             driver_of(connection).execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._durable = durable
 
-        with begun(connection, commit=self._synced.commit if durable else _commit):
+        with begun(connection, commit=self._synced.commit if durable else sqlite3.Connection.commit):
             yield Tx(_Driver(connection, self.clock.now()))
 
     @contextlib.contextmanager
@@ -245,10 +245,6 @@ class _Synced:
         began = time.monotonic()
         driver.commit()
         self._seconds += 0.1 * (time.monotonic() - began - self._seconds)
-
-
-def _commit(driver: sqlite3.Connection) -> None:
-    driver.commit()
 
 
 def _checkpoint(driver: sqlite3.Connection) -> None:
@@ -358,7 +354,7 @@ def begun(
     connection: Connection,
     *,
     reads_only: bool = False,
-    commit: Callable[[sqlite3.Connection], object] = _commit,
+    commit: Callable[[sqlite3.Connection], object] = sqlite3.Connection.commit,
     patience: float = _BUSY_SECONDS,
 ) -> Iterator[None]:
     """A transaction that is committed at the end, or rolled back by an error.
