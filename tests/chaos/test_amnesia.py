@@ -50,8 +50,8 @@ def test_a_transport_forgets_everything(
             seconds.append(time.time() - forgot)
             assert in_flight >= 500
             pauses.append(longest_pause(nursery.store, forgot))
-            waits += recoveries(nursery.store, [forgot])
-            late |= stragglers(nursery.store, [forgot], within=BOUND + usual)
+            waits += recoveries(nursery, [forgot])
+            late |= stragglers(nursery, [forgot], within=BOUND + usual)
             nursery.stop(signal.SIGTERM)
         repeats = audit(nursery, runs=range((times + 1) * RUNS))
     say(
@@ -73,4 +73,4 @@ def work_off(nursery: Nursery) -> float:
         nursery.start("worker", concurrency=50)
     nursery.until(lambda: not open_runs(nursery.store))
     nursery.stop(signal.SIGTERM)
-    return began - started + recoveries(nursery.store, [began])[0]
+    return began - started + recoveries(nursery, [began])[0]

@@ -50,6 +50,6 @@ def test_workers_are_stopped_again_and_again(place: Place, tmp_path: Path, runs:
         nursery.stop(signal.SIGTERM)
         assert set(nursery.ended.values()) == {0}, nursery.errors
     repeats = audit(nursery, runs=range(runs))
-    waits, usual = recoveries(nursery.store, stopped), usual_wait(nursery.store, stopped[0])
+    waits, usual = recoveries(nursery, stopped), usual_wait(nursery, stopped[0])
     say(f"{place.name}: {stops} stops, {repeats} repeats; recovered within {max(waits):.1f} s")
-    assert stragglers(nursery.store, stopped, within=BOUND + usual) == {}
+    assert stragglers(nursery, stopped, within=BOUND + usual) == {}

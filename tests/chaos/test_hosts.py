@@ -81,7 +81,7 @@ def test_a_host_is_cut_off(
             nursery.stop(signal.SIGTERM)
             assert set(nursery.ended.values()) == {0}, nursery.errors
         repeats = audit(b, runs=range(extra))
-        waits, usual = recoveries(b.store, [cut]), usual_wait(b.store, cut)
+        waits, usual = recoveries(b, [cut]), usual_wait(b, cut)
         [(first,)] = rows(b.store, mine.replace("count(*)", "min(started_at)"))
     say(
         f"{name}: {seconds:.0f} s cut off, {extra} runs, {repeats} repeats; the other host went on within "

@@ -40,7 +40,7 @@ def test_nothing_is_lost_or_done_twice_when_processes_are_killed(
         nursery.stop(signal.SIGTERM)
     repeats = audit(nursery, runs=range(runs), killed=killed.pids)
     pause = longest_pause(nursery.store, killed.at[0])
-    waits = recoveries(nursery.store, killed.at)
+    waits = recoveries(nursery, killed.at, killed=killed.pids)
     say(
         f"{place.name}: {runs} runs in {killed.seconds:.1f} s; {len(killed.pids)} kills, {repeats} of "
         f"{records_of(runs) // 2} executions repeated; longest pause {pause:.1f} s; "
@@ -49,6 +49,6 @@ def test_nothing_is_lost_or_done_twice_when_processes_are_killed(
     assert len(killed.pids) >= kills
     assert repeats <= len(killed.pids) * CONCURRENCY
     assert rows(nursery.store, "SELECT count(*) FROM workflow_runs") == [(runs,)]
-    within = BOUND + usual_wait(nursery.store, killed.at[0])
+    within = BOUND + usual_wait(nursery, killed.at[0])
     assert pause < within
-    assert stragglers(nursery.store, killed.at, within=within) == {}
+    assert stragglers(nursery, killed.at, within=within, killed=killed.pids) == {}

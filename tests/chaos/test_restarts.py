@@ -92,12 +92,12 @@ def test_the_broker_is_killed_and_started_again(
             settled=place.settled,
         )
     repeats = audit(nursery, runs=range(runs))
-    waits, usual = recoveries(nursery.store, healed), usual_wait(nursery.store, first)
+    waits, usual = recoveries(nursery, healed), usual_wait(nursery, first)
     say(
         f"{place.name}: broker killed {restarts} times in {time.monotonic() - began:.1f} s and {runs} runs; "
         f"{repeats} repeats; recovered within {', '.join(f'{wait:.1f}' for wait in waits)} s, usual {usual:.1f} s"
     )
-    assert stragglers(nursery.store, healed, within=BOUND + usual) == {}
+    assert stragglers(nursery, healed, within=BOUND + usual) == {}
     if place.name != "joined":
         assert repeats == 0
 
@@ -122,9 +122,9 @@ def test_postgres_is_stopped_at_once(
             pause=pause,
         )
     repeats = audit(nursery, runs=range(runs))
-    waits, usual = recoveries(nursery.store, healed), usual_wait(nursery.store, first)
+    waits, usual = recoveries(nursery, healed), usual_wait(nursery, first)
     say(
         f"{place.name}: Postgres stopped {restarts} times in {time.monotonic() - began:.1f} s and {runs} runs; "
         f"{repeats} repeats; recovered within {', '.join(f'{wait:.1f}' for wait in waits)} s, usual {usual:.1f} s"
     )
-    assert stragglers(nursery.store, healed, within=BOUND + usual) == {}
+    assert stragglers(nursery, healed, within=BOUND + usual) == {}

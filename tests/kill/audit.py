@@ -122,22 +122,25 @@ def audit(done: Audited, *, runs: Collection[int], killed: Collection[int] = ())
     return _count_repeats(records, runs, killed)
 
 
-def recoveries(store: str, healed: Collection[float]) -> list[float]:
+def recoveries(done: Audited, healed: Collection[float], *, killed: Collection[int] = ()) -> list[float]:
     """For each instant at which a fault was over: how long until every run in flight then had gone on.
 
-    A run goes on when one of its steps is claimed or recorded, or with its end. Instants are seconds since 1970.
+    A run goes on when one of its steps is claimed or recorded, or with its end. The row of a step keeps its last claim
+    only: of one whose worker is among the processes `killed` the diary tells. Instants are seconds since 1970.
     """
-    moves = _moves(store)
+    moves = _moves(done, killed)
     return [max(_waits(moves, heal).values(), default=0.0) for heal in healed]
 
 
-def stragglers(store: str, faults: Collection[float], *, within: float) -> dict[str, float]:
+def stragglers(
+    done: Audited, faults: Collection[float], *, within: float, killed: Collection[int] = ()
+) -> dict[str, float]:
     """The runs that, after one of these faults with which they were in flight, went on later than `within` seconds.
 
     By run how long it took, the longest where there were several. What going on is, see `recoveries`.
     """
     late: dict[str, float] = {}
-    moves = _moves(store)
+    moves = _moves(done, killed)
     for fault in faults:
         for run, wait in _waits(moves, fault).items():
             if wait > max(within, late.get(run, 0.0)):
@@ -151,12 +154,12 @@ def _waits(moves: dict[str, list[float]], since: float) -> dict[str, float]:
     return {run: min(one for one in at if one > since) - since for run, at in in_flight.items()}
 
 
-def usual_wait(store: str, until: float) -> float:
+def usual_wait(done: Audited, until: float) -> float:
     """The longest time that a run didn't go on before any fault: what waiting for one's turn takes on this machine."""
     return max(
         (
             later - earlier
-            for run in _moves(store).values()
+            for run in _moves(done, ()).values()
             for earlier, later in pairwise(run)
             if later < until
         ),
@@ -164,14 +167,19 @@ def usual_wait(store: str, until: float) -> float:
     )
 
 
-def _moves(store: str) -> dict[str, list[float]]:
+def _moves(done: Audited, killed: Collection[int]) -> dict[str, list[float]]:
     """For each run the instants at which it began, went on, and ended."""
     moves = {
         run: [created, ended]
-        for run, created, ended in rows(store, "SELECT id, created_at, completed_at FROM workflow_runs")
+        for run, created, ended in rows(done.store, "SELECT id, created_at, completed_at FROM workflow_runs")
     }
-    for run, *instants in rows(store, "SELECT workflow_id, started_at, completed_at FROM step_executions"):
+    for run, *instants in rows(
+        done.store, "SELECT workflow_id, started_at, completed_at FROM step_executions"
+    ):
         moves[run] += instants
+    for entry in diary(done.folder) if killed else ():
+        if entry.what == BEGAN and entry.process in killed:
+            moves[f"r{entry.run}"].append(entry.at)
     return {run: sorted(at for at in found if at is not None) for run, found in moves.items()}
 
 

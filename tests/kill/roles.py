@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import struct
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -48,7 +49,7 @@ TIMES = {"lease": 2.0, "heartbeat": 0.3, "sweep_interval": 0.2, "grace": 1.0}
 """Settings for tests in which leases end and messages are lost, so that these don't take long."""
 
 BEGAN, ENDED, LOST = 0, 1, 2
-_RECORD = struct.Struct("<IIIHBBB3x")
+_RECORD = struct.Struct("<dIIIHBBB3x")
 
 activity = ActivityRegistry()
 _diary = -1
@@ -60,9 +61,10 @@ _slow: tuple[str, bool, float] = ("", False, 0.0)
 class Record(NamedTuple):
     """An execution of a step or its undo began, or ended well, or its worker heard that it had lost the step.
 
-    `number` counts the records of the process.
+    `at` is when, in seconds since 1970; `number` counts the records of the process.
     """
 
+    at: float
     run: int
     process: int
     number: int
@@ -106,7 +108,7 @@ def steps_of(number: int) -> list[str]:
 def _write(run_id: str, step_id: str, attempt: int, undo: bool, what: int) -> int:
     global _written
     _written += 1
-    record = (int(run_id[1:]), os.getpid(), _written, attempt, int(step_id[1:]), undo, what)
+    record = (time.time(), int(run_id[1:]), os.getpid(), _written, attempt, int(step_id[1:]), undo, what)
     os.write(_diary, _RECORD.pack(*record))
     return _written
 

@@ -81,9 +81,24 @@ def test_a_run_that_goes_on_late_is_found(restored: Nursery) -> None:
     write(restored.store, "UPDATE workflow_runs SET created_at = 1000, completed_at = 1100")
     write(restored.store, "UPDATE step_executions SET started_at = 1001, completed_at = 1012")
     write(restored.store, "UPDATE step_executions SET completed_at = 1017 WHERE workflow_id = 'r24'")
-    assert stragglers(restored.store, [1010.0], within=5.0) == {"r24": 7.0}
-    assert stragglers(restored.store, [1010.0, 1000.5, 1200.0], within=1.0)["r24"] == 7.0
-    assert stragglers(restored.store, [1010.0], within=7.0) == {}
+    assert stragglers(restored, [1010.0], within=5.0) == {"r24": 7.0}
+    assert stragglers(restored, [1010.0, 1000.5, 1200.0], within=1.0)["r24"] == 7.0
+    assert stragglers(restored, [1010.0], within=7.0) == {}
+
+
+def test_a_run_that_is_hit_again_and_again_has_gone_on(restored: Nursery) -> None:
+    """Of a step whose worker was killed the row keeps nothing: that it had begun in time is in the diary."""
+    began = next(entry for entry in diary(restored.folder) if entry.run == 24 and entry.what == BEGAN)
+    fault = began.at - 3.0
+    write(
+        restored.store, f"UPDATE workflow_runs SET created_at = {fault - 1.0}, completed_at = {fault + 9.0}"
+    )
+    write(
+        restored.store, f"UPDATE step_executions SET started_at = {fault - 1.0}, completed_at = {fault + 8.0}"
+    )
+    assert stragglers(restored, [fault], within=5.0)["r24"] == pytest.approx(8.0)
+    assert "r24" not in stragglers(restored, [fault], within=5.0, killed={began.process})
+    assert "r24" in stragglers(restored, [fault], within=2.0, killed={began.process})
 
 
 def test_an_execution_that_nothing_explains_is_found(done: Nursery) -> None:
