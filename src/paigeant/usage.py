@@ -80,11 +80,8 @@ class Usage:
 
     def dump(self) -> bytes:
         """The usage as it is recorded with a step."""
-        return to_json(self._recorded())
-
-    def _recorded(self) -> dict[str, Any]:
         models = {name: used.as_json() for name, used in self.models.items()}
-        return {**self.as_json(), "models": models} if models else self.as_json()
+        return to_json({**self.as_json(), "models": models} if models else self.as_json())
 
     @classmethod
     def read(cls, recorded: bytes | None) -> Usage | None:
@@ -110,9 +107,9 @@ class Usage:
 
     # -- in the record of a unit
 
-    def stamp(self, record: dict[str, Any]) -> dict[str, Any]:
-        """The record of a unit that tells what the unit itself used, before all else so that it is found at once."""
-        return {_KEY: self._recorded(), **record} if self else record
+    def stamp(self, record: bytes) -> bytes:
+        """The record of a unit (an object) that tells what the unit itself used, first of all: it is found at once."""
+        return b"%b%b,%b" % (_STAMP, self.dump(), record[1:]) if self else record
 
     @classmethod
     def stamped(cls, record: bytes) -> Usage | None:

@@ -41,7 +41,7 @@ from paigeant.agents.conversation import answers, continued, keep
 from paigeant.agents.durability import PaigeantDurability
 from paigeant.agents.plans import Handoff, Planner, check_may_add, hands_over
 from paigeant.agents.prompt import Prompt
-from paigeant.agents.usage import a_part, count
+from paigeant.agents.usage import Part, count
 from paigeant.context import StepContext
 from paigeant.errors import ArgumentError, InvalidDefinition, NonRetryableError
 from paigeant.policy import ItineraryPolicy
@@ -135,7 +135,7 @@ def agent_activity(
         # The parts of the conversation, not the whole: what a run that fails has used is wanted as well.
         so_far = Conversation() if earlier is None else earlier.conversation
         usage = copy.copy(so_far.usage)
-        with a_part(usage) as run:
+        with Part(usage) as run:
             try:
                 result = await agent.run(
                     text,

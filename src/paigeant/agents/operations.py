@@ -7,7 +7,7 @@ import copy
 import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 from pydantic import TypeAdapter
 from pydantic_ai import DeferredToolRequests, RunContext, RunUsage
@@ -25,9 +25,9 @@ from pydantic_ai.durable_exec import (
     record_durable_unit,
 )
 from pydantic_ai.messages import ToolCallPart
-from pydantic_core import PydanticSerializationError, from_json, to_json
+from pydantic_core import from_json
 
-from paigeant.agents.usage import a_part, count, of_request, of_run
+from paigeant.agents.usage import Part, count, of_request, of_run
 from paigeant.errors import OutputInvalid, UnitUnreadable
 from paigeant.journal import Place, Unit, current_place
 from paigeant.usage import Usage
@@ -49,15 +49,35 @@ __all__ = [
 _USAGE = TypeAdapter(RunUsage)
 
 
-class Codec(DurabilityCodec):
-    """JSON; a record that can't be read is our error, not one that a tool's arguments could have caused."""
+class Payload(NamedTuple):
+    """A value as JSON, and what that JSON says: it is loaded of that, as it will be from a record."""
 
-    def dump(self, tp: Any, value: Any) -> Any:
-        return JSON_CODEC.dump(tp, value)
+    json: bytes
+    value: Any
+
+
+class Codec(DurabilityCodec):
+    """JSON; a record that can't be read is our error, not one that a tool's arguments could have caused.
+
+    What is dumped is a Payload. A value that comes from a record is loaded as it stands there.
+    """
+
+    def __init__(self) -> None:
+        self._types: dict[Any, TypeAdapter[Any]] = {}
+
+    def dump(self, tp: Any, value: Any) -> Payload:
+        kind = self._types.get(tp)
+        if kind is None:
+            kind = self._types[tp] = TypeAdapter(tp)
+        try:
+            written = kind.dump_json(value)
+            return Payload(written, from_json(written))
+        except ValueError as exc:  # it can't be written, or is nested too deep to be read again
+            raise not_json(exc) from exc
 
     def load(self, tp: Any, payload: Any) -> Any:
         try:
-            return JSON_CODEC.load(tp, payload)
+            return JSON_CODEC.load(tp, payload.value if isinstance(payload, Payload) else payload)
         except Exception as exc:  # whatever a type's own validators raise
             raise UnitUnreadable(
                 f"a recorded unit can't be read as {tp!r}: {' '.join(str(exc).split())[:500]}; it was recorded by "
@@ -218,8 +238,15 @@ class Operations(CallableOperationBackend[Unit]):
             )  # code has called it, which may rely on what it called before
         if tool is not None:
             progress.done[unit] = tool
+        made = None
+
+        async def produce() -> bytes:
+            nonlocal made
+            made = await _made(operation_id, body, caller)
+            return made.record
+
         try:
-            done = await place.do(unit, config, lambda: _packed(operation_id, body, caller), soon=is_answer)
+            done = await place.do(unit, config, produce, soon=is_answer)
         except Exception as exc:
             progress.error = exc
             raise
@@ -227,22 +254,23 @@ class Operations(CallableOperationBackend[Unit]):
             about = "" if ctx is None else str(ctx.run_step)
             progress.answered(place, unit, number, about)
         record_durable_unit(executed=done.executed)
-        payload, used, itself = _unpacked(unit, done.value)
-        if tool is not None and not _is_return(payload):
+        # Another worker may have been the first to record it.
+        told = made if made is not None and made.record == done.value else _read(unit, done.value)
+        if tool is not None and not _is_return(told.value):
             progress.done.pop(unit, None)
         if is_answer and not done.executed and ctx is not None:
             progress.calls = {
                 place.spelled(called): tool
-                for called, tool in self._calls(place, payload, ctx, progress.line)
+                for called, tool in self._calls(place, told.value, ctx, progress.line)
             }
-            progress.was = self._rename(payload)
-        # That is by the library, once it has the payload.
-        added = itself if is_answer else _used(operation_id, payload)
-        if usage is not None and used is not None:
-            usage.incr(used)
-            added += of_run(used)
-        count(unit, itself, added, to=None if ctx is None else ctx.usage)
-        return payload
+            progress.was = self._rename(told.value)
+        # That is by the library, once it has the value.
+        added = told.used if is_answer else _used(operation_id, told.value)
+        if usage is not None and told.usage is not None:
+            usage.incr(told.usage)
+            added += of_run(told.usage)
+        count(unit, told.used, added, to=None if ctx is None else ctx.usage)
+        return told.value
 
     def _calls(
         self, place: Place, answer: object, ctx: RunContext[Any], line: str
@@ -273,31 +301,52 @@ def _tool_calls(answer: object) -> Iterator[dict[str, Any]]:
             yield part
 
 
-async def _packed(
+class _Told(NamedTuple):
+    """The record of an operation, and what it tells: the value, the unit's own usage, what its caller is to count."""
+
+    record: bytes
+    value: Any
+    used: Usage
+    usage: RunUsage | None = None
+
+
+async def _made(
     operation_id: DurableOperationId, body: Callable[[], Awaitable[object]], caller: RunContext[Any] | None
-) -> bytes:
-    """What `body` gives, with the usage that it caused in its `caller`, as JSON. Raises OutputInvalid.
+) -> _Told:
+    """The record of what `body` gives, with the usage that it caused in its `caller`. Raises OutputInvalid.
 
     Before that stands what the unit used itself: all of it that no other unit tells of.
     """
     if caller is None:
-        value = await body()
-        return _json(_used(operation_id, value).stamp({"value": value}))
+        payload = cast(Payload, await body())
+        used = _used(operation_id, payload.value)
+        return _Told(used.stamp(b'{"value":%b}' % payload.json), payload.value, used)
     # The library gives each call of a tool a context of its own, and the parallel ones a usage in common.
     common = caller.usage
     before, caller.usage = _copied(common), _copied(common)
     try:
-        with a_part(caller.usage) as within:
-            value = await body()
+        with Part(caller.usage) as within:
+            payload = cast(Payload, await body())
         after = caller.usage
     finally:
         caller.usage = common
-    record: dict[str, object] = {"value": value}
-    used = _used(operation_id, value)
-    if vars(after) != vars(before):
-        record["usage"] = _USAGE.dump_python(after - before, mode="json", exclude_defaults=True)
-        used += within.rest()
-    return _json(used.stamp(record))
+    used = _used(operation_id, payload.value)
+    if vars(after) == vars(before):
+        return _Told(used.stamp(b'{"value":%b}' % payload.json), payload.value, used)
+    used += within.rest()
+    caused = _USAGE.dump_json(after - before, exclude_defaults=True)
+    record = used.stamp(b'{"value":%b,"usage":%b}' % (payload.json, caused))
+    return _Told(record, payload.value, used, _USAGE.validate_python(from_json(caused)))
+
+
+def _read(unit: str, record: bytes) -> _Told:
+    """What a record tells. Raises UnitUnreadable."""
+    try:
+        found = from_json(record)
+        usage = _USAGE.validate_python(found["usage"]) if "usage" in found else None
+        return _Told(record, found["value"], Usage.told(found) or Usage(), usage)
+    except (ValueError, KeyError, TypeError) as exc:
+        raise UnitUnreadable(f"the record of unit '{unit}' is no record of an operation: {exc}") from exc
 
 
 def _used(operation_id: DurableOperationId, value: object) -> Usage:
@@ -312,26 +361,6 @@ def _used(operation_id: DurableOperationId, value: object) -> Usage:
 def _is_return(value: object) -> bool:
     """Whether a tool's recorded result is that of a call that was done."""
     return isinstance(value, dict) and value.get("kind") in ("tool_return", "tool_content_result")
-
-
-def _json(record: dict[str, object]) -> bytes:
-    try:
-        return to_json(record, inf_nan_mode="strings")
-    except (PydanticSerializationError, ValueError) as exc:
-        raise not_json(exc) from exc
-
-
-def _unpacked(unit: str, record: bytes) -> tuple[object, RunUsage | None, Usage]:
-    """The value in a record, what its caller is to count for it, if anything, and what the unit itself used.
-
-    Raises UnitUnreadable.
-    """
-    try:
-        found = from_json(record)
-        used = _USAGE.validate_python(found["usage"]) if "usage" in found else None
-        return found["value"], used, Usage.told(found) or Usage()
-    except (ValueError, KeyError, TypeError) as exc:
-        raise UnitUnreadable(f"the record of unit '{unit}' is no record of an operation: {exc}") from exc
 
 
 def _copied(usage: RunUsage) -> RunUsage:

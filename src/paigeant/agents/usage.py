@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Self
 
@@ -22,7 +20,7 @@ from paigeant.errors import StoreUnavailable
 from paigeant.store import RunValues, StepKey
 from paigeant.usage import Usage
 
-__all__ = ["Counting", "Part", "a_part", "count", "of_request", "of_run", "put_price"]
+__all__ = ["Counting", "Part", "count", "of_request", "of_run", "put_price"]
 
 
 class Counting:
@@ -57,32 +55,33 @@ class Counting:
         return total.dump() if total else None
 
 
-@dataclass(slots=True)
 class Part:
-    """A piece of a step that adds up what it uses in `usage`, and how much of that its units tell of."""
+    """A piece of a step that adds up what it uses in `usage`, and how much of that its units tell of.
 
-    usage: RunUsage
-    before: Usage
-    told: list[Usage] = field(default_factory=list)
+    Use it as a context manager: the code inside is that piece, and agents that are handed `usage` there add to it.
+    """
+
+    __slots__ = ("_before", "_token", "told", "usage")
+
+    def __init__(self, usage: RunUsage) -> None:
+        self.usage = usage
+        self.told: list[Usage] = []
+        self._before = of_run(usage)
+
+    def __enter__(self) -> Self:
+        self._token = _PART.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _PART.reset(self._token)
 
     def rest(self) -> Usage:
         """What was used here that no unit tells of: by agents without an engine, in tools that aren't recorded."""
-        return of_run(self.usage).beyond(Usage.total((self.before, *self.told)))
+        return of_run(self.usage).beyond(Usage.total((self._before, *self.told)))
 
 
 _COUNTING: contextvars.ContextVar[Counting | None] = contextvars.ContextVar("paigeant.counting", default=None)
 _PART: contextvars.ContextVar[Part | None] = contextvars.ContextVar("paigeant.part", default=None)
-
-
-@contextmanager
-def a_part(usage: RunUsage) -> Iterator[Part]:
-    """The code inside is a piece of the step; agents that are handed `usage` there add theirs to it."""
-    made = Part(usage, of_run(usage))
-    token = _PART.set(made)
-    try:
-        yield made
-    finally:
-        _PART.reset(token)
 
 
 def count(unit: str, used: Usage, added: Usage, *, to: RunUsage | None) -> None:
