@@ -40,13 +40,12 @@ class Usage:
         )
 
     def __add__(self, other: Usage) -> Usage:
-        costs = [cost for cost in (self.cost, other.cost) if cost is not None]
         return Usage(
             self.requests + other.requests,
             self.tool_calls + other.tool_calls,
             self.input_tokens + other.input_tokens,
             self.output_tokens + other.output_tokens,
-            sum(costs, Decimal()) if costs else None,
+            other.cost if self.cost is None else self.cost + (other.cost or 0),
             _together(self.models, other.models),
         )
 
@@ -65,6 +64,12 @@ class Usage:
     def total(cls, parts: Iterable[Usage]) -> Usage:
         """All parts together."""
         return sum(parts, _NOTHING)
+
+    def by(self, model: str) -> Usage:
+        """The same, all of it taken by this model."""
+        return Usage(
+            self.requests, self.tool_calls, self.input_tokens, self.output_tokens, self.cost, {model: self}
+        )
 
     # -- as JSON
 

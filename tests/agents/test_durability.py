@@ -778,6 +778,51 @@ async def test_a_record_that_can_t_be_read_calls_no_tool(record: bytes) -> None:
     assert (paid, requests) == ([], [0])
 
 
+@pytest.mark.parametrize("depth", range(194, 202))
+async def test_what_is_recorded_can_be_read_however_deep_it_is_nested(depth: int) -> None:
+    """A result that no later attempt could read is refused like one that JSON can't hold, and isn't recorded."""
+    model, _ = scripted(called("look", "c1"), "done")
+    agent = durable(model)
+
+    @agent.tool_plain
+    def look() -> Any:
+        return from_json(b"[" * depth + b"]" * depth)
+
+    step = Step()
+    try:
+        await step.attempt(lambda: agent.run("go"))
+    except OutputInvalid:
+        assert depth > 195
+        assert not [unit for _, unit in step.store._units if "call_tool" in unit]
+    else:
+        assert depth < 200
+        await step.attempt(lambda: agent.run("go"))
+
+
+async def test_a_record_is_an_object_that_people_can_read() -> None:
+    """First stands what the unit itself used, then the value; with a tool's call what its caller is to count."""
+    inner = durable(scripted("inner")[0], name="inner")
+    outer = durable(scripted(called("ask", "c1"), "done")[0], name="outer")
+
+    @outer.tool
+    async def ask(ctx: RunContext[None]) -> str:
+        return (await inner.run("go", usage=ctx.usage)).output
+
+    step = Step()
+    await step.attempt(lambda: outer.run("go"))
+    records = {
+        unit.partition("(")[0].rpartition("__")[2]: from_json(record)
+        for (_, unit), record in step.store._units.items()
+    }
+    assert list(records["model.request"]) == ["paigeant.used", "value"]
+    assert records["model.request"]["value"]["kind"] == "response"
+    call = records["<agent>.call_tool:ask"]
+    assert list(call) == ["paigeant.used", "value", "usage"]
+    assert call["value"] == {"result": "inner", "kind": "tool_return"}
+    assert call["paigeant.used"]["tool_calls"] == 1
+    assert call["usage"]["requests"] == 1
+
+
 async def test_numbers_and_texts_come_back_as_at_the_first_time() -> None:
     """What a tool gave reads the same for the model in the first attempt and in a later one."""
 

@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 _USAGE = TypeAdapter(RunUsage)
+_NOTHING, _CALLED = Usage(), Usage(tool_calls=1)
 
 
 class Payload(NamedTuple):
@@ -71,7 +72,7 @@ class Codec(DurabilityCodec):
             kind = self._types[tp] = TypeAdapter(tp)
         try:
             written = kind.dump_json(value)
-            return Payload(written, from_json(written))
+            return Payload(written, from_json(b"[%b]" % written)[0])  # as deep as it will be in its record
         except ValueError as exc:  # it can't be written, or is nested too deep to be read again
             raise not_json(exc) from exc
 
@@ -344,7 +345,7 @@ def _read(unit: str, record: bytes) -> _Told:
     try:
         found = from_json(record)
         usage = _USAGE.validate_python(found["usage"]) if "usage" in found else None
-        return _Told(record, found["value"], Usage.told(found) or Usage(), usage)
+        return _Told(record, found["value"], Usage.told(found) or _NOTHING, usage)
     except (ValueError, KeyError, TypeError) as exc:
         raise UnitUnreadable(f"the record of unit '{unit}' is no record of an operation: {exc}") from exc
 
@@ -355,7 +356,7 @@ def _used(operation_id: DurableOperationId, value: object) -> Usage:
         return of_request(value)
     # A refusal, a deferral or a request to try again is no call.
     called = isinstance(operation_id, ToolsetCallToolId) and _is_return(value)
-    return Usage(tool_calls=1) if called else Usage()
+    return _CALLED if called else _NOTHING
 
 
 def _is_return(value: object) -> bool:

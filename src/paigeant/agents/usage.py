@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from dataclasses import replace
 from decimal import Decimal
 from typing import Any, Self
 
@@ -107,7 +106,7 @@ def of_request(answer: object) -> Usage:
     for one in answer.get("failed_attempts") or ():
         if (found := one.get("usage")) is not None:
             used += _request(found, requests=0)
-    return replace(used, models={model: used}) if isinstance(model, str) and model else used
+    return used.by(model) if isinstance(model, str) and model else used
 
 
 def _request(found: dict[str, Any], *, requests: int = 1) -> Usage:
