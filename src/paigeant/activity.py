@@ -325,7 +325,9 @@ class _Options:
         if self.topic is not None:
             check_name("the topic of an activity", self.topic)
         if self.timeout is not None and not is_duration(self.timeout):
-            raise InvalidDefinition(f"timeout is in seconds and above 0, found {self.timeout!r}")
+            raise InvalidDefinition(
+                f"timeout is in seconds, above 0 and below 100 years, found {self.timeout!r}"
+            )
         bound = self.concurrency
         if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 1):
             raise InvalidDefinition(f"concurrency is a number of 1 or more, found {bound!r}")

@@ -15,7 +15,7 @@ from paigeant.forwarder import STORED_PAYLOAD, Forwarder
 from paigeant.message import MessageId, PaigeantMessage
 from paigeant.observer import Event, Observers
 from paigeant.secret import OBO_TOKEN
-from paigeant.slip import Executed, Phase, RoutingSlip, RunStatus, Step, StepStatus, is_text
+from paigeant.slip import Executed, Phase, RoutingSlip, RunStatus, Step, StepStatus
 from paigeant.store import RunRecord, StepKey, StepRecord, Store
 
 __all__ = ["Adoption"]
@@ -36,8 +36,12 @@ class Adoption:
     async def adopt(self, message: PaigeantMessage) -> None:
         """Record the run of `message`, which the store doesn't know, unless another worker has done so meanwhile.
 
-        Raises NotAdopted for a run of which a part stayed in the store where it began, StoreUnavailable.
+        Raises NotAdopted for a run of which a part stayed in the store where it began, or whose sender may not start
+        any such; StoreUnavailable.
         """
+        if not await self.forwarder.envelope.may_start(message):
+            reason = f"who signed its message may not start runs of workflow '{message.workflow}'"
+            raise NotAdopted(message.workflow_id, reason, stayed=False)
         run, steps, variables = self.records(message)
         if await self.store.adopt_run(run, steps, variables):
             self.observers.observe(
@@ -99,9 +103,26 @@ def _check(message: PaigeantMessage) -> None:
             raise NotAdopted(
                 message.workflow_id, f"the output of step '{entry.step_id}' is too large to travel"
             )
-    texts = (message.workflow_id, message.workflow, message.correlation_id, message.trace_id)
-    if not message.workflow_id or not all(map(is_text, texts)):
-        raise NotAdopted(message.workflow_id, "its ids hold control characters", stayed=False)
+    if not _is_sound(message):
+        reason = "its slip doesn't say clearly what there is to do: something has no name, or occurs twice"
+        raise NotAdopted(message.workflow_id, reason, stayed=False)
+
+
+def _is_sound(message: PaigeantMessage) -> bool:
+    """Whether each step can be a row of its own, and what is to be undone was done and isn't undone yet."""
+    slip = message.routing_slip
+    done = [entry.step_id for entry in slip.executed]
+    steps = [*done, *(step.id for step in slip.itinerary)]
+    undos = [undo.step_id for undo in slip.compensations]
+    names = [message.workflow_id, *steps, *(entry.activity for entry in slip.executed)]
+    names += [name for undo in slip.compensations for name in (undo.activity, undo.topic)]
+    return (
+        all(names)
+        and len(set(steps)) == len(steps)
+        and len(set(undos)) == len(undos)
+        and set(undos) <= set(done)
+        and set(undos).isdisjoint((*slip.undone, *slip.not_undone))
+    )
 
 
 def _plan(slip: RoutingSlip) -> RoutingSlip:

@@ -5,12 +5,16 @@ Instants are seconds since 1970 (UTC) as floats, until a surface shows them.
 
 from __future__ import annotations
 
-import math
 import time
 from datetime import UTC, datetime
 from typing import Protocol
 
-__all__ = ["Clock", "SystemClock", "as_datetime", "is_duration"]
+__all__ = ["LAST_INSTANT", "Clock", "SystemClock", "as_datetime", "is_duration"]
+
+LAST_INSTANT = 253402300799.0
+"""The last second of the year 9999: what is later is no date."""
+
+_CENTURY = 36525 * 86400.0
 
 
 class Clock(Protocol):
@@ -30,8 +34,8 @@ class SystemClock:
 
 
 def is_duration(value: object) -> bool:
-    """Whether `value` is a time in seconds: a finite number above 0. JSON can't hold an infinite one."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    """Whether `value` is a time in seconds: a number above 0 and below 100 years, so that it ends at a date."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _CENTURY
 
 
 def as_datetime(instant: float | None) -> datetime | None:

@@ -14,9 +14,20 @@ if TYPE_CHECKING:
 __all__ = ["check", "evaluate", "names"]
 
 
+_LONGEST = 2000
+"""Characters of an expression. The library reads it by recursion: a chain of 20,000 operators ends the process, and a
+quarter of this many would be the most for a stack of 256 KiB."""
+
+
 @lru_cache(maxsize=1024)
 def _compiled(expression: str) -> Program:
     import cel  # here, because importing it takes longer than all of the rest of the core
+
+    if len(expression) > _LONGEST:
+        raise InvalidCondition(
+            f"when={expression[:40]!r}... has {len(expression):,} characters, at most {_LONGEST:,} are allowed; "
+            "have a step before this one work out what the condition asks"
+        )
 
     try:
         return cel.compile(expression)

@@ -250,7 +250,7 @@ class StepContext:
 
 def _check_timeout(timeout: object) -> None:
     if timeout is not None and not is_duration(timeout):
-        raise InvalidDefinition(f"a timeout is in seconds and above 0, found {timeout!r}")
+        raise InvalidDefinition(f"a timeout is in seconds, above 0 and below 100 years, found {timeout!r}")
 
 
 def _plain_args(step: Step) -> Mapping[str, Any]:

@@ -434,7 +434,7 @@ def _instant(start_at: object, now: float) -> float:
 
 def _checked_deadline(deadline: object) -> float:
     if not is_duration(deadline):
-        raise InputInvalid(f"a deadline is in seconds and above 0, found {_short(deadline)}")
+        raise InputInvalid(f"a deadline is in seconds, above 0 and below 100 years, found {_short(deadline)}")
     assert isinstance(deadline, (int, float)), "a duration is a number"
     return float(deadline)
 

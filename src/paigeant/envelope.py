@@ -54,6 +54,10 @@ class Envelope(Protocol):
         """Whether receivers that follow the same rules take this message from this process."""
         ...
 
+    async def may_start(self, message: PaigeantMessage) -> bool:
+        """Whether who has sent `message`, which was opened here, may start runs of its workflow."""
+        ...
+
     @property
     def told(self) -> str:
         """How it seals, for a person. Raises ConfigurationError when that isn't possible any more."""
@@ -90,6 +94,9 @@ class PlainEnvelope:
         return outer(decode(body, limit_bytes=self.limit_bytes), headers)
 
     def may_send(self, message: PaigeantMessage, topic: str) -> bool:
+        return True
+
+    async def may_start(self, message: PaigeantMessage) -> bool:
         return True
 
 

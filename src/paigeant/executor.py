@@ -26,6 +26,7 @@ from paigeant.adoption import Adoption
 from paigeant.behalf import Behalf
 from paigeant.claim import Claim, Limits
 from paigeant.errors import (
+    KeysUnavailable,
     MessageInvalid,
     NotAdopted,
     PaigeantError,
@@ -168,10 +169,10 @@ class Executor:
         activity = self._known(due.activity, message.phase)
         if activity is None:
             what = "activity" if message.phase is Phase.DO else "compensation of activity"
-            await self._return(message, f"no {what} '{due.activity}' here", _UNKNOWN_ACTIVITY_PAUSE)
+            await self.give_back(message, f"no {what} '{due.activity}' here", _UNKNOWN_ACTIVITY_PAUSE)
             return None
         if not self.entitled():
-            await self._return(message, "this worker's lease is over", _NO_LEASE_PAUSE)
+            await self.give_back(message, "this worker's lease is over", _NO_LEASE_PAUSE)
             return None
         try:
             key = StepKey(message.workflow_id, message.step_id, message.phase)
@@ -186,18 +187,18 @@ class Executor:
             if self.adoption is not None and answer == Refused("unknown"):
                 await self.adoption.adopt(message)
                 answer = await self.store.claim_step(request)
-        except StoreUnavailable as exc:
-            await self._return(message, str(exc), 1.0)
+        except (StoreUnavailable, KeysUnavailable) as exc:
+            await self.give_back(message, str(exc), 1.0)
             return None
         except NotAdopted as exc:
-            await self._reject(message, str(exc))
+            await self.reject(message, str(exc))
             return None
         except PaigeantError as exc:
             await self._drop(message, str(exc))
             return None
         if isinstance(answer, Refused):
             if answer.retry_in is not None:
-                await self._return(message, answer.reason, answer.retry_in)
+                await self.give_back(message, answer.reason, answer.retry_in)
             else:
                 await self._drop(message, answer.reason)
             return None
@@ -306,14 +307,15 @@ class Executor:
         with contextlib.suppress(TransportUnavailable):
             await self.transport.ack(message.message_id)
 
-    async def _reject(self, message: PaigeantMessage, reason: str) -> None:
+    async def reject(self, message: PaigeantMessage, reason: str) -> None:
         """A message that nobody here can ever handle: kept as a dead letter."""
         try:
             await self.transport.dead_letter(message.message_id, reason)
         except (TransportUnavailable, StoreUnavailable) as exc:
-            await self._return(message, str(exc), 1.0)
+            await self.give_back(message, str(exc), 1.0)
 
-    async def _return(self, message: PaigeantMessage, reason: str, delay: float) -> None:
+    async def give_back(self, message: PaigeantMessage, reason: str, delay: float) -> None:
+        """Have a message delivered again in `delay` seconds, here or elsewhere."""
         self.reporter.tell_delivery("delivery.returned", message, reason)
         with contextlib.suppress(TransportUnavailable):
             await self.transport.nack(message.message_id, delay=delay)

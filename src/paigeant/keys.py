@@ -148,6 +148,10 @@ class Roles:
         """Whether nothing is closed to it."""
         return self.amend or ("*" in self.run and "*" in self.dispatch)
 
+    def may_start(self, workflow: str) -> bool:
+        """Whether a run of `workflow` may begin with a message that was signed with a key of these roles."""
+        return self.amend or _fits(workflow, self.dispatch)
+
     def may_send(self, *, workflow: str, topic: str, sent_from: str | None, has_begun: bool) -> bool:
         """Whether a message for `topic` counts that was signed with a key of these roles.
 

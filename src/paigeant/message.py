@@ -11,9 +11,11 @@ from urllib.parse import quote, unquote
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
+from paigeant.clock import LAST_INSTANT
 from paigeant.codec import MAX_DEPTH, parse_strict
 from paigeant.errors import InvalidDefinition, MessageInvalid, MessageTooLarge, UnsupportedVersion
-from paigeant.slip import Compensation, Phase, RoutingSlip, Step
+from paigeant.policy import LARGEST_COUNT, is_count
+from paigeant.slip import Compensation, Phase, RoutingSlip, Step, is_text
 from paigeant.values import evolved
 
 if TYPE_CHECKING:
@@ -121,10 +123,15 @@ class MessageId(NamedTuple):
     def read(cls, text: str) -> MessageId | None:
         """The parts of an id; None for one that wasn't made here."""
         match text.split("/"):
-            case [workflow_id, step, phase, epoch] if epoch.isdecimal():
+            case [workflow_id, step, phase, epoch] if _is_epoch(epoch):
                 return cls(unquote(workflow_id), unquote(step), phase, int(epoch))
             case _:
                 return None
+
+
+def _is_epoch(text: str) -> bool:
+    # Anybody may write an id, and a database's whole numbers end at 63 bits.
+    return text.isascii() and text.isdecimal() and len(text) <= 18
 
 
 _PLAIN = ":@+ "
@@ -169,10 +176,48 @@ def decode(body: bytes, *, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> PaigeantMe
     if major != SPEC_VERSION.split(".")[0]:
         raise UnsupportedVersion(version, SPEC_VERSION)
     try:
-        return _adapter().validate_json(body, strict=True)
+        message = _adapter().validate_json(body, strict=True)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "message"
         raise MessageInvalid("wrong_shape", f"{place}: {first['msg']}") from exc
     except InvalidDefinition as exc:
         raise MessageInvalid("wrong_shape", str(exc)) from exc
+    _check_texts(message)
+    _check_numbers(message.routing_slip)
+    return message
+
+
+def _check_texts(message: PaigeantMessage) -> None:
+    """Raise MessageInvalid for an id or a name that not every database can hold."""
+    slip = message.routing_slip
+    texts = [
+        message.message_id,
+        message.workflow_id,
+        message.workflow,
+        message.correlation_id,
+        message.trace_id,
+    ]
+    for entry in slip.executed:
+        texts += (entry.step_id, entry.activity)
+    for undo in slip.compensations:
+        texts += (undo.step_id, undo.activity, undo.topic)
+    for text in (*texts, *slip.undone, *slip.not_undone):
+        if not is_text(text):
+            raise MessageInvalid(
+                "wrong_shape", f"an id or a name has control characters or half a character: {text[:100]!r}"
+            )
+
+
+def _check_numbers(slip: RoutingSlip) -> None:
+    """Raise MessageInvalid for a count or an instant that no sender of ours writes, and no database takes."""
+    if slip.deadline is not None and not 0 <= slip.deadline <= LAST_INSTANT:
+        raise MessageInvalid(
+            "number_out_of_range",
+            f"routing_slip.deadline: {slip.deadline!r} is no second up to the year 9999",
+        )
+    for what, count in (("added", slip.added), *(("depth of a step", step.depth) for step in slip.itinerary)):
+        if not is_count(count, 0):
+            raise MessageInvalid(
+                "number_out_of_range", f"routing_slip: {what} is {count}, expected 0 to {LARGEST_COUNT}"
+            )

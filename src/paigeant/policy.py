@@ -14,10 +14,13 @@ if TYPE_CHECKING:
 
     from paigeant.slip import RoutingSlip, Step
 
-__all__ = ["MAX_TOTAL_STEPS", "ItineraryPolicy"]
+__all__ = ["LARGEST_COUNT", "MAX_TOTAL_STEPS", "ItineraryPolicy", "is_count"]
 
 MAX_TOTAL_STEPS = 256
 """Steps that a run may have in all when its policy doesn't say otherwise."""
+
+LARGEST_COUNT = 2**31 - 1
+"""The largest count of anything: what other languages and databases can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,16 @@ class ItineraryPolicy:
             if not all(isinstance(name, str) for name in allowed):
                 raise InvalidDefinition(f"allowed is a list of activity names, found {self.allowed!r}")
             object.__setattr__(self, "allowed", allowed)
-        if not _is_count(self.max_total, 1):
-            raise InvalidDefinition(f"max_total is a number of 1 or more, found {self.max_total!r}")
+        if not is_count(self.max_total, 1):
+            raise InvalidDefinition(
+                f"max_total is a number from 1 to {LARGEST_COUNT}, found {self.max_total!r}"
+            )
         for name, least in (("max_added", 0), ("max_each", 1), ("max_depth", 0)):
             value = getattr(self, name)
-            if value is not None and not _is_count(value, least):
-                raise InvalidDefinition(f"{name} is a number of {least} or more, found {value!r}")
+            if value is not None and not is_count(value, least):
+                raise InvalidDefinition(
+                    f"{name} is a number from {least} to {LARGEST_COUNT}, found {value!r}"
+                )
         if not isinstance(self.may_remove, bool):
             raise InvalidDefinition(f"may_remove is True or False, found {self.may_remove!r}")
 
@@ -128,8 +135,9 @@ class ItineraryPolicy:
                 )
 
 
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def is_count(value: object, least: int, most: int = LARGEST_COUNT) -> bool:
+    """Whether `value` is a whole number from `least` to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _least(one: int | None, other: int | None) -> int | None:

@@ -9,6 +9,7 @@ from tenacity import RetryCallState, wait_exponential
 
 from paigeant.clock import is_duration
 from paigeant.errors import InvalidDefinition
+from paigeant.policy import LARGEST_COUNT, is_count
 
 if TYPE_CHECKING:
     from pydantic import ConfigDict
@@ -46,8 +47,10 @@ class RetryPolicy:
     jitter: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:
-            raise InvalidDefinition(f"a RetryPolicy needs attempts of 1 or more, found {self.attempts!r}")
+        if not is_count(self.attempts, 1):
+            raise InvalidDefinition(
+                f"a RetryPolicy needs attempts from 1 to {LARGEST_COUNT}, found {self.attempts!r}"
+            )
         for value in (self.base, self.cap):
             if value != 0 and not is_duration(value):
                 raise InvalidDefinition(
@@ -61,8 +64,10 @@ class RetryPolicy:
         """The policy that `retries` stands for: itself, or up to that many further attempts after the first."""
         if isinstance(retries, RetryPolicy):
             return retries
-        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-            raise InvalidDefinition(f"retries is a number of 0 or more, or a RetryPolicy; found {retries!r}")
+        if not is_count(retries, 0, LARGEST_COUNT - 1):
+            raise InvalidDefinition(
+                f"retries is a number from 0 to {LARGEST_COUNT - 1}, or a RetryPolicy; found {retries!r}"
+            )
         return cls(attempts=retries + 1)
 
     def next_delay(self, attempt: int, *, chance: float) -> float:

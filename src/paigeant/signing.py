@@ -124,6 +124,14 @@ class SignedEnvelope:
             return False
         return _may_send(roles, message, topic, message.headers.get(SENT_FROM))
 
+    async def may_start(self, message: PaigeantMessage) -> bool:
+        signature = message.headers.get(SIGNATURE)
+        if signature is None:
+            return not self.requires
+        _, _, kid, _ = _read(signature)
+        key = await self.keys.find(kid)
+        return key is not None and key.roles.may_start(message.workflow)
+
     @property
     def told(self) -> str:
         key, roles = self.keys.signer()
@@ -177,9 +185,9 @@ class SignedEnvelope:
             )
         if seal.expires_at < now - LEEWAY:
             raise MessageInvalid("expired", "its time is over; the next sweep sends another")
-        if token is not None and seal.obo_hash != _digest(token):
+        if seal.obo_hash != (None if token is None else _digest(token)):
             raise MessageInvalid(
-                "wrong_token", "the token in front of it isn't the one that it was signed with"
+                "wrong_token", "what stands in front of it isn't the token that it was signed with"
             )
         if not _may_send(key.roles, message, topic, seal.sent_from):
             raise MessageInvalid(

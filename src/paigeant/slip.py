@@ -202,7 +202,7 @@ class Step:
             RetryPolicy.of(self.retries)
         if self.timeout is not None and not is_duration(self.timeout):
             raise InvalidDefinition(
-                f"timeout of step '{self.activity}' is in seconds and above 0, found {self.timeout!r}"
+                f"timeout of step '{self.activity}' is in seconds, above 0 and below 100 years, found {self.timeout!r}"
             )
         if self.topic is not None:
             check_name(f"the topic of step '{self.activity}'", self.topic)

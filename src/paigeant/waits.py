@@ -75,6 +75,8 @@ def WaitFor(  # noqa: N802
 def _seconds(what: str, given: object) -> float:
     seconds = given.total_seconds() if isinstance(given, timedelta) else given
     if not is_duration(seconds):
-        raise InvalidDefinition(f"{what} is a number of seconds above 0, or a timedelta, found {given!r}")
+        raise InvalidDefinition(
+            f"{what} is a number of seconds above 0 and below 100 years, or a timedelta, found {given!r}"
+        )
     assert isinstance(seconds, (int, float)), "a duration is a number"
     return float(seconds)

@@ -39,6 +39,11 @@ __all__ = ["ActivityWorker"]
 log = logging.getLogger("paigeant.worker")
 
 _MOST_AHEAD = 500
+_MOST_FAILURES = 3
+"""So often a message is tried that ends in an error which nobody foresaw; then it is kept as a dead letter."""
+
+_FAILURES_KEPT = 1000
+_FAILURE_PAUSE = 1.0
 _IDLE_LOOK_SECONDS = 0.05
 _CANCEL_SECONDS = 5.0
 """How long a shutdown waits for steps that it has cancelled."""
@@ -123,6 +128,8 @@ class ActivityWorker:
         )
         self._slots = asyncio.Semaphore(concurrency)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failures: dict[str, int] = {}
+        """How often messages, by their ids, could not be handled."""
         self._wanted = asyncio.Event()
         self._stopped = asyncio.Event()
         self._began = False
@@ -221,10 +228,30 @@ class ActivityWorker:
     async def _handle(self, message: PaigeantMessage, bound: asyncio.Semaphore | None) -> None:
         try:
             await self.executor.handle(message, bound)
-        except Exception:  # one bad message must not stop the others; the sweeper takes care of its step
-            log.exception("message %s could not be handled", message.message_id)
+        except (
+            Exception
+        ) as exc:  # one bad message must not stop the others; the sweeper takes care of its step
+            log.exception("message %s could not be handled", message.message_id[:200])
+            try:
+                await self._count_failure(message, exc)
+            except Exception:  # then it comes again when its time is over
+                log.exception("message %s can't be put away either", message.message_id[:200])
         finally:
             self._slots.release()
+
+    async def _count_failure(self, message: PaigeantMessage, error: Exception) -> None:
+        """Have a message that can't be handled come again, and end as a dead letter where that doesn't help."""
+        reason = f"{type(error).__name__}: {error}"[:1000]
+        failures = self._failures.pop(message.message_id, 0) + 1
+        if failures >= _MOST_FAILURES:
+            await self.executor.reject(
+                message, f"unhandled: it failed {failures} times, at last with {reason}"
+            )
+            return
+        self._failures[message.message_id] = failures  # the newest last
+        if len(self._failures) > _FAILURES_KEPT:
+            del self._failures[next(iter(self._failures))]
+        await self.executor.give_back(message, reason, _FAILURE_PAUSE)
 
     # -- stopping
 

@@ -53,7 +53,7 @@ class Workflow:
             raise InvalidDefinition(f"steps of workflow '{name}' are a list, found {steps!r}")
         if deadline is not None and not is_duration(deadline):
             raise InvalidDefinition(
-                f"deadline of workflow '{name}' is in seconds and above 0, found {deadline!r}"
+                f"deadline of workflow '{name}' is in seconds, above 0 and below 100 years, found {deadline!r}"
             )
         if on_compensation_failure not in ("continue", "stop"):
             raise InvalidDefinition(

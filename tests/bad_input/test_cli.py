@@ -146,7 +146,12 @@ CASES = [
     dispatched("start without a zone", "--start-at", "2027-01-01", says=("time zone", "found '2027-01-01'")),
     dispatched("start in no time", "--start-at", "in 5", says=("--start-at after 'in'", "90s", "found '5'")),
     dispatched("deadline without a unit", "--deadline", "5", says=("--deadline", "90s", "found '5'")),
-    dispatched("deadline at once", "--deadline", "0s", says=("deadline is in seconds and above 0, found 0",)),
+    dispatched(
+        "deadline at once",
+        "--deadline",
+        "0s",
+        says=("deadline is in seconds, above 0 and below 100 years, found 0",),
+    ),
     dispatched("deadline of bytes", "--deadline", BYTES, says=("--deadline",)),
     dispatched("timeout below 0", "--wait", "--timeout", "-1", says=("Invalid value for '--timeout'",)),
     dispatched(

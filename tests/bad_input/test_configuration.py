@@ -218,7 +218,7 @@ CODE: list[tuple[str, Callable[[], object], str]] = [
     (
         "policy without a step",
         lambda: ItineraryPolicy(max_total=0),
-        "max_total is a number of 1 or more, found 0",
+        "max_total is a number from 1 to 2147483647, found 0",
     ),
     ("policy of no attempt", lambda: RetryPolicy(attempts=0), "attempts"),
     ("policy that waits below 0", lambda: RetryPolicy(base=-1), "base"),

@@ -163,13 +163,13 @@ CASES = [
     defines(
         "a timeout below 0",
         "\n@activity.execute(timeout=-1)\ndef pay(): ...\n",
-        "timeout is in seconds and above 0",
+        "timeout is in seconds, above 0 and below 100 years",
         "-1",
     ),
     defines(
         "a timeout in words",
         "\n@activity.execute(timeout='5s')\ndef pay(): ...\n",
-        "timeout is in seconds and above 0",
+        "timeout is in seconds, above 0 and below 100 years",
         "'5s'",
     ),
     defines(

@@ -62,6 +62,12 @@ def slip(name: str, says: str, **fields: Any) -> Body:
     return shaped(name, says, routing_slip={**GOOD["routing_slip"], **fields})
 
 
+def ranged(name: str, says: str, **fields: Any) -> Body:
+    """A good message but for a number of its slip."""
+    fields = {"routing_slip": {**GOOD["routing_slip"], **fields}}
+    return changed(name, "number_out_of_range", says, **fields)
+
+
 def without(field: str) -> dict[str, Any]:
     """A good message but for a field that is not there."""
     return {name: value for name, value in GOOD.items() if name != field}
@@ -139,8 +145,32 @@ CASES = [
         "when='1 +' is not a CEL expression",
         itinerary=[{"activity": "a", "when": "1 +"}],
     ),
-    slip("retries below 0", "retries is a number of 0 or more", itinerary=[{"activity": "a", "retries": -1}]),
-    slip("a policy that can't be", "max_total is a number of 1 or more", policy={"max_total": 0}),
+    # Each of these ends a process that reads it: the library's parser calls itself for each operator.
+    *(
+        slip(
+            f"a condition of many {what}",
+            "characters, at most 2,000 are allowed",
+            itinerary=[{"activity": "a", "when": when}],
+        )
+        for what, when in (
+            ("fields", "a" + ".a" * 50_000),
+            ("indexes", "a" + "[0]" * 50_000),
+            ("calls", "a" + ".f()" * 50_000),
+            ("sums", "1+" * 200_000 + "1"),
+        )
+    ),
+    slip("retries below 0", "retries is a number from 0 to", itinerary=[{"activity": "a", "retries": -1}]),
+    slip(
+        "too many retries", "retries is a number from 0 to", itinerary=[{"activity": "a", "retries": 2**64}]
+    ),
+    slip("a policy that can't be", "max_total is a number from 1 to", policy={"max_total": 0}),
+    slip("a policy of too much", "max_total is a number from 1 to", policy={"max_total": 2**64}),
+    slip("a timeout of ages", "below 100 years", itinerary=[{"activity": "a", "timeout": 1e300}]),
+    ranged("steps added to no end", "added is 18446744073709551616", added=2**64),
+    ranged("steps added below 0", "added is -1", added=-1),
+    ranged("a depth without an end", "depth of a step is", itinerary=[{"activity": "a", "depth": 2**64}]),
+    ranged("a deadline behind all dates", "deadline: 1e+300 is no second", deadline=1e300),
+    ranged("a deadline before all dates", "deadline: -1.0 is no second", deadline=-1.0),
     slip(
         "a status that isn't known",
         "executed.0.status: Input should be",
@@ -262,6 +292,7 @@ LOST: dict[str, dict[str, Any]] = {
     },
     "of a step that is done": {"workflow_id": "done"},
     "of no step": {"routing_slip": {}},
+    "of a claim without an end": {"message_id": "nobody/reserve/do/" + "9" * 5000},
     "of an activity that isn't there": {
         "routing_slip": {"itinerary": [{"activity": "dance", "id": "dance"}]}
     },

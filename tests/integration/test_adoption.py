@@ -217,8 +217,12 @@ async def test_a_message_that_comes_often_is_adopted_and_done_once(activity: Act
             "the output of step 'order' is too large to travel, and stayed in the store where the run began",
         ),
         (
-            PaigeantMessage("r/ship/do/0", "r\x07", RoutingSlip(itinerary=(Step("ship", id="ship"),))),
-            "its ids hold control characters",
+            PaigeantMessage(
+                "r/ship/do/0",
+                "r",
+                RoutingSlip(itinerary=(Step("ship", id="ship"),), executed=(Executed("ship", "ship"),)),
+            ),
+            "its slip doesn't say clearly what there is to do: something has no name, or occurs twice",
         ),
     ],
 )

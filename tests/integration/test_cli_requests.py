@@ -309,7 +309,7 @@ def test_a_deadline_is_kept_with_the_run() -> None:
         ("--start-at", "2027-01-01T08:00:00", "an instant with a time zone"),
         ("--start-at", "in a while", "--start-at after 'in' is a number"),
         ("--deadline", "10", "--deadline is a number with s, m, h, d or w"),
-        ("--deadline", "0s", "a deadline is in seconds and above 0"),
+        ("--deadline", "0s", "a deadline is in seconds, above 0 and below 100 years"),
     ],
 )
 def test_times_that_are_none_are_refused(option: str, given: str, said: str) -> None:

@@ -13,6 +13,7 @@ from tests.integration.workers import working
 
 from paigeant import ActivityRegistry, Paigeant, RunStatus, Settings, WaitFor, Workflow
 from paigeant.errors import StoreUnavailable
+from paigeant.observer import Event
 from paigeant.stores.memory import MemoryStore
 from paigeant.stores.sql import SqlStore
 
@@ -106,6 +107,54 @@ async def test_two_processes_share_the_work_of_one_file() -> None:
     assert workers == {"child 0", "child 1"}
     assert attempts == {1}
     assert [child.returncode for child in children] == [0, 0]
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+async def test_a_message_that_can_t_be_handled_doesn_t_come_for_ever(
+    settings: Settings, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nobody foresaw may pass. After the third time the message is a dead letter that says it."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def work() -> str:
+        return "done"
+
+    class Rejected:
+        def __init__(self) -> None:
+            self.seen = asyncio.Event()
+
+        def observe(self, event: Event) -> None:
+            if event.name == "delivery.rejected":
+                self.seen.set()
+
+    rejected = Rejected()
+    async with Paigeant(settings, activities=activity, observers=[rejected]) as app:
+        claim, tried = app.store.claim_step, 0
+
+        async def claim_step(request: Any) -> Any:
+            nonlocal tried
+            if request.key.workflow_id == "odd" and tried < failures:
+                tried += 1
+                raise RuntimeError("nobody thought of this")
+            return await claim(request)
+
+        monkeypatch.setattr(app.store, "claim_step", claim_step)
+        odd = await app.dispatch(Workflow("w", ["work"]), workflow_id="odd")
+        async with working(app.worker()):
+            good = await app.dispatch(Workflow("w", ["work"]), workflow_id="good")
+            assert (await good.wait(PATIENCE)).output == "done"
+            if failures < 3:
+                assert (await odd.wait(PATIENCE)).output == "done"
+            else:
+                await asyncio.wait_for(rejected.seen.wait(), PATIENCE)
+        letters = await app.store.list_dead_letters()
+    if failures < 3:
+        assert letters == []
+    else:
+        [letter] = letters
+        assert letter.reason.startswith("unhandled")
+        assert "it failed 3 times, at last with RuntimeError: nobody thought of this" in letter.detail
 
 
 async def test_a_message_that_waits_for_its_bound_is_given_back(settings: Settings) -> None:

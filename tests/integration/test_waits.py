@@ -346,7 +346,7 @@ async def test_until_idle_a_worker_waits_for_time_but_not_for_people(settings: S
 
 def test_waits_that_make_no_sense_are_refused() -> None:
     """At once, where they are written."""
-    with pytest.raises(InvalidDefinition, match="seconds above 0"):
+    with pytest.raises(InvalidDefinition, match="seconds above 0 and below"):
         Sleep(-1)
     with pytest.raises(InvalidDefinition, match="has a default, but no timeout"):
         WaitFor("paid", default=1)

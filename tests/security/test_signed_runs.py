@@ -114,6 +114,9 @@ class Raw:
     def may_send(self, message: PaigeantMessage, topic: str) -> bool:
         return True
 
+    async def may_start(self, message: PaigeantMessage) -> bool:
+        return True
+
 
 async def put(places: dict[str, str], wires: dict[str, bytes], topic: str = "pay") -> None:
     """Publish bytes under ids, past every check."""
@@ -432,8 +435,20 @@ async def test_workers_with_few_roles_do_a_run_together(ring: KeyRing) -> None:
         assert await app.store.list_dead_letters() == []
 
 
-@pytest.mark.parametrize("roles", [{"dispatch": ["order"]}, {"dispatch": ["parcel"]}], ids=["may", "may not"])
-async def test_only_who_may_start_a_run_has_it_adopted(ring: KeyRing, roles: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("roles", "may"),
+    [
+        ({"dispatch": ["order"]}, True),
+        ({"amend": True}, True),
+        ({"dispatch": ["parcel"]}, False),
+        ({"run": ["pay"]}, False),
+        ({"dispatch": ["parcel"], "run": ["*"]}, False),
+    ],
+    ids=["may start it", "an operator", "starts others", "does its steps", "does all steps"],
+)
+async def test_only_who_may_start_a_run_has_it_adopted(
+    ring: KeyRing, roles: dict[str, Any], may: bool
+) -> None:
     """A run that the store has never seen is taken over from a key that may dispatch its workflow, from no other."""
     theirs = Key.generate(now=2.0)
     trusted((ring.active, {"run": ["pay"]}), (theirs, roles))
@@ -444,7 +459,6 @@ async def test_only_who_may_start_a_run_has_it_adopted(ring: KeyRing, roles: dic
         pass
     await put({"transport_url": STORE}, {"r/pay/do/0": sealing(theirs).seal(message(), "pay")})
     async with serving(settings, paying(calls), seen):
-        may = roles["dispatch"] == ["order"]
         await seen.wait_for("run.completed" if may else "delivery.rejected", 1)
     assert calls == ([5] if may else [])
 

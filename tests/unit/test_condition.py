@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -46,6 +48,28 @@ def test_what_is_no_condition_is_refused(expression: Any) -> None:
         condition.check(expression)
     assert repr(expression) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        lambda n: "a" + ".a" * n,
+        lambda n: "a" + "[0]" * n,
+        lambda n: "a" + ".f()" * n,
+        lambda n: "1+" * n + "1",
+        lambda n: "!" * n + "a",
+        lambda n: "(" * n + "a" + ")" * n,
+        lambda n: "[" * n + "]" * n,
+        lambda n: "a?b:" * n + "c",
+    ],
+)
+def test_a_condition_is_bounded(many: Callable[[int], str]) -> None:
+    """What is short enough is read, well or ill; what isn't would end the process, and is refused unread."""
+    longest = max(n for n in range(2001) if len(many(n)) <= 2000)
+    with contextlib.suppress(InvalidCondition):
+        condition.evaluate(many(longest), {"a": True})
+    with pytest.raises(InvalidCondition, match="characters, at most 2,000 are allowed"):
+        condition.check(many(50_000))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paigeant import ItineraryPolicy, PaigeantMessage, RetryPolicy, RoutingSlip, Step
 from paigeant.codec import MAX_DEPTH, dump
 from paigeant.errors import MessageInvalid, MessageTooLarge, UnsupportedVersion
-from paigeant.message import SPEC_VERSION, decode, encode
+from paigeant.message import SPEC_VERSION, MessageId, decode, encode
 from paigeant.slip import Compensation, Executed, Phase, StepStatus
 
 NAMES = st.text("abc _.é", min_size=1, max_size=5).filter(str.strip)
@@ -141,6 +141,46 @@ def test_a_body_of_another_shape_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(MessageInvalid) as caught:
         decode(body(**changes))
     assert caught.value.reason == "wrong_shape"
+
+
+@pytest.mark.parametrize(
+    "slip",
+    [
+        {"added": 2**31},
+        {"added": 2**64},
+        {"added": -1},
+        {"itinerary": [{"activity": "a", "depth": 2**64}]},
+        {"deadline": 253402300800.0},
+        {"deadline": 1e300},
+        {"deadline": -1.0},
+    ],
+    ids=str,
+)
+def test_a_number_that_no_database_holds_is_refused(slip: dict[str, Any]) -> None:
+    """Counts end at 31 bits, and instants with the year 9999."""
+    with pytest.raises(MessageInvalid) as caught:
+        decode(body(routing_slip=slip))
+    assert caught.value.reason == "number_out_of_range"
+
+
+@pytest.mark.parametrize(
+    ("text", "epoch"),
+    [
+        ("r/s/do/0", 0),
+        ("r/s/do/999999999999999999", 999999999999999999),
+        ("r/s/do/1000000000000000000", None),
+        ("r/s/do/" + "9" * 5000, None),
+        ("r/s/do/-1", None),
+        ("r/s/do/\u0663", None),
+        ("r/s/do/", None),
+        ("r/s/do", None),
+        ("", None),
+    ],
+)
+def test_an_id_is_read_that_was_made_here(text: str, epoch: int | None) -> None:
+    """Anybody may write an id: one that isn't like ours says nothing."""
+    read = MessageId.read(text)
+    assert (None if read is None else read.epoch) == epoch
 
 
 @pytest.mark.parametrize("text", [b"[]", b'"a"', b"1", b"null", b"true"])

@@ -60,12 +60,14 @@ def test_a_wait_is_within_its_jitter(
         {"attempts": True},
         {"attempts": 1.5},
         {"attempts": "3"},
+        {"attempts": 2**31},
         {"base": -1},
         {"base": "1"},
         {"base": float("nan")},
         {"cap": -0.1},
         {"cap": float("inf")},
         {"cap": None},
+        {"cap": 36525 * 86400.0},
         {"base": True},
         {"jitter": 1.1},
         {"jitter": -0.1},
@@ -79,8 +81,8 @@ def test_a_policy_that_can_t_work_is_refused(fields: dict[str, Any]) -> None:
         RetryPolicy(**fields)
 
 
-@pytest.mark.parametrize("retries", [-1, True, 1.0, "2", None])
+@pytest.mark.parametrize("retries", [-1, True, 1.0, "2", None, 2**31 - 1])
 def test_retries_that_are_no_number_are_refused(retries: Any) -> None:
-    """retries is a number of 0 or more, or a policy."""
+    """retries is a number of 0 or more that any database holds, or a policy."""
     with pytest.raises(InvalidDefinition, match="retries"):
         RetryPolicy.of(retries)

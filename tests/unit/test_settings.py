@@ -121,11 +121,20 @@ def test_workflows_in_the_file_are_those_of_code() -> None:
             "a mapping with one of `activity`, `sleep`, `wait_for`, found {'activity': 'a', 'sleep': 1}",
         ),
         ("workflows: {w: [{sleep: 1, id: a, topic: t}]}", "unknown key 'topic'; known: id, sleep, when"),
-        ("workflows: {w: [{sleep: soon}]}", "a number of seconds above 0, or a timedelta, found 'soon'"),
-        ("workflows: {w: [{sleep: }]}", "a number of seconds above 0, or a timedelta, found None"),
+        (
+            "workflows: {w: [{sleep: soon}]}",
+            "a number of seconds above 0 and below 100 years, or a timedelta, found 'soon'",
+        ),
+        (
+            "workflows: {w: [{sleep: }]}",
+            "a number of seconds above 0 and below 100 years, or a timedelta, found None",
+        ),
         ("workflows: {w: [{wait_for: 5}]}", "the name of a signal is a non-empty text"),
         ("workflows: {w: [{wait_for: a, default: 1}]}", "WaitFor('a') has a default, but no timeout"),
-        ("workflows: {w: [{wait_for: a, timeout: -1}]}", "a timeout is a number of seconds above 0"),
+        (
+            "workflows: {w: [{wait_for: a, timeout: -1}]}",
+            "a timeout is a number of seconds above 0 and below 100 years",
+        ),
         ("workflows: {w: [{wait_for: a, timout: 1}]}", "unknown key 'timout'; did you mean 'timeout'?"),
         (
             "workflows: {w: {steps: [a], policy: {max: 1}}}",
@@ -133,7 +142,10 @@ def test_workflows_in_the_file_are_those_of_code() -> None:
         ),
         ("workflows: {w: {steps: [a], policy: 5}}", "the policy of workflow 'w'"),
         ("workflows: {w: {steps: 5}}", "workflow 'w'"),
-        ("workflows: {w: {steps: [a], deadline: -1}}", "deadline of workflow 'w' is in seconds and above 0"),
+        (
+            "workflows: {w: {steps: [a], deadline: -1}}",
+            "deadline of workflow 'w' is in seconds, above 0 and below 100 years",
+        ),
         (
             "workflows: {w: {steps: [a], on_compensation_failure: never}}",
             "is 'continue' or 'stop', found 'never'",

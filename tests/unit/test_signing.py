@@ -302,10 +302,11 @@ async def test_whoever_did_the_step_before_sends_the_next() -> None:
 
 
 async def test_a_token_is_bound_to_its_message() -> None:
-    """Another one in front of the body, or one where there was none, is refused. No dead letter keeps it."""
+    """Another one in front of the body, none, or one where there was none, is refused. No dead letter keeps it."""
     with_token = envelope().seal(message(headers={"obo_token": "a.b.c"}), "pay")
     assert (await envelope().open("pay", with_token)).headers["obo_token"] == "a.b.c"
     assert await reason(envelope(), with_token.replace(b"a.b.c", b"a.b.d")) == "wrong_token"
+    assert await reason(envelope(), with_token.replace(b',"obo_token":"a.b.c"', b"", 1)) == "wrong_token"
     without = envelope().seal(message(), "pay")
     assert await reason(envelope(), without.replace(b'"}\n', b'","obo_token":"a.b.c"}\n', 1)) == "wrong_token"
     kept = DeadLetter.about("m", "pay", "unsigned", "why", with_token, 1).body

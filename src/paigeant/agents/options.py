@@ -35,7 +35,9 @@ class ToolOptions:
     def __post_init__(self) -> None:
         RetryPolicy.of(self.retries)
         if self.timeout is not None and not is_duration(self.timeout):
-            raise InvalidDefinition(f"timeout is in seconds and above 0, found {self.timeout!r}")
+            raise InvalidDefinition(
+                f"timeout is in seconds, above 0 and below 100 years, found {self.timeout!r}"
+            )
         for name in ("inline", "at_most_once"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidDefinition(f"{name} is True or False, found {getattr(self, name)!r}")
