@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 from pydantic_ai import (
     Agent,
     ApprovalRequired,
@@ -797,6 +797,20 @@ async def test_what_is_recorded_can_be_read_however_deep_it_is_nested(depth: int
     else:
         assert depth < 200
         await step.attempt(lambda: agent.run("go"))
+
+
+class Measured(BaseModel):
+    at: float
+
+
+@pytest.mark.parametrize("kind", [float, dict[str, float], Measured], ids=str)
+def test_numbers_that_json_lacks_come_back(kind: Any) -> None:
+    """Whatever the type that a capability's operation declares, nan and infinity are no null in the record."""
+    for number in (float("nan"), float("-inf")):
+        value = TypeAdapter(kind).validate_python(number if kind is float else {"at": number})
+        loaded = operations.Codec().load(kind, operations.Codec().dump(kind, value))
+        assert repr(loaded) == repr(value)
+        assert b"null" not in operations.Codec().dump(kind, value).json
 
 
 async def test_a_record_is_an_object_that_people_can_read() -> None:

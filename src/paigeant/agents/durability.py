@@ -29,8 +29,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterable, Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+import copy
+from collections.abc import AsyncIterable, Callable, Generator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
@@ -240,11 +241,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         assert place is not None, "this is part of a step"
         progress = Progress()
         token, call = PROGRESS.set(progress), CALL.set(None)
-        # This is no unit: an agent within a tool is as durable as any other, and may wait for somebody. The library has
-        # no other way to say so; it says the contrary around each unit.
-        unit = _IN_DURABLE_UNIT.set(False)
         try:
-            with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)):
+            with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)), _no_unit():
                 result = await super().wrap_run(ctx, handler=handler)
             # Whoever has run the agent may do anything with the answer.
             await place.settled()
@@ -256,7 +254,6 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
                 await place.settled()
             raise
         finally:
-            _IN_DURABLE_UNIT.reset(unit)
             PROGRESS.reset(token)
             CALL.reset(call)
 
@@ -390,16 +387,18 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         if self._guards is None:
             guarded = super()._durable_run_context(ctx)
             self._guards = {name: vars(guarded)[name] for name in ("pending_messages", "_cancellation")}
-        # `copy.copy` takes three times as long.
-        same: RunContext[AgentDepsT] = RunContext.__new__(RunContext)
-        vars(same).update(vars(ctx), **self._guards)
+        same = copy.copy(ctx)
+        vars(same).update(self._guards)
         return same
 
-    def _request_policy_scope(  # type: ignore[override]  # any context manager will do
-        self, ctx: RunContext[AgentDepsT]
-    ) -> AbstractContextManager[None]:
+    @contextmanager
+    def _request_policy_scope(self, ctx: RunContext[AgentDepsT]) -> Generator[None]:
         # The policy of a request is made for its span. Without one the library looks for it all the same.
-        return super()._request_policy_scope(ctx) if get_current_span().is_recording() else nullcontext()
+        if get_current_span().is_recording():
+            with super()._request_policy_scope(ctx):
+                yield
+        else:
+            yield
 
     # -- models
 
@@ -456,6 +455,17 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             await super()._dispatch_event_stream_event(ctx, event)
         finally:
             EVENT_OF.reset(token)
+
+
+@contextmanager
+def _no_unit() -> Generator[None]:
+    """The code inside is no unit: an agent within a tool is as durable as any other, and may wait for somebody."""
+    # The library has no other way to say so; it says the contrary around each unit.
+    token = _IN_DURABLE_UNIT.set(False)
+    try:
+        yield
+    finally:
+        _IN_DURABLE_UNIT.reset(token)
 
 
 def _told_mode() -> str:

@@ -25,7 +25,7 @@ from pydantic_ai.durable_exec import (
     record_durable_unit,
 )
 from pydantic_ai.messages import ToolCallPart
-from pydantic_core import from_json
+from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.agents.usage import Part, count, of_request, of_run
 from paigeant.errors import OutputInvalid, UnitUnreadable
@@ -63,17 +63,12 @@ class Codec(DurabilityCodec):
     What is dumped is a Payload. A value that comes from a record is loaded as it stands there.
     """
 
-    def __init__(self) -> None:
-        self._types: dict[Any, TypeAdapter[Any]] = {}
-
     def dump(self, tp: Any, value: Any) -> Payload:
-        kind = self._types.get(tp)
-        if kind is None:
-            kind = self._types[tp] = TypeAdapter(tp)
         try:
-            written = kind.dump_json(value)
+            # In two steps: only the second can write nan and infinity of any type so that they are read again.
+            written = to_json(JSON_CODEC.dump(tp, value), inf_nan_mode="strings")
             return Payload(written, from_json(b"[%b]" % written)[0])  # as deep as it will be in its record
-        except ValueError as exc:  # it can't be written, or is nested too deep to be read again
+        except (PydanticSerializationError, ValueError) as exc:  # or it is nested too deep to be read again
             raise not_json(exc) from exc
 
     def load(self, tp: Any, payload: Any) -> Any:
