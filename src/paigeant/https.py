@@ -20,6 +20,8 @@ __all__ = ["MOST_BYTES", "MOST_SECONDS", "Reply", "check_url", "request"]
 MOST_BYTES = 64 * 1024
 MOST_SECONDS = 5.0
 _MOST_REDIRECTS = 3
+_NO_ISSUER = (18, 19, 20, 21)
+"""OpenSSL's codes for certificates that nobody who is trusted has signed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ async def request(
     except AuthorityUnavailable as exc:
         trouble = exc.reason
     except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError) as exc:
-        trouble = type(exc).__name__
+        trouble = _mistrust(exc) or type(exc).__name__
     # An error of its own, raised outside of the handlers: the frames of the others hold what was sent, tokens as well.
     raise AuthorityUnavailable(_named(origin), trouble)
 
@@ -82,12 +84,16 @@ async def _ask(url: str, form: Form | None, headers: Form, *, seconds: float, li
     import httpx2
 
     origin = urlsplit(url)
+    try:
+        tls = _tls(origin.scheme)
+    except OSError:
+        raise AuthorityUnavailable(
+            url, "SSL_CERT_FILE or SSL_CERT_DIR names no certificates that can be read"
+        ) from None
     # Nothing is unpacked, so that a small body can't become a large one; and nothing is proxied on this host.
     sent = {"accept": "application/json", **_revealed(headers), "accept-encoding": "identity"}
     data = None if form is None else _revealed(form)
-    async with httpx2.AsyncClient(
-        timeout=seconds, verify=_tls(origin.scheme), trust_env=origin.scheme == "https"
-    ) as client:
+    async with httpx2.AsyncClient(timeout=seconds, verify=tls, trust_env=origin.scheme == "https") as client:
         for _ in range(_MOST_REDIRECTS + 1):
             async with client.stream(
                 "GET" if data is None else "POST", url, data=data, headers=sent
@@ -115,6 +121,20 @@ def _tls(scheme: str) -> ssl.SSLContext:
 
     # Nothing is encrypted on this host, and the client wants one all the same: this one trusts nobody.
     return httpx2.create_ssl_context() if scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+def _mistrust(exc: BaseException) -> str | None:
+    """Why a server's certificate isn't trusted, if that is what is behind an error. It has nothing of what was sent."""
+    found: BaseException | None = exc
+    while found is not None:
+        if isinstance(found, ssl.SSLCertVerificationError):
+            said = f"its certificate is refused: {found.verify_message.rstrip('.')}"
+            is_foreign = found.verify_code in _NO_ISSUER
+            return (
+                f"{said}; a CA of your own is trusted by SSL_CERT_FILE=/path/ca.pem" if is_foreign else said
+            )
+        found = found.__cause__ or found.__context__
+    return None
 
 
 def _redirected(url: str, origin: SplitResult, location: str) -> str:

@@ -38,7 +38,7 @@ __all__ = ["CONFIG_FILE", "Settings"]
 
 CONFIG_FILE = "paigeant.yaml"
 _PREFIX = "PAIGEANT_"
-_ONLY_ENVIRONMENT = ("client_secret", "client_key")
+_ONLY_ENVIRONMENT = ("client_secret", "client_key", "signing_keys")
 _KNOWN_SCHEMES = ("memory", "sqlite", "postgresql", "redis", "rediss", "amqp", "amqps")
 
 
@@ -98,13 +98,16 @@ class Settings(BaseSettings):
         "default", min_length=1, max_length=100, description="messages signed for another one are refused"
     )
     keys_file: str = Field("paigeant-keys.json", description="the key ring, see `paigeant keys`")
-    signing_keys: SecretStr | None = Field(None, description="the key ring itself, instead of its file")
+    signing_keys: SecretStr | None = Field(
+        None, description="the key ring itself, instead of its file; only from the environment or in code"
+    )
     trust_file: str | None = Field(
         None, description="whose signatures count, and for what; by default those of the key ring for all"
     )
     message_lifetime: float = Field(86400.0, ge=60, description="how long a signed message holds")
     allow_plaintext: bool = Field(
-        False, description="let messages travel to other hosts without TLS, where everybody may read them"
+        False,
+        description="let messages and runs travel to other hosts without TLS, where others may read them",
     )
 
     max_message_bytes: int = Field(1024 * 1024, ge=1024, description="largest message")
@@ -319,24 +322,31 @@ class Settings(BaseSettings):
         return {name: workflow_from(name, fields) for name, fields in self.workflows.items()}
 
     def check_exposure(self) -> None:
-        """Raise ConfigurationError for a broker on another host without TLS, or without a word on signing.
+        """Raise ConfigurationError for another host without TLS, and for a broker there without a word on signing.
 
         Both may be meant, and then have to be said.
         """
-        for name, url in (("transport_url", self.transport_url), *self.routes.items()):
-            if is_local(url):
-                continue
-            shown = without_password(url)
-            if self.signing is None:
+        brokers = (("transport_url", self.transport_url), *self.routes.items())
+        for name, url in brokers:
+            if self.signing is None and not is_local(url, os.environ):
                 raise ConfigurationError(
-                    f"{name} is {shown}, and `signing` isn't set: unsigned, whoever can write there could start any "
-                    "activity. Set `signing: require` (`paigeant keys generate` makes the key), or `signing: off`"
+                    f"{name} is {_told(url)}, and `signing` isn't set: unsigned, whoever can write there could start "
+                    "any activity. Set `signing: require` (`paigeant keys generate` makes the key), or `signing: off`"
                 )
-            if not is_encrypted(url) and not self.allow_plaintext:
-                raise ConfigurationError(
-                    f"{name} is {shown}, where messages would travel in plain text; use rediss://, amqps://, or "
-                    "postgresql:// with sslmode=verify-full; or set `allow_plaintext: true` in your own network"
-                )
+        for name, url in (*brokers, ("store_url", self.store_url)):
+            self.check_encrypted(name, url)
+
+    def check_encrypted(self, name: str, url: str) -> None:
+        """Raise ConfigurationError where what is sent to `url`, the setting `name`, can be read under way."""
+        if self.allow_plaintext or is_local(url, os.environ) or is_encrypted(url, os.environ):
+            return
+        if name == "store_url" and not url.startswith("postgresql:"):
+            return  # it is no store at all, which is told where it would be opened
+        what = "runs" if name == "store_url" else "messages"
+        raise ConfigurationError(
+            f"{name} is {_told(url)}, where {what} would travel in plain text; use {_encrypted(url)}; "
+            "or set `allow_plaintext: true` in your own network"
+        )
 
     def key_ring(self) -> Path | KeyRing:
         """The file of the key ring, or the ring that the settings hold. Raises ConfigurationError for what is none."""
@@ -345,7 +355,11 @@ class Settings(BaseSettings):
         try:
             return KeyRing.from_dict(parse_strict(self.signing_keys.get_secret_value().encode()))
         except (MessageInvalid, ConfigurationError) as exc:
-            raise ConfigurationError(f"signing_keys: {exc}") from None
+            reason = str(exc).removeprefix(f"{getattr(exc, 'reason', '')}: ")
+            raise ConfigurationError(
+                f"signing_keys is no key ring: {reason}; expected the whole content of a file that "
+                "`paigeant keys generate` has made"
+            ) from None
 
     def trusted(self) -> Path | None:
         """The trust file."""
@@ -486,7 +500,9 @@ def _explain(exc: ValidationError) -> str:
     place = ".".join(str(part) for part in first["loc"]) or "settings"
     if first["type"] == "value_error":  # one of ours, which says what was found
         return f"{place}: {first['msg'].removeprefix('Value error, ')}"
-    return f"{place}: {first['msg']}, found {_scrubbed(first['input'])}"
+    # Whatever stands where a secret belongs may be one, however it is wrong.
+    found = type(first["input"]).__name__ if place in _ONLY_ENVIRONMENT else _scrubbed(first["input"])
+    return f"{place}: {first['msg']}, found {found}"
 
 
 def _explain_variable(exc: SettingsError) -> str:
@@ -495,6 +511,19 @@ def _explain_variable(exc: SettingsError) -> str:
     return (
         f"the environment has {_PREFIX}{name.upper()}, which is not JSON{reason}; expected JSON such as {{}}"
     )
+
+
+def _told(url: str) -> str:
+    shown = without_password(url)
+    if is_local(url):  # then it is the environment that leads elsewhere
+        return f"{shown} with the environment's PGHOST, PGHOSTADDR or PGSERVICE"
+    return shown
+
+
+def _encrypted(url: str) -> str:
+    """How the same server is named for TLS."""
+    scheme = url.partition("://")[0]
+    return "sslmode=verify-full in its parameters" if scheme == "postgresql" else f"{scheme}s://"
 
 
 def _scrubbed(value: Any) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable, Iterator
-from urllib.parse import parse_qs, unquote_plus, urlsplit
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from urllib.parse import parse_qsl, unquote, unquote_plus
 
 __all__ = ["is_encrypted", "is_local", "scrubbed", "secrets_of", "without_password"]
 
@@ -13,6 +14,9 @@ _PARAMETER = re.compile(r"([?&][^=&\s]*(?:password|passwd|pwd|passphrase|secret|
 _IN_TEXT = re.compile(r"(\w://[^\s:/@'\"]*:)[^\s]*@")
 _SHORT = 4
 """A secret of fewer characters may be part of any word."""
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+_LIBPQ = {"host": "PGHOST", "hostaddr": "PGHOSTADDR", "sslmode": "PGSSLMODE"}
 
 
 def without_password(url: str) -> str:
@@ -30,34 +34,72 @@ def scrubbed(text: str, urls: Iterable[str] = ()) -> str:
     return _PARAMETER.sub(r"\1***", _IN_TEXT.sub(r"\1***@", text))
 
 
-def is_local(url: str) -> bool:
-    """Whether what is sent there doesn't leave this host: a file, memory, a local socket, or a loopback address."""
+def is_local(url: str, environment: Mapping[str, str] = _NOTHING) -> bool:
+    """Whether what is sent there doesn't leave this host: a file, memory, a local socket, or a loopback address.
+
+    `environment`: for Postgres also the variables such as PGHOST, which libpq reads where the URL leaves something
+    open. Each server that is named has to be on this host. What a service file, a sentinel or a node of a cluster
+    names may be anywhere, so none of them counts as local.
+    """
     scheme, _, rest = url.partition("://")
     if scheme in ("memory", "sqlite"):
         return True
-    hosts = rest.partition("?")[0].partition("/")[0].rpartition("@")[2].split(",")
-    hosts += parse_qs(urlsplit(url).query).get("host", [])
-    return all(map(_is_here, hosts))
-
-
-def is_encrypted(url: str) -> bool:
-    """Whether what is sent there can't be read on the way, as far as the URL tells."""
-    scheme = url.partition("://")[0]
     if scheme == "postgresql":
-        return parse_qs(urlsplit(url).query).get("sslmode", [""])[-1] in (
-            "require",
-            "verify-ca",
-            "verify-full",
-        )
+        told = _told_to_libpq(rest, environment)
+        hosts = [host for name in ("host", "hostaddr") for host in told.get(name, "").split(",")]
+        return not told.get("service") and all(map(_is_here, hosts))
+    authority, _, query = _parts(rest)
+    told = dict(parse_qsl(query, keep_blank_values=True))
+    leads_on = "sentinel" in told or told.get("cluster", "false").lower() != "false"
+    return not leads_on and all(_is_here(_host(place)) for place in authority.split(","))
+
+
+def is_encrypted(url: str, environment: Mapping[str, str] = _NOTHING) -> bool:
+    """Whether what is sent there can't be read on the way, as far as URL and `environment` (see `is_local`) tell."""
+    scheme, _, rest = url.partition("://")
+    if scheme == "postgresql":
+        return _told_to_libpq(rest, environment).get("sslmode") in ("require", "verify-ca", "verify-full")
     return scheme in ("rediss", "amqps")
 
 
+def _parts(rest: str) -> tuple[str, str, str]:
+    """Servers, path and query of a broker's URL, by the rules of RFC 3986."""
+    rest, _, _ = rest.partition("#")
+    place, _, query = rest.partition("?")
+    authority, _, path = place.partition("/")
+    return authority.rpartition("@")[2], path, query
+
+
+def _told_to_libpq(rest: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """What libpq goes by: the parameters of the URL, then variables of the environment.
+
+    It reads a URL otherwise than RFC 3986 has it: a `?` may stand in a password, a `#` means nothing, several servers
+    have commas in between, and what the query says stands above that. See "Connection URIs" in its manual.
+    """
+    user, at, servers = rest.partition("@")
+    if at and "/" not in user:
+        rest = servers
+    place, _, query = rest.partition("?")
+    hosts = ",".join(_host(server) for server in place.partition("/")[0].split(","))
+    told = {"host": unquote(hosts)} if hosts else {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        told.update({"sslmode": "require"} if (name, value) == ("ssl", "true") else {name: value})
+    if service := told.get("service") or environment.get("PGSERVICE"):
+        return {**told, "service": service}  # it stands above the other variables, and may say what they do
+    others = {name: environment[variable] for name, variable in _LIBPQ.items() if variable in environment}
+    return {**others, **told}
+
+
+def _host(server: str) -> str:
+    """The host of host:port, or of [address]:port."""
+    return server[1:].partition("]")[0] if server.startswith("[") else server.partition(":")[0]
+
+
 def _is_here(host: str) -> bool:
-    name = host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
-    if not name or name == "localhost" or name.startswith(("/", "%2F", "%2f")):
+    if not host or host.lower() == "localhost" or host[0] in "/@":  # the latter are sockets, for libpq alone
         return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 

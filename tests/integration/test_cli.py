@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 import re
@@ -290,20 +291,49 @@ def test_handlers_come_from_the_file() -> None:
 
 
 def test_run_says_what_it_serves() -> None:
-    """A worker's first line names its activities, topics, transport and store."""
+    """A worker's first line names its activities, topics, transport and store, and that no message is signed."""
     lines = [
         json.loads(line)
         for line in paigeant("run", "handlers.py", "--until-idle").stderr.splitlines()
         if line[0] == "{"
     ]
-    facts = {name: lines[0][name] for name in ("event", "activities", "topics", "transport", "store")}
+    facts = {
+        name: lines[0][name] for name in ("event", "activities", "topics", "transport", "store", "signing")
+    }
     assert facts == {
         "event": "worker.serving",
         "activities": "charge, reserve",
         "topics": "charge, reserve",
         "transport": "sqlite:///paigeant.db",
         "store": "sqlite:///paigeant.db",
+        "signing": "off: no message leaves this host",
     }
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ("", "off: no message leaves this host"),
+        ("off", "off: whoever can write to the transport can start any activity"),
+        ("sign", "sign: deployment 'shop', key {kid} (Ed25519), for all messages"),
+        ("require", "require: deployment 'shop', key {kid} (Ed25519), for all messages"),
+    ],
+)
+def test_run_says_how_messages_are_signed(
+    format: str, told: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any work, as a field of its first line or as text for people: above all that nothing is signed."""
+    kid = paigeant("keys", "generate").stdout.strip()
+    monkeypatch.setenv("PAIGEANT_LOG_FORMAT", format)
+    monkeypatch.setenv("PAIGEANT_DEPLOYMENT", "shop")
+    monkeypatch.setenv("COLUMNS", "200")
+    if told:
+        monkeypatch.setenv("PAIGEANT_SIGNING", told)
+    said = paigeant("run", "handlers.py", "--until-idle").stderr
+    found = [line for line in said.splitlines() if "signing" in line]
+    assert len(found) == 1
+    assert says.format(kid=kid) in found[0]
 
 
 def test_run_logs_to_standard_error_alone() -> None:
@@ -987,6 +1017,46 @@ def test_an_unknown_algorithm_is_refused() -> None:
     assert not Path("paigeant-keys.json").exists()
 
 
+def test_keys_from_the_environment_sign_and_verify(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the content of the file in PAIGEANT_SIGNING_KEYS a run is signed, taken and done, without a file."""
+    kid = paigeant("keys", "generate").stdout.strip()
+    ring = Path("paigeant-keys.json").read_text()
+    Path("paigeant-keys.json").unlink()
+    monkeypatch.setenv("PAIGEANT_SIGNING", "require")
+    monkeypatch.setenv("PAIGEANT_SIGNING_KEYS", ring)
+    paigeant("dispatch", "order", "-", "--handlers", "handlers.py", "--id", "o-1", input=json.dumps(GOOD))
+    with sqlite3.connect("paigeant.db") as database:
+        ((wire,),) = database.execute("SELECT body FROM messages").fetchall()
+    protected = json.loads(wire.split(b"\n", 1)[0])["jws_signature"].partition("..")[0]
+    assert json.loads(base64.urlsafe_b64decode(protected + "=="))["kid"] == kid
+    said = paigeant("run", "handlers.py", "--until-idle").stderr
+    assert f"key {kid}" in said
+    assert as_json("runs", "show", "o-1")["status"] == "completed"
+    private = json.loads(ring)["keys"][0]["jwk"]["d"]
+    told = said + paigeant("config", "show").output + paigeant("config", "check").output
+    assert private not in told
+    assert not Path("paigeant-keys.json").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "dispatch", "config"])
+def test_keys_in_the_environment_that_are_none_are_refused(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command that would sign says what it found and expects, and prints nothing of them."""
+    paigeant("keys", "generate")
+    ring = Path("paigeant-keys.json").read_text()
+    monkeypatch.setenv("PAIGEANT_SIGNING", "require")
+    monkeypatch.setenv("PAIGEANT_SIGNING_KEYS", ring.replace('"version": 1', '"version": 7'))
+    if command == "config":
+        said = checked(2)["signing"][1]
+    else:
+        arguments = ["handlers.py"] if command == "run" else ["order", "-", "--handlers", "handlers.py"]
+        said = refused(command, *arguments, input=json.dumps(GOOD))
+    assert said.startswith('signing_keys is no key ring: a key ring is {"version": 1, "keys": [...]}')
+    assert "`paigeant keys generate` has made" in said
+    assert json.loads(ring)["keys"][0]["jwk"]["d"] not in said
+
+
 def test_a_revoked_key_is_exported_no_more() -> None:
     """It stays in the ring, as revoked, and the one before is active again; an unknown id is refused."""
     first = paigeant("keys", "generate").stdout.strip()
@@ -1016,6 +1086,35 @@ def test_others_keys_are_trusted_for_what_is_said_and_revoked() -> None:
     paigeant("keys", "revoke", kid, "--trust", "paigeant-trust.json")
     [entry] = json.loads(Path("paigeant-trust.json").read_text())["keys"]
     assert entry["revoked_at"] > 0
+
+
+@pytest.mark.parametrize("setting", ["store_url", "transport_url"])
+@pytest.mark.parametrize(
+    "url", ["postgresql://ann:s3cret@db.invalid/x", "postgresql:///x?hostaddr=192.0.2.9"]
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("db", "upgrade"),
+        ("db", "current"),
+        ("runs", "list"),
+        ("run", "handlers.py"),
+        ("dispatch", "order", "-", "--handlers", "handlers.py"),
+    ],
+    ids=" ".join,
+)
+def test_no_command_speaks_plain_text_to_a_database_elsewhere(
+    setting: str, url: str, command: tuple[str, ...]
+) -> None:
+    """Whatever would connect there is refused before it does, with what to write instead and without the password."""
+    Path("paigeant.yaml").write_text(f"{setting}: {url}\nsigning: off\n")
+    Path("paigeant.db").touch()  # so that a command has something to read
+    said = refused(*command, input="{}")
+    assert said.startswith(f"{setting} is postgresql://")
+    assert "in plain text; use sslmode=verify-full in its parameters; or set `allow_plaintext: true`" in said
+    assert "s3cret" not in said
+    part = setting.removesuffix("_url")
+    assert "would travel in plain text" in checked(2)[part][1]
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,15 @@ def test_a_second_signal_ends_the_worker_at_once(workflow: str) -> None:
     assert (step["status"], step["attempts"]) == ("ready", 0)
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_worker_that_takes_unsigned_messages_says_so(processes: str) -> None:
+    """On loopback `signing` is off by default: the first line of the command tells, with several processes as well."""
+    said = call("run", "--processes", processes, "--until-idle").stderr
+    first = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    assert first["event"] == ("worker.serving" if processes == "1" else "supervisor.started")
+    assert first["signing"] == "off: no message leaves this host"
+
+
 def test_a_killed_process_is_replaced() -> None:
     """With --processes, the parent starts another worker, and a signal to it ends all of them gracefully."""
     with Command("run", "--processes", "2") as parent:

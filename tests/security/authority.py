@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 import secrets
+import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -58,8 +59,8 @@ class Authority(HttpServer):
     `widens` gives more scopes than were asked for.
     """
 
-    def __init__(self, *, now: Callable[[], float] = time.time) -> None:
-        super().__init__()
+    def __init__(self, *, now: Callable[[], float] = time.time, tls: ssl.SSLContext | None = None) -> None:
+        super().__init__(tls)
         self.now = now
         self.clients: dict[str, str | Key] = {}
         self.keys: list[Key] = []

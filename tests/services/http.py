@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -51,17 +52,23 @@ class Incoming(BaseHTTPRequestHandler):
 
 
 class HttpServer(ABC):
-    """Serves on a free port of this host while the block lasts. Derived classes say in `serve` what is answered."""
+    """Serves on a free port of this host while the block lasts. Derived classes say in `serve` what is answered.
+
+    With `tls` it speaks https, with the certificate of that.
+    """
 
     protocol = "HTTP/1.0"
     """With HTTP/1.1 connections are kept, and answers may be streamed."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         handler = type("Handler", (Incoming,), {"outer": self, "protocol_version": self.protocol})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        if tls is not None:  # who breaks the handshake off is let go, see `socketserver`
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-        self.origin = f"http://127.0.0.1:{self._server.server_port}"
+        scheme = "http" if tls is None else "https"
+        self.origin = f"{scheme}://127.0.0.1:{self._server.server_port}"
 
     @abstractmethod
     def serve(self, request: Incoming) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from paigeant import RetryPolicy, Settings, Step
 from paigeant.errors import ConfigurationError
 from paigeant.identity import Issuer
+from paigeant.keys import Key, KeyRing
 
 
 def file(text: str) -> None:
@@ -278,6 +280,141 @@ def test_no_value_shows_a_password() -> None:
     with pytest.raises(ConfigurationError) as caught:
         Settings(transport_url=["amqp://a:s3cret@h"])
     assert "s3cret" not in str(caught.value)
+
+
+# -- what travels to other hosts
+
+
+@pytest.mark.parametrize(
+    ("setting", "url", "instead"),
+    [
+        ("transport_url", "amqp://ann:s3cret@broker.example/v", "amqps://"),
+        ("transport_url", "redis://:s3cret@broker.example:6379/0", "rediss://"),
+        ("transport_url", "redis://localhost:26379/0?sentinel=main&sentinel_password=s3cret", "rediss://"),
+        *(
+            (setting, f"postgresql://ann:s3cret@{place}", "sslmode=verify-full")
+            for setting in ("transport_url", "store_url")
+            for place in (
+                "db.example/x",
+                "db.example/x?sslmode=disable",
+                "db.example/x?sslmode=allow",
+                "db.example/x?sslmode=prefer",
+                "localhost,db.example/x",
+                "/x?host=db.example",
+                "/x?hostaddr=10.0.0.9",
+            )
+        ),
+        ("routes", "amqp://ann:s3cret@broker.example/v", "amqps://"),
+    ],
+)
+def test_plain_text_to_another_host_needs_a_word(setting: str, url: str, instead: str) -> None:
+    """Broker, route or store: it is refused with what to write instead, without its password, unless it is allowed."""
+    values = {setting: {"p.*": url} if setting == "routes" else url}
+    settings = Settings(signing="off", **values)
+    with pytest.raises(ConfigurationError, match="would travel in plain text; use") as caught:
+        settings.check_exposure()
+    said = str(caught.value)
+    assert instead in said
+    assert said.startswith("p.* is " if setting == "routes" else f"{setting} is ")
+    assert "s3cret" not in said
+    Settings(signing="off", allow_plaintext=True, **values).check_exposure()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "amqps://broker.example",
+        "rediss://broker.example/0",
+        *(f"postgresql://db.example/x?sslmode={mode}" for mode in ("require", "verify-ca", "verify-full")),
+        "amqp://127.0.0.1",
+        "redis://[::1]:6379/0",
+        "postgresql:///x?host=/run/postgresql",
+    ],
+)
+def test_what_nobody_reads_on_the_way_needs_none(url: str) -> None:
+    """TLS, and what stays on this host."""
+    Settings(transport_url=url, signing="off").check_exposure()
+
+
+@pytest.mark.parametrize("scheme", ["amqps", "rediss", "postgresql"])
+def test_a_broker_elsewhere_needs_a_word_on_signing(scheme: str) -> None:
+    """TLS doesn't say who may write there, nor does a word on plain text; a store isn't a broker."""
+    url = f"{scheme}://broker.example/0?sslmode=verify-full"
+    for settings in (Settings(transport_url=url), Settings(transport_url=url, allow_plaintext=True)):
+        with pytest.raises(ConfigurationError, match="`signing` isn't set"):
+            settings.check_exposure()
+    Settings(store_url="postgresql://db.example/x?sslmode=verify-full").check_exposure()
+
+
+@pytest.mark.parametrize("variable", ["PGHOST", "PGHOSTADDR", "PGSERVICE"])
+def test_a_variable_of_libpq_leads_elsewhere(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the URL names no host, the environment may; the error says so, as the URL doesn't show it."""
+    settings = Settings(store_url="postgresql:///x")
+    settings.check_exposure()
+    monkeypatch.setenv(variable, "10.0.0.9")
+    with pytest.raises(ConfigurationError, match=r"postgresql:///x with the environment's PGHOST"):
+        settings.check_exposure()
+    monkeypatch.setenv("PGSSLMODE", "verify-full")
+    if variable != "PGSERVICE":  # the file of which may say otherwise
+        settings.check_exposure()
+
+
+# -- keys from the environment
+
+RING = KeyRing((Key.generate(now=1.0),)).as_dict()
+PRIVATE = RING["keys"][0]["jwk"]["d"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("/run/secrets/keys.json", "Expecting value at line 1, column 1"),
+        ("", "Expecting value at line 1, column 1"),
+        (json.dumps(RING)[:-3], "at line 1, column"),
+        (json.dumps(RING["keys"]), 'a key ring is {"version": 1, "keys": [...]}'),
+        (json.dumps(RING["keys"][0]["jwk"]), 'a key ring is {"version": 1, "keys": [...]}'),
+        (json.dumps(RING).replace('"created_at": 1.0, ', ""), "has no instant created_at"),
+        (json.dumps(RING).replace('"d"', '"e"'), "has no private part"),
+        (json.dumps(RING).replace(PRIVATE, PRIVATE[:-4]), "this is no key"),
+        (json.dumps(RING).replace('"d"', '"d": "a", "d"'), "the key 'd' occurs twice"),
+        ("{" + json.dumps(RING)[1:-1] + f', "x": {PRIVATE}' + "}", "at line 1, column"),
+    ],
+)
+def test_keys_in_the_environment_that_are_none(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told what was found, what is expected, and what makes it; nothing of the key itself."""
+    monkeypatch.setenv("PAIGEANT_SIGNING_KEYS", text)
+    with pytest.raises(ConfigurationError) as caught:
+        Settings().key_ring()
+    told = str(caught.value)
+    assert told.startswith("signing_keys is no key ring: ")
+    assert said in told
+    assert "the whole content of a file that `paigeant keys generate` has made" in told
+    assert PRIVATE[:8] not in told
+    assert "\n" not in told
+
+
+def test_keys_in_the_environment_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Good ones are a ring, and are printed with no setting."""
+    monkeypatch.setenv("PAIGEANT_SIGNING_KEYS", json.dumps(RING))
+    settings = Settings()
+    assert settings.key_ring() == KeyRing.from_dict(RING)
+    assert PRIVATE not in f"{settings!r} {settings.shown()} {settings.key_ring()!r}"
+
+
+def test_keys_stand_in_no_configuration_file() -> None:
+    """A file that is copied and shown is refused with private keys in it, as a mapping or as a text."""
+    for value in (RING, json.dumps(RING)):
+        file(json.dumps({"signing_keys": value}))
+        with pytest.raises(ConfigurationError, match="PAIGEANT_SIGNING_KEYS") as caught:
+            Settings()
+        assert PRIVATE not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["signing_keys", "client_secret", "client_key"])
+def test_a_secret_of_a_wrong_type_is_not_shown(name: str) -> None:
+    """Code that gives a value instead of its text is told the type alone."""
+    with pytest.raises(ConfigurationError, match=f"{name}: Input should be a valid string, found dict$"):
+        Settings(**{name: RING})
 
 
 # -- on behalf of people

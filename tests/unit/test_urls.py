@@ -1,10 +1,19 @@
-"""What is secret in a URL is shown nowhere."""
+"""What is secret in a URL is shown nowhere, and what it says of a server is read as those read it who connect to it."""
 
 from __future__ import annotations
 
-import pytest
+from ipaddress import ip_address
 
-from paigeant.urls import scrubbed, without_password
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+
+from paigeant.errors import ConfigurationError
+from paigeant.transports.rabbitmq.link import read_url
+from paigeant.transports.redis.place import Place
+from paigeant.urls import is_encrypted, is_local, scrubbed, without_password
 
 
 @pytest.mark.parametrize(
@@ -52,3 +61,195 @@ def test_a_text_without_secrets_stays() -> None:
     assert scrubbed(text, ["redis://:a@host", "amqp://ann@host"]) == text
     said = "the broker refuses the user 'guest'"
     assert scrubbed(said, ["amqp://guest:guest@host"]) == said
+
+
+# -- where a server is, and whether the way there is encrypted
+
+HERE = [
+    "memory://",
+    "sqlite:///paigeant.db",
+    "sqlite:////mnt/db.example/paigeant.db",
+    *(
+        f"{scheme}://{host}"
+        for scheme in ("redis", "rediss", "amqp", "amqps")
+        for host in (
+            "localhost",
+            "LocalHost:1",
+            "127.0.0.1",
+            "127.9.8.7:1/0",
+            "[::1]",
+            "[::1]:1/0",
+            "u:p@localhost/v",
+            "u:db.example@[::1]:1",
+        )
+    ),
+    "redis://localhost?cluster=false",
+    "postgresql://",
+    "postgresql:///app",
+    "postgresql://ann@/app",
+    "postgresql://:5432/app",
+    "postgresql://localhost/app",
+    "postgresql://127.0.0.2:5432/app",
+    "postgresql://[::1]:5432/app",
+    "postgresql://127.0.0.1,localhost:5433,[::1]/app",
+    "postgresql://%2Fvar%2Frun%2Fpostgresql/app",
+    "postgresql:///app?host=/var/run/postgresql",
+    "postgresql:///app?host=/run/a,/run/b",
+    "postgresql:///app?host=@abstract",
+    "postgresql:///app?host=::1&port=5433",
+    "postgresql:///app?hostaddr=127.0.0.1",
+    "postgresql://localhost/app?hostaddr=127.0.0.1",
+    "postgresql://localhost/app?application_name=db.example",
+]
+ELSEWHERE = [
+    *(
+        f"{scheme}://{host}"
+        for scheme in ("redis", "rediss", "amqp", "amqps")
+        for host in (
+            "broker.example",
+            "10.0.0.9:1/0",
+            "[2001:db8::1]",
+            "[::2]:1",
+            "u:localhost@broker.example",
+            "localhost@broker.example",
+            "localhost.example",
+            "127.0.0.1.example",
+            "127.0.0.1:1,broker.example:1",
+            "0.0.0.0",
+            "[::ffff:10.0.0.9]",
+        )
+    ),
+    "redis://localhost:26379/0?sentinel=main",
+    "rediss://localhost:26379/0?sentinel=main",
+    "redis://127.0.0.1:6379?cluster=true",
+    "redis://127.0.0.1:6379?namespace=a&cluster=1",
+    "postgresql://db.example/app",
+    "postgresql://10.0.0.9/app",
+    "postgresql://[2001:db8::1]:5432/app",
+    "postgresql://localhost,db.example/app",
+    "postgresql://,db.example/app",
+    "postgresql:///app?host=db.example",
+    "postgresql:///app?host=/tmp,db.example",
+    "postgresql:///app?host=::2",
+    "postgresql:///app?h%6Fst=db.example",
+    "postgresql://%2Ftmp%2Cdb.example/app",
+    "postgresql://localhost/app?host=db.example",
+    "postgresql:///app?hostaddr=10.0.0.9",
+    "postgresql:///app?hostaddr=127.0.0.1,10.0.0.9",
+    "postgresql:///app?hostaddr=::ffff:10.0.0.9",
+    "postgresql://localhost/app?hostaddr=10.0.0.9",
+    "postgresql:///app?application_name=a#&hostaddr=10.0.0.9",
+    "postgresql://:pass?word@db.example/app",
+    "postgresql://localhost?@db.example/app",
+    "postgresql:///app?service=orders",
+]
+
+
+@pytest.mark.parametrize("url", HERE)
+def test_what_does_not_leave_this_host(url: str) -> None:
+    """Files, memory, sockets and loopback addresses, all of them where several are named."""
+    assert is_local(url)
+
+
+@pytest.mark.parametrize("url", ELSEWHERE)
+def test_what_leaves_this_host(url: str) -> None:
+    """One server elsewhere is enough, wherever it stands; so is one that a sentinel, a node or a service file names."""
+    assert not is_local(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "encrypted"),
+    [
+        ("redis://h", False),
+        ("rediss://h", True),
+        ("amqp://h", False),
+        ("amqps://h", True),
+        ("postgresql://h/x", False),
+        ("postgresql://h/x?sslmode=disable", False),
+        ("postgresql://h/x?sslmode=allow", False),
+        ("postgresql://h/x?sslmode=prefer", False),
+        ("postgresql://h/x?sslmode=require", True),
+        ("postgresql://h/x?sslmode=verify-ca", True),
+        ("postgresql://h/x?sslmode=verify-full&target_session_attrs=any", True),
+        ("postgresql://h,i/x?ssl=true", True),
+        ("postgresql://h/x?ssl=false", False),
+        ("postgresql://h/x?sslmode=Require", False),
+        ("postgresql://h/x?sslmode=require&sslmode=prefer", False),
+        ("postgresql://h/x?sslmode=require&sslmode=", False),
+        ("postgresql://h/x?sslmode=prefer&sslmode=require", True),
+        ("postgresql://u:p?sslmode=require&a=@h/x", False),
+    ],
+)
+def test_what_is_encrypted(url: str, encrypted: bool) -> None:
+    """TLS by its scheme for brokers; for Postgres a mode that doesn't go on without TLS, the last one that is named."""
+    assert is_encrypted(url) is encrypted
+
+
+@pytest.mark.parametrize(
+    ("url", "variables", "here", "encrypted"),
+    [
+        ("postgresql:///x", {"PGHOST": "db.example"}, False, False),
+        ("postgresql:///x", {"PGHOST": "localhost"}, True, False),
+        ("postgresql:///x", {"PGHOST": "/run/postgresql"}, True, False),
+        ("postgresql://localhost/x", {"PGHOST": "db.example"}, True, False),
+        ("postgresql://localhost/x", {"PGHOSTADDR": "10.0.0.9"}, False, False),
+        ("postgresql:///x?hostaddr=127.0.0.1", {"PGHOSTADDR": "10.0.0.9"}, True, False),
+        ("postgresql:///x", {"PGSERVICE": "orders"}, False, False),
+        ("postgresql://h/x", {"PGSSLMODE": "verify-full"}, False, True),
+        ("postgresql://h/x?sslmode=prefer", {"PGSSLMODE": "verify-full"}, False, False),
+        ("postgresql://h/x?service=s", {"PGSSLMODE": "verify-full"}, False, False),
+        ("postgresql://h/x?service=s&sslmode=require", {}, False, True),
+        ("redis://localhost", {"PGHOST": "db.example"}, True, False),
+    ],
+)
+def test_what_the_environment_says_of_postgres(
+    url: str, variables: dict[str, str], here: bool, encrypted: bool
+) -> None:
+    """What libpq takes from variables counts where the URL leaves it open; a service file stands above them."""
+    assert is_local(url, variables) is here
+    assert is_encrypted(url, variables) is encrypted
+
+
+def is_on_this_host(name: str) -> bool:
+    """What a resolver says of a host or a socket."""
+    if name in ("", "localhost") or name[0] in "/@":
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+PIECES = st.sampled_from([
+    "localhost", "127.0.0.1", "[::1]", "db", "10.0.0.9", "%2Ftmp", "@", ":", ",", "/", "?", "&", "#", "%2C", "u",
+    "5432", "", "host=", "hostaddr=", "sslmode=", "require", "prefer", "ssl=true", "x=",
+])  # fmt: skip
+
+
+@given(st.lists(PIECES, max_size=12).map("".join))
+@example("localhost?@db/x")
+@example("/x?hostaddr=10.0.0.9")
+@example("u:p?sslmode=require&x=@db/x")
+def test_a_url_is_read_as_libpq_reads_it(rest: str) -> None:
+    """Whatever libpq takes for a URL: what counts as local or encrypted here is so there."""
+    url = f"postgresql://{rest}"
+    try:
+        told = conninfo_to_dict(url)
+    except ProgrammingError:
+        return
+    named = [str(told.get(name, "")).split(",") for name in ("host", "hostaddr")]
+    assert is_local(url) == all(is_on_this_host(name) for names in named for name in names)
+    assert is_encrypted(url) == (told.get("sslmode") == "require")
+
+
+@pytest.mark.parametrize("url", [url for url in (*HERE, *ELSEWHERE) if url.startswith(("redis", "amqp"))])
+def test_a_url_is_read_as_the_clients_of_brokers_read_it(url: str) -> None:
+    """Where redis-py and aio-pika would connect to another host, a URL never counts as local."""
+    try:
+        if url.startswith("redis"):
+            hosts = [host for host, _ in Place.read(url).nodes]
+        else:
+            hosts = [read_url(url)[0].host or ""]
+    except ConfigurationError:
+        return
+    assert all(map(is_on_this_host, hosts)) or not is_local(url)

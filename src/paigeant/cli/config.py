@@ -180,6 +180,7 @@ def _connected(settings: Settings, part: str, setting: str, url: str, make: Call
     place = without_password(url)
     try:
         session.check_shared(setting, url)
+        settings.check_encrypted(setting, url)  # else the password would travel so, too
         if _missing(url):
             return Finding(part, f"{place}: it is made when it is first used")
         session.wait_for(_connect(make()))

@@ -131,12 +131,15 @@ def _databases() -> list[Database]:
     from paigeant.databases import SCHEMES, open_database
 
     settings = session.read_settings()
-    urls = dict.fromkeys([settings.store_url, settings.transport_url])
+    urls = {settings.store_url: "store_url"}
+    urls.setdefault(settings.transport_url, "transport_url")
     own = [url for url in urls if url.partition("://")[0] in SCHEMES]
     if not own:
         raise ConfigurationError(
             "neither store_url nor transport_url is a database; there are no tables to see to"
         )
+    for url in own:
+        settings.check_encrypted(urls[url], url)
     return [open_database(url) for url in own]
 
 

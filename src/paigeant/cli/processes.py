@@ -36,8 +36,13 @@ async def supervise(command: Sequence[str], settings: Settings, *, until_idle: b
     when idle, or because it is configured wrongly, which no new start would mend, or has waited for its servers for as
     long as it was to.
     """
+    app = session.application(settings, makes=True)
+    log.info(
+        "supervisor.started",
+        extra={"processes": settings.processes, "signing": app.forwarder.envelope.told},
+    )
     with contextlib.suppress(*AWAY):  # the workers tell, and wait
-        async with session.opened(settings, makes=True):
+        async with app:
             pass  # what is wrong with store or transport is told once, here
     final = {_WRONG_USE} if settings.start_timeout is None else {_WRONG_USE, _UNREACHABLE}
     supervisor = _Supervisor(command, until_idle=until_idle, metrics_port=settings.metrics_port, final=final)
