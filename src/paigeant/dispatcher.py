@@ -164,7 +164,7 @@ class Dispatcher:
         A handle is recorded with the run, for the step that waits and those after it. A token travels with the message
         of the step that waits for one, and is recorded nowhere: should that message get lost, the step waits again.
         Raises RunNotFound, InputInvalid, InvalidTransition, TokenRejected, TokenExpired, AuthorityUnavailable,
-        TransportUnavailable when the token can't be sent.
+        TransportUnavailable when the token can't be sent, ConfigurationError when the key of this process may not.
         """
         _check_sender(sender)
         detail = await self.store.load_run(workflow_id, inline_bytes=0)
@@ -189,6 +189,8 @@ class Dispatcher:
 
     async def _send_token(self, workflow_id: str, token: SecretToken, sender: str) -> None:
         woken = await self.store.record_grant(workflow_id, sender=sender)
+        for key in woken:  # what isn't sent would lose the token without a word
+            await self._check_may_wake(key)
         if await self.forwarder.send_again(woken, token=token):
             raise TransportUnavailable(
                 f"the token for run '{workflow_id}' can't be sent now; grant again when the broker is back"
@@ -264,7 +266,8 @@ class Dispatcher:
 
         What is sent is made from the store's rows, so that a stale or damaged letter does no harm, and however often it
         is done the step is done once. Raises InputInvalid when there is nothing to wake, RunNotFound,
-        TransportUnavailable when it can't be sent now; then the letter stays.
+        TransportUnavailable when it can't be sent now, ConfigurationError when that isn't for the key of this process;
+        then the letter stays.
         """
         key = _step_of(letter)
         if key not in await self.store.open_steps(key.workflow_id):
@@ -273,16 +276,32 @@ class Dispatcher:
                 f"step '{key.step}' of run '{key.workflow_id}' doesn't wait any more (the run is {status}), so "
                 f"there is nothing to send; `paigeant dead-letters delete {letter.id}` forgets the letter"
             )
-        if await self.forwarder.send_again([key]):
+        await self._check_may_wake(key)
+        # Forgotten first: should the message be refused as well, the letter about that has the same id.
+        kept = await self.store.load_dead_letter(letter.id)
+        await self.store.delete_dead_letter(letter.id)
+        is_sent = False
+        try:
+            is_sent = not await self.forwarder.send_again([key])
+        finally:
+            if not is_sent and kept is not None:
+                await self.store.bury(kept)
+        if not is_sent:
             raise TransportUnavailable(
                 f"the message for step '{key.step}' of run '{key.workflow_id}' can't be published now; "
                 "the letter stays, and a worker's sweep sends the message as well"
             )
-        await self.store.delete_dead_letter(letter.id)
         await self._tell("delivery.requeued", key.workflow_id, step=key.step)
         return key.workflow_id
 
     # -- inside
+
+    async def _check_may_wake(self, key: StepKey) -> None:
+        if not await self.forwarder.may_wake(key):
+            raise ConfigurationError(
+                f"the key of this process may not send a message for step '{key.step}' of run '{key.workflow_id}'; "
+                "its roles in the trust file say which: `amend` is for all that an operator sends"
+            )
 
     def _around(
         self, run_id: str, workflow: Workflow, slip: RoutingSlip, correlation_id: str, traceparent: str

@@ -197,6 +197,14 @@ class Forwarder:
                 log.warning("can't make a message for %s: %s", key, " ".join(str(exc).split()))
         return left
 
+    async def may_wake(self, key: StepKey) -> bool:
+        """Whether receivers would take a message for this step from this process. Raises RunNotFound."""
+        if self.envelope.serves_all:
+            return True
+        detail = await self.store.load_run(key.workflow_id, inline_bytes=self.inline_bytes)
+        message = message_of(detail, inline_bytes=self.inline_bytes)
+        return all(self.envelope.may_send(message, row.topic) for row in detail.steps if row.key == key)
+
     async def payload(self, message: PaigeantMessage) -> PaigeantMessage:
         """`message` with its payload, read from the store where it was too large to travel. Raises RunNotFound."""
         if message.headers.get(STORED_PAYLOAD) != "stored":

@@ -10,11 +10,11 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from paigeant.codec import parse_strict
 from paigeant.errors import ConfigurationError, MessageInvalid
@@ -26,7 +26,7 @@ __all__ = ["FileKeys", "Trust", "read_ring", "read_trust", "write_private"]
 log = logging.getLogger("paigeant.keys")
 
 _LOOK_SECONDS = 1.0
-"""How often a file is looked at for changes, while messages come."""
+"""How often a file is looked at for changes, while messages come; and at once for a key that isn't known."""
 
 _MOST_KEYS = 1000
 
@@ -48,18 +48,29 @@ class FileKeys:
     The two are read through files that are watched, or are fixed.
     """
 
-    def __init__(self, ring: Callable[[], KeyRing], trust: Callable[[], Trust] | None = None) -> None:
+    def __init__(
+        self,
+        ring: Callable[[], KeyRing],
+        trust: Callable[[], Trust] | None = None,
+        *,
+        files: Sequence[_Watched[Any]] = (),
+    ) -> None:
         self._ring = ring
         self._trust = trust
+        self._files = files
         self._jwks: Jwks | None = None
         self._imported: dict[str, TrustedKey] = {}
 
     @classmethod
     def of(cls, ring: Path | KeyRing, trust: Path | None = None) -> FileKeys:
         """Those in these files. Raises ConfigurationError for what is in neither."""
-        own = (lambda: ring) if isinstance(ring, KeyRing) else _Watched(ring, read_ring).get
-        others = None if trust is None else _Watched(trust, read_trust).get
-        keys = cls(own, others)
+        watched = None if isinstance(ring, KeyRing) else _Watched(ring, read_ring)
+        others = None if trust is None else _Watched(trust, read_trust)
+        keys = cls(
+            watched.get if watched is not None else lambda: cast(KeyRing, ring),
+            None if others is None else others.get,
+            files=[file for file in (watched, others) if file is not None],
+        )
         keys.signer()
         return keys
 
@@ -74,6 +85,10 @@ class FileKeys:
         return key, known.roles if known is not None else self._trust().jwks_roles
 
     async def find(self, kid: str) -> TrustedKey | None:
+        listed = self._ring().find(kid) if self._trust is None else self._trust().keys.get(kid)
+        if listed is None:  # a new key may sign sooner after its file has changed than that is looked at
+            for file in self._files:
+                file.look()
         if self._trust is None:
             own = self._ring().find(kid)
             return None if own is None else self._kept(TrustedKey(kid, own.public, revoked_at=own.revoked_at))
@@ -110,17 +125,20 @@ class _Watched(Generic[Content]):
         self._looked_at = time.monotonic()
 
     def get(self) -> Content:
-        now = time.monotonic()
-        if now - self._looked_at >= _LOOK_SECONDS:
-            self._looked_at = now
-            mark = _mark(self._path)
-            if mark != self._mark:
-                try:
-                    self._content = self._read(self._path)
-                except ConfigurationError as exc:
-                    log.error("keys.not_read: %s; those that were there before are kept", exc)
-                self._mark = mark
+        if time.monotonic() - self._looked_at >= _LOOK_SECONDS:
+            self.look()
         return self._content
+
+    def look(self) -> None:
+        """Read it if it has changed, however short ago that was looked for."""
+        self._looked_at = time.monotonic()
+        mark = _mark(self._path)
+        if mark != self._mark:
+            try:
+                self._content = self._read(self._path)
+            except ConfigurationError as exc:
+                log.error("keys.not_read: %s; those that were there before are kept", exc)
+            self._mark = mark
 
 
 def _mark(path: Path) -> tuple[int, ...]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,15 +25,21 @@ def shown(run_id: str) -> Any:
 
 
 class Command:
-    """A command that goes on in the background. Leaving the block kills it, should it still be there."""
+    """A command that goes on in the background. Leaving the block kills it, should it still be there.
 
-    def __init__(self, *args: str, program: list[str] | None = None) -> None:
+    `environment` is what it has besides that of the test.
+    """
+
+    def __init__(
+        self, *args: str, program: list[str] | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.process = subprocess.Popen(
             [*(program or PAIGEANT), *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
+            env={**os.environ, **(environment or {})},
         )
         self.said: list[str] = []
 

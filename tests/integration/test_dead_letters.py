@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -109,6 +110,24 @@ async def test_a_letter_of_a_routed_topic_goes_to_its_broker() -> None:
         async with working(app.worker(topics=["b"])), working(partner.worker(topics=["partner.a"])):
             assert (await run.wait(20)).status is RunStatus.COMPLETED
         assert work.done == ["a", "b"]
+
+
+async def test_a_letter_that_is_refused_at_once_again_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker may be quicker with the next letter about the same message than the first one is forgotten."""
+    async with Paigeant(
+        Settings(transport_url=THERE, store_url=HERE, grace=1000), activities=Work().activity
+    ) as app:
+        await app.dispatch(Work.flow, workflow_id="r")
+        letter = await buried(app)
+
+        async def refused(topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
+            await app.store.bury(replace(letter, reason="wrong_role"))
+
+        monkeypatch.setattr(app.transport, "publish", refused)
+        await app.dispatcher.requeue(letter)
+        assert [(kept.id, kept.reason) for kept in await app.store.list_dead_letters()] == [
+            (letter.id, "wrong_role")
+        ]
 
 
 async def test_a_letter_that_cannot_be_sent_stays() -> None:
