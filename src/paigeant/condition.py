@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from paigeant.errors import InvalidCondition
+from paigeant.redaction import secrets_in, without
 
 if TYPE_CHECKING:
     from cel import Program
@@ -54,7 +55,11 @@ def evaluate(expression: str, payload: Mapping[str, Any]) -> bool:
         if missing:
             there = ", ".join(sorted(payload)) or "nothing"
             raise InvalidCondition(f"when={expression!r} names '{missing[0]}'; there is {there}") from exc
-        raise InvalidCondition(f"when={expression!r} can't be computed: {exc}") from exc
+        secrets = secrets_in(payload)
+        raise InvalidCondition(f"when={expression!r} can't be computed: {without(str(exc), secrets)}") from (
+            None if secrets else exc
+        )
     if not isinstance(value, bool):
-        raise InvalidCondition(f"when={expression!r} gives {value!r}, expected true or false")
+        given = without(repr(value), secrets_in(payload))
+        raise InvalidCondition(f"when={expression!r} gives {given}, expected true or false")
     return value
