@@ -47,7 +47,10 @@ def evaluate(expression: str, payload: Mapping[str, Any]) -> bool:
     try:
         value = program.execute(dict(payload))
     except KeyError as exc:
-        raise InvalidCondition(f"when={expression!r} asks for {exc}, which isn't there") from exc
+        secrets = secrets_in(payload)
+        raise InvalidCondition(
+            f"when={expression!r} asks for {without(str(exc), secrets)}, which isn't there"
+        ) from None if secrets else exc
     except (
         Exception
     ) as exc:  # the library raises RuntimeError, TypeError and ValueError for what it can't compute

@@ -77,7 +77,10 @@ def test_large_numbers_in_the_payload_do_no_harm() -> None:
     assert condition.evaluate("a == 1", {"a": 1, "big": 2**70})
 
 
-@pytest.mark.parametrize("expression", ["password", "login.password + '!'", "int(password) > 1"])
+@pytest.mark.parametrize(
+    "expression",
+    ["password", "login.password + '!'", "duration(password) > duration('1s')", "login[password]"],
+)
 def test_a_condition_that_fails_quotes_no_secret(expression: str) -> None:
     """A value with the name of a secret is neither what it gives nor why it can't be computed."""
     payload = {"password": "canary-4111", "login": {"password": "canary-4111"}}
