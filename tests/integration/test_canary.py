@@ -15,7 +15,7 @@ import pytest
 from pydantic import SecretStr
 from tests.integration.collector import Collector
 from tests.integration.processes import Command, call
-from tests.integration.test_cli import _process_as_it_was, paigeant
+from tests.integration.test_cli import _process_as_it_was, paigeant, refused
 from tests.integration.test_metrics import get, sample, scraped
 
 from paigeant import Paigeant, Settings
@@ -305,3 +305,24 @@ def test_a_canary_is_where_payloads_are_and_nowhere_else(
     assert {"step call", "call", "parse"} <= {span.name for span in collector.spans}
     assert samples[sample("paigeant_runs_ended_total", workflow="login", status="failed")] == 1
     assert any(labels.get("activity") == "call" for labels, _ in collector.metrics["paigeant.steps"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ('{"password": canary-4111}', "found a value of 'password'"),
+        ('{"user": "ada", "password": "can\tary-4111"}', "found a value of 'password'"),
+        ('{"user": ada}', "found 'ada}'"),
+    ],
+)
+def test_an_input_that_is_no_json_quotes_no_secret(given: str, said: str) -> None:
+    """What stands where it goes wrong is told, unless it has the name of a secret before it."""
+    told = refused("dispatch", "w", "-", "--handlers", "handlers.py", input=given)
+    assert said in told
+    assert "4111" not in told
+
+
+def test_an_input_in_the_place_of_a_file_is_not_repeated_with_its_secret() -> None:
+    """The command that would have been right is told without it."""
+    told = refused("dispatch", "w", '{"sku": "A", "password": "canary-4111"}', "--handlers", "handlers.py")
+    assert """echo '{"sku": "A", "password": ***}'""" in told
