@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from paigeant.errors import InvalidCondition
-from paigeant.redaction import secrets_in, without
 
 if TYPE_CHECKING:
     from cel import Program
@@ -47,10 +46,8 @@ def evaluate(expression: str, payload: Mapping[str, Any]) -> bool:
     try:
         value = program.execute(dict(payload))
     except KeyError as exc:
-        secrets = secrets_in(payload)
-        raise InvalidCondition(
-            f"when={expression!r} asks for {without(str(exc), secrets)}, which isn't there"
-        ) from None if secrets else exc
+        told, cause = _about(payload, str(exc), exc)
+        raise InvalidCondition(f"when={expression!r} asks for {told}, which isn't there") from cause
     except (
         Exception
     ) as exc:  # the library raises RuntimeError, TypeError and ValueError for what it can't compute
@@ -58,11 +55,19 @@ def evaluate(expression: str, payload: Mapping[str, Any]) -> bool:
         if missing:
             there = ", ".join(sorted(payload)) or "nothing"
             raise InvalidCondition(f"when={expression!r} names '{missing[0]}'; there is {there}") from exc
-        secrets = secrets_in(payload)
-        raise InvalidCondition(f"when={expression!r} can't be computed: {without(str(exc), secrets)}") from (
-            None if secrets else exc
-        )
+        told, cause = _about(payload, str(exc), exc)
+        raise InvalidCondition(f"when={expression!r} can't be computed: {told}") from cause
     if not isinstance(value, bool):
-        given = without(repr(value), secrets_in(payload))
-        raise InvalidCondition(f"when={expression!r} gives {given}, expected true or false")
+        told, _ = _about(payload, repr(value))
+        raise InvalidCondition(f"when={expression!r} gives {told}, expected true or false")
     return value
+
+
+def _about(
+    payload: Mapping[str, Any], text: str, cause: Exception | None = None
+) -> tuple[str, Exception | None]:
+    """`text` without what is secret in `payload`, and `cause` if there is nothing."""
+    from paigeant.redaction import secrets_in, without  # here, because it loads pydantic
+
+    secrets = secrets_in(payload)
+    return without(text, secrets), None if secrets else cause
