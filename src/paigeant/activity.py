@@ -33,6 +33,7 @@ from paigeant.errors import (
     UnknownActivity,
 )
 from paigeant.identity import check_scopes
+from paigeant.redaction import quoted, secrets_in, without
 from paigeant.retry import RetryPolicy
 from paigeant.slip import check_name
 
@@ -88,12 +89,15 @@ class Parameter:
         try:
             return self.adapter.validator.validate_json(codec.dump(value))
         except ValidationError as exc:
-            first = exc.errors(include_url=False, include_input=False)[0]
-            place = "".join(f".{part}" for part in first["loc"])
-            raise ArgumentError(
-                f"'{self.name}{place}' of activity '{activity}' doesn't fit: {first['msg']}; "
-                f"found {_short(value)}"
-            ) from exc
+            wrong = exc
+        first = wrong.errors(include_url=False, include_input=False)[0]
+        place = "".join(f".{part}" for part in first["loc"])
+        secrets = secrets_in(value, self.name)
+        # What pydantic raised quotes the value, so where that is secret it goes no further.
+        raise ArgumentError(
+            f"'{self.name}{place}' of activity '{activity}' doesn't fit: {without(first['msg'], secrets)}; "
+            f"found {quoted(value, self.name)}"
+        ) from None if secrets else wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +127,13 @@ class Activity:
         if inspect.iscoroutine(value):
             value.close()  # else Python warns of it, at any time and place
             raise OutputInvalid(
-                f"activity '{self.name}' returned {_short(value)}, which can't be written as JSON; await it there"
+                f"activity '{self.name}' returned {quoted(value)}, which can't be written as JSON; await it there"
             )
         try:
             return codec.dump(value) if self.output is None else codec.dump_as(self.output, value)
         except codec.JsonInvalid as exc:
             raise OutputInvalid(
-                f"activity '{self.name}' returned {_short(value)}, which can't be written as JSON: {exc}"
+                f"activity '{self.name}' returned {quoted(value)}, which can't be written as JSON: {exc}"
             ) from exc
 
 
@@ -479,11 +483,3 @@ def _in_thread(function: Callable[..., Any], /, **arguments: Any) -> Any:
         return function(**arguments)
     except StopIteration as exc:  # no future takes it: whoever waits would wait for ever
         raise RuntimeError("the function raised StopIteration") from exc
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except Exception:  # the user's code, or a number with more digits than Python writes
-        text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -15,8 +15,8 @@ __all__ = ["check", "evaluate", "names"]
 
 
 _LONGEST = 2000
-"""Characters of an expression. The library reads it by recursion: a chain of 20,000 operators ends the process, and a
-quarter of this many would be the most for a stack of 256 KiB."""
+"""Characters of an expression. The library reads it by recursion: a chain of 20,000 operators overflows a stack of 8 MiB
+and so ends the process. For as many as this, whichever they are, 1 MiB is enough."""
 
 
 @lru_cache(maxsize=1024)
@@ -57,7 +57,8 @@ def evaluate(expression: str, payload: Mapping[str, Any]) -> bool:
     try:
         value = program.execute(dict(payload))
     except KeyError as exc:
-        raise InvalidCondition(f"when={expression!r} asks for {exc}, which isn't there") from exc
+        told, cause = _about(payload, str(exc), exc)
+        raise InvalidCondition(f"when={expression!r} asks for {told}, which isn't there") from cause
     except (
         Exception
     ) as exc:  # the library raises RuntimeError, TypeError and ValueError for what it can't compute
@@ -65,7 +66,19 @@ def evaluate(expression: str, payload: Mapping[str, Any]) -> bool:
         if missing:
             there = ", ".join(sorted(payload)) or "nothing"
             raise InvalidCondition(f"when={expression!r} names '{missing[0]}'; there is {there}") from exc
-        raise InvalidCondition(f"when={expression!r} can't be computed: {exc}") from exc
+        told, cause = _about(payload, str(exc), exc)
+        raise InvalidCondition(f"when={expression!r} can't be computed: {told}") from cause
     if not isinstance(value, bool):
-        raise InvalidCondition(f"when={expression!r} gives {value!r}, expected true or false")
+        told, _ = _about(payload, repr(value))
+        raise InvalidCondition(f"when={expression!r} gives {told}, expected true or false")
     return value
+
+
+def _about(
+    payload: Mapping[str, Any], text: str, cause: Exception | None = None
+) -> tuple[str, Exception | None]:
+    """`text` without what is secret in `payload`, and `cause` if there is nothing."""
+    from paigeant.redaction import secrets_in, without  # here, because it loads pydantic
+
+    secrets = secrets_in(payload)
+    return without(text, secrets), None if secrets else cause

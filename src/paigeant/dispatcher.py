@@ -34,6 +34,7 @@ from paigeant.forwarder import LONGEST_DELAY, Forwarder
 from paigeant.identity import GRANT_SIGNAL, MANDATE, GrantHandle, Mandate
 from paigeant.message import MessageId, PaigeantMessage, decode
 from paigeant.observer import NOTHING_AROUND, Around, Event, EventName, Observers, Work
+from paigeant.redaction import quoted, secrets_in, without
 from paigeant.reporter import about_run
 from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import RUN_ENDED, Phase, RoutingSlip, RunStatus, Step, is_text
@@ -224,7 +225,7 @@ class Dispatcher:
     async def deny(self, request_id: str, reason: str = "", *, sender: str = "") -> Request:
         """Say no to a request: not approved of, or never to be answered. Raises what `answer` raises."""
         if not isinstance(reason, str) or not is_text(reason.replace("\n", " ")):
-            raise InputInvalid(f"a reason is a text without control characters, found {_short(reason)}")
+            raise InputInvalid(f"a reason is a text without control characters, found {quoted(reason)}")
         return await self._settle(
             request_id,
             lambda kind: {"approved": False, "reason": reason} if kind == "approval" else {"denied": reason},
@@ -415,7 +416,7 @@ class Dispatcher:
             ) from exc
         if not isinstance(payload, dict):
             raise InputInvalid(
-                f"the input of workflow '{workflow.name}' is {type(payload).__name__} {_short(payload)}; "
+                f"the input of workflow '{workflow.name}' is {type(payload).__name__} {quoted(payload)}; "
                 'expected an object with a field for each value: {"name": ...}'
             )
         if workflow.input_model is not None:
@@ -447,20 +448,20 @@ def _instant(start_at: object, now: float) -> float:
     if start_at is None:
         return now
     if not isinstance(start_at, datetime) or start_at.tzinfo is None:
-        raise InputInvalid(f"start_at is a datetime with a time zone, found {_short(start_at)}")
+        raise InputInvalid(f"start_at is a datetime with a time zone, found {quoted(start_at)}")
     return max(start_at.timestamp(), now)
 
 
 def _checked_deadline(deadline: object) -> float:
     if not is_duration(deadline):
-        raise InputInvalid(f"a deadline is in seconds, above 0 and below 100 years, found {_short(deadline)}")
+        raise InputInvalid(f"a deadline is in seconds, above 0 and below 100 years, found {quoted(deadline)}")
     assert isinstance(deadline, (int, float)), "a duration is a number"
     return float(deadline)
 
 
 def _check_sender(sender: object) -> None:
     if not isinstance(sender, str) or not is_text(sender):
-        raise InputInvalid(f"a sender is a text without control characters, found {_short(sender)}")
+        raise InputInvalid(f"a sender is a text without control characters, found {quoted(sender)}")
 
 
 def _is_denial(answer: Mapping[str, Any]) -> bool:
@@ -480,7 +481,7 @@ def _approval(value: Any) -> dict[str, Any]:
             return dict(answer)
     raise InputInvalid(
         "an approval is answered by true or false, or by an object with `approved` (true or false) and, if need be, "
-        f"a `reason` (text) or other `arguments` of the call, found {_short(value)}"
+        f"a `reason` (text) or other `arguments` of the call, found {quoted(value)}"
     )
 
 
@@ -514,7 +515,7 @@ def _run_id(workflow_id: str | None, now: float) -> str:
     if workflow_id is None:
         return _new_id(now)
     if not isinstance(workflow_id, str) or not workflow_id.strip() or len(workflow_id) > 200:
-        raise InputInvalid(f"a run's id is a text of 1 to 200 characters, found {_short(workflow_id)}")
+        raise InputInvalid(f"a run's id is a text of 1 to 200 characters, found {quoted(workflow_id)}")
     if " " in workflow_id or not is_text(workflow_id):
         raise InputInvalid(f"a run's id has no blanks and no control characters, found {workflow_id!r}")
     return workflow_id
@@ -524,12 +525,12 @@ def _check_texts(correlation_id: object, headers: object) -> None:
     """They travel in each message of the run: what a reader of messages refuses would never arrive."""
     if correlation_id is not None and not (isinstance(correlation_id, str) and is_text(correlation_id)):
         raise InputInvalid(
-            f"a correlation id is a text without control characters, found {_short(correlation_id)}"
+            f"a correlation id is a text without control characters, found {quoted(correlation_id)}"
         )
     if headers is None:
         return
     if not isinstance(headers, Mapping):
-        raise InputInvalid(f"headers are a mapping of texts, found {_short(headers)}")
+        raise InputInvalid(f"headers are a mapping of texts, found {quoted(headers)}")
     for name, value in headers.items():
         if name in _NOT_CARRIED:
             raise InputInvalid(
@@ -538,7 +539,7 @@ def _check_texts(correlation_id: object, headers: object) -> None:
             )
         if not all(isinstance(text, str) and is_text(text) for text in (name, value)):
             raise InputInvalid(
-                f"headers are texts without control characters, found {_short(name)}: {_short(type(value).__name__)}"
+                f"headers are texts without control characters, found {quoted(name)}: {quoted(type(value).__name__)}"
             )
 
 
@@ -567,18 +568,21 @@ _MOST_TOLD = 20
 def _fitted(workflow: Workflow, payload: dict[str, Any]) -> dict[str, Any]:
     adapter: TypeAdapter[Any] = typed(workflow.input_model)
     try:
-        model = adapter.validate_json(codec.dump(payload))
+        fitted: dict[str, Any] = codec.plain(adapter.validate_json(codec.dump(payload)))
+        return fitted
     except ValidationError as exc:
-        wrong = [
-            f"{'.'.join(str(part) for part in error['loc']) or 'input'}: {error['msg']}"
-            for error in exc.errors(include_url=False, include_input=False)
-        ]
-        more = f"; and {len(wrong) - _MOST_TOLD} more" if len(wrong) > _MOST_TOLD else ""
-        raise InputInvalid(
-            f"the input of workflow '{workflow.name}' doesn't fit: {'; '.join(wrong[:_MOST_TOLD])}{more}"
-        ) from exc
-    fitted: dict[str, Any] = codec.plain(model)
-    return fitted
+        cause = exc
+    wrong = [
+        f"{'.'.join(str(part) for part in error['loc']) or 'input'}: {error['msg']}"
+        for error in cause.errors(include_url=False, include_input=False)
+    ]
+    more = f"; and {len(wrong) - _MOST_TOLD} more" if len(wrong) > _MOST_TOLD else ""
+    secrets = secrets_in(payload)
+    # What pydantic raised quotes the values, so where some are secret it goes no further.
+    raise InputInvalid(
+        f"the input of workflow '{workflow.name}' doesn't fit: "
+        f"{without('; '.join(wrong[:_MOST_TOLD]), secrets)}{more}"
+    ) from None if secrets else cause
 
 
 def _plain_steps(workflow: Workflow) -> tuple[Step, ...]:
@@ -588,8 +592,3 @@ def _plain_steps(workflow: Workflow) -> tuple[Step, ...]:
         )
     except codec.JsonInvalid as exc:
         raise InputInvalid(f"args in workflow '{workflow.name}' can't be written as JSON: {exc}") from exc
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

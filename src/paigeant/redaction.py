@@ -1,7 +1,7 @@
 """What is secret in texts and values that are written for people to read, and stars in its place.
 
 Payloads, outputs and variables are data and are recorded as they are. This is for what tells *about* them: log lines,
-the texts of errors, the details of dead letters.
+the texts of errors, the details of dead letters, spans that are sent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import SecretBytes, SecretStr
 from paigeant.secret import MASK, TOKEN
 from paigeant.urls import scrubbed, secrets_of
 
-__all__ = ["Redactor", "redacted"]
+__all__ = ["Redactor", "is_secret", "quoted", "redacted", "secrets_in", "without"]
 
 _NAMES = (
     "password|passwd|passphrase|pwd|secret|token|authorization|api[_-]?key|apikey|private[_-]?key|access[_-]?key|"
@@ -50,8 +50,21 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
         ),
         rf"\1{MASK}",
     ),
+    (
+        # What pydantic quotes in its errors and warnings: under the path of a field in a line of its own, or behind it.
+        re.compile(
+            # It quotes 50 characters; the bounds keep any other text from taking long.
+            rf"(^[ |]{{0,200}}+(?:\S{{0,200}}[_\-.])?(?:{_NAMES})(?:\.\S{{0,200}})?\n(?>.{{0,2000}}?\binput_value=)|"
+            rf"\bfield_name='(?:[^'\n]{{0,200}}[_\-])?(?:{_NAMES})', input_value=)"
+            r"(?!\*\*\*).{0,200}(?=, input_type=)",
+            re.I | re.M,
+        ),
+        rf"\1{MASK}",
+    ),
 )
 _DEEPEST = 6
+_SHORT = 4
+"""A secret of fewer characters may be part of any word."""
 
 
 class Redactor:
@@ -65,12 +78,15 @@ class Redactor:
         for secret in self._known:
             if secret in text:
                 text = text.replace(secret, MASK)
-        small = text.lower()
-        if not any(suspect in small for suspect in _SUSPECTS):
+        if not _is_suspect(text):
             return text
         for pattern, masked in _HIDDEN:
             text = pattern.sub(masked, text)
         return scrubbed(text)
+
+    def may_hide(self, text: str) -> bool:
+        """Whether there may be something to hide in it; takes less time than to look."""
+        return any(secret in text for secret in self._known) or _is_suspect(text)
 
     def value(self, name: str, value: Any, depth: int = 0) -> Any:
         """The value of a field as it may be shown: stars if the field's `name` or the value's type says it is secret.
@@ -80,8 +96,8 @@ class Redactor:
         if isinstance(value, float) and not math.isfinite(value):
             value = repr(value)
         if value is None or isinstance(value, (bool, int, float)):
-            return MASK if value and _is_secret(name) and not isinstance(value, bool) else value
-        if isinstance(value, (SecretStr, SecretBytes)) or _is_secret(name):
+            return MASK if value and is_secret(name) and not isinstance(value, bool) else value
+        if isinstance(value, (SecretStr, SecretBytes)) or is_secret(name):
             return MASK
         if isinstance(value, str):
             return self.text(value)
@@ -93,6 +109,8 @@ class Redactor:
                 }
             if isinstance(value, (list, tuple, set, frozenset)):
                 return [self.value("", inner, depth + 1) for inner in value]
+        elif secrets_in(value):
+            return MASK
         return self.text(_shown(value))
 
 
@@ -104,8 +122,61 @@ def redacted(text: str) -> str:
     return _PLAIN.text(text)
 
 
-def _is_secret(name: str) -> bool:
-    return bool(name) and _KEY.search(name) is not None
+def is_secret(name: str) -> bool:
+    """Whether a field of this name has a secret value."""
+    return _KEY.search(name) is not None
+
+
+def secrets_in(value: Any, name: str = "") -> list[str]:
+    """The texts in a JSON value that are secret by the name of a field which they are in, or by that of the value."""
+    found: list[str] = []
+    seen: set[tuple[int, bool]] = set()  # what contains itself is looked into once
+    rest: list[tuple[Any, bool]] = [(value, is_secret(name))]
+    while rest:
+        one, hides = rest.pop()
+        if isinstance(one, (Mapping, list, tuple, set, frozenset)):
+            if (id(one), hides) in seen:
+                continue
+            seen.add((id(one), hides))
+            if isinstance(one, Mapping):
+                rest += [(inner, hides or is_secret(str(key))) for key, inner in one.items()]
+                rest += [(key, True) for key in one if hides]
+            else:
+                rest += [(inner, hides) for inner in one]
+        elif hides and one is not None and not isinstance(one, bool) and (text := _shown(one)):
+            found += {text, repr(text)[1:-1]}
+    return found
+
+
+def without(text: str, secrets: Iterable[str]) -> str:
+    """`text` with stars for these secrets; for one of a few characters, only where it is a word."""
+    for secret in sorted(set(secrets), key=len, reverse=True):
+        if secret in text:
+            if len(secret) >= _SHORT:
+                text = text.replace(secret, MASK)
+            else:
+                text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", MASK, text)
+    return text
+
+
+def quoted(value: Any, *names: str) -> str:
+    """`value` as an error quotes it: without what one of its `names`, or a name in it, says is secret, and cut.
+
+    Hidden before it is cut: half a secret is no longer known as one.
+    """
+    if value is not None and any(map(is_secret, names)):
+        return MASK
+    try:
+        has_names = isinstance(value, (dict, list)) and secrets_in(value)
+        text = redacted(repr(_PLAIN.value("", value) if has_names else value))
+    except Exception:  # the user's code, or a number with more digits than Python writes
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_suspect(text: str) -> bool:
+    small = text.lower()
+    return any(suspect in small for suspect in _SUSPECTS)
 
 
 def _shown(value: Any) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import threading
+import traceback
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 
 from paigeant import ActivityRegistry, RetryPolicy, StepContext
 from paigeant.activity import Parameter, typed
@@ -304,6 +305,45 @@ def test_an_argument_that_doesn_t_fit_names_its_place() -> None:
         ArgumentError, match=r"'price\.amount' of activity 'pay' doesn't fit.*found \{'amount': 'x'"
     ):
         Parameter("price", typed(Money)).read("pay", {"amount": "x"})
+
+
+def _not_a_word(value: str) -> str:
+    raise ValueError(f"{value} is no word")
+
+
+@pytest.mark.parametrize(
+    ("name", "annotation", "value", "said"),
+    [
+        (
+            "password",
+            int,
+            "canary-4111",
+            "'password' of activity 'pay' doesn't fit: Input should be a valid integer",
+        ),
+        (
+            "password",
+            Annotated[str, AfterValidator(_not_a_word)],
+            "canary-4111",
+            "Value error, *** is no word",
+        ),
+        (
+            "price",
+            Money,
+            {"amount": "x", "api_key": "canary-4111"},
+            "found {'amount': 'x', 'api_key': '***'}",
+        ),
+        ("secret", str, {"canary-4111": 1}, "found ***"),
+    ],
+)
+def test_an_argument_with_the_name_of_a_secret_is_not_quoted(
+    name: str, annotation: Any, value: Any, said: str
+) -> None:
+    """Neither what was found nor what a validator says of it, nor in a traceback by pydantic's own error."""
+    with pytest.raises(ArgumentError) as caught:
+        Parameter(name, typed(annotation)).read("pay", value)
+    assert said in str(caught.value)
+    assert "canary-4111" not in "".join(traceback.format_exception(caught.value))
+    assert caught.value.__context__ is None
 
 
 async def test_a_plain_function_runs_in_a_thread() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -98,3 +99,15 @@ def test_a_condition_that_can_t_be_computed_says_why(
 def test_large_numbers_in_the_payload_do_no_harm() -> None:
     """A value that CEL can't hold is no trouble for a condition that doesn't use it."""
     assert condition.evaluate("a == 1", {"a": 1, "big": 2**70})
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["password", "login.password + '!'", "duration(password) > duration('1s')", "login[password]"],
+)
+def test_a_condition_that_fails_quotes_no_secret(expression: str) -> None:
+    """A value with the name of a secret is neither what it gives nor why it can't be computed."""
+    payload = {"password": "canary-4111", "login": {"password": "canary-4111"}}
+    with pytest.raises(InvalidCondition) as caught:
+        condition.evaluate(expression, payload)
+    assert "canary-4111" not in "".join(traceback.format_exception(caught.value))

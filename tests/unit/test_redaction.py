@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-from pydantic import SecretBytes, SecretStr
+import warnings
+from typing import Any
 
-from paigeant.redaction import Redactor, redacted
+import pytest
+from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
+
+from paigeant.redaction import Redactor, quoted, redacted, secrets_in, without
 from paigeant.secret import MASK
 
 TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJjYW5hcnkifQ.c2lnbmF0dXJl"
@@ -81,3 +84,79 @@ def test_a_value_that_cannot_be_shown_keeps_no_line_from_being_written() -> None
             raise RuntimeError("no")
 
     assert Redactor().value("x", Broken()) == "<Broken that can't be shown>"
+
+
+class Login(BaseModel):
+    """Something with a secret whose name says so, and without a type that does."""
+
+    user: int
+    api_key: int
+
+
+def misfit(user: Any) -> Login:
+    """One that holds what doesn't fit."""
+    made: Any = Login.model_construct
+    login: Login = made(user=user, api_key="canary-4111")
+    return login
+
+
+class Logins(BaseModel):
+    """The same, deeper."""
+
+    both: list[Login]
+
+
+def test_what_pydantic_quotes_of_a_secret_field_is_hidden() -> None:
+    """In its errors and in its warnings; what it quotes of other fields stays."""
+    with pytest.raises(ValidationError) as caught:
+        Logins.model_validate({"both": [{"user": "ada", "api_key": "canary-4111"}]})
+    shown = redacted(str(caught.value))
+    assert "canary" in str(caught.value)
+    assert "canary" not in shown
+    assert "both.0.user\n" in shown
+    assert "input_value='ada'" in shown
+    assert "[type=int_parsing, input_value=***, input_type=str]" in shown
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        misfit("ada").model_dump_json()
+    said = str(told[0].message)
+    assert "canary" in said
+    assert "canary" not in redacted(said)
+    assert "input_value='ada'" in redacted(said)
+
+
+@pytest.mark.parametrize(
+    ("value", "names", "shown"),
+    [
+        ("canary-4111", ("password",), "***"),
+        (4111, ("card", "api_key"), "***"),
+        (None, ("password",), "None"),
+        ("many", ("quantity",), "'many'"),
+        ({"sku": "A", "password": ["canary"]}, (), "{'sku': 'A', 'password': '***'}"),
+        ({"user": "a" * 60, "password": "canary-4111"}, (), f"{{'user': '{'a' * 60}', 'pas..."),
+        ([{"secret": {"canary": 1}}], ("given",), "[{'secret': '***'}]"),
+        (misfit(1), (), "Login(user=1, api_key=***)"),
+        ((1, "a"), (), "(1, 'a')"),
+    ],
+)
+def test_an_error_quotes_no_secret(value: Any, names: tuple[str, ...], shown: str) -> None:
+    """What a name says is secret, at any depth; all else is quoted as Python shows it."""
+    assert quoted(value, *names) == shown
+
+
+def test_secrets_are_found_by_the_names_they_stand_under() -> None:
+    """At any depth, with all that is in them; what contains itself is looked into once."""
+    value: dict[str, Any] = {
+        "a": [{"b": {"c": {"d": {"e": {"f": {"g": {"token": {"key": [4111, True, "x"]}}}}}}}}]
+    }
+    value["again"] = value
+    assert sorted(secrets_in(value)) == ["4111", "key", "x"]
+    assert secrets_in("canary", "password") == ["canary"]
+    assert secrets_in("canary", "passwords_seen") == []
+    assert "4111" not in str(Redactor().value("more", value["a"]))
+
+
+def test_texts_about_a_value_are_without_its_secrets() -> None:
+    """A secret of a few characters is hidden where it is a word, so that others stay words."""
+    assert without("bad canary-4111, not canary-4111x", ["canary-4111"]) == "bad ***, not ***x"
+    assert without("found 7 in 1970", ["7"]) == "found *** in 1970"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -24,8 +25,9 @@ from opentelemetry.sdk.trace.sampling import (
 
 from paigeant import ActivityRegistry, StepContext, WaitFor, Workflow
 from paigeant.observer import Event, Observers, Work
-from paigeant.observers.otlp import QuickProvider, SpanQueue, WholeTraces
+from paigeant.observers.otlp import QuickProvider, RedactedSpans, SpanQueue, WholeTraces
 from paigeant.observers.traces import TraceObserver, remote
+from paigeant.redaction import Redactor
 from paigeant.testing import MemoryApp
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -389,6 +391,56 @@ def test_spans_that_wait_for_their_parent_are_bounded(monkeypatch: pytest.Monkey
     for _ in range(5):
         whole.export(nested()[1:2])
     assert kept.names == ["b", "b"]
+
+
+TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJjYW5hcnkifQ.Y2FuYXJ5"
+
+
+def test_secrets_in_spans_are_hidden_on_their_way_out(spans: Spans) -> None:
+    """In exceptions, statuses, names, attributes, events and links; all else of such a span is what it was."""
+    tracer = spans.observer.tracer
+    link = trace.Link(trace.SpanContext(1, 2, is_remote=True), {"url": "amqp://ada:canary-1@host/"})
+    with (
+        contextlib.suppress(RuntimeError),
+        tracer.start_as_current_span(f"call {TOKEN}", kind=trace.SpanKind.CLIENT) as span,
+    ):
+        span.add_link(link.context, link.attributes)
+        span.set_attributes({"x.password": "canary-2", "pin": 7, "api_key": 4111, "ratio": float("inf")})
+        span.set_attribute("said", ["fine", f"Bearer {TOKEN}"])
+        span.add_event("sent", {"body": '{"obo_token": "canary-3"}', "size": 3})
+        span.add_event("known to the settings: hunter2hunter2")
+        raise RuntimeError(f"401 for {TOKEN}")
+    kept = InMemorySpanExporter()
+    redactor = Redactor(["postgresql://ada:hunter2hunter2@host/db"])
+    RedactedSpans(kept, redactor).export(spans.all)
+    ([before], [after]) = (spans.all, kept.get_finished_spans())
+    for text in (TOKEN, "canary-1", "canary-2", "canary-3", "4111", "hunter2hunter2"):
+        assert text in before.to_json()
+        assert text not in after.to_json()
+    assert after.attributes == {
+        "x.password": "***",
+        "pin": 7,
+        "api_key": "***",
+        "ratio": float("inf"),
+        "said": ["fine", "Bearer ***"],
+    }
+    assert after.name == "call ***"
+    assert after.status.description == "RuntimeError: 401 for ***"
+    [sent, _, failed] = after.events
+    assert sent.attributes == {"body": '{"obo_token": ***}', "size": 3}
+    assert failed.attributes is not None
+    assert failed.attributes["exception.message"] == "401 for ***"
+    assert "RuntimeError: 401 for ***" in str(failed.attributes["exception.stacktrace"])
+    for same in ("context", "parent", "kind", "start_time", "end_time", "resource", "instrumentation_scope"):
+        assert getattr(after, same) == getattr(before, same)
+
+
+async def test_spans_of_runs_go_out_as_they_are(spans: Spans) -> None:
+    """Ids and names are not looked through, and no copy is made of what hides nothing."""
+    await done(spans, "pick")
+    kept = InMemorySpanExporter()
+    RedactedSpans(kept).export(spans.all)
+    assert [id(span) for span in kept.get_finished_spans()] == [id(span) for span in spans.all]
 
 
 class Unfailing(SpanProcessor):

@@ -45,6 +45,7 @@ from paigeant.agents.usage import Part, count
 from paigeant.context import StepContext
 from paigeant.errors import ArgumentError, InvalidDefinition, NonRetryableError
 from paigeant.policy import ItineraryPolicy
+from paigeant.redaction import secrets_in, without
 from paigeant.usage import Usage
 
 __all__ = ["agent_activity", "check_agent"]
@@ -250,12 +251,15 @@ def _from_payload(name: str, kind: Any) -> _Source:
         try:
             return adapter.validate_json(codec.dump(found))
         except ValidationError as exc:
-            first = exc.errors(include_url=False, include_input=False)[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise ArgumentError(
-                f"deps of activity '{name}' are a {_called(kind)}, which can't be made from the payload: "
-                f"{place + ': ' if place else ''}{first['msg']}; give the field 'deps', or its fields by name"
-            ) from exc
+            wrong = exc
+        first = wrong.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        secrets = secrets_in(found)
+        raise ArgumentError(
+            f"deps of activity '{name}' are a {_called(kind)}, which can't be made from the payload: "
+            f"{place + ': ' if place else ''}{without(first['msg'], secrets)}; "
+            "give the field 'deps', or its fields by name"
+        ) from None if secrets else wrong
 
     # All of them may be missing: what the type itself insists on is found out when it is made.
     optional = [Parameter(field, default=None) for field in dict.fromkeys(("deps", *names))]

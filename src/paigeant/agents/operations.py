@@ -30,6 +30,7 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 from paigeant.agents.usage import Part, count, of_request, of_run
 from paigeant.errors import OutputInvalid, UnitUnreadable
 from paigeant.journal import Place, Unit, current_place
+from paigeant.redaction import redacted
 from paigeant.usage import Usage
 
 __all__ = [
@@ -75,15 +76,16 @@ class Codec(DurabilityCodec):
         try:
             return JSON_CODEC.load(tp, payload.value if isinstance(payload, Payload) else payload)
         except Exception as exc:  # whatever a type's own validators raise
+            said = " ".join(redacted(str(exc)).split())
             raise UnitUnreadable(
-                f"a recorded unit can't be read as {tp!r}: {' '.join(str(exc).split())[:500]}; it was recorded by "
+                f"a recorded unit can't be read as {tp!r}: {said[:500]}; it was recorded by "
                 "other code: go on with that code, or dispatch the work again under another id"
             ) from exc
 
 
 def not_json(error: Exception) -> OutputInvalid:
     """The error for a value that JSON can't hold, whatever it met: no further attempt can record it."""
-    said = " ".join(str(error).split())
+    said = " ".join(redacted(str(error)).split())
     return OutputInvalid(f"what a model or a tool gave can't be recorded as JSON: {said[:500]}")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from paigeant import codec
 from paigeant.errors import ArgumentError, InvalidDefinition
+from paigeant.redaction import quoted
 
 __all__ = ["Prompt"]
 
@@ -38,7 +39,7 @@ class Prompt:
         try:
             parsed = list(string.Formatter().parse(template))
         except ValueError as exc:
-            raise InvalidDefinition(f"the prompt {_short(template)} is no template: {exc}; {_HINT}") from exc
+            raise InvalidDefinition(f"the prompt {quoted(template)} is no template: {exc}; {_HINT}") from exc
         pieces: list[tuple[str, Path | None]] = []
         for literal, field, spec, conversion in parsed:
             if field is None:
@@ -47,7 +48,7 @@ class Prompt:
             if conversion or spec:
                 end = f"!{conversion}" if conversion else f":{spec}"
                 raise InvalidDefinition(
-                    f"the prompt {_short(template)} has the field {{{field}{end}}}, but values are put in as they are, "
+                    f"the prompt {quoted(template)} has the field {{{field}{end}}}, but values are put in as they are, "
                     f"without '{end}'; {_HINT}"
                 )
             pieces.append((literal, _path(template, field)))
@@ -72,7 +73,7 @@ class Prompt:
 def _path(template: str, field: str) -> Path:
     path = tuple(field.split("."))
     if not all(path) or any(part != part.strip() or any(mark in part for mark in "[]{}\"'") for part in path):
-        raise InvalidDefinition(f"the prompt {_short(template)} has the field {{{field}}}; {_HINT}")
+        raise InvalidDefinition(f"the prompt {quoted(template)} has the field {{{field}}}; {_HINT}")
     return path
 
 
@@ -88,21 +89,16 @@ def _look_up(activity: str, path: Path, values: Mapping[str, Any]) -> Any:
                 whole, found = ".".join(path), ".".join(path[:depth])
                 raise ArgumentError(
                     f"the prompt of activity '{activity}' asks for {{{whole}}}, but '{found}' has no '{part}': "
-                    f"it is {_described(value)}"
+                    f"it is {_described(value, path[:depth])}"
                 )
     return value
 
 
-def _described(value: Any) -> str:
+def _described(value: Any, path: Path) -> str:
     match value:
         case dict():
             return f"an object with {', '.join(map(str, value)) or 'nothing in it'}"
         case list():
             return f"a list of {len(value)}"
         case _:
-            return _short(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+            return quoted(value, *path)

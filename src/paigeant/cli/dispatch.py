@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
@@ -172,11 +173,22 @@ def read_input(name: str, limit_bytes: int) -> Any:
 _EXAMPLE = 'expected a JSON object such as {"sku": "A-1", "quantity": 2}'
 
 
+_NAME_BEFORE = re.compile(r'"([^"]*)"\s*:\s*"?[^",:]*$')
+"""The name of the field whose value has begun where a text ends."""
+
+_NEAR = 1000
+
+
 def _there(cause: BaseException | None) -> str:
     """What stands at the place where the JSON goes wrong, as far as that is told."""
     if not isinstance(cause, JSONDecodeError):
         return ""
+    from paigeant.redaction import is_secret  # here, because it loads pydantic
+
     found = cause.doc[cause.pos :].partition("\n")[0]
+    name = _NAME_BEFORE.search(cause.doc[: cause.pos][-_NEAR:])
+    if name is not None and is_secret(name[1]):
+        return f", found a value of '{name[1]}'"
     return f", found {found[:30]!r}" if found.strip() else ", found its end"
 
 
@@ -189,8 +201,10 @@ def _read_stdin(_: str, limit_bytes: int) -> bytes:
 def _read_file(name: str, limit_bytes: int) -> bytes:
     path = Path(name)
     if name.lstrip().startswith("{"):
+        from paigeant.redaction import redacted  # here, because it loads pydantic
+
         raise InputInvalid(
-            f"expected a file with the input, found JSON: echo '{name}' | paigeant dispatch WORKFLOW -"
+            f"expected a file with the input, found JSON: echo '{redacted(name)}' | paigeant dispatch WORKFLOW -"
         )
     try:
         if path.is_file() and path.stat().st_size > limit_bytes:

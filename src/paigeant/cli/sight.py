@@ -63,9 +63,10 @@ def observing(settings: Settings, handlers: Handlers | None, *, works: bool = Tr
             _need("opentelemetry.sdk", "traces", "otel")
             from paigeant.observers.otlp import send_traces
             from paigeant.observers.traces import TraceObserver
+            from paigeant.redaction import Redactor
 
             # Whoever calls a command waits for its end; a worker has the time.
-            provider, end = send_traces(patience=None if works else 2.0)
+            provider, end = send_traces(patience=None if works else 2.0, redactor=Redactor(settings.urls))
             ends.append(end)
             sight.observers.append(TraceObserver(provider))
             _watch_agents()

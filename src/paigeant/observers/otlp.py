@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
 
@@ -35,7 +35,9 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.util.types import AnyValue, Attributes
 
-__all__ = ["QuickProvider", "SpanQueue", "WholeTraces", "send_metrics", "send_traces"]
+from paigeant.redaction import Redactor, is_secret
+
+__all__ = ["QuickProvider", "RedactedSpans", "SpanQueue", "WholeTraces", "send_metrics", "send_traces"]
 
 log = logging.getLogger("paigeant.traces")
 
@@ -43,19 +45,19 @@ _MOST_HELD = 10_000
 
 
 def send_traces(
-    resource: Resource | None = None, *, patience: float | None = None
+    resource: Resource | None = None, *, patience: float | None = None, redactor: Redactor | None = None
 ) -> tuple[trace.TracerProvider, Callable[[], None]]:
     """Set the global tracer provider up, unless there is one.
 
     Gives the provider for the spans of runs, and what sends the last spans and ends it. A collector that is away holds
-    the end up for `patience` seconds, if the environment doesn't say otherwise.
+    the end up for `patience` seconds, if the environment doesn't say otherwise. `redactor` hides what is secret.
     """
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return trace.get_tracer_provider(), lambda: None
     provider = TracerProvider(resource=resource or resource_of_process(), shutdown_on_exit=False)
     is_told = any(f"OTEL_EXPORTER_OTLP_{which}TIMEOUT" in os.environ for which in ("", "TRACES_"))
     exporter = OTLPSpanExporter(timeout=None if is_told else patience)
-    processor = SpanQueue(WholeTraces(exporter))
+    processor = SpanQueue(WholeTraces(RedactedSpans(exporter, redactor)))
     provider.add_span_processor(processor)
     trace.set_tracer_provider(provider)
     return QuickProvider(provider, processor), provider.shutdown
@@ -143,6 +145,96 @@ def _id_of(span: ReadableSpan) -> int:
     if isinstance(span, _QuickSpan):
         return span.id
     return span.context.span_id if span.context is not None else 0
+
+
+class RedactedSpans(SpanExporter):
+    """Hands spans on to another exporter, with stars for what is secret in what they say.
+
+    A span that an activity makes itself has the texts of its exceptions, and what its libraries say. Spans in which
+    nothing looks like a secret are handed on as they are. This, too, is the exporter's thread.
+    """
+
+    def __init__(self, exporter: SpanExporter, redactor: Redactor | None = None) -> None:
+        self._exporter = exporter
+        self._redactor = redactor or Redactor()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Hand them on."""
+        return self._exporter.export([self._shown(span) for span in spans])
+
+    def shutdown(self) -> None:
+        """Nothing is kept here."""
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        """Hand on what the exporter itself keeps."""
+        return self._exporter.force_flush(timeout_millis)
+
+    def _shown(self, span: ReadableSpan) -> ReadableSpan:
+        text = self._redactor.text
+        if not self._may_hide(span):
+            return span
+        status = span.status
+        return ReadableSpan(
+            text(span.name),
+            span.context,
+            span.parent,
+            span.resource,
+            self._attributes(span.attributes),
+            [
+                Event(text(event.name), self._attributes(event.attributes), event.timestamp)
+                for event in span.events
+            ],
+            [Link(link.context, self._attributes(link.attributes)) for link in span.links],
+            span.kind,
+            status=Status(status.status_code, text(status.description)) if status.description else status,
+            start_time=span.start_time,
+            end_time=span.end_time,
+            instrumentation_scope=span.instrumentation_scope,
+        )
+
+    def _may_hide(self, span: ReadableSpan) -> bool:
+        said = [span.name]
+        if span.status.description:
+            said.append(span.status.description)
+        told = [span.attributes]
+        for event in span.events:
+            said.append(event.name)
+            told.append(event.attributes)
+        told += [link.attributes for link in span.links]
+        for attributes in told:
+            for name, value in (attributes or {}).items():
+                if name in _IDS:
+                    continue
+                if _is_secret(name):
+                    return True
+                if not isinstance(value, (int, float)):
+                    said.append(str(value))
+        return self._redactor.may_hide("\n".join(said))
+
+    def _attributes(self, attributes: Attributes) -> dict[str, AnyValue]:
+        return {name: self._value(name, value) for name, value in (attributes or {}).items()}
+
+    def _value(self, name: str, value: AnyValue) -> AnyValue:
+        shown: AnyValue = self._redactor.value(name, value)
+        return (
+            value if shown == repr(value) else shown
+        )  # what is no text, and hides nothing, stays what it is
+
+
+_IDS = frozenset(
+    f"{group}.{name}"
+    for group, names in {
+        "paigeant": "workflow_id step attempt worker run.status",
+        "messaging": "system destination.name message.id message.conversation_id operation.name operation.type",
+        "gen_ai": "operation.name workflow.name",
+    }.items()
+    for name in names.split()
+)
+"""What `traces.py` says of runs, which is most of what is said. As in log lines, ids and names hold no secrets."""
+
+_is_secret = lru_cache(maxsize=1024)(is_secret)
+"""As `is_secret`, of the names of attributes, of which there are few."""
 
 
 class SpanQueue(SpanProcessor):
