@@ -15,8 +15,8 @@ __all__ = ["check", "evaluate", "names"]
 
 
 _LONGEST = 2000
-"""Characters of an expression. The library reads it by recursion: a chain of 20,000 operators overflows a stack of 8 MiB
-and so ends the process. For as many as this, whichever they are, 1 MiB is enough."""
+"""Characters of an expression. The library reads it by recursion: a chain of 20,000 operators overflows a stack of
+8 MiB and so ends the process. For as many as this, whichever they are, 1 MiB is enough."""
 
 
 @lru_cache(maxsize=1024)

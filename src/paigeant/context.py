@@ -92,8 +92,8 @@ class StepContext:
         """What `function(*args)` gives, recorded under `name`: a later attempt of this step gets the record instead.
 
         Gives the value as JSON gives it back, at the first time too. Using a name again in one attempt counts on, for
-        each unit within which it is used. A crash between the call and its record repeats the call: hand
-        `effect_key()` to what it calls.
+        each unit within which it is used: what goes on beside each other needs names of its own. A crash
+        between the call and its record repeats the call: hand `effect_key()` to what it calls.
         """
         check_name("the name of what is done once", name)
 
@@ -176,7 +176,7 @@ class StepContext:
             asked = codec.dump({"question": question, **({} if about is None else {"about": about})})
         except codec.JsonInvalid as exc:
             raise OutputInvalid(f"what is asked can't be written as JSON: {exc}") from exc
-        return await self._here().ask(kind, question, asked, timeout=timeout)
+        return await self._here().ask(kind, codec.storable(question), asked, timeout=timeout)
 
     def _check_repeats(self, what: str) -> None:
         """Raise InvalidDefinition inside of a unit: a later attempt passes over it, and `what` would be lost."""

@@ -12,6 +12,7 @@ import asyncio
 import functools
 import hashlib
 import itertools
+import re
 import secrets
 import time
 import uuid
@@ -547,12 +548,13 @@ class Place:
         """
         units = await self.journal.all()
         for begun, value in units.items():
-            name, mark, number = begun.rpartition("!begun")
-            if not mark or (number and not number.startswith("#")):
+            found = _BEGUN.fullmatch(begun)
+            label = None if found is None else _label(value)
+            if found is None or label is None:
                 continue
-            follower = f"{name}!begun#{int(number[1:] or 1) + 1}"
-            if not units.keys() & {name, follower, f"{begun}!decision"}:
-                await self._decide(name, from_json(value)["unit"], begun, None)
+            name, number = found[1], int(found[2] or 1)
+            if not units.keys() & {name, f"{name}!begun#{number + 1}", f"{begun}!decision"}:
+                await self._decide(name, label, begun, None)
 
     async def _decide(self, name: str, label: str, begun: str, trouble: str | None) -> None:
         """Have a person decide whether a unit is begun once more. Raises OutcomeUnknown when it isn't."""
@@ -613,6 +615,19 @@ class Place:
             around.append(place.within)
             place = place.outer
         await self.journal.park(waits_for, until, frozenset(around))
+
+
+_BEGUN = re.compile(r"(.*)!begun(?:#([1-9][0-9]{0,8}))?", re.DOTALL)
+
+
+def _label(value: bytes) -> str | None:
+    """What people call the unit of which this is recorded to have begun; None where it records something else.
+
+    A name may look like that of such a record: there are call ids and questions of models in names.
+    """
+    found = from_json(value)
+    is_ours = isinstance(found, dict) and found.keys() == {"by", "unit"} and isinstance(found["unit"], str)
+    return found["unit"] if is_ours else None
 
 
 class Entered:

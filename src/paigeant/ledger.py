@@ -8,6 +8,7 @@ and the payload of a run from its rows alone: what a message carried is never ne
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -16,6 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
+from paigeant import codec
 from paigeant.errors import InvalidDefinition, InvalidTransition, RequestNotFound
 from paigeant.routing import Undo, turn_round
 from paigeant.slip import (
@@ -323,7 +325,17 @@ def done_anew(units: Mapping[str, bytes]) -> list[str]:
         )
     ]
     held = [name for name in units if name.endswith("!held") and f"{name[: -len('!held')]}!refused" in units]
-    return held + [unit for unit in units for name in over if unit == name or unit.startswith(f"{name}!")]
+    return held + [unit for unit in units for name in over if _belongs(unit, name)]
+
+
+_MARK = re.compile(
+    r"!(?:token|until|told|held|refused|decision|failed|begun(?:#\d+)?|\d+)(?:!.*)?", re.DOTALL
+)
+
+
+def _belongs(unit: str, name: str) -> bool:
+    """Whether `unit` is the unit `name`, or tells of it; a name of another one may begin with all of this one's."""
+    return unit.startswith(name) and (unit == name or _MARK.fullmatch(unit, len(name)) is not None)
 
 
 def _is_denied(name: str, value: bytes) -> bool:
@@ -373,7 +385,7 @@ def answers(request_id: str, request: Request | None, answer: bytes) -> bool:
     if request is None:
         raise RequestNotFound(request_id)
     if request.answer is not None:
-        if from_json(request.answer) == from_json(answer):
+        if codec.dump_sorted(from_json(request.answer)) == codec.dump_sorted(from_json(answer)):
             return False
         by = f" by {request.answered_by}" if request.answered_by else ""
         raise InvalidTransition(

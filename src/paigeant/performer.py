@@ -23,7 +23,6 @@ from paigeant.errors import (
     ActivityRejected,
     InvalidDefinition,
     NonRetryableError,
-    OutcomeUnknown,
     PaigeantError,
     StoreUnavailable,
 )
@@ -46,6 +45,8 @@ __all__ = ["Attempt", "Performer"]
 step_log = logging.getLogger("paigeant.step")
 
 _ERROR_CHARACTERS = 4000
+log = logging.getLogger("paigeant.performer")
+
 _UNLIMITED = nullcontext()
 _LOG = logging.LoggerAdapter(step_log, {})
 """What activities write to: which step it is, lines find out by themselves."""
@@ -98,7 +99,10 @@ class Performer:
         counting = counting or _counting()  # what has loaded agents only now is counted by its records
         if context is not None and counting is not None and not isinstance(attempt.outcome, Parked):
             is_fresh = context._is_fresh and is_counted
-            context._usage = await counting.total(self.values, claim.key, is_fresh=is_fresh)
+            try:
+                context._usage = await counting.total(self.values, claim.key, is_fresh=is_fresh)
+            except Exception:  # counting never fails a step
+                log.exception("what %s has used can't be counted", claim.key)
         return attempt
 
     async def _perform(self, claim: Claim) -> Attempt:
@@ -175,7 +179,9 @@ class Performer:
             await context._place.decide_lost()
         except Left:
             return Parked(parking.waits_for, parking.until)
-        except OutcomeUnknown as exc:
+        except StoreUnavailable:
+            raise
+        except Exception as exc:  # OutcomeUnknown, or what nobody foresaw: the step has to end
             lost = f"{_text(exc)}; {lost}"
         return Failed(lost, claim.grant.attempt, claim.retry(self.limits), permanent=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
-__all__ = ["Usage"]
+__all__ = ["Usage", "money", "tokens"]
 
 _KEY = "paigeant.used"
 _STAMP = f'{{"{_KEY}":'.encode()
@@ -98,13 +98,13 @@ class Usage:
         if not isinstance(found, dict):
             return None
         try:
-            cost, models = found.get("cost"), found.get("models", {})
+            models = found.get("models", {})
             return cls(
                 int(found.get("requests", 0)),
                 int(found.get("tool_calls", 0)),
                 int(found.get("input_tokens", 0)),
                 int(found.get("output_tokens", 0)),
-                None if cost is None else Decimal(str(cost)),
+                money(found.get("cost")),
                 {name: used for name, one in models.items() if (used := cls._of(one)) is not None},
             )
         except (ValueError, TypeError, AttributeError, InvalidOperation):
@@ -130,6 +130,26 @@ class Usage:
     def of_units(cls, records: Iterable[bytes]) -> Usage:
         """What units used together."""
         return cls.total(used for record in records if (used := cls.stamped(record)) is not None)
+
+
+def tokens(count: object) -> int:
+    """A count as a model or its server tells it, within what any database holds; 0 for what is none."""
+    return min(max(count, 0), _MOST_TOKENS) if isinstance(count, int) else 0
+
+
+def money(cost: object) -> Decimal | None:
+    """A cost as a model or its server tells it; None for what is none, or can't be added to others."""
+    if cost is None:
+        return None
+    try:
+        found = Decimal(str(cost))
+    except InvalidOperation:
+        return None
+    return found if found.is_finite() and -_DIGITS < found.adjusted() < _DIGITS else None
+
+
+_MOST_TOKENS = 2**53
+_DIGITS = 18
 
 
 def _together(some: Mapping[str, Usage], more: Mapping[str, Usage]) -> Mapping[str, Usage]:

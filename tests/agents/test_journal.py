@@ -543,3 +543,54 @@ async def test_people_can_read_what_a_unit_is_within() -> None:
     assert sorted(readable(step.units).values()) == ["outer", "outer / middle", "outer / middle / inner"]
     [inner] = [name for name in step.units if name.endswith("/inner")]
     assert list(readable([inner, "a/b"]).values()) == [f"{inner[:8]}... / inner", "a/b"]
+
+
+def begun(label: str) -> bytes:
+    """The record that a unit which may be done at most once has begun."""
+    return codec.dump({"by": "lost", "unit": label})
+
+
+async def test_a_unit_that_is_lost_again_and_again_is_decided_on_each_time() -> None:
+    """Each decision stands for one loss. Records about decisions and failures are no units that have begun."""
+    step = Step()
+    await step.start()
+    allowed = codec.dump({"value": {"approved": True}, "by": "", "at": 1.0})
+    for name, value in {
+        "u!begun": begun("it"),
+        "u!begun!decision!token": b'"a"',
+        "u!begun!decision": allowed,
+        "u!begun#2": begun("it"),
+        "u!begun#2!failed": b'"it failed"',
+        "u!begun#2!decision!token": b'"b"',
+        "u!begun#2!decision": allowed,
+        "u!begun#3": begun("it"),
+        "done": b"1",
+        "done!begun": begun("what is done"),
+    }.items():
+        await step.store.save_unit(step.key, name, value)
+    with pytest.raises(Parked):
+        await step.attempt(lambda: here().decide_lost())
+    [request] = await step.store.list_requests()
+    assert request.name == "it again"
+    await step.store.answer_request(request.id, codec.dump({"approved": True}))
+    await step.attempt(lambda: here().decide_lost())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ('agent__t.call_tool:look(agent:1,1,"x!begun#y")', b'{"value":{"result":1,"kind":"tool_return"}}'),
+        ('agent__t.call_tool:look(agent:1,1,"x!begun")', b'{"value":1}'),
+        ("question a!begun", b'{"value":{"value":1},"by":"","at":1.0}'),
+        ("question a!begun#2", b'"text"'),
+        ("x!begun#2!decision", b'{"value":{"approved":true},"by":"","at":1.0}'),
+        ("x!begun#99999999999999999999", begun("x")),
+    ],
+)
+async def test_names_that_look_like_lost_units_are_none(name: str, value: bytes) -> None:
+    """Call ids, questions and names of signals are in names: a model may write anything there."""
+    step = Step()
+    await step.start()
+    await step.store.save_unit(step.key, name, value)
+    await step.attempt(lambda: here().decide_lost())
+    assert await step.store.list_requests() == []

@@ -20,11 +20,12 @@ from pydantic_ai import (
 )
 from pydantic_ai.capabilities import RequestInput
 from pydantic_ai.external_events import ExternalEventError, wait_for_external_event
+from pydantic_ai.messages import ToolCallPart
 from pydantic_core import from_json, to_json
 from tests.agents.steps import called, returned, scripted
 from tests.integration.workers import working
 
-from paigeant import ActivityRegistry, Paigeant, Run, RunStatus, Settings, Workflow
+from paigeant import ActivityRegistry, Paigeant, Run, RunStatus, Settings, StepContext, Workflow
 from paigeant.agents import PaigeantDurability, effect_key
 from paigeant.errors import InputInvalid, InvalidTransition
 from paigeant.store import ClaimRequest, Request, StepKey
@@ -466,3 +467,61 @@ async def test_arguments_that_are_no_object_are_refused_when_they_are_given(argu
         await app.answer(request.id, {"approved": True, "arguments": {"euros": 8}})
         await run.wait(PATIENCE)
     assert [euros for euros, _ in paid] == [8]
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgres"])
+@pytest.mark.parametrize(
+    ("arguments", "call", "told"),
+    [
+        ('{"x": NaN}', "c1", {"x": "NaN"}),
+        ('{"x": -1e400}', "c1", {"x": "-Infinity"}),
+        ('{"x": "a\\u0000b"}', "c1", {"x": "a\0b"}),
+        ('{"x": 1}', "c\0\x1b[2K", {"x": 1}),
+        ('{"x": 1}', "x!begun#y", {"x": 1}),
+    ],
+    ids=["nan", "infinity", "null in a text", "control characters in the id", "a mark of ours in the id"],
+)
+async def test_odd_calls_are_asked_and_done_like_any_other(
+    store: str, arguments: str, call: str, told: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    """What a model writes into a call that needs approval is data, on each store."""
+    url = request.getfixturevalue("postgres_store_url") if store == "postgres" else "sqlite:///odd.db"
+    model, _ = scripted(ToolCallPart("pay", arguments, tool_call_id=call), "done")
+    agent = Agent(model, name="banker")
+    paid: list[Any] = []
+
+    @agent.tool_plain(requires_approval=True)
+    async def pay(x: Any) -> str:
+        paid.append(x)
+        return "paid"
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Pay.", retries=0)
+    settings = Settings(store_url=url, transport_url=url, sweep_interval=0.2)
+    async with Paigeant(settings, activities=activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["banker"]))
+        [question] = await asked(app, run)
+        assert from_json(question.asked)["arguments"] == told
+        await app.approve(question.id)
+        result = await run.wait(PATIENCE)
+    assert (result.output, len(paid)) == ("done", 1), result.error
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgres"])
+async def test_an_odd_question_is_asked(store: str, request: pytest.FixtureRequest) -> None:
+    """A question may be a model's text: what no database holds in a name is written out there."""
+    url = request.getfixturevalue("postgres_store_url") if store == "postgres" else "sqlite:///odd.db"
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def choose(context: StepContext) -> str:
+        return str(await context.ask("red\0 or blue?"))
+
+    settings = Settings(store_url=url, transport_url=url, sweep_interval=0.2)
+    async with Paigeant(settings, activities=activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["choose"]))
+        [question] = await asked(app, run)
+        assert question.name == "red\\0 or blue?"
+        assert from_json(question.asked)["question"] == "red\0 or blue?"
+        await app.answer(question.id, "red")
+        assert (await run.wait(PATIENCE)).output == "red"

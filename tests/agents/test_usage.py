@@ -23,6 +23,7 @@ from tests.integration.processes import call, shown
 
 from paigeant import ActivityRegistry, Paigeant, RunResult, Settings, StepContext, Workflow
 from paigeant.agents import PaigeantDurability
+from paigeant.agents.usage import of_request
 from paigeant.cli import report
 from paigeant.cli.console import dollars
 from paigeant.slip import RunStatus
@@ -486,3 +487,51 @@ def test_usage_comes_back_as_it_was_written() -> None:
 def test_a_record_that_tells_no_usage_counts_nothing(record: bytes) -> None:
     """Units are of whoever calls `once` as well: what isn't a usage is no error."""
     assert Usage.stamped(record) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "used"),
+    [
+        ({"input_tokens": 10**4299}, Usage(1, input_tokens=2**53)),
+        ({"output_tokens": -5}, Usage(1)),
+        ({"input_tokens": "7"}, Usage(1)),
+        ({"cost": "NaN"}, Usage(1)),
+        ({"cost": "sNaN"}, Usage(1)),
+        ({"cost": "9E+999999"}, Usage(1)),
+        ({"cost": "1E-999999"}, Usage(1)),
+        ({"cost": "dear"}, Usage(1)),
+        ({"cost": "0.25", "input_tokens": 3}, Usage(1, input_tokens=3, cost=Decimal("0.25"))),
+    ],
+    ids=["4,300 digits", "below 0", "a text", "nan", "signalling", "huge", "tiny", "a word", "right"],
+)
+def test_numbers_that_cannot_be_added_up_count_for_nothing(told: dict[str, Any], used: Usage) -> None:
+    """A server or a model of one's own may tell any number: what is recorded can be added up and read again."""
+    found = of_request({"usage": told})
+    assert found == used
+    total = found + found
+    assert Usage.read(total.dump()) == total
+
+
+def test_a_record_of_odd_numbers_is_read() -> None:
+    """One that was made by other code, too."""
+    assert Usage.read(b'{"requests":1,"cost":"sNaN"}') == Usage(1)
+
+
+@pytest.mark.parametrize("cost", ["sNaN", "9E+999999"])
+async def test_an_odd_cost_fails_no_step(cost: str) -> None:
+    """What a model of one's own says of its price is counted where it is a price."""
+
+    def respond(messages: list[Any], _: AgentInfo) -> ModelResponse:
+        answer = ModelResponse(parts=[TextPart("done")])
+        answer.usage.cost = Decimal(cost)
+        return answer
+
+    activity = ActivityRegistry()
+    activity.agent(Agent(FunctionModel(respond), name="one"), prompt="Go.", retries=0)
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["one"]))
+        await app.drain()
+        result = await run.wait()
+        assert result.output == "done", result.error
+        assert result.usage.requests == 1
+        assert result.usage.cost is None

@@ -24,7 +24,7 @@ from paigeant.slip import (
     StepStatus,
     identify,
 )
-from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, RunRecord, StepKey, StepResult
+from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, Request, RunRecord, StepKey, StepResult
 from paigeant.stores.memory import MemoryStore
 from paigeant.testing import ManualClock
 
@@ -258,3 +258,43 @@ def test_when_a_step_was_sent_last_follows_from_when_it_is_sent_next(
     now = sent + later * grace
     assume(abs(later - 1) > 1e-6 and now < wake_at)
     assert ledger.is_resendable(wake_at=wake_at, due_at=due_at, now=now, grace=grace) == (later >= 1)
+
+
+def test_only_what_was_denied_is_done_anew() -> None:
+    """A question whose text begins with all of another one's, and goes on with a mark, is another question."""
+    denied = codec.dump({"value": {"denied": "no"}, "by": "", "at": 1.0})
+    given = codec.dump({"value": {"value": 1}, "by": "", "at": 1.0})
+    mine = {
+        "question Delete it": denied,
+        "question Delete it!token": b'"a"',
+        "question Delete it!until": b"5.0",
+        "pay!begun": b"{}",
+        "pay!begun!decision": codec.dump({"value": {"approved": False}, "by": "", "at": 1.0}),
+        "pay!begun!decision!token": b'"b"',
+    }
+    others = {
+        "question Delete it! Really?": given,
+        "question Delete it! Really?!token": b'"c"',
+        "question Delete itself": given,
+    }
+    assert set(ledger.done_anew({**mine, **others})) == mine.keys() - {"pay!begun"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        (b'{"a": 1, "b": 2}', b'{"b":2,"a":1}', True),
+        (b"true", b"1", False),
+        (b"1", b"1.0", False),
+        (b'{"a": [true]}', b'{"a": [1]}', False),
+        (b"1e2", b"100.0", True),
+    ],
+)
+def test_an_answer_is_the_same_as_json(first: bytes, second: bytes, same: bool) -> None:
+    """What an answer says decides, not how it is written: true is no 1."""
+    request = Request("q", "r", "s", "question", "Which?", b"{}", answer=first)
+    if same:
+        assert not ledger.answers("q", request, second)
+    else:
+        with pytest.raises(InvalidTransition, match="has been answered already"):
+            ledger.answers("q", request, second)

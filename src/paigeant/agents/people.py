@@ -21,10 +21,16 @@ from pydantic_ai.messages import ToolCallPart
 from pydantic_core import from_json, to_json
 
 from paigeant.agents.operations import CALL, PROGRESS, line, recorded_name, run_in_name
+from paigeant.codec import storable
 from paigeant.errors import OutsideStep, RequestDenied, WaitTimeout
 from paigeant.journal import Place, Unit, current_place
 
 __all__ = ["Outside", "asks_itself", "decisions"]
+
+
+def _json(value: object) -> bytes:
+    # A model may put numbers into arguments that JSON lacks, and not every database takes them.
+    return to_json(value, inf_nan_mode="strings")
 
 
 def asks_itself(agent: AbstractAgent[Any, Any] | None) -> bool:
@@ -74,9 +80,9 @@ async def _decision(
     asked = {"agent": agent, "tool": call.tool_name, "arguments": call.args_as_dict()}
     if more := requests.metadata.get(call.tool_call_id):
         asked["about"] = more
-    unit = place.name(f"{agent}__{kind}:{recorded_name(call)}({about},{call.tool_call_id})")
+    unit = place.name(storable(f"{agent}__{kind}:{recorded_name(call)}({about},{call.tool_call_id})"))
     try:
-        answer = await place.ask(kind, call.tool_name, to_json(asked), timeout=timeout, unit=unit)
+        answer = await place.ask(kind, call.tool_name, _json(asked), timeout=timeout, unit=unit)
     except (WaitTimeout, RequestDenied) as exc:
         await place.told(unit)
         said = str(exc)
@@ -120,9 +126,9 @@ class Outside(ExternalEventWaiter):
             raise OutsideStep(f"the wait for '{name}' is outside of a step, where nothing could be recorded")
         ctx = get_current_run_context()
         about = "" if ctx is None else f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}{line()}"
-        unit = place.name(f"{self.agent}__external_event:{name}({about})")
-        asked = to_json({"agent": self.agent, "event": name, **_wanted_for()})
-        request = await place.requested(unit, "external", name, asked)
+        unit = place.name(storable(f"{self.agent}__external_event:{name}({about})"))
+        asked = _json({"agent": self.agent, "event": name, **_wanted_for()})
+        request = await place.requested(unit, "external", storable(name), asked)
 
         seconds = None if timeout is None else timeout.total_seconds()
 
@@ -130,7 +136,7 @@ class Outside(ExternalEventWaiter):
             # Kept first: whoever is told of the token may answer at once. The instant is that of the wait behind it.
             until = None if seconds is None else await place.instant(f"{unit}!until", offset=seconds)
             await place.journal.request(replace(request, expires_at=until))
-            return to_json(await ask(request.id))
+            return _json(await ask(request.id))
 
         done = await place.do(f"{unit}!ask", Unit(f"the question '{name}' of agent '{self.agent}'"), produce)
         record_durable_unit(executed=done.executed)

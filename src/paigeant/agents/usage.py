@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from decimal import Decimal
 from typing import Any, Self
 
 from pydantic_ai import ModelResponse, RunUsage
 
 from paigeant.errors import StoreUnavailable
 from paigeant.store import RunValues, StepKey
-from paigeant.usage import Usage
+from paigeant.usage import Usage, money, tokens
 
 __all__ = ["Counting", "Part", "count", "of_request", "of_run", "put_price"]
 
@@ -94,7 +93,13 @@ def count(unit: str, used: Usage, added: Usage, *, to: RunUsage | None) -> None:
 
 def of_run(usage: RunUsage) -> Usage:
     """The library's count as ours."""
-    return Usage(usage.requests, usage.tool_calls, usage.input_tokens, usage.output_tokens, usage.cost)
+    return Usage(
+        usage.requests,
+        usage.tool_calls,
+        tokens(usage.input_tokens),
+        tokens(usage.output_tokens),
+        money(usage.cost),
+    )
 
 
 def of_request(answer: object) -> Usage:
@@ -110,21 +115,24 @@ def of_request(answer: object) -> Usage:
 
 
 def _request(found: dict[str, Any], *, requests: int = 1) -> Usage:
-    cost = found.get("cost")
     return Usage(
         requests,
-        input_tokens=found.get("input_tokens") or 0,
-        output_tokens=found.get("output_tokens") or 0,
-        cost=None if cost is None else Decimal(str(cost)),
+        input_tokens=tokens(found.get("input_tokens")),
+        output_tokens=tokens(found.get("output_tokens")),
+        cost=money(found.get("cost")),
     )
 
 
 def put_price(answer: ModelResponse) -> None:
     """Put what an answer cost in US dollars into its usage, where that is known.
 
-    Prices change: it is that of the day on which it was asked, for replays and for limits as well.
+    Prices change: it is that of the day on which it was asked, for replays and for limits as well. Numbers that
+    can't be added up, as a server may tell them, are put right: counting never fails a step.
     """
-    if answer.usage.cost is None:
-        # A model that has no price list, and whatever a list may hold: counting never fails a step.
+    used = answer.usage
+    used.input_tokens, used.output_tokens = tokens(used.input_tokens), tokens(used.output_tokens)
+    used.cost = money(used.cost)
+    if used.cost is None:
+        # A model that has no price list, and whatever a list may hold.
         with contextlib.suppress(Exception):
-            answer.usage.cost = answer.cost().total_price
+            used.cost = money(answer.cost().total_price)

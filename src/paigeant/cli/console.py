@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TextIO
 
+from paigeant.texts import printable
 from paigeant.urls import scrubbed
 
 if TYPE_CHECKING:
@@ -158,10 +159,10 @@ def status(word: str) -> RenderableType:
 
 
 def plain(text: str | None, style: str = "") -> RenderableType:
-    """A text that isn't markup, on one line."""
+    """A text that isn't markup, on one line, and that does nothing to the terminal."""
     from rich.text import Text
 
-    return Text(" ".join((text or "").split()), style=style)
+    return Text(printable(" ".join((text or "").split())), style=style)
 
 
 def instant(at: float | None) -> str | None:
@@ -210,5 +211,5 @@ def dollars(cost: Decimal | None) -> str:
 
 def shown(found: Any, most: int = 60) -> str:
     """A JSON value on one line, cut where it is long."""
-    text = json.dumps(found, ensure_ascii=False)
+    text = printable(json.dumps(found, ensure_ascii=False))
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from json.encoder import encode_basestring_ascii as quoted
@@ -15,6 +14,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from paigeant.observer import CURRENT, Event, EventName
 from paigeant.redaction import Redactor
+from paigeant.texts import printable
 
 __all__ = [
     "HAD",
@@ -277,26 +277,18 @@ def _ordered(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**{name: fields[name] for name in _FIRST if name in fields}, **fields}
 
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What would make a terminal or a reader of lines see something else than what was written."""
-
-
 def _unforged(fields: dict[str, Any]) -> dict[str, Any]:
     """With what a text might do to a terminal written out; a traceback keeps its lines, none of which begins a line."""
     made: dict[str, Any] = {}
     for name, value in fields.items():
         if name == "exception" and isinstance(value, str):
-            value = "\n".join("    " + _CONTROL.sub(_escaped, line) for line in value.split("\n"))
+            value = "\n".join("    " + printable(line) for line in value.split("\n"))
         elif isinstance(value, str):
-            value = _CONTROL.sub(_escaped, value)
+            value = printable(value)
         elif not isinstance(value, (bool, int, float, type(None))):
-            value = _CONTROL.sub(_escaped, str(value))
-        made[_CONTROL.sub(_escaped, name)] = value
+            value = printable(str(value))
+        made[printable(name)] = value
     return made
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return found[0].encode("unicode_escape", "surrogatepass").decode()
 
 
 def _brief(fields: dict[str, Any]) -> dict[str, Any]:
