@@ -138,7 +138,7 @@ class Forwarder:
             return False
         try:
             await self._publish(letter)
-        except (TransportUnavailable, MessageTooLarge) as exc:
+        except PaigeantError as exc:  # whatever it is, the step stands in the store
             log.warning("not published to %s, will be sent again: %s", letter.topic, exc)
             return False
         return True

@@ -258,10 +258,10 @@ class Lane:
             self._next_if_idle()
             await self._idle.wait()
         self._stopped = True
+        self._hand(None)
+        await self._ended.wait()  # watched, as long as something is being tidied up
         if self._watch is not None:
             self._watch.cancel()
-        self._hand(None)
-        await self._ended.wait()
 
     # -- in the event loop
 
@@ -293,7 +293,7 @@ class Lane:
 
     def _overdue(self, limit: float) -> None:
         self._watch = None
-        if self._idle.is_set():
+        if self._idle.is_set() and self._green is None:  # else it may wait for the server while it tidies up
             return
         left = self._began + limit - time.monotonic()
         if (

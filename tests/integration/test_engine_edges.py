@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from tests.integration.workers import working
 
-from paigeant import ActivityRegistry, Paigeant, RunStatus, Settings, WaitFor, Workflow
-from paigeant.errors import StoreUnavailable
+from paigeant import ActivityRegistry, Paigeant, PaigeantMessage, RunStatus, Settings, WaitFor, Workflow
+from paigeant.errors import ConfigurationError, StoreUnavailable
 from paigeant.observer import Event
 from paigeant.stores.memory import MemoryStore
 from paigeant.stores.sql import SqlStore
+from paigeant.testing import MemoryApp
 
 PATIENCE = 30.0
 
@@ -107,6 +108,35 @@ async def test_two_processes_share_the_work_of_one_file() -> None:
     assert workers == {"child 0", "child 1"}
     assert attempts == {1}
     assert [child.returncode for child in children] == [0, 0]
+
+
+async def test_what_is_recorded_is_no_error_where_it_can_t_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue with other settings, say: whoever dispatches again for an error would have the work done twice."""
+    activity = ActivityRegistry()
+    done: list[str] = []
+
+    @activity.execute()
+    async def one() -> None:
+        done.append("one")
+
+    @activity.execute(topic="other")
+    async def two() -> None:
+        done.append("two")
+
+    async with MemoryApp(activity, local_steps=1) as app:
+        publish, refused = app.transport.publish, set[str]()
+
+        async def refuse_once(topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
+            if topic not in refused:
+                refused.add(topic)
+                raise ConfigurationError(f"the queue of '{topic}' is there with other settings")
+            await publish(topic, message, delay=delay)
+
+        monkeypatch.setattr(app.transport, "publish", refuse_once)
+        run = await app.dispatch(Workflow("w", ["one", "two"]))
+        await app.drain()
+        assert (await run.wait()).status is RunStatus.COMPLETED
+    assert (done, refused) == (["one", "two"], {"one", "other"})
 
 
 @pytest.mark.parametrize("failures", [2, 3])

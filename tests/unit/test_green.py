@@ -264,3 +264,37 @@ def test_outside_of_a_lane_it_waits_like_anybody() -> None:
     assert elsewhere(threading.get_ident) == threading.get_ident()
     pause(0.001)
     assert not is_green()
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_what_is_tidied_up_without_an_end_is_cut_off(kind: EventLoop) -> None:
+    """A server that falls silent right behind a commit holds up neither the answer nor the end of a lane."""
+    ours, theirs = socket.socketpair()
+    cuts: list[object] = []
+
+    def cut(connection: object) -> None:
+        cuts.append(connection)
+        theirs.send(b"x")
+
+    def silent() -> None:
+        until_ready(ours.fileno())
+
+    async def main() -> None:
+        place = Place()
+        lane = Lane(
+            "silent",
+            lambda: cast(Any, place.connection),
+            guard=contextlib.nullcontext,
+            begin=place._begin,
+            tidy=lambda *_: silent(),
+            limit=0.2,
+            cut=cut,
+        )
+        async with asyncio.timeout(PATIENCE):
+            assert await lane.submit(as_asked, 1) == 1
+            await lane.stop()
+        assert cuts == [place.connection]
+        assert place.connection.is_closed
+
+    with ours, theirs:
+        loops.run(main(), kind)
