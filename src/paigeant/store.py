@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from paigeant.envelope import HEAD_BYTES, without_token
 from paigeant.message import MessageId
+from paigeant.policy import LARGEST_COUNT
 from paigeant.secret import masked_body
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.transport import BODY_KEPT_BYTES, Posting, Transport
@@ -244,6 +245,7 @@ class DeadLetter:
         """The dead letter for a message, with what its id says of its run and the part of its body that is kept.
 
         `reason` is a word, which `detail` explains; of a sentence such as "word: why" it is the word.
+        `attempts`, which a broker may have told wrong, is kept within what every store can hold.
         """
         known = MessageId.read(message_id)
         return cls(
@@ -252,7 +254,7 @@ class DeadLetter:
             reason.partition(": ")[0],
             detail,
             masked_body(without_token(body[: BODY_KEPT_BYTES + HEAD_BYTES]))[:BODY_KEPT_BYTES],
-            attempts,
+            min(max(attempts, 0), LARGEST_COUNT),
             workflow_id=None if known is None else known.workflow_id,
             step=None if known is None else known.step,
         )

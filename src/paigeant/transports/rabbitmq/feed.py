@@ -18,15 +18,14 @@ from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 from aiormq.abc import DeliveredMessage
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.policy import LARGEST_COUNT
+from paigeant.transports.rabbitmq.headers import ATTEMPTS, count
 from paigeant.transports.rabbitmq.link import CLOSE_SECONDS, OPEN_SECONDS, Link, is_cancelled, underlay
 from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, Queue, declare
 
-__all__ = ["ATTEMPTS", "IDLE_SECONDS", "LONGEST_PAUSE_SECONDS", "PAUSE_SECONDS", "Delivery", "Feed"]
+__all__ = ["IDLE_SECONDS", "LONGEST_PAUSE_SECONDS", "PAUSE_SECONDS", "Delivery", "Feed"]
 
 log = logging.getLogger("paigeant.transport")
-
-ATTEMPTS = "paigeant-attempts"
-"""The header that says of a copy how often the message was delivered before."""
 
 PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 2.0
@@ -79,12 +78,12 @@ class Delivery:
     @property
     def returns(self) -> int:
         """How often it has come back to this queue; what a classic queue knows is only whether."""
-        return int(self.headers.get("x-delivery-count", bool(self._message.redelivered)))
+        return count(self.headers, "x-delivery-count", int(bool(self._message.redelivered)))
 
     @property
     def attempts(self) -> int:
         """How often it was delivered, this time included; copies are counted on."""
-        return int(self.headers.get(ATTEMPTS, 0)) + self.returns + 1
+        return min(count(self.headers, ATTEMPTS) + self.returns + 1, LARGEST_COUNT)
 
     async def ack(self) -> None:
         await self._line.settle(self, lambda channel: channel.basic_ack(self.tag, wait=False))
@@ -143,7 +142,9 @@ class Line:
         await self.channel.basic_cancel(consumer)
 
     async def settle(self, delivery: Delivery, how: Callable[[aiormq.Channel], Awaitable[None]]) -> None:
-        """Tell the broker. On a channel that is gone nothing happens: the message comes again by itself."""
+        """Tell the broker, once. On a channel that is gone nothing happens: the message comes again by itself."""
+        if delivery not in self.out:
+            return  # RabbitMQ closes a channel on which something is settled twice
         self.out.discard(delivery)
         try:
             if delivery.consumer in self._consumers:

@@ -8,13 +8,14 @@ import random
 from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any, Literal
 
-from paigeant.clock import Clock, SystemClock
+from paigeant.clock import Clock, SystemClock, is_duration
 from paigeant.envelope import Envelope, PlainEnvelope, split
-from paigeant.errors import ConfigurationError, MessageInvalid, PaigeantError, TransportUnavailable
+from paigeant.errors import ConfigurationError, MessageInvalid, TransportUnavailable
 from paigeant.message import PaigeantMessage, decode
 from paigeant.store import DeadLetter, Store
 from paigeant.transport import Bury, TopicDepth
-from paigeant.transports.rabbitmq.feed import ATTEMPTS, LONGEST_PAUSE_SECONDS, PAUSE_SECONDS, Delivery, Feed
+from paigeant.transports.rabbitmq.feed import LONGEST_PAUSE_SECONDS, PAUSE_SECONDS, Delivery, Feed
+from paigeant.transports.rabbitmq.headers import ATTEMPTS, count, instant, last_death, words
 from paigeant.transports.rabbitmq.link import Link, read_url
 from paigeant.transports.rabbitmq.publisher import Publisher
 from paigeant.transports.rabbitmq.queues import Queues
@@ -141,31 +142,39 @@ class RabbitMQTransport:
     async def _opened(self, topic: str, delivery: Delivery) -> PaigeantMessage | None:
         try:
             message = await self.envelope.open(topic, delivery.body)
+            if not await self._is_due(topic, message, delivery):
+                return None
         except MessageInvalid as exc:
             about = (delivery.property_id, topic, exc.reason, str(exc), delivery.body, delivery.attempts)
             try:
                 await self._reject(delivery, DeadLetter.about(*about))
-            except PaigeantError as trouble:
+            except Exception as trouble:  # whatever the keeper of dead letters meets, the iteration goes on
                 log.warning("the dead letter %s is not kept yet, it comes again: %s", about[0], trouble)
-                await asyncio.sleep(PAUSE_SECONDS)  # it has been given back, and comes at once
+                await delivery.give_back()
+                await asyncio.sleep(PAUSE_SECONDS)  # it comes at once
             return None
-        if _DUE in delivery.headers and not await self._is_due(topic, message, delivery):
-            return None
+        except BaseException:
+            await delivery.give_back()  # else nobody would ever settle it
+            raise
         delivery.message_id, delivery.topic = message.message_id, topic
         self._held.setdefault(message.message_id, []).append(delivery)
         return message
 
     async def _is_due(self, topic: str, message: PaigeantMessage, delivery: Delivery) -> bool:
         """Whether its time has come; else it goes on to wait."""
-        early = delivery.headers[_DUE] / 1000 - self.clock.now()
-        if early <= 0:
-            return True
+        due = instant(delivery.headers, _DUE)
+        early = 0.0 if due is None else due - self.clock.now()
+        if not is_duration(early):
+            return True  # nobody of us sends one that is so far away
         headers = {ATTEMPTS: delivery.attempts - 1}
         try:
             await self._post(topic, message.message_id, delivery.body, early, headers)
-            await delivery.ack()
-        except TransportUnavailable:
+        except TransportUnavailable as exc:
+            log.warning("a message of %s that isn't due can't be sent on, it comes again: %s", topic, exc)
             await delivery.give_back()
+            await asyncio.sleep(PAUSE_SECONDS)
+        else:
+            await delivery.ack()
         return False
 
     # -- settling
@@ -186,7 +195,7 @@ class RabbitMQTransport:
         try:
             # Confirmed first, acked then: a crash in between doubles the message, a loss can't happen.
             await self._post(delivery.topic, message_id, delivery.body, delay, headers)
-        except TransportUnavailable:
+        except BaseException:
             await delivery.give_back()  # too early, but not lost, and in nobody's way
             raise
         await delivery.ack()
@@ -254,14 +263,21 @@ class RabbitMQTransport:
                     delivery = await feed.next()
                     if delivery is None:
                         return
-                    await self._bury_drained(self._letter(delivery))
-                    await delivery.ack()
-                except ConfigurationError as exc:
+                    await self._drain_one(delivery)
+                except Exception as exc:  # whatever it is, those that come after it must be recorded
                     log.warning("dead letters of RabbitMQ can't be read, will try again: %s", exc)
                     await asyncio.sleep(LONGEST_PAUSE_SECONDS)
         finally:
             self._feeds.discard(feed)
             await feed.end()
+
+    async def _drain_one(self, delivery: Delivery) -> None:
+        try:
+            await self._bury_drained(self._letter(delivery))
+        except BaseException:
+            await delivery.give_back()
+            raise
+        await delivery.ack()
 
     async def _bury_drained(self, letter: DeadLetter) -> None:
         # Held while the store can't take it: given back to its queue it would come at once, and not for ever.
@@ -283,12 +299,11 @@ class RabbitMQTransport:
         except MessageInvalid:
             message_id = delivery.property_id
         if _REASON in headers:
-            topic, reason, detail = (str(headers.get(name, "")) for name in (_TOPIC, _REASON, _DETAIL))
-            return DeadLetter.about(
-                message_id, topic, reason, detail, delivery.body, int(headers.get(ATTEMPTS, 0))
-            )
-        deaths = headers.get("x-death") or [{}]
-        queue, reason = str(deaths[0].get("queue", "")), str(deaths[0].get("reason", "unknown"))
+            topic, reason, detail = (words(headers, name) for name in (_TOPIC, _REASON, _DETAIL))
+            attempts = count(headers, ATTEMPTS)
+            return DeadLetter.about(message_id, topic, reason, detail, delivery.body, attempts)
+        death = last_death(headers)
+        queue, reason = words(death, "queue"), words(death, "reason", "unknown")
         detail = f"RabbitMQ took it out of the queue '{queue}': {reason}"
         attempts = self.queues.delivery_limit + 1 if self.queues.delivery_limit is not None else 0
         topic = self.queues.topic_of(queue, self._used)

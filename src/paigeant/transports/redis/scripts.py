@@ -52,8 +52,22 @@ local function fields(entry)
   return named(entry[2])
 end
 
+-- Whoever may write to the stream chooses the fields of its entries: what is no number, or none that can be, is passed
+-- over.
+local function count(text)
+  local number = tonumber(text)
+  if not number or not (number > 0) then return 0 end
+  return math.floor(math.min(number, 2147483647))
+end
+
+local function came_at(entry)
+  local told = tonumber(fields(entry).t)
+  if told and told >= 0 and told <= now() / 1000 then return told end
+  return tonumber(string.match(entry[1], '^%d+'))
+end
+
 local function add(to, id, body, n, t)
-  return redis.call('XADD', to, '*', 'id', id, 'body', body, 'n', whole(n), 't', t)
+  return redis.call('XADD', to, '*', 'id', id, 'body', body, 'n', whole(n), 't', whole(t))
 end
 
 local function group_info()
@@ -99,8 +113,7 @@ local function give_back(entry, delivered, delay, look)
   remove(entry)
   if not found or is_bell(found) then return end
   local old = fields(found)
-  local n = (tonumber(old.n) or 0) + delivered
-  local t = old.t or string.match(entry, '^%d+')
+  local n, t = count(old.n) + delivered, came_at(found)
   if delay > 0 then
     set_aside(old.id or entry, old.body or '', n, t, delay, look)
   else
@@ -119,7 +132,7 @@ class Script:
 
 
 LATER = Script("""
-set_aside(ARGV[4], ARGV[5], 0, whole(math.floor(now() / 1000)), tonumber(ARGV[3]), tonumber(ARGV[2]))
+set_aside(ARGV[4], ARGV[5], 0, math.floor(now() / 1000), tonumber(ARGV[3]), tonumber(ARGV[2]))
 """)
 """look, delay, id, body: have a message delivered later."""
 
@@ -132,7 +145,7 @@ for _, entry in ipairs(entries) do
   redis.call('XDEL', later, entry)
   if found then
     local old = fields(found)
-    add(stream, old.id, old.body, tonumber(old.n), old.t)
+    add(stream, old.id or entry, old.body or '', count(old.n), came_at(found))
   end
 end
 local following = redis.call('ZRANGE', due, 0, 0, 'WITHSCORES')
@@ -167,7 +180,7 @@ local mine = pending(ARGV[3], ARGV[2])
 local found = redis.call('XRANGE', stream, ARGV[3], ARGV[3])[1]
 if not mine or not found then return false end
 local old = fields(found)
-return {(tonumber(old.n) or 0) + mine[4], string.sub(old.body or '', 1, tonumber(ARGV[4]))}
+return {count(old.n) + mine[4], string.sub(old.body or '', 1, tonumber(ARGV[4]))}
 """)
 """consumer, entry, bytes: how often it was delivered and the beginning of its body, if it is its own."""
 
@@ -222,7 +235,7 @@ local firsts = redis.call('XRANGE', stream, '-', '+', 'COUNT', 2)
 table.insert(firsts, redis.call('XRANGE', later, '-', '+', 'COUNT', 1)[1])
 for _, entry in ipairs(firsts) do
   if not is_bell(entry) then
-    local age = now() / 1000 - tonumber(fields(entry).t or string.match(entry[1], '^%d+'))
+    local age = now() / 1000 - came_at(entry)
     if age > oldest then oldest = age end
   end
 end

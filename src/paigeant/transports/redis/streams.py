@@ -7,6 +7,7 @@ the owner of an entry (ack, return, rejection) is done in scripts that look whos
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -25,6 +26,8 @@ from paigeant.transports.redis.servers import Servers
 from paigeant.transports.redis.trouble import TROUBLE, refusal
 
 __all__ = ["AT_ONCE", "GROUP", "LOOK_SECONDS", "Consumer", "Streams"]
+
+log = logging.getLogger("paigeant.transports.redis")
 
 GROUP = "workers"
 
@@ -56,6 +59,8 @@ class Streams:
         self._servers: Servers | None = None
         self._announced: dict[str, float] = {}
         """The topics whose names were written, and when that is to be done again."""
+        self._broken: set[str] = set()
+        """The topics whose keys hold something else, which was told."""
 
     async def open(self) -> None:
         """Raises ConfigurationError and TransportUnavailable. Opening twice is harmless."""
@@ -118,13 +123,23 @@ class Streams:
         return {name.decode(errors="replace") for name in names}.union(self._announced)
 
     async def depths(self, topics: Collection[str]) -> list[TopicDepth]:
-        """What waits in each of these; those that hold nothing are left out."""
-        answers = await asyncio.gather(*(self._run(scripts.DEPTH, topic) for topic in topics))
-        return [
-            TopicDepth(topic, max(waiting, 0), taken, None if oldest_ms < 0 else oldest_ms / 1000)
-            for topic, (waiting, taken, oldest_ms) in zip(topics, answers, strict=True)
-            if waiting > 0 or taken > 0
-        ]
+        """What waits in each of these. Those that hold nothing are left out, and with a warning those whose keys are no
+        topic's: one that somebody has broken must not hide the others."""
+        found = await asyncio.gather(*(self._depth(topic) for topic in topics))
+        return [depth for depth in found if depth is not None and (depth.waiting > 0 or depth.taken > 0)]
+
+    async def _depth(self, topic: str) -> TopicDepth | None:
+        try:
+            waiting, taken, oldest_ms = await self._run(scripts.DEPTH, topic)
+        except ResponseError as exc:
+            if "WRONGTYPE" not in str(exc):
+                raise
+            if topic not in self._broken:
+                self._broken.add(topic)
+                log.warning("a key of the topic %s holds something else, it isn't counted: %s", topic, exc)
+            return None
+        self._broken.discard(topic)
+        return TopicDepth(topic, max(waiting, 0), taken, None if oldest_ms < 0 else oldest_ms / 1000)
 
     async def make_group(self, topic: str) -> None:
         """Have consumers share the stream, from its first entry on, if they don't yet."""

@@ -1,0 +1,47 @@
+"""Reading the headers of messages. Whoever may write to a queue chooses them, so nothing here raises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from paigeant.policy import LARGEST_COUNT, is_count
+
+__all__ = ["ATTEMPTS", "count", "instant", "last_death", "words"]
+
+ATTEMPTS = "paigeant-attempts"
+"""The header that says of a copy how often the message was delivered before."""
+
+Headers = Mapping[str, Any]
+
+
+def count(headers: Headers, name: str, default: int = 0) -> int:
+    """How often something happened; `default` for what is no whole number from 0 to LARGEST_COUNT."""
+    found = headers.get(name)
+    return int(found) if is_count(found, 0, LARGEST_COUNT) else default
+
+
+def instant(headers: Headers, name: str) -> float | None:
+    """Seconds since 1970-01-01 UTC, written in milliseconds; None for what is no finite number."""
+    found = headers.get(name)
+    if not isinstance(found, (int, float)) or isinstance(found, bool):
+        return None
+    try:
+        seconds = found / 1000
+    except OverflowError:
+        return None
+    return seconds if math.isfinite(seconds) else None
+
+
+def words(headers: Headers, name: str, default: str = "") -> str:
+    """A text; `default` for what is none."""
+    found = headers.get(name)
+    return found if isinstance(found, str) else default
+
+
+def last_death(headers: Headers) -> Headers:
+    """Where and why RabbitMQ took the message out of a queue, as `queue` and `reason`; empty when it doesn't say."""
+    deaths = headers.get("x-death")
+    last = deaths[0] if isinstance(deaths, list) and deaths else None
+    return last if isinstance(last, dict) else {}
