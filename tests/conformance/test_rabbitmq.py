@@ -21,6 +21,7 @@ from paigeant.testing.conformance import TransportConformance
 from paigeant.testing.conformance.transports import message
 from paigeant.transport import Transport
 from paigeant.transports.rabbitmq import RabbitMQTransport
+from paigeant.transports.rabbitmq.headers import count, instant
 
 
 class TestQuorumQueues(TransportConformance):
@@ -279,3 +280,17 @@ def test_the_url_names_settings_of_ours() -> None:
     assert made.queues.topic("t").arguments["x-delivery-limit"] == 7
     classic = RabbitMQTransport("amqp://host?queue_type=classic").queues.topic("t")
     assert classic.arguments["x-queue-type"] == "classic"
+
+
+@pytest.mark.parametrize("found", ["1", None, True, -1, 2**31, 2**63, 1.0, float("nan"), [1], b"1"])
+def test_a_header_that_is_no_count_is_the_default(found: object) -> None:
+    """Only a whole number that is no larger than others can hold is believed."""
+    assert count({"name": found}, "name", 7) == 7
+    assert count({"name": 2**31 - 1}, "name", 7) == 2**31 - 1
+
+
+@pytest.mark.parametrize("found", ["1", None, True, float("nan"), float("inf"), 10**400, [1], b"1"])
+def test_a_header_that_is_no_instant_is_none(found: object) -> None:
+    """Only a finite number is believed."""
+    assert instant({"name": found}, "name") is None
+    assert instant({"name": 1500}, "name") == 1.5

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import aio_pika
 import pytest
@@ -402,6 +403,136 @@ async def test_an_alarm_stops_publishers_only(server: RabbitServer) -> None:
         await listener.until("after")
 
 
+# -- what others have written
+
+
+ODD_HEADERS: list[dict[str, Any]] = [
+    {"paigeant-attempts": "abc"},
+    {"paigeant-attempts": 10**18},
+    {"paigeant-attempts": -5},
+    {"paigeant-attempts": None},
+    {"x-delivery-count": "abc"},
+    {"x-delivery-count": 2**62},
+    {"paigeant-due-ms": "abc"},
+    {"paigeant-due-ms": 2**62},
+    {"paigeant-due-ms": [1]},
+]
+
+ODD_DEATHS: list[dict[str, Any]] = [
+    {"x-death": "abc"},
+    {"x-death": [1]},
+    {"x-death": [{"queue": 3, "reason": [1]}]},
+    {"paigeant-reason": 1, "paigeant-detail": [2], "paigeant-topic": {"a": 3}},
+    {"paigeant-reason": "word", "paigeant-attempts": "abc"},
+    {"paigeant-reason": "word", "paigeant-attempts": 10**18},
+]
+
+
+async def test_odd_headers_stop_nobody(rabbitmq_url: str) -> None:
+    """Whoever may write to a queue chooses the headers: none ends an iteration, delays a message or hides a letter."""
+    graveyard = Graveyard()
+    async with opened(rabbitmq_url) as transport:
+        transport.bury_with(graveyard.bury)
+        listener = Listener(transport)
+        await transport.publish("work", message("first"))
+        await listener.until("first")
+        queue = transport.queues.topic("work").name
+        for number, headers in enumerate(ODD_HEADERS):
+            good = transport.envelope.seal(message(f"m-{number}"), "work")
+            await send(rabbitmq_url, queue, good, headers)
+            await send(rabbitmq_url, queue, b"nonsense", headers, message_id=f"bad-{number}")
+            await listener.until(f"m-{number}")
+        for number, headers in enumerate(ODD_DEATHS):
+            dead = transport.queues.dead.name
+            await send(rabbitmq_url, dead, b"nonsense", headers, message_id=f"dead-{number}")
+        await graveyard.until(len(ODD_HEADERS) + len(ODD_DEATHS))
+        bad = [letter.attempts for letter in graveyard.letters if letter.id.startswith("bad")]
+        assert bad == [1] * len(ODD_HEADERS), "what can't be read counts for nothing"
+
+
+async def test_a_letter_that_is_not_kept_comes_again(rabbitmq_url: str) -> None:
+    """Whatever the keeper of dead letters raises, the message is given back and the iteration goes on."""
+    graveyard = Graveyard(failures=2)
+    async with opened(rabbitmq_url) as transport:
+        transport.bury_with(graveyard.bury)
+        listener = Listener(transport)
+        await transport.publish("work", message("first"))
+        await listener.until("first")
+        await send(rabbitmq_url, transport.queues.topic("work").name, b"nonsense", {}, message_id="bad")
+        await graveyard.until(1)
+        await transport.publish("work", message("last"))
+        await listener.until("last")
+        assert [letter.id for letter in graveyard.letters] == ["bad"]
+
+
+async def test_a_message_whose_opening_fails_is_given_back(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is raised, the next iteration gets the message, and no channel stays behind."""
+    async with opened(rabbitmq_url) as transport:
+        await transport.publish("work", message("m"))
+        monkeypatch.setattr(transport.envelope, "open", failing)
+        with pytest.raises(ZeroDivisionError):
+            await take(transport)
+        monkeypatch.undo()
+        async with asyncio.timeout(RECOVERY):
+            assert await take(transport) == "m"
+
+
+async def test_the_broker_s_dead_letters_outlive_any_error(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that can't be told about is given back, and those that come later are recorded as well."""
+    monkeypatch.setattr("paigeant.transports.rabbitmq.transport.LONGEST_PAUSE_SECONDS", 0.05)
+    graveyard = Graveyard()
+    async with opened(rabbitmq_url) as transport:
+        transport.bury_with(graveyard.bury)
+        about, calls = transport._letter, 0
+
+        def fails_first(delivery: feed.Delivery) -> DeadLetter:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                raise ZeroDivisionError
+            return about(delivery)
+
+        monkeypatch.setattr(transport, "_letter", fails_first)
+        for name in ("one", "two"):
+            await send(rabbitmq_url, transport.queues.dead.name, b"nonsense", {}, message_id=name)
+        listener = Listener(transport)
+        await graveyard.until(2)
+        assert {letter.id for letter in graveyard.letters} == {"one", "two"}
+        assert listener.seen == []
+
+
+async def test_a_return_that_is_refused_settles_the_message(rabbitmq_url: str) -> None:
+    """Where the wait queue can't be declared nack raises, and the message comes again at once."""
+    async with opened(rabbitmq_url) as transport:
+        await transport.publish("work", message("m"))
+        await spoil(rabbitmq_url, transport, 1.0)
+        async with asyncio.timeout(RECOVERY), contextlib.aclosing(transport.subscribe("work")) as messages:  # type: ignore[type-var]
+            assert (await anext(messages)).message_id == "m"
+            with pytest.raises(ConfigurationError, match="other settings"):
+                await transport.nack("m", delay=1.0)
+            assert (await anext(messages)).message_id == "m"
+            await transport.ack("m")
+
+
+async def test_a_round_that_is_refused_settles_the_message(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a message that isn't due can't go on to wait it is given back; once it can it comes when it is due."""
+    async with opened(rabbitmq_url) as transport:
+        transport.queues.longest_wait = 0.2
+        await transport.publish("work", message("m"), delay=1.0)
+        async with asyncio.timeout(RECOVERY):
+            monkeypatch.setattr(transport, "_post", refusing)
+            with pytest.raises(ConfigurationError):
+                await take(transport)
+            monkeypatch.undo()
+            assert await take(transport) == "m"
+
+
 # -- settings
 
 
@@ -569,6 +700,53 @@ async def take(transport: RabbitMQTransport, topic: str = "work", *, ack: bool =
     if ack:
         await transport.ack(received.message_id)
     return received.message_id
+
+
+class Graveyard:
+    """Keeps dead letters, after `failures` attempts in which it doesn't."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.letters: list[DeadLetter] = []
+        self._failures = failures
+        self._came = asyncio.Event()
+
+    async def bury(self, letter: DeadLetter) -> None:
+        if self._failures:
+            self._failures -= 1
+            raise OSError("the store is away")
+        self.letters.append(letter)
+        self._came.set()
+
+    async def until(self, count: int) -> None:
+        """Wait until so many have come."""
+        async with asyncio.timeout(30.0):
+            while len(self.letters) < count:
+                self._came.clear()
+                await self._came.wait()
+
+
+async def failing(*_: object) -> PaigeantMessage:
+    """In the place of what opens a message."""
+    raise ZeroDivisionError
+
+
+async def refusing(*_: object) -> None:
+    """In the place of what sends a message."""
+    raise ConfigurationError("the queue is there with other settings")
+
+
+async def send(url: str, queue: str, body: bytes, headers: dict[str, Any], **properties: Any) -> None:
+    """Put a message into a queue as a foreign publisher would."""
+    async with await aio_pika.connect(url) as connection, connection.channel() as channel:
+        sent = aio_pika.Message(body, headers=headers, **properties)
+        await channel.default_exchange.publish(sent, routing_key=queue)
+
+
+async def spoil(url: str, transport: RabbitMQTransport, delay: float) -> None:
+    """Declare the wait queue for `delay` in another way than the transport would."""
+    queue = transport.queues.wait(transport.queues.topic("work"), delay)
+    async with await aio_pika.connect(url) as connection, connection.channel() as channel:
+        await channel.declare_queue(queue.name, durable=True, arguments={"x-queue-type": "classic"})
 
 
 async def delete(url: str, *names: str) -> None:

@@ -772,6 +772,73 @@ async def test_a_letter_that_is_not_kept_comes_again(
     assert [letter.id for letter in letters] == ["bad", "bad"]
 
 
+# --- what others have written
+
+
+@pytest.mark.parametrize(
+    ("told", "attempts"), [("abc", 1), ("-5", 1), ("nan", 1), ("1e300", 2**31 - 1), ("inf", 2**31 - 1)]
+)
+async def test_an_odd_count_of_deliveries_is_bounded(
+    redis_url: str, opened: Open, told: str, attempts: int
+) -> None:
+    """Whoever may write to a stream chooses the field `n`: the dead letter is one that every store can hold."""
+    transport = await opened(redis_url, namespace=f"test-{secrets.token_hex(6)}")
+    async with Redis.from_url(redis_url) as client:
+        await client.xadd(transport.stream_key("work"), {"id": "bad", "body": b"nonsense", "n": told})
+    await transport.publish("work", message("good"))
+    assert await take(transport) == ["good"]
+    [letter] = await transport.kept_letters()
+    assert (letter.id, letter.attempts) == ("bad", attempts)
+
+
+@pytest.mark.parametrize("told", ["abc", "nan", "-1e300", "1e300"])
+async def test_an_odd_time_hides_no_topic(redis_url: str, opened: Open, told: str) -> None:
+    """An entry whose field `t` is no time is as old as its id says, also after it was given back."""
+    transport = await opened(redis_url, namespace=f"test-{secrets.token_hex(6)}")
+    body = transport.envelope.seal(message("m"), "odd")
+    async with Redis.from_url(redis_url) as client:
+        await client.xadd(transport.stream_key("odd"), {"id": "m", "body": body, "t": told})
+    await transport.publish("work", message("n"))
+    for _ in range(2):
+        odd, work = await transport.topics(["odd"])
+        assert (odd.topic, odd.waiting, work.topic, work.waiting) == ("odd", 1, "work", 1)
+        assert odd.oldest == pytest.approx(0, abs=_PATIENCE)
+        assert await take(transport, topic="odd") == ["m"]
+        await transport.nack("m", delay=0.01)
+
+
+async def test_a_delayed_entry_without_its_fields_is_no_message(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """It becomes a dead letter, and what is due after it comes."""
+    transport = await opened(server.url)
+    stem = transport.stream_key("work").removesuffix("stream")
+    await client.xadd(f"{stem}later", {"foreign": "entry"}, id="1-1")
+    await client.zadd(f"{stem}due", {"1-1": 1})
+    await transport.publish("work", message("good"), delay=0.01)
+    assert await take(transport) == ["good"]
+    assert [(letter.id, letter.body) for letter in await transport.kept_letters()] == [("1-1", b"")]
+
+
+@pytest.mark.parametrize("part", ["stream", "due", "later"])
+async def test_a_topic_with_a_broken_key_hides_no_other(
+    server: RedisServer, client: Redis, opened: Open, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    """Where a key holds something else the topic is left out of topics(), which is told once until it is well."""
+    transport = await opened(server.url)
+    await transport.publish("work", message("m"))
+    await transport.publish("broken", message("n"))
+    key = transport.stream_key("broken").removesuffix("stream") + part
+    await client.delete(key)
+    await client.set(key, "a string")
+    for _ in range(2):
+        assert [depth.topic for depth in await transport.topics()] == ["work"]
+    assert [record.levelname for record in caplog.records if "topic broken" in record.message] == ["WARNING"]
+    await client.delete(key)
+    await transport.publish("broken", message("n"))
+    assert [depth.topic for depth in await transport.topics()] == ["broken", "work"]
+
+
 # --- what connect finds out
 
 

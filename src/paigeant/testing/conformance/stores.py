@@ -12,6 +12,7 @@ from pydantic_core import from_json
 
 from paigeant import ledger
 from paigeant.errors import InputInvalid, InvalidTransition, RunConflict, RunNotFound
+from paigeant.policy import LARGEST_COUNT
 from paigeant.slip import Phase, Revision, RunStatus, Step, StepStatus
 from paigeant.store import (
     ClaimRequest,
@@ -1123,6 +1124,13 @@ class StoreConformance(WaitConformance):
         for name in ("nul\0", "half\ud800", "\U0001f600"):
             await store.bury(DeadLetter(name, f"topic {name}", "not_json", f"about {name}", b"bytes", 1))
         assert len(await store.list_dead_letters()) == await store.count_dead_letters() == 3
+
+    async def test_a_dead_letter_may_have_any_count_of_attempts(self, store: Store) -> None:
+        """Whoever writes to a broker chooses that, too: what no store can hold is kept as the nearest that all can."""
+        for name, told in (("huge", 10**18), ("below zero", -5), ("true", 3)):
+            await store.bury(DeadLetter.about(name, "work", "not_json", "", b"bytes", told))
+        found = {letter.id: letter.attempts for letter in await store.list_dead_letters()}
+        assert found == {"huge": LARGEST_COUNT, "below zero": 0, "true": 3}
 
     async def test_a_dead_letter_can_be_forgotten(self, store: Store) -> None:
         """Deleting says whether there was one."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from paigeant.policy import LARGEST_COUNT, is_count
+from paigeant.policy import is_count
 
 __all__ = ["ATTEMPTS", "count", "instant", "last_death", "words"]
 
@@ -17,9 +17,9 @@ Headers = Mapping[str, Any]
 
 
 def count(headers: Headers, name: str, default: int = 0) -> int:
-    """How often something happened; `default` for what is no whole number from 0 to LARGEST_COUNT."""
+    """How often something happened; `default` for what is no whole number from 0 to `LARGEST_COUNT`."""
     found = headers.get(name)
-    return int(found) if is_count(found, 0, LARGEST_COUNT) else default
+    return found if isinstance(found, int) and is_count(found, 0) else default
 
 
 def instant(headers: Headers, name: str) -> float | None:
