@@ -175,7 +175,7 @@ CASES = [
     defines(
         "retries below 0",
         "\n@activity.execute(retries=-1)\ndef pay(): ...\n",
-        "retries is a number of 0 or more",
+        "retries is a number from 0 to",
         "-1",
     ),
     defines(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "Backlog", "Family", "MetricsObserver", "TopicBacklog"]
 
 OTHER = "other"
-_REASON = re.compile(r"[a-z][a-z_]{0,39}")
+_REASON = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _MOST_REASONS = 50
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,99}")
 _MOST_MODELS = 20
