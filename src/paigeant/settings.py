@@ -30,7 +30,7 @@ from paigeant.loops import EventLoop
 from paigeant.policy import ItineraryPolicy
 from paigeant.retry import RetryPolicy
 from paigeant.slip import Step
-from paigeant.urls import is_encrypted, is_local, scrubbed, without_password
+from paigeant.urls import begin_of, check_readable, is_encrypted, is_local, scrubbed, without_password
 from paigeant.waits import Sleep, WaitFor
 from paigeant.workflow import Workflow
 
@@ -39,6 +39,7 @@ __all__ = ["CONFIG_FILE", "Settings"]
 CONFIG_FILE = "paigeant.yaml"
 _PREFIX = "PAIGEANT_"
 _ONLY_ENVIRONMENT = ("client_secret", "client_key", "signing_keys")
+_MAY_BE_SECRET = (*_ONLY_ENVIRONMENT, "transport_url", "store_url", "routes")
 _KNOWN_SCHEMES = ("memory", "sqlite", "postgresql", "redis", "rediss", "amqp", "amqps")
 
 
@@ -171,9 +172,9 @@ class Settings(BaseSettings):
         try:
             super().__init__(**values)
         except ValidationError as exc:
-            raise ConfigurationError(_explain(exc)) from exc
+            raise ConfigurationError(_explain(exc)) from None  # its text has the values, such as a URL
         except SettingsError as exc:
-            raise ConfigurationError(_explain_variable(exc)) from exc
+            raise ConfigurationError(_explain_variable(exc)) from None
 
     @classmethod
     def settings_customise_sources(
@@ -197,9 +198,11 @@ class Settings(BaseSettings):
         scheme, found, _ = url.partition("://")
         if not found or scheme not in _KNOWN_SCHEMES:
             shown = ", ".join(f"{name}://" for name in _KNOWN_SCHEMES)
-            raise ValueError(
-                f"found {without_password(url)!r}, expected a URL that starts with one of {shown}"
-            )
+            raise ValueError(f"found {_named(url)}, expected a URL that starts with one of {shown}")
+        try:
+            check_readable(url)
+        except ConfigurationError as exc:
+            raise ValueError(str(exc)) from None
         return url
 
     @field_validator("token_url", "grant_url")
@@ -240,10 +243,13 @@ class Settings(BaseSettings):
         if isinstance(value, tuple):
             value = dict(value)
         if not isinstance(value, Mapping):
-            raise ValueError(f"found {_scrubbed(value)}, {example}")
+            raise ValueError(f"found {type(value).__name__}, {example}")
         for pattern, url in value.items():
             if not isinstance(pattern, str) or not isinstance(url, str) or not pattern:
-                raise ValueError(f"found {_scrubbed({pattern: url})}, {example}")
+                found = (
+                    f"{type(pattern).__name__} and {type(url).__name__}" if pattern else "an empty pattern"
+                )
+                raise ValueError(f"found {found}, {example}")
         return value
 
     @field_validator("routes")
@@ -256,7 +262,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"{pattern}: {exc}") from exc
             if url.startswith("memory:"):
                 raise ValueError(
-                    f"{pattern}: found {url!r}, in which no other process would see a message; expected a broker"
+                    f"{pattern}: found memory://, in which no other process would see a message; expected a broker"
                 )
         return routes
 
@@ -501,7 +507,11 @@ def _explain(exc: ValidationError) -> str:
     if first["type"] == "value_error":  # one of ours, which says what was found
         return f"{place}: {first['msg'].removeprefix('Value error, ')}"
     # Whatever stands where a secret belongs may be one, however it is wrong.
-    found = type(first["input"]).__name__ if place in _ONLY_ENVIRONMENT else _scrubbed(first["input"])
+    found = (
+        type(first["input"]).__name__
+        if first["loc"][:1] and first["loc"][0] in _MAY_BE_SECRET
+        else _scrubbed(first["input"])
+    )
     return f"{place}: {first['msg']}, found {found}"
 
 
@@ -511,6 +521,13 @@ def _explain_variable(exc: SettingsError) -> str:
     return (
         f"the environment has {_PREFIX}{name.upper()}, which is not JSON{reason}; expected JSON such as {{}}"
     )
+
+
+def _named(url: str) -> str:
+    """What may be shown of a text that is no URL of ours: its scheme, or all of what looks like no URL of a server."""
+    if begin := begin_of(url):
+        return f"'{begin}...'"
+    return "a text without a scheme" if re.search("[:@?&=]", url) else repr(url)
 
 
 def _told(url: str) -> str:

@@ -1,4 +1,4 @@
-"""URLs and texts as they may be shown: without what is secret in them."""
+"""URLs that can be read in one way only, and URLs and texts as they may be shown: without what is secret in them."""
 
 from __future__ import annotations
 
@@ -6,25 +6,117 @@ import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from urllib.parse import parse_qsl, unquote, unquote_plus
+from urllib.parse import parse_qsl, unquote, unquote_plus, urlsplit
 
-__all__ = ["is_encrypted", "is_local", "scrubbed", "secrets_of", "without_password"]
+from paigeant.errors import ConfigurationError, nearest
 
-_PARAMETER = re.compile(r"([?&][^=&\s]*(?:password|passwd|pwd|passphrase|secret|token)=)([^&#\s]*)", re.I)
+__all__ = [
+    "begin_of",
+    "check_parameters",
+    "check_readable",
+    "is_encrypted",
+    "is_local",
+    "scrubbed",
+    "secrets_of",
+    "without_password",
+]
+
+_PARAMETER = re.compile(
+    r"([?&][^=&\s]*(?:password|passwd|pwd|passphrase|secret|token|scram_\w+_key)=)([^&\s]*)", re.I
+)
 _IN_TEXT = re.compile(r"(\w://[^\s:/@'\"]*:)[^\s]*@")
+_LOCAL = ("memory", "sqlite")
 _SHORT = 4
 """A secret of fewer characters may be part of any word."""
+
+_SECRET = {
+    "password", "sslpassword", "ssl_password", "sentinel_password", "oauth_client_secret", "scram_client_key",
+    "scram_server_key", "auth_token",
+}  # fmt: skip
+_SHOWN = {
+    # of libpq
+    "application_name", "channel_binding", "client_encoding", "connect_timeout", "dbname", "gssencmode", "host",
+    "hostaddr", "keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval", "krbsrvname",
+    "load_balance_hosts", "options", "passfile", "port", "require_auth", "requirepeer", "service", "ssl",
+    "sslcert", "sslcrl", "sslkey", "sslmode", "sslnegotiation", "sslrootcert", "sslsni", "target_session_attrs",
+    "tcp_user_timeout", "user",
+    # of redis-py
+    "client_name", "db", "encoding", "health_check_interval", "max_connections", "protocol", "retry_on_timeout",
+    "socket_connect_timeout", "socket_keepalive", "socket_read_size", "socket_timeout", "ssl_ca_certs",
+    "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile", "ssl_check_hostname", "ssl_ciphers", "ssl_keyfile",
+    "ssl_min_version", "timeout", "username",
+    # of aio-pika
+    "auth", "cafile", "capath", "certfile", "channel_max", "heartbeat", "keyfile", "name", "no_verify_ssl",
+    # ours
+    "cluster", "delivery_limit", "namespace", "queue_type", "sentinel", "sentinel_username",
+}  # fmt: skip
+"""Parameters that may be shown. Any other may be a part of a password in which an & or a ? wasn't escaped."""
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SERVER = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:[0-9]*)?")
+_ESCAPES = (
+    "%40 for @, %3A for :, %2F for /, %3F for ?, %23 for #, %26 for &, %5B and %5D for [ and ], "
+    "%20 for a space and %25 for %"
+)
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _LIBPQ = {"host": "PGHOST", "hostaddr": "PGHOSTADDR", "sslmode": "PGSSLMODE"}
 
 
 def without_password(url: str) -> str:
-    """`url` with stars for its password and for the parameters that hold secrets."""
-    url = _PARAMETER.sub(r"\1***", url)
-    head, at, tail = url.rpartition("@")
-    scheme, _, user = head.partition("://")
-    return f"{scheme}://{user.partition(':')[0]}:***@{tail}" if at and ":" in user else url
+    """`url` with stars for its password and for parameters that hold secrets or are unknown.
+
+    Of one that `check_readable` refuses only the scheme is left.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme in _LOCAL:
+        return url
+    if not _SCHEME.match(url) or _fault(scheme, rest) is not None:
+        return f"{begin_of(url)}***"
+    login, place, query = _split(scheme, rest)
+    if login is not None:
+        user, colon, _ = login.partition(":")
+        place = f"{user}:***@{place}" if colon else f"{user}@{place}"
+    shown = place if query is None else f"{place}?{'&'.join(map(_shown, query.split('&')))}"
+    return f"{scheme}://{shown}"
+
+
+def begin_of(url: str) -> str:
+    """The scheme with its ://, which is all that may be shown of a text that perhaps isn't a URL; else nothing."""
+    found = _SCHEME.match(url)
+    return found.group() if found else ""
+
+
+def check_readable(url: str) -> None:
+    """Raise ConfigurationError for the URL of a server in which a character isn't escaped that has to be.
+
+    Those who connect would take a part of the password for a host, a path or a parameter, and show it as such. So the
+    error shows the scheme alone.
+    """
+    scheme, found, rest = url.partition("://")
+    fault = None if not found or scheme in _LOCAL else _fault(scheme, rest)
+    if fault is not None:
+        raise ConfigurationError(
+            f"a URL that begins with {begin_of(url)} has {fault}; expected {begin_of(url)}user:password@host:port/..., "
+            f"and in each of these parts you write {_ESCAPES}"
+        )
+
+
+def check_parameters(url: str, known: Iterable[str]) -> None:
+    """Raise ConfigurationError where the URL of a server has a parameter besides `known`.
+
+    It may be a part of a password, so the error tells its place only.
+    """
+    scheme, _, rest = url.partition("://")
+    given = (_split(scheme, rest)[2] or "").split("&")
+    names = set(known)
+    for place, parameter in enumerate(given, start=1):
+        name, equals, _ = parameter.partition("=")
+        if parameter and not (equals and name in names):
+            raise ConfigurationError(
+                f"parameter no. {place} of a URL that begins with {begin_of(url)} isn't known, or isn't name=value; "
+                f"{nearest(name, names)}; in a password you write {_ESCAPES}"
+            )
 
 
 def scrubbed(text: str, urls: Iterable[str] = ()) -> str:
@@ -42,7 +134,7 @@ def is_local(url: str, environment: Mapping[str, str] = _NOTHING) -> bool:
     names may be anywhere, so none of them counts as local.
     """
     scheme, _, rest = url.partition("://")
-    if scheme in ("memory", "sqlite"):
+    if scheme in _LOCAL:
         return True
     if scheme == "postgresql":
         told = _told_to_libpq(rest, environment)
@@ -60,6 +152,53 @@ def is_encrypted(url: str, environment: Mapping[str, str] = _NOTHING) -> bool:
     if scheme == "postgresql":
         return _told_to_libpq(rest, environment).get("sslmode") in ("require", "verify-ca", "verify-full")
     return scheme in ("rediss", "amqps")
+
+
+def _fault(scheme: str, rest: str) -> str | None:
+    """What isn't escaped in a URL of a server, or can't be read even so."""
+    if re.search(r"[\s\x00-\x1f\x7f]", rest):
+        return "a space or a control character"
+    if re.search(r"%(?![0-9A-Fa-f]{2})|%00", rest):
+        return "a % that two hexadecimal digits other than 00 don't follow"
+    try:
+        rest.encode()
+        unquote(rest, errors="strict")
+        if scheme != "postgresql":
+            urlsplit(f"{scheme}://{rest}")
+    except ValueError:
+        return "characters that can't be read"
+    if scheme != "postgresql" and "#" in rest:
+        return "a # that isn't escaped"
+    if scheme == "postgresql" and rest.startswith("/"):
+        return None  # neither a login nor a server: an @ belongs to a socket or a parameter
+    login, place, query = _split(scheme, rest)
+    if "@" in place or "@" in (query or ""):
+        return "an @ that isn't escaped" if login is None else "more than one @"
+    servers = place.partition("/")[0].split(",")
+    return (
+        None
+        if all(map(_SERVER.fullmatch, servers))
+        else "a server that isn't host:port with a number as the port"
+    )
+
+
+def _split(scheme: str, rest: str) -> tuple[str | None, str, str | None]:
+    """Login, servers with the path, and query of the URL of a server. libpq lets a `?` stand in a login."""
+    login: str | None
+    login, at, others = rest.partition("@")
+    if at and not re.search("/" if scheme == "postgresql" else "[/?]", login):
+        rest = others
+    else:
+        login = None
+    place, found, query = rest.partition("?")
+    return login, place, query if found else None
+
+
+def _shown(parameter: str) -> str:
+    name, equals, _ = parameter.partition("=")
+    if not parameter or (equals and name in _SHOWN):
+        return parameter
+    return f"{name}=***" if equals and name in _SECRET else "***"
 
 
 def _parts(rest: str) -> tuple[str, str, str]:
@@ -109,4 +248,4 @@ def secrets_of(url: str) -> Iterator[str]:
     user, _, password = url.rpartition("@")[0].partition("://")[2].partition(":")
     for secret in (password, *(value for _, value in _PARAMETER.findall(url))):
         if len(secret) >= _SHORT and secret != user:  # guest:guest hides nothing but the user's name
-            yield from (secret, unquote_plus(secret))
+            yield from (secret, unquote(secret), unquote_plus(secret))

@@ -238,7 +238,9 @@ CASES = [
         ("no migration is called '0042'", "known: 0001, base, head"),
     ),
     Case(
-        "delete runs without asking", ("db", "downgrade", "base"), ("deletes the tables with all 3", "--yes")
+        "delete runs without asking",
+        ("db", "downgrade", "base"),
+        ("deletes the tables with what is in them (runs: 3", "--yes"),
     ),
     Case("further back than the first", ("db", "downgrade", "-9"), ("beyond the first migration", "base")),
     Case(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import logging
 import re
@@ -803,10 +804,29 @@ def test_a_downgrade_takes_the_tables_away() -> None:
 def test_a_downgrade_does_not_delete_runs_unasked() -> None:
     """Without --yes a script can't lose its runs."""
     dispatched("order", GOOD, "o-1")
-    assert "deletes the tables with all 1 recorded runs; add --yes" in refused("db", "downgrade", "base")
+    assert "deletes the tables with what is in them (runs: 1); add --yes" in refused(
+        "db", "downgrade", "base"
+    )
     assert len(as_json("runs", "list")) == 1
     paigeant("db", "downgrade", "base", "--yes")
     assert as_json("runs", "list") == []
+
+
+@pytest.mark.parametrize(
+    ("row", "held"),
+    [
+        ("messages VALUES (1, 'm', 't', x'', 0, 0, 0, 0, NULL)", "messages: 1"),
+        ("dead_letters VALUES ('d', 't', 'r', '', x'', 1, NULL, NULL, 0)", "dead letters: 1"),
+        ("workflow_logs VALUES (1, 0, 20, 'e', NULL, NULL, '{}')", "log lines: 1"),
+    ],
+)
+def test_a_downgrade_deletes_nothing_else_unasked(row: str, held: str) -> None:
+    """A database without runs may be that of a transport, or have what nobody has looked at yet."""
+    paigeant("db", "upgrade")
+    with contextlib.closing(sqlite3.connect("paigeant.db")) as connection, connection:
+        connection.execute(f"INSERT INTO {row}")
+    assert f"what is in them ({held}); add --yes" in refused("db", "downgrade", "base")
+    paigeant("db", "downgrade", "base", "--yes")
 
 
 @pytest.mark.parametrize(
@@ -815,10 +835,12 @@ def test_a_downgrade_does_not_delete_runs_unasked() -> None:
         (["upgrade", "0999"], "no migration is called '0999'"),
         (["downgrade", "x"], "no migration is called 'x'"),
         (["downgrade", "-99"], "-99 goes beyond the first migration"),
+        (["upgrade", "base"], "base goes back; `paigeant db downgrade base` does that"),
+        (["downgrade", "head"], "head goes forward; `paigeant db upgrade head` does that"),
     ],
 )
 def test_a_migration_that_is_not_there_is_refused(args: list[str], said: str) -> None:
-    """A mistyped migration is answered with what there is."""
+    """A mistyped migration is answered with what there is, one in the other direction with the command for it."""
     paigeant("db", "upgrade")
     assert said in refused("db", *args)
 

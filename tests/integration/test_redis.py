@@ -964,7 +964,7 @@ async def test_an_old_server_is_refused(server: RedisServer) -> None:
         ("redis://a:6379/zero", "number of a database"),
         ("redis://a:6379/1?cluster=true", "database 0"),
         ("redis://a:26379?sentinel=main&cluster=true", "both"),
-        ("redis://a:6379?colour=blue", "colour"),
+        ("redis://a:6379?colour=blue", "parameter no. 1"),
         ("redis://a:6379?socket_timeout=soon", "socket_timeout"),
         ("redis://user:secret/word@a:6379/0", "%2F"),
         ("redis://user:secret#word@a:6379/0", "%23"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
+from urllib.parse import quote
 
 import pytest
 from hypothesis import example, given
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 
+from paigeant.databases.postgres import PostgresDatabase
 from paigeant.errors import ConfigurationError
 from paigeant.transports.rabbitmq.link import read_url
 from paigeant.transports.redis.place import Place
-from paigeant.urls import is_encrypted, is_local, scrubbed, without_password
+from paigeant.urls import check_readable, is_encrypted, is_local, scrubbed, without_password
 
 
 @pytest.mark.parametrize(
@@ -23,17 +25,23 @@ from paigeant.urls import is_encrypted, is_local, scrubbed, without_password
         ("redis://host:6379/0", "redis://host:6379/0"),
         ("redis://:pa55word@host", "redis://:***@host"),
         ("amqp://ann@host", "amqp://ann@host"),
-        ("amqp://ann:p%40ss:w/rd@host/v", "amqp://ann:***@host/v"),
-        ("amqps://ann:p@ss@host/v", "amqps://ann:***@host/v"),
+        ("amqp://ann:p%40ss:w%2Frd@host/v", "amqp://ann:***@host/v"),
+        ("amqp://ann:p%40ss:w/rd@host/v", "amqp://***"),
+        ("amqps://ann:p@ss@host/v", "amqps://***"),
+        ("amqps://ann:pa55", "amqps://***"),
+        ("ann:p@ss@host/v", "***"),
         (
             "postgresql://a/b?user=x&password=pa55&sslmode=require",
             "postgresql://a/b?user=x&password=***&sslmode=require",
         ),
-        ("redis://h?auth_token=t&x=1#f", "redis://h?auth_token=***&x=1#f"),
+        ("postgresql://a/b?password=pa#55&ss=1&word", "postgresql://a/b?password=***&***&***"),
+        ("postgresql:///b?host=@abstract&user=ann", "postgresql:///b?host=@abstract&user=ann"),
+        ("postgresql://ann:pa?55@a:1,[::1]:2/b", "postgresql://ann:***@a:1,[::1]:2/b"),
+        ("redis://h?auth_token=t&db=1&x=1", "redis://h?auth_token=***&db=1&***"),
     ],
 )
 def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:
-    """User, host and everything else stay, so that a person can tell which server is meant."""
+    """User, host and known parameters stay, to tell which server is meant; nothing where they can't be told apart."""
     assert without_password(url) == shown
 
 
@@ -240,6 +248,50 @@ def test_a_url_is_read_as_libpq_reads_it(rest: str) -> None:
     named = [str(told.get(name, "")).split(",") for name in ("host", "hostaddr")]
     assert is_local(url) == all(is_on_this_host(name) for names in named for name in names)
     assert is_encrypted(url) == (told.get("sslmode") == "require")
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
+HOSTS = st.sampled_from(["localhost", "db.example", "127.0.0.1", "[::1]", "%2Ftmp", "h-1"])
+
+
+@given(TEXTS, TEXTS, TEXTS, st.lists(st.tuples(HOSTS, st.sampled_from(["", ":5432"])), max_size=3))
+def test_what_is_escaped_is_read_by_libpq(
+    user: str, password: str, name: str, servers: list[tuple[str, str]]
+) -> None:
+    """Whatever user, password, database and a parameter are, with one server, several or none."""
+    login, path = f"{quote(user, safe='')}:{quote(password, safe='')}", quote(name, safe="")
+    place = ",".join(host + port for host, port in servers)
+    url = f"postgresql://{login}@{place}/{path}?application_name={path}&sslpassword={path}"
+    told = PostgresDatabase(url)._parameters
+    assert (told["user"], told["password"], told["dbname"]) == (user, password, name)
+    assert told["application_name"] == told["sslpassword"] == name
+    assert without_password(url) == (
+        f"postgresql://{quote(user, safe='')}:***@{place}/{path}?application_name={path}&sslpassword=***"
+    )
+
+
+@given(TEXTS, TEXTS, TEXTS)
+def test_what_is_escaped_is_read_by_the_clients_of_brokers(user: str, password: str, name: str) -> None:
+    """Whatever user, password and parameters are, redis-py and yarl give them back."""
+    login, value = f"{quote(user, safe='')}:{quote(password, safe='')}", quote(name, safe="")
+    place = Place.read(
+        f"redis://{login}@a:1,[::1]:2/0?sentinel=main&sentinel_password={value}&client_name={value}"
+    )
+    assert (place.options["username"], place.options["password"]) == (user, password)
+    assert place.options["client_name"] == place.sentinel_options["password"] == name
+    assert place.nodes == (("a", 1), ("::1", 2))
+    url, _ = read_url(f"amqps://{login}@[::1]:1/{value}?name={value}")
+    assert (url.user, url.password, url.host, url.query["name"]) == (user, password, "::1", name)
+
+
+@pytest.mark.parametrize(
+    "url", [url for url in (*HERE, *ELSEWHERE) if "//localhost?@" not in url and "h%6Fst" not in url]
+)
+def test_a_right_url_is_not_refused(url: str) -> None:
+    """Sockets, several servers, addresses of IPv6, and an @ where neither login nor server could be meant."""
+    check_readable(url)
+    if url.startswith("postgresql"):
+        PostgresDatabase(url)
 
 
 @pytest.mark.parametrize("url", [url for url in (*HERE, *ELSEWHERE) if url.startswith(("redis", "amqp"))])

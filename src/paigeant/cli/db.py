@@ -63,6 +63,8 @@ def upgrade(
     from paigeant.database import current_version
 
     _check(revision)
+    if revision == "base" or revision.startswith("-"):
+        raise ConfigurationError(f"{revision} goes back; `paigeant db downgrade {revision}` does that")
     for database in _databases():
         with database.as_it_is() as connection:
             before = current_version(connection)
@@ -85,7 +87,7 @@ def downgrade(
             help="How far; -1 is one migration back, base is before the first.", metavar="[REVISION]"
         ),
     ] = "-1",
-    yes: Annotated[bool, typer.Option("--yes", help="Don't ask before runs are deleted.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask before anything is deleted.")] = False,
     json: AsJson = False,
 ) -> None:
     """Take the tables back to an earlier migration; before the first one there are no tables and no runs."""
@@ -93,6 +95,8 @@ def downgrade(
     from paigeant.database import current_version
 
     _check(revision)
+    if revision == "head" or revision.startswith("+"):
+        raise ConfigurationError(f"{revision} goes forward; `paigeant db upgrade {revision}` does that")
     for database in _databases():
         if not database.exists:
             raise ConfigurationError(
@@ -165,17 +169,35 @@ def _is_base(revision: str, before: str) -> bool:
 
 
 def _confirm(connection: Connection, to_base: bool, yes: bool) -> None:
-    from sqlalchemy import func, select
-
-    from paigeant.tables import workflow_runs
-
-    runs = connection.execute(select(func.count()).select_from(workflow_runs)).scalar()
-    if not to_base or yes or not runs:
+    if not to_base or yes:
         return
-    what = f"this deletes the tables with all {runs} recorded runs"
+    held = [f"{what}: {rows}" for what, rows in _held(connection).items() if rows]
+    if not held:
+        return
+    what = f"this deletes the tables with what is in them ({', '.join(held)})"
     if not sys.stdin.isatty():
         raise ConfigurationError(f"{what}; add --yes if that is meant")
     typer.confirm(f"{what}. Go on?", abort=True, err=True)
+
+
+def _held(connection: Connection) -> dict[str, int]:
+    """How many rows there are of what somebody may want to keep."""
+    from sqlalchemy import func, inspect, select
+
+    from paigeant import tables
+
+    kinds = {
+        "runs": tables.workflow_runs,
+        "messages": tables.messages,
+        "dead letters": tables.dead_letters,
+        "log lines": tables.workflow_logs,
+    }
+    there = set(inspect(connection).get_table_names())
+    return {
+        what: connection.execute(select(func.count()).select_from(table)).scalar_one()
+        for what, table in kinds.items()
+        if table.name in there
+    }
 
 
 def _tell(database: Database, before: str | None, after: str | None, as_json: bool) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from paigeant.errors import ConfigurationError
 from paigeant.extras import how_to_install
+from paigeant.urls import begin_of
 
 if TYPE_CHECKING:
     from paigeant.clock import Clock
@@ -34,4 +35,6 @@ def open_database(url: str, *, clock: Clock | None = None) -> Database:
                 f"postgresql:// needs a driver that is not installed; expected: {how_to_install('postgres')}"
             ) from exc
         return PostgresDatabase(url, clock=clock)
-    raise ConfigurationError(f"{scheme}:// names no database; expected one of sqlite://, postgresql://")
+    raise ConfigurationError(
+        f"{begin_of(url) or 'a text without a scheme'} names no database; expected one of sqlite://, postgresql://"
+    )

@@ -19,6 +19,7 @@ from typing import Any
 import psycopg
 from psycopg import errors
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import Conninfo
 from psycopg.types.string import TextLoader
 from sqlalchemy import Connection, Engine, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError
@@ -34,6 +35,7 @@ from paigeant.green import elsewhere
 from paigeant.lane import Blocked, Contended, Handler, Lane, Misjudged, Tx, transact
 from paigeant.rows import MISJUDGED
 from paigeant.tables import SCHEMA_VERSION, metadata
+from paigeant.urls import check_parameters, check_readable
 
 __all__ = ["PostgresDatabase"]
 
@@ -72,14 +74,7 @@ class PostgresDatabase(Database):
     def __init__(self, url: str, *, clock: Clock | None = None) -> None:
         super().__init__(url)
         self.clock = clock
-        try:
-            given = conninfo_to_dict(url)
-        except psycopg.ProgrammingError as exc:
-            reason = str(exc).strip().replace(url, "the URL")
-            raise ConfigurationError(
-                f"store_url or transport_url is no URL of Postgres: {reason}; "
-                "expected postgresql://user:password@host:5432/database"
-            ) from exc
+        given = _read(url)
         self._parameters: dict[str, Any] = {
             "connect_timeout": _CONNECT_SECONDS,
             "application_name": "paigeant",
@@ -436,6 +431,19 @@ def _cut_driver(driver: psycopg.Connection[Any]) -> None:
         handle = socket.socket(fileno=os.dup(driver.fileno()))
         with handle:
             handle.shutdown(socket.SHUT_RDWR)
+
+
+def _read(url: str) -> dict[str, Any]:
+    """What a URL says, as libpq reads it. What that itself says of a wrong one quotes parts of a password."""
+    check_readable(url)
+    check_parameters(url, ("ssl", *(option.keyword.decode() for option in Conninfo.get_defaults())))
+    try:
+        return conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        raise ConfigurationError(
+            "store_url or transport_url is no URL of Postgres; expected "
+            "postgresql://user:password@host:5432/database?parameter=value&parameter=value"
+        ) from None
 
 
 def _shown(given: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from paigeant.errors import ConfigurationError
+from paigeant.urls import begin_of
 
 if TYPE_CHECKING:
     from paigeant.clock import Clock
@@ -34,6 +35,6 @@ def open_store(
 
         return SqlStore(open_database(url, clock=clock), grace=grace, inline_bytes=inline_bytes)
     raise ConfigurationError(
-        f"store_url begins with {scheme}://, for which there is no store; expected one of "
+        f"store_url begins with {begin_of(url) or 'no scheme'}, for which there is no store; expected one of "
         + ", ".join(f"{name}://" for name in SCHEMES)
     )

@@ -8,6 +8,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from paigeant.errors import ConfigurationError
 from paigeant.extras import how_to_install
+from paigeant.urls import begin_of, check_readable
 
 if TYPE_CHECKING:
     from paigeant.clock import Clock
@@ -47,9 +48,10 @@ def open_transport(
     scheme = url.partition("://")[0]
     if scheme not in _ADAPTERS:
         raise ConfigurationError(
-            f"transport_url begins with {scheme}://, for which there is no transport; expected one of "
-            + ", ".join(f"{name}://" for name in SCHEMES)
+            f"transport_url begins with {begin_of(url) or 'no scheme'}, for which there is no transport; "
+            "expected one of " + ", ".join(f"{name}://" for name in SCHEMES)
         )
+    check_readable(url)
     adapter = _adapter(scheme)
     made: Transport
     match scheme:

@@ -27,6 +27,7 @@ from aiormq.connection import TCPTransportFactory, TLSTransportFactory, Transpor
 from yarl import URL
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.urls import check_readable
 
 __all__ = [
     "CLOSE_SECONDS",
@@ -42,6 +43,9 @@ __all__ = [
 
 _HEARTBEAT_SECONDS = 10
 """A broker that has frozen is noticed after three of these. `?heartbeat=` in the URL overrides it."""
+
+_MOST_HEARTBEAT_SECONDS = 65534
+"""aiormq sends no heartbeats at all where it finds more, or no number."""
 
 _PEER_SECONDS = 10
 """After this time a peer that is no longer there is noticed by the kernel, however busy or idle the connection is."""
@@ -64,6 +68,7 @@ def place(url: URL) -> str:
 
 def read_url(url: str) -> tuple[URL, dict[str, str]]:
     """The URL as aio-pika takes it, and the settings of ours that stood in it."""
+    check_readable(url)
     try:
         parsed = URL(url)
         if parsed.scheme not in ("amqp", "amqps") or not parsed.host:
@@ -75,7 +80,11 @@ def read_url(url: str) -> tuple[URL, dict[str, str]]:
         ) from None
     query = dict(parsed.query)
     told: dict[str, str] = {name: query.pop(name) for name in _SETTINGS if name in query}
-    query.setdefault("heartbeat", str(_HEARTBEAT_SECONDS))
+    heartbeat = query.setdefault("heartbeat", str(_HEARTBEAT_SECONDS))
+    if not (heartbeat.isascii() and heartbeat.isdecimal() and int(heartbeat) <= _MOST_HEARTBEAT_SECONDS):
+        raise ConfigurationError(
+            f"the parameter heartbeat of transport_url isn't a whole number of seconds up to {_MOST_HEARTBEAT_SECONDS}"
+        )
     return parsed.with_query(query), told
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NoReturn
-from urllib.parse import unquote, urlencode, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
-from redis.asyncio import ConnectionPool, SSLConnection
+from redis.asyncio import Connection, ConnectionPool, SSLConnection
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError
 
 from paigeant.errors import ConfigurationError
+from paigeant.urls import begin_of, check_parameters, check_readable
 
 __all__ = ["Place", "one_line"]
 
@@ -52,12 +57,11 @@ class Place:
     @classmethod
     def read(cls, url: str) -> Place:
         """The place that `url` names. Raises ConfigurationError for one that can't work."""
-        try:
-            parts = urlsplit(url)
-        except ValueError:
-            _refuse_address()
-        if parts.scheme not in _SCHEMES:
-            raise ConfigurationError(f"expected a redis:// or rediss:// URL, found {parts.scheme}://")
+        if url.partition("://")[0] not in _SCHEMES:
+            raise ConfigurationError(f"expected a redis:// or rediss:// URL, found {begin_of(url) or 'none'}")
+        check_readable(url)
+        check_parameters(url, (*_OWN, *_of_library()))
+        parts = urlsplit(url)
         own, others = _parameters(parts.query)
         service = own.get("sentinel")
         is_cluster = own.get("cluster", "false").lower() in ("1", "true", "yes")
@@ -107,14 +111,27 @@ def _options(url: str) -> tuple[dict[str, Any], bool]:
         pool = ConnectionPool.from_url(url, protocol=2)
         pool.make_connection()  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, RedisError) as exc:
-        # The text of such an error names the parameter, never its value.
-        raise ConfigurationError(
-            f"transport_url has a parameter that can't be used: {one_line(str(exc))}"
-        ) from None
+        # The text of such an error may have the value. The names have been checked.
+        words = set(re.findall(r"\w+", str(exc)))
+        named = [name for name in parse_qs(urlsplit(url).query) if name in words]
+        which = f"the parameter {named[0]}, which" if named else "a parameter that"
+        raise ConfigurationError(f"transport_url has {which} can't be used as it is there") from None
     options = dict(pool.connection_kwargs)
     for name in ("host", "port", "protocol", "decode_responses", "himport_registry", "retry"):
         options.pop(name, None)
     return options, pool.connection_class is SSLConnection
+
+
+@cache
+def _of_library() -> frozenset[str]:
+    """The parameters that redis-py takes."""
+    makers = (AbstractConnection, Connection, SSLConnection, ConnectionPool)
+    return frozenset(
+        name
+        for maker in makers
+        for name, parameter in inspect.signature(maker).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    )
 
 
 def _address(text: str, default: int) -> Address:
