@@ -45,12 +45,11 @@ messages to one that is no more."""
 class Delivery:
     """A message as it came, on the channel on which alone it can be settled."""
 
-    __slots__ = ("_is_settled", "_line", "_message", "body", "message_id", "topic")
+    __slots__ = ("_line", "_message", "body", "message_id", "topic")
 
     def __init__(self, line: Line, message: DeliveredMessage) -> None:
         self._line = line
         self._message = message
-        self._is_settled = False
         self.body = message.body
         self.message_id = self.topic = ""
 
@@ -87,16 +86,10 @@ class Delivery:
         return min(count(self.headers, ATTEMPTS) + self.returns + 1, LARGEST_COUNT)
 
     async def ack(self) -> None:
-        await self._settle(lambda channel: channel.basic_ack(self.tag, wait=False))
+        await self._line.settle(self, lambda channel: channel.basic_ack(self.tag, wait=False))
 
     async def give_back(self) -> None:
-        await self._settle(lambda channel: channel.basic_nack(self.tag, requeue=True, wait=False))
-
-    async def _settle(self, how: Callable[[aiormq.Channel], Awaitable[None]]) -> None:
-        # Once: RabbitMQ closes a channel on which something is settled for the second time.
-        if not self._is_settled:
-            self._is_settled = True
-            await self._line.settle(self, how)
+        await self._line.settle(self, lambda channel: channel.basic_nack(self.tag, requeue=True, wait=False))
 
 
 class Line:
