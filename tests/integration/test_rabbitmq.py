@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import aio_pika
+import aiormq
 import pytest
+from pamqp.commands import Basic
 from tests.services import RabbitServer, free_port
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
@@ -448,6 +450,39 @@ async def test_odd_headers_stop_nobody(rabbitmq_url: str) -> None:
         await graveyard.until(len(ODD_HEADERS) + len(ODD_DEATHS))
         bad = [letter.attempts for letter in graveyard.letters if letter.id.startswith("bad")]
         assert bad == [1] * len(ODD_HEADERS), "what can't be read counts for nothing"
+
+
+UNREADABLE = {
+    "an id that is no UTF-8": b"\x00\x80" + b"\x03\xff\xfe\xfd",
+    "a header whose name is no UTF-8": b"\x20\x00" + b"\x00\x00\x00\x04" + b"\x01\xff" + b"t\x01",
+    "a time behind all dates": b"\x00\x40" + b"\x7f" + b"\xff" * 7,
+}
+"""Properties as they stand in a frame: the flags of those that are there, and their values."""
+
+
+@pytest.mark.parametrize("properties", UNREADABLE.values(), ids=UNREADABLE.keys())
+async def test_properties_that_nobody_can_read_hold_nothing_up(rabbitmq_url: str, properties: bytes) -> None:
+    """Neither the connection nor what waits behind them in the queue: what is no message is a dead letter."""
+    graveyard = Graveyard()
+
+    class Unreadable(Basic.Properties):
+        def marshal(self) -> bytes:
+            return properties
+
+    async with opened(rabbitmq_url) as transport:
+        transport.bury_with(graveyard.bury)
+        await transport.publish("work", message("first"))
+        queue = transport.queues.topic("work").name
+        connection = await aiormq.connect(rabbitmq_url)
+        channel = await connection.channel()
+        await channel.basic_publish(b"nonsense", routing_key=queue, properties=Unreadable())
+        await connection.close()
+        await transport.publish("work", message("last"))
+        listener = Listener(transport)
+        await listener.until("last")
+        await graveyard.until(1)
+        assert listener.seen == ["first", "last"]
+        assert graveyard.letters[0].body == b"nonsense"
 
 
 async def test_a_letter_that_is_not_kept_comes_again(rabbitmq_url: str) -> None:

@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from pamqp.commands import Basic
+from pamqp.header import ContentHeader
+
 from paigeant.policy import is_count
 
-__all__ = ["ATTEMPTS", "count", "instant", "last_death", "words"]
+__all__ = ["ATTEMPTS", "count", "instant", "last_death", "tolerate", "words"]
 
 ATTEMPTS = "paigeant-attempts"
 """The header that says of a copy how often the message was delivered before."""
@@ -45,3 +48,27 @@ def last_death(headers: Headers) -> Headers:
     deaths = headers.get("x-death")
     last = deaths[0] if isinstance(deaths, list) and deaths else None
     return last if isinstance(last, dict) else {}
+
+
+_PLAIN_BYTES = 12
+"""What stands in front of the properties: the class, the weight and the size of the body."""
+
+_unmarshal = ContentHeader.unmarshal
+
+
+def tolerate() -> None:
+    """Have pamqp take properties that it can't read for none, in this process.
+
+    Else a text that isn't UTF-8 in them, or a timestamp behind all dates, ends the connection on which it comes, and
+    that on which it comes again: whatever waits behind it never comes.
+    """
+
+    def unmarshal(self: ContentHeader, data: bytes) -> None:
+        try:
+            _unmarshal(self, data)
+        except Exception:  # whatever their reader meets
+            if len(data) < _PLAIN_BYTES:
+                raise
+            self.properties = Basic.Properties()
+
+    ContentHeader.unmarshal = unmarshal  # type: ignore[method-assign]

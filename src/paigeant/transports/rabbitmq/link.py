@@ -27,6 +27,7 @@ from aiormq.connection import TCPTransportFactory, TLSTransportFactory, Transpor
 from yarl import URL
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.transports.rabbitmq.headers import tolerate
 from paigeant.urls import check_readable
 
 __all__ = [
@@ -59,6 +60,8 @@ _SETTINGS = ("namespace", "queue_type", "delivery_limit")
 """What the URL may say besides aio-pika's own parameters."""
 
 _Opened = TypeVar("_Opened")
+
+tolerate()
 
 
 def place(url: URL) -> str:
