@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -378,6 +378,10 @@ class Settings(BaseSettings):
             values[name] = without_password(values[name])
         values["routes"] = {pattern: without_password(url) for pattern, url in values["routes"].items()}
         return values
+
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        # A traceback or a debugger shows this, and nobody has asked for passwords.
+        yield from self.shown().items()
 
     @property
     def urls(self) -> tuple[str, ...]:

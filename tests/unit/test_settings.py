@@ -485,3 +485,17 @@ def test_secrets_stand_in_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigurationError, match="PAIGEANT_CLIENT_SECRET") as caught:
         Settings()
     assert "canary" not in str(caught.value)
+
+
+def test_settings_show_no_password() -> None:
+    """Wherever they are printed: in a traceback, a debugger, a log line of the user's own."""
+    settings = Settings(
+        store_url="postgresql://u:S3CRET1@127.0.0.1/x",
+        transport_url="redis://:S3CRET2@127.0.0.1/0",
+        routes={"a.*": "amqp://u:S3CRET3@127.0.0.1/"},
+        client_secret="S3CRET4",
+    )
+    for text in (repr(settings), str(settings), f"{settings}", f"{settings!r}"):
+        assert "S3CRET" not in text
+        assert "127.0.0.1" in text
+    assert "S3CRET1" in settings.store_url
