@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tests.services import new_database, shared_url
 from tests.services.session import begin_session, end_session, is_session_owner
 from tests.services.shared import stop_shared
 
 from paigeant.databases import open_database
 from paigeant.testing import ManualClock
+
+# How long an example takes says more of the machine, which others use too, than of the code.
+settings.register_profile("paigeant", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("paigeant")
 
 
 def pytest_configure(config: pytest.Config) -> None:
