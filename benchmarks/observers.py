@@ -69,7 +69,7 @@ def _watching(names: Sequence[str]) -> Iterator[list[Observer]]:
                     from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
                     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-                    from paigeant.observers.otlp import QuickProvider, SpanQueue, WholeTraces
+                    from paigeant.observers.otlp import QuickProvider, RedactedSpans, SpanQueue, WholeTraces
                     from paigeant.observers.traces import TraceObserver
 
                     class Dropping(SpanExporter):
@@ -77,7 +77,7 @@ def _watching(names: Sequence[str]) -> Iterator[list[Observer]]:
                             return SpanExportResult.SUCCESS
 
                     provider = TracerProvider(shutdown_on_exit=False)
-                    processor = SpanQueue(WholeTraces(Dropping()))
+                    processor = SpanQueue(WholeTraces(RedactedSpans(Dropping())))
                     provider.add_span_processor(processor)
                     ends.append(provider.shutdown)
                     found.append(TraceObserver(QuickProvider(provider, processor)))
