@@ -12,6 +12,8 @@ _UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 
 def printable(text: str) -> str:
     """`text` with what a terminal would obey, or not show, written out; in a JSON text so that it means the same."""
+    if text.isascii() and text.isprintable():  # as most are, and it's known sooner
+        return text
     return _UNSEEN.sub(_written_out, text)
 
 
