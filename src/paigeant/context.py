@@ -135,7 +135,9 @@ class StepContext:
         What came before in the activity is done again then, unless it is a unit: see `once`.
         """
         if not is_duration(seconds) and seconds != 0:
-            raise InvalidDefinition(f"a step sleeps for a number of seconds, found {seconds!r}")
+            raise InvalidDefinition(
+                f"a step sleeps for a number of seconds, 0 or more and below 100 years, found {seconds!r}"
+            )
         place = self._here()
         await place.sleep(place.name("sleep"), seconds)
 

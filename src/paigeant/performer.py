@@ -42,11 +42,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Attempt", "Performer"]
 
+log = logging.getLogger("paigeant.performer")
 step_log = logging.getLogger("paigeant.step")
 
 _ERROR_CHARACTERS = 4000
-log = logging.getLogger("paigeant.performer")
-
 _UNLIMITED = nullcontext()
 _LOG = logging.LoggerAdapter(step_log, {})
 """What activities write to: which step it is, lines find out by themselves."""

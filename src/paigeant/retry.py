@@ -54,7 +54,8 @@ class RetryPolicy:
         for value in (self.base, self.cap):
             if value != 0 and not is_duration(value):
                 raise InvalidDefinition(
-                    f"base and cap are seconds, 0 or more; found base={self.base!r}, cap={self.cap!r}"
+                    "base and cap are seconds, 0 or more and below 100 years; "
+                    f"found base={self.base!r}, cap={self.cap!r}"
                 )
         if self.jitter != 0 and not (is_duration(self.jitter) and self.jitter <= 1):
             raise InvalidDefinition(f"jitter is a share between 0 and 1, found {self.jitter!r}")

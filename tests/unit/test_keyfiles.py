@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,6 @@ from paigeant.keys import Key, KeyRing
 
 KEY, THEIRS = Key.generate(now=1.0), Key.generate(now=2.0)
 RING, TRUST = Path("ring.json"), Path("trust.json")
-
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes of files are those of POSIX")
 
 
 def trust(*keys: Key, mode: int = 0o644) -> None:
