@@ -17,6 +17,7 @@ from paigeant import (
     StepContext,
     Workflow,
 )
+from paigeant.errors import KeysUnavailable
 from paigeant.forwarder import STORED_PAYLOAD
 from paigeant.message import PaigeantMessage
 from paigeant.observer import Event
@@ -242,3 +243,26 @@ async def test_what_stayed_elsewhere_makes_a_dead_letter(
         assert letter.detail.endswith(said)
         assert await ours.store.list_runs() == []
         assert done == []
+
+
+async def test_a_run_is_adopted_later_where_its_sender_can_t_be_asked_about_now(
+    activity: ActivityRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys that can't be fetched at that moment make no message of a good sender a duplicate that is dropped."""
+    seen = Seen()
+    message = PaigeantMessage("r/ship/do/0", "r", RoutingSlip(itinerary=(Step("ship", id="ship"),)))
+    asked: list[str] = []
+
+    async def may_start(found: PaigeantMessage) -> bool:
+        asked.append(found.workflow_id)
+        if len(asked) == 1:
+            raise KeysUnavailable("https://keys.example/")
+        return True
+
+    async with Paigeant(settings(OURS, adopt=True), activities=activity, observers=[seen]) as ours:
+        monkeypatch.setattr(ours.forwarder.envelope, "may_start", may_start)
+        async with working(ours.worker()):
+            await ours.transport.publish("ship", message)
+            await seen.wait("run.adopted")
+        assert [run.id for run in await ours.store.list_runs()] == ["r"]
+    assert asked == ["r", "r"]
