@@ -418,6 +418,10 @@ def transact(
     kinds: dict[Handler, list[int]] = {}
     for place, (handler, _) in enumerate(requests):
         kinds.setdefault(handler, []).append(place)
+    # In one order, whichever that is, as a row that one kind has written another transaction's may have to wait for.
+    in_order = (
+        sorted(kinds.items(), key=lambda kind: kind[0].__qualname__) if len(kinds) > 1 else kinds.items()
+    )
     needs: dict[Callable[[Tx, set[str]], object], set[str]] = {}
     for handler, request in requests:
         if (need := getattr(handler, "needs", None)) is not None:
@@ -431,7 +435,7 @@ def transact(
                 tx.foresees = tx.foresees and not attempt
                 for take, names in needs.items():
                     take(tx, names)
-                for handler, places in kinds.items():
+                for handler, places in in_order:
                     answers = handler(tx, [requests[place][1] for place in places])
                     for place, answer in zip(places, answers, strict=True):
                         results[place] = answer

@@ -34,7 +34,7 @@ from paigeant.lane import Later, Tx
 from paigeant.ledger import Head
 from paigeant.rows import foreseen_heads
 from paigeant.slip import Phase, RunStatus, StepStatus
-from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, Refused, StepKey, StepResult
+from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, Refused, StepKey, StepResult, WorkerRecord
 from paigeant.stores.sql import SqlStore
 from paigeant.table_transport import _Fetch
 from paigeant.testing.conformance.bench import run
@@ -446,6 +446,18 @@ async def test_a_commit_that_fails_is_an_error(postgres_tables: str) -> None:
             await store.database.write(adding, "good")
         found = connection.execute("SELECT id FROM workers").fetchall()
     assert found == [("good",)]
+
+
+async def test_a_sweep_waits_for_nobody(postgres_tables: str) -> None:
+    """A worker whose row somebody else has is left to that, the others' steps are put back to work meanwhile."""
+    async with opened(postgres_tables) as store:
+        for name in ("kept", "left"):
+            store.beat(WorkerRecord(name, "h", "p"), lease=-1.0, running=())
+        with psycopg.connect(postgres_tables) as connection:
+            connection.execute("SELECT 1 FROM workers WHERE id = 'kept' FOR UPDATE")
+            swept = await store.sweep()  # else Postgres ends the wait after 4 s, with an error
+            assert swept.lost == ("left",)
+        assert (await store.sweep()).lost == ("kept",)
 
 
 async def test_a_row_that_somebody_keeps_stops_only_who_needs_it(

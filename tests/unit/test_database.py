@@ -145,6 +145,23 @@ async def test_requests_that_meet_share_a_transaction(database: SqliteDatabase) 
     assert calls == [50]
 
 
+async def test_kinds_of_requests_come_in_one_order(database: SqliteDatabase) -> None:
+    """However they come: two transactions that do two things in opposite order could wait for each other."""
+    done: list[str] = []
+
+    def first(tx: Tx, requests: Sequence[None]) -> list[None]:
+        done.append("first")
+        return [None] * len(requests)
+
+    def second(tx: Tx, requests: Sequence[None]) -> list[None]:
+        done.append("second")
+        return [None] * len(requests)
+
+    for handlers in ((first, second), (second, first)):
+        await asyncio.gather(*(database.write(handler, None) for handler in handlers))
+    assert done == ["first", "second"] * 2
+
+
 async def test_one_bad_request_fails_alone(database: SqliteDatabase) -> None:
     """A request that can't be done doesn't fail those that happened to share its transaction."""
     go = await held(database)

@@ -129,7 +129,8 @@ class SqlHistory(SqlPart):
         # Whoever writes to a broker chooses ids and names: none of them may keep a letter from being kept.
         letters = [replace(letter, created_at=letter.created_at or tx.now) for letter in requests]
         rows = [[getattr(letter, column.name) for column in dead_letters.c] for letter in letters]
-        _BURY.each(tx, [tuple(codec.storable(v) if isinstance(v, str) else v for v in row) for row in rows])
+        kept = [tuple(codec.storable(v) if isinstance(v, str) else v for v in row) for row in rows]
+        _BURY.each(tx, sorted(kept, key=lambda row: row[0]))
         return [None] * len(requests)
 
     async def list_dead_letters(self, *, limit: int = 100) -> list[DeadLetter]:

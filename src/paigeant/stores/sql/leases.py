@@ -14,7 +14,7 @@ from sqlalchemy import (
 )
 
 from paigeant import ledger
-from paigeant.lane import Tx
+from paigeant.lane import Tx, needing
 from paigeant.ledger import Changes
 from paigeant.message import MessageId
 from paigeant.prepared import Prepared, upsert
@@ -61,6 +61,15 @@ _HELD = Prepared(
 )
 
 
+def _held(tx: Tx, worker: str) -> set[tuple[StepKey, int]]:
+    rows = _HELD.rows(tx, worker)
+    return {(StepKey(run_id, step, Phase(phase)), epoch) for run_id, step, phase, epoch in rows}
+
+
+def _runs_of(request: tuple[str, Running]) -> list[str]:
+    return [key.workflow_id for key, _ in request[1]]
+
+
 class _Beat(NamedTuple):
     worker: WorkerRecord
     lease: float
@@ -83,10 +92,7 @@ class SqlLeases(SqlPart):
         for worker, lease, running, forgotten in requests:
             lock_runs(tx, [key.workflow_id for key, _ in forgotten])
             _BEAT.each(tx, [(worker.id, worker.host, worker.process, tx.now + lease)])
-            held = {
-                (StepKey(run_id, step, Phase(phase)), epoch)
-                for run_id, step, phase, epoch in _HELD.rows(tx, worker.id)
-            }
+            held = _held(tx, worker.id)
             changes = Changes()
             for step in set(forgotten) & held:
                 ledger.free(step[0], changes, now=tx.now)
@@ -95,21 +101,40 @@ class SqlLeases(SqlPart):
             answers.append((set(running) - held, held - set(running)))
         return answers
 
-    async def sign_off(self, worker_id: str) -> None:
-        await self.database.write(self._sign_off, worker_id)
+    async def release_steps(self, worker: str, steps: Running) -> list[StepKey]:
+        return await self.database.write(self._release, (worker, steps))
 
-    def _sign_off(self, tx: Tx, requests: Sequence[str]) -> list[None]:
-        query = select(*KEY, step_executions.c.epoch, step_executions.c.worker).where(
-            is_in(StepStatus.RUNNING), step_executions.c.worker.in_(requests)
-        )
-        held = [(key_of(row), row.worker, row.epoch) for row in tx.connection.execute(query)]
-        heads = heads_of(tx, [key for key, _, _ in held])
-        changes = Changes()
-        for key, worker, epoch in held:
-            ledger.release(heads.get(key), worker, epoch, changes, now=tx.now, grace=0.0)
-        self.write(tx, changes)
-        tx.connection.execute(delete(workers).where(workers.c.id.in_(requests)))
+    @needing(lock_runs, _runs_of)
+    def _release(self, tx: Tx, requests: Sequence[tuple[str, Running]]) -> list[list[StepKey]]:
+        return self._let_go(tx, requests, self.grace)
+
+    async def sign_off(self, worker_id: str) -> None:
+        held = await self.database.read(self._held_by, worker_id)
+        await self.database.write(self._sign_off, (worker_id, held))
+
+    def _held_by(self, tx: Tx, requests: Sequence[str]) -> list[set[tuple[StepKey, int]]]:
+        return [_held(tx, worker) for worker in requests]
+
+    @needing(lock_runs, _runs_of)
+    def _sign_off(self, tx: Tx, requests: Sequence[tuple[str, Running]]) -> list[None]:
+        self._let_go(tx, requests, grace=0.0)
+        # What it has claimed since it was looked for is freed by a sweep: its worker isn't there any more.
+        tx.connection.execute(delete(workers).where(workers.c.id.in_([worker for worker, _ in requests])))
         return [None] * len(requests)
+
+    def _let_go(self, tx: Tx, requests: Sequence[tuple[str, Running]], grace: float) -> list[list[StepKey]]:
+        heads = heads_of(tx, [key for _, steps in requests for key, _ in steps])
+        changes = Changes()
+        answers = [
+            [
+                key
+                for key, epoch in steps
+                if ledger.release(heads.get(key), worker, epoch, changes, now=tx.now, grace=grace)
+            ]
+            for worker, steps in requests
+        ]
+        self.write(tx, changes)
+        return answers
 
     async def sweep(
         self,
@@ -149,8 +174,11 @@ class SqlLeases(SqlPart):
         topics: Collection[str] | None,
         limit: int,
     ) -> Swept:
+        # It never waits: whose row somebody else has, is alive, or is being swept.
         over = or_(workers.c.lease_until <= tx.now, workers.c.id.in_(list(gone)))
-        lost = tuple(tx.connection.execute(delete(workers).where(over).returning(workers.c.id)).scalars())
+        free = select(workers.c.id).where(over).with_for_update(skip_locked=True).cte("free")
+        left = delete(workers).where(workers.c.id.in_(select(free.c.id))).returning(workers.c.id)
+        lost = tuple(tx.connection.execute(left).scalars())
         changes = Changes()
         freed = [key_of(row) for row in self._locked(tx, orphan_steps().limit(limit))]
         for key in freed:

@@ -57,7 +57,7 @@ from paigeant.store import (
 )
 from paigeant.stores.sql import inbox
 from paigeant.stores.sql.history import SqlHistory
-from paigeant.stores.sql.leases import Running, SqlLeases
+from paigeant.stores.sql.leases import SqlLeases
 from paigeant.stores.sql.outside import SqlOutside
 from paigeant.stores.sql.part import Outbox, its_run, unwrapped
 from paigeant.stores.sql.values import SqlValues
@@ -176,7 +176,12 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
     def _adopt(
         self, tx: Tx, requests: Sequence[tuple[RunRecord, Collection[StepRecord], Mapping[str, bytes]]]
     ) -> list[bool]:
-        return [self._adopt_one(tx, *request) for request in requests]
+        # In one order, so that no two transactions wait for each other.
+        answers = {
+            place: self._adopt_one(tx, *requests[place])
+            for place in sorted(range(len(requests)), key=lambda place: requests[place][0].id)
+        }
+        return [answers[place] for place in range(len(requests))]
 
     def _adopt_one(
         self, tx: Tx, run: RunRecord, steps: Collection[StepRecord], variables: Mapping[str, bytes]
@@ -272,24 +277,6 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
             if posting is not None:
                 postings.append(posting)
         self.write(tx, changes, postings)
-        return answers
-
-    async def release_steps(self, worker: str, steps: Running) -> list[StepKey]:
-        return await self.database.write(self._release, (worker, steps))
-
-    @needing(lock_runs, lambda request: [key.workflow_id for key, _ in request[1]])
-    def _release(self, tx: Tx, requests: Sequence[tuple[str, Running]]) -> list[list[StepKey]]:
-        heads = heads_of(tx, [key for _, steps in requests for key, _ in steps])
-        changes = Changes()
-        answers = [
-            [
-                key
-                for key, epoch in steps
-                if ledger.release(heads.get(key), worker, epoch, changes, now=tx.now, grace=self.grace)
-            ]
-            for worker, steps in requests
-        ]
-        self.write(tx, changes)
         return answers
 
     # -- operators
