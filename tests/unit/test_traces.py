@@ -385,7 +385,7 @@ def test_what_a_dead_process_left_open_keeps_its_inside_back() -> None:
 
 def test_spans_that_wait_for_their_parent_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the bound the oldest go out without it."""
-    monkeypatch.setattr("paigeant.observers.otlp._MOST_HELD", 3)
+    monkeypatch.setattr("paigeant.observers.otlp.exporters._MOST_HELD", 3)
     kept = Kept()
     whole = WholeTraces(kept)
     for _ in range(5):

@@ -1,0 +1,266 @@
+"""Ended spans on their way to an exporter: gathered, whole, and without what is secret."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import islice
+
+from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY, attach, detach, set_value
+from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.trace import Link, Status
+from opentelemetry.util.types import AnyValue, Attributes
+
+from paigeant.observers.otlp.spans import QuickSpan
+from paigeant.redaction import Redactor, is_secret
+
+__all__ = ["RedactedSpans", "SpanQueue", "WholeTraces"]
+
+log = logging.getLogger("paigeant.traces")
+
+_MOST_HELD = 10_000
+
+
+class WholeTraces(SpanExporter):
+    """Hands spans on to another exporter, each behind the one it hangs under.
+
+    Spans end from the inside out: what an agent has done goes out long before the span of its step. Were the process
+    killed in between, they would hang in the air for good. So a span waits here for its parent of this process; the
+    parent in another one, such as the dispatch, has ended before. At most 10,000 wait: beyond, the oldest go. This is
+    the exporter's thread, not that of the work.
+    """
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+        self._held: dict[int, list[ReadableSpan]] = {}
+        self._waiting = 0
+        self._gone: dict[int, None] = {}
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Hand on what is whole."""
+        ready: list[ReadableSpan] = []
+        gone = self._gone
+        for span in spans:
+            above = span.parent
+            if above is None or above.is_remote or above.span_id in gone:
+                self._release(span, ready)
+            else:
+                self._held.setdefault(above.span_id, []).append(span)
+                self._waiting += 1
+        while self._waiting > _MOST_HELD:
+            oldest = self._held.pop(next(iter(self._held)))
+            self._waiting -= len(oldest)
+            for span in oldest:
+                self._release(span, ready)
+        if len(gone) > 2 * _MOST_HELD:
+            for known in list(islice(gone, len(gone) - _MOST_HELD)):
+                del gone[known]
+        return self._exporter.export(ready) if ready else SpanExportResult.SUCCESS
+
+    def _release(self, span: ReadableSpan, ready: list[ReadableSpan]) -> None:
+        ready.append(span)
+        own = _id_of(span)
+        self._gone[own] = None
+        if own in self._held:
+            below = self._held.pop(own)
+            self._waiting -= len(below)
+            for each in below:
+                self._release(each, ready)
+
+    def shutdown(self) -> None:
+        """Hand on what is left: the process ends in good order, and nothing else will come."""
+        left = [span for spans in self._held.values() for span in spans]
+        self._held.clear()
+        self._waiting = 0
+        if left:
+            self._exporter.export(left)
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        """Hand on what the exporter itself keeps; what waits for its parent goes on waiting."""
+        return self._exporter.force_flush(timeout_millis)
+
+
+def _id_of(span: ReadableSpan) -> int:
+    if isinstance(span, QuickSpan):
+        return span.id
+    return span.context.span_id if span.context is not None else 0
+
+
+class RedactedSpans(SpanExporter):
+    """Hands spans on to another exporter, with stars for what is secret in what they say.
+
+    A span that an activity makes itself has the texts of its exceptions, and what its libraries say. Spans in which
+    nothing looks like a secret are handed on as they are. This, too, is the exporter's thread.
+    """
+
+    def __init__(self, exporter: SpanExporter, redactor: Redactor | None = None) -> None:
+        self._exporter = exporter
+        self._redactor = redactor or Redactor()
+        self._hides_in_name = lru_cache(maxsize=1024)(self._redactor.may_hide)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Hand them on."""
+        return self._exporter.export([self._shown(span) for span in spans])
+
+    def shutdown(self) -> None:
+        """Nothing is kept here."""
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        """Hand on what the exporter itself keeps."""
+        return self._exporter.force_flush(timeout_millis)
+
+    def _shown(self, span: ReadableSpan) -> ReadableSpan:
+        text = self._redactor.text
+        if not self._may_hide(span):
+            return span
+        status = span.status
+        return ReadableSpan(
+            text(span.name),
+            span.context,
+            span.parent,
+            span.resource,
+            self._attributes(span.attributes),
+            [
+                Event(text(event.name), self._attributes(event.attributes), event.timestamp)
+                for event in span.events
+            ],
+            [Link(link.context, self._attributes(link.attributes)) for link in span.links],
+            span.kind,
+            status=Status(status.status_code, text(status.description)) if status.description else status,
+            start_time=span.start_time,
+            end_time=span.end_time,
+            instrumentation_scope=span.instrumentation_scope,
+        )
+
+    def _may_hide(self, span: ReadableSpan) -> bool:
+        # As most are: of a run, or a step. As in log lines, its ids and names hold no secrets.
+        if isinstance(span, QuickSpan) and span.is_as_made:
+            return self._hides_in_name(span.name)
+        said = [span.name]
+        if span.status.description:
+            said.append(span.status.description)
+        told = [span.attributes]
+        for event in span.events:
+            said.append(event.name)
+            told.append(event.attributes)
+        told += [link.attributes for link in span.links]
+        for attributes in told:
+            for name, value in (attributes or {}).items():
+                if _is_secret(name):
+                    return True
+                if not isinstance(value, (int, float)):
+                    said.append(str(value))
+        return self._redactor.may_hide("\n".join(said))
+
+    def _attributes(self, attributes: Attributes) -> dict[str, AnyValue]:
+        return {name: self._value(name, value) for name, value in (attributes or {}).items()}
+
+    def _value(self, name: str, value: AnyValue) -> AnyValue:
+        shown: AnyValue = self._redactor.value(name, value)
+        return (
+            value if shown == repr(value) else shown
+        )  # what is no text, and hides nothing, stays what it is
+
+
+_is_secret = lru_cache(maxsize=1024)(is_secret)
+"""As `is_secret`, of the names of attributes, of which there are few."""
+
+
+class SpanQueue(SpanProcessor):
+    """Ended spans on their way to `exporter`, in batches, by a thread of its own.
+
+    What the library's BatchSpanProcessor is, under the same `OTEL_BSP_*` variables, for a sixth of what that costs the
+    one who ends a span. While the exporter can't keep up, spans beyond the bound are lost, and a warning says how many.
+    """
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+        self._most = _setting("OTEL_BSP_MAX_QUEUE_SIZE", 2048)
+        self._batch = min(_setting("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512), self._most)
+        self._delay = _setting("OTEL_BSP_SCHEDULE_DELAY", 5000) / 1000
+        self._spans: deque[ReadableSpan] = deque()
+        self.lost = 0
+        """Spans that were lost and not yet told of."""
+        self._begin()
+        again = weakref.WeakMethod(self._begin)
+        os.register_at_fork(after_in_child=lambda: (begin := again()) is not None and begin())
+
+    def _begin(self) -> None:
+        """Start anew, in this process: one that was forked off has no thread, and its parent's spans aren't its own."""
+        self._spans.clear()
+        self._exporting = threading.Lock()
+        self._enough = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="paigeant-spans", daemon=True)
+        self._thread.start()
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Take a span; never waits."""
+        if not isinstance(span, QuickSpan) and not (span.context and span.context.trace_flags.sampled):
+            return
+        spans = self._spans
+        waiting = len(spans)
+        if waiting >= self._most or self._closed:
+            self.lost += 1
+            return
+        spans.append(span)
+        if waiting + 1 >= self._batch and not self._enough.is_set():
+            self._enough.set()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        """Export all that has ended; whether the exporter has handed on what it keeps."""
+        self._export(least=1)
+        return self._exporter.force_flush(timeout_millis)
+
+    def shutdown(self) -> None:
+        """Export all that has ended, and take no more."""
+        if not self._closed:
+            self._closed = True
+            self._enough.set()
+            self._thread.join(_LAST_SECONDS)
+            self._exporter.shutdown()
+
+    def _run(self) -> None:
+        while not self._closed:
+            is_enough = self._enough.wait(self._delay)
+            self._enough.clear()
+            self._export(least=self._batch if is_enough and not self._closed else 1)
+        self._export(least=1)
+
+    def _export(self, *, least: int) -> None:
+        """Export for as long as so many are there."""
+        with self._exporting:
+            while len(self._spans) >= least:
+                batch = [self._spans.popleft() for _ in range(min(len(self._spans), self._batch))]
+                token = attach(set_value(_SUPPRESS_INSTRUMENTATION_KEY, True))  # no spans of the sending
+                try:
+                    self._exporter.export(batch)
+                except Exception:  # whatever it is, the spans to come are worth another try
+                    self.lost += len(batch)
+                    log.exception("spans can't be exported")
+                finally:
+                    detach(token)
+            if self.lost:
+                lost, self.lost = self.lost, 0
+                log.warning("%d spans were lost; expected an exporter that keeps up", lost)
+
+
+_LAST_SECONDS = 30.0
+
+
+def _setting(name: str, default: int) -> int:
+    """A whole number above 0 from the environment."""
+    text = os.environ.get(name, "").strip()
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    if text:
+        log.warning("%s is %r; expected a whole number above 0, so %d holds", name, text, default)
+    return default
