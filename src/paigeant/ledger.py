@@ -20,15 +20,7 @@ from pydantic_core import from_json
 from paigeant import codec
 from paigeant.errors import InvalidDefinition, InvalidTransition, RequestNotFound
 from paigeant.routing import Undo, turn_round
-from paigeant.slip import (
-    RUN_ENDED,
-    Compensation,
-    Phase,
-    Revision,
-    RoutingSlip,
-    RunStatus,
-    StepStatus,
-)
+from paigeant.slip import RUN_ENDED, Compensation, Phase, Revision, RoutingSlip, RunStatus, StepStatus
 from paigeant.store import (
     ClaimRequest,
     Grant,

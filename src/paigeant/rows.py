@@ -42,14 +42,7 @@ from paigeant.lane import Tx
 from paigeant.ledger import MOST_GRACES, Head
 from paigeant.prepared import Keyed, Prepared, byte_length, instant, upsert
 from paigeant.slip import Phase, RunStatus, StepStatus
-from paigeant.store import (
-    OpenTopic,
-    RunDetail,
-    RunRecord,
-    Signal,
-    StepKey,
-    StepRecord,
-)
+from paigeant.store import OpenTopic, RunDetail, RunRecord, Signal, StepKey, StepRecord
 from paigeant.tables import (
     step_executions,
     step_units,

@@ -32,13 +32,7 @@ from paigeant import codec
 from paigeant.activity import MISSING, Activity, ActivityRegistry
 from paigeant.agents.options import METADATA
 from paigeant.context import StepContext
-from paigeant.errors import (
-    ArgumentError,
-    InvalidDefinition,
-    PaigeantError,
-    PolicyViolation,
-    nearest,
-)
+from paigeant.errors import ArgumentError, InvalidDefinition, PaigeantError, PolicyViolation, nearest
 from paigeant.policy import ItineraryPolicy
 from paigeant.slip import Step
 

@@ -8,40 +8,18 @@ from functools import cache, partial
 from typing import Any
 
 from pydantic_core import from_json
-from sqlalchemy import (
-    delete,
-    func,
-    select,
-    tuple_,
-)
+from sqlalchemy import delete, func, select, tuple_
 
 from paigeant import codec
 from paigeant.database import Database
-from paigeant.errors import (
-    RunNotFound,
-)
+from paigeant.errors import RunNotFound
 from paigeant.lane import Later, Tx
 from paigeant.prepared import upsert
-from paigeant.rows import (
-    details_of,
-    open_topics,
-    run_of,
-    statuses_of,
-)
+from paigeant.rows import details_of, open_topics, run_of, statuses_of
 from paigeant.slip import RunStatus
-from paigeant.store import (
-    DeadLetter,
-    OpenTopic,
-    RunDetail,
-    RunRecord,
-    WorkerRecord,
-)
+from paigeant.store import DeadLetter, OpenTopic, RunDetail, RunRecord, WorkerRecord
 from paigeant.stores.sql.part import SqlPart, unwrapped
-from paigeant.tables import (
-    dead_letters,
-    workers,
-    workflow_runs,
-)
+from paigeant.tables import dead_letters, workers, workflow_runs
 from paigeant.waiters import Waiters
 
 __all__ = ["SqlHistory"]

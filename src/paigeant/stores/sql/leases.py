@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import (
-    Select,
-    bindparam,
-    delete,
-    or_,
-    select,
-)
+from sqlalchemy import Select, bindparam, delete, or_, select
 
 from paigeant import ledger
 from paigeant.lane import Tx, needing
@@ -31,16 +25,9 @@ from paigeant.rows import (
     waiting_steps,
 )
 from paigeant.slip import Phase, RunStatus, StepStatus
-from paigeant.store import (
-    StepKey,
-    Swept,
-    WorkerRecord,
-)
+from paigeant.store import StepKey, Swept, WorkerRecord
 from paigeant.stores.sql.part import SqlPart
-from paigeant.tables import (
-    step_executions,
-    workers,
-)
+from paigeant.tables import step_executions, workers
 
 __all__ = ["Running", "SqlLeases"]
 

@@ -5,22 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from paigeant import ledger
-from paigeant.errors import (
-    InvalidTransition,
-    PaigeantError,
-    RequestNotFound,
-    RunNotFound,
-)
+from paigeant.errors import InvalidTransition, PaigeantError, RequestNotFound, RunNotFound
 from paigeant.lane import Tx, needing
-from paigeant.rows import (
-    lock_runs,
-    statuses_of,
-)
+from paigeant.rows import lock_runs, statuses_of
 from paigeant.slip import RUN_ENDED
-from paigeant.store import (
-    Request,
-    StepKey,
-)
+from paigeant.store import Request, StepKey
 from paigeant.stores.sql import inbox
 from paigeant.stores.sql.part import SqlPart, its_run, unwrapped
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from sqlalchemy import (
-    delete,
-)
+from sqlalchemy import delete
 
 from paigeant import ledger
 from paigeant.database import Database
-from paigeant.errors import (
-    PaigeantError,
-)
+from paigeant.errors import PaigeantError
 from paigeant.lane import Tx, needing
 from paigeant.ledger import Changes
 from paigeant.rows import KEY, NEW_STEP, lock_runs, new_step, patch_rows, save_variables, units_of

@@ -11,24 +11,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from sqlalchemy import (
-    Select,
-    Text,
-    and_,
-    cast,
-    delete,
-    func,
-    insert,
-    or_,
-    select,
-)
+from sqlalchemy import Select, Text, and_, cast, delete, func, insert, or_, select
 
 from paigeant import ledger
 from paigeant.database import Database
-from paigeant.errors import (
-    PaigeantError,
-    RunConflict,
-)
+from paigeant.errors import PaigeantError, RunConflict
 from paigeant.lane import Later, Tx, needing
 from paigeant.ledger import Changes, Head
 from paigeant.rows import (

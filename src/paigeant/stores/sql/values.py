@@ -6,16 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic_core import from_json
-from sqlalchemy import (
-    select,
-)
+from sqlalchemy import select
 
 from paigeant import codec
-from paigeant.errors import (
-    InputInvalid,
-    PaigeantError,
-    RunNotFound,
-)
+from paigeant.errors import InputInvalid, PaigeantError, RunNotFound
 from paigeant.lane import Later, Tx
 from paigeant.rows import (
     ask_unit,
@@ -29,14 +23,9 @@ from paigeant.rows import (
     variable_in,
 )
 from paigeant.slip import Phase
-from paigeant.store import (
-    StepKey,
-)
+from paigeant.store import StepKey
 from paigeant.stores.sql.part import SqlPart, its_run, unwrapped
-from paigeant.tables import (
-    step_executions,
-    workflow_variables,
-)
+from paigeant.tables import step_executions, workflow_variables
 
 __all__ = ["SqlValues"]
 

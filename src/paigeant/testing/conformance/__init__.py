@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import pytest
 
-for name in ("transports", "stores", "waits", "bench"):
+for name in ("transports", "stores", "leases", "waits", "values", "history", "bench"):
     pytest.register_assert_rewrite(f"{__name__}.{name}")
 
 from paigeant.testing.conformance.stores import StoreConformance  # noqa: E402  # rewriting has to come first
