@@ -8,12 +8,13 @@ Each process tells what it was granted and what it recorded; `faults` holds all 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,16 +27,17 @@ from paigeant.lane import Tx
 from paigeant.slip import RUN_ENDED, Phase, RoutingSlip, RunStatus, Step, StepStatus
 from paigeant.store import (
     ClaimRequest,
+    DeadLetter,
     Grant,
     NextStep,
     Recorded,
+    Request,
     RunDetail,
     RunRecord,
     StepKey,
     StepResult,
     WorkerRecord,
 )
-from paigeant.stores import sql
 from paigeant.stores.sql import SqlStore
 from paigeant.transport import Posting
 
@@ -85,6 +87,7 @@ class Hammer:
         until = time.monotonic() + LIMIT_SECONDS
         acts = [self._claim] * 6 + [self._record] * 8 + [self._release, self._beat, self._sweep, self._cancel]
         acts += [self._retry, self._start, self._value]
+        acts += [self._unit, self._signal, self._request, self._bury, self._sign_off]
         while self.first < runs and time.monotonic() < until:
             run = f"run-{self.first + self.chance.randrange(TOGETHER):05}"
             await self.chance.choice(acts)(worker, run)
@@ -190,6 +193,29 @@ class Hammer:
         if await self._detail(run) is not None:
             await settled(lambda: self.store.save_variable(run, "last", worker))
 
+    async def _unit(self, worker: str, run: str) -> None:
+        key, name = StepKey(run, self.chance.choice(STEPS)), self.chance.choice("ab")
+        value = await settled(lambda: self.store.save_unit(key, name, json.dumps(worker).encode()))
+        self.tell("unit", run, key.step, name, value)
+
+    async def _signal(self, worker: str, run: str) -> None:
+        if await self._detail(run) is not None:
+            with contextlib.suppress(InvalidTransition):  # it has ended meanwhile
+                await settled(lambda: self.store.record_signal(run, "ping", b"1", sender=worker))
+
+    async def _request(self, _: str, run: str) -> None:
+        if await self._detail(run) is not None:
+            request = Request(f"{run}-{self.chance.choice('ab')}", run, "s0", "question", "Which?", b"{}")
+            await settled(lambda: self.store.open_request(request))
+
+    async def _bury(self, worker: str, run: str) -> None:
+        letter = DeadLetter(f"{run}-{self.chance.choice('ab')}", "t", "unreadable", worker, b"")
+        await settled(lambda: self.store.bury(letter))
+
+    async def _sign_off(self, worker: str, _: str) -> None:
+        if self.chance.random() < 0.2:
+            await settled(lambda: self.store.sign_off(worker))
+
     async def _finish(self) -> None:
         """Play the worker of whatever is still open, until all runs have ended, or can't."""
         worker, until = f"{self.name}-end", time.monotonic() + FINISH_SECONDS
@@ -226,14 +252,20 @@ async def tried(ask: Callable[[], Awaitable[Any]]) -> Any:
         return None
 
 
+class _NoLock:
+    """What stands in for the statements that lock."""
+
+    def each(self, _: Tx, ids: Sequence[str]) -> None:
+        """Lock nothing."""
+
+    def rows(self, _: Tx, ids: Sequence[str]) -> list[tuple[str]]:
+        """As if all were free."""
+        return [(run_id,) for run_id in ids]
+
+
 def without_locks() -> None:
     """Make this process one that forgets to lock runs, so that the audit can show what it is worth."""
-
-    def forget(_: object, ids: Collection[str], *, only_free: bool = False) -> set[str]:
-        return set(ids)
-
-    for module in (rows, *(vars(sql)[part] for part in ("leases", "outside", "store", "values"))):
-        vars(module)["lock_runs"] = forget
+    vars(rows).update(_LOCK=_NoLock(), _LOCK_FREE=_NoLock())
 
 
 # -- the audit
@@ -261,6 +293,9 @@ def _faults(detail: RunDetail, facts: list[tuple[str, ...]]) -> Iterable[str]:
     seqs = [row.seq for row in steps]
     if len(set(seqs)) != len(seqs):
         yield f"two steps have one place: {seqs}"
+    units = {fact[2:] for fact in facts if fact[0] == "unit"}
+    if len({unit[:2] for unit in units}) != len(units):
+        yield f"a unit has two values: {sorted(units)}"
     yield from _grants(facts)
     yield from _results(detail, facts)
     yield from _undone(detail, in_order=("retried", run.id, RunStatus.COMPENSATING) not in facts)
