@@ -614,6 +614,26 @@ async def test_a_commit_that_is_cut_anywhere_is_settled_by_asking_again(
     assert stood >= answered
 
 
+@pytest.mark.parametrize(("direction", "step"), [("to_server", 61), ("to_client", 23)])
+async def test_a_read_that_is_cut_anywhere_is_done_again(
+    proxied: tuple[Proxy, str], direction: Direction, step: int
+) -> None:
+    """Whatever byte is the last to pass on a connection, nobody who asks hears of it."""
+    proxy, url = proxied
+    async with opened(url) as store:
+        key = (await claimed(store, "r")).key
+        for number in range(1000):
+            cuts = proxy.cuts
+            proxy.cut_after(direction, number * step)
+            assert [row.key for row in (await store.load_run("r")).steps] == [key]
+            proxy.resume()
+            if proxy.cuts == cuts:
+                break
+        else:
+            raise AssertionError("it was always cut: the count is beyond the transaction")
+    assert proxy.cuts > 3
+
+
 async def settled(ask: Callable[[], Awaitable[Any]]) -> Any:
     """The answer, asked for again while it can't be had."""
     async with asyncio.timeout(PATIENCE):

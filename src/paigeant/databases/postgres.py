@@ -321,8 +321,10 @@ class PostgresDatabase(Database):
             if isinstance(cause, errors.ReadOnlySqlTransaction):
                 driver.close()  # perhaps another server has become the primary: it has to be looked for
             elif _is_lost(connection):
-                # Out of patience with us, the server has done nothing of it, whatever we have sent meanwhile.
-                if not driver.committing or isinstance(cause, errors.IdleInTransactionSessionTimeout):
+                # Out of patience with us, the server has done nothing of it, whatever we have sent meanwhile. Whoever
+                # only reads, reads again.
+                does_nothing = opening is _BEGIN_READING or not driver.committing
+                if does_nothing or isinstance(cause, errors.IdleInTransactionSessionTimeout):
                     raise Contended(str(exc), is_lost=True) from exc
                 raise self._unavailable(_reason(exc)) from exc
             ours = self._ours(exc)
