@@ -7,24 +7,26 @@ everything imported a worker is at work within milliseconds.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import AsyncIterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import pydantic_ai.mcp  # noqa: F401  # before the fork
 from fastmcp.client.transports import StdioTransport
 from pydantic_ai import Agent, RunContext
 from pydantic_ai.mcp import MCPToolset
 from pydantic_ai.messages import AgentStreamEvent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
+from tests.agents.sums_server import Nursery
 
 from paigeant.activity import ActivityRegistry
 from paigeant.agents import PaigeantDurability, effect_key
@@ -36,6 +38,20 @@ from paigeant.workflow import Workflow
 __all__ = ["WORKFLOW", "Crew", "activities", "settings"]
 
 ROOT = Path(__file__).parents[2]
+
+BEFORE_THE_FORK = [
+    "jsonschema",
+    "openai.resources.chat.completions",
+    "paigeant.agents.activity",
+    "paigeant.databases.postgres",
+    "paigeant.databases.sqlite",
+    "paigeant.stores.sql",
+    "paigeant.transports.postgres",
+    "paigeant.transports.sqlite",
+    "pydantic_ai.mcp",
+]
+"""What each worker would else load for itself, when it first needs it."""
+
 WORKFLOW = Workflow("report", ["writer"])
 
 TIMES: dict[str, Any] = {
@@ -54,10 +70,10 @@ def settings(url: str) -> Settings:
     return Settings(transport_url=url, store_url=url, **TIMES)
 
 
-def activities(chat_url: str, folder: Path, *, streamed: bool) -> ActivityRegistry:
+def activities(chat_url: str, folder: Path, nursery: str, *, streamed: bool) -> ActivityRegistry:
     """The activity `writer`: an agent with two tools, a tool that asks another agent, and one of an MCP server.
 
-    Each tool leaves a line in `effects` with its name and its effect key.
+    `nursery` is where servers are forked. Each tool leaves a line in `effects` with its name and its effect key.
     """
 
     def model(name: str) -> OpenAIChatModel:
@@ -73,7 +89,8 @@ def activities(chat_url: str, folder: Path, *, streamed: bool) -> ActivityRegist
                 effect(f"watched:{event.tool_call_id}")
 
     expert = Agent(model("expert"), name="expert", capabilities=[PaigeantDurability()])
-    sums = StdioTransport(sys.executable, [str(ROOT / "tests/agents/sums_server.py"), str(folder / "sums")])
+    program = ["-S", str(ROOT / "tests/agents/sums_server.py")]
+    sums = StdioTransport(sys.executable, [*program, str(folder / "sums"), nursery])
     own = [PaigeantDurability[Any](event_stream_handler=watch)] if streamed else []
     writer = Agent(model("writer"), name="writer", toolsets=[MCPToolset(sums, id="sums")], capabilities=own)
 
@@ -99,7 +116,7 @@ def activities(chat_url: str, folder: Path, *, streamed: bool) -> ActivityRegist
 
 
 async def work(
-    url: str, chat_url: str, folder: str, run: str, streamed: bool, die_after: int | None = None
+    url: str, chat_url: str, folder: str, nursery: str, run: str, streamed: bool, die_after: int | None = None
 ) -> None:
     """Work until the run has ended, or this process has made `die_after` records and is killed for it."""
     left = die_after
@@ -115,7 +132,8 @@ async def work(
         return stands
 
     PatientValues.save_unit = counted  # type: ignore[method-assign,assignment]  # this process has no other purpose
-    app = Paigeant(settings(url), activities=activities(chat_url, Path(folder), streamed=streamed))
+    activity = activities(chat_url, Path(folder), nursery, streamed=streamed)
+    app = Paigeant(settings(url), activities=activity)
     async with app:
         await app.dispatch(WORKFLOW, {"city": "Ghent"}, workflow_id=run)
         worker = app.worker()
@@ -128,8 +146,8 @@ async def work(
 class Crew:
     """Worker processes, one after the other. Leaving the block ends the process that forks them."""
 
-    def __init__(self, **options: Any) -> None:
-        self.options = options
+    def __init__(self) -> None:
+        self.options: dict[str, Any] = {}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.agents.crew"],
             stdin=subprocess.PIPE,
@@ -150,6 +168,10 @@ class Crew:
         self._process.wait()
         self._process.stdout.close()
 
+    def tell(self, **options: Any) -> None:
+        """What the workers are told from here on, beside the run: arguments of `work`."""
+        self.options = options
+
     def work(self, run: str, die_after: int | None = None) -> int:
         """Have a new worker work on a run; its exit code, negative for a signal."""
         assert self._process.stdin is not None
@@ -161,20 +183,26 @@ class Crew:
 
 def main() -> None:
     """Fork a worker for each line."""
-    for line in sys.stdin:
-        options = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                asyncio.run(work(**options))
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)  # noqa: T201  # that is how it answers
+    for name in BEFORE_THE_FORK:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory(prefix="paigeant-sums-") as folder:
+        place = Path(folder) / "nursery"
+        nursery = Nursery(place)
+        for line in sys.stdin:
+            pid = os.fork()
+            if pid == 0:
+                code = 1
+                try:
+                    nursery.leave()
+                    asyncio.run(work(**json.loads(line), nursery=str(place)))
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(code)
+            _, status = os.waitpid(pid, 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)  # noqa: T201  # that is how it answers
+        nursery.close()
 
 
 if __name__ == "__main__":

@@ -106,13 +106,19 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("postgres_store_url"))
 
 
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Crew]:
+    """What forks the workers of all tests: to load everything takes longer than most of them."""
+    with Crew() as crew:
+        yield crew
+
+
 @pytest.fixture(params=[False, True], ids=["whole", "streamed"])
-def scene(request: pytest.FixtureRequest, store_url: str, tmp_path: Path) -> Iterator[Scene]:
+def scene(request: pytest.FixtureRequest, crew: Crew, store_url: str, tmp_path: Path) -> Iterator[Scene]:
     """All that the agents need, with streams that are watched or without."""
     with ChatServer(SCRIPT) as chat:
-        options = {"url": store_url, "chat_url": chat.url, "folder": str(tmp_path), "streamed": request.param}
-        with Crew(**options) as crew:
-            yield Scene(store_url, tmp_path, chat, crew)
+        crew.tell(url=store_url, chat_url=chat.url, folder=str(tmp_path), streamed=request.param)
+        yield Scene(store_url, tmp_path, chat, crew)
 
 
 def recorded_requests(units: set[str]) -> set[tuple[str, int]]:

@@ -11,12 +11,19 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from tests.integration import warm
+
 PAIGEANT = [sys.executable, "-P", "-m", "paigeant.cli"]
 
 
 def call(*args: str, input: str | None = None) -> subprocess.CompletedProcess[str]:
     """What a command gave, once it has ended."""
-    return subprocess.run([*PAIGEANT, *args], input=input, capture_output=True, text=True, check=False)
+    return warm.run(*args, input=input)
+
+
+def call_afresh(*args: str) -> subprocess.CompletedProcess[str]:
+    """The same with an interpreter of its own, where how a command starts is the point."""
+    return subprocess.run([*PAIGEANT, *args], capture_output=True, text=True, check=False)
 
 
 def shown(run_id: str) -> Any:

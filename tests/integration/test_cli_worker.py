@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.processes import PAIGEANT, Command, call, shown
+from tests.integration.processes import PAIGEANT, Command, call_afresh, shown
 
 from paigeant import Paigeant, Workflow
 from paigeant.cli.processes import _Supervisor, pause_before
@@ -92,7 +92,7 @@ def test_a_second_signal_ends_the_worker_at_once(workflow: str) -> None:
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_worker_that_takes_unsigned_messages_says_so(processes: str) -> None:
     """On loopback `signing` is off by default: the first line of the command tells, with several processes as well."""
-    said = call("run", "--processes", processes, "--until-idle").stderr
+    said = call_afresh("run", "--processes", processes, "--until-idle").stderr
     first = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
     assert first["event"] == ("worker.serving" if processes == "1" else "supervisor.started")
     assert first["signing"] == "off: no message leaves this host"
@@ -139,8 +139,8 @@ def test_several_processes_end_when_idle() -> None:
     """--until-idle with --processes: the parent ends with 0 when all have ended."""
     Path("go").touch()
     dispatch("hold_on", *(f"h-{number}" for number in range(6)))
-    assert call("run", "--processes", "2", "--until-idle").returncode == 0
-    runs = json.loads(call("runs", "list", "--json").stdout)
+    assert call_afresh("run", "--processes", "2", "--until-idle").returncode == 0
+    runs = json.loads(call_afresh("runs", "list", "--json").stdout)
     assert [run["status"] for run in runs] == ["completed"] * 6
 
 
@@ -158,7 +158,7 @@ def test_workers_run_on_uvloop_where_it_is_installed_and_wanted(
     elif loop == "asyncio":
         monkeypatch.setenv("PAIGEANT_EVENT_LOOP", "asyncio")
     dispatch("where_is", "w-1")
-    assert call("run", "--processes", processes, "--until-idle").returncode == 0
+    assert call_afresh("run", "--processes", processes, "--until-idle").returncode == 0
     assert shown("w-1")["output"] == ("uvloop" if loop == "uvloop" else "asyncio")
 
 
@@ -184,7 +184,7 @@ def test_a_process_that_has_just_ended_keeps_no_signal_from_the_others() -> None
 def test_a_parent_tells_wrong_handlers_once() -> None:
     """What is wrong with the handlers is found before any process is started."""
     Path("handlers.py").write_text("1 / 0")
-    result = call("run", "--processes", "2")
+    result = call_afresh("run", "--processes", "2")
     assert (result.returncode, result.stderr) == (
         2,
         "error: handlers.py, line 1: ZeroDivisionError: division by zero\n",

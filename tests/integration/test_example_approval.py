@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.processes import PAIGEANT, call, shown
+from tests.integration import warm
+from tests.integration.processes import call, shown
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "approval"
 
@@ -30,7 +31,7 @@ def _in_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path / "approval")
     program = tmp_path / "bin" / "paigeant"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {" ".join(PAIGEANT)} "$@"\n')
+    program.write_text(warm.program())
     program.chmod(0o755)
     monkeypatch.setenv(
         "PATH", f"{program.parent}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -7,12 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.integration.processes import PAIGEANT, call, shown
+from tests.integration import warm
+from tests.integration.processes import call, shown
 from tests.unit.test_docs import fences
-
-PROGRAM = f"""#!/bin/sh
-exec {" ".join(PAIGEANT)} "$@"
-"""
 
 
 def in_a_shell(line: str, keys: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +22,7 @@ def test_the_section_on_signing_runs_as_printed(tmp_path: Path, monkeypatch: pyt
     """Every line works but the one that is said to be refused; both orders are done; the front has two keys by then."""
     program = tmp_path / "bin" / "paigeant"
     program.parent.mkdir()
-    program.write_text(PROGRAM)
+    program.write_text(warm.program())
     program.chmod(0o700)
     monkeypatch.setenv("PATH", f"{program.parent}:{Path(sys.executable).parent}:/usr/bin:/bin")
     assert call("init").returncode == 0

@@ -9,6 +9,7 @@ import subprocess
 
 import psycopg
 import pytest
+from tests.integration import warm
 from tests.integration.processes import PAIGEANT
 from tests.services import free_port
 
@@ -19,7 +20,7 @@ from paigeant.tables import SCHEMA_VERSION, metadata
 
 def command(url: str, *args: str) -> subprocess.CompletedProcess[str]:
     """What a command gives with this database as store and transport."""
-    return subprocess.run([*PAIGEANT, *args], env=_env(url), capture_output=True, text=True, check=False)
+    return warm.run(*args, environment=_env(url))
 
 
 def _env(url: str) -> dict[str, str]:

@@ -77,6 +77,16 @@ def test_defining_workflows_loads_no_adapter() -> None:
     assert run(code) == "[]"
 
 
+def test_a_condition_loads_no_command_line_but_our_own() -> None:
+    """The library of conditions comes without its own; who wants that can have it afterwards."""
+    code = (
+        "from paigeant import condition; import sys;"
+        "print(condition.evaluate('a > 1', {'a': 2}), 'prompt_toolkit' in sys.modules);"
+        "import cel.cli; print(cel.cli.app.__class__.__name__)"
+    )
+    assert run(code).split() == ["True", "False", "Typer"]
+
+
 def test_importing_does_nothing_else() -> None:
     """It registers nothing, configures no logs and starts no thread."""
     code = (
