@@ -926,6 +926,23 @@ async def test_missing_rights_are_a_configuration_error(
         await RedisStreamTransport(f"redis://app:pw@{server.host}:{server.port}").connect()
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["time", "xadd", "xlen", "xrange", "xreadgroup", "xautoclaim", "xpending", "xack", "xdel", "smembers", "zadd",
+     "zcard", "zrange", "zrangebyscore", "zrem", "xgroup", "xinfo", "eval"],
+)  # fmt: skip
+async def test_a_command_that_is_not_permitted_is_named_at_the_start(
+    server: RedisServer, client: Redis, opened: Open, command: str
+) -> None:
+    """Also where somebody else has had the scripts run before. Nothing is changed by looking."""
+    await opened(server.url)
+    keys = await client.keys()
+    await client.execute_command("ACL", "SETUSER", "app", "on", ">pw", "~*", "+@all", f"-{command}")
+    with pytest.raises(ConfigurationError, match=rf"(?i)user 'app'.*\b{command}\b.*ACL"):
+        await RedisStreamTransport(f"redis://app:pw@{server.host}:{server.port}").connect()
+    assert await client.keys() == keys
+
+
 async def test_an_old_server_is_refused(server: RedisServer) -> None:
     """Before 6.2 there is no XAUTOCLAIM. A server that calls itself older is refused, with what to do."""
 

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from redis.exceptions import NoScriptError, ResponseError
 
-from paigeant.errors import TransportUnavailable
+from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.transport import TopicDepth
 from paigeant.transports.redis import scripts
 from paigeant.transports.redis.checks import check
@@ -70,14 +70,25 @@ class Streams:
         try:
             await servers.open()
             await check(servers)
-            # Whether the user may run scripts on these keys shows here, not at the first message.
-            await self._run_on(servers, scripts.DEPTH, "")
+            await self._check_rights(servers)
         except BaseException as exc:
             await servers.close()
             if isinstance(exc, TROUBLE):
                 raise refusal(exc, self.place) from exc
             raise
         self._servers = servers
+
+    async def _check_rights(self, servers: Servers) -> None:
+        """What the user may not do shows here, not at the first message."""
+        # By its text, whoever has had it run before: a server that has lost all scripts is sent them again.
+        found = await servers.ask(self.stream_key(""), "EVAL", scripts.RIGHTS.text, *self._given(""))
+        if found:
+            lacking = ", ".join(sorted({name.decode() for name in found}))
+            raise ConfigurationError(
+                f"redis at {self.place.where} refuses {self.place.user} the commands {lacking}; "
+                "permit them in the ACL of that user"
+            )
+        await self._run_on(servers, scripts.DEPTH, "")  # by its digest
 
     async def close(self) -> None:
         """Closing twice is harmless."""
@@ -241,13 +252,16 @@ class Streams:
         return await self._run_on(self.servers, script, topic, *args)
 
     async def _run_on(self, servers: Servers, script: Script, topic: str, *args: str | bytes | int) -> Any:
-        tag = self._tag(topic)
-        stream = self.stream_key(topic)
-        rest = (3, stream, f"{tag}:later", f"{tag}:due", GROUP, *args)
+        stream, given = self.stream_key(topic), self._given(topic, *args)
         try:
-            return await servers.ask(stream, "EVALSHA", script.sha, *rest)
+            return await servers.ask(stream, "EVALSHA", script.sha, *given)
         except NoScriptError:
-            return await servers.ask(stream, "EVAL", script.text, *rest)
+            return await servers.ask(stream, "EVAL", script.text, *given)
+
+    def _given(self, topic: str, *args: str | bytes | int) -> tuple[str | bytes | int, ...]:
+        """What each script is given: the keys and the group of a topic, and its own arguments."""
+        tag = self._tag(topic)
+        return (3, self.stream_key(topic), f"{tag}:later", f"{tag}:due", GROUP, *args)
 
 
 def _micros(seconds: float) -> int:
