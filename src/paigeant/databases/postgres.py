@@ -60,6 +60,18 @@ _SESSION = {
     "enable_mergejoin": "off",
     "jit": "off",
 }
+# What a user may not do with the tables of these names, and with the sequences that give those numbers.
+_LACKING = text("""
+SELECT current_user, current_schema(), what, string_agg(kind, ', ' ORDER BY kind) FROM (
+    SELECT what, kind FROM unnest(CAST(:names AS text[])) AS what,
+        unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS kind
+    WHERE NOT has_table_privilege(what, kind)
+    UNION ALL
+    SELECT what, 'USAGE'
+    FROM unnest(CAST(:numbered AS text[])) AS numbered, pg_get_serial_sequence(numbered, 'id') AS what
+    WHERE NOT has_sequence_privilege(what, 'USAGE')
+) AS lacking GROUP BY what ORDER BY what
+""")
 _BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _UPGRADE_LOCK = 0x70616967
 
@@ -143,6 +155,23 @@ class PostgresDatabase(Database):
         self._loop = loop
         await self._reader.submit(self._check, None)
         self._bell.open()
+
+    async def check_rights(self) -> None:
+        tables = {
+            "names": sorted(metadata.tables),
+            "numbered": [
+                table.name for table in metadata.sorted_tables if table.autoincrement_column is not None
+            ],
+        }
+        found = await self.ask(lambda connection: connection.execute(_LACKING, tables).all())
+        if found:
+            user, schema, what, lacks = found[0]
+            more = f", and rights on {len(found) - 1} others" if found[1:] else ""
+            where = f'IN SCHEMA "{schema}" TO "{user}"'
+            raise ConfigurationError(
+                f"the user '{user}' of {self.place} lacks {lacks} on {what}{more}; GRANT SELECT, INSERT, UPDATE, "
+                f"DELETE ON ALL TABLES {where}; GRANT USAGE ON ALL SEQUENCES {where}"
+            )
 
     async def _shut(self) -> None:
         await self._bell.close()
@@ -377,7 +406,12 @@ class PostgresDatabase(Database):
 
     def _unavailable(self, reason: str) -> PaigeantError:
         # Before a connection stands, the server's answer is a text alone.
-        for sign in ("password authentication failed", "no password supplied", "no pg_hba.conf entry"):
+        for sign in (
+            "password authentication failed",
+            "no password supplied",
+            "no pg_hba.conf entry",
+            "is not permitted to log in",
+        ):
             if sign in reason:
                 return ConfigurationError(f"{self.place} doesn't let the user in: {reason}")
         if "does not exist" in reason and "database" in reason:
