@@ -325,7 +325,9 @@ class Executor:
         outcome = attempt.outcome
         if not isinstance(outcome, Succeeded) or outcome.revision is None:
             return
-        slip = claim.message.routing_slip.mark_complete(revision=outcome.revision)
+        slip = claim.message.routing_slip.mark_complete(
+            compensation=outcome.compensation, revision=outcome.revision
+        )
         try:
             self.forwarder.check(claim.message.evolve(routing_slip=slip))
         except MessageInvalid as exc:
