@@ -34,7 +34,17 @@ from paigeant.lane import Later, Tx
 from paigeant.ledger import Head
 from paigeant.rows import foreseen_heads
 from paigeant.slip import Phase, RunStatus, StepStatus
-from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, Refused, StepKey, StepResult, WorkerRecord
+from paigeant.store import (
+    ClaimRequest,
+    DeadLetter,
+    Grant,
+    NextStep,
+    Recorded,
+    Refused,
+    StepKey,
+    StepResult,
+    WorkerRecord,
+)
 from paigeant.stores.sql import SqlStore
 from paigeant.table_transport import _Fetch
 from paigeant.testing.conformance.bench import run
@@ -458,6 +468,40 @@ async def test_a_sweep_waits_for_nobody(postgres_tables: str) -> None:
             swept = await store.sweep()  # else Postgres ends the wait after 4 s, with an error
             assert swept.lost == ("left",)
         assert (await store.sweep()).lost == ("kept",)
+
+
+async def test_deleting_old_runs_waits_for_no_letter(postgres_tables: str) -> None:
+    """A dead letter that somebody else has is left to that, who is deleting it; the runs go meanwhile."""
+    async with opened(postgres_tables) as store:
+        assert await store.record_workflow_start(run("r", "a"), None)
+        for name in ("kept", "left"):
+            await store.bury(DeadLetter(name, "t", "unhandled", "", b"", 1, "r", "a"))
+        with psycopg.connect(postgres_tables) as connection:
+            connection.execute("DELETE FROM dead_letters WHERE id = 'kept'")
+            # else Postgres ends the wait after 4 s, with an error
+            assert await store.prune_runs(before=await store.now() + 1.0) == 1
+        assert await store.list_dead_letters() == []
+
+
+async def test_letters_deleted_in_opposite_order_are_deleted_once(postgres_tables: str) -> None:
+    """Two processes that delete the same dead letters, one forwards and one backwards, don't wait for each other."""
+    ids = [f"l{number:03}" for number in range(150)]
+    before = deadlocks(postgres_tables)
+    async with opened(postgres_tables) as one, opened(postgres_tables) as other:
+        await asyncio.gather(*(one.bury(DeadLetter(name, "t", "unhandled", "", b"", 1)) for name in ids))
+        forwards = asyncio.gather(*map(one.delete_dead_letter, ids))
+        backwards = asyncio.gather(*map(other.delete_dead_letter, reversed(ids)))
+        first, second = await forwards, (await backwards)[::-1]
+    assert [a + b for a, b in zip(first, second, strict=True)] == [1] * len(ids)
+    assert deadlocks(postgres_tables) == before
+
+
+def deadlocks(url: str) -> int:
+    """How many the server has ended in this database so far."""
+    query = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    with psycopg.connect(url) as connection:
+        [(count,)] = connection.execute(query).fetchall()
+    return int(count)
 
 
 async def test_a_row_that_somebody_keeps_stops_only_who_needs_it(
