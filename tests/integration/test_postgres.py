@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,10 @@ import pytest
 from sqlalchemy import text
 from tests.integration.postgres_tables import database_with_tables, make_tables
 from tests.services import PostgresServer, free_port
+from tests.services.certificates import CertificateAuthority
+from tests.services.postgres import give_away
 from tests.services.proxy import Direction, Proxy
+from tests.services.server import temporary_folder
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, ledger, rows
 from paigeant.databases import postgres
@@ -287,6 +291,47 @@ async def test_a_server_that_can_t_be_reached_is_unavailable() -> None:
     with pytest.raises(StoreUnavailable, match="is the server running") as caught:
         await SqlStore(PostgresDatabase(url)).connect()
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        "sslmode=nosuch",
+        "target_session_attrs=nosuch",
+        "keepalives_idle=soon",
+        "port=99999",
+        "connect_timeout=nan",
+    ],
+)
+async def test_a_parameter_that_cant_be_used_is_a_mistake_in_the_settings(
+    postgres_tables: str, parameter: str
+) -> None:
+    """Waiting for a server doesn't mend it."""
+    with pytest.raises(ConfigurationError, match="parameter"):
+        await SqlStore(PostgresDatabase(f"{postgres_tables}?{parameter}")).connect()
+
+
+async def test_a_server_that_speaks_tls_is_verified() -> None:
+    """By the authority that the URL names; a file that isn't there is a mistake in the settings."""
+    folder = temporary_folder("tls")
+    ours, other = CertificateAuthority(folder), CertificateAuthority(folder, "other")
+    ours.server()
+    shown = folder / "tests-server.pem"
+    shown.chmod(0o600)
+    give_away(folder)
+    lines = ["fsync = off", "ssl = on", f"ssl_cert_file = '{shown}'", f"ssl_key_file = '{shown}'"]
+    try:
+        with PostgresServer(lines=lines) as server:
+            make_tables(server.url)
+            url = f"{server.url}?sslmode=verify-full&sslrootcert="
+            async with opened(f"{url}{ours.pem}") as store:
+                assert await store.list_runs() == []
+            with pytest.raises(StoreUnavailable, match="certificate verify failed"):
+                await SqlStore(PostgresDatabase(f"{url}{other.pem}")).connect()
+            with pytest.raises(ConfigurationError, match="nosuch"):
+                await SqlStore(PostgresDatabase(f"{url}/nosuch.pem")).connect()
+    finally:
+        shutil.rmtree(folder)
 
 
 async def test_a_server_that_can_only_be_read_is_refused(postgres_tables: str) -> None:

@@ -983,6 +983,8 @@ async def test_an_old_server_is_refused(server: RedisServer) -> None:
         ("redis://a:26379?sentinel=main&cluster=true", "both"),
         ("redis://a:6379?colour=blue", "parameter no. 1"),
         ("redis://a:6379?socket_timeout=soon", "socket_timeout"),
+        ("redis://a:6379?socket_timeout=nan", "socket_timeout of transport_url is in seconds"),
+        ("redis://a:6379?socket_connect_timeout=-1", "socket_connect_timeout of transport_url is in seconds"),
         ("redis://user:secret/word@a:6379/0", "%2F"),
         ("redis://user:secret#word@a:6379/0", "%23"),
         ("redis://user:secret[word@a:6379/0", "%5B"),
@@ -994,6 +996,16 @@ async def test_a_url_that_cannot_work_is_a_configuration_error(url: str, says: s
         RedisStreamTransport(url)
     assert says in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["nosuch", "utf-16"])
+async def test_no_encoding_in_a_url_changes_what_is_said(
+    server: RedisServer, opened: Open, encoding: str
+) -> None:
+    """Commands are bytes."""
+    transport = await opened(f"{server.url}?encoding={encoding}")
+    await transport.publish("work", message("m"))
+    assert await take(transport) == ["m"]
 
 
 async def test_a_url_may_name_the_namespace(server: RedisServer, opened: Open) -> None:

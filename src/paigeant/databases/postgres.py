@@ -43,6 +43,9 @@ _CONNECT_SECONDS = 5
 _STUCK_SECONDS = 15.0
 """How long a transaction may take before its connection is given up: a network can swallow everything in silence."""
 
+_UNUSABLE = re.compile(r"invalid \w+ value|invalid port number|certificate file \S+ does not exist")
+"""What libpq says, before or without asking a server, of a parameter's value."""
+
 _OLDEST_SERVER = 120000
 
 _SESSION = {
@@ -414,6 +417,8 @@ class PostgresDatabase(Database):
         ):
             if sign in reason:
                 return ConfigurationError(f"{self.place} doesn't let the user in: {reason}")
+        if _UNUSABLE.search(reason):
+            return ConfigurationError(f"the url of {self.place} has a parameter that can't be used: {reason}")
         if "does not exist" in reason and "database" in reason:
             return ConfigurationError(f"{self.place}: {reason}; make it with `createdb`, or name another")
         if "role" in reason and "does not exist" in reason:
@@ -472,12 +477,18 @@ def _read(url: str) -> dict[str, Any]:
     check_readable(url)
     check_parameters(url, ("ssl", *(option.keyword.decode() for option in Conninfo.get_defaults())))
     try:
-        return conninfo_to_dict(url)
+        given = conninfo_to_dict(url)
+        int(given.get("connect_timeout", 0))
+    except ValueError:
+        raise ConfigurationError(
+            "the parameter connect_timeout in a URL of Postgres is a whole number of seconds"
+        ) from None
     except psycopg.ProgrammingError:
         raise ConfigurationError(
             "store_url or transport_url is no URL of Postgres; expected "
             "postgresql://user:password@host:5432/database?parameter=value&parameter=value"
         ) from None
+    return given
 
 
 def _shown(given: dict[str, Any]) -> str:
