@@ -324,6 +324,6 @@ class RabbitMQTransport:
 def _whole(text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isdecimal():
-        raise ConfigurationError(f"delivery_limit is '{text}'; expected a whole number")
+    if not text.isdecimal() or len(text) > 9:
+        raise ConfigurationError(f"delivery_limit is '{text}'; expected a whole number of up to nine digits")
     return int(text)
