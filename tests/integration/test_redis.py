@@ -1008,6 +1008,37 @@ async def test_no_encoding_in_a_url_changes_what_is_said(
     assert await take(transport) == ["m"]
 
 
+async def test_names_that_cannot_be_written_keep_no_message(
+    server: RedisServer, client: Redis, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody else's key where the names of topics belong: messages are sent and counted all the same."""
+    await client.set("t:topics", "something else")
+    transport = await opened(server.url)
+    await transport.publish("work", message("m"))
+    await transport.publish("work", message("n"))
+    assert caplog.text.count("can't be written") == 1
+    other = await opened(server.url)
+    assert [(depth.topic, depth.waiting) for depth in await other.topics(["work"])] == [("work", 2)]
+    assert await take(transport, 2) == ["m", "n"]
+
+
+async def test_names_on_a_node_that_is_away_keep_no_message(opened: Open) -> None:
+    """In a cluster that serves what it has, topics of the other nodes go on."""
+    with redis_cluster() as cluster:
+        for node in cluster.nodes:
+            with cluster.client(node) as client:
+                client.config_set("cluster-require-full-coverage", "no")
+        transport = await opened(cluster.url)
+        away = cluster.primary("t:topics")
+        topic = next(
+            name for name in map(str, range(100)) if cluster.primary(transport.stream_key(name)) is not away
+        )
+        await asyncio.to_thread(away.kill)
+        async with Listening(transport, topic) as listening, asyncio.timeout(_PATIENCE):
+            await transport.publish(topic, message("m"))
+            await listening.wait_for("m")
+
+
 async def test_a_url_may_name_the_namespace(server: RedisServer, opened: Open) -> None:
     """namespace= in the URL stands above what the code says."""
     transport = await opened(f"{server.url}?namespace=mine")

@@ -130,7 +130,13 @@ class Streams:
 
     async def names(self) -> set[str]:
         """The topics to which somebody has sent a message, as far as that isn't forgotten."""
-        names = await self.servers.ask(self._topics_key, "SMEMBERS", self._topics_key)
+        try:
+            names = await self.servers.ask(self._topics_key, "SMEMBERS", self._topics_key)
+        except ResponseError as exc:
+            if "WRONGTYPE" not in str(exc):
+                raise
+            log.warning("the key %s holds something else than names of topics: %s", self._topics_key, exc)
+            names = []
         return {name.decode(errors="replace") for name in names}.union(self._announced)
 
     async def depths(self, topics: Collection[str]) -> list[TopicDepth]:
@@ -167,14 +173,18 @@ class Streams:
     async def add(self, topic: str, message_id: str, body: bytes, delay: float) -> None:
         """A new message, to be delivered in `delay` seconds."""
         adding = self._add(topic, message_id, body, delay)
-        if time.monotonic() > self._announced.get(topic, -math.inf):
-            await asyncio.gather(self._announce(topic), adding)
-        else:
-            await adding
+        if time.monotonic() <= self._announced.get(topic, -math.inf):
+            return await adding
+        told, added = await asyncio.gather(self._announce(topic), adding, return_exceptions=True)
+        if isinstance(added, BaseException):
+            raise added
+        self._announced[topic] = time.monotonic() + _ANNOUNCE_SECONDS
+        if isinstance(told, BaseException):
+            # Only listings need it. In a cluster it may be on a node that is away while the topic's is there.
+            log.warning("the name of the topic %s can't be written, listings may lack it: %s", topic, told)
 
     async def _announce(self, topic: str) -> None:
         await self.servers.ask(self._topics_key, "SADD", self._topics_key, topic)
-        self._announced[topic] = time.monotonic() + _ANNOUNCE_SECONDS
 
     async def _add(self, topic: str, message_id: str, body: bytes, delay: float) -> None:
         if delay > 0:
