@@ -371,8 +371,8 @@ class Dispatcher:
                 f"the key of this process may not start runs of workflow '{run.workflow}'; "
                 "its roles in the trust file say which: `dispatch`"
             )
-        self.forwarder.check(message)
         posting = None if letter is None else self.forwarder.posting(letter)
+        self.forwarder.check(message, posting)
         if await self.store.record_workflow_start(run, first, posting, is_new=is_new):
             self.observers.observe(
                 Event(

@@ -27,7 +27,7 @@ __all__ = ["LONGEST_DELAY", "STORED_PAYLOAD", "Forwarder", "Letter"]
 LONGEST_DELAY = 60.0
 """Seconds. A message for a later time would only lie about: the sweeper sends it when it is due."""
 
-_EXECUTED_BYTES = len(b'{"step_id":,"activity":,"stored":true},') - len(b'{"activity":,"id":},')
+_EXECUTED_BYTES = len(b'{"step_id":,"activity":,"status":"skipped"},') - len(b'{"activity":,"id":},')
 _UNDO_BYTES = len(b'{"step_id":,"activity":,"topic":},')
 _LONGEST_TOPIC = 202
 _MORE_BYTES = 200
@@ -110,7 +110,7 @@ class Forwarder:
         return not self.transport.keeps_rows(topic)
 
     def posting(self, letter: Letter) -> Posting | None:
-        """`letter` for a transaction of the store; None when that doesn't publish it.
+        """`letter` for a transaction of the store; None when that doesn't publish it. Raises MessageTooLarge.
 
         What receivers wouldn't take from this process is left to the sweeps of others.
         """
@@ -118,27 +118,21 @@ class Forwarder:
             return None
         message = letter.message
         try:
-            body = self._sealed(message, letter.topic)
-        except (
-            MessageTooLarge
-        ) as exc:  # `check` has let it pass by another limit: the step is done all the same
-            log.warning("not posted to %s, will be tried again: %s", letter.topic, exc)
-            return None
+            body = self.envelope.seal(message, letter.topic)
+        except MessageTooLarge:
+            body = self.envelope.seal(_without_payload(message), letter.topic)
         return Posting(letter.topic, message.message_id, body, letter.delay)
 
-    def _sealed(self, message: PaigeantMessage, topic: str) -> bytes:
-        try:
-            return self.envelope.seal(message, topic)
-        except MessageTooLarge:
-            return self.envelope.seal(_without_payload(message), topic)
-
-    def check(self, message: PaigeantMessage) -> None:
+    def check(self, message: PaigeantMessage, posting: Posting | None = None) -> None:
         """Raise MessageTooLarge unless `message` and all that follow from it until its run ends can travel.
 
         If need be with their payload left in the store. What is done takes more room in a slip than what is to do.
+        `posting` is the same message where it has been sealed: mostly that is small enough.
         """
-        limit = self.envelope.limit_bytes
-        size = len(encode(_without_payload(message), limit_bytes=limit)) + self._growth(message)
+        limit, growth = self.envelope.limit_bytes, self._growth(message)
+        if posting is not None and len(posting.body) + growth <= limit:
+            return
+        size = len(encode(_without_payload(message), limit_bytes=limit)) + growth
         if size > limit:
             raise MessageTooLarge(size, limit)
 
