@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -585,6 +587,24 @@ async def test_a_session_that_is_ended_in_the_middle_is_done_again(postgres_tabl
         await store.database.write(interrupted, None)
         assert [worker.id for worker in await store.list_workers()] == ["x"]
     assert len(set(tries)) == 2
+
+
+async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_tables: str) -> None:
+    """Neither its statements nor what was to be written: that are inputs and outputs of runs."""
+    value = secrets.token_hex(8)
+
+    def interrupted(tx: Tx, requests: Sequence[None]) -> list[None]:
+        [backend] = tx.connection.execute(text("SELECT pg_backend_pid()")).scalars()
+        with psycopg.connect(postgres_tables, autocommit=True) as connection:
+            connection.execute("SELECT pg_terminate_backend(%s)", [backend])
+        tx.connection.execute(text("SELECT :value"), {"value": value})
+        raise AssertionError("the session has ended")
+
+    async with opened(postgres_tables) as store:
+        with pytest.raises(StoreUnavailable, match=r"terminating connection|closed") as caught:
+            await store.database.write(interrupted, None)
+    assert value not in "".join(traceback.format_exception(caught.value))
+    assert "SELECT" not in str(caught.value)
 
 
 # -- processes that are stopped

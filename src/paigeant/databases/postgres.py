@@ -280,6 +280,7 @@ class PostgresDatabase(Database):
             poolclass=NullPool,
             paramstyle="format",
             use_native_hstore=False,  # it would be looked for at the first connection
+            hide_parameters=True,  # what runs are made of stands in no error
             **options,
         )
 
@@ -355,7 +356,7 @@ class PostgresDatabase(Database):
             elif _is_lost(connection):
                 # Out of patience with us, the server has done nothing of it, whatever we have sent meanwhile.
                 if not driver.committing or isinstance(cause, errors.IdleInTransactionSessionTimeout):
-                    raise Contended(str(exc), is_lost=True) from exc
+                    raise Contended(_reason(exc), is_lost=True) from exc
                 raise self._unavailable(_reason(exc)) from exc
             ours = self._ours(exc)
             if ours is exc:
