@@ -479,7 +479,7 @@ def _read(url: str) -> dict[str, Any]:
     check_parameters(url, ("ssl", *(option.keyword.decode() for option in Conninfo.get_defaults())))
     try:
         given = conninfo_to_dict(url)
-        int(given.get("connect_timeout", 0))
+        int(given.get("connect_timeout") or 0)
     except ValueError:
         raise ConfigurationError(
             "the parameter connect_timeout in a URL of Postgres is a whole number of seconds"
