@@ -120,6 +120,9 @@ class Database(ABC):
                 await lane.stop()
         self._writer = self._reader = None
 
+    async def check_rights(self) -> None:  # noqa: B027  # whoever can open a file may do all to it
+        """Raises ConfigurationError where its user may do less to the tables than a worker has to."""
+
     # -- transactions
 
     def write(

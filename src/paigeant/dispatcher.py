@@ -372,8 +372,7 @@ class Dispatcher:
                 "its roles in the trust file say which: `dispatch`"
             )
         posting = None if letter is None else self.forwarder.posting(letter)
-        if posting is None:
-            self.forwarder.check(message)
+        self.forwarder.check(message, posting)
         if await self.store.record_workflow_start(run, first, posting, is_new=is_new):
             self.observers.observe(
                 Event(

@@ -42,6 +42,9 @@ class Envelope(Protocol):
     limit_bytes: int
     """The largest body."""
 
+    seal_bytes: int
+    """What a seal adds to a body at most, but for the topics that it names."""
+
     def seal(self, message: PaigeantMessage, topic: str) -> bytes:
         """The bytes of `message` for whoever serves `topic`. Raises MessageTooLarge, MessageInvalid."""
         ...
@@ -76,6 +79,7 @@ class PlainEnvelope:
     """
 
     serves_all = True
+    seal_bytes = 0
 
     def __init__(self, limit_bytes: int = DEFAULT_LIMIT_BYTES, *, is_local: bool = False) -> None:
         self.limit_bytes = limit_bytes

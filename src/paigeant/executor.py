@@ -28,6 +28,7 @@ from paigeant.claim import Claim, Limits
 from paigeant.errors import (
     KeysUnavailable,
     MessageInvalid,
+    MessageTooLarge,
     NotAdopted,
     PaigeantError,
     RunNotFound,
@@ -325,7 +326,9 @@ class Executor:
         outcome = attempt.outcome
         if not isinstance(outcome, Succeeded) or outcome.revision is None:
             return
-        slip = claim.message.routing_slip.mark_complete(revision=outcome.revision)
+        slip = claim.message.routing_slip.mark_complete(
+            compensation=outcome.compensation, revision=outcome.revision
+        )
         try:
             self.forwarder.check(claim.message.evolve(routing_slip=slip))
         except MessageInvalid as exc:
@@ -432,7 +435,13 @@ class Executor:
 
     async def _persist(self, result: StepResult, letter: Letter | None) -> Recorded | Refused:
         """Record the result, again and again while the store can't: it is not thrown away for a short trouble."""
-        posting = None if letter is None else self.forwarder.posting(letter)
+        posting = None
+        try:
+            posting = None if letter is None else self.forwarder.posting(letter)
+        except (
+            MessageTooLarge
+        ) as exc:  # by a lower limit than it was checked by: the step is done all the same
+            log.warning("no message can follow %s, each sweep tries again: %s", result.key, exc)
         try:
             return await self._patiently(
                 lambda: self.store.record_step_result(result, posting),

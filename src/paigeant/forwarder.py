@@ -6,8 +6,10 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
+from urllib.parse import quote
 
 from pydantic import ValidationError
+from pydantic_core import to_json
 
 from paigeant import ledger
 from paigeant.activity import ActivityRegistry
@@ -24,6 +26,12 @@ __all__ = ["LONGEST_DELAY", "STORED_PAYLOAD", "Forwarder", "Letter"]
 
 LONGEST_DELAY = 60.0
 """Seconds. A message for a later time would only lie about: the sweeper sends it when it is due."""
+
+_EXECUTED_BYTES = len(b'{"step_id":,"activity":,"status":"skipped"},') - len(b'{"activity":,"id":},')
+_UNDO_BYTES = len(b'{"step_id":,"activity":,"topic":},')
+_LONGEST_TOPIC = 202
+_MORE_BYTES = 200
+"""For what messages have later: an epoch in their ids, the ending of a slip, headers of ours."""
 
 STORED_PAYLOAD = "paigeant-payload"
 """A header: the payload would make the message too large, and is to be read from the store."""
@@ -115,9 +123,33 @@ class Forwarder:
             body = self.envelope.seal(_without_payload(message), letter.topic)
         return Posting(letter.topic, message.message_id, body, letter.delay)
 
-    def check(self, message: PaigeantMessage) -> None:
-        """Raise MessageTooLarge unless `message` can travel, if need be with its payload left in the store."""
-        encode(_without_payload(message), limit_bytes=self.envelope.limit_bytes)
+    def check(self, message: PaigeantMessage, posting: Posting | None = None) -> None:
+        """Raise MessageTooLarge unless `message` and all that follow from it until its run ends can travel.
+
+        If need be with their payload left in the store. What is done takes more room in a slip than what is to do.
+        `posting` is the same message where it has been sealed: mostly that is small enough.
+        """
+        limit, growth = self.envelope.limit_bytes, self._growth(message)
+        if posting is not None and len(posting.body) + growth <= limit:
+            return
+        size = len(encode(_without_payload(message), limit_bytes=limit)) + growth
+        if size > limit:
+            raise MessageTooLarge(size, limit)
+
+    def _growth(self, message: PaigeantMessage) -> int:
+        """By how many bytes messages of this run may become larger, as long as nobody adds steps."""
+        growth, longest, topic = 0, 0, 0
+        for step in message.routing_slip.itinerary:
+            activity = self.registry.get(step.activity) if step.activity in self.registry else None
+            name, longest = len(to_json(step.id)), max(longest, len(quote(step.id)))
+            topic = max(topic, len(to_json(self.topic_of(step))))
+            growth += _EXECUTED_BYTES
+            if activity is None:
+                growth += _UNDO_BYTES + name + len(to_json(step.activity)) + _LONGEST_TOPIC
+            elif activity.compensation is not None:
+                growth += _UNDO_BYTES + name + len(to_json(step.activity)) + len(to_json(activity.topic))
+        ids = len(quote(message.workflow_id)) + longest
+        return growth + _MORE_BYTES + ids + 2 * topic + self.envelope.seal_bytes
 
     def _may_send(self, letter: Letter) -> bool:
         if self.envelope.may_send(letter.message, letter.topic):

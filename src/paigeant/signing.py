@@ -14,6 +14,8 @@ from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any, Protocol
 
+from pydantic_core import to_json
+
 from paigeant.codec import parse_strict
 from paigeant.envelope import SIGNATURE, framed, inner, outer, split
 from paigeant.errors import ConfigurationError, KeysUnavailable, MessageInvalid
@@ -46,6 +48,9 @@ REASONS = (
 """Why a signed message is refused, before or after its body is read; see `message.decode` for the others."""
 
 _TYPE = "paigeant-msg+jws"
+_SEAL_BYTES = len(
+    b'"seal":{"deployment":,"topic":,"issued_at":1000000000,"expires_at":1000000000,"sent_from":,"obo_hash":},'
+) + len(hashlib.sha256().hexdigest())
 _NAMES = {"alg", "kid", "typ", "crit", "b64"}
 
 
@@ -86,6 +91,7 @@ class SignedEnvelope:
         self.requires = requires
         self.lifetime = lifetime
         self.limit_bytes = limit_bytes
+        self.seal_bytes = _SEAL_BYTES + len(to_json(deployment))
         self._clock = clock
 
     def seal(self, message: PaigeantMessage, topic: str) -> bytes:

@@ -91,8 +91,9 @@ class TableTransport:
             self._forget = None
             self._closings += 1  # which ends the subscriptions
             self._wake(frozenset({"*"}))
-            with contextlib.suppress(StoreUnavailable):  # what it held comes back by itself, only later
-                await self.database.write(self._give_back, None)
+            if self._wakers:  # it has received
+                with contextlib.suppress(StoreUnavailable):  # what it held comes back by itself, only later
+                    await self.database.write(self._give_back, None)
             await self.database.close()
 
     def joins(self, store: Store) -> bool:

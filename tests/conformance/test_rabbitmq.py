@@ -250,6 +250,7 @@ def test_wait_queues_hold_at_least_as_long() -> None:
         ("amqp://host/?namespace=a:b", "expected up to 100 letters"),
         ("amqp://host/?queue_type=classic&delivery_limit=3", "for quorum queues"),
         ("amqp://host/?delivery_limit=many", "expected a whole number"),
+        ("amqp://host/?delivery_limit=9999999999", "nine digits"),
         ("amqp://host/?heartbeat=abc", "whole number of seconds"),
         ("amqp://host/?heartbeat=65535", "whole number of seconds"),
         ("amqp://", "expected amqp://"),

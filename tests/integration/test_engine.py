@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ from paigeant.errors import (
     ArgumentError,
     InputInvalid,
     InvalidTransition,
+    MessageTooLarge,
     RunConflict,
     RunNotFound,
     RunTimeout,
@@ -788,6 +790,68 @@ async def test_many_small_outputs_may_outgrow_a_message(settings: Settings) -> N
     async with working(settings, activity, workers=2) as app:
         run = await app.dispatch(Workflow("w", [*["make"] * 8, "count"]))
         assert (await run.wait(PATIENCE)).output == 8 * 900
+
+
+async def test_what_is_dispatched_can_travel_to_the_end(settings: Settings) -> None:
+    """What is done takes more room in a slip than what is to do: a dispatch that leaves too little is refused."""
+    activity = ActivityRegistry()
+    done: Counter[tuple[str, str]] = Counter()
+
+    def register(name: str) -> None:
+        @activity.execute(name, topic=f"{name}-{'t' * 100}")
+        async def work(ctx: StepContext) -> None:
+            done[ctx.workflow_id, ctx.step_id] += 1
+            if name == "last":
+                raise NonRetryableError("turn round")
+
+        @activity.compensate(name)
+        async def undo() -> None: ...
+
+    names = [*(f"step-{number}" for number in range(6)), "last"]
+    for name in names:
+        register(name)
+    workflow = Workflow("w", names)
+    settings = settings.model_copy(update={"max_message_bytes": 4096, "local_steps": 1})
+    async with working(settings, activity, workers=2) as app:
+        fits, too_large = 0, 4096
+        while too_large - fits > 1:
+            size = (fits + too_large) // 2
+            try:
+                await app.dispatch(workflow, headers={"x": "h" * size}, workflow_id=f"r{size}")
+                fits = size
+            except MessageTooLarge:
+                too_large = size
+        assert fits > 1024  # no more is kept free than is needed
+        assert (await app.run(f"r{fits}").wait(PATIENCE)).status == "compensated"
+    assert set(done.values()) == {1}
+
+
+async def test_a_step_is_done_once_also_where_no_message_can_follow(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker with a lower limit than the dispatcher's records what it did; with a higher one the run goes on."""
+    activity = ActivityRegistry()
+    done: list[str] = []
+
+    @activity.execute()
+    async def first() -> None:
+        done.append("first")
+        envelope.limit_bytes = 100
+
+    @activity.execute()
+    async def second() -> None:
+        done.append("second")
+
+    settings = settings.model_copy(update={"grace": 0.1, "local_steps": 1})
+    async with working(settings, activity) as app:
+        envelope = app.worker().executor.forwarder.envelope
+        run = await app.dispatch(Workflow("w", ["first", "second"]))
+        async with asyncio.timeout(PATIENCE):
+            while "too_large" not in caplog.text:  # noqa: ASYNC110  # nothing else tells
+                await asyncio.sleep(0.01)
+        envelope.limit_bytes = 8192
+        assert (await run.wait(PATIENCE)).status == "completed"
+    assert done == ["first", "second"]
 
 
 # -- variables, units, keys

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -21,7 +24,10 @@ import pytest
 from sqlalchemy import text
 from tests.integration.postgres_tables import database_with_tables, make_tables
 from tests.services import PostgresServer, free_port
+from tests.services.certificates import CertificateAuthority
+from tests.services.postgres import give_away
 from tests.services.proxy import Direction, Proxy
+from tests.services.server import temporary_folder
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, ledger, rows
 from paigeant.databases import postgres
@@ -34,7 +40,17 @@ from paigeant.lane import Later, Tx
 from paigeant.ledger import Head
 from paigeant.rows import foreseen_heads
 from paigeant.slip import Phase, RunStatus, StepStatus
-from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, Refused, StepKey, StepResult, WorkerRecord
+from paigeant.store import (
+    ClaimRequest,
+    DeadLetter,
+    Grant,
+    NextStep,
+    Recorded,
+    Refused,
+    StepKey,
+    StepResult,
+    WorkerRecord,
+)
 from paigeant.stores.sql import SqlStore
 from paigeant.table_transport import _Fetch
 from paigeant.testing.conformance.bench import run
@@ -279,6 +295,47 @@ async def test_a_server_that_can_t_be_reached_is_unavailable() -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        "sslmode=nosuch",
+        "target_session_attrs=nosuch",
+        "keepalives_idle=soon",
+        "port=99999",
+        "connect_timeout=nan",
+    ],
+)
+async def test_a_parameter_that_cant_be_used_is_a_mistake_in_the_settings(
+    postgres_tables: str, parameter: str
+) -> None:
+    """Waiting for a server doesn't mend it."""
+    with pytest.raises(ConfigurationError, match="parameter"):
+        await SqlStore(PostgresDatabase(f"{postgres_tables}?{parameter}")).connect()
+
+
+async def test_a_server_that_speaks_tls_is_verified() -> None:
+    """By the authority that the URL names; a file that isn't there is a mistake in the settings."""
+    folder = temporary_folder("tls")
+    ours, other = CertificateAuthority(folder), CertificateAuthority(folder, "other")
+    ours.server()
+    shown = folder / "tests-server.pem"
+    shown.chmod(0o600)
+    give_away(folder)
+    lines = ["fsync = off", "ssl = on", f"ssl_cert_file = '{shown}'", f"ssl_key_file = '{shown}'"]
+    try:
+        with PostgresServer(lines=lines) as server:
+            make_tables(server.url)
+            url = f"{server.url}?sslmode=verify-full&sslrootcert="
+            async with opened(f"{url}{ours.pem}") as store:
+                assert await store.list_runs() == []
+            with pytest.raises(StoreUnavailable, match="certificate verify failed"):
+                await SqlStore(PostgresDatabase(f"{url}{other.pem}")).connect()
+            with pytest.raises(ConfigurationError, match="nosuch"):
+                await SqlStore(PostgresDatabase(f"{url}/nosuch.pem")).connect()
+    finally:
+        shutil.rmtree(folder)
+
+
 async def test_a_server_that_can_only_be_read_is_refused(postgres_tables: str) -> None:
     """A replica, or a database set to be read only, is of no use to a store."""
     url = f"{postgres_tables}?options=-cdefault_transaction_read_only%3Don"
@@ -460,6 +517,40 @@ async def test_a_sweep_waits_for_nobody(postgres_tables: str) -> None:
         assert (await store.sweep()).lost == ("kept",)
 
 
+async def test_deleting_old_runs_waits_for_no_letter(postgres_tables: str) -> None:
+    """A dead letter that somebody else has is left to that, who is deleting it; the runs go meanwhile."""
+    async with opened(postgres_tables) as store:
+        assert await store.record_workflow_start(run("r", "a"), None)
+        for name in ("kept", "left"):
+            await store.bury(DeadLetter(name, "t", "unhandled", "", b"", 1, "r", "a"))
+        with psycopg.connect(postgres_tables) as connection:
+            connection.execute("DELETE FROM dead_letters WHERE id = 'kept'")
+            # else Postgres ends the wait after 4 s, with an error
+            assert await store.prune_runs(before=await store.now() + 1.0) == 1
+        assert await store.list_dead_letters() == []
+
+
+async def test_letters_deleted_in_opposite_order_are_deleted_once(postgres_tables: str) -> None:
+    """Two processes that delete the same dead letters, one forwards and one backwards, don't wait for each other."""
+    ids = [f"l{number:03}" for number in range(150)]
+    before = deadlocks(postgres_tables)
+    async with opened(postgres_tables) as one, opened(postgres_tables) as other:
+        await asyncio.gather(*(one.bury(DeadLetter(name, "t", "unhandled", "", b"", 1)) for name in ids))
+        forwards = asyncio.gather(*map(one.delete_dead_letter, ids))
+        backwards = asyncio.gather(*map(other.delete_dead_letter, reversed(ids)))
+        first, second = await forwards, (await backwards)[::-1]
+    assert [a + b for a, b in zip(first, second, strict=True)] == [1] * len(ids)
+    assert deadlocks(postgres_tables) == before
+
+
+def deadlocks(url: str) -> int:
+    """How many the server has ended in this database so far."""
+    query = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    with psycopg.connect(url) as connection:
+        [(count,)] = connection.execute(query).fetchall()
+    return int(count)
+
+
 async def test_a_row_that_somebody_keeps_stops_only_who_needs_it(
     postgres_tables: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,6 +587,24 @@ async def test_a_session_that_is_ended_in_the_middle_is_done_again(postgres_tabl
         await store.database.write(interrupted, None)
         assert [worker.id for worker in await store.list_workers()] == ["x"]
     assert len(set(tries)) == 2
+
+
+async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_tables: str) -> None:
+    """Neither its statements nor what was to be written: that are inputs and outputs of runs."""
+    value = secrets.token_hex(8)
+
+    def interrupted(tx: Tx, requests: Sequence[None]) -> list[None]:
+        [backend] = tx.connection.execute(text("SELECT pg_backend_pid()")).scalars()
+        with psycopg.connect(postgres_tables, autocommit=True) as connection:
+            connection.execute("SELECT pg_terminate_backend(%s)", [backend])
+        tx.connection.execute(text("SELECT :value"), {"value": value})
+        raise AssertionError("the session has ended")
+
+    async with opened(postgres_tables) as store:
+        with pytest.raises(StoreUnavailable, match=r"terminating connection|closed") as caught:
+            await store.database.write(interrupted, None)
+    assert value not in "".join(traceback.format_exception(caught.value))
+    assert "SELECT" not in str(caught.value)
 
 
 # -- processes that are stopped

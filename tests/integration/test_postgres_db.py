@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 
 import psycopg
 import pytest
 from tests.integration import warm
 from tests.integration.processes import PAIGEANT
-from tests.services import free_port
+from tests.services import PostgresServer, free_port
 
 from paigeant.databases import open_database
 from paigeant.errors import SchemaMismatch
@@ -143,3 +144,31 @@ def test_a_missing_database_is_exit_code_2(postgres_server_url: str, args: tuple
     done = command(f"{postgres_server_url.rpartition('/')[0]}/nobody_made_this", *args)
     assert done.returncode == 2
     assert "make it with `createdb`" in done.stderr
+
+
+def test_a_user_who_may_only_read_is_told_and_may_read() -> None:
+    """`config check` says which rights a worker lacks, and how to give them; listings need no more than reading."""
+    with PostgresServer(lines=["fsync = off"]) as server:
+        assert command(server.url, "db", "upgrade").returncode == 0
+        with psycopg.connect(server.url, autocommit=True) as connection:
+            connection.execute("CREATE USER reader")
+            connection.execute("GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader")
+            url = server.url.replace("postgres@", "reader@")
+            for listing in ("runs", "topics", "dead-letters"):
+                done = command(url, listing, "list")
+                assert (done.returncode, "error" in done.stderr) == (0, False), done.stderr
+            checked = command(url, "config", "check")
+            assert checked.returncode == 2
+            assert "the user 'reader'" in checked.stdout
+            assert "lacks DELETE, INSERT, UPDATE on dead_letters" in checked.stdout
+            tables, sequences = re.findall(r'GRANT [^;]* TO "reader"', checked.stdout)[:2]
+            connection.execute(tables)
+            checked = command(url, "config", "check")
+            assert checked.returncode == 2
+            assert "lacks USAGE on public.messages_id_seq, and rights on 2 others" in checked.stdout
+            connection.execute(sequences)
+            assert command(url, "config", "check").returncode == 0
+            connection.execute("ALTER USER reader NOLOGIN")
+        refused = command(url, "config", "check")
+        assert refused.returncode == 2
+        assert "doesn't let the user in" in refused.stdout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import shutil
 import subprocess
@@ -16,8 +17,10 @@ import aio_pika
 import aiormq
 import pytest
 from pamqp.commands import Basic
+from tests.integration.workers import working
 from tests.services import RabbitServer, free_port
 
+from paigeant import ActivityRegistry, Paigeant, Settings
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
@@ -596,6 +599,23 @@ async def test_a_user_needs_the_rights_that_the_guide_names(server: RabbitServer
         await delete(server.url, *transport.queues.names)
 
 
+@pytest.mark.parametrize(("write", "read"), [("^$", "{ours}"), (r"^amq\.default$", "^$")])
+async def test_a_right_that_lacks_is_told_at_the_start(server: RabbitServer, write: str, read: str) -> None:
+    """Without write or read no queue of a topic can be declared: connect() says so, not the first message."""
+    namespace = f"test-{secrets.token_hex(6)}"
+    ours = f"^{namespace}[.:]"
+    await asyncio.to_thread(server.ctl, "add_user", namespace, "word")
+    rights = (ours, write, read.format(ours=ours))
+    await asyncio.to_thread(server.ctl, "set_permissions", namespace, *rights)
+    transport = RabbitMQTransport(f"amqp://{namespace}:word@127.0.0.1:{server.port}/", namespace=namespace)
+    with pytest.raises(
+        ConfigurationError, match=r"may not declare the queue.*configure and read.*amq\.default"
+    ):
+        await transport.connect()
+    await transport.close()
+    await delete(server.url, *transport.queues.names)
+
+
 async def test_wrong_passwords_are_told(server: RabbitServer) -> None:
     """connect() says whom the broker refuses, and shows no password."""
     transport = RabbitMQTransport(f"amqp://guest:secret-word@127.0.0.1:{server.port}/")
@@ -804,3 +824,30 @@ def make_certificate(folder: Path) -> None:
     )
     for file in folder.iterdir():
         file.chmod(0o644)
+
+
+async def test_a_worker_says_which_queue_has_other_settings(
+    rabbitmq_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It goes on without that topic, and tries again: what to do is one line, and no traceback."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def work() -> None: ...
+
+    namespace = f"test-{secrets.token_hex(6)}"
+    settings = Settings(transport_url=rabbitmq_url, store_url="memory://", namespace=namespace, signing="off")
+    other = RabbitMQTransport(rabbitmq_url, namespace=namespace, delivery_limit=5)
+    await other.connect()
+    try:
+        await other.publish("work", message("m"))
+        async with Paigeant(settings, activities=activity) as app:
+            with caplog.at_level(logging.WARNING):
+                async with working(app.worker()), asyncio.timeout(RECOVERY):
+                    while "can't receive from work" not in caplog.text:  # noqa: ASYNC110  # nothing else tells
+                        await asyncio.sleep(0.02)
+        assert "is there with other settings" in caplog.text
+        assert "Traceback" not in caplog.text
+    finally:
+        await other.close()
+        await delete(rabbitmq_url, *other.queues.names)

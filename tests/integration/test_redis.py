@@ -926,6 +926,23 @@ async def test_missing_rights_are_a_configuration_error(
         await RedisStreamTransport(f"redis://app:pw@{server.host}:{server.port}").connect()
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["time", "xadd", "xlen", "xrange", "xreadgroup", "xautoclaim", "xpending", "xack", "xdel", "smembers", "zadd",
+     "zcard", "zrange", "zrangebyscore", "zrem", "xgroup", "xinfo", "eval"],
+)  # fmt: skip
+async def test_a_command_that_is_not_permitted_is_named_at_the_start(
+    server: RedisServer, client: Redis, opened: Open, command: str
+) -> None:
+    """Also where somebody else has had the scripts run before. Nothing is changed by looking."""
+    await opened(server.url)
+    keys = await client.keys()
+    await client.execute_command("ACL", "SETUSER", "app", "on", ">pw", "~*", "+@all", f"-{command}")
+    with pytest.raises(ConfigurationError, match=rf"(?i)user 'app'.*\b{command}\b.*ACL"):
+        await RedisStreamTransport(f"redis://app:pw@{server.host}:{server.port}").connect()
+    assert await client.keys() == keys
+
+
 async def test_an_old_server_is_refused(server: RedisServer) -> None:
     """Before 6.2 there is no XAUTOCLAIM. A server that calls itself older is refused, with what to do."""
 
@@ -966,6 +983,8 @@ async def test_an_old_server_is_refused(server: RedisServer) -> None:
         ("redis://a:26379?sentinel=main&cluster=true", "both"),
         ("redis://a:6379?colour=blue", "parameter no. 1"),
         ("redis://a:6379?socket_timeout=soon", "socket_timeout"),
+        ("redis://a:6379?socket_timeout=nan", "socket_timeout of transport_url is in seconds"),
+        ("redis://a:6379?socket_connect_timeout=-1", "socket_connect_timeout of transport_url is in seconds"),
         ("redis://user:secret/word@a:6379/0", "%2F"),
         ("redis://user:secret#word@a:6379/0", "%23"),
         ("redis://user:secret[word@a:6379/0", "%5B"),
@@ -977,6 +996,47 @@ async def test_a_url_that_cannot_work_is_a_configuration_error(url: str, says: s
         RedisStreamTransport(url)
     assert says in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["nosuch", "utf-16"])
+async def test_no_encoding_in_a_url_changes_what_is_said(
+    server: RedisServer, opened: Open, encoding: str
+) -> None:
+    """Commands are bytes."""
+    transport = await opened(f"{server.url}?encoding={encoding}")
+    await transport.publish("work", message("m"))
+    assert await take(transport) == ["m"]
+
+
+async def test_names_that_cannot_be_written_keep_no_message(
+    server: RedisServer, client: Redis, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody else's key where the names of topics belong: messages are sent and counted all the same."""
+    await client.set("t:topics", "something else")
+    transport = await opened(server.url)
+    await transport.publish("work", message("m"))
+    await transport.publish("work", message("n"))
+    assert caplog.text.count("can't be written") == 1
+    other = await opened(server.url)
+    assert [(depth.topic, depth.waiting) for depth in await other.topics(["work"])] == [("work", 2)]
+    assert await take(transport, 2) == ["m", "n"]
+
+
+async def test_names_on_a_node_that_is_away_keep_no_message(opened: Open) -> None:
+    """In a cluster that serves what it has, topics of the other nodes go on."""
+    with redis_cluster() as cluster:
+        for node in cluster.nodes:
+            with cluster.client(node) as client:
+                client.config_set("cluster-require-full-coverage", "no")
+        transport = await opened(cluster.url)
+        away = cluster.primary("t:topics")
+        topic = next(
+            name for name in map(str, range(100)) if cluster.primary(transport.stream_key(name)) is not away
+        )
+        await asyncio.to_thread(away.kill)
+        async with Listening(transport, topic) as listening, asyncio.timeout(_PATIENCE):
+            await transport.publish(topic, message("m"))
+            await listening.wait_for("m")
 
 
 async def test_a_url_may_name_the_namespace(server: RedisServer, opened: Open) -> None:

@@ -101,6 +101,7 @@ class Raw:
     """An envelope that sends bytes as they are: what a foreign publisher puts into a topic."""
 
     limit_bytes = 1 << 30
+    seal_bytes = 0
     serves_all = True
     told = "raw"
 

@@ -193,9 +193,13 @@ def _connected(settings: Settings, part: str, setting: str, url: str, make: Call
 
 
 async def _connect(part: _Part) -> None:
+    from paigeant.database import Database
+
     try:
         async with asyncio.timeout(_PATIENCE_SECONDS):
             await part.connect()
+            if isinstance(database := getattr(part, "database", None), Database):
+                await database.check_rights()
     except TimeoutError as exc:
         raise TransportUnavailable(
             f"no answer within {_PATIENCE_SECONDS:g} s; is a firewall in between?"

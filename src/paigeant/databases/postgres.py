@@ -43,6 +43,9 @@ _CONNECT_SECONDS = 5
 _STUCK_SECONDS = 15.0
 """How long a transaction may take before its connection is given up: a network can swallow everything in silence."""
 
+_UNUSABLE = re.compile(r"invalid \w+ value|invalid port number|certificate file \S+ does not exist")
+"""What libpq says, before or without asking a server, of a parameter's value."""
+
 _OLDEST_SERVER = 120000
 
 _SESSION = {
@@ -60,6 +63,18 @@ _SESSION = {
     "enable_mergejoin": "off",
     "jit": "off",
 }
+# What a user may not do with the tables of these names, and with the sequences that give those numbers.
+_LACKING = text("""
+SELECT current_user, current_schema(), what, string_agg(kind, ', ' ORDER BY kind) FROM (
+    SELECT what, kind FROM unnest(CAST(:names AS text[])) AS what,
+        unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS kind
+    WHERE NOT has_table_privilege(what, kind)
+    UNION ALL
+    SELECT what, 'USAGE'
+    FROM unnest(CAST(:numbered AS text[])) AS numbered, pg_get_serial_sequence(numbered, 'id') AS what
+    WHERE NOT has_sequence_privilege(what, 'USAGE')
+) AS lacking GROUP BY what ORDER BY what
+""")
 _BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _UPGRADE_LOCK = 0x70616967
 
@@ -143,6 +158,23 @@ class PostgresDatabase(Database):
         self._loop = loop
         await self._reader.submit(self._check, None)
         self._bell.open()
+
+    async def check_rights(self) -> None:
+        tables = {
+            "names": sorted(metadata.tables),
+            "numbered": [
+                table.name for table in metadata.sorted_tables if table.autoincrement_column is not None
+            ],
+        }
+        found = await self.ask(lambda connection: connection.execute(_LACKING, tables).all())
+        if found:
+            user, schema, what, lacks = found[0]
+            more = f", and rights on {len(found) - 1} others" if found[1:] else ""
+            where = f'IN SCHEMA "{schema}" TO "{user}"'
+            raise ConfigurationError(
+                f"the user '{user}' of {self.place} lacks {lacks} on {what}{more}; GRANT SELECT, INSERT, UPDATE, "
+                f"DELETE ON ALL TABLES {where}; GRANT USAGE ON ALL SEQUENCES {where}"
+            )
 
     async def _shut(self) -> None:
         await self._bell.close()
@@ -248,6 +280,7 @@ class PostgresDatabase(Database):
             poolclass=NullPool,
             paramstyle="format",
             use_native_hstore=False,  # it would be looked for at the first connection
+            hide_parameters=True,  # what runs are made of stands in no error
             **options,
         )
 
@@ -325,7 +358,7 @@ class PostgresDatabase(Database):
                 # only reads, reads again.
                 does_nothing = opening is _BEGIN_READING or not driver.committing
                 if does_nothing or isinstance(cause, errors.IdleInTransactionSessionTimeout):
-                    raise Contended(str(exc), is_lost=True) from exc
+                    raise Contended(_reason(exc), is_lost=True) from exc
                 raise self._unavailable(_reason(exc)) from exc
             ours = self._ours(exc)
             if ours is exc:
@@ -379,9 +412,16 @@ class PostgresDatabase(Database):
 
     def _unavailable(self, reason: str) -> PaigeantError:
         # Before a connection stands, the server's answer is a text alone.
-        for sign in ("password authentication failed", "no password supplied", "no pg_hba.conf entry"):
+        for sign in (
+            "password authentication failed",
+            "no password supplied",
+            "no pg_hba.conf entry",
+            "is not permitted to log in",
+        ):
             if sign in reason:
                 return ConfigurationError(f"{self.place} doesn't let the user in: {reason}")
+        if _UNUSABLE.search(reason):
+            return ConfigurationError(f"the url of {self.place} has a parameter that can't be used: {reason}")
         if "does not exist" in reason and "database" in reason:
             return ConfigurationError(f"{self.place}: {reason}; make it with `createdb`, or name another")
         if "role" in reason and "does not exist" in reason:
@@ -440,12 +480,18 @@ def _read(url: str) -> dict[str, Any]:
     check_readable(url)
     check_parameters(url, ("ssl", *(option.keyword.decode() for option in Conninfo.get_defaults())))
     try:
-        return conninfo_to_dict(url)
+        given = conninfo_to_dict(url)
+        int(given.get("connect_timeout") or 0)
+    except ValueError:
+        raise ConfigurationError(
+            "the parameter connect_timeout in a URL of Postgres is a whole number of seconds"
+        ) from None
     except psycopg.ProgrammingError:
         raise ConfigurationError(
             "store_url or transport_url is no URL of Postgres; expected "
             "postgresql://user:password@host:5432/database?parameter=value&parameter=value"
         ) from None
+    return given
 
 
 def _shown(given: dict[str, Any]) -> str:

@@ -314,6 +314,7 @@ def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> 
         URL.create("sqlite", database=str(path)),
         poolclass=NullPool,
         connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False, "isolation_level": None},
+        hide_parameters=True,  # what runs are made of stands in no error
     )
 
     @event.listens_for(engine, "connect")

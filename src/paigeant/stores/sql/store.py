@@ -323,8 +323,12 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
         gone = tx.connection.execute(query).scalars().all()
         if gone:
             theirs = (step_executions, step_units, workflow_variables, workflow_signals, workflow_requests)
-            for table in (*theirs, dead_letters, workflow_logs):
+            for table in (*theirs, workflow_logs):
                 tx.connection.execute(delete(table).where(table.c.workflow_id.in_(gone)))
+            # Nobody's lock on a run keeps its letters: one that somebody has is just being deleted.
+            free = select(dead_letters.c.id).where(dead_letters.c.workflow_id.in_(gone))
+            letters = free.with_for_update(skip_locked=True).cte("letters")
+            tx.connection.execute(delete(dead_letters).where(dead_letters.c.id.in_(select(letters.c.id))))
             tx.connection.execute(delete(workflow_runs).where(workflow_runs.c.id.in_(gone)))
         return len(gone)
 

@@ -235,7 +235,8 @@ class Link:
             return ConfigurationError(
                 f"RabbitMQ at {where} doesn't open the virtual host '{vhost}' to the user '{user}'; correct the path "
                 f"of transport_url, or create it (rabbitmqctl add_vhost {vhost}) and permit it "
-                f"(rabbitmqctl set_permissions -p {vhost} {user} '.*' '.*' '.*')"
+                f"(rabbitmqctl set_permissions -p {vhost} {user} '.*' '.*' '.*'), or raise its limit of connections "
+                "(rabbitmqctl list_vhost_limits)"
             )
         if isinstance(exc, FileNotFoundError):
             return ConfigurationError(

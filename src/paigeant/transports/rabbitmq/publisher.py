@@ -23,7 +23,7 @@ from paigeant.transports.rabbitmq.link import (
     throwaway,
     underlay,
 )
-from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, NAME_BYTES, Queue, declare
+from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, NAME_BYTES, Queue, check_rights, declare
 
 __all__ = ["Publisher"]
 
@@ -41,13 +41,17 @@ class Publisher:
         self._declaring = asyncio.Lock()
         self._outstanding: set[str] = set()
 
-    async def open(self, queue: Queue) -> None:
-        """Open it, and see to it that `queue` is there. Raises TransportUnavailable, ConfigurationError."""
+    async def open(self, queue: Queue, trial: Queue) -> None:
+        """Open it, and see to it that `queue` is there and the user has the rights that `trial` takes.
+
+        Raises TransportUnavailable, ConfigurationError.
+        """
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 if self._channel is None or self._channel.is_closed:
                     await self._single.get()  # tells a wrong setting; `_ready` puts it down to the broker
                 await self._ready(queue)
+                await check_rights(await self._link.open(), trial)
         except CONNECTION_EXCEPTIONS as exc:
             raise self._unavailable(exc) from exc
 

@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
-from collections.abc import Collection, Mapping
+import secrets
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
@@ -21,7 +23,7 @@ from paigeant.clock import Clock
 from paigeant.errors import ConfigurationError
 from paigeant.transports.rabbitmq.link import place, throwaway
 
-__all__ = ["DELETED_SECONDS", "NAME_BYTES", "Queue", "Queues", "declare"]
+__all__ = ["DELETED_SECONDS", "NAME_BYTES", "Queue", "Queues", "check_rights", "declare"]
 
 NAME_BYTES = 255
 """What AMQP allows for the name of a queue, and for the message_id of a message."""
@@ -112,6 +114,11 @@ class Queues:
         self.names.add(name)
         return Queue(name, arguments, (target,))
 
+    def trial(self) -> Queue:
+        """One of its own for `check_rights`, among the wait queues, for which everybody has to have the rights."""
+        name = f"{self.namespace}:wait.trial.{secrets.token_hex(8)}"
+        return Queue(name, self._dying_to(self.dead, "classic"))
+
     def topic_of(self, queue: str, used: Collection[str]) -> str:
         """The topic whose queue this is; its name is kept short when it is long, then only `used` ones are found."""
         if queue.startswith(f"{self.namespace}."):
@@ -139,10 +146,27 @@ async def declare(connection: aio_pika.Connection, queue: Queue) -> None:
     """Make sure that there are this queue and those that it needs. Raises ConfigurationError when it doesn't fit."""
     for needed in queue.needs:
         await declare(connection, needed)
-    try:
+    with _refused(connection, queue):
         # On a channel of its own: RabbitMQ closes it when the queue doesn't fit, with all that is under way on it.
         async with throwaway(connection) as channel:
             await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
+
+
+async def check_rights(connection: aio_pika.Connection, trial: Queue) -> None:
+    """Raises ConfigurationError for a user who may not have queues from which messages go on, as those of topics do.
+
+    `trial` is declared for that, and gone at once.
+    """
+    with _refused(connection, trial):
+        async with throwaway(connection) as channel:
+            queue = await channel.declare_queue(trial.name, exclusive=True, arguments=dict(trial.arguments))
+            await queue.delete()
+
+
+@contextlib.contextmanager
+def _refused(connection: aio_pika.Connection, queue: Queue) -> Iterator[None]:
+    try:
+        yield
     except ChannelPreconditionFailed as exc:
         raise ConfigurationError(
             f"the queue '{queue.name}' of RabbitMQ at {place(connection.url)} is there with other settings: {exc}. "
@@ -152,7 +176,8 @@ async def declare(connection: aio_pika.Connection, queue: Queue) -> None:
     except (ChannelAccessRefused, ChannelLockedResource) as exc:
         raise ConfigurationError(
             f"the user of transport_url may not declare the queue '{queue.name}' of RabbitMQ at "
-            f"{place(connection.url)}: {exc}. It needs the permissions configure, write and read"
+            f"{place(connection.url)}: {exc}. It needs the permissions configure and read on the queues, and write on "
+            "the exchange amq.default"
         ) from exc
 
 

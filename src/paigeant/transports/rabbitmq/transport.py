@@ -78,7 +78,7 @@ class RabbitMQTransport:
         # What aiormq says of each attempt belongs into a log that somebody has set up, not on the screen.
         for name in ("aiormq", "aio_pika"):
             logging.getLogger(name).addHandler(_SILENT)
-        await self._publisher.open(self.queues.dead)
+        await self._publisher.open(self.queues.dead, self.queues.trial())
 
     async def close(self) -> None:
         self._closings += 1  # which ends the subscriptions
@@ -324,6 +324,6 @@ class RabbitMQTransport:
 def _whole(text: str | None) -> int | None:
     if text is None:
         return None
-    if not text.isdecimal():
-        raise ConfigurationError(f"delivery_limit is '{text}'; expected a whole number")
+    if not text.isdecimal() or len(text) > 9:
+        raise ConfigurationError(f"delivery_limit is '{text}'; expected a whole number of up to nine digits")
     return int(text)

@@ -13,6 +13,7 @@ from redis.asyncio import Connection, ConnectionPool, SSLConnection
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError
 
+from paigeant.clock import is_duration
 from paigeant.errors import ConfigurationError
 from paigeant.urls import begin_of, check_parameters, check_readable
 
@@ -21,6 +22,9 @@ __all__ = ["Place", "one_line"]
 _SCHEMES = ("redis", "rediss")
 _OWN = ("namespace", "sentinel", "cluster", "sentinel_username", "sentinel_password")
 """The parameters that are ours; the others are redis-py's."""
+
+_NOT_TAKEN = ("host", "port", "protocol", "decode_responses", "himport_registry", "retry")
+"""Of what redis-py reads in a URL: that is chosen elsewhere."""
 
 Address = tuple[str, int]
 
@@ -117,8 +121,14 @@ def _options(url: str) -> tuple[dict[str, Any], bool]:
         which = f"the parameter {named[0]}, which" if named else "a parameter that"
         raise ConfigurationError(f"transport_url has {which} can't be used as it is there") from None
     options = dict(pool.connection_kwargs)
-    for name in ("host", "port", "protocol", "decode_responses", "himport_registry", "retry"):
+    # What is said to the server is bytes, in UTF-8 where it is text, and so are its answers.
+    for name in (*_NOT_TAKEN, "encoding", "encoding_errors"):
         options.pop(name, None)
+    for name in ("socket_timeout", "socket_connect_timeout"):
+        if name in options and not is_duration(options[name]):
+            raise ConfigurationError(
+                f"the parameter {name} of transport_url is in seconds, above 0 and below 100 years"
+            )
     return options, pool.connection_class is SSLConnection
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "PENDING",
     "RECLAIM",
     "RETURN",
+    "RIGHTS",
     "Script",
 ]
 
@@ -242,3 +243,39 @@ end
 return {waiting + redis.call('ZCARD', due), taken, oldest}
 """)
 """How many wait, how many are taken, and the age of the oldest in milliseconds, or -1."""
+
+RIGHTS = Script("""
+local lacking = {}
+local function try(command, ...)
+  local answer = redis.pcall(command, ...)
+  local trouble = type(answer) == 'table' and answer.err or ''
+  for _, refused in ipairs({'NOPERM', "can't run this command", 'Unknown Redis command'}) do
+    if string.find(trouble, refused, 1, true) then
+      table.insert(lacking, command)
+      return
+    end
+  end
+end
+
+try('TIME')
+try('XADD', stream, 'NOMKSTREAM', '0-0', 'bell', '1')
+try('XLEN', stream)
+try('XRANGE', stream, '-', '+', 'COUNT', 1)
+try('XREADGROUP', 'GROUP', group, 'nobody', 'COUNT', 1, 'STREAMS', stream, '0')
+try('XAUTOCLAIM', stream, group, 'nobody', 1e15, '-', 'COUNT', 1)
+try('XPENDING', stream, group, '-', '+', 1)
+try('XACK', stream, group, '0-0')
+try('XDEL', stream, '0-0')
+try('SMEMBERS', stream)
+try('XGROUP', 'CREATE', stream, group, '0')
+try('XGROUP', 'DELCONSUMER', stream, group, 'nobody')
+try('XINFO', 'GROUPS', stream)
+try('XINFO', 'CONSUMERS', stream, group)
+try('ZADD', due, 'XX', 0, '0-0')
+try('ZCARD', due)
+try('ZRANGE', due, 0, 0)
+try('ZRANGEBYSCORE', due, '-inf', 0, 'LIMIT', 0, 1)
+try('ZREM', due, '0-0')
+return lacking
+""")
+"""Which of the needed commands the user may not give. For a topic that nobody has: so none of them changes anything."""

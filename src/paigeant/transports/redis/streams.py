@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from redis.exceptions import NoScriptError, ResponseError
 
-from paigeant.errors import TransportUnavailable
+from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.transport import TopicDepth
 from paigeant.transports.redis import scripts
 from paigeant.transports.redis.checks import check
@@ -70,14 +70,25 @@ class Streams:
         try:
             await servers.open()
             await check(servers)
-            # Whether the user may run scripts on these keys shows here, not at the first message.
-            await self._run_on(servers, scripts.DEPTH, "")
+            await self._check_rights(servers)
         except BaseException as exc:
             await servers.close()
             if isinstance(exc, TROUBLE):
                 raise refusal(exc, self.place) from exc
             raise
         self._servers = servers
+
+    async def _check_rights(self, servers: Servers) -> None:
+        """What the user may not do shows here, not at the first message."""
+        # By its text, whoever has had it run before: a server that has lost all scripts is sent them again.
+        found = await servers.ask(self.stream_key(""), "EVAL", scripts.RIGHTS.text, *self._given(""))
+        if found:
+            lacking = ", ".join(sorted({name.decode() for name in found}))
+            raise ConfigurationError(
+                f"redis at {self.place.where} refuses {self.place.user} the commands {lacking}; "
+                "permit them in the ACL of that user"
+            )
+        await self._run_on(servers, scripts.DEPTH, "")  # by its digest
 
     async def close(self) -> None:
         """Closing twice is harmless."""
@@ -119,7 +130,13 @@ class Streams:
 
     async def names(self) -> set[str]:
         """The topics to which somebody has sent a message, as far as that isn't forgotten."""
-        names = await self.servers.ask(self._topics_key, "SMEMBERS", self._topics_key)
+        try:
+            names = await self.servers.ask(self._topics_key, "SMEMBERS", self._topics_key)
+        except ResponseError as exc:
+            if "WRONGTYPE" not in str(exc):
+                raise
+            log.warning("the key %s holds something else than names of topics: %s", self._topics_key, exc)
+            names = []
         return {name.decode(errors="replace") for name in names}.union(self._announced)
 
     async def depths(self, topics: Collection[str]) -> list[TopicDepth]:
@@ -156,14 +173,18 @@ class Streams:
     async def add(self, topic: str, message_id: str, body: bytes, delay: float) -> None:
         """A new message, to be delivered in `delay` seconds."""
         adding = self._add(topic, message_id, body, delay)
-        if time.monotonic() > self._announced.get(topic, -math.inf):
-            await asyncio.gather(self._announce(topic), adding)
-        else:
-            await adding
+        if time.monotonic() <= self._announced.get(topic, -math.inf):
+            return await adding
+        told, added = await asyncio.gather(self._announce(topic), adding, return_exceptions=True)
+        if isinstance(added, BaseException):
+            raise added
+        self._announced[topic] = time.monotonic() + _ANNOUNCE_SECONDS
+        if isinstance(told, BaseException):
+            # Only listings need it. In a cluster it may be on a node that is away while the topic's is there.
+            log.warning("the name of the topic %s can't be written, listings may lack it: %s", topic, told)
 
     async def _announce(self, topic: str) -> None:
         await self.servers.ask(self._topics_key, "SADD", self._topics_key, topic)
-        self._announced[topic] = time.monotonic() + _ANNOUNCE_SECONDS
 
     async def _add(self, topic: str, message_id: str, body: bytes, delay: float) -> None:
         if delay > 0:
@@ -241,13 +262,16 @@ class Streams:
         return await self._run_on(self.servers, script, topic, *args)
 
     async def _run_on(self, servers: Servers, script: Script, topic: str, *args: str | bytes | int) -> Any:
-        tag = self._tag(topic)
-        stream = self.stream_key(topic)
-        rest = (3, stream, f"{tag}:later", f"{tag}:due", GROUP, *args)
+        stream, given = self.stream_key(topic), self._given(topic, *args)
         try:
-            return await servers.ask(stream, "EVALSHA", script.sha, *rest)
+            return await servers.ask(stream, "EVALSHA", script.sha, *given)
         except NoScriptError:
-            return await servers.ask(stream, "EVAL", script.text, *rest)
+            return await servers.ask(stream, "EVAL", script.text, *given)
+
+    def _given(self, topic: str, *args: str | bytes | int) -> tuple[str | bytes | int, ...]:
+        """What each script is given: the keys and the group of a topic, and its own arguments."""
+        tag = self._tag(topic)
+        return (3, self.stream_key(topic), f"{tag}:later", f"{tag}:due", GROUP, *args)
 
 
 def _micros(seconds: float) -> int:
