@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -426,3 +427,19 @@ async def test_a_thread_that_a_timeout_has_left_running_asks_no_model() -> None:
         over.set()
         await asyncio.to_thread(ended.wait)
     assert asked == []
+
+
+@pytest.mark.parametrize("inline", [True, False])
+async def test_a_tool_that_exits_fails_its_step_and_not_the_worker(inline: bool) -> None:
+    """`sys.exit()`, as the code of commands calls it, is an error like any other."""
+    model, _ = scripted(called("command", "c1"), "never")
+    caller = Agent(model, name="caller")
+
+    @caller.tool_plain(metadata={"paigeant": {"inline": inline}})
+    def command() -> None:
+        sys.exit(3)
+
+    activity = ActivityRegistry()
+    activity.agent(caller, prompt="Call it.")
+    found, _ = await carried_out(activity, "caller")
+    assert found.run.error == "caller: RuntimeError: tool 'command' ended with SystemExit(3)"

@@ -287,6 +287,9 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
                 place, f"{self.name}__inline:{recorded_name(call)}", ctx, call.tool_call_id
             ).entered():
                 return await handler(args)
+        except SystemExit as exc:
+            # It runs in a task of its own, from where this would end the event loop, and the worker with all its steps.
+            raise RuntimeError(f"tool '{call.tool_name}' ended with SystemExit({exc.code!r})") from exc
         finally:
             CALL.reset(token)
 
