@@ -48,7 +48,7 @@ async def over_stdio(calls: Path, **options: Any) -> AsyncIterator[MCPToolset[An
     """The toolset of a server that is begun when it is needed, and ends with the block."""
     transport = StdioTransport(sys.executable, [str(SERVER), str(calls)])
     try:
-        yield MCPToolset(transport, id="mortal", **options)
+        yield MCPToolset(transport, id="mortal", init_timeout=60, **options)
     finally:
         await transport.close()
 
@@ -133,7 +133,7 @@ async def test_outside_of_steps_a_lost_connection_is_told_to_the_model(tmp_path:
 async def test_a_lost_answer_of_what_is_done_at_most_once_goes_to_a_person(tmp_path: Path, tool: str) -> None:
     """Neither a connection that was lost nor an answer that is late is told to a model that would call it again."""
     activity, calls = ActivityRegistry(), tmp_path / "calls"
-    async with over_stdio(calls, read_timeout=3) as mortal:
+    async with over_stdio(calls, read_timeout=5) as mortal:
         activity.agent(agent_of(mortal.with_metadata(paigeant={"at_most_once": True})), prompt="{tool}")
         async with MemoryApp(activity) as app:
             run = await app.dispatch(Workflow("w", ["agent"]), {"tool": tool})
