@@ -106,6 +106,7 @@ class Activity:
 
     `concurrency` bounds how many of it one worker does at once. `strict_fencing` refuses the late result of an attempt
     that lost its lease. `compensation` undoes it. `scopes` are the rights that it needs of the person it acts for.
+    `may_add` names the activities that its model may add.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Activity:
     description: str = ""
     compensation: Activity | None = None
     scopes: tuple[str, ...] = ()
+    may_add: tuple[str, ...] = ()
 
     def dump(self, value: Any) -> bytes:
         """What the activity returned, as JSON in the way its annotation wants. Raises OutputInvalid."""

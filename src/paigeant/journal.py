@@ -25,7 +25,7 @@ from pydantic_core import from_json, to_json
 
 from paigeant import codec
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep, RequestDenied, WaitTimeout
-from paigeant.parking import Parked, Parking
+from paigeant.parking import Parking
 from paigeant.secret import SecretToken, refuse_tokens
 from paigeant.store import Request, RequestKind, RunValues, StepKey
 
@@ -144,14 +144,13 @@ class Journal:
     async def find(self, unit: str, *, again: bool = False) -> bytes | None:
         """The record of a unit; None when there is none. `again`: it may have been made by this very attempt.
 
-        Raises Parked once the step is left: what still runs of the attempt begins nothing more.
+        Raises Parked once the attempt is over, or the step left: what still runs of it begins nothing more.
         """
         if self._recorded is None or again:
             found = await self._ask(self._find(unit, again))
         else:
             found = self._recorded.pop(unit, None)
-        if self.parking.is_parked:
-            raise Parked
+        self.parking.check()
         return found
 
     async def _find(self, unit: str, again: bool) -> bytes | None:
@@ -382,8 +381,10 @@ class Place:
     async def settled(self, *, beside: bool = False) -> None:
         """Wait until all that the attempt has done so far is recorded, but for what goes on `beside` this.
 
-        Leaves the step, to begin anew, when another worker has recorded something else: that lasts no time.
+        Leaves the step, to begin anew, when another worker has recorded something else: that lasts no time. Raises
+        Parked once the attempt is over.
         """
+        self.journal.parking.check()
         if not await self.journal.settled(beside=beside) and not self._is_in_once():
             await self._leave((), self.journal.now())
 
@@ -579,6 +580,7 @@ class Place:
 
     async def _produce(self, name: str, unit: Unit, produce: Callable[[], Awaitable[bytes]]) -> bytes:
         for number in itertools.count(1):
+            self.journal.parking.check()
             limit = None if unit.timeout is None else asyncio.timeout(unit.timeout)
             try:
                 inner = self._inner(name, again=self.again or number > 1, is_once=unit.at_most_once)

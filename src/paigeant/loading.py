@@ -57,12 +57,19 @@ def load(names: Iterable[str]) -> Handlers:
 
 def unknown_activities(
     workflows: Iterable[Workflow], activities: ActivityRegistry
-) -> Iterator[tuple[Workflow, UnknownActivity]]:
-    """The activities that `workflows` name and `activities` doesn't have, each with its workflow."""
-    for workflow in workflows:
-        for name in dict.fromkeys(step.activity for step in workflow.steps):
+) -> Iterator[tuple[str, UnknownActivity]]:
+    """The activities that `workflows`, and agents that may add steps, name and `activities` doesn't have.
+
+    Each comes with what names it.
+    """
+    named = {
+        f"workflow '{workflow.name}'": [step.activity for step in workflow.steps] for workflow in workflows
+    }
+    named.update((f"may_add of activity '{name}'", list(activities.get(name).may_add)) for name in activities)
+    for where, names in named.items():
+        for name in dict.fromkeys(names):
             if name not in activities:
-                yield workflow, UnknownActivity(name, activities)
+                yield where, UnknownActivity(name, activities)
 
 
 def _add(workflows: dict[str, tuple[Workflow, str]], workflow: Workflow, name: str) -> None:

@@ -2,7 +2,8 @@
 
 An attempt may do several things at once, of which some wait for an answer, a signal or an hour while others work. It
 is parked once all that it does is wait: each wait then ends with `Parked`, which no activity should catch. What works
-is known by its units: code that is in none is left beside a wait, and goes on at most until its next unit.
+is known by its units: code that is in none is left beside a wait, and goes on at most until its next unit. So does
+what an attempt that has ended in any other way has left running.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Parking:
 
     def __init__(self) -> None:
         self.is_parked = False
+        self._is_over = False
         self.waits_for: tuple[str, ...] = ()
         """Names of the signals of which one ends the waiting, once it `is_parked`."""
         self.until: float | None = None
@@ -40,6 +42,16 @@ class Parking:
         self._working: set[object] = set()
         self._settling: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def check(self) -> None:
+        """Raise Parked once the attempt is parked or over: what still runs of it begins nothing more."""
+        if self.is_parked or self._is_over:
+            raise Parked
+
+    def leave(self) -> None:
+        """The attempt is over. What it has left running would do the same as the next one, or what is being undone."""
+        self._is_over = True
+        self._end_waits()
 
     def working(self, what: object) -> Working:
         """The code inside works, in any thread: at `what`, which is a unit by its name, or anything else."""
@@ -64,8 +76,7 @@ class Parking:
 
         The units `around` are those that can't go on without it.
         """
-        if self.is_parked:
-            raise Parked
+        self.check()
         self._loop = asyncio.get_running_loop()
         over: asyncio.Future[None] = self._loop.create_future()
         self._waits[over] = _Wait(waits_for, until, around)
@@ -97,6 +108,9 @@ class Parking:
         self.is_parked = True
         self.waits_for = tuple(dict.fromkeys(name for wait in waits for name in wait.waits_for))
         self.until = min((wait.until for wait in waits if wait.until is not None), default=None)
+        self._end_waits()
+
+    def _end_waits(self) -> None:
         for over in self._waits:
             if not over.done():
                 over.set_exception(Parked())

@@ -107,6 +107,12 @@ class Performer:
     async def _perform(self, claim: Claim) -> Attempt:
         attempt = Attempt()
         context = attempt.context = self._context(claim)
+        try:
+            return await self._perform_in(context, claim, attempt)
+        finally:
+            context._place.journal.parking.leave()
+
+    async def _perform_in(self, context: StepContext, claim: Claim, attempt: Attempt) -> Attempt:
         parking = context._place.journal.parking
         retry = claim.retry(self.limits)
         if claim.grant.exhausted:

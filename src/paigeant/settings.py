@@ -139,7 +139,10 @@ class Settings(BaseSettings):
         "ES256", description="what that key signs with"
     )
 
-    strict: bool = Field(False, description="refuse workflows with activities that no loaded registry knows")
+    strict: bool = Field(
+        False,
+        description="refuse workflows, and may_add of agents, with activities that no loaded registry knows",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least level of log lines"
     )

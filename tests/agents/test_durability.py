@@ -999,6 +999,18 @@ def test_options_of_tools_are_checked_when_the_engine_is_attached(told: Any, say
         durable(TestModel(), toolsets=[toolset])
 
 
+@pytest.mark.parametrize("whose", ["tool", "toolset"])
+def test_the_library_s_timeout_isn_t_for_what_is_done_at_most_once(whose: str) -> None:
+    """The model is told of it, and may ask for the same again."""
+    toolset = FunctionToolset[Any](id="tools", timeout=1.0 if whose == "toolset" else None)
+    timeout = 1.0 if whose == "tool" else None
+    toolset.add_function(
+        lambda: 1, name="pay", timeout=timeout, metadata={"paigeant": {"at_most_once": True}}
+    )
+    with pytest.raises(InvalidDefinition, match=r"'at_most_once': True, 'timeout': 1\.0"):
+        durable(TestModel(), toolsets=[toolset])
+
+
 def failing(error: Callable[[], Exception], times: int) -> tuple[FunctionModel, list[int]]:
     """A model that fails so many times before it answers."""
     asked: list[int] = []

@@ -474,6 +474,43 @@ async def test_what_a_left_attempt_goes_on_with_begins_no_unit() -> None:
     assert step.units == []
 
 
+async def test_what_a_failed_attempt_has_left_running_begins_no_unit() -> None:
+    """`gather` leaves the others running: what they did would have an effect after all was undone."""
+    activity = ActivityRegistry()
+    over = asyncio.Event()
+    others: list[asyncio.Task[Any]] = []
+    did: list[str] = []
+
+    async def later(context: StepContext) -> None:
+        await over.wait()
+        await context.once("pay", lambda: did.append("paid"))
+
+    async def fails() -> None:
+        raise ConnectionError("no answer")
+
+    @activity.execute(retries=1)
+    async def both(context: StepContext) -> None:
+        others.extend(asyncio.create_task(one) for one in (later(context), context.wait_for("never")))
+        await asyncio.gather(fails(), *others)
+
+    @activity.execute()
+    async def book() -> str:
+        return "booked"
+
+    @activity.compensate("book")
+    async def unbook() -> None:
+        did.append("unbooked")
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["book", "both"]))
+        await app.drain()
+        assert (await run.wait(5)).status is RunStatus.COMPENSATED
+        over.set()
+        ends = await asyncio.gather(*others, return_exceptions=True)
+    assert [type(end) for end in ends] == [Parked] * 4
+    assert did == ["unbooked"]
+
+
 async def test_an_activity_that_catches_its_leaving_is_left_all_the_same() -> None:
     """What it makes of waits that are not over is no result."""
     activity = ActivityRegistry()

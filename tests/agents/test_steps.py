@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +19,7 @@ from opentelemetry.trace import (
     TracerProvider,
     set_span_in_context,
 )
-from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart
+from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart, ToolCallPart
 from pydantic_ai.capabilities import Instrumentation
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.instrumented import InstrumentationSettings
@@ -26,9 +28,10 @@ from pydantic_ai.toolsets import DynamicToolset, FunctionToolset
 from pydantic_core import from_json
 from tests.agents.steps import Crash, Step, called, prompt_of, returned, scripted
 
-from paigeant import ActivityRegistry, StepContext, Workflow
+from paigeant import ActivityRegistry, RunStatus, StepContext, Workflow
 from paigeant.agents import PaigeantDurability, effect_key
 from paigeant.errors import InvalidDefinition
+from paigeant.parking import Parked
 from paigeant.store import RunDetail, StepKey
 from paigeant.testing import MemoryApp
 
@@ -357,3 +360,86 @@ async def test_what_would_be_lost_when_a_record_is_found_is_refused(change: str)
             await app.drain()
             error = str((await run.detail()).run.error)
             assert ("inside of something that is recorded" in error) is not ends, error
+
+
+@pytest.mark.parametrize("inline", [True, False])
+async def test_an_agent_that_a_failed_attempt_has_left_running_calls_nothing(inline: bool) -> None:
+    """Neither its model is asked nor its tool called, recorded or not, once the attempt is over."""
+    over, began = asyncio.Event(), asyncio.Event()
+    asked: list[int] = []
+    paid: list[str] = []
+    left: list[asyncio.Task[Any]] = []
+
+    async def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        asked.append(len(messages))
+        began.set()
+        await over.wait()
+        return ModelResponse(parts=[ToolCallPart("pay", {})])
+
+    payer = Agent(FunctionModel(respond), name="payer", capabilities=[PaigeantDurability()])
+
+    @payer.tool_plain(metadata={"paigeant": {"inline": inline}})
+    def pay() -> None:
+        paid.append("pay")
+
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def leave() -> None:
+        left.append(asyncio.create_task(payer.run("Pay.")))
+        await began.wait()
+        raise ConnectionError("no answer")
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["leave"]))
+        await app.drain()
+        assert (await run.wait(5)).status is RunStatus.FAILED
+        over.set()
+        with pytest.raises(Parked):
+            await left[0]
+    assert (asked, paid) == ([1], [])
+
+
+async def test_a_thread_that_a_timeout_has_left_running_asks_no_model() -> None:
+    """A function in a thread goes on without its step, and its agents don't."""
+    over, ended = threading.Event(), threading.Event()
+    asked: list[int] = []
+
+    def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        asked.append(len(messages))
+        return ModelResponse(parts=[TextPart("done")])
+
+    writer = Agent(FunctionModel(respond), name="writer", capabilities=[PaigeantDurability()])
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0, timeout=0.01)
+    def write() -> str:
+        try:
+            over.wait()
+            return asyncio.run(writer.run("Write.")).output
+        finally:
+            ended.set()
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["write"]))
+        await app.drain()
+        assert (await run.wait(5)).status is RunStatus.FAILED
+        over.set()
+        await asyncio.to_thread(ended.wait)
+    assert asked == []
+
+
+@pytest.mark.parametrize("inline", [True, False])
+async def test_a_tool_that_exits_fails_its_step_and_not_the_worker(inline: bool) -> None:
+    """`sys.exit()`, as the code of commands calls it, is an error like any other."""
+    model, _ = scripted(called("command", "c1"), "never")
+    caller = Agent(model, name="caller")
+
+    @caller.tool_plain(metadata={"paigeant": {"inline": inline}})
+    def command() -> None:
+        sys.exit(3)
+
+    activity = ActivityRegistry()
+    activity.agent(caller, prompt="Call it.")
+    found, _ = await carried_out(activity, "caller")
+    assert found.run.error == "caller: RuntimeError: tool 'command' ended with SystemExit(3)"

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic_ai import Agent
+from pydantic_ai.models.test import TestModel
 
-from paigeant import ActivityRegistry, Workflow
+from paigeant import ActivityRegistry, ItineraryPolicy, Workflow
 from paigeant.errors import HandlerError
 from paigeant.loading import load, unknown_activities
 
@@ -204,5 +206,14 @@ def test_a_file_that_failed_can_be_loaded_once_it_is_mended() -> None:
 def test_unknown_activities_are_found_once_each() -> None:
     """Each activity that nobody here knows is told once for a workflow, however often it occurs."""
     workflow = Workflow("w", ["greet", "greet", "pay"])
-    found = [(flow.name, error.name) for flow, error in unknown_activities([workflow], ActivityRegistry())]
-    assert found == [("w", "greet"), ("w", "pay")]
+    found = [(where, error.name) for where, error in unknown_activities([workflow], ActivityRegistry())]
+    assert found == [("workflow 'w'", "greet"), ("workflow 'w'", "pay")]
+
+
+def test_unknown_activities_that_an_agent_may_add_are_found() -> None:
+    """A slip of the pen in `may_add` would have a model add steps that nobody ever does."""
+    registry = ActivityRegistry()
+    agent = Agent(TestModel(), name="planner")
+    registry.agent(agent, prompt="Plan.", may_add=ItineraryPolicy(allowed=["planner", "shorte"]))
+    found = [(where, error.name) for where, error in unknown_activities([], registry)]
+    assert found == [("may_add of activity 'planner'", "shorte")]

@@ -172,6 +172,7 @@ def agent_activity(
         takes_rest=source.takes_rest,
         output=output,
         description=agent.description or f"the agent '{agent.name or name}'",
+        may_add=() if may_add is None else tuple(may_add.allowed or ()),
     )
 
 

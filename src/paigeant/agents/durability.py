@@ -37,7 +37,14 @@ from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
 
 from opentelemetry.trace import get_current_span
-from pydantic_ai import DeferredToolRequests, DeferredToolResults, ModelMessage, RunContext, ToolDefinition
+from pydantic_ai import (
+    DeferredToolRequests,
+    DeferredToolResults,
+    ModelMessage,
+    RunContext,
+    Tool,
+    ToolDefinition,
+)
 from pydantic_ai._run_context import get_current_run_context
 from pydantic_ai.agent import AbstractAgent, EventStreamHandler, WrapperAgent
 from pydantic_ai.capabilities import AbstractCapability, RequestInput
@@ -57,6 +64,7 @@ from pydantic_ai.durable_exec import (
     replay_scope,
 )
 from pydantic_ai.durable_exec._operation_backend import _IN_DURABLE_UNIT, DurableOperationBackend
+from pydantic_ai.durable_exec._toolset import DurableMCPToolset
 from pydantic_ai.exceptions import (
     ModelConnectionError,
     ModelHTTPError,
@@ -79,6 +87,7 @@ from pydantic_ai.tools import AgentDepsT
 from pydantic_ai.toolsets import FunctionToolset, ToolsetTool
 
 from paigeant import journal
+from paigeant.agents.mcp import Reconnecting
 from paigeant.agents.operations import (
     CALL,
     EVENT_OF,
@@ -278,6 +287,9 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
                 place, f"{self.name}__inline:{recorded_name(call)}", ctx, call.tool_call_id
             ).entered():
                 return await handler(args)
+        except SystemExit as exc:
+            # It runs in a task of its own, from where this would end the event loop, and the worker with all its steps.
+            raise RuntimeError(f"tool '{call.tool_name}' ended with SystemExit({exc.code!r})") from exc
         finally:
             CALL.reset(token)
 
@@ -349,6 +361,11 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             model=model, event=_PLAIN, capability=_PLAIN, tool=_PLAIN, resolve_tool=of_tool
         )
 
+    def _build_mcp_toolset(self, toolset: Any) -> DurableMCPToolset[AgentDepsT]:
+        built = super()._build_mcp_toolset(toolset)
+        built.__class__ = Reconnecting  # the library makes one of a fixed class
+        return built
+
     def _toolset_names(self) -> list[str]:
         return [
             f"{kind}__{name}"
@@ -373,7 +390,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         """What function tools are called now, by the names that they had. Raises InvalidDefinition."""
         return renamed(
             {
-                name: ToolOptions.of(name, ToolDefinition(name=name, metadata=tool.metadata))
+                name: ToolOptions.of(name, _defined(name, tool, wrapper.wrapped))
                 for wrapper in self._toolsets_by_id.values()
                 if isinstance(wrapper.wrapped, FunctionToolset)
                 for name, tool in wrapper.wrapped.tools.items()
@@ -466,6 +483,12 @@ def _no_unit() -> Generator[None]:
         yield
     finally:
         _IN_DURABLE_UNIT.reset(token)
+
+
+def _defined(name: str, tool: Tool[Any], toolset: FunctionToolset[Any]) -> ToolDefinition:
+    """As much of a tool's definition as its options depend on."""
+    timeout = toolset.timeout if tool.timeout is None else tool.timeout
+    return ToolDefinition(name=name, metadata=tool.metadata, timeout=timeout)
 
 
 def _told_mode() -> str:

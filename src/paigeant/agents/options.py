@@ -73,7 +73,14 @@ class ToolOptions:
             for name in told:
                 if name not in known:
                     raise InvalidDefinition(f"there is no {name!r}; {nearest(str(name), known)}")
-            return cls(**told)
+            options = cls(**told)
+            if options.at_most_once and definition.timeout is not None:
+                raise InvalidDefinition(
+                    "what is done at most once has its timeout here, "
+                    f"{{'at_most_once': True, 'timeout': {definition.timeout!r}}}, and not in the tool, its toolset or "
+                    "the agent: of those the model is told, and may ask for the same again"
+                )
+            return options
         except InvalidDefinition as exc:
             raise InvalidDefinition(f"metadata '{METADATA}' of tool '{tool}': {exc}") from exc
 

@@ -165,12 +165,12 @@ def _check(settings: Settings, loaded: Handlers, wanted: list[str] | None) -> No
     from paigeant.waits import WAITS
 
     workflows = {**settings.defined_workflows(), **{workflow.name: workflow for workflow in loaded.workflows}}
-    for workflow, unknown in unknown_activities(workflows.values(), loaded.activities):
+    for where, unknown in unknown_activities(workflows.values(), loaded.activities):
         if unknown.name in WAITS:
             continue  # steps that only wait: every worker knows them
         if settings.strict:
             raise UnknownActivity(unknown.name, loaded.activities)
-        console.warn(f"workflow '{workflow.name}': {unknown}; another service may have it")
+        console.warn(f"{where}: {unknown}; another service may have it")
     activities = loaded.activities
     known = {activities.get(name).topic for name in activities} | set(activities)
     extra = {
