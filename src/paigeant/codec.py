@@ -17,6 +17,7 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 from paigeant.errors import MessageInvalid
 
 __all__ = [
+    "LARGEST_BYTES",
     "MAX_DEPTH",
     "JsonInvalid",
     "depth",
@@ -30,6 +31,10 @@ __all__ = [
 
 MAX_DEPTH = 64
 """How deep lists and objects may be nested in any value that is stored or travels."""
+
+LARGEST_BYTES = 64 * 1024 * 1024
+"""How long a value may be as JSON. Several times as long, a database takes longer to write it than any transaction may:
+the step would be done again and again. What is larger belongs elsewhere, and where that is into the run."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LONG_NUMBER = re.compile(rb"[0-9]{4301}")
@@ -47,7 +52,8 @@ def storable(text: str) -> str:
 def dump(value: Any) -> bytes:
     """`value` as JSON: anything pydantic knows how to write (models, dataclasses, datetimes, decimals, bytes ...).
 
-    Raises JsonInvalid for a value of an unknown type, one that contains itself, or one nested deeper than MAX_DEPTH.
+    Raises JsonInvalid for a value of an unknown type, one that contains itself, one nested deeper than MAX_DEPTH, or
+    one of more than LARGEST_BYTES.
     """
     try:
         return _bounded(to_json(value, inf_nan_mode="strings", bytes_mode="base64"))
@@ -112,6 +118,11 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _bounded(text: bytes) -> bytes:
+    if len(text) > LARGEST_BYTES:
+        raise JsonInvalid(
+            f"it has {len(text):,} bytes as JSON, at most {LARGEST_BYTES:,} are recorded; "
+            "keep it elsewhere, and give back where it is"
+        )
     # A text with few brackets can't be deep; only the others are worth a walk.
     if text.count(b"[") + text.count(b"{") > MAX_DEPTH and depth(from_json(text)) > MAX_DEPTH:
         raise JsonInvalid(f"it is nested deeper than {MAX_DEPTH}")

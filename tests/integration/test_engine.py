@@ -356,6 +356,34 @@ async def test_an_output_that_can_t_be_written_fails_the_step(
     assert said in str(result.error)
 
 
+async def test_an_output_that_is_too_large_fails_the_step(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For good, too; so does what `once` gives, and a variable is refused."""
+    monkeypatch.setattr("paigeant.codec.LARGEST_BYTES", 1000)
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=5)
+    def give() -> str:
+        return "x" * 1000
+
+    @activity.execute(retries=5)
+    async def once(ctx: StepContext) -> None:
+        async def large() -> str:
+            return "x" * 1000
+
+        await ctx.once("large", large)
+
+    async with working(settings, activity) as app:
+        for name in ("give", "once"):
+            run = await app.dispatch(Workflow("w", [name]))
+            result = await run.wait(PATIENCE)
+            assert await attempts(run) == {name: 1}
+            assert "1,002 bytes as JSON, at most 1,000 are recorded" in str(result.error)
+            with pytest.raises(InputInvalid, match="1,002 bytes"):
+                await app.store.save_variable(run.id, "large", "x" * 1000)
+
+
 async def test_a_missing_argument_fails_a_later_step(settings: Settings) -> None:
     """For good, with the list of what was there."""
     activity = ActivityRegistry()

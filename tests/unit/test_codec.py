@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from paigeant import codec
-from paigeant.codec import MAX_DEPTH, JsonInvalid, dump, parse_strict, plain
+from paigeant.codec import LARGEST_BYTES, MAX_DEPTH, JsonInvalid, dump, parse_strict, plain
 from paigeant.errors import MessageInvalid
 
 JSON = st.recursive(
@@ -145,6 +145,16 @@ def test_the_deepest_value_is_allowed() -> None:
     assert parse_strict(dump(_deep(MAX_DEPTH))) == _deep(MAX_DEPTH)
     wide = [[n] for n in range(MAX_DEPTH * 3)]
     assert parse_strict(dump(wide)) == wide
+
+
+def test_what_no_database_takes_in_time_is_no_value() -> None:
+    """A value may be as long as LARGEST_BYTES, with its quotes; of one byte more it says both, and what to do."""
+    text = "x" * (LARGEST_BYTES - 2)
+    assert len(dump(text)) == LARGEST_BYTES
+    with pytest.raises(
+        JsonInvalid, match=r"67,108,865 bytes as JSON, at most 67,108,864 .* keep it elsewhere"
+    ):
+        dump(text + "x")
 
 
 @pytest.mark.parametrize(
