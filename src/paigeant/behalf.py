@@ -38,7 +38,7 @@ from paigeant.identity import (
 from paigeant.secret import OBO_TOKEN, SecretToken
 
 if TYPE_CHECKING:
-    from paigeant.journal import Place
+    from paigeant.place import Place
 
 __all__ = ["Acting", "Behalf", "TokenVerifier"]
 

@@ -18,7 +18,8 @@ from paigeant.behalf import Acting
 from paigeant.clock import as_datetime, is_duration
 from paigeant.errors import InvalidDefinition, OutputInvalid, ScopeMissing
 from paigeant.identity import SecurityContext, check_scopes
-from paigeant.journal import Journal, Place, Unit, current_place
+from paigeant.journal import Journal
+from paigeant.place import Place, Unit, current_place
 from paigeant.policy import ItineraryPolicy
 from paigeant.secret import SecretToken
 from paigeant.slip import Revision, RoutingSlip, Step, check_name, identify

@@ -12,7 +12,8 @@ from pydantic_ai.models.function import AgentInfo, FunctionModel
 
 from paigeant.agents.durability import replay_scope
 from paigeant.clock import Clock, SystemClock
-from paigeant.journal import Journal, Place
+from paigeant.journal import Journal
+from paigeant.place import Place
 from paigeant.slip import RunStatus
 from paigeant.store import NextStep, Request, RunRecord, StepKey
 from paigeant.stores.memory import MemoryStore

@@ -14,8 +14,8 @@ from tests.agents.steps import Crash, Step
 
 from paigeant import ActivityRegistry, RunStatus, StepContext, Workflow, codec
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep
-from paigeant.journal import Done, Place, Unit, current_place, effect_key, readable
 from paigeant.parking import Parked
+from paigeant.place import Done, Place, Unit, current_place, effect_key, readable
 from paigeant.testing import ManualClock, MemoryApp
 
 

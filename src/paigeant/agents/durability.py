@@ -86,7 +86,7 @@ from pydantic_ai.tool_manager import ToolManager
 from pydantic_ai.tools import AgentDepsT
 from pydantic_ai.toolsets import FunctionToolset, ToolsetTool
 
-from paigeant import journal
+from paigeant import place as places
 from paigeant.agents.mcp import Reconnecting
 from paigeant.agents.operations import (
     CALL,
@@ -105,8 +105,8 @@ from paigeant.agents.people import Outside, asks_itself, decisions
 from paigeant.agents.usage import put_price
 from paigeant.clock import SystemClock, as_datetime
 from paigeant.errors import InvalidDefinition, NonRetryableError
-from paigeant.journal import Unit, current_place
 from paigeant.parking import Parked
+from paigeant.place import Unit, current_place
 from paigeant.retry import RetryPolicy
 
 __all__ = ["PaigeantDurability", "effect_key", "replay_scope"]
@@ -120,7 +120,7 @@ def effect_key() -> str:
     nothing is repeated, a tool gets one of its own run. Raises OutsideStep where there is neither step nor run.
     """
     ctx = get_current_run_context() if current_place() is None else None
-    return journal.effect_key() if ctx is None else f"{ctx.run_id}:{ctx.run_step}:{ctx.tool_call_id}"
+    return places.effect_key() if ctx is None else f"{ctx.run_id}:{ctx.run_step}:{ctx.tool_call_id}"
 
 
 _PLAIN = Unit("a unit of an agent")

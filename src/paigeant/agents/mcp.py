@@ -18,7 +18,7 @@ from pydantic_ai.durable_exec._toolset import DurableMCPToolset
 from pydantic_ai.tools import AgentDepsT
 from pydantic_ai.toolsets import AbstractToolset
 
-from paigeant.journal import current_place
+from paigeant.place import current_place
 
 if TYPE_CHECKING:  # an extra, which is there when there is a toolset of it
     from pydantic_ai.mcp import MCPToolset

@@ -29,7 +29,7 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.agents.usage import Part, count, of_request, of_run
 from paigeant.errors import OutputInvalid, UnitUnreadable
-from paigeant.journal import Place, Unit, current_place
+from paigeant.place import Place, Unit, current_place
 from paigeant.redaction import redacted
 from paigeant.usage import Usage
 

@@ -23,7 +23,7 @@ from pydantic_core import from_json, to_json
 from paigeant.agents.operations import CALL, PROGRESS, line, recorded_name, run_in_name
 from paigeant.codec import storable
 from paigeant.errors import OutsideStep, RequestDenied, WaitTimeout
-from paigeant.journal import Place, Unit, current_place
+from paigeant.place import Place, Unit, current_place
 
 __all__ = ["Outside", "asks_itself", "decisions"]
 

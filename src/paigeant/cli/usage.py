@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from paigeant.cli import console
-from paigeant.journal import readable
+from paigeant.place import readable
 from paigeant.run import usage_of
 from paigeant.slip import Phase
 from paigeant.store import RunDetail, StepKey, StepRecord

@@ -21,7 +21,7 @@ from pydantic_ai.models.wrapper import WrapperModel
 from pydantic_ai.settings import ModelSettings
 
 from paigeant.errors import OutsideStep
-from paigeant.journal import current_place
+from paigeant.place import current_place
 
 __all__ = ["Call", "Entry", "Hold", "Journal", "Watched"]
 
