@@ -13,66 +13,43 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    Connection,
-    Float,
     FromClause,
-    Integer,
     Select,
-    String,
     Table,
     Update,
     and_,
     bindparam,
     case,
-    cast,
-    column,
-    extract,
     func,
     insert,
-    literal_column,
     null,
-    or_,
     select,
-    table,
     update,
 )
 
 from paigeant.errors import RunNotFound
 from paigeant.lane import Tx
-from paigeant.ledger import MOST_GRACES, Head
-from paigeant.prepared import Keyed, Prepared, byte_length, instant, upsert
+from paigeant.prepared import Keyed, Prepared, byte_length, upsert
 from paigeant.slip import Phase, RunStatus, StepStatus
-from paigeant.store import OpenTopic, RunDetail, RunRecord, Signal, StepKey, StepRecord
-from paigeant.tables import (
-    step_executions,
-    step_units,
-    workers,
-    workflow_runs,
-    workflow_signals,
-    workflow_variables,
-)
+from paigeant.store import RunDetail, RunRecord, Signal, StepKey, StepRecord
+from paigeant.tables import step_executions, step_units, workflow_runs, workflow_signals, workflow_variables
 
 __all__ = [
     "KEY",
-    "MISJUDGED",
     "NEW_RUN",
     "NEW_STEP",
+    "PHASES",
+    "RUNS",
     "STARTED",
+    "STEPS",
     "ask_unit",
     "detail_of",
     "details_of",
-    "due_steps",
     "encoded",
-    "foreseen_heads",
-    "heads_of",
-    "is_in",
     "key_of",
-    "late_runs",
-    "lock_runs",
     "new_run",
     "new_step",
-    "open_topics",
-    "orphan_steps",
+    "of_runs",
     "patch_rows",
     "run_of",
     "save_units",
@@ -81,7 +58,6 @@ __all__ = [
     "unit_of",
     "units_of",
     "variable_in",
-    "waiting_steps",
 ]
 
 KEY = (step_executions.c.workflow_id, step_executions.c.step, step_executions.c.phase)
@@ -114,66 +90,7 @@ def key_of(row: Any) -> StepKey:
 # -- statements
 
 
-_HELD = (
-    step_executions.c.seq,
-    workflow_runs.c.status,
-    step_executions.c.status,
-    step_executions.c.epoch,
-    step_executions.c.attempt,
-    step_executions.c.worker,
-)
-"""What of a head is foreseen, behind its key."""
-
-_HEAD = (
-    *_HELD,
-    step_executions.c.not_before,
-    step_executions.c.wake_at,
-    step_executions.c.created_at,
-)
-
-
-def _head_query(keys: FromClause, key: Sequence[ColumnElement[Any]]) -> Select[Any]:
-    # A join with the keys as a table: SQLite answers `(a, b, c) IN (...)` with a scan of the whole index.
-    return (
-        select(*KEY, *_HEAD)
-        .select_from(keys)
-        .join(step_executions, _equal(KEY, key))
-        .join(workflow_runs, workflow_runs.c.id == step_executions.c.workflow_id)
-    )
-
-
-MISJUDGED = "Paigeant looks again: a step was not as it was taken to be"
-"""Is in the error with which a server ends a transaction that went by what was foreseen wrongly."""
-
-
-def _foreseen_query(heads: FromClause, head: Sequence[ColumnElement[Any]]) -> Select[Any]:
-    """The same for heads as they are foreseen; one that is otherwise, or isn't there, is an error: MISJUDGED."""
-    steps, known = step_executions.c, len(KEY)
-    as_foreseen = (
-        column.is_not_distinct_from(value) for column, value in zip(_HELD, head[known:], strict=True)
-    )
-    is_so = and_(*as_foreseen, steps.not_before <= instant(null()))
-    # What can't be read as a number stands in the server's log, so it says what it is.
-    checked = cast(case((is_so, _text("1")), else_=_text(MISJUDGED)), Integer)
-    return (
-        select(*KEY, *_HEAD, checked)
-        .select_from(heads)
-        .outerjoin(step_executions, _equal(KEY, head[:known]))
-        .outerjoin(workflow_runs, workflow_runs.c.id == steps.workflow_id)
-    )
-
-
-def _text(text: str) -> ColumnElement[str]:
-    return literal_column(f"'{text}'", String)
-
-
-def _equal(
-    columns: Sequence[ColumnElement[Any]], values: Sequence[ColumnElement[Any]]
-) -> ColumnElement[bool]:
-    return and_(*(column == value for column, value in zip(columns, values, strict=True)))
-
-
-def _of_runs(
+def of_runs(
     table: Table,
     *columns: ColumnElement[Any],
     parameters: Sequence[str] = (),
@@ -188,190 +105,10 @@ def _of_runs(
     return Keyed(query, [own], parameters)
 
 
-def _lock(*, skip: bool) -> Keyed:
-    def locked(rows: Select[Any]) -> Select[Any]:
-        # In one order, so that no two transactions wait for each other.
-        return rows.order_by(workflow_runs.c.id).with_for_update(
-            of=workflow_runs, key_share=True, skip_locked=skip
-        )
-
-    return _of_runs(workflow_runs, workflow_runs.c.id, more=locked)
-
-
-_LOCK, _LOCK_FREE = _lock(skip=False), _lock(skip=True)
-
-STUCK_SECONDS = 6.0
-"""After so long a transaction whose server waits for its client is stuck: the client was stopped, or cut off.
-
-Longer than one waits for a lock. The server itself ends what is idle in a transaction, but not what has stopped between
-two statements of a pipeline: the rest of that may always be on its way.
-"""
-
-_others = table(
-    "pg_stat_activity",
-    *map(column, ("pid", "datname", "usename", "application_name", "wait_event", "state", "xact_start")),
-).c
-_END_STUCK = Prepared(
-    select(func.pg_terminate_backend(_others.pid)).where(
-        _others.datname == func.current_database(),
-        _others.usename == func.current_user(),
-        _others.application_name == func.current_setting(literal_column("'application_name'")),
-        _others.wait_event == literal_column("'ClientRead'"),
-        _others.state == literal_column("'active'"),
-        extract("epoch", func.clock_timestamp() - _others.xact_start) > bindparam("seconds", type_=Float),
-    ),
-    ["seconds"],
-)
-
-
-def lock_runs(tx: Tx, workflow_ids: Collection[str], *, only_free: bool = False) -> set[str]:
-    """Keep other transactions from changing these runs, and read what they have committed from here on.
-
-    A run's row is the lock for all of its rows. `only_free` leaves out those that another transaction holds now; gives
-    those that are locked, and sees to it that a process that is stuck doesn't hold the others for ever. In SQLite there
-    is one writer at a time, and nothing to do.
-    """
-    ids = set(workflow_ids)
-    if tx.driver.dialect.name == "sqlite" or ids <= tx.locked:
-        return ids
-    if only_free:
-        free = {run_id for (run_id,) in _LOCK_FREE.rows(tx, sorted(ids))}
-        if len(free) < len(ids):
-            _END_STUCK.rows(tx, STUCK_SECONDS)
-        tx.locked |= free
-        return free
-    _LOCK.each(tx, sorted(ids - tx.locked))
-    tx.locked |= ids
-    return ids
-
-
-STARTED = _of_runs(workflow_runs, workflow_runs.c.id, workflow_runs.c.workflow, workflow_runs.c.input_hash)
-_HEADS = Keyed(_head_query, KEY)
-_FORESEEN = Keyed(_foreseen_query, (*KEY, *_HELD))
-
-
-def heads_of(tx: Tx, keys: Sequence[StepKey]) -> dict[StepKey, Head]:
-    """What decisions need to know of those of the steps that exist. Their runs are locked."""
-    lock_runs(tx, [key.workflow_id for key in keys])
-    return _heads(_HEADS.rows(tx, keys))
-
-
-def foreseen_heads(
-    tx: Tx, foreseen: Collection[Head | None]
-) -> tuple[dict[StepKey, Head], Callable[[], dict[StepKey, Head]]] | None:
-    """The heads as they are foreseen, and what reads them as they are once the transaction is committed.
-
-    It isn't where they are otherwise: it raises Misjudged. None when not all of them are foreseen, or the transaction
-    doesn't go by that. Their runs are locked.
-    """
-    if not tx.foresees:
-        return None
-    heads = {head.key: head for head in foreseen if head is not None}
-    if len(heads) < len(foreseen):
-        return None
-    lock_runs(tx, [key.workflow_id for key in heads])
-    told = [
-        (*head.key, head.seq, head.run, head.status, head.epoch, head.attempt, head.worker)
-        for head in heads.values()
-    ]
-    found = _FORESEEN.ask(tx, told)
-    return heads, lambda: _heads(row[:-1] for row in found())
-
-
-def _heads(rows: Iterable[Sequence[Any]]) -> dict[StepKey, Head]:
-    heads = {}
-    for workflow_id, step, phase, seq, run, status, *rest in rows:
-        key = StepKey(workflow_id, step, _PHASES[phase])
-        heads[key] = Head(key, seq, _RUNS[run], _STEPS[status], *rest)
-    return heads
-
-
-_PHASES = {phase.value: phase for phase in Phase}
-_RUNS = {status.value: status for status in RunStatus}
-_STEPS = {status.value: status for status in StepStatus}
-
-
-# The later of the two: `StepRecord.due_at`.
-_due_at = case(
-    (step_executions.c.not_before > step_executions.c.created_at, step_executions.c.not_before),
-    else_=step_executions.c.created_at,
-)
-
-
-def is_in(status: StepStatus) -> ColumnElement[bool]:
-    """Whether a step is in this state, written out, so that it fits the partial indexes of ready and running steps."""
-    return step_executions.c.status == literal_column(f"'{status.value}'")
-
-
-def waiting_steps(now: float) -> Select[Any]:
-    """The waiting steps whose time has come."""
-    return select(*KEY).where(is_in(StepStatus.WAITING), step_executions.c.wake_at <= now)
-
-
-def orphan_steps() -> Select[Any]:
-    """The running steps of workers that aren't there any more."""
-    alive = select(workers.c.id)
-    return select(*KEY).where(is_in(StepStatus.RUNNING), step_executions.c.worker.not_in(alive))
-
-
-def due_steps(
-    now: float,
-    overdue_since: float | None = None,
-    empty: Collection[str] = (),
-    *,
-    topics: Collection[str] | None = None,
-    grace: float = 0.0,
-) -> Select[Any]:
-    """The ready steps that should have been claimed by now, the longest due first, and since when they are due.
-
-    `overdue_since`: also those that were due then, whenever their message was sent last. `empty`: in these topics also
-    those that `ledger.is_resendable`, which stands here once more. `topics`: none of others.
-    """
-    steps = step_executions.c
-    query = select(*KEY, steps.epoch, _due_at.label("due_at")).where(is_in(StepStatus.READY))
-    wanted = [steps.wake_at <= now]
-    if overdue_since is not None:
-        wanted.append(_due_at <= overdue_since)
-    if empty:
-        may = and_(
-            steps.wake_at <= now + (MOST_GRACES - 1) * grace, steps.wake_at + _due_at <= 2 * (now - grace)
-        )
-        wanted.append(and_(steps.topic.in_(sorted(empty)), may))
-    if topics is not None:
-        query = query.where(steps.topic.in_(sorted(topics)))
-    return query.where(or_(*wanted)).order_by(steps.wake_at if len(wanted) == 1 else _due_at)
-
-
-def open_topics(connection: Connection, now: float) -> list[OpenTopic]:
-    """What is open in each topic that has open steps."""
-    steps = step_executions.c
-    ready = (
-        select(
-            steps.topic,
-            func.count(),
-            func.sum(case((_due_at <= now, 1), else_=0)),
-            func.min(case((_due_at <= now, _due_at))),
-        )
-        .where(is_in(StepStatus.READY))
-        .group_by(steps.topic)
-    )
-    running = select(steps.topic, func.count()).where(is_in(StepStatus.RUNNING)).group_by(steps.topic)
-    busy: dict[str, int] = {row[0]: row[1] for row in connection.execute(running)}
-    found = {topic: OpenTopic(topic, 0, 0, count, None) for topic, count in busy.items()}
-    for topic, count, due, since in connection.execute(ready):
-        oldest = None if since is None else now - since
-        found[topic] = OpenTopic(topic, due, count - due, busy.get(topic, 0), oldest)
-    return [found[topic] for topic in sorted(found)]
-
-
-def late_runs(now: float) -> Select[Any]:
-    """The open runs that are over their deadline."""
-    return select(workflow_runs.c.id).where(
-        workflow_runs.c.deadline.is_not(None),
-        workflow_runs.c.completed_at.is_(None),
-        workflow_runs.c.deadline <= now,
-        workflow_runs.c.status != RunStatus.COMPENSATING,
-    )
+STARTED = of_runs(workflow_runs, workflow_runs.c.id, workflow_runs.c.workflow, workflow_runs.c.input_hash)
+PHASES = {phase.value: phase for phase in Phase}
+RUNS = {status.value: status for status in RunStatus}
+STEPS = {status.value: status for status in StepStatus}
 
 
 @lru_cache(maxsize=64)
@@ -457,13 +194,13 @@ def variable_in(column: str) -> bytes:
     return column.encode()
 
 
-_STATUSES = _of_runs(workflow_runs, workflow_runs.c.id, workflow_runs.c.status)
+_STATUSES = of_runs(workflow_runs, workflow_runs.c.id, workflow_runs.c.status)
 
 
 def statuses_of(tx: Tx, workflow_ids: Collection[str]) -> dict[str, RunStatus]:
     """The states of those of the runs that exist."""
     rows = _STATUSES.rows(tx, list(workflow_ids))
-    return {run_id: _RUNS[status] for run_id, status in rows}
+    return {run_id: RUNS[status] for run_id, status in rows}
 
 
 _UNIT = Prepared(
@@ -582,17 +319,17 @@ _STEP_JSON = [_STEP_PLACES[name] for name in ("input", "output", "revision", "us
 def _step(row: Sequence[Any]) -> StepRecord:
     values = list(row)
     phase, status = _STEP_PLACES["phase"], _STEP_PLACES["status"]
-    values[phase], values[status] = _PHASES[values[phase]], _STEPS[values[status]]
+    values[phase], values[status] = PHASES[values[phase]], STEPS[values[status]]
     for place in _STEP_JSON:
         values[place] = encoded(values[place])
     return StepRecord(*values)
 
 
-_DETAIL_RUNS = _of_runs(workflow_runs)
+_DETAIL_RUNS = of_runs(workflow_runs)
 _output_bytes = byte_length(step_executions.c.output)
 _too_large = _output_bytes > bindparam("limit")
 _shown_output = case((_output_bytes > bindparam("same"), null()), else_=step_executions.c.output)
-_DETAIL_STEPS = _of_runs(
+_DETAIL_STEPS = of_runs(
     step_executions,
     _too_large.label("too_large"),
     *(_shown_output if column.name == "output" else column for column in step_executions.c),
@@ -600,8 +337,8 @@ _DETAIL_STEPS = _of_runs(
     more=lambda rows: rows.order_by(step_executions.c.seq),
 )
 _RUN_FIELDS = [column.name for column in workflow_runs.c]
-_DETAIL_VARIABLES = _of_runs(workflow_variables)
-_DETAIL_SIGNALS = _of_runs(workflow_signals, more=lambda rows: rows.order_by(workflow_signals.c.id))
+_DETAIL_VARIABLES = of_runs(workflow_variables)
+_DETAIL_SIGNALS = of_runs(workflow_signals, more=lambda rows: rows.order_by(workflow_signals.c.id))
 
 
 Rows = list[tuple[Any, ...]]

@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.property.attempts import ATTEMPTS, INLINE, Held, attempted
 
-from paigeant import ledger, rows
+from paigeant import heads, ledger
 from paigeant.databases.postgres import PostgresDatabase
 from paigeant.errors import InvalidTransition, StoreUnavailable
 from paigeant.lane import Tx
@@ -265,7 +265,7 @@ class _NoLock:
 
 def without_locks() -> None:
     """Make this process one that forgets to lock runs, so that the audit can show what it is worth."""
-    vars(rows).update(_LOCK=_NoLock(), _LOCK_FREE=_NoLock())
+    vars(heads).update(_LOCK=_NoLock(), _LOCK_FREE=_NoLock())
 
 
 # -- the audit

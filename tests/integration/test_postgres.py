@@ -29,16 +29,16 @@ from tests.services.postgres import give_away
 from tests.services.proxy import Direction, Proxy
 from tests.services.server import temporary_folder
 
-from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, ledger, rows
+from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, ledger
 from paigeant.databases import postgres
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import Pipeline, ServerClock
 from paigeant.databases.postgres import PostgresDatabase
 from paigeant.errors import ConfigurationError, RunConflict, SchemaMismatch, StoreUnavailable
 from paigeant.green import elsewhere
+from paigeant.heads import foreseen_heads
 from paigeant.lane import Later, Tx
 from paigeant.ledger import Head
-from paigeant.rows import foreseen_heads
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import (
     ClaimRequest,
@@ -612,7 +612,7 @@ async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_table
 
 _STOPPED = """
 import asyncio, os, signal, sys, time
-from paigeant import rows
+from paigeant import heads, rows
 from paigeant.databases import postgres
 from paigeant.stores.sql import SqlStore
 from paigeant.table_transport import _Fetch
@@ -621,7 +621,7 @@ from paigeant.errors import StoreUnavailable
 postgres._SESSION["idle_in_transaction_session_timeout"] = "300ms"
 
 def stop(tx, requests):
-    rows.lock_runs(tx, ["r"])
+    heads.lock_runs(tx, ["r"])
     if sys.argv[2] == "reading":
         rows.statuses_of(tx, ["r"])  # an answer has come: the server waits for what follows
     else:
@@ -653,7 +653,7 @@ async def test_a_stopped_process_keeps_no_run(
     postgres_tables: str, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """What a process had locked when it was stopped is free for others soon; when it goes on, so does its work."""
-    monkeypatch.setattr(rows, "STUCK_SECONDS", 1)
+    monkeypatch.setattr("paigeant.heads.STUCK_SECONDS", 1)
     async with opened(postgres_tables, grace=0.0) as store:
         result = await claimed(store, "r")
         child = subprocess.Popen(  # noqa: ASYNC220  # asyncio's would wait for it while it is stopped

@@ -32,8 +32,8 @@ from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, 
 from paigeant.databases.pooler import check_pooler, hands_on
 from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, SchemaMismatch, StoreUnavailable
 from paigeant.green import elsewhere
+from paigeant.heads import MISJUDGED
 from paigeant.lane import Blocked, Contended, Handler, Lane, Misjudged, Tx, transact
-from paigeant.rows import MISJUDGED
 from paigeant.tables import SCHEMA_VERSION, metadata
 from paigeant.urls import check_parameters, check_readable
 
@@ -383,7 +383,7 @@ class PostgresDatabase(Database):
         match exc.orig if isinstance(exc, DBAPIError) else exc:
             case errors.SerializationFailure() | errors.DeadlockDetected() | errors.UniqueViolation():
                 return Contended(reason)
-            case errors.InvalidTextRepresentation() if MISJUDGED in reason:  # see `rows.foreseen_heads`
+            case errors.InvalidTextRepresentation() if MISJUDGED in reason:  # see `heads.foreseen_heads`
                 return Misjudged(reason)
             case errors.LockNotAvailable():
                 return Blocked(f"{self.place}: somebody keeps a row for too long: {reason}")

@@ -12,10 +12,11 @@ from sqlalchemy import delete, func, select, tuple_
 
 from paigeant import codec
 from paigeant.database import Database
+from paigeant.due import open_topics
 from paigeant.errors import RunNotFound
 from paigeant.lane import Later, Tx
 from paigeant.prepared import upsert
-from paigeant.rows import details_of, open_topics, run_of, statuses_of
+from paigeant.rows import details_of, run_of, statuses_of
 from paigeant.slip import RunStatus
 from paigeant.store import DeadLetter, OpenTopic, RunDetail, RunRecord, WorkerRecord
 from paigeant.stores.sql.part import SqlPart, unwrapped

@@ -8,11 +8,12 @@ from pydantic_core import from_json
 from sqlalchemy import Text, and_, bindparam, insert, literal, literal_column, or_, select, update
 
 from paigeant import ledger
+from paigeant.due import is_in
 from paigeant.identity import GRANT_SIGNAL
 from paigeant.lane import Tx
 from paigeant.ledger import Changes
 from paigeant.prepared import Prepared, upsert
-from paigeant.rows import KEY, is_in, save_units, unit_of
+from paigeant.rows import KEY, save_units, unit_of
 from paigeant.slip import Phase, StepStatus
 from paigeant.store import REQUEST_SIGNAL, Request, Signal, StepKey
 from paigeant.tables import step_executions, workflow_requests, workflow_signals

@@ -8,22 +8,13 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, bindparam, delete, or_, select
 
 from paigeant import ledger
+from paigeant.due import due_steps, is_in, late_runs, orphan_steps, waiting_steps
+from paigeant.heads import heads_of, lock_runs
 from paigeant.lane import Tx, needing
 from paigeant.ledger import Changes
 from paigeant.message import MessageId
 from paigeant.prepared import Prepared, upsert
-from paigeant.rows import (
-    KEY,
-    detail_of,
-    due_steps,
-    heads_of,
-    is_in,
-    key_of,
-    late_runs,
-    lock_runs,
-    orphan_steps,
-    waiting_steps,
-)
+from paigeant.rows import KEY, detail_of, key_of
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import StepKey, Swept, WorkerRecord
 from paigeant.stores.sql.part import SqlPart

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from paigeant import ledger
 from paigeant.errors import InvalidTransition, PaigeantError, RequestNotFound, RunNotFound
+from paigeant.heads import lock_runs
 from paigeant.lane import Tx, needing
-from paigeant.rows import lock_runs, statuses_of
+from paigeant.rows import statuses_of
 from paigeant.slip import RUN_ENDED
 from paigeant.store import Request, StepKey
 from paigeant.stores.sql import inbox

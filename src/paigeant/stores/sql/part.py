@@ -10,9 +10,10 @@ from sqlalchemy import delete
 from paigeant import ledger
 from paigeant.database import Database
 from paigeant.errors import PaigeantError
+from paigeant.heads import lock_runs
 from paigeant.lane import Tx, needing
 from paigeant.ledger import Changes
-from paigeant.rows import KEY, NEW_STEP, lock_runs, new_step, patch_rows, save_variables, units_of
+from paigeant.rows import KEY, NEW_STEP, new_step, patch_rows, save_variables, units_of
 from paigeant.slip import RUN_ENDED
 from paigeant.store import StepKey
 from paigeant.tables import step_executions, step_units, workflow_runs

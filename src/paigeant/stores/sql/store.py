@@ -16,19 +16,10 @@ from sqlalchemy import Select, Text, and_, cast, delete, func, insert, or_, sele
 from paigeant import ledger
 from paigeant.database import Database
 from paigeant.errors import PaigeantError, RunConflict
+from paigeant.heads import foreseen_heads, heads_of, lock_runs
 from paigeant.lane import Later, Tx, needing
 from paigeant.ledger import Changes, Head
-from paigeant.rows import (
-    KEY,
-    NEW_RUN,
-    STARTED,
-    detail_of,
-    foreseen_heads,
-    heads_of,
-    key_of,
-    lock_runs,
-    new_run,
-)
+from paigeant.rows import KEY, NEW_RUN, STARTED, detail_of, key_of, new_run
 from paigeant.slip import RUN_ENDED, RunStatus, StepStatus
 from paigeant.store import (
     ClaimRequest,

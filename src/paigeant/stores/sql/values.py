@@ -10,11 +10,11 @@ from sqlalchemy import select
 
 from paigeant import codec
 from paigeant.errors import InputInvalid, PaigeantError, RunNotFound
+from paigeant.heads import lock_runs
 from paigeant.lane import Later, Tx
 from paigeant.rows import (
     ask_unit,
     encoded,
-    lock_runs,
     save_units,
     save_variables,
     statuses_of,
