@@ -26,6 +26,11 @@ SELECT count(*) FROM workflow_runs run WHERE created_at < {at} AND (completed_at
     WHERE step.workflow_id = run.id AND (step.started_at > {at} OR step.completed_at > {at}))
 """
 
+LEFT = """
+SELECT step.* FROM workflow_runs run JOIN step_executions step ON step.workflow_id = run.id
+WHERE run.completed_at IS NULL AND step.completed_at IS NULL
+"""
+
 
 def restart_all_the_time(
     nursery: Nursery,
@@ -67,7 +72,11 @@ def restart_all_the_time(
         start()
         healed.append(time.time())
         query = STUCK.format(at=healed[-1])
-        nursery.until(lambda query=query: rows(nursery.store, query) == [(0,)], seconds=60)  # type: ignore[misc]
+        try:
+            nursery.until(lambda query=query: rows(nursery.store, query) == [(0,)], seconds=60)  # type: ignore[misc]
+        except AssertionError as error:
+            error.add_note(f"at {healed[-1]} s they stood so: {rows(nursery.store, LEFT)}")
+            raise
     nursery.until(lambda: "dispatcher" not in nursery.alive.values(), seconds=600)
     assert not open_runs(nursery.store)
     nursery.stop(signal.SIGTERM)
