@@ -732,6 +732,7 @@ async def test_a_read_that_is_cut_anywhere_is_done_again(
     async with opened(url) as store:
         key = (await claimed(store, "r")).key
         for number in range(1000):
+            await store.load_run("r")  # on a connection that is open: one that can't be had is told at once
             cuts = proxy.cuts
             proxy.cut_after(direction, number * step)
             assert [row.key for row in (await store.load_run("r")).steps] == [key]

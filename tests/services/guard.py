@@ -39,6 +39,19 @@ LINUX = sys.platform == "linux"
 _libc = ctypes.CDLL(None) if LINUX else None
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether none of a process's threads runs: all are stopped, or have ended."""
+    with contextlib.suppress(OSError):  # it has ended meanwhile
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with (
+                contextlib.suppress(OSError),
+                open(f"/proc/{pid}/task/{thread}/stat", encoding="latin-1") as file,
+            ):
+                if file.read().rpartition(")")[2].split()[0] not in "TtZX":
+                    return False
+    return True
+
+
 def descendants(pid: int) -> list[int]:
     """The processes under this one, those that have already ended left out. Elsewhere than on Linux: none is found."""
     children: dict[int, list[int]] = {}

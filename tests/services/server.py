@@ -198,9 +198,9 @@ class Server(ABC):
         self.start()
 
     def freeze(self) -> None:
-        """Stop the clock for all of its processes (SIGSTOP): connections stay open, and nothing answers."""
+        """Stop the clock for all of its processes (SIGSTOP): connections stay open, and nothing answers any more."""
         if self._process is not None:
-            self._process.send_signal_to_all(signal.SIGSTOP)
+            self._process.freeze()
 
     def thaw(self) -> None:
         """Let all of its processes go on."""
