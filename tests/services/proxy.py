@@ -272,11 +272,14 @@ class _Connection:
         self._close(ending)
 
     async def arrived(self, direction: Direction) -> None:
-        """Return when the receiving system has all that was sent this way: a reset would take back the rest."""
+        """Return when the receiving system has all that was sent this way: a reset would take back the rest.
+
+        So it does for a connection that has ended meanwhile.
+        """
         sink = self.server if direction == "to_server" else self.client
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(5.0):
-                while _unacknowledged(sink):  # noqa: ASYNC110  # nobody tells when
+                while sink.fileno() >= 0 and _unacknowledged(sink):  # noqa: ASYNC110  # nobody tells when
                     await asyncio.sleep(0.0005)
 
     async def _serve(self) -> None:
