@@ -33,7 +33,7 @@ services: .venv/.installed-dev  ## Show the servers the tests will use; as root 
 test: services  ## Run all tests
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-chaos: services  ## Kill, cut, wipe and freeze everything for about an hour (CHAOS_ARGS="-k redis")
+chaos: services  ## Kill, cut, wipe and freeze everything for some hours (CHAOS_ARGS="-k redis")
 	$(BIN)/pytest tests/chaos -m chaos -s $(CHAOS_ARGS)
 
 lint: .venv/.installed-dev  ## Check style, formatting and the direction of imports
