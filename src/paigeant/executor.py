@@ -438,9 +438,8 @@ class Executor:
         posting = None
         try:
             posting = None if letter is None else self.forwarder.posting(letter)
-        except (
-            MessageTooLarge
-        ) as exc:  # by a lower limit than it was checked by: the step is done all the same
+        except MessageTooLarge as exc:
+            # By a lower limit than it was checked by: the step is done all the same.
             log.warning("no message can follow %s, each sweep tries again: %s", result.key, exc)
         try:
             return await self._patiently(

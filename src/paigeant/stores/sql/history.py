@@ -19,7 +19,7 @@ from paigeant.prepared import upsert
 from paigeant.rows import details_of, run_of, statuses_of
 from paigeant.slip import RunStatus
 from paigeant.store import DeadLetter, OpenTopic, RunDetail, RunRecord, WorkerRecord
-from paigeant.stores.sql.part import SqlPart, unwrapped
+from paigeant.stores.sql.part import SqlPart, one_by_one, unwrapped
 from paigeant.tables import dead_letters, workers, workflow_runs
 from paigeant.waiters import Waiters
 
@@ -132,12 +132,11 @@ class SqlHistory(SqlPart):
         return await self.database.write(self._delete_dead_letter, letter_id)
 
     def _delete_dead_letter(self, tx: Tx, requests: Sequence[str]) -> list[bool]:
-        # In one order, so that no two transactions wait for each other.
-        answers = {}
-        for place in sorted(range(len(requests)), key=lambda place: requests[place]):
-            gone = delete(dead_letters).where(dead_letters.c.id == requests[place])
-            answers[place] = tx.connection.execute(gone).rowcount > 0
-        return [answers[place] for place in range(len(requests))]
+        def forget(letter: str) -> bool:
+            gone = delete(dead_letters).where(dead_letters.c.id == letter)
+            return tx.connection.execute(gone).rowcount > 0
+
+        return one_by_one(requests, forget, by=str)
 
 
 def _its_detail(found: Callable[[], Mapping[str, RunDetail]], run_id: str) -> RunDetail | RunNotFound:

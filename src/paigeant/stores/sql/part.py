@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from sqlalchemy import delete
 
@@ -20,7 +20,7 @@ from paigeant.tables import step_executions, step_units, workflow_runs
 from paigeant.transport import Posting
 from paigeant.waiters import ended
 
-__all__ = ["Outbox", "SqlPart", "its_run", "unwrapped"]
+__all__ = ["Outbox", "SqlPart", "its_run", "one_by_one", "unwrapped"]
 
 
 @runtime_checkable
@@ -35,6 +35,9 @@ class Outbox(Protocol):
         """Those of the messages that can be taken now. One that was taken, or is due later, is not among them."""
         ...
 
+
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 its_run = needing(lock_runs, lambda request: (request[0],))
 """Marks a handler of requests that begin with the id of a run."""
@@ -78,6 +81,18 @@ class SqlPart:
             of = step_units.c
             its = (of.workflow_id == key.workflow_id, of.step == key.step, of.phase == key.phase)
             tx.connection.execute(delete(step_units).where(*its, of.name.in_(gone)))
+
+
+def one_by_one(
+    requests: Sequence[Request], do: Callable[[Request], Answer], *, by: Callable[[Request], str]
+) -> list[Answer]:
+    """What `do` gives for each of the requests, done in the order of what each is `by`.
+
+    In one order, so that no two transactions wait for each other.
+    """
+    places = sorted(range(len(requests)), key=lambda place: by(requests[place]))
+    answers = {place: do(requests[place]) for place in places}
+    return [answers[place] for place in range(len(requests))]
 
 
 def unwrapped(answer: Any) -> Any:

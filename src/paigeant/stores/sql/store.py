@@ -37,7 +37,7 @@ from paigeant.stores.sql import inbox
 from paigeant.stores.sql.history import SqlHistory
 from paigeant.stores.sql.leases import SqlLeases
 from paigeant.stores.sql.outside import SqlOutside
-from paigeant.stores.sql.part import Outbox, its_run, unwrapped
+from paigeant.stores.sql.part import Outbox, its_run, one_by_one, unwrapped
 from paigeant.stores.sql.values import SqlValues
 from paigeant.tables import (
     dead_letters,
@@ -154,12 +154,9 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
     def _adopt(
         self, tx: Tx, requests: Sequence[tuple[RunRecord, Collection[StepRecord], Mapping[str, bytes]]]
     ) -> list[bool]:
-        # In one order, so that no two transactions wait for each other.
-        answers = {
-            place: self._adopt_one(tx, *requests[place])
-            for place in sorted(range(len(requests)), key=lambda place: requests[place][0].id)
-        }
-        return [answers[place] for place in range(len(requests))]
+        return one_by_one(
+            requests, lambda request: self._adopt_one(tx, *request), by=lambda request: request[0].id
+        )
 
     def _adopt_one(
         self, tx: Tx, run: RunRecord, steps: Collection[StepRecord], variables: Mapping[str, bytes]
