@@ -6,7 +6,7 @@ import contextlib
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -433,6 +433,31 @@ def test_secrets_in_spans_are_hidden_on_their_way_out(spans: Spans) -> None:
     assert "RuntimeError: 401 for ***" in str(failed.attributes["exception.stacktrace"])
     for same in ("context", "parent", "kind", "start_time", "end_time", "resource", "instrumentation_scope"):
         assert getattr(after, same) == getattr(before, same)
+
+
+@pytest.mark.parametrize(
+    "say",
+    [
+        lambda span: span.set_attribute("said", f"Bearer {TOKEN}"),
+        lambda span: span.add_event("sent", {"said": f"Bearer {TOKEN}"}),
+        lambda span: span.add_link(trace.SpanContext(1, 2, is_remote=True), {"said": f"Bearer {TOKEN}"}),
+        lambda span: span.update_name(f"Bearer {TOKEN}"),
+        lambda span: span.set_status(trace.StatusCode.ERROR, f"Bearer {TOKEN}"),
+        lambda span: span.record_exception(RuntimeError(f"Bearer {TOKEN}")),
+    ],
+    ids=["attribute", "event", "link", "name", "status", "exception"],
+)
+def test_whatever_is_said_of_a_quick_span_later_is_looked_through(say: Callable[[trace.Span], None]) -> None:
+    """By itself: one that is as it was made isn't looked through."""
+    spans = Spans(is_quick=True)
+    span = spans.observer.tracer.start_span("step charge", attributes={"paigeant.step": "charge"})
+    say(span)
+    span.end()
+    kept = InMemorySpanExporter()
+    RedactedSpans(kept).export(spans.all)
+    ([before], [after]) = (spans.all, kept.get_finished_spans())
+    assert TOKEN in before.to_json()
+    assert TOKEN not in after.to_json()
 
 
 async def test_spans_of_runs_go_out_as_they_are(spans: Spans) -> None:

@@ -126,7 +126,7 @@ def _of_parents(sampler: Sampler) -> str:
 
 
 class QuickSpan(trace.Span, ReadableSpan):
-    """A span of QuickProvider. `is_as_made` until somebody says more of it than was said when it was made."""
+    """A span of QuickProvider. `is_as_made`, but for its name, until somebody says more of it."""
 
     is_as_made = True
     # What most spans have in common is here and not in each of them. All of this is what ReadableSpan() would set.
@@ -207,7 +207,6 @@ class QuickSpan(trace.Span, ReadableSpan):
     def update_name(self, name: str) -> None:
         """Give it another name."""
         if self.is_recording():
-            self.is_as_made = False
             self._name = name
 
     def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
