@@ -200,7 +200,7 @@ class Lane:
         name: str,
         connect: Callable[[], Connection],
         *,
-        guard: Callable[[], AbstractContextManager[None]],
+        guard: AbstractContextManager[None],
         begin: Begin,
         is_lost: Callable[[Connection], bool] = lambda _: False,
         committed: Callable[[set[str]], None] = lambda _: None,
@@ -374,11 +374,13 @@ class Lane:
         return results, rings
 
     def _transact(self, batch: Sequence[_Op]) -> tuple[list[Any], set[str]]:
-        durable = any(op.durable for op in batch)
-        requests = [(op.handler, op.request) for op in batch]
+        durable, requests = False, []
+        for op in batch:
+            durable = durable or op.durable
+            requests.append((op.handler, op.request))
 
         def work() -> tuple[list[Any], set[str]]:
-            with self._guard():
+            with self._guard:
                 return transact(self._connected, requests, begin=self._begin, durable=durable)
 
         try:

@@ -36,7 +36,7 @@ class Place:
         self.begun = self.done = 0
         self.connection = Closing()
         self.lane = Lane(
-            "place", lambda: cast(Any, self.connection), guard=contextlib.nullcontext, begin=self._begin
+            "place", lambda: cast(Any, self.connection), guard=contextlib.nullcontext(), begin=self._begin
         )
 
     @contextlib.contextmanager
@@ -284,7 +284,7 @@ def test_what_is_tidied_up_without_an_end_is_cut_off(kind: EventLoop) -> None:
         lane = Lane(
             "silent",
             lambda: cast(Any, place.connection),
-            guard=contextlib.nullcontext,
+            guard=contextlib.nullcontext(),
             begin=place._begin,
             tidy=lambda *_: silent(),
             limit=0.2,

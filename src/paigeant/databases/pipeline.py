@@ -157,6 +157,11 @@ class Pipeline:
         if trouble is not None:
             raise trouble
 
+    @property
+    def is_owed(self) -> bool:
+        """Whether something that was sent has no answer yet."""
+        return bool(self._sent)
+
     def settle(self) -> None:
         """Have all that was sent done, and wait for the results. Raises the first error there was."""
         trouble: psycopg.Error | None = None
@@ -307,8 +312,9 @@ class Transaction:
 
     def settle(self) -> None:
         """Take the results of what was sent after the last commit, of which an error means nothing to anyone."""
-        with contextlib.suppress(psycopg.Error):
-            self._pipeline.settle()
+        if self._pipeline.is_owed:
+            with contextlib.suppress(psycopg.Error):
+                self._pipeline.settle()
 
     def rows(self, text: str, values: Sequence[Any]) -> Rows:
         self._send()
