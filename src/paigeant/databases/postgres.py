@@ -437,8 +437,7 @@ class _Opening(threading.local):
 
 def _settle(connection: Connection, rings: set[str]) -> None:
     if rings:
-        with contextlib.suppress(psycopg.Error):  # the others look by themselves, only later
-            Pipeline.of(connection).settle()
+        Pipeline.of(connection).settle_quietly()  # should it fail, the others look by themselves, only later
 
 
 def _is_lost(connection: Connection) -> bool:
