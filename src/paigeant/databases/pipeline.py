@@ -65,6 +65,7 @@ class GreenConnection(psycopg.Connection[Any]):
     def wait(self, gen: PQGen[Value], interval: float = 0.1, timeout: float | None = None) -> Value:
         if not is_green():
             return super().wait(gen, interval, timeout)
+        self.inlet.leave()  # the loop has one who waits for each socket
         try:
             wanted = next(gen)
             while True:
@@ -191,7 +192,6 @@ class Pipeline:
         try:
             self.settle()
         finally:
-            self._inlet.leave()
             if self._conn.status == ConnStatus.OK:
                 self._conn.exit_pipeline_mode()
 
