@@ -141,3 +141,10 @@ def test_no_part_of_a_token_is_left_in_a_body(token: str) -> None:
     """
     body = b'{"jws_signature":"eyJhbGciOiJ9..c2lnbmF0dXJl"} said %s, then' % token.encode()
     assert masked_body(body) == b'{"jws_signature":"eyJhbGciOiJ9..c2lnbmF0dXJl"} said ***, then'
+
+
+def test_what_is_said_of_a_dead_letter_is_short() -> None:
+    """A message may be quoted in it, and a sender decides how long that is."""
+    letter = DeadLetter.about("m", "topic", "x" * 900_000, "y" * 900_000, b"", 1)
+    assert len(letter.reason) < 5000
+    assert len(letter.detail) < 5000
