@@ -136,14 +136,16 @@ class Mandate:
         if text is None:
             return None
         try:
-            value = json.loads(text)
+            value = parse_strict(text.encode())
             scopes, handle = value["scopes"], value["handle"]
-            made = cls(str(value["sub"]), str(value["iss"]), tuple(map(str, scopes)), handle)
-        except (ValueError, TypeError, KeyError) as exc:
+            texts = [value["sub"], value["iss"], *scopes, *([] if handle is None else [handle])]
+            if not isinstance(scopes, list) or not all(isinstance(part, str) for part in texts):
+                raise TypeError("it isn't made of texts")
+            return cls(value["sub"], value["iss"], tuple(scopes), handle)
+        except (MessageInvalid, ValueError, TypeError, KeyError) as exc:
             raise TokenRejected(
                 "mandate", f"the header {MANDATE} can't be read: {type(exc).__name__}"
             ) from exc
-        return made
 
     def bound(self, found: SecurityContext) -> SecurityContext:
         """What a verified token allows to this run: no more than was granted to it. Raises TokenRejected."""
