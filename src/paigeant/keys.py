@@ -214,7 +214,8 @@ def thumbprint(jwk: Mapping[str, Any]) -> str:
 def _imported(jwk: Mapping[str, Any]) -> Jwk:
     from joserfc.jwk import JWKRegistry
 
-    if jwk.get("kty") == "RSA" and len(str(jwk.get("n", ""))) * 6 < _RSA_BITS:
+    # Zeros in front, which are A's, make the text longer and the key no better.
+    if jwk.get("kty") == "RSA" and len(str(jwk.get("n", "")).lstrip("A")) * 6 < _RSA_BITS:
         raise ConfigurationError(f"an RSA key has {_RSA_BITS} bits or more")
     try:
         # Without what others say of it: its kind alone decides what it is used for.

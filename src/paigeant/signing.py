@@ -136,7 +136,7 @@ class SignedEnvelope:
             return not self.requires
         _, _, kid, _ = _read(signature)
         key = await self.keys.find(kid)
-        return key is not None and key.roles.may_start(message.workflow)
+        return key is not None and key.revoked_at is None and key.roles.may_start(message.workflow)
 
     @property
     def told(self) -> str:
@@ -164,7 +164,9 @@ class SignedEnvelope:
         if key.revoked_at is not None:
             raise MessageInvalid("revoked_key", f"the key '{kid}' is revoked, whenever it has signed")
         now = self._clock()
-        if not (key.not_before or now) - LEEWAY <= now <= (key.not_after or now) + LEEWAY:
+        begins = now if key.not_before is None else key.not_before
+        ends = now if key.not_after is None else key.not_after  # 0 is an instant, long ago
+        if not begins - LEEWAY <= now <= ends + LEEWAY:
             raise MessageInvalid("expired_key", f"the key '{kid}' doesn't hold now")
         if key.algorithm != algorithm:
             raise MessageInvalid(

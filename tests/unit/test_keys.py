@@ -117,6 +117,7 @@ def test_a_revoked_key_signs_no_more() -> None:
         ({"kty": "EC", "crv": "P-521", "x": "AA", "y": "AA"}, "can't sign messages"),
         ({"kty": "OKP", "crv": "Ed25519", "x": "AA"}, "this is no key"),
         ({"kty": "RSA", "n": "AQAB", "e": "AQAB"}, "2048 bits or more"),
+        ({"kty": "RSA", "n": "A" * 200 + "9" * 171, "e": "AQAB"}, "2048 bits or more"),
     ],
 )
 def test_what_can_t_sign_messages_is_no_key(jwk: dict[str, str], message: str) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -276,6 +277,7 @@ async def test_the_twin_of_an_ecdsa_signature_is_the_same_message() -> None:
         ({"revoked_at": NOW - 9_999}, "revoked_key"),
         ({"revoked_at": NOW + 9_999}, "revoked_key"),
         ({"not_after": NOW - 61}, "expired_key"),
+        ({"not_after": 0}, "expired_key"),
         ({"not_before": NOW + 61}, "expired_key"),
         ({"roles": Roles(dispatch=["*"])}, "wrong_role"),
         ({"roles": Roles(run=["letter"])}, "wrong_role"),
@@ -369,3 +371,13 @@ async def is_refused(wire: bytes) -> None:
     for opener in (PlainEnvelope(), envelope(requires=False)):
         with pytest.raises(MessageInvalid):
             await opener.open("pay", wire)
+
+
+async def test_a_revoked_key_starts_no_run() -> None:
+    """Nor one that was revoked after its message had been opened."""
+    keys = Keys(KEYS["Ed25519"])
+    opener = envelope(keys=keys)
+    opened = await opener.open("pay", opener.seal(message(), "pay"))
+    assert await opener.may_start(opened)
+    keys.trusted = {kid: replace(key, revoked_at=NOW) for kid, key in keys.trusted.items()}
+    assert not await opener.may_start(opened)
