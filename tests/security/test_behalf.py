@@ -34,7 +34,8 @@ from paigeant.errors import InputInvalid, InvalidTransition, TokenExpired, Token
 from paigeant.identity import GRANT_SIGNAL, MANDATE, check_claims, read_token
 from paigeant.jwks import REFRESH_SECONDS
 from paigeant.observer import Event
-from paigeant.slip import StepStatus
+from paigeant.secret import OBO_TOKEN
+from paigeant.slip import Phase, StepStatus
 from paigeant.testing import ManualClock, MemoryApp
 
 MAIL = "https://mail.example"
@@ -741,6 +742,25 @@ async def test_a_compensation_is_the_service_itself(
     assert (await run.wait()).status is RunStatus.COMPENSATED
     found = check_claims(read_token(office.tokens[0]), audience=MAIL, now=clock.now())
     assert (found.subject, found.scopes) == ("desk", ("note.undo",))
+
+
+async def test_what_is_to_be_undone_carries_no_token(
+    authority: Authority, office: Office, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service undoes things as itself, perhaps elsewhere: nobody there needs to see the person's token."""
+    sent: list[tuple[Phase, bool]] = []
+    async with MemoryApp(office.registry, clock=clock, local_steps=1, **settings_of(authority)) as app:
+        publish = app.transport.publish
+
+        async def watched(topic: str, message: PaigeantMessage, *, delay: float = 0.0) -> None:
+            sent.append((message.phase, OBO_TOKEN in message.headers))
+            await publish(topic, message, delay=delay)
+
+        monkeypatch.setattr(app.transport, "publish", watched)
+        run = await app.dispatch(flow("note", "fail"), on_behalf_of=authority.token("ann", "mail.read"))
+        await app.drain()
+        assert (await run.wait()).status is RunStatus.COMPENSATED
+    assert sent == [(Phase.DO, True), (Phase.DO, True), (Phase.UNDO, False)]
 
 
 async def test_a_compensation_without_a_token_url(office: Office, clock: ManualClock) -> None:
