@@ -120,9 +120,11 @@ class _Watched(Generic[Content]):
     def __init__(self, path: Path, read: Callable[[Path], Content]) -> None:
         self._path = path
         self._read = read
-        self._content = read(path)
+        # Before it is read: what is written between the two is found later, where a mark of it would hide it for ever.
         self._mark = _mark(path)
+        self._content = read(path)
         self._looked_at = time.monotonic()
+        self._told = ""
 
     def get(self) -> Content:
         if time.monotonic() - self._looked_at >= _LOOK_SECONDS:
@@ -135,18 +137,27 @@ class _Watched(Generic[Content]):
         mark = _mark(self._path)
         if mark != self._mark:
             try:
-                self._content = self._read(self._path)
+                self._content, self._told = self._read(self._path), ""
             except ConfigurationError as exc:
-                log.error("keys.not_read: %s; those that were there before are kept", exc)
+                if str(exc) != self._told:
+                    log.error("keys.not_read: %s; those that were there before are kept", exc)
+                self._told = str(exc)
+                # What couldn't be opened may be the next time, for instance when there are files left to open.
+                mark = _NONE if isinstance(exc.__cause__, OSError) else mark
             self._mark = mark
+
+
+_NONE: tuple[int, ...] = ()
+"""The mark of a file that isn't there."""
 
 
 def _mark(path: Path) -> tuple[int, ...]:
     try:
         found = path.stat()
     except OSError:
-        return ()
-    return found.st_mtime_ns, found.st_size, found.st_ino
+        return _NONE
+    # The last instant is also that of a change of the mode or the owner, without which a file may have been refused.
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
 
 
 def read_ring(path: Path) -> KeyRing:
@@ -192,10 +203,30 @@ def write_private(path: Path, value: Mapping[str, Any], *, new: bool = False, mo
         raise ConfigurationError(f"can't write {path}: {exc.strerror}") from exc
 
 
+def write_trust(path: Path, value: Mapping[str, Any]) -> None:
+    """Put `value` into a trust file. Raises ConfigurationError, and writes nothing, for what can't be read again."""
+    try:
+        _trust(parse_strict(dumps(value).encode()))
+    except (ConfigurationError, MessageInvalid) as exc:
+        raise ConfigurationError(f"{path} stays as it was: {exc}") from exc
+    write_private(path, value, mode=0o644)
+
+
+def _become(handle: int, before: os.stat_result) -> None:
+    """Give a file the owner and the mode of the one whose place it takes."""
+    now = os.fstat(handle)
+    if (now.st_uid, now.st_gid) != (before.st_uid, before.st_gid):
+        # Only root may. A ring of somebody else's nobody else could have read; a trust file is there for all to read.
+        with contextlib.suppress(PermissionError):
+            os.fchown(handle, before.st_uid, before.st_gid)
+    os.fchmod(handle, stat.S_IMODE(before.st_mode))
+
+
 def _read(path: Path, what: str, remedy: str, *, private: bool) -> Any:
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        body = path.read_bytes()
+        with path.open("rb") as stream:  # one file: that whose mode is looked at is the one that is read
+            mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
+            body = stream.read()
     except FileNotFoundError as exc:
         raise ConfigurationError(f"there is no {what} {path}; {remedy}") from exc
     except OSError as exc:
