@@ -5,12 +5,13 @@ Files are read again when they have changed, so that a key that is added or revo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
@@ -21,12 +22,14 @@ from paigeant.errors import ConfigurationError, MessageInvalid
 from paigeant.jwks import Jwks
 from paigeant.keys import ALL_ROLES, Key, KeyRing, Roles, TrustedKey, thumbprint
 
-__all__ = ["FileKeys", "Trust", "read_ring", "read_trust", "write_private"]
+__all__ = ["FileKeys", "Trust", "changing", "read_ring", "read_trust", "write_private", "write_trust"]
 
 log = logging.getLogger("paigeant.keys")
 
 _LOOK_SECONDS = 1.0
 """How often a file is looked at for changes, while messages come; and at once for a key that isn't known."""
+
+_LOCK_SECONDS = 5.0
 
 _MOST_KEYS = 1000
 
@@ -178,16 +181,48 @@ def read_trust(path: Path) -> Trust:
         raise ConfigurationError(f"{path}: {exc}") from exc
 
 
+@contextlib.contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Alone among the commands that read a key file, change it and write it: none undoes what another one does.
+
+    Somebody else who holds the folder's lock is waited for a while only: nobody may keep a key from being revoked.
+    """
+    try:
+        import fcntl  # here: it isn't everywhere
+    except ImportError:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        until = time.monotonic() + _LOCK_SECONDS
+        with contextlib.suppress(OSError):  # no such folder, which the writing says; or one without locks
+            folder = os.open(path.resolve().parent, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            while True:
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= until:
+                        break
+                    time.sleep(0.02)
+        yield
+
+
 def write_private(path: Path, value: Mapping[str, Any], *, new: bool = False, mode: int = 0o600) -> None:
     """Put `value` into a file whole or not at all, and with `mode` from the first byte.
 
+    One that is there already keeps its mode, its owner, and the links that lead to it: whoever could read it still can.
     Raises FileExistsError where it has to be `new` and isn't, ConfigurationError for what else can't be.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        path = path if new else path.resolve()
+        before = None if new or not path.exists() else path.stat()
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                if before is not None and os.name == "posix":
+                    _become(stream.fileno(), before)
                 stream.write(dumps(value, indent=2) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -256,6 +291,13 @@ def _trust(value: Any) -> Trust:
     if len(entries) > _MOST_KEYS:
         raise ConfigurationError(f"a trust file has at most {_MOST_KEYS} keys, found {len(entries)}")
     keys = [_trusted(entry, f"keys[{place}]") for place, entry in enumerate(entries)]
+    places: dict[str, int] = {}
+    for place, key in enumerate(keys):
+        # Of two entries one might revoke the key, and the other not.
+        if places.setdefault(key.kid, place) != place:
+            raise ConfigurationError(
+                f"keys[{place}] is the key of keys[{places[key.kid]}] once more, {key.kid}"
+            )
     jwks = value.get("jwks")
     if jwks is None:
         return Trust({key.kid: key for key in keys})
