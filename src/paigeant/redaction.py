@@ -36,15 +36,15 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL),
         MASK,
     ),
-    (TOKEN, MASK),
+    (TOKEN, rf"\1{MASK}"),
     (re.compile(r"\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{6,}", re.I), rf"\1\2{MASK}"),
     (re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"), MASK),
     (
         re.compile(
             # `password=...`, `"obo_token": "..."`, `api_key='...'`. What is a mask already, or says a scheme whose
-            # credentials are masked above, stays.
-            rf"((?:{_NAMES})\\?[\"']?\s*(?:=>|[:=])\s*)"
-            r"(?!\s*(?:\\?[\"'])?(?:\*\*\*|bearer |basic ))"
+            # credentials are masked above, stays. Blanks are never given back: of many each would be tried as the last.
+            rf"((?:{_NAMES})\\?[\"']?\s*+(?:=>|[:=])\s*+)"
+            r"(?!(?:\\?[\"'])?(?:\*\*\*|bearer |basic ))"
             r"(\\?\"(?:[^\"\\]|\\.)*\\?\"|'(?:[^'\\]|\\.)*'|[^\s\"',;&)}\]]+)",
             re.I,
         ),

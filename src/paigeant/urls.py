@@ -21,10 +21,13 @@ __all__ = [
     "without_password",
 ]
 
+# Both are tried once where what they could be in begins, and not for each ? or :// in it: a text may be full of these.
 _PARAMETER = re.compile(
-    r"([?&][^=&\s]*(?:password|passwd|pwd|passphrase|secret|token|scram_\w+_key)=)([^&\s]*)", re.I
+    r"((?:(?<![^=&\s])[^=&\s?]*+\?|&)[^=&\s]*"
+    r"(?:password|passwd|pwd|passphrase|secret|token|scram_\w{1,50}_key)=)([^&\s]*)",
+    re.I,
 )
-_IN_TEXT = re.compile(r"(\w://[^\s:/@'\"]*:)[^\s]*@")
+_IN_TEXT = re.compile(r"(?<!\S)((?>\S*?\w://[^\s:/@'\"]*:))\S*@")
 _LOCAL = ("memory", "sqlite")
 _SHORT = 4
 """A secret of fewer characters may be part of any word."""
