@@ -17,6 +17,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from paigeant.clock import SystemClock
 from paigeant.codec import parse_strict
 from paigeant.errors import ConfigurationError, MessageInvalid
 from paigeant.jwks import Jwks
@@ -48,7 +49,7 @@ class Trust:
 class FileKeys:
     """The keys that settings name. `ring` gives the own key ring, `trust` whom to believe; without it the ring alone.
 
-    The two are read through files that are watched, or are fixed.
+    The two are read through files that are watched, or are fixed. `clock` gives this host's time.
     """
 
     def __init__(
@@ -57,15 +58,19 @@ class FileKeys:
         trust: Callable[[], Trust] | None = None,
         *,
         files: Sequence[_Watched[Any]] = (),
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self._ring = ring
         self._trust = trust
         self._files = files
+        self._clock = clock or SystemClock().now
         self._jwks: Jwks | None = None
         self._imported: dict[str, TrustedKey] = {}
 
     @classmethod
-    def of(cls, ring: Path | KeyRing, trust: Path | None = None) -> FileKeys:
+    def of(
+        cls, ring: Path | KeyRing, trust: Path | None = None, *, clock: Callable[[], float] | None = None
+    ) -> FileKeys:
         """Those in these files. Raises ConfigurationError for what is in neither."""
         watched = None if isinstance(ring, KeyRing) else _Watched(ring, read_ring)
         others = None if trust is None else _Watched(trust, read_trust)
@@ -73,6 +78,7 @@ class FileKeys:
             watched.get if watched is not None else lambda: cast(KeyRing, ring),
             None if others is None else others.get,
             files=[file for file in (watched, others) if file is not None],
+            clock=clock,
         )
         keys.signer()
         return keys
@@ -82,7 +88,7 @@ class FileKeys:
         if self._trust is None:
             return key, ALL_ROLES
         known = self._trust().keys.get(key.kid)
-        if known is not None and known.revoked_at is not None:
+        if known is not None and (known.revoked_at is not None or not known.holds(self._clock())):
             return key, Roles()  # what it signed would only be refused: others are to send
         # One that only a published set has gets the roles of that.
         return key, known.roles if known is not None else self._trust().jwks_roles

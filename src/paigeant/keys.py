@@ -185,6 +185,12 @@ class TrustedKey:
         """The only one that its signatures may have."""
         return algorithm_of(self.jwk)
 
+    def holds(self, now: float, leeway: float = 0.0) -> bool:
+        """Whether `now` is within the time that it is for, or `leeway` seconds before or after that."""
+        begins = now if self.not_before is None else self.not_before
+        ends = now if self.not_after is None else self.not_after  # 0 is an instant, long ago
+        return begins - leeway <= now <= ends + leeway
+
     @cached_property
     def verifier(self) -> Jwk:
         """The library's key."""

@@ -163,10 +163,7 @@ class SignedEnvelope:
             raise MessageInvalid("unknown_key", f"nobody vouches for the key '{kid}'")
         if key.revoked_at is not None:
             raise MessageInvalid("revoked_key", f"the key '{kid}' is revoked, whenever it has signed")
-        now = self._clock()
-        begins = now if key.not_before is None else key.not_before
-        ends = now if key.not_after is None else key.not_after  # 0 is an instant, long ago
-        if not begins - LEEWAY <= now <= ends + LEEWAY:
+        if not key.holds(self._clock(), LEEWAY):
             raise MessageInvalid("expired_key", f"the key '{kid}' doesn't hold now")
         if key.algorithm != algorithm:
             raise MessageInvalid(
@@ -223,7 +220,7 @@ def _named(roles: Roles) -> str:
     ]
     return (
         " and ".join([*parts, *(["what an operator sends"] if roles.amend else [])])
-        or "nothing: it has no role"
+        or "nothing: it has no role, or doesn't hold now"
     )
 
 

@@ -224,3 +224,13 @@ def test_nobody_keeps_a_key_from_being_revoked(monkeypatch: pytest.MonkeyPatch) 
         waiting.join(0.05)
         assert waiting.is_alive()
     waiting.join()
+
+
+@pytest.mark.parametrize(("now", "may"), [(99.0, False), (100.0, True), (200.0, True), (201.0, False)])
+def test_a_key_that_doesn_t_hold_signs_nothing(now: float, may: bool) -> None:
+    """Nobody would take it: the process leaves its topics to others, and says so when it is to dispatch."""
+    write_private(RING, KeyRing((KEY,)).as_dict())
+    trust(KEY, not_before=100, not_after=200)
+    key, roles = FileKeys.of(RING, TRUST, clock=lambda: now).signer()
+    assert key == KEY
+    assert roles.may_start("order") is may
