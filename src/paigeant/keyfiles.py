@@ -33,6 +33,7 @@ _LOOK_SECONDS = 1.0
 _LOCK_SECONDS = 5.0
 
 _MOST_KEYS = 1000
+_MOST_BYTES = 4 * 1024 * 1024
 
 Content = TypeVar("Content")
 
@@ -267,7 +268,7 @@ def _read(path: Path, what: str, remedy: str, *, private: bool) -> Any:
     try:
         with path.open("rb") as stream:  # one file: that whose mode is looked at is the one that is read
             mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
-            body = stream.read()
+            body = stream.read(_MOST_BYTES + 1)  # what isn't a file may have no end
     except FileNotFoundError as exc:
         raise ConfigurationError(f"there is no {what} {path}; {remedy}") from exc
     except OSError as exc:
@@ -279,6 +280,8 @@ def _read(path: Path, what: str, remedy: str, *, private: bool) -> Any:
         raise ConfigurationError(
             f"others can {done} {path} (mode {mode:04o}), expected {expected}; do: chmod {expected} {path}"
         )
+    if len(body) > _MOST_BYTES:
+        raise ConfigurationError(f"{path} is no {what}: it has more than {_MOST_BYTES:,} bytes")
     try:
         return parse_strict(body)
     except MessageInvalid as exc:

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from paigeant.clock import LAST_INSTANT
 from paigeant.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -244,8 +245,12 @@ def _key(entry: object) -> Key:
     try:
         created_at = float(entry["created_at"])
         revoked_at = None if entry.get("revoked_at") is None else float(entry["revoked_at"])
-    except (KeyError, TypeError, ValueError) as exc:
-        raise ConfigurationError(f"key '{kid}' of the key ring has no instant created_at") from exc
+        if not all(0 <= instant <= LAST_INSTANT for instant in (created_at, revoked_at or 0.0)):
+            raise ValueError("no date is so far away")
+    except (KeyError, TypeError, ValueError, OverflowError) as exc:
+        raise ConfigurationError(
+            f"key '{kid}' of the key ring has no instant created_at, or a revoked_at that is none"
+        ) from exc
     if "d" not in jwk:
         raise ConfigurationError(f"key '{kid}' of the key ring has no private part")
     if (found := thumbprint(jwk)) != kid:

@@ -234,3 +234,11 @@ def test_a_key_that_doesn_t_hold_signs_nothing(now: float, may: bool) -> None:
     key, roles = FileKeys.of(RING, TRUST, clock=lambda: now).signer()
     assert key == KEY
     assert roles.may_start("order") is may
+
+
+def test_a_key_file_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What isn't a file may have none, and would take all memory."""
+    monkeypatch.setattr(keyfiles, "_MOST_BYTES", 1000)
+    trust(*(Key.generate(now=1.0) for _ in range(10)))
+    with pytest.raises(ConfigurationError, match=r"trust\.json is no trust file: it has more than"):
+        read_trust(TRUST)
