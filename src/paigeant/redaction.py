@@ -45,7 +45,11 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
             # credentials are masked above, stays. Blanks are never given back: of many each would be tried as the last.
             rf"((?:{_NAMES})\\?[\"']?\s*+(?:=>|[:=])\s*+)"
             r"(?!(?:\\?[\"'])?(?:\*\*\*|bearer |basic ))"
-            r"(\\?\"(?:[^\"\\]|\\.)*\\?\"|'(?:[^'\\]|\\.)*'|[^\s\"',;&)}\]]+)",
+            # `b'...'` and `SecretStr('...')` as Python writes them, or a text, whose end may have been cut off; a list
+            # or an object; a word.
+            r"((?:[a-z_]{1,20}\(|[bru]{1,2}(?=[\"']))?"
+            r"(?:\\?\"(?:[^\"\\]|\\.)*\\?\"|'(?:[^'\\]|\\.)*'|\\?\"[^\"\n]*|'[^'\n]*)"
+            r"|\[[^\]\n]*\]?|\{[^}\n]*\}?|[^\s\"',;&)}\]]+)",
             re.I,
         ),
         rf"\1{MASK}",
