@@ -112,6 +112,8 @@ class FileKeys:
         if self._jwks is None or self._jwks.url != trust.jwks_url:
             self._jwks = Jwks(trust.jwks_url)
         jwk = await self._jwks.find(kid)
+        if self._trust() != trust or self._ring().find(kid) != own:
+            return await self.find(kid)  # it may be revoked, while the server took its time
         if jwk is None or _thumbprint(jwk) != kid:
             return None
         return self._kept(TrustedKey(kid, jwk, trust.jwks_roles))

@@ -18,6 +18,7 @@ import pytest
 from paigeant import keyfiles
 from paigeant.cli import keys as commands
 from paigeant.errors import ConfigurationError
+from paigeant.jwks import Jwks
 from paigeant.keyfiles import FileKeys, changing, read_ring, read_trust, write_private, write_trust
 from paigeant.keys import Key, KeyRing
 
@@ -242,3 +243,21 @@ def test_a_key_file_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     trust(*(Key.generate(now=1.0) for _ in range(10)))
     with pytest.raises(ConfigurationError, match=r"trust\.json is no trust file: it has more than"):
         read_trust(TRUST)
+
+
+async def test_a_key_is_revoked_while_the_key_set_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server may take seconds, and who runs it may be the one whose key is revoked."""
+    monkeypatch.setattr(keyfiles, "_LOOK_SECONDS", 0.0)
+    write_private(RING, KeyRing((KEY,)).as_dict())
+    value = {"version": 1, "keys": [], "jwks": {"url": "https://theirs.example", "run": ["*"]}}
+    write_trust(TRUST, value)
+    keys = FileKeys.of(RING, TRUST)
+
+    async def find(_: Jwks, kid: str) -> dict[str, str]:
+        write_trust(TRUST, {**value, "keys": [{"jwk": THEIRS.public, "revoked_at": 5}]})
+        return THEIRS.public
+
+    monkeypatch.setattr(Jwks, "find", find)
+    found = await keys.find(THEIRS.kid)
+    assert found is not None
+    assert found.revoked_at == 5
