@@ -10,8 +10,9 @@ import hashlib
 from dataclasses import replace
 
 from paigeant import codec, ledger
-from paigeant.errors import NotAdopted
+from paigeant.errors import NotAdopted, TokenRejected
 from paigeant.forwarder import STORED_PAYLOAD, Forwarder
+from paigeant.identity import Mandate
 from paigeant.message import MessageId, PaigeantMessage
 from paigeant.observer import Event, Observers
 from paigeant.secret import OBO_TOKEN
@@ -106,6 +107,10 @@ def _check(message: PaigeantMessage) -> None:
     if not _is_sound(message):
         reason = "its slip doesn't say clearly what there is to do: something has no name, or occurs twice"
         raise NotAdopted(message.workflow_id, reason, stayed=False)
+    try:
+        Mandate.read(message.headers)
+    except TokenRejected as exc:  # recorded, nobody could even look at the run
+        raise NotAdopted(message.workflow_id, "for whom it acts can't be read", stayed=False) from exc
 
 
 def _is_sound(message: PaigeantMessage) -> bool:
