@@ -92,8 +92,8 @@ class PlainEnvelope:
     def seal(self, message: PaigeantMessage, topic: str) -> bytes:
         if _HEADERS.isdisjoint(message.headers):
             return encode(message, limit_bytes=self.limit_bytes)
-        token = message.headers.get(OBO_TOKEN)
-        return framed(encode(inner(message), limit_bytes=self.limit_bytes), token=token)
+        body = encode(inner(message), limit_bytes=self.limit_bytes)
+        return framed(body, token=message.headers.get(OBO_TOKEN))
 
     async def open(self, topic: str, wire: bytes) -> PaigeantMessage:
         headers, body = split(wire, self.limit_bytes)

@@ -13,7 +13,7 @@ from pydantic_core import to_json
 
 from paigeant import ledger
 from paigeant.activity import ActivityRegistry
-from paigeant.envelope import Envelope, PlainEnvelope
+from paigeant.envelope import Envelope, PlainEnvelope, inner
 from paigeant.errors import MessageTooLarge, PaigeantError, StoreUnavailable, TransportUnavailable
 from paigeant.message import SENT_FROM, MessageId, PaigeantMessage, encode
 from paigeant.secret import OBO_TOKEN, SecretToken
@@ -133,7 +133,7 @@ class Forwarder:
         limit, growth = self.envelope.limit_bytes, self._growth(message)
         if posting is not None and len(posting.body) + growth <= limit:
             return
-        size = len(encode(_without_payload(message), limit_bytes=limit)) + growth
+        size = len(encode(inner(_without_payload(message)), limit_bytes=limit)) + growth
         if size > limit:
             raise MessageTooLarge(size, limit)
 

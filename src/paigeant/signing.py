@@ -97,7 +97,6 @@ class SignedEnvelope:
     def seal(self, message: PaigeantMessage, topic: str) -> bytes:
         key, _ = self.keys.signer()
         now = int(self._clock())
-        token = message.headers.get(OBO_TOKEN)
         body = inner(message)
         headers = dict(body.headers)
         seal = Seal(
@@ -106,10 +105,11 @@ class SignedEnvelope:
             now,
             now + int(self.lifetime),
             sent_from=headers.pop(SENT_FROM, None),
-            obo_hash=None if token is None else _digest(token),
+            obo_hash=_hash_of(message.headers.get(OBO_TOKEN)),
         )
         signed = encode(body.evolve(headers=headers, seal=seal), limit_bytes=self.limit_bytes)
-        return framed(signed, signature=_sign(key, signed), token=token)
+        # Its text is in no variable: the frame of an error, such as that the message is too large, may be shown.
+        return framed(signed, signature=_sign(key, signed), token=message.headers.get(OBO_TOKEN))
 
     async def open(self, topic: str, wire: bytes) -> PaigeantMessage:
         headers, body = split(wire, self.limit_bytes)
@@ -190,7 +190,7 @@ class SignedEnvelope:
             )
         if seal.expires_at < now - LEEWAY:
             raise MessageInvalid("expired", "its time is over; the next sweep sends another")
-        if seal.obo_hash != (None if token is None else _digest(token)):
+        if seal.obo_hash != _hash_of(token):
             raise MessageInvalid(
                 "wrong_token", "what stands in front of it isn't the token that it was signed with"
             )
@@ -224,8 +224,8 @@ def _named(roles: Roles) -> str:
     )
 
 
-def _digest(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
+def _hash_of(token: str | None) -> str | None:
+    return None if token is None else hashlib.sha256(token.encode()).hexdigest()
 
 
 def _sign(key: Key, body: bytes) -> str:
