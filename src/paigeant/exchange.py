@@ -62,10 +62,22 @@ class ClientAuthentication(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ClientSecret:
-    """A secret that the service shares with the authorization server (`client_secret_basic`)."""
+    """A secret that the service shares with the authorization server (`client_secret_basic`).
+
+    Raises ConfigurationError for what is no text.
+    """
 
     client_id: str
     secret: SecretToken
+
+    def __post_init__(self) -> None:
+        try:
+            self.proof("https://example")
+            return
+        except UnicodeEncodeError:
+            pass
+        # Outside of the handler: that error holds the secret.
+        raise ConfigurationError(f"the secret of client '{self.client_id}' is no text in UTF-8")
 
     def proof(self, url: str) -> tuple[dict[str, str | SecretToken], SecretToken | None]:
         pair = f"{quote_plus(self.client_id)}:{quote_plus(self.secret.reveal())}"
