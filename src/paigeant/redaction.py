@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import SecretBytes, SecretStr
 
-from paigeant.secret import MASK, TOKEN
+from paigeant.secret import MASK, masked
 from paigeant.urls import scrubbed, secrets_of
 
 __all__ = ["Redactor", "is_secret", "quoted", "redacted", "secrets_in", "without"]
@@ -36,7 +36,6 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL),
         MASK,
     ),
-    (TOKEN, rf"\1{MASK}"),
     (re.compile(r"\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{6,}", re.I), rf"\1\2{MASK}"),
     (re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"), MASK),
     (
@@ -84,8 +83,9 @@ class Redactor:
                 text = text.replace(secret, MASK)
         if not _is_suspect(text):
             return text
-        for pattern, masked in _HIDDEN:
-            text = pattern.sub(masked, text)
+        text = masked(text)
+        for pattern, shown in _HIDDEN:
+            text = pattern.sub(shown, text)
         return scrubbed(text)
 
     def may_hide(self, text: str) -> bool:

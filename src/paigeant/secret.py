@@ -38,7 +38,11 @@ Encrypted ones have five parts. A detached signature, whose second part is empty
 Its first group is what stands right before the token.
 """
 
+_BEGIN = re.compile("eyJ|eyA|ew[0ko]")
+"""Most texts have none of these, and to find that out takes a tenth of the time."""
+
 _TOKEN_BYTES = re.compile(TOKEN.pattern.encode())
+_BEGIN_BYTES = re.compile(_BEGIN.pattern.encode())
 _HEADER = re.compile(rb'("' + OBO_TOKEN.encode() + rb'"\s*:\s*")(?:[^"\\]|\\.)*')
 
 
@@ -101,10 +105,11 @@ def masked(text: str, secrets: Iterable[SecretToken] = ()) -> str:
     """`text` with stars for these tokens, and for whatever else looks like a signed one."""
     for secret in secrets:
         text = text.replace(secret.reveal(), MASK)
-    return TOKEN.sub(rf"\1{MASK}", text)
+    return TOKEN.sub(rf"\1{MASK}", text) if _BEGIN.search(text) else text
 
 
 def masked_body(body: bytes) -> bytes:
     """The bytes of a message, such as a dead letter keeps, without the token that they carry."""
     masked = rb"\1" + MASK.encode()
-    return _TOKEN_BYTES.sub(masked, _HEADER.sub(masked, body))
+    body = _HEADER.sub(masked, body)
+    return _TOKEN_BYTES.sub(masked, body) if _BEGIN_BYTES.search(body) else body

@@ -126,7 +126,9 @@ def scrubbed(text: str, urls: Iterable[str] = ()) -> str:
     """`text`, such as a library's error, without passwords of URLs in it and without those of `urls` anywhere in it."""
     for secret in sorted({secret for url in urls for secret in secrets_of(url)}, key=len, reverse=True):
         text = text.replace(secret, "***")
-    return _PARAMETER.sub(r"\1***", _IN_TEXT.sub(r"\1***@", text))
+    if "://" in text:
+        text = _IN_TEXT.sub(r"\1***@", text)
+    return _PARAMETER.sub(r"\1***", text) if "?" in text or "&" in text else text
 
 
 def is_local(url: str, environment: Mapping[str, str] = _NOTHING) -> bool:
