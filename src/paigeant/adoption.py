@@ -13,7 +13,7 @@ from paigeant import codec, ledger
 from paigeant.errors import NotAdopted, TokenRejected
 from paigeant.forwarder import STORED_PAYLOAD, Forwarder
 from paigeant.identity import Mandate
-from paigeant.message import MessageId, PaigeantMessage
+from paigeant.message import JUST_BEGUN, MessageId, PaigeantMessage
 from paigeant.observer import Event, Observers
 from paigeant.secret import OBO_TOKEN
 from paigeant.slip import Executed, Phase, RoutingSlip, RunStatus, Step, StepStatus
@@ -21,7 +21,7 @@ from paigeant.store import RunRecord, StepKey, StepRecord, Store
 
 __all__ = ["Adoption"]
 
-_NOT_KEPT = frozenset({STORED_PAYLOAD, OBO_TOKEN, "jws_signature"})
+_NOT_KEPT = frozenset({STORED_PAYLOAD, JUST_BEGUN, OBO_TOKEN, "jws_signature"})
 """Headers that say something of one message, or hold what no row may."""
 
 

@@ -15,7 +15,7 @@ from paigeant import ledger
 from paigeant.activity import ActivityRegistry
 from paigeant.envelope import Envelope, PlainEnvelope, inner
 from paigeant.errors import MessageTooLarge, PaigeantError, StoreUnavailable, TransportUnavailable
-from paigeant.message import SENT_FROM, MessageId, PaigeantMessage, encode
+from paigeant.message import JUST_BEGUN, SENT_FROM, MessageId, PaigeantMessage, encode
 from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import Compensation, Phase, RoutingSlip, Step, StepStatus
 from paigeant.store import NextStep, RunDetail, StepKey, Store
@@ -239,8 +239,12 @@ class Forwarder:
         return all(self.envelope.may_send(message, row.topic) for row in detail.steps if row.key == key)
 
     async def payload(self, message: PaigeantMessage) -> PaigeantMessage:
-        """`message` with its payload, read from the store where it was too large to travel. Raises RunNotFound."""
-        if message.headers.get(STORED_PAYLOAD) != "stored":
+        """`message` with its payload, read from the store where it was too large to travel. Raises RunNotFound.
+
+        All of one is read from there that counts only as the first of its run: whoever may start runs could say of any
+        other step, of any run, that it is that.
+        """
+        if message.headers.get(STORED_PAYLOAD) != "stored" and JUST_BEGUN not in message.headers:
             return message
         return await self.renewed(message)
 

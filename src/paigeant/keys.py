@@ -153,6 +153,10 @@ class Roles:
         """Whether a run of `workflow` may begin with a message that was signed with a key of these roles."""
         return self.amend or _fits(workflow, self.dispatch)
 
+    def may_do(self, topic: str) -> bool:
+        """Whether it may do the steps of `topic`: then what it says of them counts."""
+        return self.amend or _fits(topic, self.run)
+
     def may_send(self, *, workflow: str, topic: str, sent_from: str | None, has_begun: bool) -> bool:
         """Whether a message for `topic` counts that was signed with a key of these roles.
 
@@ -160,7 +164,7 @@ class Roles:
         may do the step recorded before it, of the topic `sent_from`, or, where nothing is recorded yet, one who may
         start runs of `workflow`.
         """
-        if self.amend or _fits(topic, self.run):
+        if self.may_do(topic):
             return True
         if has_begun:
             return sent_from is not None and _fits(sent_from, self.run)

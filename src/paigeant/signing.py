@@ -20,7 +20,15 @@ from paigeant.codec import parse_strict
 from paigeant.envelope import SIGNATURE, framed, inner, outer, split
 from paigeant.errors import ConfigurationError, KeysUnavailable, MessageInvalid
 from paigeant.keys import Algorithm, Key, Roles, TrustedKey
-from paigeant.message import DEFAULT_LIMIT_BYTES, SENT_FROM, PaigeantMessage, Seal, decode, encode
+from paigeant.message import (
+    DEFAULT_LIMIT_BYTES,
+    JUST_BEGUN,
+    SENT_FROM,
+    PaigeantMessage,
+    Seal,
+    decode,
+    encode,
+)
 from paigeant.secret import OBO_TOKEN
 from paigeant.slip import Phase
 
@@ -98,7 +106,7 @@ class SignedEnvelope:
         key, _ = self.keys.signer()
         now = int(self._clock())
         body = inner(message)
-        headers = dict(body.headers)
+        headers = {name: text for name, text in body.headers.items() if name != JUST_BEGUN}
         seal = Seal(
             self.deployment,
             topic,
@@ -121,7 +129,10 @@ class SignedEnvelope:
         key = await self._verified(signature, body)
         message = decode(body, limit_bytes=self.limit_bytes)
         self._check(message, topic, headers.get(OBO_TOKEN), key)
-        return outer(message, headers)
+        opened = outer(message, headers)
+        if key.roles.may_do(topic) or _has_begun(message):
+            return opened
+        return opened.evolve(headers={**opened.headers, JUST_BEGUN: "said"})
 
     def may_send(self, message: PaigeantMessage, topic: str) -> bool:
         try:
@@ -208,8 +219,13 @@ def _holds(key: TrustedKey, signed: bytes, raw: bytes) -> bool:
 
 
 def _may_send(roles: Roles, message: PaigeantMessage, topic: str, sent_from: str | None) -> bool:
-    has_begun = bool(message.routing_slip.executed) or message.phase is Phase.UNDO
-    return roles.may_send(workflow=message.workflow, topic=topic, sent_from=sent_from, has_begun=has_begun)
+    return roles.may_send(
+        workflow=message.workflow, topic=topic, sent_from=sent_from, has_begun=_has_begun(message)
+    )
+
+
+def _has_begun(message: PaigeantMessage) -> bool:
+    return bool(message.routing_slip.executed) or message.phase is Phase.UNDO
 
 
 def _named(roles: Roles) -> str:
