@@ -13,7 +13,7 @@ from paigeant.adoption import Adoption
 from paigeant.errors import NotAdopted
 from paigeant.forwarder import Forwarder
 from paigeant.identity import MANDATE
-from paigeant.message import PaigeantMessage
+from paigeant.message import JUST_BEGUN, PaigeantMessage
 from paigeant.observer import Observers
 from paigeant.slip import Compensation, Phase, RunStatus, StepStatus, identify
 from paigeant.store import RunDetail
@@ -72,7 +72,7 @@ def test_folded_rows_are_the_message_again(message: PaigeantMessage) -> None:
 
 def test_no_token_is_kept() -> None:
     """Headers that are of one message, or secret, don't get into the rows of the run."""
-    headers = {"a": "b", "obo_token": "t", "jws_signature": "s", "paigeant-payload": "x"}
+    headers = {"a": "b", "obo_token": "t", "jws_signature": "s", "paigeant-payload": "x", JUST_BEGUN: "said"}
     slip = RoutingSlip(itinerary=identify(["s"]))
     run, _, _ = adoption().records(PaigeantMessage("m", "r", slip, headers=headers))
     assert run.headers == {"a": "b"}
