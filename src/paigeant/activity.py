@@ -282,10 +282,15 @@ class ActivityRegistry:
 
     def get(self, name: str) -> Activity:
         """The activity. Raises UnknownActivity, and InvalidDefinition for one whose signature can't work."""
-        if name not in self._activities:
+        found = self.find(name)
+        if found is None:
             raise UnknownActivity(name, self._activities)
-        compensation = self._compensations.get(name)
-        return self._activities[name].build(compensation)
+        return found
+
+    def find(self, name: str) -> Activity | None:
+        """Like `get`; None for one that isn't here."""
+        lazy = self._activities.get(name)
+        return None if lazy is None else lazy.build(self._compensations.get(name))
 
     def check(self) -> None:
         """Raise for the first activity or compensation that can't work."""

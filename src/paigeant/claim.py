@@ -68,15 +68,17 @@ class Claim:
 
     def retry(self, limits: Limits) -> RetryPolicy:
         """The step's setting over the activity's over the default."""
-        own = None if self.step is None or self.step.retries is None else RetryPolicy.of(self.step.retries)
+        step = self.step
+        own = None if step is None or step.retries is None else RetryPolicy.of(step.retries)
         return own or self.work.retries or limits.retry
 
     def timeout(self, limits: Limits) -> float | None:
         """Seconds for this attempt: by the settings, and never beyond the run's deadline."""
-        own = self.step.timeout if self.step is not None else None
+        step = self.step
+        own = step.timeout if step is not None else None
         timeout = own or self.work.timeout or limits.timeout
         deadline = self.message.routing_slip.deadline
-        if self.step is None or deadline is None:
+        if step is None or deadline is None:
             return timeout  # a deadline bounds what is done, not what is undone
         left = max(deadline - self.now, 0.0)
         return left if timeout is None else min(timeout, left)

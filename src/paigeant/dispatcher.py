@@ -437,10 +437,11 @@ class Dispatcher:
 
     async def _check_first(self, run_id: str, step: Step | None, payload: dict[str, Any]) -> None:
         """Nothing can come before the first step, so what it lacks now it will always lack."""
-        if step is None or step.when is not None or step.activity not in self.registry:
+        activity = None if step is None or step.when is not None else self.registry.find(step.activity)
+        if step is None or activity is None:
             return
         namespace = Namespace(run_id, payload, RoutingSlip(itinerary=(step,)))
-        await resolve(self.registry.get(step.activity), namespace, args=step.args)
+        await resolve(activity, namespace, args=step.args)
 
 
 def _instant(start_at: object, now: float) -> float:

@@ -209,7 +209,7 @@ class Executor:
             # the step is under way.
             await self._drop(message, "taken")
             return None
-        return replace(claim, grant=answer, claimed_at=time.monotonic())
+        return Claim(key, answer, message, activity, time.monotonic())
 
     async def _with_payload(self, message: PaigeantMessage) -> PaigeantMessage:
         try:
@@ -251,7 +251,7 @@ class Executor:
         self._recording.add((claim.key, claim.grant.epoch))
         # Free when last looked at, so this doesn't wait. A step that waited for it while it keeps a place of the worker
         # would wait for ever for one that has it and waits for a place.
-        bound = None if activity is None else await self.slot(activity.name)
+        bound = await self._taken(activity)
         try:
             answer = await self._persist(result, letter)
             if isinstance(answer, Refused) and isinstance(move, Park) and answer.reason == "arrived":
@@ -286,10 +286,7 @@ class Executor:
 
     async def slot(self, activity: str) -> asyncio.Semaphore | None:
         """The activity's own bound, taken; None when it has none."""
-        bound = self._bound(activity)
-        if bound is not None:
-            await bound.acquire()
-        return bound
+        return await self._taken(self.registry.find(activity))
 
     # -- inside
 
@@ -298,11 +295,17 @@ class Executor:
         assert task is not None
         self.running[(claim.key, claim.grant.epoch)] = task
 
-    def _bound(self, activity: str) -> asyncio.Semaphore | None:
-        if activity not in self.registry:
+    async def _taken(self, activity: Activity | None) -> asyncio.Semaphore | None:
+        bound = self._bound(activity)
+        if bound is not None:
+            await bound.acquire()
+        return bound
+
+    def _bound(self, activity: Activity | None) -> asyncio.Semaphore | None:
+        limit = None if activity is None else activity.concurrency
+        if activity is None or limit is None:
             return None
-        limit = self.registry.get(activity).concurrency
-        return None if limit is None else self._slots.setdefault(activity, asyncio.Semaphore(limit))
+        return self._slots.setdefault(activity.name, asyncio.Semaphore(limit))
 
     async def _drop(self, message: PaigeantMessage, reason: str) -> None:
         """A duplicate, or a message for what is long done: ack, count, drop."""
@@ -365,17 +368,14 @@ class Executor:
             return None
         if claim.local + 1 >= self.limits.local_steps or next_step.topic not in self.topics:
             return None
-        bound = self._bound(next_step.activity)
-        if bound is not None and bound.locked():
-            return None
-        return self._known(next_step.activity, next_step.key.phase)
+        activity = self._known(next_step.activity, next_step.key.phase)
+        bound = self._bound(activity)
+        return None if bound is not None and bound.locked() else activity
 
     def _known(self, activity: str, phase: Phase) -> Activity | None:
         """The activity, if this worker can do it, or undo it. Another version of the code may have more than this."""
-        if activity not in self.registry:
-            return None
-        found = self.registry.get(activity)
-        return None if phase is Phase.UNDO and found.compensation is None else found
+        found = self.registry.find(activity)
+        return None if found is None or (phase is Phase.UNDO and found.compensation is None) else found
 
     def _letter(
         self, claim: Claim, move: Move, following: PaigeantMessage | None, next_step: NextStep | None

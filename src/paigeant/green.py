@@ -15,11 +15,12 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar, cast
 
 from greenlet import getcurrent, greenlet
 
-__all__ = ["Green", "Hands", "TooSlow", "elsewhere", "is_green", "pause", "until_ready"]
+__all__ = ["Green", "Hands", "Inlet", "TooSlow", "elsewhere", "is_green", "pause", "until_ready"]
 
 log = logging.getLogger("paigeant.lane")
 
@@ -36,6 +37,7 @@ class Green(greenlet):
     """
 
     def __init__(self, work: Callable[[], None], hands: Hands) -> None:
+        # One for all that is to be done: each takes a piece of memory of the system's, and page faults, to run in.
         super().__init__(work, getcurrent())
         self.hands = hands
         self._calls: list[Callable[[], object]] = []
@@ -67,6 +69,11 @@ class Green(greenlet):
         """Let the loop go on until it calls, in its thread, what it gave to `watch`."""
         assert self.parent is not None, "it was started by the loop's own greenlet"
         self.parent.switch(watch)
+
+    def rest(self) -> None:
+        """Let the loop go on until somebody calls `resume`."""
+        assert self.parent is not None, "it was started by the loop's own greenlet"
+        self.parent.switch(None)
 
 
 class Hands:
@@ -129,6 +136,50 @@ def until_ready(wire: int, *, write: bool = False) -> bool:
 
     me.wait_for(watch)
     return bool(readable)
+
+
+class Inlet:
+    """A socket that is read from again and again: the event loop goes on watching it in between.
+
+    To have it watched anew each time takes the loop some ten system calls. It is to be left before it is closed, for
+    its number may be another one's then.
+    """
+
+    def __init__(self) -> None:
+        self.wire: int | None = None
+        """The socket that is watched."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake: Wake | None = None
+
+    def until_readable(self, wire: int) -> None:
+        """Wait until there is something to read from the socket."""
+        me = getcurrent()
+        if not isinstance(me, Green):
+            until_ready(wire)
+            return
+        if self.wire != wire:
+            self.leave()
+        me.wait_for(partial(self._watch, wire))
+
+    def leave(self) -> None:
+        """Watch it no more."""
+        if self.wire is not None and self._loop is not None:
+            self._loop.remove_reader(self.wire)
+        self.wire = None
+
+    def _watch(self, wire: int, wake: Wake) -> None:
+        self._wake = wake
+        if self.wire is None:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(wire, self._ready)
+            self.wire = wire
+
+    def _ready(self) -> None:
+        wake, self._wake = self._wake, None
+        if wake is None:  # nobody wants to read it now, and the loop would tell it over and over
+            self.leave()
+        else:
+            wake()
 
 
 def elsewhere(work: Callable[[], Result]) -> Result:

@@ -200,7 +200,7 @@ class Lane:
         name: str,
         connect: Callable[[], Connection],
         *,
-        guard: Callable[[], AbstractContextManager[None]],
+        guard: AbstractContextManager[None],
         begin: Begin,
         is_lost: Callable[[Connection], bool] = lambda _: False,
         committed: Callable[[set[str]], None] = lambda _: None,
@@ -229,6 +229,8 @@ class Lane:
         self._began = 0.0
         self._batches: deque[list[_Op] | None] = deque()
         self._green: Green | None = None
+        self._rests = True
+        """Whether nothing is being done or tidied up."""
         self._hands = Hands(name)
         self._ended = asyncio.Event()
 
@@ -284,6 +286,8 @@ class Lane:
         self._batches.append(batch)
         if self._green is None:
             self._green = Green(self._run, self._hands)
+        if self._rests:
+            self._rests = False
             self._green.resume()
 
     def _watch_over(self, limit: float, seconds: float) -> None:
@@ -293,7 +297,7 @@ class Lane:
 
     def _overdue(self, limit: float) -> None:
         self._watch = None
-        if self._idle.is_set() and self._green is None:  # else it may wait for the server while it tidies up
+        if self._idle.is_set() and self._rests:  # else it may wait for the server while it tidies up
             return
         left = self._began + limit - time.monotonic()
         if (
@@ -331,15 +335,18 @@ class Lane:
     def _run(self) -> None:
         assert self._green is not None, "it runs in one"
         try:
-            while self._batches:
-                if (batch := self._batches.popleft()) is not None:
+            while True:
+                while self._batches:
+                    if (batch := self._batches.popleft()) is None:
+                        self._disconnect()
+                        self._hands.close()
+                        self._green.later(self._ended.set)
+                        return
                     self._work(self._green, batch)
-                else:
-                    self._disconnect()
-                    self._hands.close()
-                    self._green.later(self._ended.set)
+                self._rests = True
+                self._green.rest()
         finally:
-            self._green = None
+            self._green, self._rests = None, True
 
     def _work(self, green: Green, batch: list[_Op]) -> None:
         results, rings = self._transact_all(batch)
@@ -374,11 +381,13 @@ class Lane:
         return results, rings
 
     def _transact(self, batch: Sequence[_Op]) -> tuple[list[Any], set[str]]:
-        durable = any(op.durable for op in batch)
-        requests = [(op.handler, op.request) for op in batch]
+        durable, requests = False, []
+        for op in batch:
+            durable = durable or op.durable
+            requests.append((op.handler, op.request))
 
         def work() -> tuple[list[Any], set[str]]:
-            with self._guard():
+            with self._guard:
                 return transact(self._connected, requests, begin=self._begin, durable=durable)
 
         try:

@@ -148,7 +148,8 @@ def claim(head: Head | None, request: ClaimRequest, changes: Changes, *, now: fl
     if head.not_before > now:
         return Refused("not_due", retry_in=head.not_before - now)
     exhausted = head.attempt >= request.max_attempts
-    grant = queued_since(Grant(head.epoch + 1, head.attempt + (not exhausted), now, exhausted), head)
+    attempt = head.attempt + (not exhausted)
+    grant = Grant(head.epoch + 1, attempt, now, exhausted, _queued(head, now))
     changes.steps.append(
         (
             head.key,
@@ -174,8 +175,12 @@ def claim(head: Head | None, request: ClaimRequest, changes: Changes, *, now: fl
 
 def queued_since(grant: Grant, head: Head) -> Grant:
     """`grant` with the time for which the step, as it was before, had been due."""
+    return replace(grant, queued=_queued(head, grant.now))
+
+
+def _queued(head: Head, now: float) -> float:
     due_at = head.wake_at if head.status is StepStatus.WAITING else max(head.not_before, head.created_at)
-    return replace(grant, queued=max(grant.now - due_at, 0.0))
+    return max(now - due_at, 0.0)
 
 
 def record(

@@ -206,11 +206,12 @@ def _check_texts(message: PaigeantMessage) -> None:
         texts += (entry.step_id, entry.activity)
     for undo in slip.compensations:
         texts += (undo.step_id, undo.activity, undo.topic)
-    for text in (*texts, *slip.undone, *slip.not_undone):
-        if not is_text(text):
-            raise MessageInvalid(
-                "wrong_shape", f"an id or a name has control characters or half a character: {text[:100]!r}"
-            )
+    texts += (*slip.undone, *slip.not_undone)
+    if not is_text("".join(texts)):
+        unfit = next((text for text in texts if not is_text(text)), "")
+        raise MessageInvalid(
+            "wrong_shape", f"an id or a name has control characters or half a character: {unfit[:100]!r}"
+        )
 
 
 def _check_numbers(slip: RoutingSlip) -> None:
@@ -220,8 +221,10 @@ def _check_numbers(slip: RoutingSlip) -> None:
             "number_out_of_range",
             f"routing_slip.deadline: {slip.deadline!r} is no second up to the year 9999",
         )
-    for what, count in (("added", slip.added), *(("depth of a step", step.depth) for step in slip.itinerary)):
-        if not is_count(count, 0):
+    depths = [step.depth for step in slip.itinerary]
+    for what, counts in (("added", [slip.added]), ("depth of a step", depths)):
+        if counts and not 0 <= min(counts) <= max(counts) <= LARGEST_COUNT:
+            unfit = next(count for count in counts if not is_count(count, 0))
             raise MessageInvalid(
-                "number_out_of_range", f"routing_slip: {what} is {count}, expected 0 to {LARGEST_COUNT}"
+                "number_out_of_range", f"routing_slip: {what} is {unfit}, expected 0 to {LARGEST_COUNT}"
             )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from paigeant import codec, condition
-from paigeant.activity import MISSING
+from paigeant.activity import MISSING, Activity
 from paigeant.arguments import Namespace, resolve
 from paigeant.behalf import Acting, Behalf
 from paigeant.claim import Claim, Limits
@@ -34,7 +34,7 @@ from paigeant.redaction import redacted
 from paigeant.reporter import Reporter
 from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
 from paigeant.secret import OBO_TOKEN, SecretToken, masked, refuse_tokens
-from paigeant.slip import Compensation, Phase
+from paigeant.slip import Compensation, Phase, Step
 from paigeant.store import Request, Store
 
 if TYPE_CHECKING:
@@ -123,25 +123,26 @@ class Performer:
         limit = None if timeout is None else asyncio.timeout(timeout)
         token = CURRENT.set(claim.ids(self.worker_id))
         try:
-            if not await self._is_wanted(claim):
+            step, work = claim.step, claim.work
+            if step is not None and step.when is not None and not await self._is_wanted(step.when, claim):
                 attempt.outcome = Skipped()
                 return attempt
             acting = None
-            if claim.work.scopes or claim.step is None or MANDATE in claim.message.headers:
+            if work.scopes or step is None or MANDATE in claim.message.headers:
                 acting = context._acting = self._acting(claim, context)
                 context._place.journal.secrets = acting.secrets
             if timeout == 0:
                 raise TimeoutError(_timeout_text(claim, timeout))
             async with limit or _UNLIMITED:
                 with context._place.entered(), _replays():
-                    if acting is not None and claim.work.scopes:
+                    if acting is not None and work.scopes:
                         context.identity = await acting.require(context._place) or context.identity
                     with self.reporter.begin(claim):
-                        value = await self._call(claim, context, attempt)
+                        value = await self._call(step, work, claim, context, attempt)
             if parking.is_parked:  # the activity has caught it, but what it waits for isn't there
                 attempt.outcome = Parked(parking.waits_for, parking.until)
                 return attempt
-            output = claim.work.dump(value)
+            output = work.dump(value)
             if acting is not None:
                 _check_tokenless(context, output, acting.secrets)
             attempt.output = output
@@ -194,20 +195,16 @@ class Performer:
         message = claim.message
         return Namespace(message.workflow_id, message.payload, message.routing_slip, self.values)
 
-    async def _is_wanted(self, claim: Claim) -> bool:
-        step = claim.step
-        if step is None or step.when is None:
-            return True
-        names = condition.names(step.when)
-        values = await self._namespace(claim).view(names)
+    async def _is_wanted(self, when: str, claim: Claim) -> bool:
+        values = await self._namespace(claim).view(condition.names(when))
         try:
-            return condition.evaluate(step.when, {**claim.message.payload, **values})
+            return condition.evaluate(when, {**claim.message.payload, **values})
         except PaigeantError as exc:
             raise ActivityRejected(str(exc)) from exc
 
-    async def _call(self, claim: Claim, context: StepContext, attempt: Attempt) -> Any:
-        work = claim.work
-        step = claim.step
+    async def _call(
+        self, step: Step | None, work: Activity, claim: Claim, context: StepContext, attempt: Attempt
+    ) -> Any:
         namespace = self._namespace(claim)
         first: Mapping[str, Any] | None = None
         if step is None:

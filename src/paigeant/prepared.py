@@ -130,7 +130,10 @@ class Keyed:
         if len(keys) == 1:
             key = (keys[0],) if self._is_plain else tuple(keys[0])
             # Half of a surrogate pair is no parameter. JSON can say it: SQLite finds nothing then, Postgres says why.
-            if all(value.isascii() for value in key if isinstance(value, str)):
+            for value in key:
+                if type(value) is str and not value.isascii():
+                    break
+            else:
                 return self._one, key
         return self._several, (json.dumps(keys),)
 

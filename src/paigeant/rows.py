@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from enum import StrEnum
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
@@ -68,18 +67,17 @@ def encoded(text: str | None) -> bytes | None:
     return None if text is None else text.encode()
 
 
-_PLAIN = frozenset({str, int, float, type(None)})
+_AS_TEXT: dict[type, Callable[[Any], str]] = {
+    bytes: bytes.decode,
+    dict: json.dumps,
+    **dict.fromkeys((Phase, RunStatus, StepStatus), str.__str__),
+}
+"""How a driver is given JSON and states: as texts, which it takes without a detour."""
 
 
-def _plain(value: Any) -> Any:
-    """`value` as the driver takes it without a detour: texts for JSON and for states."""
-    if type(value) in _PLAIN:
-        return value
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, dict):
-        return json.dumps(value)
-    return value.value if isinstance(value, StrEnum) else value
+def _plain(values: Iterable[Any]) -> list[Any]:
+    """`values` as the driver takes them."""
+    return [value if (text := _AS_TEXT.get(type(value))) is None else text(value) for value in values]
 
 
 def key_of(row: Any) -> StepKey:
@@ -147,8 +145,7 @@ def patch_rows(tx: Tx, table: Table, patches: Iterable[tuple[Sequence[str], dict
     kinds: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
     for key, patch in patches:
         columns = _order(table, tuple(patch))
-        values = (*[_plain(patch[name]) for name in columns], *map(_plain, key))
-        kinds.setdefault(columns, []).append(values)
+        kinds.setdefault(columns, []).append(tuple(_plain([*[patch[name] for name in columns], *key])))
     for columns, rows in kinds.items():
         _update(table, columns).each(tx, rows)
 
@@ -259,20 +256,17 @@ def units_of(tx: Tx, key: StepKey) -> dict[str, bytes]:
 # -- rows
 
 
-NEW_RUN = _insert(workflow_runs, [column.name for column in workflow_runs.c])
+_RUN_FIELDS = [column.name for column in workflow_runs.c]
+NEW_RUN = _insert(workflow_runs, _RUN_FIELDS)
+_run_values = attrgetter(*_RUN_FIELDS)
 
 
 def new_run(run: RunRecord, *, now: float, ended: bool) -> tuple[Any, ...]:
     """The values for NEW_RUN."""
-    run = replace(run, created_at=now)
+    run = replace(run, created_at=now, headers=dict(run.headers))
     if ended:
         run = replace(run, status=RunStatus.COMPLETED, started_at=now, completed_at=now)
-    values = [_plain(getattr(run, column.name)) for column in workflow_runs.c]
-    values[_HEADERS] = json.dumps(dict(run.headers))
-    return tuple(values)
-
-
-_HEADERS = [column.name for column in workflow_runs.c].index("headers")
+    return tuple(_plain(_run_values(run)))
 
 
 def run_of(row: Mapping[str, Any]) -> RunRecord:
@@ -307,7 +301,7 @@ _new_step_values = attrgetter(*_NEW_STEP_COLUMNS)
 
 def new_step(step: StepRecord) -> tuple[Any, ...]:
     """The values for NEW_STEP."""
-    return tuple(map(_plain, _new_step_values(step)))
+    return tuple(_plain(_new_step_values(step)))
 
 
 _STEP_PLACES = {column.name: place for place, column in enumerate(step_executions.c)}
@@ -336,7 +330,6 @@ _DETAIL_STEPS = of_runs(
     parameters=["limit", "same"],
     more=lambda rows: rows.order_by(step_executions.c.seq),
 )
-_RUN_FIELDS = [column.name for column in workflow_runs.c]
 _DETAIL_VARIABLES = of_runs(workflow_variables)
 _DETAIL_SIGNALS = of_runs(workflow_signals, more=lambda rows: rows.order_by(workflow_signals.c.id))
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from paigeant import condition
@@ -152,14 +153,24 @@ def is_text(value: str) -> bool:
     return _UNFIT.search(value) is None
 
 
+@lru_cache(maxsize=4096)  # the names in a message are those of the one before
+def _is_name(value: str) -> bool:
+    return bool(value.strip()) and is_text(value)
+
+
 def check_name(what: str, value: object) -> None:
     """Raise InvalidDefinition unless `value` can name something: `what`, as the error says."""
+    if isinstance(value, str) and len(value) <= 200 and _is_name(value):
+        return
     if not isinstance(value, str) or not value.strip():
         raise InvalidDefinition(f"{what} is a non-empty text, found {value!r}")
-    if len(value) > 200 or not is_text(value):
-        raise InvalidDefinition(
-            f"{what} has at most 200 characters and no control characters, found {value!r}"
-        )
+    raise InvalidDefinition(f"{what} has at most 200 characters and no control characters, found {value!r}")
+
+
+def _are_named(args: object) -> bool:
+    if type(args) is dict and not args:  # as most are
+        return True
+    return isinstance(args, Mapping) and all(isinstance(key, str) for key in args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +203,7 @@ class Step:
             check_name("the id of a step", self.id)
         if self.called:
             check_name("what a step is called", self.called)
-        if not isinstance(self.args, Mapping) or not all(isinstance(key, str) for key in self.args):
+        if not _are_named(self.args):
             raise InvalidDefinition(
                 f"args of step '{self.activity}' are a mapping of parameter names, found {self.args!r}"
             )

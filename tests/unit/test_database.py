@@ -120,7 +120,7 @@ async def test_a_commit_is_left_to_another_thread_while_the_disk_is_slow(seconds
         yield Tx(cast(Any, None))
 
     synced = module._Synced()
-    lane = Lane("lane", lambda: cast(Any, None), guard=contextlib.nullcontext, begin=begin)
+    lane = Lane("lane", lambda: cast(Any, None), guard=contextlib.nullcontext(), begin=begin)
     for _ in range(20):
         await lane.submit(commit, None)
     await lane.stop()

@@ -7,12 +7,14 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import pytest
+from greenlet import getcurrent
 
 from paigeant import loops
-from paigeant.green import TooSlow, elsewhere, is_green, pause, until_ready
+from paigeant.green import Inlet, TooSlow, elsewhere, is_green, pause, until_ready
 from paigeant.lane import Driver, Lane, Tx
 from paigeant.loops import EventLoop
 
@@ -36,7 +38,7 @@ class Place:
         self.begun = self.done = 0
         self.connection = Closing()
         self.lane = Lane(
-            "place", lambda: cast(Any, self.connection), guard=contextlib.nullcontext, begin=self._begin
+            "place", lambda: cast(Any, self.connection), guard=contextlib.nullcontext(), begin=self._begin
         )
 
     @contextlib.contextmanager
@@ -139,6 +141,77 @@ def test_it_waits_for_a_socket_to_be_read_and_to_have_room(run: Run) -> None:
             assert await place.lane.submit(one(lambda: until_ready(ours.fileno(), write=True)), None) is False
             theirs.sendall(b"word")
             assert await place.lane.submit(one(lambda: until_ready(ours.fileno())), None) is True
+
+    run(test)
+
+
+def test_one_greenlet_does_all_transactions_of_a_lane(run: Run) -> None:
+    """A new one for each would take memory of the system's each time."""
+
+    async def test(place: Place) -> None:
+        done_by = [await place.lane.submit(one(getcurrent), None) for _ in range(3)]
+        assert len(set(done_by)) == 1
+        with pytest.raises(ZeroDivisionError):
+            await place.lane.submit(one(lambda: 1 / 0), None)
+        assert await place.lane.submit(one(getcurrent), None) is done_by[0]
+
+    run(test)
+
+
+def test_an_inlet_stays_with_the_loop_between_two_transactions(run: Run) -> None:
+    """What comes meanwhile, which nobody wants to read then, doesn't keep the loop busy and is there later."""
+
+    async def test(place: Place) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        inlet = Inlet()
+
+        def read() -> bytes:
+            inlet.until_readable(ours.fileno())
+            return ours.recv(9)
+
+        with ours, theirs:
+            for word in (b"one", b"two"):
+                reading = place.lane.submit(one(read), None)
+                await asyncio.sleep(0.01)
+                assert not reading.done()
+                theirs.sendall(word)
+                assert await reading == word
+                assert inlet.wire == ours.fileno()
+            theirs.sendall(b"unasked")
+            await asyncio.sleep(0.01)
+            assert inlet.wire is None, "the loop is told over and over"
+            assert await place.lane.submit(one(read), None) == b"unasked"
+            await place.lane.submit(one(inlet.leave), None)
+            assert inlet.wire is None
+
+    run(test)
+
+
+def test_an_inlet_goes_over_to_another_socket(run: Run) -> None:
+    """A new connection has another one. One that is gone is an error, and nobody is left to wait for it."""
+
+    async def test(place: Place) -> None:
+        inlet = Inlet()
+
+        def read(ours: socket.socket) -> bytes:
+            inlet.until_readable(ours.fileno())
+            return ours.recv(9)
+
+        with contextlib.ExitStack() as stack:
+            pairs = [socket.socketpair() for _ in range(2)]
+            for ours, theirs in pairs:
+                stack.enter_context(ours)
+                stack.enter_context(theirs)
+                theirs.sendall(b"word")
+                assert await place.lane.submit(one(partial(read, ours)), None) == b"word"
+                assert inlet.wire == ours.fileno()
+            inlet.leave()
+            gone, _ = pairs[1]
+            gone.close()
+            with pytest.raises((OSError, ValueError)):
+                await place.lane.submit(one(partial(read, gone)), None)
+            assert inlet.wire is None
 
     run(test)
 
@@ -261,6 +334,9 @@ def test_outside_of_a_lane_it_waits_like_anybody() -> None:
         assert until_ready(ours.fileno()) is True
         assert ours.recv(9) == b"word"
         assert until_ready(ours.fileno(), write=True) is False
+        theirs.sendall(b"word")
+        Inlet().until_readable(ours.fileno())
+        assert ours.recv(9) == b"word"
     assert elsewhere(threading.get_ident) == threading.get_ident()
     pause(0.001)
     assert not is_green()
@@ -284,7 +360,7 @@ def test_what_is_tidied_up_without_an_end_is_cut_off(kind: EventLoop) -> None:
         lane = Lane(
             "silent",
             lambda: cast(Any, place.connection),
-            guard=contextlib.nullcontext,
+            guard=contextlib.nullcontext(),
             begin=place._begin,
             tidy=lambda *_: silent(),
             limit=0.2,

@@ -24,7 +24,7 @@ from psycopg.waiting import Ready, Wait
 from sqlalchemy import Connection, Dialect
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
-from paigeant.green import is_green, until_ready
+from paigeant.green import Inlet, is_green, until_ready
 from paigeant.lane import Contended
 
 __all__ = ["GreenConnection", "Pipeline", "ServerClock", "Transaction", "driver_of"]
@@ -48,15 +48,19 @@ Rows = list[tuple[Any, ...]]
 Value = TypeVar("Value")
 
 
-def driver_of(connection: Connection) -> psycopg.Connection[Any]:
-    """psycopg's connection below SQLAlchemy's."""
-    driver: Any = connection.connection.dbapi_connection
-    assert isinstance(driver, psycopg.Connection)
-    return driver
-
-
 class GreenConnection(psycopg.Connection[Any]):
-    """psycopg's connection, which lets the event loop go on while a lane waits for it."""
+    """psycopg's connection, which lets the event loop go on while a lane waits for it.
+
+    `inlet` is its socket for whoever waits by himself. libpq closes that together with what it reports.
+    """
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self.inlet = Inlet()
+
+    def close(self) -> None:
+        self.inlet.leave()
+        super().close()
 
     def wait(self, gen: PQGen[Value], interval: float = 0.1, timeout: float | None = None) -> Value:
         if not is_green():
@@ -69,6 +73,13 @@ class GreenConnection(psycopg.Connection[Any]):
         except StopIteration as exc:
             result: Value = exc.value
             return result
+
+
+def driver_of(connection: Connection) -> GreenConnection:
+    """psycopg's connection below SQLAlchemy's."""
+    driver: Any = connection.connection.dbapi_connection
+    assert isinstance(driver, GreenConnection)
+    return driver
 
 
 class Answer:
@@ -88,8 +99,9 @@ class Pipeline:
     Raises psycopg's errors, the first one of what was sent between two calls of `sync`: the server leaves the rest out.
     """
 
-    def __init__(self, driver: psycopg.Connection[Any]) -> None:
+    def __init__(self, driver: GreenConnection) -> None:
         self._conn: PGconn = driver.pgconn
+        self._inlet = driver.inlet
         self._loads = Transformer(driver)
         self._names: dict[str, bytes] = {}
         self._numbers = itertools.count()
@@ -130,10 +142,6 @@ class Pipeline:
         self._loads.set_pgresult(answer.result)
         return self._loads.load_rows(0, answer.result.ntuples, tuple)
 
-    def push(self) -> None:
-        """Let the server begin with what was sent, while more is put together."""
-        self._conn.flush()
-
     def mark(self) -> None:
         """What was sent so far stands by itself: the server does what comes then even if this fails."""
         if self._conn.pipeline_status != PipelineStatus.OFF:
@@ -157,6 +165,14 @@ class Pipeline:
         if trouble is not None:
             raise trouble
 
+    def settle_quietly(self) -> None:
+        """Like `settle`, where an error means nothing to anyone."""
+        if self._sent:
+            try:
+                self.settle()
+            except psycopg.Error:
+                self._inlet.leave()  # libpq may have closed the socket
+
     def settle(self) -> None:
         """Have all that was sent done, and wait for the results. Raises the first error there was."""
         trouble: psycopg.Error | None = None
@@ -175,6 +191,7 @@ class Pipeline:
         try:
             self.settle()
         finally:
+            self._inlet.leave()
             if self._conn.status == ConnStatus.OK:
                 self._conn.exit_pipeline_mode()
 
@@ -204,12 +221,13 @@ class Pipeline:
 
     def _flush(self) -> None:
         while self._conn.flush() == 1:
+            self._inlet.leave()
             if until_ready(self._conn.socket, write=True):
                 self._conn.consume_input()
 
     def _result(self) -> PGresult | None:
         while self._conn.is_busy():
-            until_ready(self._conn.socket)
+            self._inlet.until_readable(self._conn.socket)
             self._conn.consume_input()
         return self._conn.get_result()
 
@@ -252,7 +270,6 @@ class Transaction:
     __slots__ = (
         "_asked",
         "_asked_at",
-        "_begun",
         "_clock",
         "_connection",
         "_driver",
@@ -289,7 +306,6 @@ class Transaction:
         self._unsent: list[tuple[str, Sequence[tuple[Any, ...]]]] = []
         self._now: float | None = None
         self._rough: float | None = None
-        self._begun = False
         self._is_open = False
         self._is_over = False
 
@@ -307,8 +323,7 @@ class Transaction:
 
     def settle(self) -> None:
         """Take the results of what was sent after the last commit, of which an error means nothing to anyone."""
-        with contextlib.suppress(psycopg.Error):
-            self._pipeline.settle()
+        self._pipeline.settle_quietly()
 
     def rows(self, text: str, values: Sequence[Any]) -> Rows:
         self._send()
@@ -317,9 +332,6 @@ class Transaction:
     def ask(self, text: str, values: Sequence[Any]) -> Callable[[], Rows]:
         self._send()
         answer = self._pipeline.send(text, values)
-        if not self._begun:
-            self._begun = True
-            self._pipeline.push()
         return lambda: self._rows(answer)
 
     def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> None:
@@ -386,6 +398,7 @@ class Transaction:
 
     def abandon(self) -> None:
         """Have nothing of it done. A connection on which that fails is closed, which does it as well."""
+        self._driver.inlet.leave()  # before anything is waited for: libpq may have closed the socket
         with contextlib.suppress(psycopg.Error):
             if not self._is_over:
                 self._open()  # what was sent must not be committed by the mark that ends the pipeline

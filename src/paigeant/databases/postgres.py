@@ -106,6 +106,7 @@ class PostgresDatabase(Database):
         self._opening = _Opening()
         self._bell = PostgresBell(self._parameters, self._heard)
         self._clock = ServerClock()
+        self._guard = _Guard(self._ours)
 
     @property
     def hears_others(self) -> bool:
@@ -192,7 +193,7 @@ class PostgresDatabase(Database):
             self._beside = None
 
     def _transact_now(self, handler: Handler, request: Any, *, beside: bool = False) -> Any:
-        with self._guard():
+        with self._guard:
             connected = self._connected_beside if beside else self._connected_beater
             begin = partial(self._begun_in_time, None)
             [result], rings = transact(connected, [(handler, request)], begin=begin, durable=not beside)
@@ -239,7 +240,7 @@ class PostgresDatabase(Database):
     def as_it_is(self) -> Iterator[Connection]:
         engine = self._make_engine(plain=True)
         try:
-            with self._guard(), engine.connect() as connection, connection.begin():
+            with self._guard, engine.connect() as connection, connection.begin():
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_UPGRADE_LOCK})"))
                 yield connection
         finally:
@@ -325,16 +326,6 @@ class PostgresDatabase(Database):
                 f"{SCHEMA_VERSION}; `paigeant db upgrade` brings them there"
             )
         return [None] * len(requests)
-
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
-        try:
-            yield
-        except (psycopg.Error, DBAPIError) as exc:
-            ours = self._ours(exc)
-            if ours is exc:
-                raise
-            raise ours from exc
 
     @contextlib.contextmanager
     def _begun(
@@ -446,12 +437,24 @@ class _Opening(threading.local):
 
 def _settle(connection: Connection, rings: set[str]) -> None:
     if rings:
-        with contextlib.suppress(psycopg.Error):  # the others look by themselves, only later
-            Pipeline.of(connection).settle()
+        Pipeline.of(connection).settle_quietly()  # should it fail, the others look by themselves, only later
 
 
 def _is_lost(connection: Connection) -> bool:
     return connection.closed or connection.invalidated or driver_of(connection).closed
+
+
+class _Guard:
+    """Turns the driver's errors into `ours`."""
+
+    def __init__(self, ours: Callable[[psycopg.Error | DBAPIError], Exception]) -> None:
+        self._ours = ours
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if isinstance(exc, (psycopg.Error, DBAPIError)) and (ours := self._ours(exc)) is not exc:
+            raise ours from exc
 
 
 def _watched(driver: psycopg.Connection[Any]) -> threading.Timer:

@@ -64,6 +64,7 @@ class SqliteDatabase(Database):
         self._bell = Bell(self.path, self._heard)
         self._commits = 0
         self._synced = _Synced()
+        self._guard = _Guard(self.path, self._check_is_there)
         self._durable = True
 
     @property
@@ -124,7 +125,7 @@ class SqliteDatabase(Database):
     def _transact_now(self, handler: Handler, request: Any, *, beside: bool = False) -> Any:
         if self._engine is None:
             raise StoreUnavailable(f"{self.path} is not open")
-        with self._guard():
+        with self._guard:
             begin = self._begin_beside if beside else self._begin_beating
             connection = self._connected_beside() if beside else self._connected_beater()
             [result], rings = transact(lambda: connection, [(handler, request)], begin=begin)
@@ -151,7 +152,7 @@ class SqliteDatabase(Database):
     def as_it_is(self) -> Iterator[Connection]:
         engine = _engine(self.path, as_it_is=True)
         try:
-            with _translated(self.path), engine.connect() as connection, connection.begin():
+            with _Guard(self.path), engine.connect() as connection, connection.begin():
                 yield connection
         finally:
             engine.dispose()
@@ -185,12 +186,6 @@ class SqliteDatabase(Database):
     def _begin_beside(self, connection: Connection, _: bool) -> Iterator[Tx]:
         with begun(connection, patience=_BESIDE_SECONDS):
             yield Tx(_Driver(connection, self.clock.now()))
-
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
-        with _translated(self.path):
-            self._check_is_there()
-            yield
 
     def _check_is_there(self) -> None:
         # A file that was deleted can still be written to, and nobody would ever see what is written.
@@ -395,25 +390,30 @@ def _check_is_database(path: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """Turns what the driver reports into errors of ours."""
-    try:
-        yield
-    except PaigeantError:
-        raise
-    except (DBAPIError, sqlite3.DatabaseError) as exc:
+class _Guard:
+    """Turns what the driver reports into errors of ours, after `check`."""
+
+    def __init__(self, path: Path, check: Callable[[], object] = bool) -> None:
+        self._path = path
+        self._check = check
+
+    def __enter__(self) -> None:
+        self._check()
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if isinstance(exc, (DBAPIError, sqlite3.DatabaseError)) and (ours := self._ours(exc)) is not None:
+            raise ours from exc
+
+    def _ours(self, exc: DBAPIError | sqlite3.DatabaseError) -> PaigeantError | None:
         cause = exc.orig if isinstance(exc, DBAPIError) else exc
         if "not a database" in str(cause):
-            raise ConfigurationError(
-                f"{path} is not an SQLite database; name another file in the URL"
-            ) from exc
+            return ConfigurationError(f"{self._path} is not an SQLite database; name another file in the URL")
         # A damaged file is plainly a DatabaseError; the other kinds below it are mistakes in a statement.
         if type(cause) is sqlite3.DatabaseError:
-            raise StoreDamaged(f"can't use {path}: {cause}") from exc
+            return StoreDamaged(f"can't use {self._path}: {cause}")
         if isinstance(cause, sqlite3.OperationalError):
-            raise StoreUnavailable(f"can't use {path}: {cause}") from exc
-        raise
+            return StoreUnavailable(f"can't use {self._path}: {cause}")
+        return None
 
 
 def prepare(connection: Connection, path: Path) -> None:

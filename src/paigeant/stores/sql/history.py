@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from pydantic_core import from_json
@@ -63,8 +63,8 @@ class SqlHistory(SqlPart):
         wanted: dict[int | None, set[str]] = {}
         for run_id, limit in requests:
             wanted.setdefault(limit, set()).add(run_id)
-        found = {limit: cache(details_of(tx, ids, limit)) for limit, ids in wanted.items()}
-        return [Later(partial(_its_detail, found[limit], run_id)) for run_id, limit in requests]
+        found = {limit: _Details(details_of(tx, ids, limit)) for limit, ids in wanted.items()}
+        return [Later(partial(found[limit].of, run_id)) for run_id, limit in requests]
 
     async def list_runs(
         self,
@@ -139,5 +139,14 @@ class SqlHistory(SqlPart):
         return one_by_one(requests, forget, by=str)
 
 
-def _its_detail(found: Callable[[], Mapping[str, RunDetail]], run_id: str) -> RunDetail | RunNotFound:
-    return found().get(run_id) or RunNotFound(run_id)
+class _Details:
+    """Runs that were asked for together. They are read once, whichever of them is looked at first."""
+
+    def __init__(self, read: Callable[[], Mapping[str, RunDetail]]) -> None:
+        self._read = read
+        self._found: Mapping[str, RunDetail] | None = None
+
+    def of(self, run_id: str) -> RunDetail | RunNotFound:
+        if self._found is None:
+            self._found = self._read()
+        return self._found.get(run_id) or RunNotFound(run_id)

@@ -206,14 +206,14 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
     ) -> list[Grant | Refused]:
         changes = Changes()
         answers: list[Grant | Refused] = []
+        taken: set[StepKey] = set()
         for request in requests:
-            # What one request of this transaction took, the next can't have.
-            head = heads.get(request.key)
-            answer = ledger.claim(head, request, changes, now=tx.now)
-            if isinstance(answer, Grant) and head is not None:
-                heads[request.key] = replace(
-                    head, status=StepStatus.RUNNING, epoch=answer.epoch, worker=request.worker
-                )
+            if request.key in taken:  # in this transaction: the rows read above are no longer right
+                answers.append(Refused("taken"))
+                continue
+            answer = ledger.claim(heads.get(request.key), request, changes, now=tx.now)
+            if isinstance(answer, Grant):
+                taken.add(request.key)
             answers.append(answer)
         self.write(tx, changes)
         return answers
