@@ -10,9 +10,10 @@ import hashlib
 from dataclasses import replace
 
 from paigeant import codec, ledger
-from paigeant.errors import NotAdopted
+from paigeant.errors import NotAdopted, TokenRejected
 from paigeant.forwarder import STORED_PAYLOAD, Forwarder
-from paigeant.message import MessageId, PaigeantMessage
+from paigeant.identity import Mandate
+from paigeant.message import JUST_BEGUN, MessageId, PaigeantMessage
 from paigeant.observer import Event, Observers
 from paigeant.secret import OBO_TOKEN
 from paigeant.slip import Executed, Phase, RoutingSlip, RunStatus, Step, StepStatus
@@ -20,7 +21,7 @@ from paigeant.store import RunRecord, StepKey, StepRecord, Store
 
 __all__ = ["Adoption"]
 
-_NOT_KEPT = frozenset({STORED_PAYLOAD, OBO_TOKEN, "jws_signature"})
+_NOT_KEPT = frozenset({STORED_PAYLOAD, JUST_BEGUN, OBO_TOKEN, "jws_signature"})
 """Headers that say something of one message, or hold what no row may."""
 
 
@@ -106,6 +107,10 @@ def _check(message: PaigeantMessage) -> None:
     if not _is_sound(message):
         reason = "its slip doesn't say clearly what there is to do: something has no name, or occurs twice"
         raise NotAdopted(message.workflow_id, reason, stayed=False)
+    try:
+        Mandate.read(message.headers)
+    except TokenRejected as exc:  # recorded, nobody could even look at the run
+        raise NotAdopted(message.workflow_id, "for whom it acts can't be read", stayed=False) from exc
 
 
 def _is_sound(message: PaigeantMessage) -> bool:

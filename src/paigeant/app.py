@@ -329,12 +329,13 @@ def envelope_of(settings: Settings, clock: Clock | None = None) -> Envelope:
     from paigeant.keyfiles import FileKeys  # here, because few processes sign
     from paigeant.signing import SignedEnvelope
 
+    now = (clock or SystemClock()).now
     return SignedEnvelope(
-        FileKeys.of(settings.key_ring(), settings.trusted()),
+        FileKeys.of(settings.key_ring(), settings.trusted(), clock=now),
         deployment=settings.deployment,
         requires=settings.signing == "require",
         lifetime=settings.message_lifetime,
-        clock=(clock or SystemClock()).now,
+        clock=now,
         limit_bytes=settings.max_message_bytes,
     )
 

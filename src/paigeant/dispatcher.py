@@ -112,7 +112,7 @@ class Dispatcher:
                 workflow=workflow.name,
                 correlation_id=correlation_id,
                 trace_id=trace_id,
-                headers={**(headers or {}), **mandate, **token, "traceparent": parent},
+                headers=_with_token({**(headers or {}), **mandate, "traceparent": parent}, token),
             )
             await self._start(message, text, begins=begins, now=now, is_new=workflow_id is None)
         return run_id
@@ -329,10 +329,10 @@ class Dispatcher:
         slip: RoutingSlip,
         *,
         waits: float,
-    ) -> tuple[dict[str, str], dict[str, str]]:
-        """The header that says for whom the run acts, and the one with the token, where they are told."""
+    ) -> tuple[dict[str, str], SecretToken | None]:
+        """The header that says for whom the run acts, and the token, where they are told."""
         if on_behalf_of is None:
-            return {}, {}
+            return {}, None
         first = self.forwarder.next_step(run_id, slip)
         carries = first is None or self.forwarder.carries(first.topic)
         mandate, token = await self.behalf.mandate(on_behalf_of, carries=carries)
@@ -340,7 +340,7 @@ class Dispatcher:
             raise InputInvalid(
                 "a token doesn't travel before its run is due: no message does; hand over a GrantHandle"
             )
-        return {MANDATE: mandate.dump()}, {} if token is None else {OBO_TOKEN: token.reveal()}
+        return {MANDATE: mandate.dump()}, token
 
     async def _start(
         self, message: PaigeantMessage, input: bytes, *, begins: float, now: float, is_new: bool
@@ -503,6 +503,11 @@ def _step_of(letter: DeadLetter) -> StepKey:
             ) from exc
         return StepKey(known.workflow_id, known.step, Phase(known.phase))
     return StepKey(message.workflow_id, message.step_id, message.phase)
+
+
+def _with_token(headers: Mapping[str, str], token: SecretToken | None) -> Mapping[str, str]:
+    """`headers` and the token. Its text is nowhere else: a frame from which an error comes may be shown with values."""
+    return headers if token is None else {**headers, OBO_TOKEN: token.reveal()}
 
 
 def _person(headers: Mapping[str, str]) -> bytes:

@@ -33,6 +33,8 @@ HEAD_BYTES = 24 * 1024
 """How long the line with them may be, beside the body: a token has up to 16 KiB."""
 
 _HEADERS = frozenset({SIGNATURE, OBO_TOKEN})
+_BODY = b'{"spec_version"'
+"""What the bodies that we write begin with."""
 _BEGINNINGS = tuple(f'{{"{name}"'.encode() for name in sorted(_HEADERS))
 
 
@@ -90,8 +92,8 @@ class PlainEnvelope:
     def seal(self, message: PaigeantMessage, topic: str) -> bytes:
         if _HEADERS.isdisjoint(message.headers):
             return encode(message, limit_bytes=self.limit_bytes)
-        token = message.headers.get(OBO_TOKEN)
-        return framed(encode(inner(message), limit_bytes=self.limit_bytes), token=token)
+        body = encode(inner(message), limit_bytes=self.limit_bytes)
+        return framed(body, token=message.headers.get(OBO_TOKEN))
 
     async def open(self, topic: str, wire: bytes) -> PaigeantMessage:
         headers, body = split(wire, self.limit_bytes)
@@ -159,15 +161,22 @@ def split(wire: bytes, limit_bytes: int) -> tuple[dict[str, str], bytes]:
 
 def without_token(wire: bytes) -> bytes:
     """Bytes that came out of a topic, as they may be kept: a token is for nobody who reads them later."""
-    end = wire.find(b"\n", 0, HEAD_BYTES)
-    if wire.startswith(_BEGINNINGS):
+    is_frame = wire.startswith(_BEGINNINGS)
+    if is_frame:
         try:
             head, body = split(wire, len(wire))
         except MessageInvalid:  # no telling where in it the token stands, or what it is called
-            return b"" if end < 0 else masked_body(wire[end + 1 :])
-        return framed(body, signature=head.get(SIGNATURE)) if OBO_TOKEN in head else wire
-    if end >= 0 and any(name.encode() in wire[:end] for name in _HEADERS):
-        return masked_body(wire[end + 1 :])  # its beginning is damaged, but such a line it is
+            pass
+        else:
+            return framed(body, signature=head.get(SIGNATURE)) if OBO_TOKEN in head else wire
+    # What stands in front of a body of ours is such a line, however it is damaged: cut off, or in two by a line break
+    # within the token, of which the rest is as good as the whole.
+    begin = wire.find(_BODY if is_frame else b"\n" + _BODY, 0, HEAD_BYTES)
+    if begin >= 0:
+        return masked_body(wire[begin:].removeprefix(b"\n"))
+    end = wire.rfind(b"\n", 0, HEAD_BYTES)
+    if is_frame or (end >= 0 and any(name.encode() in wire[:end] for name in _HEADERS)):
+        return b"" if end < 0 else masked_body(wire[end + 1 :])
     return masked_body(wire)
 
 

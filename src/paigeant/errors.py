@@ -224,7 +224,9 @@ class UnsupportedVersion(MessageInvalid):
     """A message of a major version that this code doesn't speak."""
 
     def __init__(self, found: object, spoken: str) -> None:
-        super().__init__("unsupported_version", f"spec_version is {found!r}, this worker speaks {spoken}")
+        super().__init__(
+            "unsupported_version", f"spec_version is {repr(found)[:100]}, this worker speaks {spoken}"
+        )
 
 
 class MessageTooLarge(MessageInvalid):

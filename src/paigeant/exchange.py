@@ -23,7 +23,7 @@ from paigeant.errors import (
     TokenRejected,
 )
 from paigeant.https import MOST_SECONDS, Reply, check_url, request
-from paigeant.identity import read_token, scopes_in
+from paigeant.identity import said_by, scopes_in
 from paigeant.secret import SecretToken
 
 __all__ = [
@@ -62,10 +62,22 @@ class ClientAuthentication(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ClientSecret:
-    """A secret that the service shares with the authorization server (`client_secret_basic`)."""
+    """A secret that the service shares with the authorization server (`client_secret_basic`).
+
+    Raises ConfigurationError for what is no text.
+    """
 
     client_id: str
     secret: SecretToken
+
+    def __post_init__(self) -> None:
+        try:
+            self.proof("https://example")
+            return
+        except UnicodeEncodeError:
+            pass
+        # Outside of the handler: that error holds the secret.
+        raise ConfigurationError(f"the secret of client '{self.client_id}' is no text in UTF-8")
 
     def proof(self, url: str) -> tuple[dict[str, str | SecretToken], SecretToken | None]:
         pair = f"{quote_plus(self.client_id)}:{quote_plus(self.secret.reveal())}"
@@ -161,9 +173,9 @@ class TokenEndpoint:
         """Like `ask`, for a token with these scopes at most. Raises ExchangeRefused for one that can do more."""
         issued = await self.ask(form)
         given = set(issued.scopes or ())
-        claims = _claims(issued.token)
+        claims = said_by(issued.token)
         if claims is not None:
-            given |= set(scopes_in(claims))
+            given |= _scopes(self.url, claims)
             aud = claims.get("aud")
             if audience is not None and audience not in (aud if isinstance(aud, list) else [aud]):
                 raise ExchangeRefused(f"{self.url} gave a token for another audience than '{audience}'")
@@ -297,9 +309,8 @@ def _object(reply: Reply) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _claims(token: SecretToken) -> Mapping[str, Any] | None:
-    """What a token says that is meant for somebody else; None for one that only they can read."""
+def _scopes(url: str, claims: Mapping[str, Any]) -> set[str]:
     try:
-        return read_token(token).claims
-    except TokenRejected:
-        return None
+        return set(scopes_in(claims))
+    except TokenRejected as exc:  # it says nothing of the person's token, which was good
+        raise ExchangeRefused(f"{url} gave a token whose scopes can't be read") from exc

@@ -178,7 +178,8 @@ class Executor:
         try:
             key = StepKey(message.workflow_id, message.step_id, message.phase)
             message = await self._with_payload(message)
-            if not _is_about(message, key):  # the store's rows, and they have gone on since
+            same = message.due is not None and message.due.activity == due.activity
+            if not same or not _is_about(message, key):  # the store's rows, and they have gone on since
                 await self._drop(message, "recorded")
                 return None
             claim = Claim(key, Grant(0, 0, 0.0), message, activity, time.monotonic())
@@ -214,9 +215,10 @@ class Executor:
         try:
             return await self.forwarder.payload(message)
         except RunNotFound:
-            if self.adoption is not None:
-                self.adoption.records(message)  # raises: what it lacks is in another store
-            raise
+            if self.adoption is None:
+                raise
+            self.adoption.records(message)  # raises for what lacks something that is in another store
+            return message
 
     async def _accept(self, claim: Claim) -> Claim | None:
         # Ack once the claim has committed: before that a crash would lose the wake-up, after it the lease protects

@@ -13,9 +13,9 @@ from pydantic_core import to_json
 
 from paigeant import ledger
 from paigeant.activity import ActivityRegistry
-from paigeant.envelope import Envelope, PlainEnvelope
+from paigeant.envelope import Envelope, PlainEnvelope, inner
 from paigeant.errors import MessageTooLarge, PaigeantError, StoreUnavailable, TransportUnavailable
-from paigeant.message import SENT_FROM, MessageId, PaigeantMessage, encode
+from paigeant.message import JUST_BEGUN, SENT_FROM, MessageId, PaigeantMessage, encode
 from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import Compensation, Phase, RoutingSlip, Step, StepStatus
 from paigeant.store import NextStep, RunDetail, StepKey, Store
@@ -101,7 +101,8 @@ class Forwarder:
 
         `sent_from`: the topic of the step that the sender has just recorded.
         """
-        if OBO_TOKEN in message.headers and not self.carries(topic):
+        if OBO_TOKEN in message.headers and not (message.phase is Phase.DO and self.carries(topic)):
+            # What is undone is undone by the service itself, and whoever undoes it needs nobody's token.
             message = message.evolve(headers=_tokenless(message.headers))
         message_id = MessageId(message.workflow_id, message.step_id, message.phase, epoch)
         if sent_from is not None and not self.envelope.serves_all:  # else nobody asks
@@ -136,7 +137,7 @@ class Forwarder:
         if posting is not None and self._most_growth(message, posting.body) <= limit - len(posting.body):
             return
         growth = self._growth(message)
-        size = len(encode(_without_payload(message), limit_bytes=limit)) + growth
+        size = len(encode(inner(_without_payload(message)), limit_bytes=limit)) + growth
         if size > limit:
             raise MessageTooLarge(size, limit)
 
@@ -248,8 +249,12 @@ class Forwarder:
         return all(self.envelope.may_send(message, row.topic) for row in detail.steps if row.key == key)
 
     async def payload(self, message: PaigeantMessage) -> PaigeantMessage:
-        """`message` with its payload, read from the store where it was too large to travel. Raises RunNotFound."""
-        if message.headers.get(STORED_PAYLOAD) != "stored":
+        """`message` with its payload, read from the store where it was too large to travel. Raises RunNotFound.
+
+        All of one is read from there that counts only as the first of its run: whoever may start runs could say of any
+        other step, of any run, that it is that.
+        """
+        if message.headers.get(STORED_PAYLOAD) != "stored" and JUST_BEGUN not in message.headers:
             return message
         return await self.renewed(message)
 

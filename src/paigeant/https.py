@@ -138,8 +138,11 @@ def _mistrust(exc: BaseException) -> str | None:
 
 
 def _redirected(url: str, origin: SplitResult, location: str) -> str:
-    target = urljoin(url, location)
-    parts = urlsplit(target)
+    try:
+        target = urljoin(url, location)
+        parts = urlsplit(target)
+    except ValueError:
+        raise AuthorityUnavailable(_named(origin), "it redirects to what is no URL") from None
     if (parts.scheme, parts.netloc) != (origin.scheme, origin.netloc):
         raise AuthorityUnavailable(_named(origin), f"it redirects to another host, {parts.hostname}")
     return target

@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from paigeant.codec import parse_strict
 from paigeant.errors import InputInvalid, MessageInvalid, TokenExpired, TokenRejected
@@ -33,6 +33,7 @@ __all__ = [
     "check_scopes",
     "check_signature",
     "read_token",
+    "said_by",
     "scopes_in",
 ]
 
@@ -135,14 +136,16 @@ class Mandate:
         if text is None:
             return None
         try:
-            value = json.loads(text)
+            value = parse_strict(text.encode())
             scopes, handle = value["scopes"], value["handle"]
-            made = cls(str(value["sub"]), str(value["iss"]), tuple(map(str, scopes)), handle)
-        except (ValueError, TypeError, KeyError) as exc:
+            texts = [value["sub"], value["iss"], *scopes, *([] if handle is None else [handle])]
+            if not isinstance(scopes, list) or not all(isinstance(part, str) for part in texts):
+                raise TypeError("it isn't made of texts")
+            return cls(value["sub"], value["iss"], tuple(scopes), handle)
+        except (MessageInvalid, ValueError, TypeError, KeyError) as exc:
             raise TokenRejected(
                 "mandate", f"the header {MANDATE} can't be read: {type(exc).__name__}"
             ) from exc
-        return made
 
     def bound(self, found: SecurityContext) -> SecurityContext:
         """What a verified token allows to this run: no more than was granted to it. Raises TokenRejected."""
@@ -195,9 +198,9 @@ def read_token(token: SecretToken) -> Draft:
     if size > MOST_TOKEN_BYTES:
         raise TokenRejected("too_large", f"it has {size:,} characters, at most {MOST_TOKEN_BYTES:,} are read")
     parts = _unsigned(token)
-    if parts is None:
+    if parts is None or not parts.is_signed:
         raise TokenRejected("malformed", "it isn't three parts of base64url, the last of them a signature")
-    header, claims = _object(parts[0], "header"), _object(parts[1], "claims")
+    header, claims = _object(parts.header, "header"), _object(parts.claims, "claims")
     refused = next((name for name in _REFUSED if name in header), None)
     if refused is not None:
         raise TokenRejected("header", f"its header has '{refused}', which is never followed")
@@ -213,11 +216,28 @@ def read_token(token: SecretToken) -> Draft:
     return Draft(header, claims)
 
 
-def _unsigned(token: SecretToken) -> tuple[str, str] | None:
+def said_by(token: SecretToken) -> Mapping[str, Any] | None:
+    """The claims of a token that others are to verify, whatever its header is; None where only they can read it."""
+    parts = _unsigned(token)
+    try:
+        return None if parts is None else _object(parts.claims, "claims")
+    except TokenRejected:
+        return None
+
+
+class _Parts(NamedTuple):
+    header: str
+    claims: str
+    is_signed: bool
+
+
+def _unsigned(token: SecretToken) -> _Parts | None:
     """A token's first two parts. Its text stays in here: whoever raises an error has no signature in its frame."""
     text = token.reveal()
     parts = text.split(".")
-    return (parts[0], parts[1]) if len(parts) == 3 and all(parts) and text.isascii() else None
+    if len(parts) != 3 or not parts[0] or not parts[1] or not text.isascii():
+        return None
+    return _Parts(parts[0], parts[1], bool(parts[2]))
 
 
 def check_signature(token: SecretToken, draft: Draft, key: Mapping[str, Any], issuer: Issuer) -> None:

@@ -79,12 +79,11 @@ class Jwks:
         )
 
     def _age(self) -> float:
-        return self.clock.now() - self._fetched_at
+        # A clock that was set back mustn't keep keys fresh until it is there again, nor stop it from asking.
+        return abs(self.clock.now() - self._fetched_at)
 
     def _may_ask(self) -> bool:
-        return (
-            abs(self.clock.now() - self._asked_at) >= self._pause()
-        )  # a clock that was set back mustn't stop it
+        return abs(self.clock.now() - self._asked_at) >= self._pause()
 
     def _pause(self) -> float:
         return FIRST_SECONDS if math.isinf(self._fetched_at) else REFRESH_SECONDS

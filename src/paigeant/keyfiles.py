@@ -5,30 +5,35 @@ Files are read again when they have changed, so that a key that is added or revo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
 import stat
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+from paigeant.clock import SystemClock
 from paigeant.codec import parse_strict
 from paigeant.errors import ConfigurationError, MessageInvalid
 from paigeant.jwks import Jwks
 from paigeant.keys import ALL_ROLES, Key, KeyRing, Roles, TrustedKey, thumbprint
 
-__all__ = ["FileKeys", "Trust", "read_ring", "read_trust", "write_private"]
+__all__ = ["FileKeys", "Trust", "changing", "read_ring", "read_trust", "write_private", "write_trust"]
 
 log = logging.getLogger("paigeant.keys")
 
 _LOOK_SECONDS = 1.0
 """How often a file is looked at for changes, while messages come; and at once for a key that isn't known."""
 
+_LOCK_SECONDS = 5.0
+
 _MOST_KEYS = 1000
+_MOST_BYTES = 4 * 1024 * 1024
 
 Content = TypeVar("Content")
 
@@ -45,7 +50,7 @@ class Trust:
 class FileKeys:
     """The keys that settings name. `ring` gives the own key ring, `trust` whom to believe; without it the ring alone.
 
-    The two are read through files that are watched, or are fixed.
+    The two are read through files that are watched, or are fixed. `clock` gives this host's time.
     """
 
     def __init__(
@@ -54,15 +59,19 @@ class FileKeys:
         trust: Callable[[], Trust] | None = None,
         *,
         files: Sequence[_Watched[Any]] = (),
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self._ring = ring
         self._trust = trust
         self._files = files
+        self._clock = clock or SystemClock().now
         self._jwks: Jwks | None = None
         self._imported: dict[str, TrustedKey] = {}
 
     @classmethod
-    def of(cls, ring: Path | KeyRing, trust: Path | None = None) -> FileKeys:
+    def of(
+        cls, ring: Path | KeyRing, trust: Path | None = None, *, clock: Callable[[], float] | None = None
+    ) -> FileKeys:
         """Those in these files. Raises ConfigurationError for what is in neither."""
         watched = None if isinstance(ring, KeyRing) else _Watched(ring, read_ring)
         others = None if trust is None else _Watched(trust, read_trust)
@@ -70,6 +79,7 @@ class FileKeys:
             watched.get if watched is not None else lambda: cast(KeyRing, ring),
             None if others is None else others.get,
             files=[file for file in (watched, others) if file is not None],
+            clock=clock,
         )
         keys.signer()
         return keys
@@ -79,7 +89,7 @@ class FileKeys:
         if self._trust is None:
             return key, ALL_ROLES
         known = self._trust().keys.get(key.kid)
-        if known is not None and known.revoked_at is not None:
+        if known is not None and (known.revoked_at is not None or not known.holds(self._clock())):
             return key, Roles()  # what it signed would only be refused: others are to send
         # One that only a published set has gets the roles of that.
         return key, known.roles if known is not None else self._trust().jwks_roles
@@ -102,6 +112,8 @@ class FileKeys:
         if self._jwks is None or self._jwks.url != trust.jwks_url:
             self._jwks = Jwks(trust.jwks_url)
         jwk = await self._jwks.find(kid)
+        if self._trust() != trust or self._ring().find(kid) != own:
+            return await self.find(kid)  # it may be revoked, while the server took its time
         if jwk is None or _thumbprint(jwk) != kid:
             return None
         return self._kept(TrustedKey(kid, jwk, trust.jwks_roles))
@@ -120,9 +132,11 @@ class _Watched(Generic[Content]):
     def __init__(self, path: Path, read: Callable[[Path], Content]) -> None:
         self._path = path
         self._read = read
-        self._content = read(path)
+        # Before it is read: what is written between the two is found later, where a mark of it would hide it for ever.
         self._mark = _mark(path)
+        self._content = read(path)
         self._looked_at = time.monotonic()
+        self._told = ""
 
     def get(self) -> Content:
         if time.monotonic() - self._looked_at >= _LOOK_SECONDS:
@@ -135,18 +149,27 @@ class _Watched(Generic[Content]):
         mark = _mark(self._path)
         if mark != self._mark:
             try:
-                self._content = self._read(self._path)
+                self._content, self._told = self._read(self._path), ""
             except ConfigurationError as exc:
-                log.error("keys.not_read: %s; those that were there before are kept", exc)
+                if str(exc) != self._told:
+                    log.error("keys.not_read: %s; those that were there before are kept", exc)
+                self._told = str(exc)
+                # What couldn't be opened may be the next time, for instance when there are files left to open.
+                mark = _NONE if isinstance(exc.__cause__, OSError) else mark
             self._mark = mark
+
+
+_NONE: tuple[int, ...] = ()
+"""The mark of a file that isn't there."""
 
 
 def _mark(path: Path) -> tuple[int, ...]:
     try:
         found = path.stat()
     except OSError:
-        return ()
-    return found.st_mtime_ns, found.st_size, found.st_ino
+        return _NONE
+    # The last instant is also that of a change of the mode or the owner, without which a file may have been refused.
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
 
 
 def read_ring(path: Path) -> KeyRing:
@@ -167,16 +190,48 @@ def read_trust(path: Path) -> Trust:
         raise ConfigurationError(f"{path}: {exc}") from exc
 
 
+@contextlib.contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Alone among the commands that read a key file, change it and write it: none undoes what another one does.
+
+    Somebody else who holds the folder's lock is waited for a while only: nobody may keep a key from being revoked.
+    """
+    try:
+        import fcntl  # here: it isn't everywhere
+    except ImportError:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        until = time.monotonic() + _LOCK_SECONDS
+        with contextlib.suppress(OSError):  # no such folder, which the writing says; or one without locks
+            folder = os.open(path.resolve().parent, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            while True:
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= until:
+                        break
+                    time.sleep(0.02)
+        yield
+
+
 def write_private(path: Path, value: Mapping[str, Any], *, new: bool = False, mode: int = 0o600) -> None:
     """Put `value` into a file whole or not at all, and with `mode` from the first byte.
 
+    One that is there already keeps its mode, its owner, and the links that lead to it: whoever could read it still can.
     Raises FileExistsError where it has to be `new` and isn't, ConfigurationError for what else can't be.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        path = path if new else path.resolve()
+        before = None if new or not path.exists() else path.stat()
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                if before is not None and os.name == "posix":
+                    _become(stream.fileno(), before)
                 stream.write(dumps(value, indent=2) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -192,10 +247,30 @@ def write_private(path: Path, value: Mapping[str, Any], *, new: bool = False, mo
         raise ConfigurationError(f"can't write {path}: {exc.strerror}") from exc
 
 
+def write_trust(path: Path, value: Mapping[str, Any]) -> None:
+    """Put `value` into a trust file. Raises ConfigurationError, and writes nothing, for what can't be read again."""
+    try:
+        _trust(parse_strict(dumps(value).encode()))
+    except (ConfigurationError, MessageInvalid) as exc:
+        raise ConfigurationError(f"{path} stays as it was: {exc}") from exc
+    write_private(path, value, mode=0o644)
+
+
+def _become(handle: int, before: os.stat_result) -> None:
+    """Give a file the owner and the mode of the one whose place it takes."""
+    now = os.fstat(handle)
+    if (now.st_uid, now.st_gid) != (before.st_uid, before.st_gid):
+        # Only root may. A ring of somebody else's nobody else could have read; a trust file is there for all to read.
+        with contextlib.suppress(PermissionError):
+            os.fchown(handle, before.st_uid, before.st_gid)
+    os.fchmod(handle, stat.S_IMODE(before.st_mode))
+
+
 def _read(path: Path, what: str, remedy: str, *, private: bool) -> Any:
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        body = path.read_bytes()
+        with path.open("rb") as stream:  # one file: that whose mode is looked at is the one that is read
+            mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
+            body = stream.read(_MOST_BYTES + 1)  # what isn't a file may have no end
     except FileNotFoundError as exc:
         raise ConfigurationError(f"there is no {what} {path}; {remedy}") from exc
     except OSError as exc:
@@ -207,6 +282,8 @@ def _read(path: Path, what: str, remedy: str, *, private: bool) -> Any:
         raise ConfigurationError(
             f"others can {done} {path} (mode {mode:04o}), expected {expected}; do: chmod {expected} {path}"
         )
+    if len(body) > _MOST_BYTES:
+        raise ConfigurationError(f"{path} is no {what}: it has more than {_MOST_BYTES:,} bytes")
     try:
         return parse_strict(body)
     except MessageInvalid as exc:
@@ -225,6 +302,13 @@ def _trust(value: Any) -> Trust:
     if len(entries) > _MOST_KEYS:
         raise ConfigurationError(f"a trust file has at most {_MOST_KEYS} keys, found {len(entries)}")
     keys = [_trusted(entry, f"keys[{place}]") for place, entry in enumerate(entries)]
+    places: dict[str, int] = {}
+    for place, key in enumerate(keys):
+        # Of two entries one might revoke the key, and the other not.
+        if places.setdefault(key.kid, place) != place:
+            raise ConfigurationError(
+                f"keys[{place}] is the key of keys[{places[key.kid]}] once more, {key.kid}"
+            )
     jwks = value.get("jwks")
     if jwks is None:
         return Trust({key.kid: key for key in keys})

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from paigeant.clock import LAST_INSTANT
 from paigeant.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -152,6 +153,10 @@ class Roles:
         """Whether a run of `workflow` may begin with a message that was signed with a key of these roles."""
         return self.amend or _fits(workflow, self.dispatch)
 
+    def may_do(self, topic: str) -> bool:
+        """Whether it may do the steps of `topic`: then what it says of them counts."""
+        return self.amend or _fits(topic, self.run)
+
     def may_send(self, *, workflow: str, topic: str, sent_from: str | None, has_begun: bool) -> bool:
         """Whether a message for `topic` counts that was signed with a key of these roles.
 
@@ -159,7 +164,7 @@ class Roles:
         may do the step recorded before it, of the topic `sent_from`, or, where nothing is recorded yet, one who may
         start runs of `workflow`.
         """
-        if self.amend or _fits(topic, self.run):
+        if self.may_do(topic):
             return True
         if has_begun:
             return sent_from is not None and _fits(sent_from, self.run)
@@ -184,6 +189,12 @@ class TrustedKey:
     def algorithm(self) -> Algorithm:
         """The only one that its signatures may have."""
         return algorithm_of(self.jwk)
+
+    def holds(self, now: float, leeway: float = 0.0) -> bool:
+        """Whether `now` is within the time that it is for, or `leeway` seconds before or after that."""
+        begins = now if self.not_before is None else self.not_before
+        ends = now if self.not_after is None else self.not_after  # 0 is an instant, long ago
+        return begins - leeway <= now <= ends + leeway
 
     @cached_property
     def verifier(self) -> Jwk:
@@ -214,7 +225,8 @@ def thumbprint(jwk: Mapping[str, Any]) -> str:
 def _imported(jwk: Mapping[str, Any]) -> Jwk:
     from joserfc.jwk import JWKRegistry
 
-    if jwk.get("kty") == "RSA" and len(str(jwk.get("n", ""))) * 6 < _RSA_BITS:
+    # Zeros in front, which are A's, make the text longer and the key no better.
+    if jwk.get("kty") == "RSA" and len(str(jwk.get("n", "")).lstrip("A")) * 6 < _RSA_BITS:
         raise ConfigurationError(f"an RSA key has {_RSA_BITS} bits or more")
     try:
         # Without what others say of it: its kind alone decides what it is used for.
@@ -237,8 +249,12 @@ def _key(entry: object) -> Key:
     try:
         created_at = float(entry["created_at"])
         revoked_at = None if entry.get("revoked_at") is None else float(entry["revoked_at"])
-    except (KeyError, TypeError, ValueError) as exc:
-        raise ConfigurationError(f"key '{kid}' of the key ring has no instant created_at") from exc
+        if not all(0 <= instant <= LAST_INSTANT for instant in (created_at, revoked_at or 0.0)):
+            raise ValueError("no date is so far away")
+    except (KeyError, TypeError, ValueError, OverflowError) as exc:
+        raise ConfigurationError(
+            f"key '{kid}' of the key ring has no instant created_at, or a revoked_at that is none"
+        ) from exc
     if "d" not in jwk:
         raise ConfigurationError(f"key '{kid}' of the key ring has no private part")
     if (found := thumbprint(jwk)) != kid:

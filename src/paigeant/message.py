@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_LIMIT_BYTES",
+    "JUST_BEGUN",
     "SENT_FROM",
     "SPEC_VERSION",
     "MessageId",
@@ -39,6 +40,9 @@ DEFAULT_LIMIT_BYTES = 1024 * 1024
 
 SENT_FROM = "paigeant-sent-from"
 """A header of a message that is about to be sealed: the topic of the step that its sender has just recorded."""
+
+JUST_BEGUN = "paigeant-just-begun"
+"""A header of a message that was opened: it counts only as the first of its run, which it says of itself to be."""
 
 
 @dataclass(frozen=True, slots=True)

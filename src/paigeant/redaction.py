@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import SecretBytes, SecretStr
 
-from paigeant.secret import MASK, TOKEN
+from paigeant.secret import MASK, masked
 from paigeant.urls import scrubbed, secrets_of
 
 __all__ = ["Redactor", "is_secret", "quoted", "redacted", "secrets_in", "without"]
@@ -36,16 +36,19 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL),
         MASK,
     ),
-    (TOKEN, MASK),
     (re.compile(r"\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{6,}", re.I), rf"\1\2{MASK}"),
     (re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"), MASK),
     (
         re.compile(
             # `password=...`, `"obo_token": "..."`, `api_key='...'`. What is a mask already, or says a scheme whose
-            # credentials are masked above, stays.
-            rf"((?:{_NAMES})\\?[\"']?\s*(?:=>|[:=])\s*)"
-            r"(?!\s*(?:\\?[\"'])?(?:\*\*\*|bearer |basic ))"
-            r"(\\?\"(?:[^\"\\]|\\.)*\\?\"|'(?:[^'\\]|\\.)*'|[^\s\"',;&)}\]]+)",
+            # credentials are masked above, stays. Blanks are never given back: of many each would be tried as the last.
+            rf"((?:{_NAMES})\\?[\"']?\s*+(?:=>|[:=])\s*+)"
+            r"(?!(?:\\?[\"'])?(?:\*\*\*|bearer |basic ))"
+            # `b'...'` and `SecretStr('...')` as Python writes them, or a text, whose end may have been cut off; a list
+            # or an object; a word.
+            r"((?:[a-z_]{1,20}\(|[bru]{1,2}(?=[\"']))?"
+            r"(?:\\?\"(?:[^\"\\]|\\.)*\\?\"|'(?:[^'\\]|\\.)*'|\\?\"[^\"\n]*|'[^'\n]*)"
+            r"|\[[^\]\n]*\]?|\{[^}\n]*\}?|[^\s\"',;&)}\]]+)",
             re.I,
         ),
         rf"\1{MASK}",
@@ -80,8 +83,9 @@ class Redactor:
                 text = text.replace(secret, MASK)
         if not _is_suspect(text):
             return text
-        for pattern, masked in _HIDDEN:
-            text = pattern.sub(masked, text)
+        text = masked(text)
+        for pattern, shown in _HIDDEN:
+            text = pattern.sub(shown, text)
         return scrubbed(text)
 
     def may_hide(self, text: str) -> bool:

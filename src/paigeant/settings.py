@@ -361,8 +361,10 @@ class Settings(BaseSettings):
         """The file of the key ring, or the ring that the settings hold. Raises ConfigurationError for what is none."""
         if self.signing_keys is None:
             return Path(self.keys_file)
+        # A variable of the environment may hold bytes that are no text; it is the strict parse that says so.
+        body = self.signing_keys.get_secret_value().encode("utf-8", "surrogateescape")
         try:
-            return KeyRing.from_dict(parse_strict(self.signing_keys.get_secret_value().encode()))
+            return KeyRing.from_dict(parse_strict(body))
         except (MessageInvalid, ConfigurationError) as exc:
             reason = str(exc).removeprefix(f"{getattr(exc, 'reason', '')}: ")
             raise ConfigurationError(

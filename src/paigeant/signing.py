@@ -20,7 +20,15 @@ from paigeant.codec import parse_strict
 from paigeant.envelope import SIGNATURE, framed, inner, outer, split
 from paigeant.errors import ConfigurationError, KeysUnavailable, MessageInvalid
 from paigeant.keys import Algorithm, Key, Roles, TrustedKey
-from paigeant.message import DEFAULT_LIMIT_BYTES, SENT_FROM, PaigeantMessage, Seal, decode, encode
+from paigeant.message import (
+    DEFAULT_LIMIT_BYTES,
+    JUST_BEGUN,
+    SENT_FROM,
+    PaigeantMessage,
+    Seal,
+    decode,
+    encode,
+)
 from paigeant.secret import OBO_TOKEN
 from paigeant.slip import Phase
 
@@ -97,19 +105,19 @@ class SignedEnvelope:
     def seal(self, message: PaigeantMessage, topic: str) -> bytes:
         key, _ = self.keys.signer()
         now = int(self._clock())
-        token = message.headers.get(OBO_TOKEN)
         body = inner(message)
-        headers = dict(body.headers)
+        headers = {name: text for name, text in body.headers.items() if name != JUST_BEGUN}
         seal = Seal(
             self.deployment,
             topic,
             now,
             now + int(self.lifetime),
             sent_from=headers.pop(SENT_FROM, None),
-            obo_hash=None if token is None else _digest(token),
+            obo_hash=_hash_of(message.headers.get(OBO_TOKEN)),
         )
         signed = encode(body.evolve(headers=headers, seal=seal), limit_bytes=self.limit_bytes)
-        return framed(signed, signature=_sign(key, signed), token=token)
+        # Its text is in no variable: the frame of an error, such as that the message is too large, may be shown.
+        return framed(signed, signature=_sign(key, signed), token=message.headers.get(OBO_TOKEN))
 
     async def open(self, topic: str, wire: bytes) -> PaigeantMessage:
         headers, body = split(wire, self.limit_bytes)
@@ -121,7 +129,10 @@ class SignedEnvelope:
         key = await self._verified(signature, body)
         message = decode(body, limit_bytes=self.limit_bytes)
         self._check(message, topic, headers.get(OBO_TOKEN), key)
-        return outer(message, headers)
+        opened = outer(message, headers)
+        if key.roles.may_do(topic) or _has_begun(message):
+            return opened
+        return opened.evolve(headers={**opened.headers, JUST_BEGUN: "said"})
 
     def may_send(self, message: PaigeantMessage, topic: str) -> bool:
         try:
@@ -136,7 +147,7 @@ class SignedEnvelope:
             return not self.requires
         _, _, kid, _ = _read(signature)
         key = await self.keys.find(kid)
-        return key is not None and key.roles.may_start(message.workflow)
+        return key is not None and key.revoked_at is None and key.roles.may_start(message.workflow)
 
     @property
     def told(self) -> str:
@@ -163,8 +174,7 @@ class SignedEnvelope:
             raise MessageInvalid("unknown_key", f"nobody vouches for the key '{kid}'")
         if key.revoked_at is not None:
             raise MessageInvalid("revoked_key", f"the key '{kid}' is revoked, whenever it has signed")
-        now = self._clock()
-        if not (key.not_before or now) - LEEWAY <= now <= (key.not_after or now) + LEEWAY:
+        if not key.holds(self._clock(), LEEWAY):
             raise MessageInvalid("expired_key", f"the key '{kid}' doesn't hold now")
         if key.algorithm != algorithm:
             raise MessageInvalid(
@@ -191,7 +201,7 @@ class SignedEnvelope:
             )
         if seal.expires_at < now - LEEWAY:
             raise MessageInvalid("expired", "its time is over; the next sweep sends another")
-        if seal.obo_hash != (None if token is None else _digest(token)):
+        if seal.obo_hash != _hash_of(token):
             raise MessageInvalid(
                 "wrong_token", "what stands in front of it isn't the token that it was signed with"
             )
@@ -209,8 +219,13 @@ def _holds(key: TrustedKey, signed: bytes, raw: bytes) -> bool:
 
 
 def _may_send(roles: Roles, message: PaigeantMessage, topic: str, sent_from: str | None) -> bool:
-    has_begun = bool(message.routing_slip.executed) or message.phase is Phase.UNDO
-    return roles.may_send(workflow=message.workflow, topic=topic, sent_from=sent_from, has_begun=has_begun)
+    return roles.may_send(
+        workflow=message.workflow, topic=topic, sent_from=sent_from, has_begun=_has_begun(message)
+    )
+
+
+def _has_begun(message: PaigeantMessage) -> bool:
+    return bool(message.routing_slip.executed) or message.phase is Phase.UNDO
 
 
 def _named(roles: Roles) -> str:
@@ -221,12 +236,12 @@ def _named(roles: Roles) -> str:
     ]
     return (
         " and ".join([*parts, *(["what an operator sends"] if roles.amend else [])])
-        or "nothing: it has no role"
+        or "nothing: it has no role, or doesn't hold now"
     )
 
 
-def _digest(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()
+def _hash_of(token: str | None) -> str | None:
+    return None if token is None else hashlib.sha256(token.encode()).hexdigest()
 
 
 def _sign(key: Key, body: bytes) -> str:

@@ -244,20 +244,29 @@ class DeadLetter:
     ) -> DeadLetter:
         """The dead letter for a message, with what its id says of its run and the part of its body that is kept.
 
-        `reason` is a word, which `detail` explains; of a sentence such as "word: why" it is the word.
+        `reason` is a word, which `detail` explains; of a sentence such as "word: why" it is the word. What a message
+        says may be part of them, and as long as a message, so they are cut.
         `attempts`, which a broker may have told wrong, is kept within what every store can hold.
         """
         known = MessageId.read(message_id)
         return cls(
             message_id,
             topic,
-            reason.partition(": ")[0],
-            detail,
+            _cut(reason.partition(": ")[0]),
+            _cut(detail),
             masked_body(without_token(body[: BODY_KEPT_BYTES + HEAD_BYTES]))[:BODY_KEPT_BYTES],
             min(max(attempts, 0), LARGEST_COUNT),
             workflow_id=None if known is None else known.workflow_id,
             step=None if known is None else known.step,
         )
+
+
+_MOST_DETAIL = 4000
+"""Characters."""
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_DETAIL else f"{text[:_MOST_DETAIL]}..."
 
 
 @dataclass(frozen=True, slots=True)

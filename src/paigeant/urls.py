@@ -21,10 +21,13 @@ __all__ = [
     "without_password",
 ]
 
+# Both are tried once where what they could be in begins, and not for each ? or :// in it: a text may be full of these.
 _PARAMETER = re.compile(
-    r"([?&][^=&\s]*(?:password|passwd|pwd|passphrase|secret|token|scram_\w+_key)=)([^&\s]*)", re.I
+    r"((?:(?<![^=&\s])[^=&\s?]*+\?|&)[^=&\s]*"
+    r"(?:password|passwd|pwd|passphrase|secret|token|scram_\w{1,50}_key)=)([^&\s]*)",
+    re.I,
 )
-_IN_TEXT = re.compile(r"(\w://[^\s:/@'\"]*:)[^\s]*@")
+_IN_TEXT = re.compile(r"(?<!\S)((?>\S*?\w://[^\s:/@'\"]*:))\S*@")
 _LOCAL = ("memory", "sqlite")
 _SHORT = 4
 """A secret of fewer characters may be part of any word."""
@@ -123,7 +126,9 @@ def scrubbed(text: str, urls: Iterable[str] = ()) -> str:
     """`text`, such as a library's error, without passwords of URLs in it and without those of `urls` anywhere in it."""
     for secret in sorted({secret for url in urls for secret in secrets_of(url)}, key=len, reverse=True):
         text = text.replace(secret, "***")
-    return _PARAMETER.sub(r"\1***", _IN_TEXT.sub(r"\1***@", text))
+    if "://" in text:
+        text = _IN_TEXT.sub(r"\1***@", text)
+    return _PARAMETER.sub(r"\1***", text) if "?" in text or "&" in text else text
 
 
 def is_local(url: str, environment: Mapping[str, str] = _NOTHING) -> bool:

@@ -1110,6 +1110,36 @@ def test_others_keys_are_trusted_for_what_is_said_and_revoked() -> None:
     assert entry["revoked_at"] > 0
 
 
+def test_a_revoked_key_that_is_trusted_anew_stays_revoked() -> None:
+    """Its roles change; how long it holds, whose it is and that it is revoked doesn't, and that is told."""
+    kid = paigeant("keys", "generate").stdout.strip()
+    Path("front.json").write_text(paigeant("keys", "export-jwks").stdout)
+    paigeant("keys", "trust", "front.json", "--dispatch", "order*", "--name", "front")
+    [entry] = json.loads(Path("paigeant-trust.json").read_text())["keys"]
+    # As it may be written by hand: null says that it isn't.
+    value = {"version": 1, "keys": [{**entry, "not_after": 9e9, "revoked_at": None}]}
+    Path("paigeant-trust.json").write_text(json.dumps(value))
+    paigeant("keys", "revoke", kid, "--trust", "paigeant-trust.json")
+    told = paigeant("keys", "trust", "front.json", "--run", "pay")
+    assert f"{kid} is revoked in paigeant-trust.json, and stays so" in told.stderr
+    [entry] = json.loads(Path("paigeant-trust.json").read_text())["keys"]
+    assert (entry["name"], entry["dispatch"], entry["run"], entry["not_after"]) == ("front", [], ["pay"], 9e9)
+    assert entry["revoked_at"] > 0
+
+
+def test_no_trust_file_is_written_that_cannot_be_read() -> None:
+    """A name that is no text leaves the file as it was, or away."""
+    paigeant("keys", "generate")
+    Path("front.json").write_text(paigeant("keys", "export-jwks").stdout)
+    command = ("keys", "trust", "front.json", "--amend", "--name")
+    assert "stays as it was" in refused(*command, "\udcff")
+    assert not Path("paigeant-trust.json").exists()
+    paigeant(*command, "front")
+    before = Path("paigeant-trust.json").read_bytes()
+    assert "stays as it was" in refused(*command, "\udcff")
+    assert Path("paigeant-trust.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("setting", ["store_url", "transport_url"])
 @pytest.mark.parametrize(
     "url", ["postgresql://ann:s3cret@db.invalid/x", "postgresql:///x?hostaddr=192.0.2.9"]

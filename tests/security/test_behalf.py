@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,11 +32,20 @@ from paigeant import (
     Workflow,
 )
 from paigeant.behalf import Behalf
-from paigeant.errors import InputInvalid, InvalidTransition, TokenExpired, TokenRejected
+from paigeant.errors import (
+    InputInvalid,
+    InvalidTransition,
+    MessageTooLarge,
+    TokenExpired,
+    TokenRejected,
+)
 from paigeant.identity import GRANT_SIGNAL, MANDATE, check_claims, read_token
 from paigeant.jwks import REFRESH_SECONDS
+from paigeant.keyfiles import write_private
+from paigeant.keys import Key, KeyRing
 from paigeant.observer import Event
-from paigeant.slip import StepStatus
+from paigeant.secret import OBO_TOKEN
+from paigeant.slip import Phase, StepStatus
 from paigeant.testing import ManualClock, MemoryApp
 
 MAIL = "https://mail.example"
@@ -741,6 +752,43 @@ async def test_a_compensation_is_the_service_itself(
     assert (await run.wait()).status is RunStatus.COMPENSATED
     found = check_claims(read_token(office.tokens[0]), audience=MAIL, now=clock.now())
     assert (found.subject, found.scopes) == ("desk", ("note.undo",))
+
+
+@pytest.mark.parametrize("signing", [None, "require"])
+async def test_a_dispatch_that_fails_shows_no_token(
+    authority: Authority, office: Office, clock: ManualClock, signing: str | None
+) -> None:
+    """Not in a traceback with the values of all variables, such as services for errors record."""
+    write_private(Path("paigeant-keys.json"), KeyRing((Key.generate(now=1.0),)).as_dict())
+    settings = {**settings_of(authority), "signing": signing, "max_message_bytes": 1024}
+    token = SecretToken(authority.token("ann", "mail.read"))
+    workflow = Workflow("flow", [Step("read", id=f"read-{number}") for number in range(50)])
+    async with MemoryApp(office.registry, clock=clock, **settings) as app:
+        with pytest.raises(MessageTooLarge) as caught:
+            await app.dispatch(workflow, on_behalf_of=token)
+    found = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    shown = "".join(str(frame.locals) for frame in found.stack)
+    assert "read-49" in shown, "values are shown"
+    assert token.reveal()[-20:] not in shown
+
+
+async def test_what_is_to_be_undone_carries_no_token(
+    authority: Authority, office: Office, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service undoes things as itself, perhaps elsewhere: nobody there needs to see the person's token."""
+    sent: list[tuple[Phase, bool]] = []
+    async with MemoryApp(office.registry, clock=clock, local_steps=1, **settings_of(authority)) as app:
+        publish = app.transport.publish
+
+        async def watched(topic: str, message: PaigeantMessage, *, delay: float = 0.0) -> None:
+            sent.append((message.phase, OBO_TOKEN in message.headers))
+            await publish(topic, message, delay=delay)
+
+        monkeypatch.setattr(app.transport, "publish", watched)
+        run = await app.dispatch(flow("note", "fail"), on_behalf_of=authority.token("ann", "mail.read"))
+        await app.drain()
+        assert (await run.wait()).status is RunStatus.COMPENSATED
+    assert sent == [(Phase.DO, True), (Phase.DO, True), (Phase.UNDO, False)]
 
 
 async def test_a_compensation_without_a_token_url(office: Office, clock: ManualClock) -> None:

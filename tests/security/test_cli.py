@@ -14,6 +14,9 @@ from tests.security.authority import Authority
 from tests.security.test_behalf import flow, settings_of
 
 from paigeant import GrantHandle, Paigeant
+from paigeant.cli import session
+from paigeant.cli.behalf import read_given
+from paigeant.errors import InputInvalid
 
 __all__ = ["_process_as_it_was"]
 
@@ -168,3 +171,35 @@ def test_config_check_looks_at_issuers_and_client(
     said = paigeant("config", "check", code=2).stdout
     assert "the key of client 'desk' can't sign with ES256" in said
     assert "garbage" not in said
+
+
+def test_bytes_that_are_no_text_show_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a secret comes from, an error says that it is no text, and not what it is."""
+
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", Terminal())
+        patch.setattr("getpass.getpass", lambda _: "canary\udcff")
+        with pytest.raises(InputInvalid, match="it is no text") as caught:
+            read_given("-")
+    assert caught.value.__context__ is None
+    configure(monkeypatch, {"client_id": "desk", "token_url": "https://idp.example/token"})
+    monkeypatch.setenv("PAIGEANT_CLIENT_SECRET", "canary\udcff")
+    said = paigeant("config", "check", code=2).output
+    assert "the secret of client 'desk' is no text in UTF-8" in said
+    assert "canary" not in said
+
+
+def test_only_an_argument_that_is_no_text_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else can't be written in UTF-8 may be a key from the environment."""
+
+    def fail(text: str) -> None:
+        text.encode()
+
+    monkeypatch.setattr(session, "read_settings", lambda: fail("canary\udcff"))
+    assert "canary" not in refused("runs", "list")
+    monkeypatch.setattr(session, "read_settings", lambda: fail("order\udcff"))
+    assert "'order\\udcff' is not a text in UTF-8" in refused("runs", "show", "order\udcff")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import traceback
 from typing import Any
 
@@ -103,6 +105,30 @@ async def test_answers_that_are_no_token(authority: Authority, endpoint: TokenEn
     authority.body = body
     with pytest.raises(AuthorityUnavailable, match="no bearer token"):
         await OwnTokens(elsewhere).own_token(audience=HERE, scopes=("a",))
+
+
+@pytest.mark.parametrize("header", [{"kid": None}, {"alg": "RS512"}, {"alg": "none"}, {"crit": ["b64"]}])
+@pytest.mark.parametrize(
+    ("claims", "says"),
+    [
+        ({"aud": HERE, "scope": "a admin"}, "can do more than was asked for: admin"),
+        ({"aud": "https://elsewhere.example", "scope": "a"}, "for another audience"),
+        ({"aud": HERE, "scope": 5}, "whose scopes can't be read"),
+    ],
+)
+async def test_what_others_may_verify_is_looked_through(
+    authority: Authority, endpoint: TokenEndpoint, header: dict[str, Any], claims: dict[str, Any], says: str
+) -> None:
+    """How a token is signed is the business of those it is for; what it says is held against what was asked for."""
+    head = {"alg": "ES256", "kid": "k", **header}
+    parts = [
+        base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode() for part in (head, claims)
+    ]
+    token = ".".join([*parts, "" if head["alg"] == "none" else "c2lnbmF0dXJl"])
+    elsewhere = TokenEndpoint(authority.jwks_url, endpoint.client)  # which says whatever it is told to
+    authority.body = json.dumps({"access_token": token, "token_type": "Bearer"}).encode()
+    with pytest.raises(ExchangeRefused, match=says):
+        await TokenExchange(elsewhere).exchange(SecretToken("t"), audience=HERE, scopes=("a",))
 
 
 async def test_a_refused_grant(authority: Authority, endpoint: TokenEndpoint) -> None:

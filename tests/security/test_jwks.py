@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tracemalloc
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from tests.security.authority import Authority
@@ -95,7 +96,19 @@ async def test_a_withdrawn_key_is_unknown_soon(authority: Authority, keys: Jwks,
     assert await keys.find(gone) is None
 
 
-@pytest.mark.parametrize("trouble", ["status", "garbage", "too large", "redirect"])
+async def test_a_clock_that_was_set_back_keeps_no_key(
+    authority: Authority, keys: Jwks, clock: ManualClock
+) -> None:
+    """A withdrawn key isn't known until the clock is there again, which may be in a year."""
+    gone = kid(authority)
+    await keys.find(gone)
+    authority.rotate()
+    del authority.published[0]
+    keys.clock = ManualClock(datetime.fromtimestamp(clock.now(), UTC) - timedelta(days=365))
+    assert await keys.find(gone) is None
+
+
+@pytest.mark.parametrize("trouble", ["status", "garbage", "too large", "redirect", "redirect to nothing"])
 async def test_stale_keys_hold_for_a_day(
     authority: Authority, keys: Jwks, clock: ManualClock, trouble: str
 ) -> None:
@@ -111,6 +124,8 @@ async def test_stale_keys_hold_for_a_day(
             authority.body = b'{"keys": []}' + b" " * 70_000
         case "redirect":
             authority.redirect = "http://localhost:1/jwks"
+        case "redirect to nothing":
+            authority.redirect = "http://["
     clock.advance(jwks.STALE_SECONDS - 1)
     assert await keys.find(known) is not None
     clock.advance(1)

@@ -515,6 +515,41 @@ async def test_only_who_may_start_a_run_has_it_adopted(
     assert calls == ([5] if may else [])
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["the first step", "a later step"])
+async def test_who_may_start_runs_says_nothing_of_those_that_are_there(ring: KeyRing, begun: bool) -> None:
+    """That its message is the first of a run of its workflow is its word: what is done is what the store has."""
+    theirs = Key.generate(now=2.0)
+    own = {"run": ["*"], "dispatch": ["payroll"]}
+    trusted((ring.active, own), (theirs, {"dispatch": ["order"]}))
+    calls: list[Any] = []
+    activity = paying(calls)
+
+    @activity.execute(retries=0)
+    async def reserve() -> None:
+        pass
+
+    settings = required(trust_file=str(TRUST), adopt=True)
+    steps = ["reserve", "pay"] if begun else ["pay"]
+    async with Paigeant(settings) as app:
+        await app.dispatch(Workflow("payroll", steps), {"sum": 1}, workflow_id="r")
+    if begun:
+        async with serving(
+            settings.model_copy(update={"local_steps": 1}), activity, topics=["reserve"]
+        ) as app:
+            await until(lambda: _waits_for_pay())
+    wire = sealing(theirs).seal(message(payload={"sum": 666}), "pay")
+    with closing(sqlite3.connect("runs.db")) as database, database:
+        assert database.execute("UPDATE messages SET body = ? WHERE topic = 'pay'", (wire,)).rowcount == 1
+    async with serving(settings, activity) as app:
+        assert (await app.run("r").wait(PATIENCE)).status is RunStatus.COMPLETED
+    assert calls == [1]
+
+
+def _waits_for_pay() -> bool:
+    with closing(sqlite3.connect("runs.db")) as database:
+        return bool(database.execute("SELECT 1 FROM messages WHERE topic = 'pay'").fetchone())
+
+
 async def test_without_a_key_a_worker_still_records_what_it_does(ring: KeyRing) -> None:
     """All keys of the ring are revoked while a step runs: its result stands, and it is not done again."""
     calls: list[Any] = []

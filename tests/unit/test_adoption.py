@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from paigeant import ActivityRegistry, RoutingSlip, ledger
 from paigeant.adoption import Adoption
+from paigeant.errors import NotAdopted
 from paigeant.forwarder import Forwarder
-from paigeant.message import PaigeantMessage
+from paigeant.identity import MANDATE
+from paigeant.message import JUST_BEGUN, PaigeantMessage
 from paigeant.observer import Observers
 from paigeant.slip import Compensation, Phase, RunStatus, StepStatus, identify
 from paigeant.store import RunDetail
@@ -69,7 +72,15 @@ def test_folded_rows_are_the_message_again(message: PaigeantMessage) -> None:
 
 def test_no_token_is_kept() -> None:
     """Headers that are of one message, or secret, don't get into the rows of the run."""
-    headers = {"a": "b", "obo_token": "t", "jws_signature": "s", "paigeant-payload": "x"}
+    headers = {"a": "b", "obo_token": "t", "jws_signature": "s", "paigeant-payload": "x", JUST_BEGUN: "said"}
     slip = RoutingSlip(itinerary=identify(["s"]))
     run, _, _ = adoption().records(PaigeantMessage("m", "r", slip, headers=headers))
     assert run.headers == {"a": "b"}
+
+
+def test_for_whom_a_run_acts_is_read_before_it_is_adopted() -> None:
+    """With a header that says nothing in its row, neither could the run go on nor anybody look at it."""
+    slip = RoutingSlip(itinerary=identify(["s"]))
+    message = PaigeantMessage("m", "r", slip, headers={MANDATE: '{"sub": "ann"}'})
+    with pytest.raises(NotAdopted, match="for whom it acts can't be read"):
+        adoption().records(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
@@ -232,3 +233,21 @@ def test_a_value_is_told_by_its_json() -> None:
     assert plain({"a": (1, Point(2.0))}) == {"a": [1, {"x": 2.0}]}
     with pytest.raises(JsonInvalid):
         codec.plain(Node())
+
+
+def test_a_key_twice_among_many_is_found_soon() -> None:
+    """Whoever sends such a message, and anybody may, would otherwise hold up a worker for minutes."""
+    keys = [f"{number:x}" for number in range(100_000)]
+    body = "{" + ",".join(f'"{key}":0' for key in [*keys, keys[-1]]) + "}"
+    began = time.process_time()
+    with pytest.raises(MessageInvalid, match="'1869f' occurs twice"):
+        parse_strict(body.encode())
+    assert time.process_time() - began < 5.0
+
+
+def test_a_long_key_is_not_quoted_whole() -> None:
+    """What is said of a message is short, however long its keys are."""
+    key = "k" * 100_000
+    with pytest.raises(MessageInvalid) as found:
+        parse_strict(f'{{"{key}": 1, "{key}": 2}}'.encode())
+    assert len(str(found.value)) < 1000

@@ -294,7 +294,19 @@ def test_a_mandate_travels_as_a_header(mandate: Mandate) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"sub": 1}', '{"sub": "a", "iss": "b", "scopes": 3, "handle": null}']
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"sub": 1}',
+        '{"sub": "a", "iss": "b", "scopes": 3, "handle": null}',
+        '{"sub": "a", "iss": "b", "scopes": "abc", "handle": null}',
+        '{"sub": "a", "iss": "b", "scopes": [1], "handle": null}',
+        '{"sub": "a", "iss": "b", "scopes": [], "handle": {"a": 1}}',
+        '{"sub": "a", "sub": "c", "iss": "b", "scopes": [], "handle": null}',
+    ],
 )
 def test_a_header_that_is_no_mandate(text: str) -> None:
     """It is refused: for whom the run acts isn't known."""

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from paigeant import keyfiles
+from paigeant.cli import keys as commands
 from paigeant.errors import ConfigurationError
-from paigeant.keyfiles import FileKeys, read_ring, read_trust, write_private
+from paigeant.jwks import Jwks
+from paigeant.keyfiles import FileKeys, changing, read_ring, read_trust, write_private, write_trust
 from paigeant.keys import Key, KeyRing
 
 KEY, THEIRS = Key.generate(now=1.0), Key.generate(now=2.0)
 RING, TRUST = Path("ring.json"), Path("trust.json")
 
 
-def trust(*keys: Key, mode: int = 0o644) -> None:
+def trust(*keys: Key, mode: int = 0o644, **more: Any) -> None:
     """Write a trust file in which these keys may do all."""
-    entries = [{"jwk": key.public, "run": ["*"], "dispatch": ["*"]} for key in keys]
+    entries = [{"jwk": key.public, "run": ["*"], "dispatch": ["*"], **more} for key in keys]
     TRUST.write_text(json.dumps({"version": 1, "keys": entries}))
     TRUST.chmod(mode)
 
@@ -86,3 +95,169 @@ async def test_a_new_key_is_found_at_once(has_trust: bool, monkeypatch: pytest.M
     found = await keys.find(new.kid)
     assert found is not None
     assert found.kid == new.kid
+
+
+async def test_a_file_that_was_closed_to_others_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the error says to do is enough: a change of the mode alone has the file read, and a key revoked."""
+    monkeypatch.setattr(keyfiles, "_LOOK_SECONDS", 0.0)
+    write_private(RING, KeyRing((KEY,)).as_dict())
+    trust(KEY)
+    keys = FileKeys.of(RING, TRUST)
+    trust(KEY, mode=0o664, revoked_at=5)
+    assert (await believed(keys)) is None, "the file is refused"
+    close()
+    assert (await believed(keys)) == 5
+
+
+async def test_a_file_that_cannot_be_opened_for_a_while_is_read_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as while a process has no files left to open; that is told once."""
+    monkeypatch.setattr(keyfiles, "_LOOK_SECONDS", 0.0)
+    write_private(RING, KeyRing((KEY,)).as_dict())
+    trust(KEY)
+    keys = FileKeys.of(RING, TRUST)
+    trust(KEY, revoked_at=5)
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, "paigeant.keys"):
+        patch.setattr(Path, "open", _refuse)
+        for _ in range(3):
+            assert (await believed(keys)) is None
+    assert caplog.text.count("keys.not_read") == 1
+    assert (await believed(keys)) == 5
+
+
+async def test_what_is_written_while_a_file_is_read_first_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that is revoked right when a process starts is revoked in that process, too."""
+    monkeypatch.setattr(keyfiles, "_LOOK_SECONDS", 0.0)
+    write_private(RING, KeyRing((KEY,)).as_dict())
+    trust(KEY)
+    read = keyfiles.read_trust
+
+    def read_slowly(path: Path) -> keyfiles.Trust:
+        found = read(path)
+        if not json.loads(path.read_text())["keys"][0].get("revoked_at"):
+            trust(KEY, revoked_at=5)
+        return found
+
+    monkeypatch.setattr(keyfiles, "read_trust", read_slowly)
+    assert (await believed(FileKeys.of(RING, TRUST))) == 5
+
+
+def close() -> None:
+    """What the error says to do."""
+    TRUST.chmod(0o644)
+
+
+async def believed(keys: FileKeys) -> float | None:
+    """When the key was revoked, as far as they know."""
+    found = await keys.find(KEY.kid)
+    assert found is not None
+    return found.revoked_at
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_file_that_is_changed_stays_where_and_whose_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else whoever reads it couldn't any more, or would read another one, and never learn what was revoked."""
+    Path("real").mkdir()
+    ring = Path("real/ring.json")
+    write_private(ring, KeyRing((KEY,)).as_dict())
+    ring.chmod(0o400)
+    RING.symlink_to(ring)
+    write_private(RING, KeyRing((KEY,)).revoke(KEY.kid, now=5.0).as_dict())
+    assert RING.is_symlink()
+    assert read_ring(ring).keys[0].revoked_at == 5.0
+    assert ring.stat().st_mode & 0o777 == 0o400
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "fchown", lambda _, user, group: given.append((user, group)))
+    foreign = os.stat_result((0o100600, 0, 0, 1, 4321, 1234, 0, 0, 0, 0))
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: foreign)
+    write_private(RING, KeyRing((KEY,)).as_dict())
+    assert given == [(4321, 1234)]
+
+
+def test_a_trust_file_is_readable_to_others_whoever_changes_it() -> None:
+    """An operator whose new files are nobody else's revokes for the workers as well."""
+    trust(KEY)
+    before = os.umask(0o077)
+    try:
+        write_trust(TRUST, json.loads(TRUST.read_text()))
+    finally:
+        os.umask(before)
+    assert TRUST.stat().st_mode & 0o777 == 0o644
+
+
+def test_one_key_is_trusted_once() -> None:
+    """Of two entries for a key one could revoke it and the other not."""
+    trust(THEIRS, KEY, KEY)
+    with pytest.raises(ConfigurationError, match=rf"keys\[2\] is the key of keys\[1\] once more, {KEY.kid}"):
+        read_trust(TRUST)
+
+
+def test_no_command_undoes_what_another_one_does() -> None:
+    """Of commands at the same time each finds what the others have written: no revocation is lost."""
+    write_private(RING, KeyRing((KEY,)).as_dict())
+    with ThreadPoolExecutor() as threads:
+        for _ in range(8):
+            threads.submit(commands.rotate, RING, "Ed25519", json=True)
+        threads.submit(commands.revoke, KEY.kid, RING, None, json=True)
+    ring = read_ring(RING)
+    assert len(ring.keys) == 9
+    assert ring.keys[0].revoked_at is not None
+
+
+def test_nobody_keeps_a_key_from_being_revoked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can read a folder can lock it. They are waited for, and then no longer."""
+    monkeypatch.setattr(keyfiles, "_LOCK_SECONDS", 0.1)
+    folder = os.open(".", os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        began = time.monotonic()
+        with changing(RING):
+            assert 0.1 <= time.monotonic() - began < 5.0
+    finally:
+        os.close(folder)
+    with changing(RING):
+        waiting = threading.Thread(target=lambda: changing(RING).__enter__())
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive()
+    waiting.join()
+
+
+@pytest.mark.parametrize(("now", "may"), [(99.0, False), (100.0, True), (200.0, True), (201.0, False)])
+def test_a_key_that_doesn_t_hold_signs_nothing(now: float, may: bool) -> None:
+    """Nobody would take it: the process leaves its topics to others, and says so when it is to dispatch."""
+    write_private(RING, KeyRing((KEY,)).as_dict())
+    trust(KEY, not_before=100, not_after=200)
+    key, roles = FileKeys.of(RING, TRUST, clock=lambda: now).signer()
+    assert key == KEY
+    assert roles.may_start("order") is may
+
+
+def test_a_key_file_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What isn't a file may have none, and would take all memory."""
+    monkeypatch.setattr(keyfiles, "_MOST_BYTES", 1000)
+    trust(*(Key.generate(now=1.0) for _ in range(10)))
+    with pytest.raises(ConfigurationError, match=r"trust\.json is no trust file: it has more than"):
+        read_trust(TRUST)
+
+
+async def test_a_key_is_revoked_while_the_key_set_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server may take seconds, and who runs it may be the one whose key is revoked."""
+    monkeypatch.setattr(keyfiles, "_LOOK_SECONDS", 0.0)
+    write_private(RING, KeyRing((KEY,)).as_dict())
+    value = {"version": 1, "keys": [], "jwks": {"url": "https://theirs.example", "run": ["*"]}}
+    write_trust(TRUST, value)
+    keys = FileKeys.of(RING, TRUST)
+
+    async def find(_: Jwks, kid: str) -> dict[str, str]:
+        write_trust(TRUST, {**value, "keys": [{"jwk": THEIRS.public, "revoked_at": 5}]})
+        return THEIRS.public
+
+    monkeypatch.setattr(Jwks, "find", find)
+    found = await keys.find(THEIRS.kid)
+    assert found is not None
+    assert found.revoked_at == 5

@@ -117,6 +117,7 @@ def test_a_revoked_key_signs_no_more() -> None:
         ({"kty": "EC", "crv": "P-521", "x": "AA", "y": "AA"}, "can't sign messages"),
         ({"kty": "OKP", "crv": "Ed25519", "x": "AA"}, "this is no key"),
         ({"kty": "RSA", "n": "AQAB", "e": "AQAB"}, "2048 bits or more"),
+        ({"kty": "RSA", "n": "A" * 200 + "9" * 171, "e": "AQAB"}, "2048 bits or more"),
     ],
 )
 def test_what_can_t_sign_messages_is_no_key(jwk: dict[str, str], message: str) -> None:
@@ -147,3 +148,13 @@ def test_roles_say_who_sends_what(roles: Roles, sends: set[str]) -> None:
         "undo": roles.may_send(**about, sent_from="reserve", has_begun=True),
     }
     assert {name for name, may in found.items() if may} == sends
+
+
+@pytest.mark.parametrize("name", ["created_at", "revoked_at"])
+@pytest.mark.parametrize("instant", ["nan", "inf", 1e300, -1, 10**400, "soon"])
+def test_a_key_with_no_date_is_refused(name: str, instant: object) -> None:
+    """It could be signed with, and `keys list` ended with a traceback."""
+    value = ring().as_dict()
+    value["keys"][0][name] = instant
+    with pytest.raises(ConfigurationError, match="no instant created_at, or a revoked_at that is none"):
+        KeyRing.from_dict(value)

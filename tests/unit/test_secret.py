@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,6 +97,7 @@ def test_a_copy_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (f"at-{TEXT}: no", "at-***: no"),
         (f"Bearer {TEXT} was refused", "Bearer *** was refused"),
         (f"a={TEXT}&b={TEXT}", "a=***&b=***"),
         ("opaque-1234 is no token", "*** is no token"),
@@ -141,3 +143,17 @@ def test_no_part_of_a_token_is_left_in_a_body(token: str) -> None:
     """
     body = b'{"jws_signature":"eyJhbGciOiJ9..c2lnbmF0dXJl"} said %s, then' % token.encode()
     assert masked_body(body) == b'{"jws_signature":"eyJhbGciOiJ9..c2lnbmF0dXJl"} said ***, then'
+
+
+def test_what_is_said_of_a_dead_letter_is_short() -> None:
+    """A message may be quoted in it, and a sender decides how long that is."""
+    letter = DeadLetter.about("m", "topic", "x" * 900_000, "y" * 900_000, b"", 1)
+    assert len(letter.reason) < 5000
+    assert len(letter.detail) < 5000
+
+
+def test_a_body_full_of_beginnings_of_tokens_takes_no_time() -> None:
+    """Anybody can send one, and it is looked through before anything else is known of it."""
+    began = time.process_time()
+    DeadLetter.about("m", "topic", "unsigned", "", b"eyJ" * 30_000, 1)
+    assert time.process_time() - began < 1.0

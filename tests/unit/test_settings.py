@@ -373,6 +373,7 @@ PRIVATE = RING["keys"][0]["jwk"]["d"]
     [
         ("/run/secrets/keys.json", "Expecting value at line 1, column 1"),
         ("", "Expecting value at line 1, column 1"),
+        (json.dumps(RING).replace('"kid"', '"\udcff"'), "is not UTF-8"),
         (json.dumps(RING)[:-3], "at line 1, column"),
         (json.dumps(RING["keys"]), 'a key ring is {"version": 1, "keys": [...]}'),
         (json.dumps(RING["keys"][0]["jwk"]), 'a key ring is {"version": 1, "keys": [...]}'),

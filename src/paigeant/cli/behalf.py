@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import stat
@@ -75,7 +76,7 @@ def _grant(where: str, text: str) -> GrantHandle:
 def _read(source: str, limit_bytes: int) -> tuple[str, bytes]:
     if source == "-":
         if sys.stdin.isatty():
-            return "standard input", getpass.getpass("token (it isn't shown): ").encode()
+            return "standard input", _asked()
         return "standard input", sys.stdin.buffer.read(limit_bytes + 1)
     if source.startswith(_ENV):
         name = source.removeprefix(_ENV)
@@ -86,6 +87,13 @@ def _read(source: str, limit_bytes: int) -> tuple[str, bytes]:
             )
         return f"the variable {name}", found.encode("utf-8", "surrogateescape")
     return source, _read_file(Path(source), limit_bytes)
+
+
+def _asked() -> bytes:
+    with contextlib.suppress(UnicodeError):
+        return getpass.getpass("token (it isn't shown): ").encode()
+    # Outside of the handler: that error holds what was typed.
+    raise InputInvalid("standard input is neither a token nor a grant: it is no text")
 
 
 def _read_file(path: Path, limit_bytes: int) -> bytes:

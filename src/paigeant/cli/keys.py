@@ -50,10 +50,12 @@ def generate(file: KeyFile = DEFAULT, algorithm: Algorithm = "Ed25519", json: As
 @app.command(epilog=session.examples("paigeant keys rotate"))
 def rotate(file: KeyFile = DEFAULT, algorithm: Algorithm = "Ed25519", json: AsJson = False) -> None:
     """Add a new key and make it the active one. The old ones stay, to verify what they have signed."""
-    from paigeant.keyfiles import read_ring, write_private
+    from paigeant.keyfiles import changing, read_ring, write_private
 
-    ring = read_ring(file).rotate(_new(algorithm))
-    write_private(file, ring.as_dict())
+    key = _new(algorithm)
+    with changing(file):
+        ring = read_ring(file).rotate(key)
+        write_private(file, ring.as_dict())
     _tell(file, ring, json)
 
 
@@ -69,12 +71,13 @@ def revoke(
     json: AsJson = False,
 ) -> None:
     """Have nothing count any more that was signed with a key. Workers that read the file know within a second."""
-    from paigeant.keyfiles import read_ring, write_private
+    from paigeant.keyfiles import changing, read_ring, write_private
 
-    if trust is not None:
-        _revoke_trusted(trust, kid)
-    else:
-        write_private(file, read_ring(file).revoke(kid, now=_now()).as_dict())
+    with changing(trust or file):
+        if trust is not None:
+            _revoke_trusted(trust, kid)
+        else:
+            write_private(file, read_ring(file).revoke(kid, now=_now()).as_dict())
     if json:
         console.value({"kid": kid, "revoked": True})
         return
@@ -136,34 +139,49 @@ def trust(
     file: TrustFile = TRUST,
     json: AsJson = False,
 ) -> None:
-    """Write into the trust file what somebody's keys are for. A key that stands there already gets these roles."""
-    from paigeant.keyfiles import read_trust, write_private
-    from paigeant.keys import thumbprint
+    """Write into the trust file what somebody's keys are for. A key that stands there already gets these roles.
+
+    Its name stays without --name, and so do the time for which it holds and that it is revoked.
+    """
+    from paigeant.keyfiles import changing, write_trust
 
     if not (dispatch or run or amend):
         raise ConfigurationError(
             "the keys would be for nothing; say --dispatch WORKFLOW, --run TOPIC or --amend"
         )
-    value: dict[str, Any] = _value_of(file) if file.exists() else {"version": 1, "keys": []}
-    kids = []
-    for jwk in _published(jwks):
-        kids.append(kid := thumbprint(jwk))
-        entry = {
-            "jwk": jwk,
-            **({} if name is None else {"name": name}),
-            "dispatch": list(dispatch or ()),
-            "run": list(run or ()),
-            "amend": amend,
-        }
-        value["keys"] = [*(old for old in value["keys"] if thumbprint(old["jwk"]) != kid), entry]
-    write_private(file, value, mode=0o644)
-    read_trust(file)
+    roles = {
+        **({} if name is None else {"name": name}),
+        "dispatch": list(dispatch or ()),
+        "run": list(run or ()),
+        "amend": amend,
+    }
+    with changing(file):
+        value: dict[str, Any] = _value_of(file) if file.exists() else {"version": 1, "keys": []}
+        revoked = {kid: _entrust(value, kid, jwk, roles) for kid, jwk in _published(jwks).items()}
+        write_trust(file, value)
     if json:
-        console.value({"kids": kids})
+        console.value({"kids": list(revoked)})
         return
-    for kid in kids:
+    for kid in revoked:
         console.result(kid)
+    for kid in [kid for kid, is_revoked in revoked.items() if is_revoked]:
+        console.warn(f"{kid} is revoked in {file}, and stays so; `paigeant keys rotate` makes a new key")
     console.note(f"is trusted by {file}; set `trust_file: {file}`", markup=False)
+
+
+def _entrust(value: dict[str, Any], kid: str, jwk: dict[str, Any], roles: dict[str, Any]) -> bool:
+    """Give a key in a trust file these roles and no others; gives whether it is revoked there."""
+    from paigeant.keys import thumbprint
+
+    before: dict[str, Any] = {}
+    others = []
+    for entry in value["keys"]:
+        if thumbprint(entry["jwk"]) == kid:
+            before = entry
+        else:
+            others.append(entry)
+    value["keys"] = [*others, {**before, "jwk": jwk, **roles}]
+    return before.get("revoked_at") is not None
 
 
 def _new(algorithm: str) -> Key:
@@ -213,7 +231,7 @@ def _tell(file: Path, ring: KeyRing, as_json: bool) -> None:
 
 
 def _revoke_trusted(file: Path, kid: str) -> None:
-    from paigeant.keyfiles import read_trust, write_private
+    from paigeant.keyfiles import read_trust, write_trust
     from paigeant.keys import thumbprint
 
     trusted = read_trust(file).keys
@@ -221,9 +239,9 @@ def _revoke_trusted(file: Path, kid: str) -> None:
         raise ConfigurationError(f"{file} has no key '{kid}'; it has: {', '.join(trusted) or 'none'}")
     value = _value_of(file)
     for entry in value["keys"]:
-        if thumbprint(entry["jwk"]) == kid:
-            entry.setdefault("revoked_at", _now())
-    write_private(file, value, mode=0o644)
+        if thumbprint(entry["jwk"]) == kid and entry.get("revoked_at") is None:
+            entry["revoked_at"] = _now()
+    write_trust(file, value)
 
 
 def _value_of(file: Path) -> dict[str, Any]:
@@ -237,9 +255,11 @@ def _value_of(file: Path) -> dict[str, Any]:
     return value
 
 
-def _published(file: Path) -> list[dict[str, Any]]:
+def _published(file: Path) -> dict[str, dict[str, Any]]:
+    """The keys in a file with a key set, by the ids that they have here."""
     from paigeant.errors import MessageInvalid
     from paigeant.jwks import read_jwks
+    from paigeant.keys import thumbprint
 
     try:
         found = read_jwks(file.read_bytes())
@@ -253,4 +273,4 @@ def _published(file: Path) -> list[dict[str, Any]]:
         raise ConfigurationError(
             f"{file} has no public key with an id; `paigeant keys export-jwks` prints a set"
         )
-    return [dict(jwk) for jwk in found.values()]
+    return {thumbprint(jwk): dict(jwk) for jwk in found.values()}

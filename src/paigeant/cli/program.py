@@ -79,7 +79,10 @@ class _Program(TyperGroup):
         except TyperException as exc:
             code = _explain(exc)
         except UnicodeEncodeError as exc:
-            console.error(f"{exc.object!r} is not a text in UTF-8; names and values are given in UTF-8")
+            # What comes from elsewhere, such as a variable or a file, may be a secret.
+            is_given = any(exc.object in argument for argument in (sys.argv[1:] if args is None else args))
+            what = repr(exc.object) if is_given else "something that isn't among the arguments"
+            console.error(f"{what} is not a text in UTF-8; names and values are given in UTF-8")
             code = WRONG_USE
         except OSError as exc:
             console.error(f"{exc.filename or 'standard output'}: {exc.strerror or exc}")
