@@ -162,10 +162,15 @@ class Inlet:
         me.wait_for(partial(self._watch, wire))
 
     def leave(self) -> None:
-        """Watch it no more."""
-        if self.wire is not None and self._loop is not None:
-            self._loop.remove_reader(self.wire)
+        """Watch it no more, from the next time on that the loop goes on."""
+        if self.wire is None or self._loop is None:
+            return
+        forget = partial(self._loop.remove_reader, self.wire)
         self.wire = None
+        if isinstance(me := getcurrent(), Green):
+            me.later(forget)
+        else:
+            forget()
 
     def _watch(self, wire: int, wake: Wake) -> None:
         self._wake = wake

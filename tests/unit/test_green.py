@@ -188,6 +188,37 @@ def test_an_inlet_stays_with_the_loop_between_two_transactions(run: Run) -> None
     run(test)
 
 
+def test_an_inlet_leaves_the_loop_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is called of a loop within a transaction finds the loop's own stack gone: uvloop ends the process."""
+    called: list[str] = []
+
+    def told(name: str, does: Callable[..., Any], *given: Any) -> Any:
+        assert not is_green(), name
+        called.append(name)
+        return does(*given)
+
+    async def main() -> None:
+        loop, place, inlet = asyncio.get_running_loop(), Place(), Inlet()
+        for name in ("add_reader", "remove_reader"):
+            monkeypatch.setattr(loop, name, partial(told, name, getattr(loop, name)))
+        ours, theirs = socket.socketpair()
+
+        def read_and_leave() -> None:
+            inlet.until_readable(ours.fileno())
+            inlet.leave()
+            inlet.until_readable(ours.fileno())
+            inlet.leave()
+
+        with ours, theirs:
+            theirs.sendall(b"word")
+            async with asyncio.timeout(PATIENCE):
+                await place.lane.submit(one(read_and_leave), None)
+                await place.lane.stop()
+
+    loops.run(main(), "asyncio")
+    assert called == ["add_reader", "remove_reader"] * 2
+
+
 def test_an_inlet_goes_over_to_another_socket(run: Run) -> None:
     """A new connection has another one. One that is gone is an error, and nobody is left to wait for it."""
 
