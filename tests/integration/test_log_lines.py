@@ -19,7 +19,7 @@ from tests.integration.test_cli import _process_as_it_was, paigeant, refused
 
 from paigeant import ActivityRegistry, Paigeant, Settings, StepContext, Workflow
 from paigeant.databases import open_database
-from paigeant.observer import LogLine
+from paigeant.observer import Event, LogLine
 from paigeant.observers.logs.sql import SqlLog, latest_lines
 from paigeant.slip import RunStatus
 
@@ -256,6 +256,21 @@ def test_a_text_cannot_pass_for_a_line_of_its_own() -> None:
     asyncio.run(forge())
     [line] = paigeant("logs").stdout.splitlines()
     assert "one\\n2100-01-01 \\x1b[31m" in line
+
+
+async def test_a_text_that_speaks_of_null_characters_is_shown(url: str) -> None:
+    """Both null characters and the six characters that stand for one in JSON, behind however many backslashes."""
+    spoken = ["\0", "\\u0000", "\\\\u0000", "\\\0\\u0000\0", '{"a": "\\u0000"}']
+    event = Event("step.failed", "r", "w", "s", "a", 1, "t", "c", "p", error=" ".join(spoken))
+    async with application(url) as app:
+        assert app._logs is not None
+        app._logs.observe(event)
+        for text in spoken:
+            app._logs.write(logging.INFO, {"event": "told", "workflow_id": "r", "text": text})
+    async with application(url) as app:
+        found = await app.logs("r")
+    shown = [text.replace("\0", "\\0") for text in spoken]
+    assert [line.fields.get("text", line.fields.get("error")) for line in found] == [" ".join(shown), *shown]
 
 
 @pytest.mark.parametrize(

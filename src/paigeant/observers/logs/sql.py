@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections import deque
@@ -245,7 +246,11 @@ def _text(fields: Mapping[str, Any]) -> str:
 
 def _storable(text: str) -> str:
     """A JSON text that Postgres can hold as well."""
-    return text.replace("\\u0000", "\\\\0") if "\\u0000" in text else text
+    return _NULL.sub(r"\1\\\\0", text) if "\\u0000" in text else text
+
+
+_NULL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
+"""A null character; behind a backslash that is written out itself, the same characters are a text that speaks of one."""
 
 
 def _write(tx: Tx, requests: Sequence[list[_Line]]) -> list[None]:
