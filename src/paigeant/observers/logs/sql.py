@@ -275,9 +275,8 @@ async def latest_lines(
     limit: int = 1000,
 ) -> list[LogLine]:
     """The newest lines that fit, in the order of what happened."""
-    query = _fitting(workflow_id, level, step).order_by(_columns.at.desc(), _columns.id.desc()).limit(limit)
-    if since is not None:
-        query = query.where(_columns.at >= since)
+    query = _fitting(workflow_id, level, step, since)
+    query = query.order_by(_columns.at.desc(), _columns.id.desc()).limit(limit)
     return (await database.ask(lambda connection: _lines_of(connection, query)))[::-1]
 
 
@@ -288,10 +287,12 @@ async def lines_after(
     workflow_id: str | None = None,
     level: int | str = logging.DEBUG,
     step: str | None = None,
+    since: float | None = None,
     limit: int = 1000,
 ) -> list[LogLine]:
     """The lines that were written after the one with the id `last`, in the order in which they were written."""
-    query = _fitting(workflow_id, level, step).where(_columns.id > last).order_by(_columns.id).limit(limit)
+    query = _fitting(workflow_id, level, step, since).where(_columns.id > last)
+    query = query.order_by(_columns.id).limit(limit)
     return await database.ask(lambda connection: _lines_of(connection, query))
 
 
@@ -333,7 +334,9 @@ def _prune_once(
     return len(gone), (found[-1].at, found[-1].id)
 
 
-def _fitting(workflow_id: str | None, level: int | str, step: str | None) -> Select[Any]:
+def _fitting(
+    workflow_id: str | None, level: int | str, step: str | None, since: float | None
+) -> Select[Any]:
     query = select(workflow_logs)
     if workflow_id is not None:
         query = query.where(_columns.workflow_id == workflow_id)
@@ -341,6 +344,8 @@ def _fitting(workflow_id: str | None, level: int | str, step: str | None) -> Sel
         query = query.where(_columns.level >= level_number(level))
     if step is not None:
         query = query.where(_columns.step == step)
+    if since is not None:
+        query = query.where(_columns.at >= since)
     return query
 
 
