@@ -51,6 +51,13 @@ def test_a_query_names_metrics_and_labels_that_exist(expression: str) -> None:
         assert expression.count(opened) == expression.count(closed)
 
 
+def test_what_is_added_up_counts_by_itself() -> None:
+    """A sum of what nobody has counted yet is nothing, and nothing added to anything is nothing: no alert, ever."""
+    for expression in (rule["expr"] for group in RULES["groups"] for rule in group["rules"]):
+        if re.search(r"\)\s*\+\s*\(?sum", expression):
+            assert expression.count("or vector(0)") == expression.count("sum(")
+
+
 def test_rules_have_what_prometheus_and_people_need() -> None:
     """Each alert has a name of its own, how bad it is, and texts whose labels are those of its query."""
     assert set(RULES) == {"groups"}
