@@ -246,7 +246,8 @@ class Paigeant:
         """The newest log lines that fit, in the order of what happened: of a run, of a level or above, of a step.
 
         `since`: from this instant on. `after`: not the newest, but those that were written after the line with this id,
-        in the order in which they were, up to `limit` of them. Empty where nobody has recorded any, see the setting `log_sql`.
+        in the order in which they were, up to `limit` of them. Empty where nobody has recorded any, see the setting
+        `log_sql`.
         """
         database = _database_of(self.store)
         if database is None:

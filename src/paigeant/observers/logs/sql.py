@@ -250,7 +250,7 @@ def _storable(text: str) -> str:
 
 
 _NULL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
-"""A null character; behind a backslash that is written out itself, the same characters are a text that speaks of one."""
+"""A null character. Behind a backslash that is written out itself, the same characters are a text about one."""
 
 
 def _write(tx: Tx, requests: Sequence[list[_Line]]) -> list[None]:
@@ -334,9 +334,7 @@ def _prune_once(
     return len(gone), (found[-1].at, found[-1].id)
 
 
-def _fitting(
-    workflow_id: str | None, level: int | str, step: str | None, since: float | None
-) -> Select[Any]:
+def _fitting(workflow_id: str | None, level: int | str, step: str | None, since: float | None) -> Select[Any]:
     query = select(workflow_logs)
     if workflow_id is not None:
         query = query.where(_columns.workflow_id == workflow_id)
