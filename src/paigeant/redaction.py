@@ -22,8 +22,11 @@ _NAMES = (
     "password|passwd|passphrase|pwd|secret|token|authorization|api[_-]?key|apikey|private[_-]?key|access[_-]?key|"
     "credentials?|cookie|assertion"
 )
-_KEY = re.compile(rf"(?:^|[_\-.\s])(?:{_NAMES})$", re.I)
-"""The names of fields whose values are secret: `token`, `obo_token`, `x-api-key`, but not `tokens` or `token_count`."""
+_KEY = re.compile(rf"(?:^|[_\-.\s]|(?-i:(?<=[a-z0-9])(?=[A-Z])))(?:{_NAMES})$", re.I)
+"""The names of fields whose values are secret.
+
+`token`, `obo_token`, `accessToken`, `x-api-key`, but not `tokens` or `token_count`.
+"""
 
 _SUSPECTS = (
     *("eyj", "eya", "ew", "://", "sk-", "bearer", "basic", "passw", "passphrase", "pwd", "secret", "token"),
@@ -46,6 +49,15 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
             rf"((?:{_NAMES})\\?[\"']?\s*(?:=>|[:=])\s*)"
             r"(?!\s*(?:\\?[\"'])?(?:\*\*\*|bearer |basic ))"
             r"(\\?\"(?:[^\"\\]|\\.)*\\?\"|'(?:[^'\\]|\\.)*'|[^\s\"',;&)}\]]+)",
+            re.I,
+        ),
+        rf"\1{MASK}",
+    ),
+    (
+        # Headers are often pairs: `[(b'set-cookie', b'...')]`.
+        re.compile(
+            rf"(\(b?[\"'](?:[^\"'\n]{{0,100}}[_\-.])?(?:{_NAMES})[\"'],\s?)"
+            r"b?(?:\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')(?=\))",
             re.I,
         ),
         rf"\1{MASK}",
@@ -102,11 +114,14 @@ class Redactor:
         if isinstance(value, str):
             return self.text(value)
         if depth < _DEEPEST:
-            if isinstance(value, Mapping):
+            if (named := _named(value)) is not None:
                 return {
-                    self.text(str(key)): self.value(str(key), inner, depth + 1)
-                    for key, inner in value.items()
+                    self.text(str(key)): self.value(_name(key), inner, depth + 1)
+                    for key, inner in named.items()
                 }
+            if isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], (str, bytes)):
+                # Perhaps a name and its value, as headers are.
+                return [self.value("", value[0], depth + 1), self.value(_name(value[0]), value[1], depth + 1)]
             if isinstance(value, (list, tuple, set, frozenset)):
                 return [self.value("", inner, depth + 1) for inner in value]
         elif secrets_in(value):
@@ -127,6 +142,19 @@ def is_secret(name: str) -> bool:
     return _KEY.search(name) is not None
 
 
+def _named(value: Any) -> Mapping[Any, Any] | None:
+    """What has names for its parts, by these: a mapping or a named tuple."""
+    if isinstance(value, Mapping):
+        return value
+    names = getattr(value, "_fields", None) if isinstance(value, tuple) else None
+    return dict(zip(names, value, strict=False)) if isinstance(names, tuple) else None
+
+
+def _name(key: Any) -> str:
+    """The key of a value as a name. Those of HTTP headers are often bytes."""
+    return key.decode("latin-1") if isinstance(key, bytes) else str(key)
+
+
 def secrets_in(value: Any, name: str = "") -> list[str]:
     """The texts in a JSON value that are secret by the name of a field which they are in, or by that of the value."""
     found: list[str] = []
@@ -138,9 +166,9 @@ def secrets_in(value: Any, name: str = "") -> list[str]:
             if (id(one), hides) in seen:
                 continue
             seen.add((id(one), hides))
-            if isinstance(one, Mapping):
-                rest += [(inner, hides or is_secret(str(key))) for key, inner in one.items()]
-                rest += [(key, True) for key in one if hides]
+            if (named := _named(one)) is not None:
+                rest += [(inner, hides or is_secret(_name(key))) for key, inner in named.items()]
+                rest += [(key, True) for key in named if hides]
             else:
                 rest += [(inner, hides) for inner in one]
         elif hides and one is not None and not isinstance(one, bool) and (text := _shown(one)):

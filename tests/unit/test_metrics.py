@@ -206,7 +206,7 @@ def test_opentelemetry_shows_the_same() -> None:
     }
     provider.shutdown()
     assert points["paigeant.steps"]["a", "completed"] == 1
-    assert sum(points["paigeant.steps"].values()) == 1
+    assert [value for value in points["paigeant.steps"].values() if value] == [1]
     assert points["paigeant.step.duration"] == points["paigeant.queue.duration"] == {("a",): 1}
     assert points["paigeant.topic_messages"] == {("a", "waiting"): 1}
     assert points["paigeant.dead_letters"] == {(): 4}

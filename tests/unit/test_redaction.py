@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
@@ -26,6 +26,7 @@ TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJjYW5hcnkifQ.c2lnbmF0dXJl"
         ("login with password='pass word' failed", "login with password=*** failed"),
         ('{"obo_token": "a\\"b", "sku": "A-1"}', '{"obo_token": ***, "sku": "A-1"}'),
         ("X-API-Key: 12345", "X-API-Key: ***"),
+        ("got [(b'Set-Cookie', b'sid=1; a'), ('n', '1')]", "got [(b'Set-Cookie', ***), ('n', '1')]"),
         ("no key like sk-proj-0123456789abcdef", "no key like ***"),
         ("-----BEGIN PRIVATE KEY-----\nMC4CAQ\n-----END PRIVATE KEY-----\nrest", "***\nrest"),
     ],
@@ -41,6 +42,7 @@ def test_what_looks_secret_is_hidden(text: str, shown: str) -> None:
         "KeyError: 'password'",
         "used 12 tokens: input_tokens=5",
         "paigeant.observers.logs_of_the_sink.something_long failed",
+        "takes ('token', 'sku', 'quantity')",
         "missing argument 'token'; there is: sku, quantity",
         "eyJ is how tokens begin",
         "signed by eyJhbGciOiJFZERTQSJ9..c2lnbmF0dXJl",
@@ -74,6 +76,40 @@ def test_secret_values_are_hidden_by_type_and_by_name() -> None:
         "bytes": MASK,
         "fine": 1.5,
     }
+
+
+class Account(NamedTuple):
+    """A value whose parts have names of their own."""
+
+    user: str
+    password: str
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ({b"authorization": b"x", b"accept": b"y"}, {"b'authorization'": MASK, "b'accept'": "b'y'"}),
+        (
+            {"accessToken": "x", "dbPassword": "y", "maxTokens": 3},
+            {"accessToken": MASK, "dbPassword": MASK, "maxTokens": 3},
+        ),
+        (
+            [("x-api-key", "x"), (b"set-cookie", b"y"), ("accept", "z")],
+            [["x-api-key", MASK], ["b'set-cookie'", MASK], ["accept", "z"]],
+        ),
+        ([Account("ada", "x")], [{"user": "ada", "password": MASK}]),
+    ],
+    ids=["bytes", "camel case", "pairs", "named tuple"],
+)
+def test_names_are_known_in_whatever_form_they_come(value: Any, shown: Any) -> None:
+    """As HTTP libraries, JSON of others and Python's own types have them."""
+    assert Redactor().value("more", value) == shown
+
+
+def test_secrets_are_found_under_names_of_any_form() -> None:
+    """For texts that tell about such a value."""
+    value = {b"token": "abcd", "apiToken": "efgh", "a": Account("ada", "ijkl")}
+    assert set(secrets_in(value)) == {"abcd", "efgh", "ijkl"}
 
 
 def test_a_value_that_cannot_be_shown_keeps_no_line_from_being_written() -> None:
