@@ -179,6 +179,49 @@ def test_a_traceback_is_part_of_its_line() -> None:
     assert line["exception"].endswith("ValueError: no")
 
 
+def test_what_a_record_has_besides_takes_no_fields_place() -> None:
+    """What happened, how bad it is, when and who says so stay what they are, and nothing is lost."""
+    stream = io.StringIO()
+    configured(stream)
+    said = {"event": "click", "level": "gold", "timestamp": "password=pass1", "logger": "password=pass2"}
+    logging.getLogger("shop").error("boom", extra={**said, "sku": "A-1"})
+    structlog.get_logger().error("boom", timestamp="password=pass3")
+    first, second = lines(stream)
+    assert (first["event"], first["level"], first["logger"], first["sku"]) == ("boom", "error", "shop", "A-1")
+    assert (first["event_"], first["level_"], first["logger_"]) == ("click", "gold", "password=***")
+    for line in (first, second):
+        assert line["timestamp"].startswith("20")
+        assert line["timestamp_"] == "password=***"
+
+
+def test_a_value_of_many_parts_is_bounded() -> None:
+    """A line stays a line, whatever is logged with it: one of 10 MB puts a whole log file aside."""
+    stream = io.StringIO()
+    observer = configured(stream)
+    logging.getLogger("shop").info("rows", extra={"rows": [{"sku": "A-1"}] * 100_000, "few": [1, 2]})
+    observer.observe(step_event(more={"rows": ["x" * 1000] * 1000}))
+    assert lines(stream)[0]["few"] == [1, 2]
+    for line in lines(stream):
+        assert len(line["rows"]) == 16_003
+
+
+def test_the_end_of_a_long_traceback_is_kept() -> None:
+    """What went wrong is told there."""
+    stream = io.StringIO()
+    configured(stream)
+    try:
+        raise ValueError("x" * 20_000)
+    except ValueError:
+        try:
+            raise RuntimeError("the last straw")
+        except RuntimeError:
+            logging.getLogger("shop").exception("no")
+    (line,) = lines(stream)
+    assert line["exception"].startswith("Traceback")
+    assert line["exception"].endswith("RuntimeError: the last straw")
+    assert len(line["exception"]) <= 16_010
+
+
 def test_configuring_again_replaces_what_was_there() -> None:
     """One line stays one line, however often logging is configured."""
     first, second = io.StringIO(), io.StringIO()

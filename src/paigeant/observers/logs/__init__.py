@@ -28,6 +28,7 @@ from paigeant.observers.logs.lines import (
     level_number,
     redacting,
     wanted_at,
+    with_extra,
     with_step,
 )
 from paigeant.redaction import Redactor
@@ -85,7 +86,7 @@ class LogHandler(logging.Handler):
                     with_step,
                     structlog.stdlib.add_log_level,
                     structlog.stdlib.add_logger_name,
-                    structlog.stdlib.ExtraAdder(),
+                    with_extra,
                 ],
                 processors=[
                     _kept_record,
@@ -108,6 +109,8 @@ class LogHandler(logging.Handler):
     def _hand_over(self, _: WrappedLogger, __: str, fields: EventDict) -> str:
         record: logging.LogRecord = fields.pop(RECORD)
         fields.pop(HAD, None)
+        if "timestamp" in fields:  # the line has its own
+            fields["timestamp_"] = fields.pop("timestamp")
         had = vars(record)[HAD]
         for destination in self.destinations:
             if record.levelno >= destination.least and destination not in had:
