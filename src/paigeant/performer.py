@@ -7,7 +7,7 @@ import logging
 import random
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Executor as Threads
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -47,8 +47,15 @@ step_log = logging.getLogger("paigeant.step")
 
 _ERROR_CHARACTERS = 4000
 _UNLIMITED = nullcontext()
-_LOG = logging.LoggerAdapter(step_log, {})
-"""What activities write to: which step it is, lines find out by themselves."""
+
+
+class _StepLog(logging.LoggerAdapter[logging.Logger]):
+    """What an activity writes to: each record has the ids of its step, in threads that it has begun itself as well."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        # Python's own puts the ids in the place of what the activity says besides.
+        kwargs["extra"] = {**(self.extra or {}), **(kwargs.get("extra") or {})}
+        return msg, kwargs
 
 
 @dataclass(slots=True)
@@ -231,7 +238,7 @@ class Performer:
             idempotency_key=f"{key.workflow_id}:{key.step}{undo}",
             deadline=deadline_of(message.routing_slip),
             identity=None,
-            log=_LOG,
+            log=_StepLog(step_log, claim.ids(self.worker_id)),
             _key=key,
             _slip=message.routing_slip,
             _store=self.values,
