@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -40,8 +41,10 @@ IDS = set(IDS_IN_ORDER)
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     root, own = logging.getLogger(), logging.getLogger("paigeant")
-    levels = root.level, own.level
+    levels, hook = (root.level, own.level), threading.excepthook
     yield
+    logging.captureWarnings(False)
+    threading.excepthook = hook
     root.handlers.clear()
     own.handlers[:] = [handler for handler in own.handlers if isinstance(handler, logging.NullHandler)]
     own.propagate = True
@@ -241,6 +244,51 @@ def test_handlers_of_the_application_stay() -> None:
     assert (theirs.getvalue(), [line["event"] for line in lines(ours)]) == ("theirs\n", ["ours"])
 
 
+def test_what_another_handler_keeps_is_let_through() -> None:
+    """Though the stream takes less of it; of others than Paigeant `debug` is only had where the stream takes it."""
+    kept: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            kept.append(record.getMessage())
+
+    stream = io.StringIO()
+    logging.getLogger().handlers.clear()
+    configure(stream=stream, level="warning", kept="debug")
+    logging.getLogger().addHandler(Keeper())
+    for name in ("shop", "paigeant.step"):
+        logging.getLogger(name).debug("%s debug", name)
+        logging.getLogger(name).info("%s info", name)
+    structlog.get_logger("shop").info("structlog info")
+    assert kept[:3] == ["shop info", "paigeant.step debug", "paigeant.step info"]
+    assert len(kept) == 4
+    assert stream.getvalue() == ""
+
+
+def test_warnings_and_ends_of_threads_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python writes them raw to standard error, in several lines and with the secrets in their texts."""
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    stream = io.StringIO()
+    configured(stream)
+
+    def fail() -> None:
+        raise ValueError("password=hunter2")
+
+    with warnings.catch_warnings():
+        logging.captureWarnings(False)
+        logging.captureWarnings(True)
+        warnings.simplefilter("always")
+        warnings.warn("token=hunter2 is old", stacklevel=1)
+    thread = threading.Thread(target=fail, name="mine")
+    thread.start()
+    thread.join()
+    warned, ended = lines(stream)
+    assert "UserWarning: token=*** is old" in warned["event"]
+    assert (ended["event"], ended["level"]) == ("the thread mine has ended with an error", "error")
+    assert ended["exception"].endswith("ValueError: password=***")
+    assert "hunter2" not in stream.getvalue()
+
+
 def test_an_unknown_level_is_refused() -> None:
     """A level that isn't one is an error that names what there is."""
     with pytest.raises(ValueError, match="expected debug, info, warning or error"):
@@ -276,6 +324,26 @@ async def test_each_line_of_a_real_step_has_the_ids_of_its_run() -> None:
     }
     assert [line for line in of_steps if not set(line) >= IDS] == []
     assert len({line["trace_id"] for line in of_steps}) == 1
+
+
+async def test_what_a_step_logs_has_its_ids_in_any_thread() -> None:
+    """A thread of its own knows of no step, but the logger of the step does; what is said besides is there, too."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def pack(ctx: StepContext) -> None:
+        thread = threading.Thread(target=ctx.log.info, args=("packing",), kwargs={"extra": {"sku": "A-1"}})
+        thread.start()
+        await asyncio.to_thread(thread.join)
+
+    stream = io.StringIO()
+    configured(stream)
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("one", ["pack"]))
+        await app.drain()
+    (line,) = (line for line in lines(stream) if line["event"] == "packing")
+    assert set(line) >= IDS
+    assert (line["workflow_id"], line["step"], line["sku"]) == (run.id, "pack", "A-1")
 
 
 async def test_the_traceback_of_an_attempt_has_the_ids_of_its_step() -> None:

@@ -98,6 +98,7 @@ def run(
         format="json" if as_json else "console",
         also=_file_of(settings),
         redactor=Redactor(settings.urls),
+        kept=None if settings.log_sql == "off" else settings.log_sql,
     )
     if not supervised:
         _check(settings, loaded, wanted)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterable
 from typing import TextIO
 
@@ -37,6 +38,8 @@ __all__ = ["LEVELS", "LogFile", "LogHandler", "LogObserver", "configure", "with_
 
 
 _CLOCK = SystemClock()
+
+log = logging.getLogger("paigeant.logs")
 
 
 class LogObserver:
@@ -131,13 +134,16 @@ def configure(
     stream: TextIO | None = None,
     also: Iterable[Destination] = (),
     redactor: Redactor | None = None,
+    kept: int | str | None = None,
 ) -> LogObserver:
     """Write the logs of this process to `stream` (standard error by default); gives the observer that joins them.
 
     What Paigeant and the activities log through `logging` or `structlog` gets the ids of the step that it belongs to.
     Where the application has set up its own handlers (or structlog) already, those stay, and only Paigeant's own lines
-    are written here. `also` are other destinations, such as a `LogFile`; `redactor` hides what is secret. Meant for a
-    process that does nothing but work: it changes the logging of the whole process.
+    are written here. `also` are other destinations, such as a `LogFile`; `redactor` hides what is secret. `kept` is the
+    level that a handler wants which comes later, the store's: loggers let that through, but `debug` only Paigeant's.
+    Python's warnings and errors that end a thread become lines as well. Meant for a process that does nothing but work:
+    it changes the logging of the whole process.
     """
     observer = LogObserver(level=level, format=format, stream=stream, also=also, redactor=redactor)
     handler = LogHandler(observer.destinations, observer.redactor)
@@ -150,7 +156,14 @@ def configure(
     logger = own if root.handlers else root
     own.propagate = logger is root
     logger.addHandler(handler)
-    logger.setLevel(handler.level)
+    wanted = handler.level if kept is None else min(handler.level, level_number(kept))
+    # What libraries tell at `debug` would crowd out of the store what happened.
+    others = min(handler.level, max(wanted, logging.INFO))
+    logger.setLevel(others)
+    own.setLevel(wanted)
+    logging.captureWarnings(True)
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _tell_end
     if not structlog.is_configured():
         structlog.configure(
             processors=[
@@ -158,7 +171,15 @@ def configure(
                 structlog.stdlib.add_log_level,
                 structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
             ],
-            wrapper_class=structlog.make_filtering_bound_logger(handler.level),
+            wrapper_class=structlog.make_filtering_bound_logger(others),
             logger_factory=structlog.stdlib.LoggerFactory(),
         )
     return observer
+
+
+def _tell_end(args: threading.ExceptHookArgs) -> None:
+    """A thread of the user's has ended with an error: Python writes that raw, with whatever secret is in its text."""
+    if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+        name = "unknown" if args.thread is None else args.thread.name
+        error = (args.exc_type, args.exc_value, args.exc_traceback)
+        log.error("the thread %s has ended with an error", name, exc_info=error)
