@@ -573,6 +573,31 @@ def test_an_exporter_that_fails_is_told_of_and_tried_again(
     assert "1 spans were lost" in caplog.text
 
 
+def test_the_end_waits_once_for_a_collector_that_is_away(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not again for each batch, nor for spans that wait for their parent: a worker would be killed before its end."""
+    tries: list[int] = []
+
+    class Away(InMemorySpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            tries.append(len(spans))
+            return SpanExportResult.FAILURE
+
+    tracer, spans = queue(
+        monkeypatch, WholeTraces(Away()), max_export_batch_size="10", schedule_delay="60000"
+    )
+    above = trace.set_span_in_context(tracer.start_span("never ends"))
+    tracer.start_span("inside", above).end()
+    monkeypatch.setattr(spans, "_batch", 100)  # nothing is sent before the end
+    for number in range(50):
+        tracer.start_span(f"{number}").end()
+    monkeypatch.setattr(spans, "_batch", 10)
+    spans.shutdown()
+    assert tries == [9]
+    assert "51 spans were lost" in caplog.text
+
+
 def test_what_the_library_does_not_sample_is_not_exported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spans that are only recorded end here as well."""
     exporter = Kept()
