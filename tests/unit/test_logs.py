@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import io
 import json
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -561,6 +563,36 @@ def test_lines_that_cannot_be_written_are_counted(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err.count("can't write the log file") == 1
     lost = [json.loads(line).get("lines") for line in (folder / "x.log").read_text().splitlines()]
     assert lost == [None, 3]
+
+
+def test_a_full_disk_takes_no_line_with_it_that_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends within a line as a rule; what is written once there is space again begins a line of its own."""
+    room = 60
+    real = os.write
+
+    def write(file: int, data: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = real(file, data[:room])
+        room -= written
+        return written
+
+    log = LogFile(tmp_path / "a.log", least=logging.INFO, most_bytes=10_000, files=2)
+    monkeypatch.setattr(os, "write", write)
+    for number in range(3):
+        log.write(logging.INFO, {"event": "told", "number": number})
+    room = 10_000
+    for number in range(3, 5):
+        log.write(logging.INFO, {"event": "told", "number": number})
+    log.close()
+    torn, *whole = (tmp_path / "a.log").read_text().splitlines()
+    assert len(torn) == 60
+    told = [json.loads(line) for line in whole]
+    assert [line.get("number", line.get("lines")) for line in told] == [3, 3, 4]
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_a_file_in_no_folder_is_a_mistake(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -158,6 +159,7 @@ class LogFile(_TextLog):
         self._files = files
         self._render = renderer("json")
         self._file: int | None = None
+        self._is_torn = False  # it ends within a line, for the disk was full
         try:
             self._open()
         except OSError as exc:
@@ -192,8 +194,16 @@ class LogFile(_TextLog):
         size = os.fstat(self._file).st_size
         if size and size + len(line) > self._most_bytes:
             self._rotate()
+        if self._is_torn:
+            line = b"\n" + line
         # One call: lines of other processes come before or behind it, never within.
-        os.write(self._file, line)
+        written = os.write(self._file, line)
+        if written < len(line):
+            self._is_torn = True
+            written += os.write(self._file, line[written:])  # the disk is full, as this says
+        self._is_torn = written < len(line)
+        if self._is_torn:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _open(self) -> None:
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
@@ -224,6 +234,7 @@ class LogFile(_TextLog):
                     os.replace(self._numbered(number - 1), self._numbered(number))
         self._close()
         self._open()
+        self._is_torn = False
 
     def _numbered(self, number: int) -> str:
         return f"{self.path}.{number}" if number else str(self.path)
