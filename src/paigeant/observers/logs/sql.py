@@ -79,6 +79,8 @@ class SqlLog:
         self._redactor = redactor or Redactor()
         self._lines: deque[_Line] = deque()
         self._bytes = 0
+        self._on_the_way = 0
+        """Lines that are being written just now."""
         self._lock = threading.Lock()
         self._some = threading.Event()
         self._closing = threading.Event()
@@ -156,8 +158,8 @@ class SqlLog:
         self._closing.set()
         self._some.set()
         thread.join(_CLOSE_SECONDS)
-        if self._lines:
-            log.warning("%d log lines could not be written to %s", len(self._lines), self._database.place)
+        if left := len(self._lines) + self._on_the_way:
+            log.warning("%d log lines could not be written to %s", left, self._database.place)
 
     def _run(self) -> None:
         pause = 0.0
@@ -205,11 +207,13 @@ class SqlLog:
         with self._lock:
             batch = [self._lines.popleft() for _ in range(min(_BATCH, len(self._lines)))]
             self._bytes -= sum(_weight(line.fields) for line in batch)
+            self._on_the_way = len(batch)
             return batch
 
     def _put_back(self, batch: list[_Line]) -> None:
         with self._lock:
             self._lines.extendleft(reversed(batch))
+            self._on_the_way = 0
             self._bytes += sum(_weight(line.fields) for line in batch)
             self._hold_bound()
 
