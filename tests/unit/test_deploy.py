@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from paigeant.observers.metrics import FAMILIES
+from paigeant.observers.metrics import FAMILIES, MetricsObserver
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
@@ -51,11 +53,25 @@ def test_a_query_names_metrics_and_labels_that_exist(expression: str) -> None:
         assert expression.count(opened) == expression.count(closed)
 
 
-def test_what_is_added_up_counts_by_itself() -> None:
+def test_what_is_added_up_is_there_from_the_first_look_on() -> None:
     """A sum of what nobody has counted yet is nothing, and nothing added to anything is nothing: no alert, ever."""
-    for expression in (rule["expr"] for group in RULES["groups"] for rule in group["rules"]):
-        if re.search(r"\)\s*\+\s*\(?sum", expression):
-            assert expression.count("or vector(0)") == expression.count("sum(")
+    shown = MetricsObserver(activities=["a"]).exposition()[0].decode()
+    added = [rule["expr"] for group in RULES["groups"] for rule in group["rules"] if "+ sum" in rule["expr"]]
+    assert added
+    for name in re.findall(r"\bpaigeant_\w+", " ".join(added)):
+        assert re.search(rf"^{name}(\{{.*\}})? 0\.0$", shown, flags=re.MULTILINE)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool, of Prometheus, isn't here")
+def test_alerts_are_raised_when_they_should_be() -> None:
+    """As Prometheus itself finds, by the series in `alerts.yml`."""
+    done = subprocess.run(
+        ["promtool", "test", "rules", Path(__file__).with_name("alerts.yml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_rules_have_what_prometheus_and_people_need() -> None:
