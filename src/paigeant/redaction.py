@@ -20,7 +20,7 @@ __all__ = ["Redactor", "is_secret", "quoted", "redacted", "secrets_in", "without
 
 _NAMES = (
     "password|passwd|passphrase|pwd|secret|token|authorization|api[_-]?key|apikey|private[_-]?key|access[_-]?key|"
-    "credentials?|cookie|assertion"
+    "secret[_-]?key|credentials?|cookie|assertion"
 )
 _KEY = re.compile(rf"(?:^|[_\-.\s]|(?-i:(?<=[a-z0-9])(?=[A-Z])))(?:{_NAMES})$", re.I)
 """The names of fields whose values are secret.
@@ -39,14 +39,30 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL),
         MASK,
     ),
-    (TOKEN, MASK),
+    (TOKEN, rf"\1{MASK}"),
     (re.compile(r"\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{6,}", re.I), rf"\1\2{MASK}"),
     (re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"), MASK),
+    (
+        # `Authorization: Token ...`: what is behind the scheme is the secret, and all of what it is made of.
+        re.compile(
+            r"(authorization\s*[:=]\s*+)(?!\*\*\*|bearer |basic )[A-Za-z][\w-]{0,40}[ \t]+"
+            r"(?:[\w-]{1,40}=\"[^\"\n]*\"|[^\s,;\"']+)(?:,[ \t]*[\w-]{1,40}=(?:\"[^\"\n]*\"|[^\s,;\"']+))*",
+            re.I,
+        ),
+        rf"\1{MASK}",
+    ),
+    (
+        re.compile(
+            r"(cookie\s*[:=]\s*+)(?!\*\*\*)[^\s,;\"']+(?:;[ \t]*[^\s,;=\"']{1,200}=[^\s,;\"']*)*",
+            re.I,
+        ),
+        rf"\1{MASK}",
+    ),
     (
         re.compile(
             # `password=...`, `"obo_token": "..."`, `api_key='...'`. What is a mask already, or says a scheme whose
             # credentials are masked above, stays.
-            rf"((?:{_NAMES})\\?[\"']?\s*(?:=>|[:=])\s*)"
+            rf"((?:{_NAMES})\\?[\"']?\s*(?:=>|[:=])\s*+)"
             r"(?!\s*(?:\\?[\"'])?(?:\*\*\*|bearer |basic ))"
             r"(\\?\"(?:[^\"\\]|\\.)*\\?\"|'(?:[^'\\]|\\.)*'|[^\s\"',;&)}\]]+)",
             re.I,

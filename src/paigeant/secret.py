@@ -26,12 +26,18 @@ OBO_TOKEN = "obo_token"  # the header's name
 MASK = "***"
 """What is shown in the place of a secret."""
 
+_PART = "[A-Za-z0-9_-]"
+
 TOKEN = re.compile(
-    r"(?:eyJ|eyA|ew[0ko])[A-Za-z0-9_-]{5,}(?:(?:\.[A-Za-z0-9_-]*){4}|\.[A-Za-z0-9_-]{5,}\.[A-Za-z0-9_-]*)"
+    # Looked for once in each row of such characters, and only if dots follow: a text of `eyJeyJ...`, which anybody may
+    # send, would else be gone through from each of them to its end.
+    rf"(?<!{_PART})(?={_PART}++(?:(?:\.{_PART}*+){{4}}|\.{_PART}{{5,}}+\.))"
+    rf"({_PART}*?)(?:eyJ|eyA|ew[0ko]){_PART}{{5,}}+(?:(?:\.{_PART}*+){{4}}|\.{_PART}{{5,}}+\.{_PART}*+)"
 )
 """What a token looks like (RFC 7519, 7515, 7516): base64url parts with dots between, the first one a JSON object.
 
-Encrypted ones have five parts. A detached signature, whose second part is empty, is no token: it says who signed.
+Encrypted ones have five parts. A detached signature, whose second part is empty, is no token: it says who signed. The
+group is what stands in front without a gap, and isn't part of it.
 """
 
 _TOKEN_BYTES = re.compile(TOKEN.pattern.encode())
@@ -97,9 +103,9 @@ def masked(text: str, secrets: Iterable[SecretToken] = ()) -> str:
     """`text` with stars for these tokens, and for whatever else looks like a signed one."""
     for secret in secrets:
         text = text.replace(secret.reveal(), MASK)
-    return TOKEN.sub(MASK, text)
+    return TOKEN.sub(rf"\1{MASK}", text)
 
 
 def masked_body(body: bytes) -> bytes:
     """The bytes of a message, such as a dead letter keeps, without the token that they carry."""
-    return _TOKEN_BYTES.sub(MASK.encode(), _HEADER.sub(rb"\1" + MASK.encode(), body))
+    return _TOKEN_BYTES.sub(rb"\1" + MASK.encode(), _HEADER.sub(rb"\1" + MASK.encode(), body))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import pytest
 from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
 
 from paigeant.redaction import Redactor, quoted, redacted, secrets_in, without
-from paigeant.secret import MASK
+from paigeant.secret import MASK, masked_body
 
 TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJjYW5hcnkifQ.c2lnbmF0dXJl"
 
@@ -20,9 +21,15 @@ TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJjYW5hcnkifQ.c2lnbmF0dXJl"
         (f"refused {TOKEN}!", "refused ***!"),
         ("indented ewogICJhbGciOiJFZERTQSIKfQ.eyJzdWIiOiJjYW5hcnkifQ.c2lnbmF0dXJl", "indented ***"),
         (f"encrypted {TOKEN}.four.five.", "encrypted ***."),
+        (f"token%3A{TOKEN} of api.eyJ.example.org", "token%3A*** of api.eyJ.example.org"),
         ("can't reach amqp://ada:pa55word@host/x?y=1", "can't reach amqp://ada:***@host/x?y=1"),
         ("GET https://host/x?access_token=abc&y=1", "GET https://host/x?access_token=***&y=1"),
         ("Authorization: Bearer abcdef012345", "Authorization: Bearer ***"),
+        ("Authorization: Token 0a1b2c, status 401", "Authorization: ***, status 401"),
+        ("proxy-authorization: Negotiate YII==\nHost: x", "proxy-authorization: ***\nHost: x"),
+        ('authorization: Digest username="ada", response=0a1b, nc=1 failed', "authorization: *** failed"),
+        ("Cookie: theme=dark; sid=0a1b; csrf=2c; then it failed", "Cookie: ***; then it failed"),
+        ("SECRET_KEY=0a1b2c", "SECRET_KEY=***"),
         ("login with password='pass word' failed", "login with password=*** failed"),
         ('{"obo_token": "a\\"b", "sku": "A-1"}', '{"obo_token": ***, "sku": "A-1"}'),
         ("X-API-Key: 12345", "X-API-Key: ***"),
@@ -196,3 +203,25 @@ def test_texts_about_a_value_are_without_its_secrets() -> None:
     """A secret of a few characters is hidden where it is a word, so that others stay words."""
     assert without("bad canary-4111, not canary-4111x", ["canary-4111"]) == "bad ***, not ***x"
     assert without("found 7 in 1970", ["7"]) == "found *** in 1970"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "eyJ" * 100_000,
+        "eyJ." * 50_000,
+        f"token={' ' * 100_000}",
+        f"password: {'eyJ' * 50_000}",
+        "cookie: a=b;" * 20_000,
+        "authorization: a " * 20_000,
+        "Authorization: Digest a=b, " * 10_000,
+        "('token', '" * 20_000,
+    ],
+    ids=lambda text: text[:20],
+)
+def test_no_text_takes_long(text: str) -> None:
+    """Anybody may send one, and it is looked through in the event loop: twice the text takes twice as long."""
+    began = time.process_time()
+    redacted(text)
+    masked_body(text.encode())
+    assert time.process_time() - began < 5.0
