@@ -93,6 +93,8 @@ class Monitor:
     ) -> None:
         server, self._server = self._server, None
         self._loop = None
+        if self._next is not None:
+            self._next.cancel()
         if server is not None:
             await asyncio.to_thread(server.shutdown)
             server.server_close()

@@ -46,6 +46,9 @@ log = logging.getLogger("paigeant.performer")
 step_log = logging.getLogger("paigeant.step")
 
 _ERROR_CHARACTERS = 4000
+_MOST_WITHIN = 5
+"""So many errors of a group are told, and so many groups within each other."""
+
 _UNLIMITED = nullcontext()
 
 
@@ -347,15 +350,24 @@ def _log_failure(error: BaseException, ids: Mapping[str, Any], secrets: Sequence
 
 
 def _text(error: BaseException, secrets: Sequence[SecretToken] = ()) -> str:
-    try:
-        said = str(error)
-    except Exception:  # the user's code again
-        said = "(its text can't be had)"
-    text = f"{type(error).__name__}: {masked(said, secrets)}" if said else type(error).__name__
+    text = masked(_said(error), secrets)
     # Hidden before it is cut: half a token is no longer known as one. A text of megabytes isn't searched through.
     text = redacted(text[: 4 * _ERROR_CHARACTERS])
     text = text if len(text) <= _ERROR_CHARACTERS else f"{text[:_ERROR_CHARACTERS]}..."
     return codec.storable(text)
+
+
+def _said(error: BaseException, depth: int = 0) -> str:
+    try:
+        said = str(error)
+    except Exception:  # the user's code again
+        said = "(its text can't be had)"
+    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    if isinstance(error, BaseExceptionGroup) and depth < _MOST_WITHIN:
+        # By itself a group only says how many there are, and not what went wrong.
+        within = "; ".join(_said(each, depth + 1) for each in error.exceptions[:_MOST_WITHIN])
+        text = f"{text}: {within}"
+    return text
 
 
 def _timeout_text(claim: Claim, timeout: float | None) -> str:
