@@ -9,6 +9,8 @@ import io
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -504,6 +506,38 @@ def numbers(path: Path) -> list[int]:
     """The numbers in the lines of all files, the oldest file first."""
     files = sorted(path.parent.glob(f"{path.name}*"), key=lambda file: file.name, reverse=True)
     return [json.loads(line)["number"] for file in files for line in file.read_text().splitlines()]
+
+
+def test_long_lines_of_processes_on_one_pipe_stay_whole() -> None:
+    """A pipe takes 4096 bytes in one piece; a traceback of several workers at once is longer."""
+    code = """if True:
+        import sys
+        from paigeant.observers.logs import LogObserver
+        log = LogObserver(shared=True).destinations[0]
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for _ in range(100):
+            log.write(20, {"event": "told", "text": sys.argv[1] * 15_000})
+    """
+    there, here = os.pipe()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, name], stderr=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for name in "abcd"
+    ]
+    os.close(here)
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.stdout.close()
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()
+    with os.fdopen(there, "rb") as pipe:
+        told = [json.loads(line)["text"] for line in pipe]
+    assert sorted(told) == sorted(name * 15_000 for name in "abcd" for _ in range(100))
+    assert [process.wait() for process in processes] == [0, 0, 0, 0]
 
 
 def test_a_file_that_is_full_is_put_aside(tmp_path: Path) -> None:

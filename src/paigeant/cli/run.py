@@ -101,6 +101,7 @@ def run(
         also=_file_of(settings),
         redactor=Redactor(settings.urls),
         kept=None if settings.log_sql == "off" else settings.log_sql,
+        shared=supervised or settings.processes > 1,
     )
     if not supervised:
         _check(settings, loaded, wanted)

@@ -45,7 +45,8 @@ log = logging.getLogger("paigeant.logs")
 class LogObserver:
     """Writes one line for each event, with the ids that it belongs to, to `stream` (standard error by default).
 
-    `also` are other destinations. `redactor` hides what is secret.
+    `also` are other destinations. `redactor` hides what is secret. `shared`: other processes write their lines to the
+    same stream.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class LogObserver:
         stream: TextIO | None = None,
         also: Iterable[Destination] = (),
         redactor: Redactor | None = None,
+        shared: bool = False,
     ) -> None:
         to = sys.stderr if stream is None else stream
-        own = StreamLog(to, least=level_number(level), format=format)
+        own = StreamLog(to, least=level_number(level), format=format, shared=shared)
         self.destinations: tuple[Destination, ...] = (own, *also)
         self.redactor = redactor or Redactor()
         self._least = min(destination.least for destination in self.destinations)
@@ -135,6 +137,7 @@ def configure(
     also: Iterable[Destination] = (),
     redactor: Redactor | None = None,
     kept: int | str | None = None,
+    shared: bool = False,
 ) -> LogObserver:
     """Write the logs of this process to `stream` (standard error by default); gives the observer that joins them.
 
@@ -142,10 +145,13 @@ def configure(
     Where the application has set up its own handlers (or structlog) already, those stay, and only Paigeant's own lines
     are written here. `also` are other destinations, such as a `LogFile`; `redactor` hides what is secret. `kept` is the
     level that a handler wants which comes later, the store's: loggers let that through, but `debug` only Paigeant's.
+    `shared`: other processes write their lines to the same stream.
     Python's warnings and errors that end a thread become lines as well. Meant for a process that does nothing but work:
     it changes the logging of the whole process.
     """
-    observer = LogObserver(level=level, format=format, stream=stream, also=also, redactor=redactor)
+    observer = LogObserver(
+        level=level, format=format, stream=stream, also=also, redactor=redactor, shared=shared
+    )
     handler = LogHandler(observer.destinations, observer.redactor)
     own = logging.getLogger("paigeant")
     root = logging.getLogger()
