@@ -245,19 +245,20 @@ class Paigeant:
     ) -> list[LogLine]:
         """The newest log lines that fit, in the order of what happened: of a run, of a level or above, of a step.
 
-        `since`: from this instant on. `after`: instead those that were written after the line with this id, in the
-        order in which they were, up to `limit` of them. Empty where nobody has recorded any, see the setting `log_sql`.
+        `since`: from this instant on. `after`: not the newest, but those that were written after the line with this id,
+        in the order in which they were, up to `limit` of them. Empty where nobody has recorded any, see the setting
+        `log_sql`.
         """
         database = _database_of(self.store)
         if database is None:
             return []
         from paigeant.observers.logs.sql import latest_lines, lines_after
 
+        instant = None if since is None else since.timestamp()
         if after is not None:
             return await lines_after(
-                database, after, workflow_id=workflow_id, level=level, step=step, limit=limit
+                database, after, workflow_id=workflow_id, level=level, step=step, since=instant, limit=limit
             )
-        instant = None if since is None else since.timestamp()
         return await latest_lines(
             database, workflow_id=workflow_id, level=level, step=step, since=instant, limit=limit
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import re
 import secrets
 import uuid
 from collections.abc import Callable, Mapping
@@ -100,7 +101,7 @@ class Dispatcher:
         self._check_known(workflow)
         await self._check_first(run_id, slip.next_step(), payload)
         mandate, token = await self._mandate(on_behalf_of, run_id, slip, waits=begins - now)
-        given = (headers or {}).get("traceparent", "")
+        given = _traceparent((headers or {}).get("traceparent", ""))
         correlation_id = correlation_id or run_id
         with self._around(run_id, workflow, slip, correlation_id, given) as own:
             trace_id, parent = _trace(own or given)
@@ -556,11 +557,27 @@ def _new_id(now: float) -> str:
     return str(uuid.UUID(int=value))
 
 
+def _traceparent(given: str) -> str:
+    """A traceparent as this version of the standard writes it; empty for what is none, which starts a new trace.
+
+    Callers hand on what a request of theirs had, which may be anything.
+    """
+    found = _TRACEPARENT.fullmatch(given.strip().lower())
+    if found is None or (found["version"] == "00" and found["more"]):
+        return ""
+    return f"00-{found['trace']}-{found['span']}-{found['flags']}"
+
+
+_TRACEPARENT = re.compile(
+    r"(?P<version>(?!ff)[0-9a-f]{2})-(?P<trace>(?!0{32})[0-9a-f]{32})-(?P<span>(?!0{16})[0-9a-f]{16})"
+    r"-(?P<flags>[0-9a-f]{2})(?P<more>-.*)?"
+)
+
+
 def _trace(parent: str) -> tuple[str, str]:
     """The trace id and the W3C traceparent of the run: the given one, or a new one."""
-    parts = parent.split("-")
-    if len(parts) == 4 and len(parts[1]) == 32:
-        return parts[1], parent
+    if parent:
+        return parent.split("-")[1], parent
     # Random as the standard asks, but no secret: not worth a call to the operating system each.
     trace_id = f"{random.getrandbits(128):032x}"
     return trace_id, f"00-{trace_id}-{random.getrandbits(64):016x}-01"

@@ -80,7 +80,8 @@ class Heartbeat:
         found = []
         silent = time.monotonic() - self._answered
         if self._thread is None or not self._thread.is_alive():
-            found.append("the heartbeat has ended" if self._answered else "the heartbeat hasn't begun yet")
+            has_begun = self._thread is not None or self._stop.is_set()
+            found.append("the heartbeat has ended" if has_begun else "the heartbeat hasn't begun yet")
         elif silent > self.lease:
             found.append(f"the event loop hasn't answered for {silent:.0f} s")
         return found

@@ -8,11 +8,14 @@ two seconds: never on the way of a step, and not at all where nobody looks.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
 import threading
 import time
 from concurrent.futures import CancelledError as FutureCancelled
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -34,7 +37,7 @@ _FRESH_SECONDS = 2.0
 _ASK_SECONDS = 3.0
 """How long the store and the transport have to answer. Prometheus gives up after 10 s, Kubernetes after 1 s."""
 _IDLE_SECONDS = 5.0
-"""How long a connection may say nothing."""
+"""How long a connection may say nothing; and how long it may be there at all when others wait for its place."""
 _MOST_CONNECTIONS = 16
 
 
@@ -63,6 +66,7 @@ class Monitor:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asking = asyncio.Lock()
         self._found: tuple[float, Backlog, list[str]] | None = None
+        self._next: asyncio.Task[Any] | None = None
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -72,7 +76,7 @@ class Monitor:
             except OSError as exc:
                 raise ConfigurationError(
                     f"metrics can't be served at {self.host}:{self.port}: {exc.strerror or exc}; "
-                    "choose another `metrics_port`"
+                    "choose another `metrics_port`, or `metrics_host`"
                 ) from exc
             self.port = self._server.server_port
             # Looked for every 0.1 s whether it is to stop; a request is answered at once.
@@ -89,6 +93,8 @@ class Monitor:
     ) -> None:
         server, self._server = self._server, None
         self._loop = None
+        if self._next is not None:
+            self._next.cancel()
         if server is not None:
             await asyncio.to_thread(server.shutdown)
             server.server_close()
@@ -108,13 +114,20 @@ class Monitor:
         return self.worker.idleness() + (["the event loop doesn't answer"] if found is None else found[2])
 
     def backlog(self) -> Backlog | None:
-        """What is true now; None once the worker is being put away."""
+        """What is true now; None once the worker is being put away.
+
+        In the worker's own loop, where nobody can wait for its answer: what was found by the question before.
+        """
         found = self._now()
         if found is not None:
             return found[1]
-        return (
-            Backlog(False, len(self.worker.executor.running), self.worker.concurrency) if self._loop else None
-        )
+        if self._loop is None:
+            return None
+        is_ready = self._is_within() and not self.worker.idleness()
+        return Backlog(is_ready, len(self.worker.executor.running), self.worker.concurrency)
+
+    def _is_within(self) -> bool:
+        return asyncio._get_running_loop() is self._loop
 
     def _now(self) -> tuple[float, Backlog, list[str]] | None:
         found, loop = self._found, self._loop
@@ -122,6 +135,10 @@ class Monitor:
             return found
         if loop is None or loop.is_closed():
             return None
+        if self._is_within():
+            if self._next is None or self._next.done():
+                self._next = loop.create_task(self._ask())
+            return found
         asked = asyncio.run_coroutine_threadsafe(self._ask(), loop)
         try:
             return asked.result(_ASK_SECONDS + 1.0)
@@ -210,19 +227,51 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], monitor: Monitor) -> None:
         self.monitor = monitor
         self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._since: dict[socket.socket, float] = {}
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
 
+    def server_bind(self) -> None:
+        # All addresses are those of IPv4 as well, whatever the system's default is.
+        if self.server_address[0] == "::":
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # Not HTTPServer's: that asks the DNS for this host's name, in the event loop, for as long as that takes.
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._free.acquire(timeout=_IDLE_SECONDS):
+        if not self._has_place():
             self.shutdown_request(request)
             return
-        super().process_request(request, client_address)
+        self._since[request] = time.monotonic()
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # there is no thread to be had now
+            self._give_back(request)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            self._give_back(request)
+
+    def _give_back(self, request: Any) -> None:
+        del self._since[request]
+        self._free.release()
+
+    def _has_place(self) -> bool:
+        """Whether there is one, or will be: nobody keeps theirs by saying a little now and then."""
+        if self._free.acquire(blocking=False):
+            return True
+        first = min(list(self._since.values()), default=0.0)
+        if self._free.acquire(timeout=max(0.0, first + _IDLE_SECONDS - time.monotonic())):
+            return True
+        for slow, since in list(self._since.items()):
+            if time.monotonic() - since >= _IDLE_SECONDS:
+                with contextlib.suppress(OSError):  # it has ended meanwhile
+                    slow.shutdown(socket.SHUT_RDWR)
+        return self._free.acquire(timeout=1.0)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("a request to the monitor failed", exc_info=True)
@@ -234,6 +283,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"  # one request a connection: nobody keeps a place
     server_version = "paigeant"
     sys_version = ""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def do_GET(self) -> None:
         monitor = self.server.monitor
@@ -258,7 +310,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("monitor: " + format, *args)

@@ -7,7 +7,7 @@ import logging
 import random
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Executor as Threads
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -46,9 +46,19 @@ log = logging.getLogger("paigeant.performer")
 step_log = logging.getLogger("paigeant.step")
 
 _ERROR_CHARACTERS = 4000
+_MOST_WITHIN = 5
+"""So many errors of a group are told, and so many groups within each other."""
+
 _UNLIMITED = nullcontext()
-_LOG = logging.LoggerAdapter(step_log, {})
-"""What activities write to: which step it is, lines find out by themselves."""
+
+
+class _StepLog(logging.LoggerAdapter[logging.Logger]):
+    """What an activity writes to: each record has the ids of its step, in threads that it has begun itself as well."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        # Python's own puts the ids in the place of what the activity says besides.
+        kwargs["extra"] = {**(self.extra or {}), **(kwargs.get("extra") or {})}
+        return msg, kwargs
 
 
 @dataclass(slots=True)
@@ -106,13 +116,16 @@ class Performer:
 
     async def _perform(self, claim: Claim) -> Attempt:
         attempt = Attempt()
-        context = attempt.context = self._context(claim)
+        ids = claim.ids(self.worker_id)
+        context = attempt.context = self._context(claim, ids)
         try:
-            return await self._perform_in(context, claim, attempt)
+            return await self._perform_in(context, claim, attempt, ids)
         finally:
             context._place.journal.parking.leave()
 
-    async def _perform_in(self, context: StepContext, claim: Claim, attempt: Attempt) -> Attempt:
+    async def _perform_in(
+        self, context: StepContext, claim: Claim, attempt: Attempt, ids: Mapping[str, Any]
+    ) -> Attempt:
         parking = context._place.journal.parking
         retry = claim.retry(self.limits)
         if claim.grant.exhausted:
@@ -121,7 +134,7 @@ class Performer:
         timeout = claim.timeout(self.limits)
         # Most steps have none, and to make one isn't free.
         limit = None if timeout is None else asyncio.timeout(timeout)
-        token = CURRENT.set(claim.ids(self.worker_id))
+        token = CURRENT.set(ids)
         try:
             step, work = claim.step, claim.work
             if step is not None and step.when is not None and not await self._is_wanted(step.when, claim):
@@ -171,8 +184,7 @@ class Performer:
         permanent = bool(final) or isinstance(error, (NonRetryableError, InvalidDefinition))
         secrets = () if context._acting is None else tuple(context._acting.secrets)
         if not isinstance(error, ActivityRejected):
-            ids = claim.ids(self.worker_id)  # they are no longer those of the current step
-            _log_failure(error, ids, secrets)
+            _log_failure(error, ids, secrets)  # they are no longer those of the current step
         text = f"{_text(error, secrets)}; {final}" if final else _text(error, secrets)
         attempt.outcome = Failed(text, claim.grant.attempt, retry, permanent, self._chance())
         return attempt
@@ -216,7 +228,7 @@ class Performer:
         attempt.input = codec.dump(shown)
         return await work.call(arguments, context, self.threads)
 
-    def _context(self, claim: Claim) -> StepContext:
+    def _context(self, claim: Claim, ids: Mapping[str, Any]) -> StepContext:
         message = claim.message
         key = claim.key
         undo = "" if key.phase is Phase.DO else ":undo"
@@ -231,7 +243,7 @@ class Performer:
             idempotency_key=f"{key.workflow_id}:{key.step}{undo}",
             deadline=deadline_of(message.routing_slip),
             identity=None,
-            log=_LOG,
+            log=_StepLog(step_log, ids),
             _key=key,
             _slip=message.routing_slip,
             _store=self.values,
@@ -340,15 +352,24 @@ def _log_failure(error: BaseException, ids: Mapping[str, Any], secrets: Sequence
 
 
 def _text(error: BaseException, secrets: Sequence[SecretToken] = ()) -> str:
-    try:
-        said = str(error)
-    except Exception:  # the user's code again
-        said = "(its text can't be had)"
-    text = f"{type(error).__name__}: {masked(said, secrets)}" if said else type(error).__name__
+    text = masked(_said(error), secrets)
     # Hidden before it is cut: half a token is no longer known as one. A text of megabytes isn't searched through.
     text = redacted(text[: 4 * _ERROR_CHARACTERS])
     text = text if len(text) <= _ERROR_CHARACTERS else f"{text[:_ERROR_CHARACTERS]}..."
     return codec.storable(text)
+
+
+def _said(error: BaseException, depth: int = 0) -> str:
+    try:
+        said = str(error)
+    except Exception:  # the user's code again
+        said = "(its text can't be had)"
+    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    if isinstance(error, BaseExceptionGroup) and depth < _MOST_WITHIN:
+        # By itself a group only says how many there are, and not what went wrong.
+        within = "; ".join(_said(each, depth + 1) for each in error.exceptions[:_MOST_WITHIN])
+        text = f"{text}: {within}"
+    return text
 
 
 def _timeout_text(claim: Claim, timeout: float | None) -> str:

@@ -20,10 +20,13 @@ __all__ = ["Redactor", "is_secret", "quoted", "redacted", "secrets_in", "without
 
 _NAMES = (
     "password|passwd|passphrase|pwd|secret|token|authorization|api[_-]?key|apikey|private[_-]?key|access[_-]?key|"
-    "credentials?|cookie|assertion"
+    "secret[_-]?key|credentials?|cookie|assertion"
 )
-_KEY = re.compile(rf"(?:^|[_\-.\s])(?:{_NAMES})$", re.I)
-"""The names of fields whose values are secret: `token`, `obo_token`, `x-api-key`, but not `tokens` or `token_count`."""
+_KEY = re.compile(rf"(?:^|[_\-.\s]|(?-i:(?<=[a-z0-9])(?=[A-Z])))(?:{_NAMES})$", re.I)
+"""The names of fields whose values are secret.
+
+`token`, `obo_token`, `accessToken`, `x-api-key`, but not `tokens` or `token_count`.
+"""
 
 _SUSPECTS = (
     *("eyj", "eya", "ew", "://", "sk-", "bearer", "basic", "passw", "passphrase", "pwd", "secret", "token"),
@@ -39,6 +42,22 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{6,}", re.I), rf"\1\2{MASK}"),
     (re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"), MASK),
     (
+        # `Authorization: Token ...`: what is behind the scheme is the secret, and all of what it is made of.
+        re.compile(
+            r"(authorization\s*[:=]\s*+)(?!\*\*\*|bearer |basic )[A-Za-z][\w-]{0,40}[ \t]+"
+            r"(?:[\w-]{1,40}=\"[^\"\n]*\"|[^\s,;\"']+)(?:,[ \t]*[\w-]{1,40}=(?:\"[^\"\n]*\"|[^\s,;\"']+))*",
+            re.I,
+        ),
+        rf"\1{MASK}",
+    ),
+    (
+        re.compile(
+            r"(cookie\s*[:=]\s*+)(?!\*\*\*)[^\s,;\"']+(?:;[ \t]*[^\s,;=\"']{1,200}=[^\s,;\"']*)*",
+            re.I,
+        ),
+        rf"\1{MASK}",
+    ),
+    (
         re.compile(
             # `password=...`, `"obo_token": "..."`, `api_key='...'`. What is a mask already, or says a scheme whose
             # credentials are masked above, stays. Blanks are never given back: of many each would be tried as the last.
@@ -49,6 +68,15 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
             r"((?:[a-z_]{1,20}\(|[bru]{1,2}(?=[\"']))?"
             r"(?:\\?\"(?:[^\"\\]|\\.)*\\?\"|'(?:[^'\\]|\\.)*'|\\?\"[^\"\n]*|'[^'\n]*)"
             r"|\[[^\]\n]*\]?|\{[^}\n]*\}?|[^\s\"',;&)}\]]+)",
+            re.I,
+        ),
+        rf"\1{MASK}",
+    ),
+    (
+        # Headers are often pairs: `[(b'set-cookie', b'...')]`.
+        re.compile(
+            rf"(\(b?[\"'](?:[^\"'\n]{{0,100}}[_\-.])?(?:{_NAMES})[\"'],\s?)"
+            r"b?(?:\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')(?=\))",
             re.I,
         ),
         rf"\1{MASK}",
@@ -106,11 +134,14 @@ class Redactor:
         if isinstance(value, str):
             return self.text(value)
         if depth < _DEEPEST:
-            if isinstance(value, Mapping):
+            if (named := _named(value)) is not None:
                 return {
-                    self.text(str(key)): self.value(str(key), inner, depth + 1)
-                    for key, inner in value.items()
+                    self.text(str(key)): self.value(_name(key), inner, depth + 1)
+                    for key, inner in named.items()
                 }
+            if isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], (str, bytes)):
+                # Perhaps a name and its value, as headers are.
+                return [self.value("", value[0], depth + 1), self.value(_name(value[0]), value[1], depth + 1)]
             if isinstance(value, (list, tuple, set, frozenset)):
                 return [self.value("", inner, depth + 1) for inner in value]
         elif secrets_in(value):
@@ -131,6 +162,19 @@ def is_secret(name: str) -> bool:
     return _KEY.search(name) is not None
 
 
+def _named(value: Any) -> Mapping[Any, Any] | None:
+    """What has names for its parts, by these: a mapping or a named tuple."""
+    if isinstance(value, Mapping):
+        return value
+    names = getattr(value, "_fields", None) if isinstance(value, tuple) else None
+    return dict(zip(names, value, strict=False)) if isinstance(names, tuple) else None
+
+
+def _name(key: Any) -> str:
+    """The key of a value as a name. Those of HTTP headers are often bytes."""
+    return key.decode("latin-1") if isinstance(key, bytes) else str(key)
+
+
 def secrets_in(value: Any, name: str = "") -> list[str]:
     """The texts in a JSON value that are secret by the name of a field which they are in, or by that of the value."""
     found: list[str] = []
@@ -142,9 +186,9 @@ def secrets_in(value: Any, name: str = "") -> list[str]:
             if (id(one), hides) in seen:
                 continue
             seen.add((id(one), hides))
-            if isinstance(one, Mapping):
-                rest += [(inner, hides or is_secret(str(key))) for key, inner in one.items()]
-                rest += [(key, True) for key in one if hides]
+            if (named := _named(one)) is not None:
+                rest += [(inner, hides or is_secret(_name(key))) for key, inner in named.items()]
+                rest += [(key, True) for key in named if hides]
             else:
                 rest += [(inner, hides) for inner in one]
         elif hides and one is not None and not isinstance(one, bool) and (text := _shown(one)):

@@ -337,3 +337,27 @@ async def test_a_signal_whose_sender_dies_before_it_wakes_the_step_is_heard_at_o
                 await asyncio.sleep(0.01)
         await app.store.record_signal(run.id, "paid", b"1")
         assert (await run.wait(PATIENCE)).output == 1
+
+
+async def test_the_errors_of_a_group_are_told() -> None:
+    """What a TaskGroup raises says by itself only how many went wrong; at night one wants to know what."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def ask() -> None:
+        async def reach(number: int) -> None:
+            raise ConnectionError(f"no route to db-{number}, password=hunter2")
+
+        async with asyncio.TaskGroup() as outer:
+            outer.create_task(reach(1))
+            async with asyncio.TaskGroup() as inner:
+                inner.create_task(reach(2))
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("one", ["ask"]))
+        await app.drain()
+        error = (await app.store.load_run(run.id)).run.error
+    assert error is not None
+    assert error.startswith("ask: ExceptionGroup: unhandled errors in a TaskGroup (")
+    assert "ConnectionError: no route to db-1, password=***" in error
+    assert "ConnectionError: no route to db-2, password=***" in error

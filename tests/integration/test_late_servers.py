@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,19 @@ def test_what_waiting_can_not_mend_ends_it_at_once(
     done = call(*args)
     assert (done.returncode, "worker.waiting" in done.stderr) == (2, False), done.stderr
     assert "error: " in done.stderr
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_the_log_says_why_a_worker_has_ended(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch, log_format: str
+) -> None:
+    """What the command prints at its end is no line of a log, and of a log file it is no part at all."""
+    told(monkeypatch, store_url=postgres_url, transport_url=postgres_url)
+    told(monkeypatch, log_format=log_format, log_file="worker.log")
+    assert call("run").returncode == 2
+    *_, last = map(json.loads, Path("worker.log").read_text().splitlines())
+    assert (last["event"], last["level"], "exception" in last) == ("worker.ended", "error", False)
+    assert "paigeant db upgrade" in last["error"]
 
 
 def test_pauses_grow_up_to_five_seconds() -> None:

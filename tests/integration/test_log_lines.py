@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +20,8 @@ from tests.integration.test_cli import _process_as_it_was, paigeant, refused
 
 from paigeant import ActivityRegistry, Paigeant, Settings, StepContext, Workflow
 from paigeant.databases import open_database
-from paigeant.observer import LogLine
+from paigeant.observer import Event, LogLine
+from paigeant.observers.logs import sql
 from paigeant.observers.logs.sql import SqlLog, latest_lines
 from paigeant.slip import RunStatus
 
@@ -258,6 +260,21 @@ def test_a_text_cannot_pass_for_a_line_of_its_own() -> None:
     assert "one\\n2100-01-01 \\x1b[31m" in line
 
 
+async def test_a_text_that_speaks_of_null_characters_is_shown(url: str) -> None:
+    """Both null characters and the six characters that stand for one in JSON, behind however many backslashes."""
+    spoken = ["\0", "\\u0000", "\\\\u0000", "\\\0\\u0000\0", '{"a": "\\u0000"}']
+    event = Event("step.failed", "r", "w", "s", "a", 1, "t", "c", "p", error=" ".join(spoken))
+    async with application(url) as app:
+        assert app._logs is not None
+        app._logs.observe(event)
+        for text in spoken:
+            app._logs.write(logging.INFO, {"event": "told", "workflow_id": "r", "text": text})
+    async with application(url) as app:
+        found = await app.logs("r")
+    shown = [text.replace("\0", "\\0") for text in spoken]
+    assert [line.fields.get("text", line.fields.get("error")) for line in found] == [" ".join(shown), *shown]
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -354,6 +371,28 @@ async def test_what_cannot_be_written_is_bounded_and_counted(url: str) -> None:
     await database.close()
     assert [line.fields["number"] for line in lines if line.event == "told"] == list(range(500, 10_500))
     assert [line.fields for line in lines if line.event == "log.lost"] == [{"lines": 500}]
+
+
+async def test_lines_that_the_end_does_not_wait_for_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also those that a database which hangs has been given and doesn't take."""
+    monkeypatch.setattr(sql, "_CLOSE_SECONDS", 0.1)
+    goes_on = threading.Event()
+    database = open_database("sqlite:///unopened.db")
+    monkeypatch.setattr(database, "write_beside", lambda *_: goes_on.wait(10))
+    monkeypatch.setattr(database, "close_beside", lambda: None)
+    sink = SqlLog(database, level="info")
+    for number in range(3):
+        sink.write(logging.INFO, {"event": "told", "number": number})
+    sink.start()
+    thread = sink._thread
+    assert thread is not None
+    await asyncio.to_thread(sink.stop)
+    assert "3 log lines could not be written" in caplog.text
+    goes_on.set()
+    thread.join()
+    assert sink._on_the_way == 0
 
 
 async def test_large_lines_are_bounded_by_their_bytes() -> None:

@@ -242,7 +242,7 @@ def test_a_key_twice_among_many_is_found_soon() -> None:
     began = time.process_time()
     with pytest.raises(MessageInvalid, match="'1869f' occurs twice"):
         parse_strict(body.encode())
-    assert time.process_time() - began < 5.0
+    assert time.process_time() - began < 10.0
 
 
 def test_a_long_key_is_not_quoted_whole() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from paigeant.observers.metrics import FAMILIES
+from paigeant.observers.metrics import FAMILIES, MetricsObserver
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
@@ -49,6 +49,15 @@ def test_a_query_names_metrics_and_labels_that_exist(expression: str) -> None:
     assert set(asked) <= labels
     for opened, closed in ("()", "{}", "[]"):
         assert expression.count(opened) == expression.count(closed)
+
+
+def test_what_is_added_up_is_there_from_the_first_look_on() -> None:
+    """A sum of what nobody has counted yet is nothing, and nothing added to anything is nothing: no alert, ever."""
+    shown = MetricsObserver(activities=["a"]).exposition()[0].decode()
+    added = [rule["expr"] for group in RULES["groups"] for rule in group["rules"] if "+ sum" in rule["expr"]]
+    assert added
+    for name in re.findall(r"\bpaigeant_\w+", " ".join(added)):
+        assert re.search(rf"^{name}(\{{.*\}})? 0\.0$", shown, flags=re.MULTILINE)
 
 
 def test_rules_have_what_prometheus_and_people_need() -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -40,8 +45,10 @@ IDS = set(IDS_IN_ORDER)
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     root, own = logging.getLogger(), logging.getLogger("paigeant")
-    levels = root.level, own.level
+    levels, hook = (root.level, own.level), threading.excepthook
     yield
+    logging.captureWarnings(False)
+    threading.excepthook = hook
     root.handlers.clear()
     own.handlers[:] = [handler for handler in own.handlers if isinstance(handler, logging.NullHandler)]
     own.propagate = True
@@ -179,6 +186,49 @@ def test_a_traceback_is_part_of_its_line() -> None:
     assert line["exception"].endswith("ValueError: no")
 
 
+def test_what_a_record_has_besides_takes_no_fields_place() -> None:
+    """What happened, how bad it is, when and who says so stay what they are, and nothing is lost."""
+    stream = io.StringIO()
+    configured(stream)
+    said = {"event": "click", "level": "gold", "timestamp": "password=pass1", "logger": "password=pass2"}
+    logging.getLogger("shop").error("boom", extra={**said, "sku": "A-1"})
+    structlog.get_logger().error("boom", timestamp="password=pass3")
+    first, second = lines(stream)
+    assert (first["event"], first["level"], first["logger"], first["sku"]) == ("boom", "error", "shop", "A-1")
+    assert (first["event_"], first["level_"], first["logger_"]) == ("click", "gold", "password=***")
+    for line in (first, second):
+        assert line["timestamp"].startswith("20")
+        assert line["timestamp_"] == "password=***"
+
+
+def test_a_value_of_many_parts_is_bounded() -> None:
+    """A line stays a line, whatever is logged with it: one of 10 MB puts a whole log file aside."""
+    stream = io.StringIO()
+    observer = configured(stream)
+    logging.getLogger("shop").info("rows", extra={"rows": [{"sku": "A-1"}] * 100_000, "few": [1, 2]})
+    observer.observe(step_event(more={"rows": ["x" * 1000] * 1000}))
+    assert lines(stream)[0]["few"] == [1, 2]
+    for line in lines(stream):
+        assert len(line["rows"]) == 16_003
+
+
+def test_the_end_of_a_long_traceback_is_kept() -> None:
+    """What went wrong is told there."""
+    stream = io.StringIO()
+    configured(stream)
+    try:
+        raise ValueError("x" * 20_000)
+    except ValueError:
+        try:
+            raise RuntimeError("the last straw")
+        except RuntimeError:
+            logging.getLogger("shop").exception("no")
+    (line,) = lines(stream)
+    assert line["exception"].startswith("Traceback")
+    assert line["exception"].endswith("RuntimeError: the last straw")
+    assert len(line["exception"]) <= 16_010
+
+
 def test_configuring_again_replaces_what_was_there() -> None:
     """One line stays one line, however often logging is configured."""
     first, second = io.StringIO(), io.StringIO()
@@ -196,6 +246,51 @@ def test_handlers_of_the_application_stay() -> None:
     logging.getLogger("shop").warning("theirs")
     logging.getLogger("paigeant.worker").warning("ours")
     assert (theirs.getvalue(), [line["event"] for line in lines(ours)]) == ("theirs\n", ["ours"])
+
+
+def test_what_another_handler_keeps_is_let_through() -> None:
+    """Though the stream takes less of it; of others than Paigeant `debug` is only had where the stream takes it."""
+    kept: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            kept.append(record.getMessage())
+
+    stream = io.StringIO()
+    logging.getLogger().handlers.clear()
+    configure(stream=stream, level="warning", kept="debug")
+    logging.getLogger().addHandler(Keeper())
+    for name in ("shop", "paigeant.step"):
+        logging.getLogger(name).debug("%s debug", name)
+        logging.getLogger(name).info("%s info", name)
+    structlog.get_logger("shop").info("structlog info")
+    assert kept[:3] == ["shop info", "paigeant.step debug", "paigeant.step info"]
+    assert len(kept) == 4
+    assert stream.getvalue() == ""
+
+
+def test_warnings_and_ends_of_threads_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python writes them raw to standard error, in several lines and with the secrets in their texts."""
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    stream = io.StringIO()
+    configured(stream)
+
+    def fail() -> None:
+        raise ValueError("password=hunter2")
+
+    with warnings.catch_warnings():
+        logging.captureWarnings(False)
+        logging.captureWarnings(True)
+        warnings.simplefilter("always")
+        warnings.warn("token=hunter2 is old", stacklevel=1)
+    thread = threading.Thread(target=fail, name="mine")
+    thread.start()
+    thread.join()
+    warned, ended = lines(stream)
+    assert "UserWarning: token=*** is old" in warned["event"]
+    assert (ended["event"], ended["level"]) == ("the thread mine has ended with an error", "error")
+    assert ended["exception"].endswith("ValueError: password=***")
+    assert "hunter2" not in stream.getvalue()
 
 
 def test_an_unknown_level_is_refused() -> None:
@@ -233,6 +328,26 @@ async def test_each_line_of_a_real_step_has_the_ids_of_its_run() -> None:
     }
     assert [line for line in of_steps if not set(line) >= IDS] == []
     assert len({line["trace_id"] for line in of_steps}) == 1
+
+
+async def test_what_a_step_logs_has_its_ids_in_any_thread() -> None:
+    """A thread of its own knows of no step, but the logger of the step does; what is said besides is there, too."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def pack(ctx: StepContext) -> None:
+        thread = threading.Thread(target=ctx.log.info, args=("packing",), kwargs={"extra": {"sku": "A-1"}})
+        thread.start()
+        await asyncio.to_thread(thread.join)
+
+    stream = io.StringIO()
+    configured(stream)
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("one", ["pack"]))
+        await app.drain()
+    (line,) = (line for line in lines(stream) if line["event"] == "packing")
+    assert set(line) >= IDS
+    assert (line["workflow_id"], line["step"], line["sku"]) == (run.id, "pack", "A-1")
 
 
 async def test_the_traceback_of_an_attempt_has_the_ids_of_its_step() -> None:
@@ -393,6 +508,38 @@ def numbers(path: Path) -> list[int]:
     return [json.loads(line)["number"] for file in files for line in file.read_text().splitlines()]
 
 
+def test_long_lines_of_processes_on_one_pipe_stay_whole() -> None:
+    """A pipe takes 4096 bytes in one piece; a traceback of several workers at once is longer."""
+    code = """if True:
+        import sys
+        from paigeant.observers.logs import LogObserver
+        log = LogObserver(shared=True).destinations[0]
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for _ in range(100):
+            log.write(20, {"event": "told", "text": sys.argv[1] * 15_000})
+    """
+    there, here = os.pipe()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, name], stderr=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for name in "abcd"
+    ]
+    os.close(here)
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.stdout.close()
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.close()
+    with os.fdopen(there, "rb") as pipe:
+        told = [json.loads(line)["text"] for line in pipe]
+    assert sorted(told) == sorted(name * 15_000 for name in "abcd" for _ in range(100))
+    assert [process.wait() for process in processes] == [0, 0, 0, 0]
+
+
 def test_a_file_that_is_full_is_put_aside(tmp_path: Path) -> None:
     """So many files are kept, none larger than it may be, with the newest lines."""
     path = tmp_path / "x.log"
@@ -450,6 +597,36 @@ def test_lines_that_cannot_be_written_are_counted(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().err.count("can't write the log file") == 1
     lost = [json.loads(line).get("lines") for line in (folder / "x.log").read_text().splitlines()]
     assert lost == [None, 3]
+
+
+def test_a_full_disk_takes_no_line_with_it_that_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It ends within a line as a rule; what is written once there is space again begins a line of its own."""
+    room = 60
+    real = os.write
+
+    def write(file: int, data: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = real(file, data[:room])
+        room -= written
+        return written
+
+    log = LogFile(tmp_path / "a.log", least=logging.INFO, most_bytes=10_000, files=2)
+    monkeypatch.setattr(os, "write", write)
+    for number in range(3):
+        log.write(logging.INFO, {"event": "told", "number": number})
+    room = 10_000
+    for number in range(3, 5):
+        log.write(logging.INFO, {"event": "told", "number": number})
+    log.close()
+    torn, *whole = (tmp_path / "a.log").read_text().splitlines()
+    assert len(torn) == 60
+    told = [json.loads(line) for line in whole]
+    assert [line.get("number", line.get("lines")) for line in told] == [3, 3, 4]
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_a_file_in_no_folder_is_a_mistake(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 import threading
@@ -170,6 +171,36 @@ async def test_the_callers_trace_goes_on(spans: Spans) -> None:
     assert spans.parent("dispatch w") == CALLER.split("-")[2]
 
 
+@pytest.mark.parametrize("is_traced", [True, False], ids=["traced", "not traced"])
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (CALLER.upper(), True),
+        (f"01{CALLER[2:]}-more", True),
+        (f"ff{CALLER[2:]}", False),
+        (f"{CALLER}-more", False),
+        (f"00-{'z' * 32}-00f067aa0ba902b7-01", False),
+        (f"00-{'0' * 32}-00f067aa0ba902b7-01", False),
+        (f"00-{CALLER[3:35]}-{'0' * 16}-01", False),
+        (f"00-{CALLER[3:35]}-1-01", False),
+        ("no trace at all", False),
+    ],
+)
+async def test_only_a_traceparent_is_taken_for_one(given: str, taken: bool, is_traced: bool) -> None:
+    """A caller may hand on what a request had. What the standard forbids begins a new trace, with an id of its own."""
+    spans = Spans()
+    observers = [spans.observer] if is_traced else []
+    async with MemoryApp(ActivityRegistry(), observers=observers) as app:
+        run = await app.dispatch(Workflow("w", ["pick"]), {}, headers={"traceparent": given})
+        record = (await app.store.load_run(run.id)).run
+    _, trace_id, _, flags = record.headers["traceparent"].split("-")
+    assert record.trace_id == trace_id
+    assert (trace_id == CALLER.split("-")[1]) == taken
+    assert re.fullmatch("[0-9a-f]{32}", trace_id)
+    assert int(trace_id, 16)
+    assert int(flags, 16) & 1
+
+
 async def test_the_current_span_of_the_caller_is_the_parent(spans: Spans) -> None:
     """Without a traceparent a dispatch belongs to what its caller is in the middle of."""
     with trace.get_tracer("mine", tracer_provider=spans.provider).start_as_current_span("request"):
@@ -217,7 +248,7 @@ def test_a_quick_span_is_like_any_other() -> None:
         span.set_status(trace.StatusCode.OK)
         span.set_status(trace.StatusCode.ERROR, "too late")
 
-    spans = Spans(is_quick=True)
+    spans = Spans()
     tracer = spans.observer.tracer
     with tracer.start_as_current_span("outer") as outer, tracer.start_as_current_span("inner") as inner:
         assert inner.is_recording()
@@ -287,7 +318,7 @@ def test_quick_spans_of_a_new_trace_are_sampled_as_the_librarys(sampler: str) ->
 
 def test_quick_spans_have_ids_of_their_own() -> None:
     """Their own and those that the provider's generator makes."""
-    spans = Spans(is_quick=True)
+    spans = Spans()
     for _ in range(100):
         spans.observer.tracer.start_span("s", remote(CALLER)).end()
     assert len({span.context.span_id for span in spans.all}) == 100
@@ -449,7 +480,7 @@ def test_secrets_in_spans_are_hidden_on_their_way_out(spans: Spans) -> None:
 )
 def test_whatever_is_said_of_a_quick_span_later_is_looked_through(say: Callable[[trace.Span], None]) -> None:
     """By itself: one that is as it was made isn't looked through."""
-    spans = Spans(is_quick=True)
+    spans = Spans()
     span = spans.observer.tracer.start_span("step charge", attributes={"paigeant.step": "charge"})
     say(span)
     span.end()
@@ -571,6 +602,31 @@ def test_an_exporter_that_fails_is_told_of_and_tried_again(
     assert exporter.names == ["kept"]
     assert "spans can't be exported" in caplog.text
     assert "1 spans were lost" in caplog.text
+
+
+def test_the_end_waits_once_for_a_collector_that_is_away(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not again for each batch, nor for spans that wait for their parent: a worker would be killed before its end."""
+    tries: list[int] = []
+
+    class Away(InMemorySpanExporter):
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            tries.append(len(spans))
+            return SpanExportResult.FAILURE
+
+    tracer, spans = queue(
+        monkeypatch, WholeTraces(Away()), max_export_batch_size="10", schedule_delay="60000"
+    )
+    above = trace.set_span_in_context(tracer.start_span("never ends"))
+    tracer.start_span("inside", above).end()
+    monkeypatch.setattr(spans, "_batch", 100)  # nothing is sent before the end
+    for number in range(50):
+        tracer.start_span(f"{number}").end()
+    monkeypatch.setattr(spans, "_batch", 10)
+    spans.shutdown()
+    assert tries == [9]
+    assert "51 spans were lost" in caplog.text
 
 
 def test_what_the_library_does_not_sample_is_not_exported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from paigeant.cli import console, session
-from paigeant.errors import ConfigurationError, RunNotFound, nearest
+from paigeant.errors import ConfigurationError, RunNotFound, StoreUnavailable, nearest
 
 if TYPE_CHECKING:
     from paigeant.app import Paigeant
@@ -22,6 +22,7 @@ __all__ = ["register"]
 LEVELS = ("debug", "info", "warning", "error")
 
 _LOOK_SECONDS = 0.25
+_AWAY_SECONDS = 1.0
 _SETTLE_SECONDS = 1.0
 """How long a line may be on its way into the store: until then others may come that belong before what is there."""
 
@@ -108,11 +109,11 @@ class _Lines:
     async def newest(self, app: Paigeant, since: datetime | None, limit: int) -> list[LogLine]:
         return await app.logs(self.workflow_id, level=self._level, step=self._step, since=since, limit=limit)
 
-    async def written_after(self, app: Paigeant, last: int) -> list[LogLine]:
-        """All that were written since, page by page."""
+    async def written_after(self, app: Paigeant, last: int, since: datetime | None) -> list[LogLine]:
+        """All that were written behind the line `last`, page by page."""
         found: list[LogLine] = []
         while page := await app.logs(
-            self.workflow_id, level=self._level, step=self._step, after=last, limit=_PAGE
+            self.workflow_id, level=self._level, step=self._step, since=since, after=last, limit=_PAGE
         ):
             found += page
             last = page[-1].id
@@ -131,7 +132,7 @@ async def _show(lines: _Lines, since: _Since | None, limit: int, follow: bool, p
             if len(found) == limit:
                 console.note(f"[dim]the newest {limit}; --limit shows more[/]")
             return len(found)
-        async for settled in _followed(app, lines, await lines.newest(app, begin, limit)):
+        async for settled in _followed(app, lines, await lines.newest(app, begin, limit), begin):
             printer.print(settled)
             shown += len(settled)
         return shown
@@ -146,15 +147,30 @@ async def _check_is_there(app: Paigeant, workflow_id: str) -> None:
             raise
 
 
-async def _followed(app: Paigeant, lines: _Lines, first: list[LogLine]) -> AsyncIterator[list[LogLine]]:
-    """Lines as they come, those held back for a moment that others may still come before."""
+async def _followed(
+    app: Paigeant, lines: _Lines, first: list[LogLine], since: datetime | None
+) -> AsyncIterator[list[LogLine]]:
+    """Lines as they come, those held back for a moment that others may still come before.
+
+    While the store is away it waits: whoever looks on wants to see what comes then.
+    """
     held = first
     last = max((line.id for line in first), default=0)
     ended_at: float | None = None
+    is_away = False
     while True:
-        now = await app.store.now()
+        try:
+            now = await app.store.now()
+            new = await lines.written_after(app, last, since)
+            has_ended = ended_at is None and await _has_ended(app, lines.workflow_id)
+        except StoreUnavailable as exc:
+            if not is_away:
+                console.warn(f"{exc}; lines come again when it is back")
+            is_away = True
+            await asyncio.sleep(_AWAY_SECONDS)
+            continue
+        is_away = False
         over = ended_at is not None and now > ended_at + _SETTLE_SECONDS
-        new = await lines.written_after(app, last)
         last = max((line.id for line in new), default=last)
         held = sorted([*held, *new], key=lambda line: (line.at, line.id))
         settled = [line for line in held if over or line.at <= now - _SETTLE_SECONDS]
@@ -163,7 +179,7 @@ async def _followed(app: Paigeant, lines: _Lines, first: list[LogLine]) -> Async
             yield settled
         if over:
             return
-        if ended_at is None and await _has_ended(app, lines.workflow_id):
+        if has_ended:
             ended_at = now
         await asyncio.sleep(_LOOK_SECONDS)
 

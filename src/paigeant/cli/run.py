@@ -19,7 +19,7 @@ from paigeant import loops
 from paigeant.cli import console, session
 from paigeant.cli.opening import open_unless
 from paigeant.cli.sight import observing
-from paigeant.errors import ConfigurationError, UnknownActivity
+from paigeant.errors import ConfigurationError, PaigeantError, UnknownActivity
 
 if TYPE_CHECKING:
     from paigeant.app import Paigeant
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from paigeant.worker import ActivityWorker
 
 __all__ = ["register"]
+
+log = logging.getLogger("paigeant.worker")
 
 
 def register(app: typer.Typer) -> None:
@@ -98,20 +100,35 @@ def run(
         format="json" if as_json else "console",
         also=_file_of(settings),
         redactor=Redactor(settings.urls),
+        kept=None if settings.log_sql == "off" else settings.log_sql,
+        shared=supervised or settings.processes > 1,
     )
     if not supervised:
         _check(settings, loaded, wanted)
-    if settings.processes > 1 and not supervised:
-        from paigeant.cli.processes import supervise
+    with _told(as_json=as_json or settings.log_file is not None):
+        if settings.processes > 1 and not supervised:
+            from paigeant.cli.processes import supervise
 
-        command = _command(settings, wanted, until_idle=until_idle)
-        code = loops.run(supervise(command, settings, until_idle=until_idle))
-    else:
-        banner = None if supervised else _banner(as_json)
-        work = _work(settings, loaded, wanted, logs, until_idle, supervised, banner)
-        loops.run(work, settings.event_loop)
-        code = 0
+            command = _command(settings, wanted, until_idle=until_idle)
+            code = loops.run(supervise(command, settings, until_idle=until_idle))
+        else:
+            banner = None if supervised else _banner(as_json)
+            work = _work(settings, loaded, wanted, logs, until_idle, supervised, banner)
+            loops.run(work, settings.event_loop)
+            code = 0
     _leave(code)
+
+
+@contextlib.contextmanager
+def _told(*, as_json: bool) -> Any:
+    """Has the log say why the process ends: what the command prints of it may be seen by nobody."""
+    try:
+        yield
+    except Exception as exc:
+        if as_json:
+            unforeseen = None if isinstance(exc, PaigeantError) else exc
+            log.error("worker.ended", extra={"error": f"{type(exc).__name__}: {exc}"}, exc_info=unforeseen)
+        raise
 
 
 def _file_of(settings: Settings) -> list[LogFile]:
@@ -302,7 +319,7 @@ def _banner(as_json: bool) -> Callable[[Paigeant, ActivityWorker], None]:
             "signing": app.forwarder.envelope.told,
         }
         if as_json:
-            logging.getLogger("paigeant.worker").info("worker.serving", extra={**facts, "worker": worker.id})
+            log.info("worker.serving", extra={**facts, "worker": worker.id})
             return
         if facts["topics"] == facts["activities"]:
             del facts["topics"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -85,8 +86,12 @@ def observing(settings: Settings, handlers: Handlers | None, *, works: bool = Tr
             sight.metrics.meter(get_meter("paigeant"))
         yield sight
     finally:
-        for end in reversed(ends):
-            end()
+        # At once: each may wait for a collector that is away.
+        ending = [threading.Thread(target=end, name="paigeant-sight") for end in ends]
+        for thread in ending:
+            thread.start()
+        for thread in ending:
+            thread.join()
 
 
 def _metrics(settings: Settings, handlers: Handlers | None) -> MetricsObserver:

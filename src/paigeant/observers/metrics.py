@@ -18,6 +18,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from paigeant.observer import Event, EventName
+from paigeant.slip import RUN_ENDED
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import CallbackOptions, Meter, Observation
@@ -148,10 +149,13 @@ Labels = tuple[str, ...]
 _PARTS: dict[EventName, tuple[str, str]] = {
     name: (name.split(".")[0], name.split(".")[1]) for name in get_args(EventName)
 }
+_OUTCOMES = ("completed", "skipped", "retrying", "waiting", "failed", "compensated", "compensation_failed")
+_ENDS = frozenset(status.value for status in RUN_ENDED)
+_NOT_COUNTED = frozenset({"step.started", "run.cancelling", "run.retried"})
 _WANTED = frozenset(
     name
     for name in get_args(EventName)
-    if name != "step.started" and (name == "worker.lost" or not name.startswith("worker."))
+    if name == "worker.lost" or (name.startswith(("run.", "delivery.", "step.")) and name not in _NOT_COUNTED)
 )
 
 
@@ -181,8 +185,17 @@ class MetricsObserver:
         }
         self._steps = self._counts["paigeant_steps_total"]
         self._deliveries = self._counts["paigeant_deliveries_total"]
+        # What has begun at 0 can be seen to rise: to Prometheus a series that begins with 1 hasn't, so the one failed
+        # undo of a worker's life would raise no alert.
         for outcome in ("claimed", "duplicate", "rejected", "returned"):
-            self._deliveries[(outcome,)] = 0  # what has begun at 0 can be seen to rise
+            self._deliveries[(outcome,)] = 0
+        for activity in self.activities:
+            self._counts["paigeant_leases_lost_total"][(activity,)] = 0
+            for outcome in _OUTCOMES:
+                self._steps[activity, outcome] = 0
+        for workflow in (*self.workflows, OTHER):
+            for status in _ENDS:
+                self._counts["paigeant_runs_ended_total"][workflow, status] = 0
         self._step_times = self._times["paigeant_step_seconds"]
         self._queue_times = self._times["paigeant_queue_seconds"]
         self._models: set[str] = set()
@@ -232,7 +245,7 @@ class MetricsObserver:
             self._add(f"paigeant_runs_{how}_total", workflow)
         elif how == "expired":
             self._add("paigeant_runs_expired_total")
-        else:
+        elif how in _ENDS:
             self._add("paigeant_runs_ended_total", workflow, how)
 
     def _used(self, activity: str, usage: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterable
 from typing import TextIO
 
@@ -28,6 +29,7 @@ from paigeant.observers.logs.lines import (
     level_number,
     redacting,
     wanted_at,
+    with_extra,
     with_step,
 )
 from paigeant.redaction import Redactor
@@ -37,11 +39,14 @@ __all__ = ["LEVELS", "LogFile", "LogHandler", "LogObserver", "configure", "with_
 
 _CLOCK = SystemClock()
 
+log = logging.getLogger("paigeant.logs")
+
 
 class LogObserver:
     """Writes one line for each event, with the ids that it belongs to, to `stream` (standard error by default).
 
-    `also` are other destinations. `redactor` hides what is secret.
+    `also` are other destinations. `redactor` hides what is secret. `shared`: other processes write their lines to the
+    same stream.
     """
 
     def __init__(
@@ -52,9 +57,10 @@ class LogObserver:
         stream: TextIO | None = None,
         also: Iterable[Destination] = (),
         redactor: Redactor | None = None,
+        shared: bool = False,
     ) -> None:
         to = sys.stderr if stream is None else stream
-        own = StreamLog(to, least=level_number(level), format=format)
+        own = StreamLog(to, least=level_number(level), format=format, shared=shared)
         self.destinations: tuple[Destination, ...] = (own, *also)
         self.redactor = redactor or Redactor()
         self._least = min(destination.least for destination in self.destinations)
@@ -85,7 +91,7 @@ class LogHandler(logging.Handler):
                     with_step,
                     structlog.stdlib.add_log_level,
                     structlog.stdlib.add_logger_name,
-                    structlog.stdlib.ExtraAdder(),
+                    with_extra,
                 ],
                 processors=[
                     _kept_record,
@@ -108,6 +114,8 @@ class LogHandler(logging.Handler):
     def _hand_over(self, _: WrappedLogger, __: str, fields: EventDict) -> str:
         record: logging.LogRecord = fields.pop(RECORD)
         fields.pop(HAD, None)
+        if "timestamp" in fields:  # the line has its own
+            fields["timestamp_"] = fields.pop("timestamp")
         had = vars(record)[HAD]
         for destination in self.destinations:
             if record.levelno >= destination.least and destination not in had:
@@ -128,15 +136,22 @@ def configure(
     stream: TextIO | None = None,
     also: Iterable[Destination] = (),
     redactor: Redactor | None = None,
+    kept: int | str | None = None,
+    shared: bool = False,
 ) -> LogObserver:
     """Write the logs of this process to `stream` (standard error by default); gives the observer that joins them.
 
     What Paigeant and the activities log through `logging` or `structlog` gets the ids of the step that it belongs to.
     Where the application has set up its own handlers (or structlog) already, those stay, and only Paigeant's own lines
-    are written here. `also` are other destinations, such as a `LogFile`; `redactor` hides what is secret. Meant for a
-    process that does nothing but work: it changes the logging of the whole process.
+    are written here. `also` are other destinations, such as a `LogFile`; `redactor` hides what is secret. `kept` is the
+    level that a handler wants which comes later, the store's: loggers let that through, but `debug` only Paigeant's.
+    `shared`: other processes write their lines to the same stream.
+    Python's warnings and errors that end a thread become lines as well. Meant for a process that does nothing but work:
+    it changes the logging of the whole process.
     """
-    observer = LogObserver(level=level, format=format, stream=stream, also=also, redactor=redactor)
+    observer = LogObserver(
+        level=level, format=format, stream=stream, also=also, redactor=redactor, shared=shared
+    )
     handler = LogHandler(observer.destinations, observer.redactor)
     own = logging.getLogger("paigeant")
     root = logging.getLogger()
@@ -147,7 +162,14 @@ def configure(
     logger = own if root.handlers else root
     own.propagate = logger is root
     logger.addHandler(handler)
-    logger.setLevel(handler.level)
+    wanted = handler.level if kept is None else min(handler.level, level_number(kept))
+    # What libraries tell at `debug` would crowd out of the store what happened.
+    others = min(handler.level, max(wanted, logging.INFO))
+    logger.setLevel(others)
+    own.setLevel(wanted)
+    logging.captureWarnings(True)
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _tell_end
     if not structlog.is_configured():
         structlog.configure(
             processors=[
@@ -155,7 +177,15 @@ def configure(
                 structlog.stdlib.add_log_level,
                 structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
             ],
-            wrapper_class=structlog.make_filtering_bound_logger(handler.level),
+            wrapper_class=structlog.make_filtering_bound_logger(others),
             logger_factory=structlog.stdlib.LoggerFactory(),
         )
     return observer
+
+
+def _tell_end(args: threading.ExceptHookArgs) -> None:
+    """A thread of the user's has ended with an error: Python writes that raw, with whatever secret is in its text."""
+    if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+        name = "unknown" if args.thread is None else args.thread.name
+        error = (args.exc_type, args.exc_value, args.exc_traceback)
+        log.error("the thread %s has ended with an error", name, exc_info=error)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 from paigeant.clock import SystemClock
@@ -28,6 +31,10 @@ _CLOCK = SystemClock()
 
 _MOST_AT_ONCE = 4096
 """Bytes in one write: more may be cut by the lines of other processes on the same pipe (`PIPE_BUF` of Linux)."""
+
+
+_TURN_SECONDS = 0.05
+"""How long a line waits for those of other processes on the same stream."""
 
 
 class _TextLog(ABC):
@@ -120,11 +127,12 @@ class _TextLog(ABC):
 
 
 class StreamLog(_TextLog):
-    """Lines on a stream, as JSON or for a terminal."""
+    """Lines on a stream, as JSON or for a terminal. `shared`: other processes write their lines to it as well."""
 
-    def __init__(self, stream: TextIO, *, least: int, format: Format) -> None:
+    def __init__(self, stream: TextIO, *, least: int, format: Format, shared: bool = False) -> None:
         super().__init__(least=least)
         self._stream = stream
+        self._turns = _Turns(stream) if shared else None
         self._is_json = format == "json"
         self._render = renderer(format, colors=stream.isatty())
 
@@ -136,13 +144,52 @@ class StreamLog(_TextLog):
         return super()._line_of(told) if self._is_json else self._line(told.fields, told.at)
 
     def _place(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        with self._turns or contextlib.nullcontext():
+            self._stream.write(text)
+            self._stream.flush()
 
     def _complain(self, exc: Exception) -> None:
         if self._stream is not sys.stderr:
             name = getattr(self._stream, "name", type(self._stream).__name__)
             sys.stderr.write(f"can't write log lines to {name}: {exc}\n")
+
+
+class _Turns:
+    """Lets the processes that share a stream write one after the other.
+
+    A pipe takes 4096 bytes in one piece and no more, and a traceback is longer: others' lines would be within it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._file: int | None = None
+        self._again = 0.0
+        # Opened anew: a lock is that of an opening, and all processes have inherited the same one. A socket can't be.
+        with contextlib.suppress(OSError, ValueError):
+            self._file = os.open(f"/proc/self/fd/{stream.fileno()}", os.O_WRONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> None:
+        now = time.monotonic()
+        if self._file is None or now < self._again:
+            return
+        import fcntl
+
+        # Not for long, nor often: one that was stopped within its turn must not hold up the work of the others.
+        while time.monotonic() < now + _TURN_SECONDS:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                time.sleep(0.0005)
+            else:
+                return
+        self._again = time.monotonic() + 1.0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            import fcntl
+
+            fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
 class LogFile(_TextLog):
@@ -158,6 +205,7 @@ class LogFile(_TextLog):
         self._files = files
         self._render = renderer("json")
         self._file: int | None = None
+        self._is_torn = False  # it ends within a line, for the disk was full
         try:
             self._open()
         except OSError as exc:
@@ -192,8 +240,16 @@ class LogFile(_TextLog):
         size = os.fstat(self._file).st_size
         if size and size + len(line) > self._most_bytes:
             self._rotate()
+        if self._is_torn:
+            line = b"\n" + line
         # One call: lines of other processes come before or behind it, never within.
-        os.write(self._file, line)
+        written = os.write(self._file, line)
+        if written < len(line):
+            self._is_torn = True
+            written += os.write(self._file, line[written:])  # the disk is full, as this says
+        self._is_torn = written < len(line)
+        if self._is_torn:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _open(self) -> None:
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
@@ -224,6 +280,7 @@ class LogFile(_TextLog):
                     os.replace(self._numbered(number - 1), self._numbered(number))
         self._close()
         self._open()
+        self._is_torn = False
 
     def _numbered(self, number: int) -> str:
         return f"{self.path}.{number}" if number else str(self.path)

@@ -31,6 +31,7 @@ __all__ = [
     "renderer",
     "short",
     "wanted_at",
+    "with_extra",
     "with_step",
 ]
 
@@ -170,7 +171,7 @@ def _beside(event: Event, redactor: Redactor) -> dict[str, Any]:
     if event.more:
         for name, value in event.more.items():
             if name not in _OWN and name not in beside:
-                beside[name] = redactor.value(name, value)
+                beside[name] = _bounded(redactor.value(name, value))
     return beside
 
 
@@ -188,7 +189,7 @@ def redacting(redactor: Redactor) -> Processor:
                 fields[name] = short(value)
             elif name not in _OURS:
                 shown = redactor.value(name, value)
-                fields[name] = _cut(shown) if isinstance(shown, str) else shown
+                fields[name] = _cut_within(shown) if name == "exception" else _bounded(shown)
         return fields
 
     return redact
@@ -200,7 +201,21 @@ RECORD, HAD = "_paigeant_record", "_paigeant_had"
 _OWN = frozenset((*IDS, "level", "event", "seconds", "timestamp"))
 """What each line of an event says in the same way; it has no other field of such a name."""
 
-_OURS = frozenset({"level", "timestamp", "logger", RECORD, HAD})
+_OURS = frozenset({"level", RECORD, HAD})
+
+_SAID_OF_ALL = ("event", "level", "logger")
+
+
+def with_extra(logger: WrappedLogger, name: str, fields: EventDict) -> EventDict:
+    """A structlog processor: what a record has as `extra`, which says neither what happened nor how bad that is."""
+    extra = _extra_of(logger, name, {"_record": fields["_record"]})
+    for known in _SAID_OF_ALL:
+        if known in extra:
+            extra[f"{known}_"] = extra.pop(known)
+    return {**fields, **extra}
+
+
+_extra_of = structlog.stdlib.ExtraAdder()
 
 
 def with_step(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
@@ -264,6 +279,22 @@ def short(value: Any) -> Any:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _FIELD_CHARACTERS else f"{text[:_FIELD_CHARACTERS]}..."
+
+
+def _cut_within(traceback: str) -> str:
+    """A traceback without its middle: what went wrong stands at its end."""
+    if len(traceback) <= _FIELD_CHARACTERS:
+        return traceback
+    return f"{traceback[: _FIELD_CHARACTERS // 4]}\n...\n{traceback[-_FIELD_CHARACTERS * 3 // 4 :]}"
+
+
+def _bounded(shown: Any) -> Any:
+    """A value as lines have it: a text is cut, and so is the JSON of what has too many parts."""
+    if isinstance(shown, str):
+        return _cut(shown)
+    if isinstance(shown, (dict, list)) and len(text := encoded(shown)) > _FIELD_CHARACTERS:
+        return _cut(text)
+    return shown
 
 
 _FIRST = ("timestamp", "level", "event")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 import time
 from collections import deque
@@ -78,6 +79,8 @@ class SqlLog:
         self._redactor = redactor or Redactor()
         self._lines: deque[_Line] = deque()
         self._bytes = 0
+        self._on_the_way = 0
+        """Lines that are being written just now."""
         self._lock = threading.Lock()
         self._some = threading.Event()
         self._closing = threading.Event()
@@ -155,8 +158,8 @@ class SqlLog:
         self._closing.set()
         self._some.set()
         thread.join(_CLOSE_SECONDS)
-        if self._lines:
-            log.warning("%d log lines could not be written to %s", len(self._lines), self._database.place)
+        if left := len(self._lines) + self._on_the_way:
+            log.warning("%d log lines could not be written to %s", left, self._database.place)
 
     def _run(self) -> None:
         pause = 0.0
@@ -204,11 +207,13 @@ class SqlLog:
         with self._lock:
             batch = [self._lines.popleft() for _ in range(min(_BATCH, len(self._lines)))]
             self._bytes -= sum(_weight(line.fields) for line in batch)
+            self._on_the_way = len(batch)
             return batch
 
     def _put_back(self, batch: list[_Line]) -> None:
         with self._lock:
             self._lines.extendleft(reversed(batch))
+            self._on_the_way = 0
             self._bytes += sum(_weight(line.fields) for line in batch)
             self._hold_bound()
 
@@ -245,7 +250,11 @@ def _text(fields: Mapping[str, Any]) -> str:
 
 def _storable(text: str) -> str:
     """A JSON text that Postgres can hold as well."""
-    return text.replace("\\u0000", "\\\\0") if "\\u0000" in text else text
+    return _NULL.sub(r"\1\\\\0", text) if "\\u0000" in text else text
+
+
+_NULL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
+"""A null character. Behind a backslash that is written out itself, the same characters are a text about one."""
 
 
 def _write(tx: Tx, requests: Sequence[list[_Line]]) -> list[None]:
@@ -270,9 +279,8 @@ async def latest_lines(
     limit: int = 1000,
 ) -> list[LogLine]:
     """The newest lines that fit, in the order of what happened."""
-    query = _fitting(workflow_id, level, step).order_by(_columns.at.desc(), _columns.id.desc()).limit(limit)
-    if since is not None:
-        query = query.where(_columns.at >= since)
+    query = _fitting(workflow_id, level, step, since)
+    query = query.order_by(_columns.at.desc(), _columns.id.desc()).limit(limit)
     return (await database.ask(lambda connection: _lines_of(connection, query)))[::-1]
 
 
@@ -283,10 +291,12 @@ async def lines_after(
     workflow_id: str | None = None,
     level: int | str = logging.DEBUG,
     step: str | None = None,
+    since: float | None = None,
     limit: int = 1000,
 ) -> list[LogLine]:
     """The lines that were written after the one with the id `last`, in the order in which they were written."""
-    query = _fitting(workflow_id, level, step).where(_columns.id > last).order_by(_columns.id).limit(limit)
+    query = _fitting(workflow_id, level, step, since).where(_columns.id > last)
+    query = query.order_by(_columns.id).limit(limit)
     return await database.ask(lambda connection: _lines_of(connection, query))
 
 
@@ -328,7 +338,7 @@ def _prune_once(
     return len(gone), (found[-1].at, found[-1].id)
 
 
-def _fitting(workflow_id: str | None, level: int | str, step: str | None) -> Select[Any]:
+def _fitting(workflow_id: str | None, level: int | str, step: str | None, since: float | None) -> Select[Any]:
     query = select(workflow_logs)
     if workflow_id is not None:
         query = query.where(_columns.workflow_id == workflow_id)
@@ -336,6 +346,8 @@ def _fitting(workflow_id: str | None, level: int | str, step: str | None) -> Sel
         query = query.where(_columns.level >= level_number(level))
     if step is not None:
         query = query.where(_columns.step == step)
+    if since is not None:
+        query = query.where(_columns.at >= since)
     return query
 
 

@@ -41,6 +41,7 @@ class WholeTraces(SpanExporter):
         self._held: dict[int, list[ReadableSpan]] = {}
         self._waiting = 0
         self._gone: dict[int, None] = {}
+        self._last = SpanExportResult.SUCCESS
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Hand on what is whole."""
@@ -61,7 +62,9 @@ class WholeTraces(SpanExporter):
         if len(gone) > 2 * _MOST_HELD:
             for known in list(islice(gone, len(gone) - _MOST_HELD)):
                 del gone[known]
-        return self._exporter.export(ready) if ready else SpanExportResult.SUCCESS
+        if ready:
+            self._last = self._exporter.export(ready)
+        return self._last if ready else SpanExportResult.SUCCESS
 
     def _release(self, span: ReadableSpan, ready: list[ReadableSpan]) -> None:
         ready.append(span)
@@ -74,11 +77,14 @@ class WholeTraces(SpanExporter):
                 self._release(each, ready)
 
     def shutdown(self) -> None:
-        """Hand on what is left: the process ends in good order, and nothing else will come."""
+        """Hand on what is left: the process ends in good order, and nothing else will come.
+
+        Not to a collector that is away: the end would be held up for as long as another try takes.
+        """
         left = [span for spans in self._held.values() for span in spans]
         self._held.clear()
         self._waiting = 0
-        if left:
+        if left and self._last is not SpanExportResult.FAILURE:
             self._exporter.export(left)
         self._exporter.shutdown()
 
@@ -240,20 +246,31 @@ class SpanQueue(SpanProcessor):
         with self._exporting:
             while len(self._spans) >= least:
                 batch = [self._spans.popleft() for _ in range(min(len(self._spans), self._batch))]
-                token = attach(set_value(_SUPPRESS_INSTRUMENTATION_KEY, True))  # no spans of the sending
-                try:
-                    self._exporter.export(batch)
-                except Exception:  # whatever it is, the spans to come are worth another try
-                    self.lost += len(batch)
-                    log.exception("spans can't be exported")
-                finally:
-                    detach(token)
+                if self._exported(batch):
+                    continue
+                self.lost += len(batch)
+                if (
+                    self._closed
+                ):  # the process is to end, and each try may take as long as the exporter is patient
+                    self.lost += len(self._spans)
+                    self._spans.clear()
             if self.lost:
                 lost, self.lost = self.lost, 0
                 log.warning("%d spans were lost; expected an exporter that keeps up", lost)
 
+    def _exported(self, batch: list[ReadableSpan]) -> bool:
+        token = attach(set_value(_SUPPRESS_INSTRUMENTATION_KEY, True))  # no spans of the sending
+        try:
+            return self._exporter.export(batch) is not SpanExportResult.FAILURE
+        except Exception:  # whatever it is, the spans to come are worth another try
+            log.exception("spans can't be exported")
+            return False
+        finally:
+            detach(token)
+
 
 _LAST_SECONDS = 30.0
+"""How long the end waits for an exporter that takes what there is."""
 
 
 def _setting(name: str, default: int) -> int:
