@@ -173,6 +173,23 @@ def test_config_check_looks_at_issuers_and_client(
     assert "garbage" not in said
 
 
+def test_config_check_fetches_the_key_set_of_the_trust_file(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that can't be fetched is told of here, and not first when somebody's messages are refused."""
+    paigeant("keys", "generate")
+    trust = {"version": 1, "keys": [], "jwks": {"url": authority.jwks_url, "run": ["*"]}}
+    Path("trust.json").write_text(json.dumps(trust))
+    monkeypatch.setenv("PAIGEANT_SIGNING", "sign")
+    monkeypatch.setenv("PAIGEANT_TRUST_FILE", "trust.json")
+    found = {part["part"]: (part["ok"], part["message"]) for part in as_json("config", "check")}
+    assert found[f"trusted keys {authority.jwks_url}"] == (True, "its keys are there")
+    authority.status = 500
+    assert "can't be asked" in paigeant("config", "check", code=3).stdout
+    Path("trust.json").write_text("{}")
+    assert "trusted keys" not in paigeant("config", "check", code=2).stdout
+
+
 def test_bytes_that_are_no_text_show_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever a secret comes from, an error says that it is no text, and not what it is."""
 

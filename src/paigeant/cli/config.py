@@ -21,6 +21,7 @@ from paigeant.errors import (
 )
 
 if TYPE_CHECKING:
+    from paigeant.authority import KeySource
     from paigeant.settings import Settings
 
 __all__ = ["app"]
@@ -73,6 +74,7 @@ def check(json: AsJson = False) -> None:
         _store(settings),
         *_transports(settings),
         _signing(settings),
+        *_key_set(settings),
         *_people(settings),
     ]
     if json:
@@ -129,6 +131,29 @@ def _signing(settings: Settings) -> Finding:
         return Finding("signing", settings.scrubbed(str(exc)), exc)
 
 
+def _key_set(settings: Settings) -> list[Finding]:
+    """Whether the key set is there that the trust file names by a URL; nothing where it names none."""
+    path = settings.trusted()
+    if settings.signing == "off" or path is None:
+        return []
+    from paigeant.jwks import Jwks
+    from paigeant.keyfiles import read_trust
+
+    try:
+        url = read_trust(path).jwks_url
+    except ConfigurationError:  # `signing` says so
+        return []
+    return [] if url is None else [_published(f"trusted keys {url}", Jwks(url))]
+
+
+def _published(part: str, keys: KeySource) -> Finding:
+    try:
+        session.wait_for(keys.find(""))
+    except PaigeantError as exc:
+        return Finding(part, str(exc), exc)
+    return Finding(part, "its keys are there")
+
+
 def _transports(settings: Settings) -> list[Finding]:
     from paigeant.app import transport_of
 
@@ -164,12 +189,7 @@ def _people(settings: Settings) -> list[Finding]:
             lacks = ConfigurationError("token_url needs client_id, and client_secret or client_key")
         findings.append(Finding("client", who if lacks is None else str(lacks), lacks))
     for name, keys in {} if behalf.verifier is None else behalf.verifier.keys.items():
-        try:
-            session.wait_for(keys.find(""))
-        except PaigeantError as exc:
-            findings.append(Finding(f"issuer {name}", str(exc), exc))
-        else:
-            findings.append(Finding(f"issuer {name}", "its keys are there"))
+        findings.append(_published(f"issuer {name}", keys))
     return findings
 
 
