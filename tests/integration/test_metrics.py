@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.integration.processes import Command
+from tests.services import free_port
 
 from paigeant import Paigeant, Settings, Workflow
 from paigeant.forwarder import message_of
@@ -183,12 +184,21 @@ async def _dispatch_hang() -> None:
         await app.dispatch(Workflow("hang", ["hang"]))
 
 
+def _is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.mark.slow
 def test_each_process_serves_at_a_port_of_its_own() -> None:
     """The first of several worker processes serves at the given port, the next one behind it."""
-    with Command("run", "--metrics-port", "19464", "--processes", "2") as workers:
+    first = next(port for port in iter(free_port, None) if _is_free(port + 1))
+    with Command("run", "--metrics-port", str(first), "--processes", "2") as workers:
         ports = sorted(workers.until("monitor.serving")["port"] for _ in range(2))
-        assert ports == [19464, 19465]
+        assert ports == [first, first + 1]
         for port in ports:
             until(partial(is_ready, port))
         workers.signal(signal.SIGTERM)
