@@ -150,6 +150,7 @@ class Inlet:
         """The socket that is watched."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: Wake | None = None
+        self._broken = select.poll()
 
     def until_readable(self, wire: int) -> None:
         """Wait until there is something to read from the socket."""
@@ -178,12 +179,16 @@ class Inlet:
             self._loop = asyncio.get_running_loop()
             self._loop.add_reader(wire, self._ready)
             self.wire = wire
+            self._broken = select.poll()
+            self._broken.register(wire, 0)  # for errors alone
 
     def _ready(self) -> None:
         wake, self._wake = self._wake, None
-        if wake is None:  # nobody wants to read it now, and the loop would tell it over and over
+        # What nobody wants to read now the loop would tell over and over. And a socket that has an error libuv watches no
+        # more, without a word: whoever waits for what else comes has it watched anew.
+        if wake is None or self._broken.poll(0):
             self.leave()
-        else:
+        if wake is not None:
             wake()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
@@ -184,6 +185,37 @@ def test_an_inlet_stays_with_the_loop_between_two_transactions(run: Run) -> None
             assert await place.lane.submit(one(read), None) == b"unasked"
             await place.lane.submit(one(inlet.leave), None)
             assert inlet.wire is None
+
+    run(test)
+
+
+def test_an_inlet_of_a_broken_connection_tells_of_its_end(run: Run) -> None:
+    """libuv watches a socket no more that has had an error: what comes behind that, the end, would never be told."""
+
+    async def test(place: Place) -> None:
+        inlet = Inlet()
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            ours = socket.create_connection(server.getsockname())
+            theirs, _ = server.accept()
+
+        def read() -> bytes:
+            inlet.until_readable(ours.fileno())
+            return ours.recv(9)
+
+        def broken() -> bytes:
+            with pytest.raises(ConnectionResetError):
+                read()
+            return read()
+
+        with ours, theirs:
+            theirs.sendall(b"word")
+            assert await place.lane.submit(one(read), None) == b"word"
+            reading = place.lane.submit(one(broken), None)
+            await asyncio.sleep(0.01)
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            theirs.close()  # with a reset
+            assert await reading == b""
+            assert await place.lane.submit(one(read), None) == b""
 
     run(test)
 
