@@ -184,8 +184,8 @@ class Inlet:
 
     def _ready(self) -> None:
         wake, self._wake = self._wake, None
-        # What nobody wants to read now the loop would tell over and over. And a socket that has an error libuv watches no
-        # more, without a word: whoever waits for what else comes has it watched anew.
+        # What nobody wants to read now the loop would tell over and over. And libuv ceases to watch a socket with an
+        # error, without a word: whoever waits for what else comes has it watched anew.
         if wake is None or self._broken.poll(0):
             self.leave()
         if wake is not None:
