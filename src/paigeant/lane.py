@@ -337,12 +337,14 @@ class Lane:
         try:
             while True:
                 while self._batches:
-                    if (batch := self._batches.popleft()) is None:
+                    batch = self._batches.popleft()
+                    if batch is None:
                         self._disconnect()
                         self._hands.close()
                         self._green.later(self._ended.set)
                         return
                     self._work(self._green, batch)
+                    del batch  # what it asked for may be large, and the next one may be long in coming
                 self._rests = True
                 self._green.rest()
         finally:

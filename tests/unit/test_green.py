@@ -7,6 +7,7 @@ import contextlib
 import socket
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
@@ -155,6 +156,23 @@ def test_one_greenlet_does_all_transactions_of_a_lane(run: Run) -> None:
         with pytest.raises(ZeroDivisionError):
             await place.lane.submit(one(lambda: 1 / 0), None)
         assert await place.lane.submit(one(getcurrent), None) is done_by[0]
+
+    run(test)
+
+
+def test_a_lane_that_rests_keeps_nothing_of_what_it_did(run: Run) -> None:
+    """A request may be large, and the next one long in coming."""
+
+    class Request:
+        pass
+
+    async def test(place: Place) -> None:
+        request = Request()
+        known = weakref.ref(request)
+        await place.lane.submit(one(is_green), request)
+        del request
+        await asyncio.sleep(0)
+        assert known() is None
 
     run(test)
 
