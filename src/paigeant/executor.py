@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from pydantic_core import from_json
 
 from paigeant import ledger
@@ -191,6 +192,11 @@ class Executor:
                 answer = await self.store.claim_step(request)
         except (StoreUnavailable, KeysUnavailable) as exc:
             await self.give_back(message, str(exc), 1.0)
+            return None
+        except ValidationError:
+            await self.give_back(
+                message, "what the store has of its run is of newer code", _UNKNOWN_ACTIVITY_PAUSE
+            )
             return None
         except NotAdopted as exc:
             await self.reject(message, str(exc))

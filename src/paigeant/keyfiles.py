@@ -204,7 +204,7 @@ def changing(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         until = time.monotonic() + _LOCK_SECONDS
         with contextlib.suppress(OSError):  # no such folder, which the writing says; or one without locks
-            folder = os.open(path.resolve().parent, os.O_RDONLY)
+            folder = os.open(Path(os.path.realpath(path)).parent, os.O_RDONLY)
             stack.callback(os.close, folder)
             while True:
                 try:
@@ -224,7 +224,7 @@ def write_private(path: Path, value: Mapping[str, Any], *, new: bool = False, mo
     Raises FileExistsError where it has to be `new` and isn't, ConfigurationError for what else can't be.
     """
     try:
-        path = path if new else path.resolve()
+        path = path if new else Path(os.path.realpath(path))  # `resolve` has an error of its own for loops
         before = None if new or not path.exists() else path.stat()
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -260,10 +260,12 @@ def _become(handle: int, before: os.stat_result) -> None:
     """Give a file the owner and the mode of the one whose place it takes."""
     now = os.fstat(handle)
     if (now.st_uid, now.st_gid) != (before.st_uid, before.st_gid):
-        # Only root may. A ring of somebody else's nobody else could have read; a trust file is there for all to read.
-        with contextlib.suppress(PermissionError):
+        # Only root may, and not everywhere. A ring of somebody else nobody else could have read; a trust file is there
+        # for all to read.
+        with contextlib.suppress(OSError):
             os.fchown(handle, before.st_uid, before.st_gid)
-    os.fchmod(handle, stat.S_IMODE(before.st_mode))
+    if now.st_mode != before.st_mode:
+        os.fchmod(handle, stat.S_IMODE(before.st_mode))
 
 
 def _read(path: Path, what: str, remedy: str, *, private: bool) -> Any:

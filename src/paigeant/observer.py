@@ -17,6 +17,7 @@ __all__ = [
     "CURRENT",
     "NOTHING_AROUND",
     "NOTHING_MORE",
+    "STEP_IDS",
     "Around",
     "Event",
     "EventName",
@@ -71,6 +72,9 @@ _ALL: tuple[EventName, ...] = get_args(EventName)
 CURRENT: ContextVar[Mapping[str, Any] | None] = ContextVar("paigeant_step", default=None)
 """The ids of the step that the current task or thread works on: workflow_id, step, attempt, trace_id ..."""
 
+
+STEP_IDS = "paigeant_step"
+"""The attribute of a log record with the same ids: one for all, since logging lets nobody set what is set already."""
 
 NOTHING_MORE: Mapping[str, Any] = MappingProxyType({})
 

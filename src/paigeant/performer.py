@@ -27,7 +27,7 @@ from paigeant.errors import (
     StoreUnavailable,
 )
 from paigeant.identity import MANDATE, Mandate
-from paigeant.observer import CURRENT
+from paigeant.observer import CURRENT, STEP_IDS
 from paigeant.parking import Parked as Left
 from paigeant.patience import PatientValues, patiently
 from paigeant.redaction import redacted
@@ -57,7 +57,7 @@ class _StepLog(logging.LoggerAdapter[logging.Logger]):
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         # Python's own puts the ids in the place of what the activity says besides.
-        kwargs["extra"] = {**(self.extra or {}), **(kwargs.get("extra") or {})}
+        kwargs["extra"] = {STEP_IDS: self.extra, **(kwargs.get("extra") or {})}
         return msg, kwargs
 
 
@@ -346,9 +346,9 @@ def _log_failure(error: BaseException, ids: Mapping[str, Any], secrets: Sequence
         text = "".join(traceback.format_exception(error))
         shown = masked(text, secrets)
         if shown != text:
-            step_log.info("attempt failed, with a token in its error\n%s", shown, extra=dict(ids))
+            step_log.info("attempt failed, with a token in its error\n%s", shown, extra={STEP_IDS: ids})
             return
-    step_log.info("attempt failed", exc_info=error, extra=dict(ids))
+    step_log.info("attempt failed", exc_info=error, extra={STEP_IDS: ids})
 
 
 def _text(error: BaseException, secrets: Sequence[SecretToken] = ()) -> str:

@@ -34,6 +34,8 @@ _SUSPECTS = (
 )
 """One of these is in each text that has something to hide. Most have none, and are looked at no further."""
 
+_NAMED = r"[\w-]{1,40}=(?:\"[^\"\n]*\"|[^\s,;\"']+)"
+
 _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
     (
         re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL),
@@ -45,7 +47,7 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
         # `Authorization: Token ...`: what is behind the scheme is the secret, and all of what it is made of.
         re.compile(
             r"(authorization\s*[:=]\s*+)(?!\*\*\*|bearer |basic )[A-Za-z][\w-]{0,40}[ \t]+"
-            r"(?:[\w-]{1,40}=\"[^\"\n]*\"|[^\s,;\"']+)(?:,[ \t]*[\w-]{1,40}=(?:\"[^\"\n]*\"|[^\s,;\"']+))*",
+            rf"(?:{_NAMED}(?:,[ \t]*{_NAMED})*|[^\s,;\"']+)",
             re.I,
         ),
         rf"\1{MASK}",
@@ -73,11 +75,18 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
         rf"\1{MASK}",
     ),
     (
-        # Headers are often pairs: `[(b'set-cookie', b'...')]`.
+        # Headers are often pairs: `[(b'set-cookie', b'...')]`. A text with blanks tells rather what is wrong with one:
+        # `ValueError('password', 'must have 8 characters')`.
         re.compile(
             rf"(\(b?[\"'](?:[^\"'\n]{{0,100}}[_\-.])?(?:{_NAMES})[\"'],\s?)"
-            r"b?(?:\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')(?=\))",
+            r"(?:b(?:\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')|\"[^\"\s]*\"|'[^'\s]*')(?=\))",
             re.I,
+        ),
+        rf"\1{MASK}",
+    ),
+    (
+        re.compile(
+            r"(\([\"'](?:[\w-]{0,40}-)?(?:authorization|cookie)[\"'],\s?)(?:\"[^\"\n]*\"|'[^'\n]*')", re.I
         ),
         rf"\1{MASK}",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hmac
 import re
 from collections.abc import Callable, Iterable
@@ -105,11 +106,21 @@ def masked(text: str, secrets: Iterable[SecretToken] = ()) -> str:
     """`text` with stars for these tokens, and for whatever else looks like a signed one."""
     for secret in secrets:
         text = text.replace(secret.reveal(), MASK)
-    return TOKEN.sub(rf"\1{MASK}", text) if _BEGIN.search(text) else text
+    return TOKEN.sub(_stars, text) if _BEGIN.search(text) else text
+
+
+def _stars(found: re.Match[str]) -> str:
+    before, token = found[1], found[0][len(found[1]) :]
+    return f"{before}{MASK}" if not before or _is_header(token.encode()) else found[0]
+
+
+def _is_header(token: bytes) -> bool:
+    """Whether what begins in the middle of a word is a token all the same: `rest_framework.exceptions.Denied` isn't."""
+    part = token.split(b".", 1)[0][:16]
+    return base64.urlsafe_b64decode(part[: len(part) // 4 * 4]).isascii()
 
 
 def masked_body(body: bytes) -> bytes:
     """The bytes of a message, such as a dead letter keeps, without the token that they carry."""
-    masked = rb"\1" + MASK.encode()
-    body = _HEADER.sub(masked, body)
-    return _TOKEN_BYTES.sub(masked, body) if _BEGIN_BYTES.search(body) else body
+    body = _HEADER.sub(rb"\1" + MASK.encode(), body)
+    return _TOKEN_BYTES.sub(rb"\1" + MASK.encode(), body) if _BEGIN_BYTES.search(body) else body

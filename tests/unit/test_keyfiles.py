@@ -208,6 +208,14 @@ def test_no_command_undoes_what_another_one_does() -> None:
     assert ring.keys[0].revoked_at is not None
 
 
+def test_a_link_that_leads_to_itself_gives_place_to_the_file() -> None:
+    """There is nothing that it could lead to, and no traceback."""
+    RING.symlink_to(RING)
+    with changing(RING):
+        write_private(RING, KeyRing((KEY,)).as_dict())
+    assert read_ring(RING).keys == (KEY,)
+
+
 def test_nobody_keeps_a_key_from_being_revoked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever can read a folder can lock it. They are waited for, and then no longer."""
     monkeypatch.setattr(keyfiles, "_LOCK_SECONDS", 0.1)

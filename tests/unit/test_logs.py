@@ -350,6 +350,41 @@ async def test_what_a_step_logs_has_its_ids_in_any_thread() -> None:
     assert (line["workflow_id"], line["step"], line["sku"]) == (run.id, "pack", "A-1")
 
 
+@pytest.fixture
+def with_correlation_ids() -> Iterator[None]:
+    """Records that have a `correlation_id` from the beginning, as many applications make them."""
+    before = logging.getLogRecordFactory()
+
+    def made(*given: Any, **more: Any) -> logging.LogRecord:
+        record = before(*given, **more)
+        record.correlation_id = "theirs"
+        return record
+
+    logging.setLogRecordFactory(made)
+    yield
+    logging.setLogRecordFactory(before)
+
+
+@pytest.mark.usefixtures("with_correlation_ids")
+async def test_records_may_have_ids_of_their_own() -> None:
+    """logging lets nobody set what a record has already: to log would fail the step, and how it failed be lost."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def pack(ctx: StepContext) -> None:
+        ctx.log.info("packing")
+        raise RuntimeError("no box")
+
+    stream = io.StringIO()
+    configured(stream)
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("one", ["pack"]))
+        await app.drain()
+        assert (await run.wait()).error == "pack: RuntimeError: no box"
+    told = [line for line in lines(stream) if line["event"] in ("packing", "attempt failed")]
+    assert [(line["step"], line["correlation_id"]) for line in told] == [("pack", "theirs")] * 2
+
+
 async def test_the_traceback_of_an_attempt_has_the_ids_of_its_step() -> None:
     """Why an attempt failed is logged with its traceback and the step that it belongs to."""
     activity = ActivityRegistry()

@@ -34,6 +34,8 @@ _MOST_AT_ONCE = 4096
 
 
 _TURN_SECONDS = 0.05
+_PIECE = 4096
+"""Bytes that a pipe takes in one piece."""
 """How long a line waits for those of other processes on the same stream."""
 
 
@@ -144,7 +146,8 @@ class StreamLog(_TextLog):
         return super()._line_of(told) if self._is_json else self._line(told.fields, told.at)
 
     def _place(self, text: str) -> None:
-        with self._turns or contextlib.nullcontext():
+        waits = self._turns if len(text) > _PIECE // 4 else None  # of up to four bytes each
+        with waits or contextlib.nullcontext():
             self._stream.write(text)
             self._stream.flush()
 
@@ -157,7 +160,7 @@ class StreamLog(_TextLog):
 class _Turns:
     """Lets the processes that share a stream write one after the other.
 
-    A pipe takes 4096 bytes in one piece and no more, and a traceback is longer: others' lines would be within it.
+    What a pipe doesn't take in one piece, as a long traceback, would have others' lines within it.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -165,7 +168,9 @@ class _Turns:
         self._again = 0.0
         # Opened anew: a lock is that of an opening, and all processes have inherited the same one. A socket can't be.
         with contextlib.suppress(OSError, ValueError):
-            self._file = os.open(f"/proc/self/fd/{stream.fileno()}", os.O_WRONLY | os.O_CLOEXEC)
+            self._file = os.open(
+                f"/proc/self/fd/{stream.fileno()}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
+            )
 
     def __enter__(self) -> None:
         now = time.monotonic()

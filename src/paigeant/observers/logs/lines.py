@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from paigeant.observer import CURRENT, Event, EventName
+from paigeant.observer import CURRENT, STEP_IDS, Event, EventName
 from paigeant.redaction import Redactor
 from paigeant.texts import printable
 
@@ -209,6 +209,7 @@ _SAID_OF_ALL = ("event", "level", "logger")
 def with_extra(logger: WrappedLogger, name: str, fields: EventDict) -> EventDict:
     """A structlog processor: what a record has as `extra`, which says neither what happened nor how bad that is."""
     extra = _extra_of(logger, name, {"_record": fields["_record"]})
+    extra = {**(extra.pop(STEP_IDS, None) or {}), **extra}
     for known in _SAID_OF_ALL:
         if known in extra:
             extra[f"{known}_"] = extra.pop(known)
