@@ -20,60 +20,98 @@ from typing import TypeVar, cast
 
 from greenlet import getcurrent, greenlet
 
-__all__ = ["Green", "Hands", "Inlet", "TooSlow", "elsewhere", "is_green", "pause", "until_ready"]
+__all__ = ["Green", "Hands", "Inlet", "TooSlow", "caught_up", "elsewhere", "is_green", "pause", "until_ready"]
 
 log = logging.getLogger("paigeant.lane")
 
 Result = TypeVar("Result")
 
 Wake = Callable[[], None]
+Watch = Callable[[Wake], object]
 
 
 class Green(greenlet):
-    """Runs `work` in the thread of an event loop, and lets that go on whenever it has to wait.
+    """Does what `do` is given in the thread of an event loop, and lets that go on whenever it has to wait.
 
+    It is there for one thing after the other: each new one takes a piece of memory of the system's, and page faults.
     It never calls the loop itself: a loop of C keeps what it is just doing on its stack, which isn't there meanwhile.
-    What it wants of the loop it hands to the loop's own side of it, to `resume`.
+    What it wants of the loop it hands to the loop's own side of it.
     """
 
-    def __init__(self, work: Callable[[], None], hands: Hands) -> None:
-        # One for all that is to be done: each takes a piece of memory of the system's, and page faults, to run in.
-        super().__init__(work, getcurrent())
+    def __init__(self, hands: Hands) -> None:
+        super().__init__(_serve, getcurrent())
         self.hands = hands
         self._calls: list[Callable[[], object]] = []
+        self.switch()  # to where it rests; what it was started with would be kept to its end
+
+    # -- the loop's side
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Let it begin with `work`, after what it was given before."""
+        self._go(partial(self.switch, work))
 
     def resume(self) -> None:
-        """Let it begin, or go on until it has to wait again. For the loop's own code only."""
-        watch = self.switch()
+        """Let it go on until it has to wait again."""
+        self._go(self.switch)
+
+    def _go(self, on: Callable[[], Watch | None]) -> None:
         while True:
-            calls, self._calls = self._calls, []
-            for call in calls:
-                try:
-                    call()
-                except Exception:  # whoever is told, this has to go on
-                    log.exception("what waited for a transaction failed")
+            try:
+                watch = on()
+            finally:  # what has been done is told, also if the rest failed
+                self._call()
             if watch is None:
                 return
+            if watch is _CAUGHT_UP:
+                on = self.switch
+                continue
             try:
                 watch(self.resume)
                 return
             except Exception as exc:
                 # A socket that is gone can't be watched: whoever waits for it has to know.
-                watch = self.throw(exc)
+                on = partial(self.throw, exc)
+
+    def _call(self) -> None:
+        calls, self._calls = self._calls, []
+        for call in calls:
+            try:
+                call()
+            except Exception:  # whoever is told, this has to go on
+                log.exception("what waited for a transaction failed")
+
+    # -- its own side
 
     def later(self, call: Callable[[], object]) -> None:
-        """Have the loop call this, when it has to wait the next time or is done."""
+        """Have the loop call this, which doesn't let this go on, when it has to wait the next time or is done."""
         self._calls.append(call)
 
-    def wait_for(self, watch: Callable[[Wake], object]) -> None:
+    def catch_up(self) -> None:
+        """Have the loop call at once what it was to call later."""
+        self.wait_for(_CAUGHT_UP)
+
+    def wait_for(self, watch: Watch) -> None:
         """Let the loop go on until it calls, in its thread, what it gave to `watch`."""
         assert self.parent is not None, "it was started by the loop's own greenlet"
         self.parent.switch(watch)
 
-    def rest(self) -> None:
-        """Let the loop go on until somebody calls `resume`."""
-        assert self.parent is not None, "it was started by the loop's own greenlet"
-        self.parent.switch(None)
+
+def _serve() -> None:
+    """Do what is handed over. Nothing of it is kept while this rests: not even whose it is, who may be gone then."""
+    while (work := _rested()) is not None:
+        work()
+        del work
+
+
+def _rested() -> Callable[[], None] | None:
+    parent = getcurrent().parent
+    assert parent is not None, "it was started by the loop's own greenlet"
+    work: Callable[[], None] | None = parent.switch(None)
+    return work
+
+
+def _CAUGHT_UP(_: Wake) -> None:  # noqa: N802  # a mark
+    raise AssertionError("nobody waits for it")
 
 
 class Hands:
@@ -138,6 +176,10 @@ def until_ready(wire: int, *, write: bool = False) -> bool:
     return bool(readable)
 
 
+_BROKEN = getattr(select, "POLLRDHUP", 0)
+"""Errors are told without being asked for, and that the other end has hung up; that it sends no more isn't."""
+
+
 class Inlet:
     """A socket that is read from again and again: the event loop goes on watching it in between.
 
@@ -180,16 +222,22 @@ class Inlet:
             self._loop.add_reader(wire, self._ready)
             self.wire = wire
             self._broken = select.poll()
-            self._broken.register(wire, 0)  # for errors alone
+            self._broken.register(wire, _BROKEN)
 
     def _ready(self) -> None:
         wake, self._wake = self._wake, None
-        # What nobody wants to read now the loop would tell over and over. And libuv ceases to watch a socket with an
-        # error, without a word: whoever waits for what else comes has it watched anew.
+        # What nobody wants to read now the loop would tell over and over. libuv ceases to watch a socket with an error,
+        # without a word: whoever waits for what else comes has it watched anew. And libpq closes what has ended.
         if wake is None or self._broken.poll(0):
             self.leave()
         if wake is not None:
             wake()
+
+
+def caught_up() -> None:
+    """Have the event loop do at once what it was to do when it goes on."""
+    if isinstance(me := getcurrent(), Green):
+        me.catch_up()
 
 
 def elsewhere(work: Callable[[], Result]) -> Result:

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from greenlet import getcurrent
 from sqlalchemy import Connection, Dialect
 
 from paigeant.errors import StoreUnavailable
@@ -284,11 +285,15 @@ class Lane:
     def _hand(self, batch: list[_Op] | None) -> None:
         """Have it done, after what is still being tidied up; None is the end."""
         self._batches.append(batch)
-        if self._green is None:
-            self._green = Green(self._run, self._hands)
-        if self._rests:
-            self._rests = False
-            self._green.resume()
+        if not self._rests:
+            return
+        self._rests = False
+        green = self._green
+        if (
+            green is None or green.dead or green.parent is not getcurrent()
+        ):  # the loop may run in another thread now
+            green = self._green = Green(self._hands)
+        green.do(partial(self._run, green))
 
     def _watch_over(self, limit: float, seconds: float) -> None:
         # A server that has vanished without a word would keep the lane for ever. One watch for all transactions that
@@ -332,23 +337,17 @@ class Lane:
 
     # -- in a greenlet
 
-    def _run(self) -> None:
-        assert self._green is not None, "it runs in one"
+    def _run(self, green: Green) -> None:
         try:
-            while True:
-                while self._batches:
-                    batch = self._batches.popleft()
-                    if batch is None:
-                        self._disconnect()
-                        self._hands.close()
-                        self._green.later(self._ended.set)
-                        return
-                    self._work(self._green, batch)
-                    del batch  # what it asked for may be large, and the next one may be long in coming
-                self._rests = True
-                self._green.rest()
+            while self._batches:
+                if (batch := self._batches.popleft()) is not None:
+                    self._work(green, batch)
+                else:
+                    self._disconnect()
+                    self._hands.close()
+                    green.later(self._ended.set)
         finally:
-            self._green, self._rests = None, True
+            self._rests = True
 
     def _work(self, green: Green, batch: list[_Op]) -> None:
         results, rings = self._transact_all(batch)

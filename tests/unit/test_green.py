@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import struct
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, cast
 
 import pytest
+import uvloop
 from greenlet import getcurrent
 
 from paigeant import loops
@@ -173,6 +176,61 @@ def test_a_lane_that_rests_keeps_nothing_of_what_it_did(run: Run) -> None:
         del request
         await asyncio.sleep(0)
         assert known() is None
+
+    run(test)
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_lane_that_nobody_stops_is_gone_with_its_loop(kind: EventLoop) -> None:
+    """What it rests in keeps neither it nor its connection."""
+
+    async def leave_one() -> weakref.ref[Lane]:
+        place = Place()
+        await place.lane.submit(one(is_green), None)
+        return weakref.ref(place.lane)
+
+    left = loops.run(leave_one(), kind)
+    gc.collect()
+    assert left() is None
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_lane_goes_where_its_loop_goes(kind: EventLoop) -> None:
+    """A loop that opens things in one thread may run in another one from then on."""
+    loop = asyncio.new_event_loop() if kind == "asyncio" else uvloop.new_event_loop()
+
+    async def opened() -> Place:
+        place = Place()
+        await place.lane.submit(one(is_green), None)
+        return place
+
+    async def used(place: Place) -> bool:
+        async with asyncio.timeout(PATIENCE):
+            done = await place.lane.submit(one(is_green), None)
+            await place.lane.stop()
+        return cast(bool, done)
+
+    place = loop.run_until_complete(opened())
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(loop.run_until_complete, used(place)).result(PATIENCE) is True
+    loop.close()
+
+
+def test_what_cuts_tidying_up_off_ends_no_lane(run: Run) -> None:
+    """A Ctrl-C may come there, too: what was done is told, and the next transaction is done."""
+
+    async def test(place: Place) -> None:
+        def cut_off(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        place.lane._tidy = cut_off
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        told = place.lane.submit(as_asked, 1)
+        with contextlib.suppress(KeyboardInterrupt):
+            place.lane._next_if_idle()
+        assert await told == 1
+        place.lane._tidy = lambda *_: None
+        assert await place.lane.submit(as_asked, 2) == 2
 
     run(test)
 

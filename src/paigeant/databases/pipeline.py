@@ -24,7 +24,7 @@ from psycopg.waiting import Ready, Wait
 from sqlalchemy import Connection, Dialect
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 
-from paigeant.green import Inlet, is_green, until_ready
+from paigeant.green import Inlet, caught_up, is_green, until_ready
 from paigeant.lane import Contended
 
 __all__ = ["GreenConnection", "Pipeline", "ServerClock", "Transaction", "driver_of"]
@@ -60,6 +60,7 @@ class GreenConnection(psycopg.Connection[Any]):
 
     def close(self) -> None:
         self.inlet.leave()
+        caught_up()  # a child of this process may keep the socket open: closed here, the loop couldn't forget it
         super().close()
 
     def wait(self, gen: PQGen[Value], interval: float = 0.1, timeout: float | None = None) -> Value:
