@@ -62,9 +62,6 @@ class Green(greenlet):
                 self._call()
             if watch is None:
                 return
-            if watch is _CAUGHT_UP:
-                on = self.switch
-                continue
             try:
                 watch(self.resume)
                 return
@@ -86,10 +83,6 @@ class Green(greenlet):
         """Have the loop call this, which doesn't let this go on, when it has to wait the next time or is done."""
         self._calls.append(call)
 
-    def catch_up(self) -> None:
-        """Have the loop call at once what it was to call later."""
-        self.wait_for(_CAUGHT_UP)
-
     def wait_for(self, watch: Watch) -> None:
         """Let the loop go on until it calls, in its thread, what it gave to `watch`."""
         assert self.parent is not None, "it was started by the loop's own greenlet"
@@ -108,10 +101,6 @@ def _rested() -> Callable[[], None] | None:
     assert parent is not None, "it was started by the loop's own greenlet"
     work: Callable[[], None] | None = parent.switch(None)
     return work
-
-
-def _CAUGHT_UP(_: Wake) -> None:  # noqa: N802  # a mark
-    raise AssertionError("nobody waits for it")
 
 
 class Hands:
@@ -237,7 +226,7 @@ class Inlet:
 def caught_up() -> None:
     """Have the event loop do at once what it was to do when it goes on."""
     if isinstance(me := getcurrent(), Green):
-        me.catch_up()
+        me.wait_for(lambda wake: wake())
 
 
 def elsewhere(work: Callable[[], Result]) -> Result:

@@ -289,9 +289,8 @@ class Lane:
             return
         self._rests = False
         green = self._green
-        if (
-            green is None or green.dead or green.parent is not getcurrent()
-        ):  # the loop may run in another thread now
+        # Its loop may run in another thread by now.
+        if green is None or green.dead or green.parent is not getcurrent():
             green = self._green = Green(self._hands)
         green.do(partial(self._run, green))
 
