@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 from tests.integration.workers import working
 
-from paigeant import ActivityRegistry, Paigeant, PaigeantMessage, RunStatus, Settings, WaitFor, Workflow
+from paigeant import (
+    ActivityRegistry,
+    Paigeant,
+    PaigeantMessage,
+    RunStatus,
+    Settings,
+    WaitFor,
+    Workflow,
+    executor,
+)
 from paigeant.errors import ConfigurationError, StoreUnavailable
 from paigeant.observer import Event
 from paigeant.stores.memory import MemoryStore
@@ -283,6 +293,31 @@ async def test_a_run_that_can_t_be_read_hinders_no_other() -> None:
         working = asyncio.create_task(worker.run())
         assert (await run.wait(PATIENCE)).output == "done"
         await logged.wait()
+        await worker.stop()
+        await working
+
+
+async def test_a_run_whose_rows_are_of_newer_code_waits_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its message is given back as often as it comes, and is no dead letter: others can read the rows."""
+    monkeypatch.setattr(executor, "_UNKNOWN_ACTIVITY_PAUSE", 0.01)
+    activity = ActivityRegistry()
+    activity.execute(name="work")(lambda: "done")
+    settings = Settings(transport_url="memory://", store_url="memory://")
+    async with Paigeant(settings, activities=activity) as app:
+        readable, times = app.forwarder.payload, iter(range(5))
+
+        async def payload(message: PaigeantMessage) -> PaigeantMessage:
+            for _ in times:
+                TypeAdapter(int).validate_python("of newer code")
+            return await readable(message)
+
+        monkeypatch.setattr(app.forwarder, "payload", payload)
+        worker = app.worker()
+        working = asyncio.create_task(worker.run())
+        run = await app.dispatch(Workflow("w", ["work"]))
+        assert (await run.wait(PATIENCE)).output == "done"
+        assert next(times, None) is None
+        assert await app.store.count_dead_letters() == 0
         await worker.stop()
         await working
 

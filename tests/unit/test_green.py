@@ -19,7 +19,7 @@ import uvloop
 from greenlet import getcurrent
 
 from paigeant import loops
-from paigeant.green import Inlet, TooSlow, elsewhere, is_green, pause, until_ready
+from paigeant.green import Inlet, TooSlow, caught_up, elsewhere, is_green, pause, until_ready
 from paigeant.lane import Driver, Lane, Tx
 from paigeant.loops import EventLoop
 
@@ -316,6 +316,9 @@ def test_an_inlet_leaves_the_loop_to_itself(monkeypatch: pytest.MonkeyPatch) -> 
             inlet.leave()
             inlet.until_readable(ours.fileno())
             inlet.leave()
+            assert called[-1] == "add_reader"
+            caught_up()  # as before the socket is closed
+            assert called[-1] == "remove_reader"
 
         with ours, theirs:
             theirs.sendall(b"word")
