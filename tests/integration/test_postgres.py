@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 
 import psycopg
 import pytest
+import uvloop
 from sqlalchemy import text
 from tests.integration.postgres_tables import database_with_tables, make_tables
 from tests.services import PostgresServer, free_port
@@ -858,6 +861,32 @@ def ring(url: str, bell: PostgresBell, names: list[str]) -> None:
             connection.execute(statement, values)
 
 
+def inode(number: int) -> int:
+    """What an open file is, whatever numbers it has."""
+    return os.fstat(number).st_ino
+
+
+def links() -> list[int]:
+    """The numbers under which this process has a TCP connection open."""
+    found = []
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as copy:
+            if copy.family == socket.AF_INET and copy.getpeername():
+                found.append(number)
+    return found
+
+
+def watched() -> set[int]:
+    """What the event loops of this process watch, as inodes."""
+    told = []
+    for number in os.listdir("/proc/self/fdinfo"):
+        with suppress(OSError):
+            told += re.findall(
+                r"^tfd:.* ino:([0-9a-f]+)", Path("/proc/self/fdinfo", number).read_text(), re.M
+            )
+    return {int(each, 16) for each in told}
+
+
 async def test_a_ring_is_heard_by_the_others(postgres_url: str) -> None:
     """Names reach every other process, and not the one that rang."""
     async with bells(postgres_url, 3) as [(ringing, own), (_, one), (_, other)]:
@@ -914,6 +943,31 @@ async def test_a_bell_that_lost_its_connections_hears_again(postgres_url: str) -
         ring(postgres_url, ringing, ["again", "topic a"])
         await eventually(lambda: frozenset({"again"}) in heard and frozenset({"topic a"}) in heard)
         assert listening.works
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.SelectorEventLoop, uvloop.new_event_loop])
+def test_a_lost_bell_leaves_nothing_to_the_loop(
+    postgres_url: str, new_loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """Not even where a forked process keeps the socket open: the loop would be told of its end for ever."""
+
+    async def main() -> None:
+        async with bells(postgres_url, 1) as [(_, heard)]:
+            kept = [os.dup(number) for number in links() if inode(number) in watched()]  # as a fork has them
+            heard.clear()
+            with psycopg.connect(postgres_url, autocommit=True) as connection:
+                connection.execute(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE datname = current_database() AND application_name = 'paigeant'"
+                )
+            await eventually(lambda: frozenset({"*"}) in heard)
+            assert kept
+            assert not {inode(number) for number in kept} & watched()
+        for number in kept:
+            os.close(number)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(main())
 
 
 async def test_without_the_bell_everything_still_ends(

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
 import random
 import secrets
 from collections import Counter
@@ -134,28 +135,30 @@ class PostgresBell:
     async def _until_changed(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Hear, until something else is to be attended. Raises psycopg's errors when the connection is lost."""
         loop = asyncio.get_running_loop()
-        wire, lost = connection.fileno(), loop.create_future()
+        lost = loop.create_future()
         changed = asyncio.create_task(self._changed.wait())
+        # By a number of our own: libpq closes its own as soon as it learns that the server is gone. A loop can't forget
+        # what is closed, and is told of it over and over as long as a forked process has the socket open too.
+        wire = os.dup(connection.fileno())
         # Read by ourselves: psycopg's own iteration takes the socket from the loop and gives it back for each ring.
-        loop.add_reader(wire, self._read, wire, connection.pgconn, lost)
+        loop.add_reader(wire, self._read, connection.pgconn, lost)
         try:
             await asyncio.wait({changed, lost}, return_when=asyncio.FIRST_COMPLETED)
             if lost.done():
                 lost.result()
         finally:
-            if not lost.done():
-                loop.remove_reader(wire)
+            loop.remove_reader(wire)
+            os.close(wire)
             changed.cancel()
 
-    def _read(self, wire: int, server: PGconn, lost: asyncio.Future[None]) -> None:
+    def _read(self, server: PGconn, lost: asyncio.Future[None]) -> None:
         try:
             server.consume_input()
             while (notify := server.notifies()) is not None:
                 self._rung(notify.extra.decode())
         except psycopg.Error as exc:
-            # Now: libpq has closed the socket, and its number may be another one's before the next turn.
-            asyncio.get_running_loop().remove_reader(wire)
-            lost.set_exception(exc)
+            if not lost.done():  # and this is told once more before the loop goes on with who waits
+                lost.set_exception(exc)
 
     def _rung(self, payload: str) -> None:
         self.works = True
