@@ -34,7 +34,7 @@ test: services  ## Run all tests
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 chaos: services  ## Kill, cut, wipe and freeze everything for some hours (CHAOS_ARGS="-k redis")
-	$(BIN)/pytest tests/chaos -m chaos -s $(CHAOS_ARGS)
+	$(BIN)/pytest -m chaos -s $(CHAOS_ARGS)
 
 lint: .venv/.installed-dev  ## Check style, formatting and the direction of imports
 	$(BIN)/ruff check .

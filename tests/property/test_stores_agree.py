@@ -48,7 +48,7 @@ WORKERS = tuple(WorkerRecord(f"w{n}", "host", f"{n}@1") for n in range(3))
 RUNS = ("r0", "r1", "r2")
 GOES_ON = (StepStatus.READY, StepStatus.WAITING)
 """How an attempt ends that isn't the step's last."""
-EXAMPLES = int(os.environ.get("PAIGEANT_TEST_EXAMPLES", "80"))
+EXAMPLES = int(os.environ.get("PAIGEANT_TEST_EXAMPLES", "40"))
 
 numbers = st.integers(min_value=0, max_value=7)
 """Chooses one of what there is at that moment, of the newest."""

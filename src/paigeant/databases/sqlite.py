@@ -169,7 +169,8 @@ class SqliteDatabase(Database):
             driver_of(connection).execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._durable = durable
 
-        with begun(connection, commit=self._synced.commit if durable else sqlite3.Connection.commit):
+        commit = self._synced.commit if durable else sqlite3.Connection.commit
+        with begun(connection, _BUSY_SECONDS, commit=commit):
             yield Tx(_Driver(connection, self.clock.now()))
 
     @contextlib.contextmanager
@@ -179,12 +180,12 @@ class SqliteDatabase(Database):
 
     @contextlib.contextmanager
     def _begin_beating(self, connection: Connection, _: bool) -> Iterator[Tx]:
-        with begun(connection):
+        with begun(connection, _BUSY_SECONDS):
             yield Tx(_Driver(connection, self.clock.now()))
 
     @contextlib.contextmanager
     def _begin_beside(self, connection: Connection, _: bool) -> Iterator[Tx]:
-        with begun(connection, patience=_BESIDE_SECONDS):
+        with begun(connection, _BESIDE_SECONDS):
             yield Tx(_Driver(connection, self.clock.now()))
 
     def _check_is_there(self) -> None:
@@ -319,7 +320,7 @@ def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> 
             # Which stays with the file. Of two that switch a new one at the same moment SQLite turns one away, mostly
             # at once, without regard to the timeout, but sometimes only after all of it.
             connection.execute("PRAGMA busy_timeout=0")
-            _patiently(connection, "PRAGMA journal_mode=WAL")
+            _patiently(connection, "PRAGMA journal_mode=WAL", _BUSY_SECONDS)
         for pragma in ("synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=OFF"):
             connection.execute(f"PRAGMA {pragma}")
         # Who writes waits for its turn by itself, see below.
@@ -328,7 +329,7 @@ def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> 
     return engine
 
 
-def _patiently(driver: sqlite3.Connection, statement: str, seconds: float = _BUSY_SECONDS) -> None:
+def _patiently(driver: sqlite3.Connection, statement: str, seconds: float) -> None:
     """Execute `statement` once the file is free for it, or raise when it isn't for so long."""
     # SQLite's own waiting sleeps 1, 2, 5, 10, 15 ms and more between its looks, while others hold the lock for less
     # than one: two workers on a file would spend most of their time asleep.
@@ -348,15 +349,15 @@ def _patiently(driver: sqlite3.Connection, statement: str, seconds: float = _BUS
 @contextlib.contextmanager
 def begun(
     connection: Connection,
+    patience: float = 0.0,
     *,
     reads_only: bool = False,
     commit: Callable[[sqlite3.Connection], object] = sqlite3.Connection.commit,
-    patience: float = _BUSY_SECONDS,
 ) -> Iterator[None]:
     """A transaction that is committed at the end, or rolled back by an error.
 
-    One that writes takes its turn at once: a deferred transaction that turns into a writing one after another commit
-    fails immediately, whatever the busy timeout is.
+    One that writes takes its turn at once, within `patience` seconds: a deferred transaction that turns into a writing
+    one after another commit fails immediately, whatever the busy timeout is.
     """
     driver = driver_of(connection)
     if reads_only:
