@@ -170,8 +170,10 @@ class Performer:
         except GeneratorExit:
             raise  # this coroutine is being closed, and may not wait for anything any more
         except BaseException as exc:  # whatever a user's code raises is the outcome of the step
-            if isinstance(exc, KeyboardInterrupt) and self._is_stopping():
-                raise  # Ctrl-C for the second time, while the activity was computing
+            # A tool's is told as an error.
+            interrupt = exc.__cause__ if isinstance(exc, RuntimeError) else exc
+            if isinstance(interrupt, KeyboardInterrupt) and self._is_stopping():
+                raise interrupt from None  # Ctrl-C for the second time, while the activity was computing
             error = exc
         finally:
             CURRENT.reset(token)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart, ToolCallPart
-from pydantic_ai.capabilities import Instrumentation
+from pydantic_ai.capabilities import Hooks, Instrumentation
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.instrumented import InstrumentationSettings
 from pydantic_ai.models.test import TestModel
@@ -28,7 +27,7 @@ from pydantic_ai.toolsets import DynamicToolset, FunctionToolset
 from pydantic_core import from_json
 from tests.agents.steps import Crash, Step, called, prompt_of, returned, scripted
 
-from paigeant import ActivityRegistry, RunStatus, StepContext, Workflow
+from paigeant import ActivityRegistry, Paigeant, RunStatus, StepContext, Workflow
 from paigeant.agents import PaigeantDurability, effect_key
 from paigeant.errors import InvalidDefinition
 from paigeant.parking import Parked
@@ -430,16 +429,76 @@ async def test_a_thread_that_a_timeout_has_left_running_asks_no_model() -> None:
 
 
 @pytest.mark.parametrize("inline", [True, False])
-async def test_a_tool_that_exits_fails_its_step_and_not_the_worker(inline: bool) -> None:
+@pytest.mark.parametrize("ending", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+async def test_a_tool_that_exits_fails_its_step_and_not_the_worker(
+    inline: bool, ending: BaseException
+) -> None:
     """`sys.exit()`, as the code of commands calls it, is an error like any other."""
     model, _ = scripted(called("command", "c1"), "never")
     caller = Agent(model, name="caller")
 
     @caller.tool_plain(metadata={"paigeant": {"inline": inline}})
     def command() -> None:
-        sys.exit(3)
+        raise ending
 
     activity = ActivityRegistry()
     activity.agent(caller, prompt="Call it.")
     found, _ = await carried_out(activity, "caller")
-    assert found.run.error == "caller: RuntimeError: tool 'command' ended with SystemExit(3)"
+    assert found.run.error == f"caller: RuntimeError: tool 'command' ended with {ending!r}"
+
+
+@pytest.mark.parametrize("where", ["model", "output function", "output validator", "hook"])
+@pytest.mark.parametrize("ending", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+async def test_what_else_exits_in_an_agent_fails_its_step_and_not_the_worker(
+    where: str, ending: BaseException
+) -> None:
+    """Whatever code the agent is made of, and whichever task the library runs it in."""
+
+    def leave(*_: object) -> Any:
+        raise ending
+
+    def send(to: str) -> str:
+        return leave(to)
+
+    async def before_run(_: RunContext[Any]) -> None:
+        leave()
+
+    caller: Any = Agent(
+        FunctionModel(leave) if where == "model" else TestModel(),
+        name="caller",
+        output_type=send if where == "output function" else str,
+        capabilities=[Hooks(before_run=before_run)] if where == "hook" else [],
+    )
+    if where == "output validator":
+        caller.output_validator(leave)
+    activity = ActivityRegistry()
+    activity.agent(caller, prompt="Go.", retries=0)
+    found, _ = await carried_out(activity, "caller")
+    assert found.run.status is RunStatus.FAILED
+    assert type(ending).__name__ in str(found.run.error)
+
+
+def test_ctrl_c_in_a_tool_ends_a_worker_that_stops() -> None:
+    """It is pressed for the second time, and isn't meant for the tool that happens to compute then."""
+    model, _ = scripted(called("compute", "c1"), "never")
+    caller = Agent(model, name="caller")
+    activity = ActivityRegistry()
+    activity.agent(caller, prompt="Call it.")
+    stopping: list[asyncio.Task[None]] = []
+
+    async def work() -> None:
+        async with Paigeant(activities=activity) as app:
+            worker = app.worker()
+
+            @caller.tool_plain
+            async def compute() -> None:
+                stopping.append(asyncio.create_task(worker.stop()))
+                while not worker.executor.stopping:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+                raise KeyboardInterrupt
+
+            await app.dispatch(Workflow("w", ["caller"]))
+            await worker.run()
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(work())

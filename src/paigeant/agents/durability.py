@@ -262,6 +262,9 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             with suppress(Exception):  # the error that there is says more
                 await place.settled()
             raise
+        except _EXITS as exc:
+            # Of a model, a hook, an output function. Whoever has run the agent gets it from the library as it was.
+            raise _no_exit(f"agent '{self.name}'", exc) from exc
         finally:
             PROGRESS.reset(token)
             CALL.reset(call)
@@ -287,9 +290,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
                 place, f"{self.name}__inline:{recorded_name(call)}", ctx, call.tool_call_id
             ).entered():
                 return await handler(args)
-        except SystemExit as exc:
-            # It runs in a task of its own, from where this would end the event loop, and the worker with all its steps.
-            raise RuntimeError(f"tool '{call.tool_name}' ended with SystemExit({exc.code!r})") from exc
+        except _EXITS as exc:
+            raise _no_exit(f"tool '{call.tool_name}'", exc) from exc
         finally:
             CALL.reset(token)
 
@@ -472,6 +474,18 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             await super()._dispatch_event_stream_event(ctx, event)
         finally:
             EVENT_OF.reset(token)
+
+
+_EXITS = (SystemExit, KeyboardInterrupt)
+
+
+def _no_exit(what: str, error: BaseException) -> RuntimeError:
+    """The error that stands for one of `_EXITS`, which would end the event loop, and the worker with all its steps.
+
+    So it is in the tasks that the library begins for tools and for what goes around a run.
+    """
+    code = repr(error.code) if isinstance(error, SystemExit) else ""
+    return RuntimeError(f"{what} ended with {type(error).__name__}({code})")
 
 
 @contextmanager
