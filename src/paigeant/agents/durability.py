@@ -84,7 +84,14 @@ from pydantic_ai.output import OutputContext
 from pydantic_ai.run import AgentRunResult
 from pydantic_ai.tool_manager import ToolManager
 from pydantic_ai.tools import AgentDepsT
-from pydantic_ai.toolsets import FunctionToolset, ToolsetTool
+from pydantic_ai.toolsets import (
+    AbstractToolset,
+    DynamicToolset,
+    ExternalToolset,
+    FunctionToolset,
+    ToolsetTool,
+    WrapperToolset,
+)
 
 from paigeant import place as places
 from paigeant.agents.mcp import Reconnecting
@@ -100,7 +107,7 @@ from paigeant.agents.operations import (
     recorded_name,
     run_in_name,
 )
-from paigeant.agents.options import METADATA, ToolOptions, renamed
+from paigeant.agents.options import METADATA, InlineToolset, ToolOptions, renamed
 from paigeant.agents.people import Outside, asks_itself, decisions
 from paigeant.agents.usage import put_price
 from paigeant.clock import SystemClock, as_datetime
@@ -367,6 +374,31 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         built = super()._build_mcp_toolset(toolset)
         built.__class__ = Reconnecting  # the library makes one of a fixed class
         return built
+
+    def _wrap_other_leaf_toolset(self, ts: AbstractToolset[AgentDepsT]) -> WrapperToolset[AgentDepsT] | None:
+        if isinstance(ts, (ExternalToolset, InlineToolset)):
+            return None
+        # The library records none of a kind that it doesn't know, and says nothing. Of one that a function gives it
+        # knows as little: what it offers and what its tools give are records, and it is entered where one needs it.
+        built = self._build_dynamic_toolset(DynamicToolset(ts.for_run, per_run_step=False, id=ts.id))
+        built.wrapped = ts
+        return built
+
+    def _reject_runtime_toolsets(self, toolset: AbstractToolset[AgentDepsT]) -> None:
+        super()._reject_runtime_toolsets(toolset)
+        if self.in_durable_context:
+            toolset.apply(self._reject_unknown)
+
+    def _reject_unknown(self, leaf: AbstractToolset[AgentDepsT]) -> None:
+        """Raise UserError for a toolset that comes with a run, of a kind of which the library says nothing."""
+        if isinstance(leaf, (FunctionToolset, WrapperToolset, ExternalToolset, InlineToolset)):
+            return
+        known = self._toolsets_by_id.get(leaf.id or "")
+        if known is None or known.wrapped is not leaf:
+            raise UserError(
+                f"{leaf.label} comes with a run of agent '{self.name}', or with an override, and so its calls would "
+                "not be recorded; give it to the agent where that is made: Agent(..., toolsets=[...])"
+            )
 
     def _toolset_names(self) -> list[str]:
         return [
