@@ -261,6 +261,30 @@ async def test_request_input_that_answers_at_once_waits_for_nobody() -> None:
     assert (len(desk.tokens), paid) == (1, [9])
 
 
+async def test_request_input_of_one_run_asks_for_it() -> None:
+    """It may come with the run, in the code of an activity: then that asks, and nobody else."""
+    desk = Desk()
+    model, _ = scripted(called("pay", "c1", euros=9), tell)
+    agent: Agent[Any, str] = Agent(model, name="banker", capabilities=[PaigeantDurability()])
+
+    @agent.tool_plain(requires_approval=True)
+    async def pay(euros: int) -> str:
+        return f"paid {euros}"
+
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def shop() -> str:
+        return (await agent.run("Pay.", capabilities=[RequestInput(desk.ask)])).output
+
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["shop"]))
+        [request] = await asked(app, run)
+        assert desk.tokens == [request.id]
+        await app.answer(request.id, {"approvals": {"c1": True}})
+        assert (await run.wait(PATIENCE)).output == "[('c1', 'paid 9')]"
+
+
 @pytest.mark.parametrize("denied", [False, True], ids=["late", "denied"])
 async def test_request_input_to_which_there_is_no_answer(denied: bool) -> None:
     """The calls count as denied, with the reason."""

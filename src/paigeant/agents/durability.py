@@ -325,7 +325,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         place = current_place()
         if place is not None and (progress := PROGRESS.get()) is not None:
             progress.deferred = requests
-        if place is None or asks_itself(self.agent):
+        if place is None or asks_itself(self.agent, ctx):
             return None
         return await decisions(place, self.name, ctx, requests, self._ask_timeout)
 

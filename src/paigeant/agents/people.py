@@ -33,12 +33,15 @@ def _json(value: object) -> bytes:
     return to_json(value, inf_nan_mode="strings")
 
 
-def asks_itself(agent: AbstractAgent[Any, Any] | None) -> bool:
-    """Whether an agent has its own way with calls that need somebody outside: to end with them, or to ask by itself."""
-    if agent is None:
-        return False
-    asks = any(isinstance(part, RequestInput) for part in leaf_capabilities(agent.root_capability))
-    return asks or _holds(agent.output_type)
+def asks_itself(agent: AbstractAgent[Any, Any] | None, ctx: RunContext[Any]) -> bool:
+    """Whether a run has its own way with calls that need somebody outside: to end with them, or to ask by itself.
+
+    Of an output type that is given to the run alone an engine hears nothing.
+    """
+    asks = ctx.root_capability is not None and any(
+        isinstance(part, RequestInput) for part in leaf_capabilities(ctx.root_capability)
+    )
+    return asks or (agent is not None and _holds(agent.output_type))
 
 
 def _holds(output: Any) -> bool:
