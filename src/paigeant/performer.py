@@ -18,6 +18,7 @@ from paigeant.activity import MISSING, Activity
 from paigeant.arguments import Namespace, resolve
 from paigeant.behalf import Acting, Behalf
 from paigeant.claim import Claim, Limits
+from paigeant.clock import is_duration
 from paigeant.context import StepContext, deadline_of
 from paigeant.errors import (
     ActivityRejected,
@@ -48,6 +49,9 @@ step_log = logging.getLogger("paigeant.step")
 _ERROR_CHARACTERS = 4000
 _MOST_WITHIN = 5
 """So many errors of a group are told, and so many groups within each other."""
+
+_LONGEST_ASKED = 86_400.0
+"""For a day at most an attempt waits because somebody asks for it: the longest limits are those of a day."""
 
 _UNLIMITED = nullcontext()
 
@@ -188,7 +192,8 @@ class Performer:
         if not isinstance(error, ActivityRejected):
             _log_failure(error, ids, secrets)  # they are no longer those of the current step
         text = f"{_text(error, secrets)}; {final}" if final else _text(error, secrets)
-        attempt.outcome = Failed(text, claim.grant.attempt, retry, permanent, self._chance())
+        after = _asked_for(error)
+        attempt.outcome = Failed(text, claim.grant.attempt, retry, permanent, self._chance(), after)
         return attempt
 
     async def _lost(self, claim: Claim, context: StepContext) -> Outcome:
@@ -321,6 +326,17 @@ async def _given_up(context: StepContext, error: BaseException) -> str:
         return await context._place.journal.failed(error)
     except StoreUnavailable:
         return ""  # the next attempt gives up in the same way, and says so again
+
+
+def _asked_for(error: BaseException) -> float:
+    """How many seconds somebody who is overloaded asks to be left alone, as the `retry_after` of an error says."""
+    try:
+        asked = getattr(error, "retry_after", None)
+    except Exception:  # the user's code again
+        return 0.0
+    if not isinstance(asked, (int, float)) or not is_duration(asked):
+        return 0.0
+    return min(float(asked), _LONGEST_ASKED)
 
 
 def _is_over(limit: asyncio.Timeout | None) -> bool:

@@ -20,6 +20,7 @@ from opentelemetry.trace import (
 )
 from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart, ToolCallPart
 from pydantic_ai.capabilities import Hooks, Instrumentation
+from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.instrumented import InstrumentationSettings
 from pydantic_ai.models.test import TestModel
@@ -227,6 +228,47 @@ async def test_a_compensation_has_units_of_its_own() -> None:
     detail, _ = await carried_out(activity, "do", "fail")
     assert detail.run.status == "compensated"
     assert (asked, attempts) == (["do", "undo"], [1, 2])
+
+
+@pytest.mark.parametrize(("asked_for", "waits"), [("90", 90.0), ("9000000", 86400.0)])
+async def test_rule_13_a_step_waits_as_long_as_the_provider_asks(asked_for: str, waits: float) -> None:
+    """What is too long to wait for within an attempt, the next one waits for, without a worker and a day at most."""
+    busy = [ModelHTTPError(429, "m", headers={"retry-after": asked_for})]
+    model, asked = echo(fail=list(busy))
+    activity = ActivityRegistry()
+    activity.agent(Agent(model, name="one"), prompt="go", retries=1)
+    async with MemoryApp(activity) as app:
+        began = app.clock.now()
+        run = await app.dispatch(Workflow("w", ["one"]))
+        await app.drain(advance=False)
+        assert (await run.detail()).steps[0].not_before == began + waits
+        assert len(asked) == 1
+        await app.drain()
+        assert (await run.wait()).status is RunStatus.COMPLETED
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "odd", ["soon", True, -1, float("nan"), float("inf"), property(lambda _: 1 / 0)], ids=str
+)
+async def test_what_is_no_time_is_not_waited_for(odd: object) -> None:
+    """An error of anybody's may have anything under that name."""
+    activity = ActivityRegistry()
+
+    class Busy(Exception):
+        retry_after = odd
+
+    @activity.execute(retries=1)
+    async def one(ctx: StepContext) -> None:
+        if ctx.attempt == 1:
+            raise Busy
+
+    async with MemoryApp(activity) as app:
+        began = app.clock.now()
+        run = await app.dispatch(Workflow("w", ["one"]))
+        await app.drain()
+        assert (await run.wait()).status is RunStatus.COMPLETED
+        assert app.clock.now() - began == 0.5
 
 
 # -- rule 6: traces

@@ -146,9 +146,10 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
     model's stream while it is read, and those of tools, each once; nothing of it on replay. `name` stands for the
     agent's own. `model_retries` (a number of further tries, or a RetryPolicy) and `model_timeout` (seconds for each
     try) hold for model requests that aren't streamed; only errors that may pass are tried again, not before the time
-    that the provider asks for, and not at all if that is longer than the policy's `cap`. `sequential`: tools of one
-    response are called one after the other. Tools that need approval, or an answer from outside, ask by requests of
-    the run, for `ask_timeout` seconds or for as long as it takes, unless the agent has a way of its own for that.
+    that the provider asks for; if that is longer than the policy's `cap`, the step's next attempt waits. `sequential`:
+    tools of one response are called one after the other. Tools that need approval, or an answer from outside, ask by
+    requests of the run, for `ask_timeout` seconds or for as long as it takes, unless the agent has a way of its own for
+    that.
     """
 
     engine_spec: ClassVar[DurabilityEngineSpec] = DurabilityEngineSpec(
