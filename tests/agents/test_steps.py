@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart
 from pydantic_ai.capabilities import Hooks, Instrumentation
 from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.models.function import AgentInfo, FunctionModel
-from pydantic_ai.models.instrumented import InstrumentationSettings
+from pydantic_ai.models.instrumented import InstrumentationSettings, InstrumentedModel
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.toolsets import DynamicToolset, FunctionToolset
 from pydantic_core import from_json
@@ -334,6 +334,24 @@ async def test_rule_6_a_replay_tells_no_trace_of_what_was_told() -> None:
     spans.ended.clear()
     await step.attempt(lambda: agent.run("go"))
     assert spans.ended == []
+
+
+@pytest.mark.parametrize("where", ["the agent's own", "by id", "for a run", "override"])
+async def test_rule_6_a_model_that_tells_spans_itself_tells_each_once(where: str) -> None:
+    """As Logfire makes it of any model. Its requests are recorded, wherever it is given."""
+    spans = Spans()
+    plain, asked = echo()
+    told = InstrumentedModel(plain, InstrumentationSettings(tracer_provider=spans))
+    own = where == "the agent's own"
+    engine = PaigeantDurability[Any](models={"told": told} if where in ("by id", "for a run") else {})
+    agent: Agent[Any, str] = Agent(told if own else TestModel(), name="one", capabilities=[engine])
+    chosen: Any = {"by id": "told", "for a run": told}.get(where)
+    step = Step()
+    with agent.override(model=told) if where == "override" else nullcontext():
+        for _ in range(2):
+            assert (await step.attempt(lambda: agent.run("go", model=chosen))).output == "said go"
+    assert asked == ["go"]
+    assert spans.ended == ["chat", "invoke_agent"]
 
 
 async def test_rule_6_a_worker_tells_each_span_once() -> None:

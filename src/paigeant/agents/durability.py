@@ -80,6 +80,7 @@ from pydantic_ai.exceptions import (
 from pydantic_ai.external_events import external_event_scope
 from pydantic_ai.messages import AgentStreamEvent, ModelResponse, ToolCallPart
 from pydantic_ai.models import Model
+from pydantic_ai.models.instrumented import InstrumentedModel
 from pydantic_ai.output import OutputContext
 from pydantic_ai.run import AgentRunResult
 from pydantic_ai.tool_manager import ToolManager
@@ -473,13 +474,18 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return known
 
     def _registered_model_id(self, model: Model) -> tuple[bool, str | None]:
-        return (True, None) if model is self._override() else super()._registered_model_id(model)
+        override = self._override()
+        first = [] if override is None else [("default", override)]
+        for model_id, registered in (*first, *self._models_by_id.items()):
+            if model is registered or model is _plain(registered):
+                return True, None if model_id == "default" else model_id
+        return False, None
 
     async def _resolve_model_for_request(
         self, model_id: str | None, run_context: RunContext[AgentDepsT]
     ) -> Model:
         override = self._override() if model_id is None else None
-        return override or await super()._resolve_model_for_request(model_id, run_context)
+        return _plain(override or await super()._resolve_model_for_request(model_id, run_context))
 
     def _override(self) -> Model | None:
         """The model that `agent.override(model=...)` puts in place of the agent's own, as tests do."""
@@ -507,6 +513,14 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             await super()._dispatch_event_stream_event(ctx, event)
         finally:
             EVENT_OF.reset(token)
+
+
+def _plain(model: Model) -> Model:
+    """The model that the library asks: of one that tells spans itself, as Logfire makes it, that within.
+
+    What tells the spans then is a capability that the library adds to the run.
+    """
+    return model.wrapped if isinstance(model, InstrumentedModel) else model
 
 
 _EXITS = (SystemExit, KeyboardInterrupt)
