@@ -11,6 +11,7 @@ from tests.integration.workers import working
 
 from paigeant import (
     ActivityRegistry,
+    ItineraryPolicy,
     NonRetryableError,
     Paigeant,
     Run,
@@ -25,6 +26,7 @@ from paigeant import (
 from paigeant.errors import InputInvalid, InvalidDefinition, InvalidTransition, RequestNotFound
 from paigeant.slip import StepStatus
 from paigeant.store import Request
+from paigeant.testing import MemoryApp
 
 PATIENCE = 30.0
 
@@ -353,3 +355,20 @@ def test_waits_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InvalidDefinition, match="name of a signal"):
         WaitFor("")
     assert issubclass(WaitTimeout, NonRetryableError)
+
+
+async def test_a_step_comes_back_after_a_while_as_often_as_the_policy_lets() -> None:
+    """It puts a sleep and itself behind it: that is how a run looks again and again."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def look(context: StepContext) -> None:
+        context.insert(Sleep(3600), "look")
+
+    async with MemoryApp(activity) as app:
+        began = app.clock.now()
+        run = await app.dispatch(Workflow("w", ["look"], policy=ItineraryPolicy(max_total=301)))
+        await app.drain()
+        result = await run.wait()
+        assert (app.clock.now() - began) // 3600 == 150
+    assert "this would make 303 steps in all, the policy allows 301" in str(result.error)
