@@ -21,10 +21,12 @@ from paigeant.activity import ActivityRegistry, typed
 from paigeant.arguments import Namespace, resolve
 from paigeant.behalf import Behalf
 from paigeant.clock import is_duration
+from paigeant.context import check_signal
 from paigeant.envelope import split
 from paigeant.errors import (
     ConfigurationError,
     InputInvalid,
+    InvalidDefinition,
     MessageInvalid,
     MessageTooLarge,
     RequestNotFound,
@@ -32,14 +34,14 @@ from paigeant.errors import (
     UnknownActivity,
 )
 from paigeant.forwarder import LONGEST_DELAY, Forwarder
-from paigeant.identity import GRANT_SIGNAL, MANDATE, GrantHandle, Mandate
+from paigeant.identity import MANDATE, GrantHandle, Mandate
 from paigeant.message import MessageId, PaigeantMessage, decode
 from paigeant.observer import NOTHING_AROUND, Around, Event, EventName, Observers, Work
 from paigeant.redaction import quoted, secrets_in, without
 from paigeant.reporter import about_run
 from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import RUN_ENDED, Phase, RoutingSlip, RunStatus, Step, is_text
-from paigeant.store import REQUEST_SIGNAL, DeadLetter, Request, RunRecord, StepKey, Store
+from paigeant.store import DeadLetter, Request, RunRecord, StepKey, Store
 from paigeant.waits import WAITS
 from paigeant.workflow import Workflow
 
@@ -138,17 +140,10 @@ class Dispatcher:
 
     async def signal(self, workflow_id: str, name: str, value: Any, *, sender: str = "") -> None:
         """Send a named value to the run. Raises RunNotFound, InvalidTransition, InputInvalid."""
-        if (
-            not isinstance(name, str)
-            or not name
-            or not is_text(name)
-            or name.startswith(REQUEST_SIGNAL)
-            or name == GRANT_SIGNAL
-        ):
-            raise InputInvalid(
-                f"a signal has a non-empty text as its name, which doesn't begin with {REQUEST_SIGNAL!r} and isn't "
-                f"{GRANT_SIGNAL!r} (see `Run.grant`), found {name!r}"
-            )
+        try:
+            check_signal(name)
+        except InvalidDefinition as exc:
+            raise InputInvalid(str(exc)) from exc
         _check_sender(sender)
         try:
             text = codec.dump(value)

@@ -24,6 +24,7 @@ from paigeant import (
     Workflow,
 )
 from paigeant.errors import InputInvalid, InvalidDefinition, InvalidTransition, RequestNotFound
+from paigeant.identity import GRANT_SIGNAL
 from paigeant.slip import StepStatus
 from paigeant.store import Request
 from paigeant.testing import MemoryApp
@@ -355,6 +356,25 @@ def test_waits_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InvalidDefinition, match="name of a signal"):
         WaitFor("")
     assert issubclass(WaitTimeout, NonRetryableError)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "x" * 201, "paigeant.request/q", GRANT_SIGNAL], ids=repr)
+async def test_what_is_waited_for_can_be_sent(name: str) -> None:
+    """What is no name of a signal is none wherever it is written: nobody waits for what nobody may send."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def wait(name: str, context: StepContext) -> None:
+        await context.wait_for(name)
+
+    with pytest.raises(InvalidDefinition, match="signal"):
+        WaitFor(name)
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["wait"]), {"name": name})
+        with pytest.raises(InputInvalid, match="signal"):
+            await run.signal(name, 1)
+        await app.drain()
+        assert "InvalidDefinition" in str((await run.wait()).error)
 
 
 async def test_a_step_comes_back_after_a_while_as_often_as_the_policy_lets() -> None:
