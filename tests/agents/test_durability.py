@@ -1661,6 +1661,40 @@ async def test_a_recorded_call_that_new_code_would_not_make_is_an_error(change: 
     assert (paid, requests) == ([1], [1])
 
 
+@pytest.mark.parametrize("name", ["my_pay", "settle"])
+async def test_a_recorded_call_is_known_by_the_name_that_the_model_has_said(name: str) -> None:
+    """A toolset around the tool's own gives it another one: what is recorded of it is found, and missed, by that."""
+    paid: list[Any] = []
+    requests: list[int] = []
+
+    def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        requests.append(len(messages))
+        if returned(messages):
+            return ModelResponse(parts=[TextPart("done")])
+        return ModelResponse(parts=[called(name, "c1", to=1)])
+
+    def agent(to: Any) -> AnyAgent:
+        bank = FunctionToolset[Any](id="bank")
+
+        async def pay(to: Any) -> str:
+            paid.append(to)
+            return "paid"
+
+        pay.__annotations__["to"] = to
+        bank.add_function(pay)
+        outside = bank.prefixed("my") if name == "my_pay" else bank.renamed({name: "pay"})
+        return durable(FunctionModel(respond), toolsets=[outside])
+
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: agent(int).run("go"), crash_after=2)
+    with pytest.raises(UnitUnreadable, match=f"tool '{name}' is recorded as done"):
+        await step.attempt(lambda: agent(str).run("go"))
+    assert (await step.attempt(lambda: agent(int).run("go"))).output == "done"
+    assert (paid, requests) == ([1], [1, 3])
+    assert f'agent__function_toolset__bank.call_tool:{name}(agent:1,1,"c1")' in step.units
+
+
 @pytest.mark.parametrize("mode", ["recorded", "inline", "once", "asked"])
 async def test_a_tool_that_was_renamed_goes_on_with_its_records(mode: str) -> None:
     """Wherever the deploy came: the same requests, effects and keys as if it had kept its name."""
