@@ -329,7 +329,12 @@ async def _given_up(context: StepContext, error: BaseException) -> str:
 
 
 def _asked_for(error: BaseException) -> float:
-    """How many seconds somebody who is overloaded asks to be left alone, as the `retry_after` of an error says."""
+    """How many seconds somebody who is overloaded asks to be left alone, as the `retry_after` of an error says.
+
+    Of a group it is the least: somebody may be asked then.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        return min(map(_asked_for, error.exceptions))
     try:
         asked = getattr(error, "retry_after", None)
     except Exception:  # the user's code again

@@ -37,6 +37,7 @@ from pydantic_ai import (
 from pydantic_ai._agent_graph import _agent_graph_sleep
 from pydantic_ai.capabilities import AbstractCapability, LocalWorkspace, ModelFallback, durable_operation
 from pydantic_ai.exceptions import (
+    FallbackExceptionGroup,
     ModelHTTPError,
     RunCancelled,
     RunTimedOut,
@@ -45,6 +46,7 @@ from pydantic_ai.exceptions import (
     UserError,
 )
 from pydantic_ai.messages import AgentStreamEvent, FilePart
+from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.toolsets import (
@@ -1117,6 +1119,20 @@ async def test_rule_13_a_model_is_asked_again_when_the_trouble_may_pass() -> Non
     with pytest.raises(ModelHTTPError):
         await Step().attempt(lambda: agent.run("go"))
     assert len(asked) == 3
+
+
+@pytest.mark.parametrize(("spare", "times"), [(503, 3), (400, 3), (None, 1)])
+async def test_rule_13_models_that_stand_in_are_asked_again_when_one_may_answer(
+    spare: int | None, times: int
+) -> None:
+    """Each has failed in a way of its own. Where none may answer the attempt fails at once."""
+    own = 503 if spare is not None else 404
+    first, asked = failing(lambda: ModelHTTPError(own, "m"), 9)
+    second, spared = failing(lambda: ModelHTTPError(spare or 400, "m"), 9)
+    agent = durable(FallbackModel(first, second), engine={"model_retries": QUICK})
+    with pytest.raises(FallbackExceptionGroup):
+        await Step().attempt(lambda: agent.run("go"))
+    assert (len(asked), len(spared)) == (times, times)
 
 
 @pytest.mark.parametrize("status", [400, 401, 402, 404, 422])

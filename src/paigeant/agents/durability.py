@@ -30,7 +30,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
-from collections.abc import AsyncIterable, Callable, Generator, Mapping
+from collections.abc import AsyncIterable, Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -66,6 +66,7 @@ from pydantic_ai.durable_exec import (
 from pydantic_ai.durable_exec._operation_backend import _IN_DURABLE_UNIT, DurableOperationBackend
 from pydantic_ai.durable_exec._toolset import DurableMCPToolset
 from pydantic_ai.exceptions import (
+    FallbackExceptionGroup,
     ModelConnectionError,
     ModelHTTPError,
     ModelQuotaExceededError,
@@ -411,9 +412,11 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
 
     def _delay_of_model(self, number: int, error: Exception) -> float | None:
         policy = self._model_policy
-        if number >= policy.attempts or not _may_pass(error):
+        # Of several models that were asked in turn each has failed in a way of its own: one that may answer is enough.
+        passing = [each for each in _failures(error) if _may_pass(each)]
+        if number >= policy.attempts or not passing:
             return None
-        asked = getattr(error, "retry_after", None) or 0.0
+        asked = min(getattr(each, "retry_after", None) or 0.0 for each in passing)
         return None if asked > policy.cap else max(asked, policy.next_delay(number, chance=0.0))
 
     def _bind_to_agent(self, agent: AbstractAgent[AgentDepsT, Any]) -> None:
@@ -559,6 +562,15 @@ def _told_mode() -> str:
 
 def _are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:
     return len(these) == len(those) and all(one is other for one, other in zip(these, those, strict=True))
+
+
+def _failures(error: Exception) -> Iterator[Exception]:
+    """The errors of the models that were asked: of each of them where one stood in for the other."""
+    if isinstance(error, FallbackExceptionGroup):
+        for each in error.exceptions:
+            yield from _failures(each)
+    else:
+        yield error
 
 
 def _may_pass(error: Exception) -> bool:
