@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pydantic import TypeAdapter
-from pydantic_core import PydanticSerializationError, from_json, to_json
+from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
 
 from paigeant.errors import MessageInvalid
 
@@ -57,7 +57,11 @@ def dump(value: Any) -> bytes:
     one of more than LARGEST_BYTES.
     """
     try:
-        return _bounded(to_json(value, inf_nan_mode="strings", bytes_mode="base64"))
+        text = to_json(value, inf_nan_mode="strings", bytes_mode="base64")
+        if b"null" in text and value is not None:
+            # A model says itself how it writes nan and infinity: as null, by default. Its fields as plain values don't.
+            text = to_json(to_jsonable_python(value, bytes_mode="base64"), inf_nan_mode="strings")
+        return _bounded(text)
     except (PydanticSerializationError, ValueError, RecursionError) as exc:
         raise JsonInvalid(_reason(exc)) from exc
 

@@ -17,15 +17,15 @@ from paigeant import codec
 from paigeant.behalf import Acting
 from paigeant.clock import as_datetime, is_duration
 from paigeant.errors import InvalidDefinition, OutputInvalid, ScopeMissing
-from paigeant.identity import SecurityContext, check_scopes
+from paigeant.identity import GRANT_SIGNAL, SecurityContext, check_scopes
 from paigeant.journal import Journal
 from paigeant.place import Place, Unit, current_place
 from paigeant.policy import ItineraryPolicy
 from paigeant.secret import SecretToken
 from paigeant.slip import Revision, RoutingSlip, Step, check_name, identify
-from paigeant.store import RequestKind, RunValues, StepKey
+from paigeant.store import REQUEST_SIGNAL, RequestKind, RunValues, StepKey
 
-__all__ = ["StepContext"]
+__all__ = ["StepContext", "check_signal"]
 
 Change = Callable[[list[Step], list[Step]], list[Step]]
 
@@ -148,7 +148,7 @@ class StepContext:
         Each signal is taken by one wait, the oldest first. The step is left until it is there, as with `sleep`. Raises
         WaitTimeout when it isn't after `timeout` seconds.
         """
-        check_name("the name of a signal", name)
+        check_signal(name)
         _check_timeout(timeout)
         place = self._here()
         found = await place.signal(
@@ -249,6 +249,16 @@ class StepContext:
 
     def _revision(self) -> Revision | None:
         return None if self._draft is None else Revision(tuple(self._draft), len(self._added))
+
+
+def check_signal(name: object) -> None:
+    """Raise InvalidDefinition unless somebody may send signals of that name, and steps wait for them."""
+    check_name("the name of a signal", name)
+    if str(name).startswith(REQUEST_SIGNAL) or name == GRANT_SIGNAL:
+        raise InvalidDefinition(
+            f"a signal's name doesn't begin with {REQUEST_SIGNAL!r} and isn't {GRANT_SIGNAL!r}: those are answers to "
+            f"requests and grants, see `Paigeant.answer` and `Run.grant`; found {name!r}"
+        )
 
 
 def _check_timeout(timeout: object) -> None:

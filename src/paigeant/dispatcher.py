@@ -21,10 +21,12 @@ from paigeant.activity import ActivityRegistry, typed
 from paigeant.arguments import Namespace, resolve
 from paigeant.behalf import Behalf
 from paigeant.clock import is_duration
+from paigeant.context import check_signal
 from paigeant.envelope import split
 from paigeant.errors import (
     ConfigurationError,
     InputInvalid,
+    InvalidDefinition,
     MessageInvalid,
     MessageTooLarge,
     RequestNotFound,
@@ -32,14 +34,14 @@ from paigeant.errors import (
     UnknownActivity,
 )
 from paigeant.forwarder import LONGEST_DELAY, Forwarder
-from paigeant.identity import GRANT_SIGNAL, MANDATE, GrantHandle, Mandate
+from paigeant.identity import MANDATE, GrantHandle, Mandate
 from paigeant.message import MessageId, PaigeantMessage, decode
 from paigeant.observer import NOTHING_AROUND, Around, Event, EventName, Observers, Work
 from paigeant.redaction import quoted, secrets_in, without
 from paigeant.reporter import about_run
 from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import RUN_ENDED, Phase, RoutingSlip, RunStatus, Step, is_text
-from paigeant.store import REQUEST_SIGNAL, DeadLetter, Request, RequestKind, RunRecord, StepKey, Store
+from paigeant.store import DeadLetter, Request, RunRecord, StepKey, Store
 from paigeant.waits import WAITS
 from paigeant.workflow import Workflow
 
@@ -138,17 +140,10 @@ class Dispatcher:
 
     async def signal(self, workflow_id: str, name: str, value: Any, *, sender: str = "") -> None:
         """Send a named value to the run. Raises RunNotFound, InvalidTransition, InputInvalid."""
-        if (
-            not isinstance(name, str)
-            or not name
-            or not is_text(name)
-            or name.startswith(REQUEST_SIGNAL)
-            or name == GRANT_SIGNAL
-        ):
-            raise InputInvalid(
-                f"a signal has a non-empty text as its name, which doesn't begin with {REQUEST_SIGNAL!r} and isn't "
-                f"{GRANT_SIGNAL!r} (see `Run.grant`), found {name!r}"
-            )
+        try:
+            check_signal(name)
+        except InvalidDefinition as exc:
+            raise InputInvalid(str(exc)) from exc
         _check_sender(sender)
         try:
             text = codec.dump(value)
@@ -202,19 +197,29 @@ class Dispatcher:
         """Answer a request, once; the same answer again changes nothing.
 
         `value` is what its kind calls for: for an approval whether it is given, or an object with `approved` and
-        perhaps a `reason` or other `arguments`; for a question or an external event any JSON. Raises RequestNotFound,
-        InputInvalid, InvalidTransition when it has another answer or nobody waits for it any more.
+        perhaps a `reason` or other `arguments`; for a question or an external event any JSON, unless what asks says
+        which. Raises RequestNotFound, InputInvalid, InvalidTransition when it has another answer or nobody waits for it
+        any more.
         """
-        return await self._settle(
-            request_id, lambda kind: _approval(value) if kind == "approval" else {"value": value}, sender
-        )
+
+        def answered(request: Request) -> dict[str, Any]:
+            if request.kind == "approval":
+                return _approval(value)
+            asked = from_json(request.asked)
+            if request.kind == "external" and "answer" in asked:
+                from paigeant.agents.people import check_answer
+
+                check_answer(asked, value)
+            return {"value": value}
+
+        return await self._settle(request_id, answered, sender)
 
     async def approve(self, request_id: str, *, sender: str = "") -> Request:
         """Approve of what a request asks for. Raises what `answer` raises, InputInvalid for what is no approval."""
 
-        def approved(kind: RequestKind) -> dict[str, Any]:
-            if kind != "approval":
-                what = "a question" if kind == "question" else "an event outside"
+        def approved(request: Request) -> dict[str, Any]:
+            if request.kind != "approval":
+                what = "a question" if request.kind == "question" else "an event outside"
                 raise InputInvalid(
                     f"request '{request_id}' is about {what}, which can't be approved of; answer it: "
                     f"`paigeant requests answer {request_id} VALUE`"
@@ -229,19 +234,21 @@ class Dispatcher:
             raise InputInvalid(f"a reason is a text without control characters, found {quoted(reason)}")
         return await self._settle(
             request_id,
-            lambda kind: {"approved": False, "reason": reason} if kind == "approval" else {"denied": reason},
+            lambda request: (
+                {"approved": False, "reason": reason} if request.kind == "approval" else {"denied": reason}
+            ),
             sender,
         )
 
     async def _settle(
-        self, request_id: str, answer: Callable[[RequestKind], dict[str, Any]], sender: str
+        self, request_id: str, answer: Callable[[Request], dict[str, Any]], sender: str
     ) -> Request:
         _check_sender(sender)
         request = await self.store.load_request(request_id)
         if request is None:
             raise RequestNotFound(request_id)
         try:
-            text = codec.dump(answer(request.kind))
+            text = codec.dump(answer(request))
         except codec.JsonInvalid as exc:
             raise InputInvalid(f"the answer can't be written as JSON: {exc}") from exc
         answered = await self.store.answer_request(request_id, text, sender=sender)

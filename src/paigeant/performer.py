@@ -18,6 +18,7 @@ from paigeant.activity import MISSING, Activity
 from paigeant.arguments import Namespace, resolve
 from paigeant.behalf import Acting, Behalf
 from paigeant.claim import Claim, Limits
+from paigeant.clock import is_duration
 from paigeant.context import StepContext, deadline_of
 from paigeant.errors import (
     ActivityRejected,
@@ -48,6 +49,9 @@ step_log = logging.getLogger("paigeant.step")
 _ERROR_CHARACTERS = 4000
 _MOST_WITHIN = 5
 """So many errors of a group are told, and so many groups within each other."""
+
+_LONGEST_ASKED = 86_400.0
+"""For a day at most an attempt waits because somebody asks for it: the longest limits are those of a day."""
 
 _UNLIMITED = nullcontext()
 
@@ -170,8 +174,10 @@ class Performer:
         except GeneratorExit:
             raise  # this coroutine is being closed, and may not wait for anything any more
         except BaseException as exc:  # whatever a user's code raises is the outcome of the step
-            if isinstance(exc, KeyboardInterrupt) and self._is_stopping():
-                raise  # Ctrl-C for the second time, while the activity was computing
+            # A tool's is told as an error.
+            interrupt = exc.__cause__ if isinstance(exc, RuntimeError) else exc
+            if isinstance(interrupt, KeyboardInterrupt) and self._is_stopping():
+                raise interrupt from None  # Ctrl-C for the second time, while the activity was computing
             error = exc
         finally:
             CURRENT.reset(token)
@@ -186,7 +192,8 @@ class Performer:
         if not isinstance(error, ActivityRejected):
             _log_failure(error, ids, secrets)  # they are no longer those of the current step
         text = f"{_text(error, secrets)}; {final}" if final else _text(error, secrets)
-        attempt.outcome = Failed(text, claim.grant.attempt, retry, permanent, self._chance())
+        after = _asked_for(error)
+        attempt.outcome = Failed(text, claim.grant.attempt, retry, permanent, self._chance(), after)
         return attempt
 
     async def _lost(self, claim: Claim, context: StepContext) -> Outcome:
@@ -319,6 +326,22 @@ async def _given_up(context: StepContext, error: BaseException) -> str:
         return await context._place.journal.failed(error)
     except StoreUnavailable:
         return ""  # the next attempt gives up in the same way, and says so again
+
+
+def _asked_for(error: BaseException) -> float:
+    """How many seconds somebody who is overloaded asks to be left alone, as the `retry_after` of an error says.
+
+    Of a group it is the least: somebody may be asked then.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        return min(map(_asked_for, error.exceptions))
+    try:
+        asked = getattr(error, "retry_after", None)
+    except Exception:  # the user's code again
+        return 0.0
+    if not isinstance(asked, (int, float)) or not is_duration(asked):
+        return 0.0
+    return min(float(asked), _LONGEST_ASKED)
 
 
 def _is_over(limit: asyncio.Timeout | None) -> bool:

@@ -44,7 +44,7 @@ class Skipped:
 class Failed:
     """The attempt gave no result. `attempt` counts from 1; `chance` (0 to 1) places the wait within its jitter.
 
-    `permanent`: no further attempt can help.
+    `permanent`: no further attempt can help. `after`: seconds from now before which none is made, whatever the policy.
     """
 
     error: str
@@ -52,6 +52,7 @@ class Failed:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     permanent: bool = False
     chance: float = 0.0
+    after: float = 0.0
 
 
 @value
@@ -174,7 +175,7 @@ def _after_failure(slip: RoutingSlip, failed: Failed, now: float) -> Move:
 def _retry(slip: RoutingSlip, failed: Failed, now: float) -> Retry | None:
     if failed.permanent or failed.attempt >= failed.retry.attempts:
         return None
-    delay = failed.retry.next_delay(failed.attempt, chance=failed.chance)
+    delay = max(failed.retry.next_delay(failed.attempt, chance=failed.chance), failed.after)
     # A deadline bounds what is done, not what is undone: a run that is late must still be put right.
     late = slip.ending is None and slip.deadline is not None and now + delay >= slip.deadline
     return None if late else Retry(slip, delay, failed.error)

@@ -6,6 +6,7 @@ Owns the words for the states of runs and steps and the table of their transitio
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -145,6 +146,7 @@ STEP_MOVES: dict[StepStatus, frozenset[StepStatus]] = {
 """The same for steps. READY to COMPLETED, SKIPPED and COMPENSATED are a late first success after the lease was lost."""
 
 
+_LONGEST_NAME = 200
 _UNFIT = re.compile("[\x00-\x1f\ud800-\udfff]")
 
 
@@ -160,11 +162,13 @@ def _is_name(value: str) -> bool:
 
 def check_name(what: str, value: object) -> None:
     """Raise InvalidDefinition unless `value` can name something: `what`, as the error says."""
-    if isinstance(value, str) and len(value) <= 200 and _is_name(value):
+    if isinstance(value, str) and len(value) <= _LONGEST_NAME and _is_name(value):
         return
     if not isinstance(value, str) or not value.strip():
         raise InvalidDefinition(f"{what} is a non-empty text, found {value!r}")
-    raise InvalidDefinition(f"{what} has at most 200 characters and no control characters, found {value!r}")
+    raise InvalidDefinition(
+        f"{what} has at most {_LONGEST_NAME} characters and no control characters, found {value!r}"
+    )
 
 
 def _are_named(args: object) -> bool:
@@ -363,8 +367,9 @@ def identify(
     """`steps` with an id each, none of them in `taken`.
 
     Without `parent` a step is called like its activity, and `name_2`, `name_3` where that is taken. Steps that step
-    `parent` adds are `parent.1`, `parent.2`, counted from `first`: the same again when the step is executed again. What
-    says how it is called is called so with a parent, too.
+    `parent` adds are `parent.1`, `parent.2`, counted from `first`: the same again when the step is executed again.
+    Where that gets too long a digest stands for a part of it. What says how it is called is called so with a parent,
+    too.
     Raises InvalidDefinition for what is no step and for an id that occurs twice.
     """
     entries = [Step(entry) if isinstance(entry, str) else entry for entry in steps]
@@ -385,7 +390,7 @@ def identify(
             named.append(replace(entry, called="") if entry.called else entry)
             continue
         called = entry.called or (entry.activity if parent is None else "")
-        step_id = called or f"{parent}.{number}"
+        step_id = called or _added(str(parent), number)
         count = 2
         while called and step_id in used:
             step_id, count = f"{called}_{count}", count + 1
@@ -394,3 +399,12 @@ def identify(
         used.add(step_id)
         named.append(replace(entry, id=step_id, called=""))
     return tuple(named)
+
+
+def _added(parent: str, number: int) -> str:
+    """The id of the so manieth step that `parent` adds. How long a chain may get is for policies to say."""
+    step_id = f"{parent}.{number}"
+    if len(step_id) <= _LONGEST_NAME:
+        return step_id
+    digest = hashlib.sha256(parent.encode()).hexdigest()[:16]
+    return f"{parent[: _LONGEST_NAME // 2]}~{digest}.{number}"

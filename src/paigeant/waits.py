@@ -7,9 +7,9 @@ from typing import Any
 
 from paigeant.activity import MISSING, ActivityRegistry
 from paigeant.clock import is_duration
-from paigeant.context import StepContext
+from paigeant.context import StepContext, check_signal
 from paigeant.errors import InvalidDefinition, WaitTimeout
-from paigeant.slip import Step, check_name
+from paigeant.slip import Step
 
 __all__ = ["WAITS", "Sleep", "WaitFor"]
 
@@ -61,7 +61,7 @@ def WaitFor(  # noqa: N802
     A signal that came before the run got here counts. After `timeout` (seconds, or a timedelta) its output is
     `default`; without one the step fails, and what was done is undone.
     """
-    check_name("the name of a signal", signal)
+    check_signal(signal)
     limit = None if timeout is None else _seconds("a timeout", timeout)
     if default is not MISSING and limit is None:
         raise InvalidDefinition(

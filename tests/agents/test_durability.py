@@ -37,6 +37,7 @@ from pydantic_ai import (
 from pydantic_ai._agent_graph import _agent_graph_sleep
 from pydantic_ai.capabilities import AbstractCapability, LocalWorkspace, ModelFallback, durable_operation
 from pydantic_ai.exceptions import (
+    FallbackExceptionGroup,
     ModelHTTPError,
     RunCancelled,
     RunTimedOut,
@@ -45,9 +46,16 @@ from pydantic_ai.exceptions import (
     UserError,
 )
 from pydantic_ai.messages import AgentStreamEvent, FilePart
+from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 from pydantic_ai.models.test import TestModel
-from pydantic_ai.toolsets import DynamicToolset, FunctionToolset
+from pydantic_ai.toolsets import (
+    AbstractToolset,
+    DynamicToolset,
+    ExternalToolset,
+    FunctionToolset,
+    ToolsetTool,
+)
 from pydantic_ai.usage import UsageLimits
 from pydantic_core import from_json, to_json
 from tests.agents.steps import (
@@ -263,6 +271,64 @@ async def test_dynamic_toolsets_are_found_and_called_once() -> None:
     before = len(built)
     assert (await step.attempt(lambda: agent.run("go"))).output == result.output == "c1=picked"
     assert (len(built), len(picked), requests) == (before, 1, [0, 1])
+
+
+class Till(AbstractToolset[Any]):
+    """Tools of a kind that the library doesn't know. It notes what is asked of it; each run has one of its own."""
+
+    def __init__(self, seen: list[str], id: str | None = "till", run: str = "none") -> None:
+        self.seen = seen
+        self.run = run
+        self._id = id
+
+    @property
+    def id(self) -> str | None:
+        return self._id
+
+    async def for_run(self, ctx: RunContext[Any]) -> AbstractToolset[Any]:
+        return Till(self.seen, self._id, run=str(ctx.prompt))
+
+    async def __aenter__(self) -> Till:
+        self.seen.append("entered")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.seen.append("left")
+
+    async def get_tools(self, ctx: RunContext[Any]) -> dict[str, ToolsetTool[Any]]:
+        schema = {"type": "object", "properties": {"euros": {"type": "integer"}}}
+        pay = ToolDefinition(name="pay", parameters_json_schema=schema)
+        reads: Any = TypeAdapter(dict[str, int]).validator
+        return {"pay": ToolsetTool(toolset=self, tool_def=pay, max_retries=1, args_validator=reads)}
+
+    async def call_tool(
+        self, name: str, tool_args: dict[str, Any], ctx: RunContext[Any], tool: ToolsetTool[Any]
+    ) -> Any:
+        self.seen.append(f"{name} {tool_args} for {self.run}")
+        return "paid"
+
+
+async def test_toolsets_of_any_kind_are_recorded() -> None:
+    """What one of the user's own offers and gives is a unit each; a full replay neither asks nor enters it."""
+    seen: list[str] = []
+    model, _ = scripted(called("pay", "c1", euros="many"), called("pay", "c2", euros="9"), both_answers)
+    agent = durable(model, toolsets=[Till(seen)])
+    step = Step()
+    result, _ = await step.resumed(lambda: agent.run("ada"))
+    assert [call for call in seen if call.startswith("pay")] == ["pay {'euros': 9} for ada"]
+    assert "unable to parse" in result.output
+    assert result.output.endswith("c2=paid")
+    seen.clear()
+    assert (await step.attempt(lambda: agent.run("ada"))).output == result.output
+    assert seen == []
+    assert (await agent.run("bob")).output == result.output
+    assert seen == ["entered", "pay {'euros': 9} for bob", "left"]
+
+
+def test_toolsets_of_any_kind_need_an_id() -> None:
+    """Their units are named after it."""
+    with pytest.raises(UserError, match="unique `id`"):
+        durable(TestModel(), toolsets=[Till([], id=None)])
 
 
 # -- rule 1: nesting
@@ -580,12 +646,27 @@ async def test_rule_7_who_reads_a_replayed_run_gets_it_condensed() -> None:
 
 
 async def test_rule_8_toolsets_of_a_run_are_refused() -> None:
-    """Tools that come with one run have no recorded identity: the error names the engine and what to do."""
+    """Tools that come with one run have no recorded identity, of whatever kind they are: the error says what to do."""
     agent = durable(TestModel())
     extra = FunctionToolset[Any](id="extra")
     extra.add_function(lambda: 1, name="one")
     with pytest.raises(UserError, match="Paigeant"):
         await Step().attempt(lambda: agent.run("go", toolsets=[extra]))
+    till = Till([])
+    for toolset in (till, till.prefixed("my")):
+        with pytest.raises(UserError, match=r"Till 'till' comes with a run of agent 'agent'"):
+            await Step().attempt(partial(agent.run, "go", toolsets=[toolset]))
+    with agent.override(toolsets=[till]), pytest.raises(UserError, match=r"or with an override"):
+        await Step().attempt(lambda: agent.run("go"))
+
+
+async def test_rule_8_a_run_may_bring_tools_that_are_done_elsewhere() -> None:
+    """Nothing of them is called here."""
+    output: Any = [str, DeferredToolRequests]
+    agent = durable(scripted(called("ship", "c1"))[0], output_type=output)
+    ship = ExternalToolset[Any]([ToolDefinition(name="ship")])
+    found = await Step().attempt(lambda: agent.run("go", toolsets=[ship]))
+    assert [call.tool_name for call in found.output.calls] == ["ship"]
 
 
 async def test_rule_8_models_of_a_run_are_refused_unless_they_are_known() -> None:
@@ -1038,6 +1119,20 @@ async def test_rule_13_a_model_is_asked_again_when_the_trouble_may_pass() -> Non
     with pytest.raises(ModelHTTPError):
         await Step().attempt(lambda: agent.run("go"))
     assert len(asked) == 3
+
+
+@pytest.mark.parametrize(("spare", "times"), [(503, 3), (400, 3), (None, 1)])
+async def test_rule_13_models_that_stand_in_are_asked_again_when_one_may_answer(
+    spare: int | None, times: int
+) -> None:
+    """Each has failed in a way of its own. Where none may answer the attempt fails at once."""
+    own = 503 if spare is not None else 404
+    first, asked = failing(lambda: ModelHTTPError(own, "m"), 9)
+    second, spared = failing(lambda: ModelHTTPError(spare or 400, "m"), 9)
+    agent = durable(FallbackModel(first, second), engine={"model_retries": QUICK})
+    with pytest.raises(FallbackExceptionGroup):
+        await Step().attempt(lambda: agent.run("go"))
+    assert (len(asked), len(spared)) == (times, times)
 
 
 @pytest.mark.parametrize("status", [400, 401, 402, 404, 422])
@@ -1580,6 +1675,40 @@ async def test_a_recorded_call_that_new_code_would_not_make_is_an_error(change: 
         with pytest.raises(error, match=r"tool 'pay' is recorded as done|exceeded max retries"):
             await step.attempt(lambda: after.run("go"))
     assert (paid, requests) == ([1], [1])
+
+
+@pytest.mark.parametrize("name", ["my_pay", "settle"])
+async def test_a_recorded_call_is_known_by_the_name_that_the_model_has_said(name: str) -> None:
+    """A toolset around the tool's own gives it another one: what is recorded of it is found, and missed, by that."""
+    paid: list[Any] = []
+    requests: list[int] = []
+
+    def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        requests.append(len(messages))
+        if returned(messages):
+            return ModelResponse(parts=[TextPart("done")])
+        return ModelResponse(parts=[called(name, "c1", to=1)])
+
+    def agent(to: Any) -> AnyAgent:
+        bank = FunctionToolset[Any](id="bank")
+
+        async def pay(to: Any) -> str:
+            paid.append(to)
+            return "paid"
+
+        pay.__annotations__["to"] = to
+        bank.add_function(pay)
+        outside = bank.prefixed("my") if name == "my_pay" else bank.renamed({name: "pay"})
+        return durable(FunctionModel(respond), toolsets=[outside])
+
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: agent(int).run("go"), crash_after=2)
+    with pytest.raises(UnitUnreadable, match=f"tool '{name}' is recorded as done"):
+        await step.attempt(lambda: agent(str).run("go"))
+    assert (await step.attempt(lambda: agent(int).run("go"))).output == "done"
+    assert (paid, requests) == ([1], [1, 3])
+    assert f'agent__function_toolset__bank.call_tool:{name}(agent:1,1,"c1")' in step.units
 
 
 @pytest.mark.parametrize("mode", ["recorded", "inline", "once", "asked"])

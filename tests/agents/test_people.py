@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -241,7 +242,7 @@ async def test_request_input_hands_out_a_token_once() -> None:
     assert desk.tokens == [request.id]
     assert (request.kind, request.name) == ("external", "deferred_tool_calls")
     [call] = from_json(request.asked)["calls"]
-    assert call == {"id": "c1", "tool": "pay", "arguments": {"euros": 9}}
+    assert call == {"id": "c1", "kind": "approval", "tool": "pay", "arguments": {"euros": 9}}
     async with opened(activity) as app:
         await app.answer(request.id, {"approvals": {"c1": True}}, sender="ada")
         async with working(app.worker()):
@@ -259,6 +260,56 @@ async def test_request_input_that_answers_at_once_waits_for_nobody() -> None:
         assert (await run.wait(PATIENCE)).output == "[('c1', 'paid 9')]"
         assert (await run.detail()).steps[0].epoch == 1
     assert (len(desk.tokens), paid) == (1, [9])
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("yes", "Input should be a dictionary"),
+        (True, "Input should be a dictionary"),
+        ({}, 'answered: {"approvals":[],"calls":[]}'),
+        ({"approvals": {"c1": "yes"}}, "approvals.c1.bool: Input should be a valid boolean"),
+        ({"approvals": {"c1": True, "c2": True}}, '"approvals":["c1","c2"]'),
+        ({"calls": {"c1": True}}, '"calls":["c1"]'),
+        ({"approvals": {"c1": True}, "answered_by": {"c2": "eve"}}, "nobody asked about: ['c2']"),
+    ],
+    ids=str,
+)
+async def test_what_request_input_can_t_read_is_no_answer(answer: JsonValue, said: str) -> None:
+    """It is refused when it is given, with what is expected: recorded, it would fail the run, and each retry of it."""
+    activity, paid, _ = asking(Desk())
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["banker"]))
+        [request] = await asked(app, run)
+        with pytest.raises(InputInvalid, match=re.escape(said)):
+            await app.answer(request.id, answer)
+        await app.answer(request.id, {"approvals": {"c1": True}}, sender="ada")
+        assert (await run.wait(PATIENCE)).status is RunStatus.COMPLETED
+    assert paid == [9]
+
+
+async def test_request_input_of_one_run_asks_for_it() -> None:
+    """It may come with the run, in the code of an activity: then that asks, and nobody else."""
+    desk = Desk()
+    model, _ = scripted(called("pay", "c1", euros=9), tell)
+    agent: Agent[Any, str] = Agent(model, name="banker", capabilities=[PaigeantDurability()])
+
+    @agent.tool_plain(requires_approval=True)
+    async def pay(euros: int) -> str:
+        return f"paid {euros}"
+
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def shop() -> str:
+        return (await agent.run("Pay.", capabilities=[RequestInput(desk.ask)])).output
+
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["shop"]))
+        [request] = await asked(app, run)
+        assert desk.tokens == [request.id]
+        await app.answer(request.id, {"approvals": {"c1": True}})
+        assert (await run.wait(PATIENCE)).output == "[('c1', 'paid 9')]"
 
 
 @pytest.mark.parametrize("denied", [False, True], ids=["late", "denied"])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -20,15 +19,16 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart, ToolCallPart
-from pydantic_ai.capabilities import Instrumentation
+from pydantic_ai.capabilities import Hooks, Instrumentation
+from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.models.function import AgentInfo, FunctionModel
-from pydantic_ai.models.instrumented import InstrumentationSettings
+from pydantic_ai.models.instrumented import InstrumentationSettings, InstrumentedModel
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.toolsets import DynamicToolset, FunctionToolset
 from pydantic_core import from_json
 from tests.agents.steps import Crash, Step, called, prompt_of, returned, scripted
 
-from paigeant import ActivityRegistry, RunStatus, StepContext, Workflow
+from paigeant import ActivityRegistry, Paigeant, RunStatus, StepContext, Workflow
 from paigeant.agents import PaigeantDurability, effect_key
 from paigeant.errors import InvalidDefinition
 from paigeant.parking import Parked
@@ -230,6 +230,47 @@ async def test_a_compensation_has_units_of_its_own() -> None:
     assert (asked, attempts) == (["do", "undo"], [1, 2])
 
 
+@pytest.mark.parametrize(("asked_for", "waits"), [("90", 90.0), ("9000000", 86400.0)])
+async def test_rule_13_a_step_waits_as_long_as_the_provider_asks(asked_for: str, waits: float) -> None:
+    """What is too long to wait for within an attempt, the next one waits for, without a worker and a day at most."""
+    busy = [ModelHTTPError(429, "m", headers={"retry-after": asked_for})]
+    model, asked = echo(fail=list(busy))
+    activity = ActivityRegistry()
+    activity.agent(Agent(model, name="one"), prompt="go", retries=1)
+    async with MemoryApp(activity) as app:
+        began = app.clock.now()
+        run = await app.dispatch(Workflow("w", ["one"]))
+        await app.drain(advance=False)
+        assert (await run.detail()).steps[0].not_before == began + waits
+        assert len(asked) == 1
+        await app.drain()
+        assert (await run.wait()).status is RunStatus.COMPLETED
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "odd", ["soon", True, -1, float("nan"), float("inf"), property(lambda _: 1 / 0)], ids=str
+)
+async def test_what_is_no_time_is_not_waited_for(odd: object) -> None:
+    """An error of anybody's may have anything under that name."""
+    activity = ActivityRegistry()
+
+    class Busy(Exception):
+        retry_after = odd
+
+    @activity.execute(retries=1)
+    async def one(ctx: StepContext) -> None:
+        if ctx.attempt == 1:
+            raise Busy
+
+    async with MemoryApp(activity) as app:
+        began = app.clock.now()
+        run = await app.dispatch(Workflow("w", ["one"]))
+        await app.drain()
+        assert (await run.wait()).status is RunStatus.COMPLETED
+        assert app.clock.now() - began == 0.5
+
+
 # -- rule 6: traces
 
 
@@ -293,6 +334,24 @@ async def test_rule_6_a_replay_tells_no_trace_of_what_was_told() -> None:
     spans.ended.clear()
     await step.attempt(lambda: agent.run("go"))
     assert spans.ended == []
+
+
+@pytest.mark.parametrize("where", ["the agent's own", "by id", "for a run", "override"])
+async def test_rule_6_a_model_that_tells_spans_itself_tells_each_once(where: str) -> None:
+    """As Logfire makes it of any model. Its requests are recorded, wherever it is given."""
+    spans = Spans()
+    plain, asked = echo()
+    told = InstrumentedModel(plain, InstrumentationSettings(tracer_provider=spans))
+    own = where == "the agent's own"
+    engine = PaigeantDurability[Any](models={"told": told} if where in ("by id", "for a run") else {})
+    agent: Agent[Any, str] = Agent(told if own else TestModel(), name="one", capabilities=[engine])
+    chosen: Any = {"by id": "told", "for a run": told}.get(where)
+    step = Step()
+    with agent.override(model=told) if where == "override" else nullcontext():
+        for _ in range(2):
+            assert (await step.attempt(lambda: agent.run("go", model=chosen))).output == "said go"
+    assert asked == ["go"]
+    assert spans.ended == ["chat", "invoke_agent"]
 
 
 async def test_rule_6_a_worker_tells_each_span_once() -> None:
@@ -430,16 +489,76 @@ async def test_a_thread_that_a_timeout_has_left_running_asks_no_model() -> None:
 
 
 @pytest.mark.parametrize("inline", [True, False])
-async def test_a_tool_that_exits_fails_its_step_and_not_the_worker(inline: bool) -> None:
+@pytest.mark.parametrize("ending", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+async def test_a_tool_that_exits_fails_its_step_and_not_the_worker(
+    inline: bool, ending: BaseException
+) -> None:
     """`sys.exit()`, as the code of commands calls it, is an error like any other."""
     model, _ = scripted(called("command", "c1"), "never")
     caller = Agent(model, name="caller")
 
     @caller.tool_plain(metadata={"paigeant": {"inline": inline}})
     def command() -> None:
-        sys.exit(3)
+        raise ending
 
     activity = ActivityRegistry()
     activity.agent(caller, prompt="Call it.")
     found, _ = await carried_out(activity, "caller")
-    assert found.run.error == "caller: RuntimeError: tool 'command' ended with SystemExit(3)"
+    assert found.run.error == f"caller: RuntimeError: tool 'command' ended with {ending!r}"
+
+
+@pytest.mark.parametrize("where", ["model", "output function", "output validator", "hook"])
+@pytest.mark.parametrize("ending", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+async def test_what_else_exits_in_an_agent_fails_its_step_and_not_the_worker(
+    where: str, ending: BaseException
+) -> None:
+    """Whatever code the agent is made of, and whichever task the library runs it in."""
+
+    def leave(*_: object) -> Any:
+        raise ending
+
+    def send(to: str) -> str:
+        return leave(to)
+
+    async def before_run(_: RunContext[Any]) -> None:
+        leave()
+
+    caller: Any = Agent(
+        FunctionModel(leave) if where == "model" else TestModel(),
+        name="caller",
+        output_type=send if where == "output function" else str,
+        capabilities=[Hooks(before_run=before_run)] if where == "hook" else [],
+    )
+    if where == "output validator":
+        caller.output_validator(leave)
+    activity = ActivityRegistry()
+    activity.agent(caller, prompt="Go.", retries=0)
+    found, _ = await carried_out(activity, "caller")
+    assert found.run.status is RunStatus.FAILED
+    assert type(ending).__name__ in str(found.run.error)
+
+
+def test_ctrl_c_in_a_tool_ends_a_worker_that_stops() -> None:
+    """It is pressed for the second time, and isn't meant for the tool that happens to compute then."""
+    model, _ = scripted(called("compute", "c1"), "never")
+    caller = Agent(model, name="caller")
+    activity = ActivityRegistry()
+    activity.agent(caller, prompt="Call it.")
+    stopping: list[asyncio.Task[None]] = []
+
+    async def work() -> None:
+        async with Paigeant(activities=activity) as app:
+            worker = app.worker()
+
+            @caller.tool_plain
+            async def compute() -> None:
+                stopping.append(asyncio.create_task(worker.stop()))
+                while not worker.executor.stopping:  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+                raise KeyboardInterrupt
+
+            await app.dispatch(Workflow("w", ["caller"]))
+            await worker.run()
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(work())

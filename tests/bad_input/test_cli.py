@@ -61,7 +61,7 @@ CASES = [
     Case(
         "signal without a name",
         ("runs", "signal", "other", ""),
-        ("a signal has a non-empty text as its name", "found ''"),
+        ("the name of a signal is a non-empty text", "found ''"),
     ),
     Case("signal with no JSON", ("runs", "signal", "other", "go", "yes"), ("VALUE is not JSON", "'\"yes\"'")),
     *(

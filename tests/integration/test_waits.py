@@ -11,6 +11,7 @@ from tests.integration.workers import working
 
 from paigeant import (
     ActivityRegistry,
+    ItineraryPolicy,
     NonRetryableError,
     Paigeant,
     Run,
@@ -23,8 +24,10 @@ from paigeant import (
     Workflow,
 )
 from paigeant.errors import InputInvalid, InvalidDefinition, InvalidTransition, RequestNotFound
+from paigeant.identity import GRANT_SIGNAL
 from paigeant.slip import StepStatus
 from paigeant.store import Request
+from paigeant.testing import MemoryApp
 
 PATIENCE = 30.0
 
@@ -353,3 +356,39 @@ def test_waits_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InvalidDefinition, match="name of a signal"):
         WaitFor("")
     assert issubclass(WaitTimeout, NonRetryableError)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "x" * 201, "paigeant.request/q", GRANT_SIGNAL], ids=repr)
+async def test_what_is_waited_for_can_be_sent(name: str) -> None:
+    """What is no name of a signal is none wherever it is written: nobody waits for what nobody may send."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def wait(name: str, context: StepContext) -> None:
+        await context.wait_for(name)
+
+    with pytest.raises(InvalidDefinition, match="signal"):
+        WaitFor(name)
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["wait"]), {"name": name})
+        with pytest.raises(InputInvalid, match="signal"):
+            await run.signal(name, 1)
+        await app.drain()
+        assert "InvalidDefinition" in str((await run.wait()).error)
+
+
+async def test_a_step_comes_back_after_a_while_as_often_as_the_policy_lets() -> None:
+    """It puts a sleep and itself behind it: that is how a run looks again and again."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def look(context: StepContext) -> None:
+        context.insert(Sleep(3600), "look")
+
+    async with MemoryApp(activity) as app:
+        began = app.clock.now()
+        run = await app.dispatch(Workflow("w", ["look"], policy=ItineraryPolicy(max_total=301)))
+        await app.drain()
+        result = await run.wait()
+        assert (app.clock.now() - began) // 3600 == 150
+    assert "this would make 303 steps in all, the policy allows 301" in str(result.error)

@@ -36,6 +36,11 @@ class Colour(Enum):
     RED = "red"
 
 
+class Share(BaseModel):
+    of: float
+    about: str | None = None
+
+
 class Model(BaseModel):
     n: int
     at: datetime
@@ -99,6 +104,9 @@ def test_parsing_anything_gives_a_value_or_one_error(body: bytes) -> None:
         ({3}, "[3]"),
         (Model(n=1, at=datetime(2026, 1, 1, tzinfo=UTC)), '{"n":1,"at":"2026-01-01T00:00:00Z"}'),
         (Point(0.5), '{"x":0.5}'),
+        (Point(math.inf), '{"x":"Infinity"}'),
+        (Share(of=math.nan), '{"of":"NaN","about":null}'),
+        ([None, Share(of=-math.inf)], '[null,{"of":"-Infinity","about":null}]'),
         (None, "null"),
     ],
 )

@@ -72,6 +72,14 @@ def test_a_failure_is_tried_again() -> None:
     assert move == Retry(SLIP, 10.0, "E")
 
 
+def test_whoever_asks_for_it_is_left_alone_for_so_long() -> None:
+    """The wait of the policy is the shortest; another one that ends behind the deadline isn't begun."""
+    policy = RetryPolicy(attempts=3, base=10, cap=20, jitter=0)
+    assert route(SLIP, Failed("E", 1, policy, after=90.0), 0.0) == Retry(SLIP, 90.0, "E")
+    assert route(SLIP, Failed("E", 1, policy, after=5.0), 0.0) == Retry(SLIP, 10.0, "E")
+    assert isinstance(route(replace(SLIP, deadline=60.0), Failed("E", 1, policy, after=90.0), 0.0), Finish)
+
+
 def test_the_last_failure_ends_a_run_with_nothing_to_undo() -> None:
     """failed means that nothing had to be undone."""
     move = route(SLIP, Failed("E", 1, ONCE), 0.0)

@@ -167,6 +167,22 @@ def test_added_steps_are_counted_under_their_parent(names: list[str], first: int
     assert identify(names, taken={"p", "q"}, parent="p", first=first) == added
 
 
+def test_a_chain_of_steps_that_add_each_other_may_have_any_length() -> None:
+    """Each has an id of its own that is no longer than any, the same again when the chain is made again."""
+
+    def chain() -> list[str]:
+        ids = ["poll"]
+        for _ in range(1000):
+            ids.append(identify(["one", "two"], taken=set(ids), parent=ids[-1])[1].id)
+        return ids
+
+    ids = chain()
+    assert ids == chain()
+    assert len(set(ids)) == 1001
+    assert max(map(len, ids)) <= 200
+    assert ids[:3] == ["poll", "poll.2", "poll.2.2"]
+
+
 @pytest.mark.parametrize(
     ("fields", "error"),
     [

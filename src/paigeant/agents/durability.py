@@ -30,7 +30,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
-from collections.abc import AsyncIterable, Callable, Generator, Mapping
+from collections.abc import AsyncIterable, Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -66,6 +66,7 @@ from pydantic_ai.durable_exec import (
 from pydantic_ai.durable_exec._operation_backend import _IN_DURABLE_UNIT, DurableOperationBackend
 from pydantic_ai.durable_exec._toolset import DurableMCPToolset
 from pydantic_ai.exceptions import (
+    FallbackExceptionGroup,
     ModelConnectionError,
     ModelHTTPError,
     ModelQuotaExceededError,
@@ -80,11 +81,19 @@ from pydantic_ai.exceptions import (
 from pydantic_ai.external_events import external_event_scope
 from pydantic_ai.messages import AgentStreamEvent, ModelResponse, ToolCallPart
 from pydantic_ai.models import Model
+from pydantic_ai.models.instrumented import InstrumentedModel
 from pydantic_ai.output import OutputContext
 from pydantic_ai.run import AgentRunResult
 from pydantic_ai.tool_manager import ToolManager
 from pydantic_ai.tools import AgentDepsT
-from pydantic_ai.toolsets import FunctionToolset, ToolsetTool
+from pydantic_ai.toolsets import (
+    AbstractToolset,
+    DynamicToolset,
+    ExternalToolset,
+    FunctionToolset,
+    ToolsetTool,
+    WrapperToolset,
+)
 
 from paigeant import place as places
 from paigeant.agents.mcp import Reconnecting
@@ -100,7 +109,7 @@ from paigeant.agents.operations import (
     recorded_name,
     run_in_name,
 )
-from paigeant.agents.options import METADATA, ToolOptions, renamed
+from paigeant.agents.options import METADATA, InlineToolset, ToolOptions, renamed
 from paigeant.agents.people import Outside, asks_itself, decisions
 from paigeant.agents.usage import put_price
 from paigeant.clock import SystemClock, as_datetime
@@ -139,9 +148,10 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
     model's stream while it is read, and those of tools, each once; nothing of it on replay. `name` stands for the
     agent's own. `model_retries` (a number of further tries, or a RetryPolicy) and `model_timeout` (seconds for each
     try) hold for model requests that aren't streamed; only errors that may pass are tried again, not before the time
-    that the provider asks for, and not at all if that is longer than the policy's `cap`. `sequential`: tools of one
-    response are called one after the other. Tools that need approval, or an answer from outside, ask by requests of
-    the run, for `ask_timeout` seconds or for as long as it takes, unless the agent has a way of its own for that.
+    that the provider asks for; if that is longer than the policy's `cap`, the step's next attempt waits. `sequential`:
+    tools of one response are called one after the other. Tools that need approval, or an answer from outside, ask by
+    requests of the run, for `ask_timeout` seconds or for as long as it takes, unless the agent has a way of its own for
+    that.
     """
 
     engine_spec: ClassVar[DurabilityEngineSpec] = DurabilityEngineSpec(
@@ -262,6 +272,9 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             with suppress(Exception):  # the error that there is says more
                 await place.settled()
             raise
+        except _EXITS as exc:
+            # Of a model, a hook, an output function. Whoever has run the agent gets it from the library as it was.
+            raise _no_exit(f"agent '{self.name}'", exc) from exc
         finally:
             PROGRESS.reset(token)
             CALL.reset(call)
@@ -287,9 +300,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
                 place, f"{self.name}__inline:{recorded_name(call)}", ctx, call.tool_call_id
             ).entered():
                 return await handler(args)
-        except SystemExit as exc:
-            # It runs in a task of its own, from where this would end the event loop, and the worker with all its steps.
-            raise RuntimeError(f"tool '{call.tool_name}' ended with SystemExit({exc.code!r})") from exc
+        except _EXITS as exc:
+            raise _no_exit(f"tool '{call.tool_name}'", exc) from exc
         finally:
             CALL.reset(token)
 
@@ -316,7 +328,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         place = current_place()
         if place is not None and (progress := PROGRESS.get()) is not None:
             progress.deferred = requests
-        if place is None or asks_itself(self.agent):
+        if place is None or asks_itself(self.agent, ctx):
             return None
         return await decisions(place, self.name, ctx, requests, self._ask_timeout)
 
@@ -366,6 +378,31 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         built.__class__ = Reconnecting  # the library makes one of a fixed class
         return built
 
+    def _wrap_other_leaf_toolset(self, ts: AbstractToolset[AgentDepsT]) -> WrapperToolset[AgentDepsT] | None:
+        if isinstance(ts, (ExternalToolset, InlineToolset)):
+            return None
+        # The library records none of a kind that it doesn't know, and says nothing. Of one that a function gives it
+        # knows as little: what it offers and what its tools give are records, and it is entered where one needs it.
+        built = self._build_dynamic_toolset(DynamicToolset(ts.for_run, per_run_step=False, id=ts.id))
+        built.wrapped = ts
+        return built
+
+    def _reject_runtime_toolsets(self, toolset: AbstractToolset[AgentDepsT]) -> None:
+        super()._reject_runtime_toolsets(toolset)
+        if self.in_durable_context:
+            toolset.apply(self._reject_unknown)
+
+    def _reject_unknown(self, leaf: AbstractToolset[AgentDepsT]) -> None:
+        """Raise UserError for a toolset that comes with a run, of a kind of which the library says nothing."""
+        if isinstance(leaf, (FunctionToolset, WrapperToolset, ExternalToolset, InlineToolset)):
+            return
+        known = self._toolsets_by_id.get(leaf.id or "")
+        if known is None or known.wrapped is not leaf:
+            raise UserError(
+                f"{leaf.label} comes with a run of agent '{self.name}', or with an override, and so its calls would "
+                "not be recorded; give it to the agent where that is made: Agent(..., toolsets=[...])"
+            )
+
     def _toolset_names(self) -> list[str]:
         return [
             f"{kind}__{name}"
@@ -375,9 +412,11 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
 
     def _delay_of_model(self, number: int, error: Exception) -> float | None:
         policy = self._model_policy
-        if number >= policy.attempts or not _may_pass(error):
+        # Of several models that were asked in turn each has failed in a way of its own: one that may answer is enough.
+        passing = [each for each in _failures(error) if _may_pass(each)]
+        if number >= policy.attempts or not passing:
             return None
-        asked = getattr(error, "retry_after", None) or 0.0
+        asked = min(getattr(each, "retry_after", None) or 0.0 for each in passing)
         return None if asked > policy.cap else max(asked, policy.next_delay(number, chance=0.0))
 
     def _bind_to_agent(self, agent: AbstractAgent[AgentDepsT, Any]) -> None:
@@ -438,13 +477,18 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return known
 
     def _registered_model_id(self, model: Model) -> tuple[bool, str | None]:
-        return (True, None) if model is self._override() else super()._registered_model_id(model)
+        override = self._override()
+        first = [] if override is None else [("default", override)]
+        for model_id, registered in (*first, *self._models_by_id.items()):
+            if model is registered or model is _plain(registered):
+                return True, None if model_id == "default" else model_id
+        return False, None
 
     async def _resolve_model_for_request(
         self, model_id: str | None, run_context: RunContext[AgentDepsT]
     ) -> Model:
         override = self._override() if model_id is None else None
-        return override or await super()._resolve_model_for_request(model_id, run_context)
+        return _plain(override or await super()._resolve_model_for_request(model_id, run_context))
 
     def _override(self) -> Model | None:
         """The model that `agent.override(model=...)` puts in place of the agent's own, as tests do."""
@@ -474,6 +518,26 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             EVENT_OF.reset(token)
 
 
+def _plain(model: Model) -> Model:
+    """The model that the library asks: of one that tells spans itself, as Logfire makes it, that within.
+
+    What tells the spans then is a capability that the library adds to the run.
+    """
+    return model.wrapped if isinstance(model, InstrumentedModel) else model
+
+
+_EXITS = (SystemExit, KeyboardInterrupt)
+
+
+def _no_exit(what: str, error: BaseException) -> RuntimeError:
+    """The error that stands for one of `_EXITS`, which would end the event loop, and the worker with all its steps.
+
+    So it is in the tasks that the library begins for tools and for what goes around a run.
+    """
+    code = repr(error.code) if isinstance(error, SystemExit) else ""
+    return RuntimeError(f"{what} ended with {type(error).__name__}({code})")
+
+
 @contextmanager
 def _no_unit() -> Generator[None]:
     """The code inside is no unit: an agent within a tool is as durable as any other, and may wait for somebody."""
@@ -498,6 +562,15 @@ def _told_mode() -> str:
 
 def _are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:
     return len(these) == len(those) and all(one is other for one, other in zip(these, those, strict=True))
+
+
+def _failures(error: Exception) -> Iterator[Exception]:
+    """The errors of the models that were asked: of each of them where one stood in for the other."""
+    if isinstance(error, FallbackExceptionGroup):
+        for each in error.exceptions:
+            yield from _failures(each)
+    else:
+        yield error
 
 
 def _may_pass(error: Exception) -> bool:

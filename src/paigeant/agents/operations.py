@@ -215,10 +215,8 @@ class Operations(CallableOperationBackend[Unit]):
         usage = None if caller is None else caller.usage
         if not place.is_unit and place.outer is not None and isinstance(operation_id, ToolsetCallToolId):
             place = place.outer  # a call that is recorded is a unit itself: it needs no place for its effects
-        if calls_tool and ctx is not None and progress.was:
-            now = ctx.tool_name or ""
-            if (was := progress.was.get((ctx.tool_call_id or "", now))) is not None:
-                name = f"{name.removesuffix(now)}{was}"
+        if calls_tool and ctx is not None and (recorded := _called(ctx, progress)) is not None:
+            name = f"{name.removesuffix(ctx.tool_name or '')}{recorded}"
         identity = _identity(place, name, ctx, cache_key, progress.line)
         unit = place.name(identity)
         number = 1
@@ -402,6 +400,18 @@ def recorded_name(call: ToolCallPart) -> str:
     """What the tool of a call is called in the names of units: as it was when the call was recorded."""
     progress, tool = PROGRESS.get(), call.tool_name
     return tool if progress is None else progress.was.get((call.tool_call_id, tool), tool)
+
+
+def _called(ctx: RunContext[Any], progress: Progress) -> str | None:
+    """What a tool is called in the name of a unit of its; None where that is what its own toolset calls it.
+
+    It is the name that the model has said: its answer is what tells, later, which units there must be. A toolset around
+    the tool's own may give it another one.
+    """
+    call = CALL.get()
+    if call is not None and call.tool_call_id == ctx.tool_call_id:
+        return recorded_name(call)
+    return progress.was.get((ctx.tool_call_id or "", ctx.tool_name or ""))
 
 
 def line() -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from pydantic_ai import ToolDefinition
+from pydantic_ai.toolsets import AbstractToolset
 
 from paigeant.clock import is_duration
 from paigeant.errors import InvalidDefinition, nearest
 from paigeant.retry import RetryPolicy
 
-__all__ = ["METADATA", "ToolOptions", "renamed"]
+__all__ = ["METADATA", "InlineToolset", "ToolOptions", "renamed"]
 
 METADATA = "paigeant"
 """The key of a tool's metadata whose value says how calls of it are recorded."""
@@ -86,6 +88,10 @@ class ToolOptions:
 
 
 _DEFAULT = ToolOptions()
+
+
+class InlineToolset(AbstractToolset[Any]):
+    """A toolset of ours that a run brings along, whose calls are done again by each attempt and aren't recorded."""
 
 
 def renamed(tools: Mapping[str, ToolOptions]) -> dict[str, str]:

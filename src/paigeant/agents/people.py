@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, get_args
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter, ValidationError
 from pydantic_ai import DeferredToolRequests, DeferredToolResults, RunContext, ToolApproved, ToolDenied
 from pydantic_ai._run_context import get_current_run_context
 from pydantic_ai.agent import AbstractAgent
@@ -22,10 +22,13 @@ from pydantic_core import from_json, to_json
 
 from paigeant.agents.operations import CALL, PROGRESS, line, recorded_name, run_in_name
 from paigeant.codec import storable
-from paigeant.errors import OutsideStep, RequestDenied, WaitTimeout
+from paigeant.errors import InputInvalid, OutsideStep, RequestDenied, WaitTimeout
 from paigeant.place import Place, Unit, current_place
 
-__all__ = ["Outside", "asks_itself", "decisions"]
+__all__ = ["Outside", "asks_itself", "check_answer", "decisions"]
+
+_RESULTS = TypeAdapter(DeferredToolResults)
+_RESULTS_NAME = DeferredToolResults.__name__
 
 
 def _json(value: object) -> bytes:
@@ -33,12 +36,15 @@ def _json(value: object) -> bytes:
     return to_json(value, inf_nan_mode="strings")
 
 
-def asks_itself(agent: AbstractAgent[Any, Any] | None) -> bool:
-    """Whether an agent has its own way with calls that need somebody outside: to end with them, or to ask by itself."""
-    if agent is None:
-        return False
-    asks = any(isinstance(part, RequestInput) for part in leaf_capabilities(agent.root_capability))
-    return asks or _holds(agent.output_type)
+def asks_itself(agent: AbstractAgent[Any, Any] | None, ctx: RunContext[Any]) -> bool:
+    """Whether a run has its own way with calls that need somebody outside: to end with them, or to ask by itself.
+
+    Of an output type that is given to the run alone an engine hears nothing.
+    """
+    asks = ctx.root_capability is not None and any(
+        isinstance(part, RequestInput) for part in leaf_capabilities(ctx.root_capability)
+    )
+    return asks or (agent is not None and _holds(agent.output_type))
 
 
 def _holds(output: Any) -> bool:
@@ -97,19 +103,57 @@ async def _decision(
     return (ToolDenied(reason) if reason else ToolDenied()), by
 
 
-def _wanted_for() -> dict[str, Any]:
+def _wanted_for(name: str, ctx: RunContext[Any] | None) -> dict[str, Any]:
     """The calls that a wait for something outside is about: that of the tool which waits, or the deferred ones."""
     if (call := CALL.get()) is not None:
         return {"tool": call.tool_name, "arguments": call.args_as_dict()}
     progress = PROGRESS.get()
     if progress is None or progress.deferred is None:
         return {}
-    calls = [*progress.deferred.approvals, *progress.deferred.calls]
+    deferred = progress.deferred
     return {
+        **_answered_with(name, ctx),
         "calls": [
-            {"id": one.tool_call_id, "tool": one.tool_name, "arguments": one.args_as_dict()} for one in calls
-        ]
+            {
+                "id": one.tool_call_id,
+                "kind": deferred.kind(one.tool_call_id),
+                "tool": one.tool_name,
+                "arguments": one.args_as_dict(),
+            }
+            for one in (*deferred.approvals, *deferred.calls)
+        ],
     }
+
+
+def _answered_with(name: str, ctx: RunContext[Any] | None) -> dict[str, str]:
+    """What the answer to a wait for deferred calls has to be, if it is the RequestInput of this name that waits."""
+    parts = () if ctx is None or ctx.root_capability is None else leaf_capabilities(ctx.root_capability)
+    asks = any(isinstance(part, RequestInput) and part.name == name for part in parts)
+    return {"answer": _RESULTS_NAME} if asks else {}
+
+
+def check_answer(asked: Mapping[str, Any], value: object) -> None:
+    """Raise InputInvalid for an answer that whoever `asked` couldn't go on with: it would be recorded, and stay."""
+    if asked.get("answer") != _RESULTS_NAME:
+        return
+    wanted: dict[str, list[str]] = {"approvals": [], "calls": []}
+    for call in asked["calls"]:
+        wanted["approvals" if call["kind"] == "approval" else "calls"].append(call["id"])
+    expected = f"expected an object with an answer for each call: {_json(wanted).decode()}"
+    try:
+        results = _RESULTS.validate_python(value)
+    except ValidationError as exc:
+        wrong = exc.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in wrong["loc"])
+        raise InputInvalid(f"{place + ': ' if place else ''}{wrong['msg']}; {expected}") from exc
+    given = {"approvals": sorted(results.approvals), "calls": sorted(results.calls)}
+    if given != {shelf: sorted({*ids}) for shelf, ids in wanted.items()}:
+        raise InputInvalid(f"these calls are answered: {_json(given).decode()}; {expected}")
+    others = {*results.metadata, *results.answered_by}.difference(*wanted.values())
+    if others:
+        raise InputInvalid(
+            f"metadata and answered_by tell of calls that nobody asked about: {sorted(others)}"
+        )
 
 
 class Outside(ExternalEventWaiter):
@@ -127,7 +171,7 @@ class Outside(ExternalEventWaiter):
         ctx = get_current_run_context()
         about = "" if ctx is None else f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}{line()}"
         unit = place.name(storable(f"{self.agent}__external_event:{name}({about})"))
-        asked = _json({"agent": self.agent, "event": name, **_wanted_for()})
+        asked = _json({"agent": self.agent, "event": name, **_wanted_for(name, ctx)})
         request = await place.requested(unit, "external", storable(name), asked)
 
         seconds = None if timeout is None else timeout.total_seconds()

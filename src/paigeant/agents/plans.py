@@ -30,7 +30,7 @@ from pydantic_core import SchemaValidator, core_schema
 
 from paigeant import codec
 from paigeant.activity import MISSING, Activity, ActivityRegistry
-from paigeant.agents.options import METADATA
+from paigeant.agents.options import METADATA, InlineToolset
 from paigeant.context import StepContext
 from paigeant.errors import ArgumentError, InvalidDefinition, PaigeantError, PolicyViolation, nearest
 from paigeant.policy import ItineraryPolicy
@@ -274,7 +274,7 @@ class Plan(AbstractCapability[Any]):
 
 
 @dataclass(eq=False)
-class _Tools(AbstractToolset[Any]):
+class _Tools(InlineToolset):
     """`add_steps` and `finish_run`, as far as there is anything to add, or the run may be ended."""
 
     plan: Plan
