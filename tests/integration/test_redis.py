@@ -1115,6 +1115,21 @@ async def test_a_subscription_follows_a_slot_that_moves(opened: Open) -> None:
             await opened(cluster.nodes[0].url)
 
 
+async def test_a_slot_may_move_to_a_node_that_is_new(opened: Open) -> None:
+    """A cluster grows: while a topic's first keys are on their way to a node that served nothing before, messages are
+    taken there, and the same iterator finds them."""
+    with redis_cluster() as cluster, cluster.joined() as new:
+        transport = await opened(cluster.url)
+        async with Listening(transport) as listening:
+            await transport.publish("work", message("before"))
+            await listening.wait_for("before")
+            end = await asyncio.to_thread(cluster.hand_over, transport.stream_key("work"), new)
+            await transport.publish("work", message("meanwhile"))
+            await asyncio.to_thread(end)
+            await publish_until_taken(transport, message("after"))
+            await listening.wait_for("meanwhile", "after")
+
+
 async def test_a_subscription_outlives_a_cluster_node(opened: Open) -> None:
     """A node that is killed and comes back is used again."""
     with redis_cluster() as cluster:

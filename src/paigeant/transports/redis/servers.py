@@ -10,6 +10,7 @@ from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.cluster import PRIMARY
 from redis.exceptions import AskError, ClusterDownError, MovedError, TryAgainError
 from redis.exceptions import TimeoutError as TimedOut
 
@@ -28,6 +29,23 @@ _SENTINEL_SECONDS = 2.0
 
 _MOVED = (MovedError, AskError, TryAgainError, ClusterDownError, TimedOut, *LOST)
 """After these errors a key may be on another node of the cluster."""
+
+
+class _Cluster(RedisCluster):
+    """redis-py's client of a cluster, for one to which nodes come."""
+
+    def get_node(
+        self, host: str | None = None, port: int | None = None, node_name: str | None = None
+    ) -> ClusterNode | None:
+        found = super().get_node(host, port, node_name)
+        if found is None and node_name:
+            # A node to which the first of its slots is just moving. It is where the other one says that the key is, and
+            # serves nothing yet, so that the library doesn't know it, and ends in an AttributeError.
+            name, _, number = node_name.rpartition(":")
+            manager = self.nodes_manager
+            found = ClusterNode(name, int(number), PRIMARY, **manager.connection_kwargs)
+            manager.set_nodes(manager.nodes_cache, {found.name: found})
+        return found
 
 
 class Servers:
@@ -68,7 +86,7 @@ class Servers:
         options.pop("db", None)
         nodes = [ClusterNode(name, port) for name, port in self.place.nodes]
         try:
-            self._cluster = RedisCluster(startup_nodes=nodes, **options)
+            self._cluster = _Cluster(startup_nodes=nodes, **options)
         except TypeError as exc:
             raise ConfigurationError(f"transport_url has a parameter that no cluster takes: {exc}") from exc
         await self._cluster.initialize()
