@@ -1170,6 +1170,22 @@ async def test_a_subscription_follows_a_failover_of_the_cluster(opened: Open) ->
             assert cluster.primary(transport.stream_key("work")) is not primary
 
 
+async def test_a_cluster_is_found_again_at_other_addresses(opened: Open) -> None:
+    """All nodes come back elsewhere, as pods do: the name in the URL leads to them, and all goes on there."""
+    async with contextlib.AsyncExitStack() as stack:
+        name = stack.enter_context(Proxy("127.0.0.1", free_port()))
+        with redis_cluster() as cluster:
+            name.target = (cluster.nodes[0].host, cluster.nodes[0].port)
+            transport = await opened(f"redis://{name.host}:{name.port}?cluster=true")
+            listening = await stack.enter_async_context(Listening(transport))
+            await transport.publish("work", message("before"))
+            await listening.wait_for("before")
+        cluster = stack.enter_context(redis_cluster())
+        name.target = (cluster.nodes[1].host, cluster.nodes[1].port)
+        await publish_until_taken(transport, message("after"))
+        await listening.wait_for("after")
+
+
 async def test_closing_leaves_no_connection_to_a_cluster(opened: Open) -> None:
     """Also after a node has failed, a closed transport has no connection to the others."""
     async with contextlib.AsyncExitStack() as stack:

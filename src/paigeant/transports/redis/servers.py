@@ -32,7 +32,18 @@ _MOVED = (MovedError, AskError, TryAgainError, ClusterDownError, TimedOut, *LOST
 
 
 class _Cluster(RedisCluster):
-    """redis-py's client of a cluster, for one to which nodes come."""
+    """redis-py's client of a cluster, for one whose nodes come and go."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._named = dict(self.nodes_manager.startup_nodes)
+
+    async def initialize(self, *args: Any, **options: Any) -> RedisCluster:
+        # The library goes by the addresses that it has found and forgets those that it was given. Where all nodes come
+        # back at others, as pods do, only the names that were given lead to them.
+        for name, node in self._named.items():
+            self.nodes_manager.startup_nodes.setdefault(name, node)
+        return await super().initialize(*args, **options)
 
     def get_node(
         self, host: str | None = None, port: int | None = None, node_name: str | None = None
