@@ -1097,6 +1097,8 @@ async def test_a_subscription_follows_the_sentinels(opened: Open) -> None:
         with pytest.raises(TransportUnavailable, match="'other'") as caught:
             await opened(unknown)
         assert servers.password not in str(caught.value)
+        with pytest.raises(ConfigurationError, match=r"is a sentinel.*sentinel=name"):
+            await opened(f"redis://127.0.0.1:{servers.sentinel.port}/0")
 
 
 async def test_a_subscription_follows_a_slot_that_moves(opened: Open) -> None:
@@ -1215,6 +1217,12 @@ async def test_one_server_is_no_cluster(server: RedisServer) -> None:
     """cluster=true for a server that is none is said to be wrong."""
     with pytest.raises(ConfigurationError, match="no cluster"):
         await RedisStreamTransport(f"{server.url}?cluster=true").connect()
+
+
+async def test_a_server_is_no_sentinel(server: RedisServer) -> None:
+    """sentinel= with the address of a server is said to be wrong, and not waited for."""
+    with pytest.raises(ConfigurationError, match=r"is no sentinel.*without sentinel=main"):
+        await RedisStreamTransport(f"{server.url}?sentinel=main").connect()
 
 
 async def test_many_namespaces_share_a_server(redis_url: str, opened: Open) -> None:

@@ -66,6 +66,11 @@ def refusal(exc: BaseException, place: Place) -> ConfigurationError | TransportU
         return ConfigurationError(
             f"redis at {place.where} is no cluster; remove cluster=true from transport_url"
         )
+    if place.service is not None and "SENTINEL" in text and "unknown command" in text:
+        return ConfigurationError(
+            f"one of redis at {place.where} is no sentinel; name sentinels in transport_url (their port is 26379 "
+            f"mostly), or the primary itself without sentinel={place.service}"
+        )
     return TransportUnavailable(explained(exc, place))
 
 
