@@ -230,6 +230,30 @@ async def test_a_frozen_broker_is_told_from_a_working_one(server: RabbitServer) 
         await listener.until("third", RECOVERY)
 
 
+async def test_a_frozen_broker_ends_nobody_s_task(server: RabbitServer) -> None:
+    """Who waits for an answer when the heartbeats stop gets our error and no cancel: a sweep that asks what waits, one
+    that connects again, and an iteration in which nothing is settled, which goes on."""
+    async with opened(f"{server.url}?heartbeat=1") as transport:
+        for number in range(3):
+            await transport.publish("work", message(f"m-{number}"))
+        messages = transport.subscribe("work")
+        async with contextlib.aclosing(messages):  # type: ignore[type-var]  # a generator
+            seen = [(await anext(messages)).message_id]
+            server.freeze()
+            try:
+                following = asyncio.ensure_future(anext(messages))  # asks for more: nothing is settled
+                results = await asyncio.gather(
+                    transport.topics(["work"]), transport.connect(), return_exceptions=True
+                )
+            finally:
+                server.thaw()
+            assert [type(result) for result in results] == [TransportUnavailable] * 2
+            async with asyncio.timeout(30):
+                seen.append((await following).message_id)
+                while set(seen) != {"m-0", "m-1", "m-2"}:
+                    seen.append((await anext(messages)).message_id)
+
+
 async def test_a_closed_transport_ends_its_publishes(rabbitmq_url: str) -> None:
     """Who publishes while the transport is closed gets our error, not a cancellation that nobody asked for."""
     async with opened(rabbitmq_url) as transport:

@@ -16,9 +16,10 @@ from pamqp.commands import Basic
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.transports.rabbitmq.link import (
     OPEN_SECONDS,
+    Closed,
     Link,
     Single,
-    is_cancelled,
+    closings,
     place,
     throwaway,
     underlay,
@@ -47,11 +48,12 @@ class Publisher:
         Raises TransportUnavailable, ConfigurationError.
         """
         try:
-            async with asyncio.timeout(OPEN_SECONDS):
-                if self._channel is None or self._channel.is_closed:
-                    await self._single.get()  # tells a wrong setting; `_ready` puts it down to the broker
-                await self._ready(queue)
-                await check_rights(await self._link.open(), trial)
+            with closings():
+                async with asyncio.timeout(OPEN_SECONDS):
+                    if self._channel is None or self._channel.is_closed:
+                        await self._single.get()  # tells a wrong setting; `_ready` puts it down to the broker
+                    await self._ready(queue)
+                    await check_rights(await self._link.open(), trial)
         except CONNECTION_EXCEPTIONS as exc:
             raise self._unavailable(exc) from exc
 
@@ -92,10 +94,11 @@ class Publisher:
     async def _sent(self, queue: Queue, properties: Basic.Properties, body: bytes, *, again: bool) -> bool:
         channel = None
         try:
-            channel = await self._ready(queue)
-            await channel.basic_publish(
-                body, routing_key=queue.name, properties=properties, mandatory=True, wait=False
-            )
+            with closings():
+                channel = await self._ready(queue)
+                await channel.basic_publish(
+                    body, routing_key=queue.name, properties=properties, mandatory=True, wait=False
+                )
         except PublishError as exc:
             self._declared.discard(queue.name)
             if channel is not None and channel is self._channel:
@@ -114,39 +117,35 @@ class Publisher:
                 f"recover, delete it (rabbitmqctl delete_queue {queue.name}): it is declared anew"
             ) from exc
         except CONNECTION_EXCEPTIONS as exc:
-            if not again:
+            if not again or isinstance(exc, Closed):  # perhaps by `close`, after which none is to be opened
                 raise self._unavailable(exc) from exc
             return False
-        except asyncio.CancelledError as exc:
-            if is_cancelled():
-                raise
-            raise self._unavailable(exc) from exc  # the connection was closed meanwhile
-        except Exception as exc:
-            # This very type is what aiormq raises when somebody closes it without a reason.
-            if type(exc) is not Exception:
-                raise
-            raise self._unavailable(exc) from exc
         self._confirmed_at = time.monotonic()
         return True
 
     async def counts(self, names: Collection[str]) -> list[int]:
         """How many messages wait in each of these queues; 0 for one that isn't there."""
-        found = []
         try:
-            async with asyncio.timeout(OPEN_SECONDS), contextlib.AsyncExitStack() as stack:
-                connection = await self._link.open()
-                channel: AbstractChannel | None = None
-                for name in names:
-                    if channel is None:
-                        channel = await stack.enter_async_context(throwaway(connection))
-                    try:
-                        queue = await channel.declare_queue(name, passive=True)
-                        found.append(queue.declaration_result.message_count or 0)
-                    except ChannelNotFoundEntity:
-                        found.append(0)
-                        channel = None  # RabbitMQ has closed it
+            with closings():
+                async with asyncio.timeout(OPEN_SECONDS):
+                    return await self._counts(names)
         except CONNECTION_EXCEPTIONS as exc:
             raise self._unavailable(exc) from exc
+
+    async def _counts(self, names: Collection[str]) -> list[int]:
+        found = []
+        async with contextlib.AsyncExitStack() as stack:
+            connection = await self._link.open()
+            channel: AbstractChannel | None = None
+            for name in names:
+                if channel is None:
+                    channel = await stack.enter_async_context(throwaway(connection))
+                try:
+                    queue = await channel.declare_queue(name, passive=True)
+                    found.append(queue.declaration_result.message_count or 0)
+                except ChannelNotFoundEntity:
+                    found.append(0)
+                    channel = None  # RabbitMQ has closed it
         return found
 
     async def _ready(self, queue: Queue) -> aiormq.Channel:
