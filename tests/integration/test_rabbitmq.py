@@ -19,6 +19,7 @@ import pytest
 from pamqp.commands import Basic
 from tests.integration.workers import working
 from tests.services import RabbitServer, free_port
+from tests.services.proxy import Proxy
 
 from paigeant import ActivityRegistry, Paigeant, Settings
 from paigeant.errors import ConfigurationError, TransportUnavailable
@@ -638,6 +639,23 @@ async def test_a_right_that_lacks_is_told_at_the_start(server: RabbitServer, wri
         await transport.connect()
     await transport.close()
     await delete(server.url, *transport.queues.names)
+
+
+async def test_a_failed_start_leaves_no_connection(server: RabbitServer) -> None:
+    """Whoever opens an application again and again until it may has no more connections than before."""
+    await asyncio.to_thread(server.ctl, "add_user", "barred", "word")
+    await asyncio.to_thread(server.ctl, "set_permissions", "barred", "^$", "^$", "^$")
+    url = f"amqp://barred:word@127.0.0.1:{server.port}/"
+    with Proxy(server.host, server.port) as proxy:
+        settings = Settings(transport_url=proxy.url(url), store_url="sqlite:///store.db", signing="off")
+        for _ in range(3):
+            with pytest.raises(ConfigurationError, match="may not declare"):
+                async with Paigeant(settings):
+                    pass
+        assert proxy.connections == 3
+        async with asyncio.timeout(RECOVERY):
+            while proxy.open_connections:  # noqa: ASYNC110  # nobody tells when
+                await asyncio.sleep(0.01)
 
 
 async def test_wrong_passwords_are_told(server: RabbitServer) -> None:
