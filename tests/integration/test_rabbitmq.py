@@ -26,7 +26,7 @@ from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
-from paigeant.transports.rabbitmq import RabbitMQTransport, feed, publisher
+from paigeant.transports.rabbitmq import RabbitMQTransport, feed, publisher, queues
 from paigeant.transports.rabbitmq.queues import declare
 
 RECOVERY = 10.0
@@ -294,12 +294,29 @@ async def test_a_consumer_that_the_broker_has_forgotten_is_noticed(rabbitmq_url:
                     await listener.until(f"m-{turn}")
 
 
+async def test_wait_queues_that_are_over_are_forgotten(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that delays messages all its life remembers the wait queues of now, not those of each hour before."""
+    monkeypatch.setattr(queues, "_WAIT_SPAN", 0.1)
+    async with opened(rabbitmq_url) as transport:
+        names: set[str] = set()
+        async with asyncio.timeout(RECOVERY):
+            while len(names) < 20:
+                names.add(transport.queues.wait(transport.queues.topic("work"), 0.01).name)
+                await transport.publish("work", message(f"m-{len(names)}"), delay=0.01)
+        remembered = {*transport.queues.names, *transport._publisher._declared}
+        assert len(remembered & names) < 5
+        await delete(rabbitmq_url, *names)
+
+
 async def test_a_queue_deleted_under_its_publisher_is_made_anew(rabbitmq_url: str) -> None:
     """No message goes nowhere: what the broker returns is published again, into a new queue, delayed or not."""
     async with opened(rabbitmq_url) as transport:
         await transport.publish("work", message("gone"))
         await transport.publish("work", message("also gone"), delay=0.2)
-        await delete(rabbitmq_url, *transport.queues.names)
+        wait = transport.queues.wait(transport.queues.topic("work"), 0.2)
+        await delete(rabbitmq_url, *transport.queues.names, wait.name)
         together = [f"m-{number}" for number in range(20)]
         await asyncio.gather(*(transport.publish("work", message(each)) for each in [*together, "m-1"]))
         listener = Listener(transport)

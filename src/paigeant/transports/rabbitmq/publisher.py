@@ -38,7 +38,8 @@ class Publisher:
         self._channel: aiormq.Channel | None = None
         self._confirmed_at = 0.0
         self._single = Single(self._open)
-        self._declared: set[str] = set()
+        self._declared: dict[str, float] = {}
+        """The queues that are there, and until when that is sure."""
         self._declaring = asyncio.Lock()
         self._outstanding: set[str] = set()
 
@@ -100,7 +101,7 @@ class Publisher:
                     body, routing_key=queue.name, properties=properties, mandatory=True, wait=False
                 )
         except PublishError as exc:
-            self._declared.discard(queue.name)
+            self._declared.pop(queue.name, None)
             if channel is not None and channel is self._channel:
                 # A channel numbers what it sends to a quorum queue. One that is deleted and declared anew confirms what
                 # comes on an old channel, and waits for ever for what it takes to have come before.
@@ -156,14 +157,23 @@ class Publisher:
                 channel = await self._single.get()
             except ConfigurationError as exc:  # it has worked before: perhaps the broker is still starting
                 raise TransportUnavailable(str(exc)) from exc
-        if queue.name not in self._declared:
+        if not self._is_there(queue):
             async with self._declaring:
-                if queue.name not in self._declared:
+                if not self._is_there(queue):
                     await declare(await self._link.open(), queue)
-                    self._declared.add(queue.name)
+                    self._remember(queue)
         # Waits while an alarm blocks publishers: what isn't sent isn't doubled.
         await channel.connection.ready()
         return channel
+
+    def _is_there(self, queue: Queue) -> bool:
+        return self._declared.get(queue.name, 0.0) > time.monotonic()
+
+    def _remember(self, queue: Queue) -> None:
+        now = time.monotonic()
+        # Each hour has wait queues of its own, for each topic and delay: those of a worker's whole life would add up.
+        self._declared = {name: until for name, until in self._declared.items() if until > now}
+        self._declared[queue.name] = now + queue.lasts
 
     async def _open(self) -> aiormq.Channel:
         connection = await self._link.open()
