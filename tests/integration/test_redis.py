@@ -1126,10 +1126,11 @@ async def test_a_slot_may_move_to_a_node_that_is_new(opened: Open) -> None:
             await transport.publish("work", message("before"))
             await listening.wait_for("before")
             end = await asyncio.to_thread(cluster.hand_over, transport.stream_key("work"), new)
-            await transport.publish("work", message("meanwhile"))
+            meanwhile = [f"meanwhile-{n}" for n in range(600)]
+            await asyncio.gather(*(transport.publish("work", message(each)) for each in meanwhile))
             await asyncio.to_thread(end)
             await publish_until_taken(transport, message("after"))
-            await listening.wait_for("meanwhile", "after")
+            await listening.wait_for(*meanwhile, "after")
 
 
 async def test_a_subscription_outlives_a_cluster_node(opened: Open) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from redis.asyncio import Connection, ConnectionPool, RedisCluster, Sentinel, SSLConnection
@@ -27,7 +29,7 @@ ANSWER_SECONDS = 5.0
 _SENTINEL_SECONDS = 2.0
 """A sentinel that takes longer is passed over for the next one."""
 
-_MOVED = (MovedError, AskError, TryAgainError, ClusterDownError, TimedOut, *LOST)
+_MOVED = (MovedError, TryAgainError, ClusterDownError, TimedOut, *LOST)
 """After these errors a key may be on another node of the cluster."""
 
 
@@ -149,6 +151,16 @@ class Servers:
         except _MOVED:
             # The slow way knows how to follow the key, and learns the cluster's new shape by that.
             return await self._cluster.execute_command(*command)
+        except AskError as moving:
+            return await self._ask_ahead(moving, command)
+
+    async def _ask_ahead(self, moving: AskError, command: Sequence[str | bytes | int]) -> Any:
+        """The answer of the node to which the key is moving, which gives one to whoever says ASKING right before."""
+        assert self._cluster is not None
+        # Not by the library, which says it on one connection and asks on another one if it has two.
+        line = self._line(self._cluster.get_node(node_name=f"{moving.host}:{moving.port}"))
+        _, answer = await asyncio.gather(line.call(("ASKING",)), line.call(command))
+        return answer
 
     async def tell(self, key: str, *command: str | bytes | int) -> Any:
         """Like `ask`, for a command that is about that server and not about the key."""
@@ -157,7 +169,7 @@ class Servers:
     async def refresh(self, key: str) -> None:
         """Find out where `key` is now, after a connection to its server has failed."""
         if self._cluster is not None:
-            await self._cluster.execute_command("EXISTS", key)
+            await self.ask(key, "EXISTS", key)
 
     def connection(self, key: str) -> Any:
         """A connection, not yet open, to the server that has `key`."""
