@@ -1189,6 +1189,36 @@ async def test_a_cluster_is_found_again_at_other_addresses(opened: Open) -> None
         await listening.wait_for("after")
 
 
+async def test_a_cluster_takes_the_rights_of_the_guide(opened: Open) -> None:
+    """With them all works on each node, also while a slot moves. Whoever lacks some, or has a wrong password, is told
+    so, and not that it were no cluster."""
+    guide = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+    [(user, rules)] = re.findall(r"ACL SETUSER (\w+) (.+)", guide)
+    [more] = re.findall(r"On the nodes of a cluster it needs `(.+?)`", guide)
+    with redis_cluster() as cluster, cluster.joined() as new:
+        url = cluster.url.replace("redis://", f"redis://{user}:password@")
+
+        def permit(*rules: str) -> None:
+            for node in (*cluster.nodes, new):
+                with cluster.client(node) as client:
+                    client.execute_command("ACL SETUSER", user, *rules)
+
+        await asyncio.to_thread(permit, *rules.split())
+        with pytest.raises(ConfigurationError, match=f"refuses user '{user}'.*cluster"):
+            await opened(url, namespace="paigeant")
+        await asyncio.to_thread(permit, *more.split())
+        with pytest.raises(ConfigurationError, match=f"refuses user '{user}'"):
+            await opened(url.replace(":password@", ":wrong@"), namespace="paigeant")
+        transport = await opened(url, namespace="paigeant")
+        async with Listening(transport) as listening:
+            await transport.publish("work", message("m"))
+            await listening.wait_for("m")
+            end = await asyncio.to_thread(cluster.hand_over, transport.stream_key("work"), new)
+            await transport.publish("work", message("meanwhile"))
+            await asyncio.to_thread(end)
+            await listening.wait_for("meanwhile")
+
+
 async def test_closing_leaves_no_connection_to_a_cluster(opened: Open) -> None:
     """Also after a node has failed, a closed transport has no connection to the others."""
     async with contextlib.AsyncExitStack() as stack:
