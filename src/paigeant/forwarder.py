@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +18,7 @@ from paigeant.errors import MessageTooLarge, PaigeantError, StoreUnavailable, Tr
 from paigeant.message import JUST_BEGUN, SENT_FROM, MessageId, PaigeantMessage, encode
 from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import Compensation, Phase, RoutingSlip, Step, StepStatus
-from paigeant.store import NextStep, RunDetail, StepKey, Store
+from paigeant.store import NextStep, RunDetail, StepKey, StepRecord, Store
 from paigeant.transport import Posting, Transport
 from paigeant.values import value
 
@@ -198,10 +198,12 @@ class Forwarder:
         keys: Iterable[StepKey],
         unsent: Mapping[StepKey, str] = MappingProxyType({}),
         *,
+        covered: Collection[str] = (),
         token: SecretToken | None = None,
     ) -> dict[StepKey, str]:
         """Publish messages for ready steps, made from the store alone, and from a `token` that they are to carry.
 
+        Those that wait for long in `covered` topics, which have a message for each of their steps, mostly need none.
         Gives those that could not be sent because a server is away, with their topics: to be given back as `unsent`
         together with the next `keys`.
         """
@@ -222,6 +224,8 @@ class Forwarder:
                 if topic in away:
                     left[key] = topic
                     continue
+                if topic in covered and key not in unsent and not self._is_due_once_more(row, now):
+                    continue
                 message = message_of(detail, inline_bytes=self.inline_bytes)
                 if not self.envelope.may_send(message, topic):
                     continue  # others may, and their sweeps do
@@ -239,6 +243,9 @@ class Forwarder:
             except (PaigeantError, ValidationError) as exc:  # a slip of newer code is for that to send
                 log.warning("can't make a message for %s: %s", key, " ".join(str(exc).split()))
         return left
+
+    def _is_due_once_more(self, row: StepRecord, now: float) -> bool:
+        return ledger.is_due_once_more(due_at=row.due_at, now=now, grace=self.store.grace)
 
     async def may_wake(self, key: StepKey) -> bool:
         """Whether receivers would take a message for this step from this process. Raises RunNotFound."""

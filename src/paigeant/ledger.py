@@ -8,6 +8,7 @@ and the payload of a run from its rows alone: what a message carried is never ne
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,7 @@ __all__ = [
     "foreseen_for_record",
     "free",
     "grant",
+    "is_due_once_more",
     "is_resendable",
     "life",
     "pack_revision",
@@ -69,7 +71,7 @@ OPEN = frozenset({StepStatus.READY, StepStatus.RUNNING, StepStatus.WAITING})
 Patch = dict[str, Any]
 
 MOST_GRACES = 30
-"""A ready step is sent again at least every so many grace times, however long it has waited."""
+"""A ready step is looked at again at least every so many grace times, however long it has waited."""
 
 NEVER = 253_402_300_800.0
 """The instant (the year 10000) at which a step is to be woken that waits without an end."""
@@ -426,7 +428,8 @@ def free(key: StepKey, changes: Changes, *, now: float) -> None:
 def postpone(key: StepKey, changes: Changes, *, now: float, due_at: float, grace: float) -> None:
     """A ready step whose message is being sent now: the sweeper looks at it again after the grace time.
 
-    The longer nobody has claimed it since `due_at`, the later: it is sent at doubling intervals, up to 30 grace times.
+    The longer nobody has claimed it since `due_at`, the later: it is sent at doubling intervals, up to 30 grace times,
+    and beyond these where its message can't be lost, see `is_due_once_more`.
     A transport that can't tell a repeated message would else hold as many of each as its backlog has grace times.
     """
     changes.steps.append((key, {"wake_at": now + min(max(now - due_at, grace), MOST_GRACES * grace)}))
@@ -439,6 +442,18 @@ def is_resendable(*, wake_at: float, due_at: float, now: float, grace: float) ->
     max(wake_at - 30 graces, min(wake_at - grace, halfway from due_at to wake_at)).
     """
     return wake_at <= now + (MOST_GRACES - 1) * grace and wake_at + due_at <= 2 * (now - grace)
+
+
+def is_due_once_more(*, due_at: float, now: float, grace: float) -> bool:
+    """Whether a ready step is to be sent again though its topic has a message for each of its steps.
+
+    One of them is mostly its own, so it goes on at doubling intervals beyond 30 grace times: sent at those looks before
+    which its age has passed another power of two, at one or two of them. Else a topic that nobody serves would fill its
+    broker. Never sending it would be wrong: another step may have two.
+    """
+    age = now - due_at
+    before = age - 2 * MOST_GRACES * grace  # also of a sweep that is late by half of that
+    return before < grace or math.frexp(age / grace)[1] > math.frexp(before / grace)[1]
 
 
 def adopted(row: StepRecord, *, now: float, grace: float) -> StepRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Callable, Collection
 from itertools import islice
@@ -46,6 +47,8 @@ class Sweeper:
         self._chance = chance
         self._unsent: dict[StepKey, str] = {}
         self._empty: list[str] = []
+        self._covered: dict[str, int] = {}
+        """Topics that had a message for each step that waits when last looked at, and how many these were."""
         self._look_at = 0.0
 
     async def run(self) -> None:
@@ -80,7 +83,8 @@ class Sweeper:
             )
         # What a server's absence keeps from being sent is owed: the store takes it for sent, and offers it again only
         # after as long as it has waited.
-        unsent = await self.forwarder.send_again(swept.due, self._unsent)
+        covered = await self._still_covered() if swept.due else ()
+        unsent = await self.forwarder.send_again(swept.due, self._unsent, covered=covered)
         self._unsent = dict(islice(unsent.items(), _MOST_UNSENT))
         # Asked last, and for the next sweep: what dead workers held is freed however long a broker takes to answer.
         self._empty = await self._emptied()
@@ -96,23 +100,39 @@ class Sweeper:
         if now < self._look_at:
             return []
         self._look_at = now + self.store.grace * (0.75 + 0.5 * self._chance())
-        waiting = [
-            topic.topic
+        self._covered = {}
+        waiting = {
+            topic.topic: topic.ready + topic.later
             for topic in await self.store.open_topics()
             if topic.oldest is not None and topic.oldest > self.store.grace
-        ]
+        }
         if not waiting:
             return []
         try:
-            there = {
-                depth.topic
-                for depth in await self.forwarder.transport.topics(waiting)
-                if depth.waiting or depth.taken
-            }
+            depths = {depth.topic: depth for depth in await self.forwarder.transport.topics(list(waiting))}
         except PaigeantError as exc:
             log.warning("can't tell which topics are empty: %s", exc)
             return []
-        return [topic for topic in waiting if topic not in there]
+        self._covered = {
+            topic: steps
+            for topic, steps in waiting.items()
+            if topic in depths and depths[topic].waiting >= steps
+        }
+        return [
+            topic
+            for topic in waiting
+            if topic not in depths or not (depths[topic].waiting or depths[topic].taken)
+        ]
+
+    async def _still_covered(self) -> set[str]:
+        """Those that are covered now: what a broker has lost since the last look is to be sent at once."""
+        if not self._covered:
+            return set()
+        try:
+            depths = await self.forwarder.transport.topics(list(self._covered))
+        except PaigeantError:  # publishing will tell what is wrong
+            return set()
+        return {depth.topic for depth in depths if depth.waiting >= self._covered.get(depth.topic, math.inf)}
 
     async def _gone(self) -> list[str]:
         """Workers of this host whose process has ended: no need to wait for their lease."""

@@ -49,7 +49,10 @@ class Transport(Protocol):
     """Moves messages from whoever publishes to one of those who subscribe to the topic."""
 
     async def connect(self) -> None:
-        """Open it. Raises TransportUnavailable when that isn't possible; connecting twice is harmless."""
+        """Open it. Raises TransportUnavailable when that isn't possible, and leaves nothing open then.
+
+        Connecting twice is harmless.
+        """
         ...
 
     async def close(self) -> None:

@@ -18,6 +18,7 @@ from tests.services.programs import program
 __all__ = ["Cluster", "Sentinels", "redis_cluster", "redis_sentinels", "redis_tls", "wait_until"]
 
 _LIMIT = 60.0
+_NODE = ["cluster-enabled yes", "cluster-node-timeout 1000"]
 _LAST_PORT = 22_000  # of a node: 10,000 above begin the ports of outgoing connections
 
 
@@ -62,28 +63,50 @@ class Cluster:
 
     def move_slot(self, key: str) -> None:
         """Move the slot of `key`, with all that is in it, from the node that has it to the next one."""
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(self.client(node)) for node in self.nodes]
-            slot = clients[0].execute_command("CLUSTER KEYSLOT", key)
-            names = [client.execute_command("CLUSTER MYID") for client in clients]
-            source = self.nodes.index(self.primary(key))
-            target = (source + 1) % len(self.nodes)
-            clients[target].execute_command("CLUSTER SETSLOT", slot, "IMPORTING", names[source])
-            clients[source].execute_command("CLUSTER SETSLOT", slot, "MIGRATING", names[target])
-            while keys := clients[source].execute_command("CLUSTER GETKEYSINSLOT", slot, 100):
-                there = self.nodes[target]
-                clients[source].execute_command("MIGRATE", there.host, there.port, "", 0, 5000, "KEYS", *keys)
-            for client in (clients[target], clients[source], *clients):
-                client.execute_command("CLUSTER SETSLOT", slot, "NODE", names[target])
+        source = self.nodes.index(self.primary(key))
+        self.hand_over(key, self.nodes[(source + 1) % len(self.nodes)])()
+
+    def hand_over(self, key: str, target: RedisServer) -> Callable[[], None]:
+        """Begin to move the slot of `key` to `target`, where all that is in it is then; gives what ends the move."""
+        source = self.primary(key)
+        with self.client(source) as giver, self.client(target) as taker:
+            slot = giver.execute_command("CLUSTER KEYSLOT", key)
+            giving, taking = (each.execute_command("CLUSTER MYID") for each in (giver, taker))
+            taker.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", giving)
+            giver.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", taking)
+            while keys := giver.execute_command("CLUSTER GETKEYSINSLOT", slot, 100):
+                giver.execute_command("MIGRATE", target.host, target.port, "", 0, 5000, "KEYS", *keys)
+
+        def end() -> None:
+            for node in dict.fromkeys((target, source, *self.nodes)):
+                with self.client(node) as client:
+                    client.execute_command("CLUSTER SETSLOT", slot, "NODE", taking)
+
+        return end
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[RedisServer]:
+        """One more node, which serves no slot yet."""
+        with RedisServer(port=_node_port(), lines=_NODE) as node, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(self.client(each)) for each in (*self.nodes, node)]
+            clients[-1].execute_command("CLUSTER MEET", self.nodes[0].host, self.nodes[0].port)
+            wait_until(
+                lambda: all(
+                    (found := client.execute_command("CLUSTER INFO"))["cluster_state"] == "ok"
+                    and int(found["cluster_known_nodes"]) == len(clients)
+                    for client in clients
+                ),
+                "all know the new node",
+            )
+            yield node
 
 
 @contextlib.contextmanager
 def redis_cluster(*, replicas: int = 0) -> Iterator[Cluster]:
     """A cluster of three primaries, each with so many replicas, ready for use."""
-    lines = ["cluster-enabled yes", "cluster-node-timeout 1000"]
     with contextlib.ExitStack() as stack:
         nodes = [
-            stack.enter_context(RedisServer(port=_node_port(), lines=lines)) for _ in range(3 + 3 * replicas)
+            stack.enter_context(RedisServer(port=_node_port(), lines=_NODE)) for _ in range(3 + 3 * replicas)
         ]
         cluster = Cluster(nodes)
         addresses = [f"{node.host}:{node.port}" for node in nodes]

@@ -22,6 +22,7 @@ from paigeant.errors import InputInvalid
 from paigeant.message import MessageId
 from paigeant.observer import Event
 from paigeant.slip import RunStatus, StepStatus
+from paigeant.testing import ManualClock
 from paigeant.transports.rabbitmq import publisher
 from paigeant.transports.rabbitmq.queues import declare
 
@@ -212,3 +213,33 @@ async def test_a_step_whose_message_is_returned_stays_ready(
             async with working(app.worker(topics=["ship"])):
                 assert (await run.wait(60)).output == "A-1 shipped and billed"
     assert work.done == {"order": 1, "ship": 1, "bill": 1}
+
+
+async def test_steps_that_nobody_does_fill_no_broker(systems: Systems, clock: ManualClock) -> None:
+    """A topic without a worker has a few messages of each step however long it waits; where they lack they are sent.
+
+    The store goes by a clock that is set, so that hours of sweeps pass in a second.
+    """
+    settings = systems.settings("sqlite:///hours.db", grace=1.0)
+    async with Paigeant(settings, clock=clock, activities=Work().registry()) as app:
+        for _ in range(5):
+            await app.dispatch(flow, {"sku": "A-1"})
+        sweeper = app.worker(topics=["bill"]).sweeper
+
+        async def wait(graces: int) -> int:
+            for _ in range(graces // 10):
+                clock.advance(10.0)
+                await sweeper.sweep()
+            [depth] = await app.transport.topics(["order"])
+            return depth.waiting
+
+        before = await wait(1500)
+        assert before <= 5 * 20
+        async with asyncio.timeout(10):
+            taken = 0
+            async for message in app.transport.subscribe("order", prefetch=10):
+                await app.transport.ack(message.message_id)
+                taken += 1
+                if taken == before - 1:
+                    break
+        assert await wait(60) >= 5

@@ -19,13 +19,14 @@ import pytest
 from pamqp.commands import Basic
 from tests.integration.workers import working
 from tests.services import RabbitServer, free_port
+from tests.services.proxy import Proxy
 
 from paigeant import ActivityRegistry, Paigeant, Settings
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
-from paigeant.transports.rabbitmq import RabbitMQTransport, feed, publisher
+from paigeant.transports.rabbitmq import RabbitMQTransport, feed, publisher, queues
 from paigeant.transports.rabbitmq.queues import declare
 
 RECOVERY = 10.0
@@ -230,6 +231,30 @@ async def test_a_frozen_broker_is_told_from_a_working_one(server: RabbitServer) 
         await listener.until("third", RECOVERY)
 
 
+async def test_a_frozen_broker_ends_nobody_s_task(server: RabbitServer) -> None:
+    """Who waits for an answer when the heartbeats stop gets our error and no cancel: a sweep that asks what waits, one
+    that connects again, and an iteration in which nothing is settled, which goes on."""
+    async with opened(f"{server.url}?heartbeat=1") as transport:
+        for number in range(3):
+            await transport.publish("work", message(f"m-{number}"))
+        messages = transport.subscribe("work")
+        async with contextlib.aclosing(messages):  # type: ignore[type-var]  # a generator
+            seen = [(await anext(messages)).message_id]
+            server.freeze()
+            try:
+                following = asyncio.ensure_future(anext(messages))  # asks for more: nothing is settled
+                results = await asyncio.gather(
+                    transport.topics(["work"]), transport.connect(), return_exceptions=True
+                )
+            finally:
+                server.thaw()
+            assert [type(result) for result in results] == [TransportUnavailable] * 2
+            async with asyncio.timeout(30):
+                seen.append((await following).message_id)
+                while set(seen) != {"m-0", "m-1", "m-2"}:
+                    seen.append((await anext(messages)).message_id)
+
+
 async def test_a_closed_transport_ends_its_publishes(rabbitmq_url: str) -> None:
     """Who publishes while the transport is closed gets our error, not a cancellation that nobody asked for."""
     async with opened(rabbitmq_url) as transport:
@@ -269,12 +294,29 @@ async def test_a_consumer_that_the_broker_has_forgotten_is_noticed(rabbitmq_url:
                     await listener.until(f"m-{turn}")
 
 
+async def test_wait_queues_that_are_over_are_forgotten(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that delays messages all its life remembers the wait queues of now, not those of each hour before."""
+    monkeypatch.setattr(queues, "_WAIT_SPAN", 0.1)
+    async with opened(rabbitmq_url) as transport:
+        names: set[str] = set()
+        async with asyncio.timeout(RECOVERY):
+            while len(names) < 20:
+                names.add(transport.queues.wait(transport.queues.topic("work"), 0.01).name)
+                await transport.publish("work", message(f"m-{len(names)}"), delay=0.01)
+        remembered = {*transport.queues.names, *transport._publisher._declared}
+        assert len(remembered & names) < 5
+        await delete(rabbitmq_url, *names)
+
+
 async def test_a_queue_deleted_under_its_publisher_is_made_anew(rabbitmq_url: str) -> None:
     """No message goes nowhere: what the broker returns is published again, into a new queue, delayed or not."""
     async with opened(rabbitmq_url) as transport:
         await transport.publish("work", message("gone"))
         await transport.publish("work", message("also gone"), delay=0.2)
-        await delete(rabbitmq_url, *transport.queues.names)
+        wait = transport.queues.wait(transport.queues.topic("work"), 0.2)
+        await delete(rabbitmq_url, *transport.queues.names, wait.name)
         together = [f"m-{number}" for number in range(20)]
         await asyncio.gather(*(transport.publish("work", message(each)) for each in [*together, "m-1"]))
         listener = Listener(transport)
@@ -614,6 +656,23 @@ async def test_a_right_that_lacks_is_told_at_the_start(server: RabbitServer, wri
         await transport.connect()
     await transport.close()
     await delete(server.url, *transport.queues.names)
+
+
+async def test_a_failed_start_leaves_no_connection(server: RabbitServer) -> None:
+    """Whoever opens an application again and again until it may has no more connections than before."""
+    await asyncio.to_thread(server.ctl, "add_user", "barred", "word")
+    await asyncio.to_thread(server.ctl, "set_permissions", "barred", "^$", "^$", "^$")
+    url = f"amqp://barred:word@127.0.0.1:{server.port}/"
+    with Proxy(server.host, server.port) as proxy:
+        settings = Settings(transport_url=proxy.url(url), store_url="sqlite:///store.db", signing="off")
+        for _ in range(3):
+            with pytest.raises(ConfigurationError, match="may not declare"):
+                async with Paigeant(settings):
+                    pass
+        assert proxy.connections == 3
+        async with asyncio.timeout(RECOVERY):
+            while proxy.open_connections:  # noqa: ASYNC110  # nobody tells when
+                await asyncio.sleep(0.01)
 
 
 async def test_wrong_passwords_are_told(server: RabbitServer) -> None:

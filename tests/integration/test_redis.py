@@ -1097,6 +1097,8 @@ async def test_a_subscription_follows_the_sentinels(opened: Open) -> None:
         with pytest.raises(TransportUnavailable, match="'other'") as caught:
             await opened(unknown)
         assert servers.password not in str(caught.value)
+        with pytest.raises(ConfigurationError, match=r"is a sentinel.*sentinel=name"):
+            await opened(f"redis://127.0.0.1:{servers.sentinel.port}/0")
 
 
 async def test_a_subscription_follows_a_slot_that_moves(opened: Open) -> None:
@@ -1113,6 +1115,22 @@ async def test_a_subscription_follows_a_slot_that_moves(opened: Open) -> None:
                 await listening.wait_for(f"later-{round_}", f"after-{round_}")
         with pytest.raises(ConfigurationError, match="cluster=true"):
             await opened(cluster.nodes[0].url)
+
+
+async def test_a_slot_may_move_to_a_node_that_is_new(opened: Open) -> None:
+    """A cluster grows: while a topic's first keys are on their way to a node that served nothing before, messages are
+    taken there, and the same iterator finds them."""
+    with redis_cluster() as cluster, cluster.joined() as new:
+        transport = await opened(cluster.url)
+        async with Listening(transport) as listening:
+            await transport.publish("work", message("before"))
+            await listening.wait_for("before")
+            end = await asyncio.to_thread(cluster.hand_over, transport.stream_key("work"), new)
+            meanwhile = [f"meanwhile-{n}" for n in range(600)]
+            await asyncio.gather(*(transport.publish("work", message(each)) for each in meanwhile))
+            await asyncio.to_thread(end)
+            await publish_until_taken(transport, message("after"))
+            await listening.wait_for(*meanwhile, "after")
 
 
 async def test_a_subscription_outlives_a_cluster_node(opened: Open) -> None:
@@ -1155,6 +1173,52 @@ async def test_a_subscription_follows_a_failover_of_the_cluster(opened: Open) ->
             assert cluster.primary(transport.stream_key("work")) is not primary
 
 
+async def test_a_cluster_is_found_again_at_other_addresses(opened: Open) -> None:
+    """All nodes come back elsewhere, as pods do: the name in the URL leads to them, and all goes on there."""
+    async with contextlib.AsyncExitStack() as stack:
+        name = stack.enter_context(Proxy("127.0.0.1", free_port()))
+        with redis_cluster() as cluster:
+            name.target = (cluster.nodes[0].host, cluster.nodes[0].port)
+            transport = await opened(f"redis://{name.host}:{name.port}?cluster=true")
+            listening = await stack.enter_async_context(Listening(transport))
+            await transport.publish("work", message("before"))
+            await listening.wait_for("before")
+        cluster = stack.enter_context(redis_cluster())
+        name.target = (cluster.nodes[1].host, cluster.nodes[1].port)
+        await publish_until_taken(transport, message("after"))
+        await listening.wait_for("after")
+
+
+async def test_a_cluster_takes_the_rights_of_the_guide(opened: Open) -> None:
+    """With them all works on each node, also while a slot moves. Whoever lacks some, or has a wrong password, is told
+    so, and not that it were no cluster."""
+    guide = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+    [(user, rules)] = re.findall(r"ACL SETUSER (\w+) (.+)", guide)
+    [more] = re.findall(r"On the nodes of a cluster it needs `(.+?)`", guide)
+    with redis_cluster() as cluster, cluster.joined() as new:
+        url = cluster.url.replace("redis://", f"redis://{user}:password@")
+
+        def permit(*rules: str) -> None:
+            for node in (*cluster.nodes, new):
+                with cluster.client(node) as client:
+                    client.execute_command("ACL SETUSER", user, *rules)
+
+        await asyncio.to_thread(permit, *rules.split())
+        with pytest.raises(ConfigurationError, match=f"refuses user '{user}'.*cluster"):
+            await opened(url, namespace="paigeant")
+        await asyncio.to_thread(permit, *more.split())
+        with pytest.raises(ConfigurationError, match=f"refuses user '{user}'"):
+            await opened(url.replace(":password@", ":wrong@"), namespace="paigeant")
+        transport = await opened(url, namespace="paigeant")
+        async with Listening(transport) as listening:
+            await transport.publish("work", message("m"))
+            await listening.wait_for("m")
+            end = await asyncio.to_thread(cluster.hand_over, transport.stream_key("work"), new)
+            await transport.publish("work", message("meanwhile"))
+            await asyncio.to_thread(end)
+            await listening.wait_for("meanwhile")
+
+
 async def test_closing_leaves_no_connection_to_a_cluster(opened: Open) -> None:
     """Also after a node has failed, a closed transport has no connection to the others."""
     async with contextlib.AsyncExitStack() as stack:
@@ -1184,6 +1248,12 @@ async def test_one_server_is_no_cluster(server: RedisServer) -> None:
     """cluster=true for a server that is none is said to be wrong."""
     with pytest.raises(ConfigurationError, match="no cluster"):
         await RedisStreamTransport(f"{server.url}?cluster=true").connect()
+
+
+async def test_a_server_is_no_sentinel(server: RedisServer) -> None:
+    """sentinel= with the address of a server is said to be wrong, and not waited for."""
+    with pytest.raises(ConfigurationError, match=r"is no sentinel.*without sentinel=main"):
+        await RedisStreamTransport(f"{server.url}?sentinel=main").connect()
 
 
 async def test_many_namespaces_share_a_server(redis_url: str, opened: Open) -> None:

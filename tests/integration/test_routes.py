@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections import Counter
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 from tests.integration.workers import working
+from tests.services import RedisServer
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
 from paigeant.errors import TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.slip import RoutingSlip, RunStatus, Step
 from paigeant.transports.memory import MemoryTransport
+from paigeant.transports.redis import RedisStreamTransport
 from paigeant.transports.routed import Route, RoutedTransport
 
 HERE, THERE = "sqlite:///here.db", "sqlite:///there.db"
@@ -193,6 +196,28 @@ async def test_a_broker_out_of_reach_is_asked_seldom(hangs: bool) -> None:
     assert broken.asked == 1
     await routed.close()
     assert broken.closed == 1
+
+
+async def test_what_fails_together_is_one_failure() -> None:
+    """A broker that was away for a moment, with many publishes to it under way, is asked again a second later."""
+    with RedisServer() as server:
+        route = Route("that broker", RedisStreamTransport(server.url))
+        routed = RoutedTransport(MemoryTransport(), {"p.*": route})
+        await routed.publish("p.a", message("before"))
+        server.freeze()
+        under_way = [asyncio.create_task(routed.publish("p.a", message(str(n)))) for n in range(50)]
+        await asyncio.sleep(0)  # all of them have begun
+        server.kill()
+        failed = await asyncio.gather(*under_way, return_exceptions=True)
+        assert {type(each) for each in failed} == {TransportUnavailable}
+        await asyncio.to_thread(server.start)
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(TransportUnavailable):
+                    await routed.publish("p.a", message("after"))
+                    break
+                await asyncio.sleep(0.05)
+        await routed.close()
 
 
 async def test_the_first_pattern_that_fits_counts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -258,6 +259,24 @@ def test_when_a_step_was_sent_last_follows_from_when_it_is_sent_next(
     now = sent + later * grace
     assume(abs(later - 1) > 1e-6 and now < wake_at)
     assert ledger.is_resendable(wake_at=wake_at, due_at=due_at, now=now, grace=grace) == (later >= 1)
+
+
+@settings(max_examples=30)
+@given(due_at=st.floats(0, 1e6), grace=st.sampled_from([0.5, 1.0, 10.0]), late=st.floats(0, 25))
+def test_where_no_message_lacks_a_step_is_sent_ever_more_seldom(
+    due_at: float, grace: float, late: float
+) -> None:
+    """Some twenty times in ten thousand grace times, each not much later than when it is twice as old as the last."""
+    now, sent = due_at + grace, []
+    while now < due_at + 1e4 * grace:
+        now += late * grace  # a sweep isn't always there at once
+        if ledger.is_due_once_more(due_at=due_at, now=now, grace=grace):
+            sent.append((now - due_at) / grace)
+        changes = Changes()
+        ledger.postpone(StepKey("r", "s"), changes, now=now, due_at=due_at, grace=grace)
+        now = changes.steps[0][1]["wake_at"]
+    assert len(sent) < 30
+    assert all(after <= 2 * before + 60 for before, after in itertools.pairwise(sent))
 
 
 def test_only_what_was_denied_is_done_anew() -> None:

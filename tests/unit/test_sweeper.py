@@ -104,6 +104,26 @@ async def test_what_a_wiped_broker_has_lost_is_sent_before_its_time(clock: Manua
     assert await broker.depths() == {"paid": 1}
 
 
+async def test_a_broker_that_was_wiped_just_now_is_found_out(clock: ManualClock) -> None:
+    """A step whose turn it is to be sent again is sent, though its topic had all messages when last looked at."""
+    store, broker = MemoryStore(clock=clock, grace=GRACE), Broker(clock=clock)
+    forwarder = Forwarder(store, broker, ActivityRegistry())
+    sweeper = Sweeper(store, forwarder, worker=WorkerRecord("me", "host", "1"), topics=("a",), interval=1.0)
+    await Dispatcher(store, forwarder, ActivityRegistry()).dispatch(Workflow("order", ["paid"]), {})
+    for _ in range(
+        211
+    ):  # looked at after 212 graces, and not to be sent then: those of powers of two are 152 and 182
+        clock.advance(GRACE)
+        broker.tried = 0
+        await sweeper.sweep()
+    assert broker.tried == 0
+    for message_id in await _taken(broker):
+        await broker.ack(message_id)
+    clock.advance(GRACE)
+    await sweeper.sweep()
+    assert await broker.depths() == {"paid": 1}
+
+
 async def test_leases_are_freed_though_the_broker_can_t_be_asked(clock: ManualClock) -> None:
     """What a lost worker held is free whatever the transport says of its topics."""
     store, broker = MemoryStore(clock=clock, grace=GRACE), Broker(clock=clock)

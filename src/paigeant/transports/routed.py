@@ -41,11 +41,12 @@ class Route:
         self._opening = asyncio.Lock()
         self._is_open = self._was_tried = False
         self._pause = 0.0
-        self._closed_until = 0.0
+        self._failed_at = self._closed_until = 0.0
 
     async def do(self, work: Callable[[Transport], Awaitable[Any]]) -> Any:
         """What `work` gives for the open transport. Raises TransportUnavailable, at once while it is out of reach."""
-        left = self._closed_until - time.monotonic()
+        began_at = time.monotonic()
+        left = self._closed_until - began_at
         if left > 0:
             raise TransportUnavailable(f"{self.name} is out of reach, and asked again in {left:.0f} s")
         try:
@@ -56,12 +57,19 @@ class Route:
         except MessageInvalid:
             raise  # the message's fault
         except (PaigeantError, TimeoutError) as exc:
-            self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE)
-            self._closed_until = time.monotonic() + self._pause
+            self._close_for_a_while(began_at)
             reason = str(exc) or f"no answer within {self._patience:g} s"
             raise TransportUnavailable(f"{self.name} is out of reach: {reason}") from exc
         self._pause = 0.0
         return found
+
+    def _close_for_a_while(self, began_at: float) -> None:
+        # What was under way when it failed last is a part of that failure, and no further one: a hundred publishes that
+        # end together must not make of a broker's restart half a minute.
+        if began_at > self._failed_at:
+            self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE)
+            self._failed_at = time.monotonic()
+            self._closed_until = self._failed_at + self._pause
 
     async def _open(self) -> None:
         async with self._opening:

@@ -20,7 +20,14 @@ from aiormq.abc import DeliveredMessage
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.policy import LARGEST_COUNT
 from paigeant.transports.rabbitmq.headers import ATTEMPTS, count
-from paigeant.transports.rabbitmq.link import CLOSE_SECONDS, OPEN_SECONDS, Link, is_cancelled, underlay
+from paigeant.transports.rabbitmq.link import (
+    CLOSE_SECONDS,
+    OPEN_SECONDS,
+    Link,
+    closings,
+    is_cancelled,
+    underlay,
+)
 from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, Queue, declare
 
 __all__ = ["IDLE_SECONDS", "LONGEST_PAUSE_SECONDS", "PAUSE_SECONDS", "Delivery", "Feed"]
@@ -146,7 +153,7 @@ class Line:
         if delivery not in self.out:
             return  # RabbitMQ closes a channel on which something is settled twice
         self.out.discard(delivery)
-        try:
+        with contextlib.suppress(*CONNECTION_EXCEPTIONS), closings():
             if delivery.consumer in self._consumers:
                 self._consumers[delivery.consumer] -= 1
                 if len(self._consumers) > 1 and self._ahead > self._prefetch:
@@ -154,11 +161,6 @@ class Line:
             await how(self.channel)
             if self.is_ending and not self.out:
                 await self.close()
-        except CONNECTION_EXCEPTIONS:
-            pass
-        except asyncio.CancelledError:
-            if is_cancelled():
-                raise
 
     async def close(self) -> None:
         """End it; RabbitMQ gives what is unsettled to others."""
@@ -240,7 +242,7 @@ class Feed:
                 await self._news.wait()
         except TimeoutError:
             if line.is_starved and line is self._line:
-                with contextlib.suppress(*CONNECTION_EXCEPTIONS):
+                with contextlib.suppress(*CONNECTION_EXCEPTIONS), closings():
                     await line.consume()
 
     async def _reopen(self) -> None:
@@ -252,23 +254,20 @@ class Feed:
                     self._was_deleted = False
                     await self._rest(DELETED_SECONDS, 2 * DELETED_SECONDS)
             try:
-                async with asyncio.timeout(OPEN_SECONDS):
-                    line = await self._open()
+                with closings():
+                    async with asyncio.timeout(OPEN_SECONDS):
+                        line = await self._open()
                 self._has_worked = True
                 if not line.is_void:
                     self._line = line
                     return
-                trouble: BaseException = ConnectionError("it was lost at once")
+                trouble: Exception = ConnectionError("it was lost at once")
             except ConfigurationError as exc:
                 # After it has worked, a setting may be refused by a broker that is still starting.
                 if not self._has_worked:
                     raise
                 trouble = exc
             except (TransportUnavailable, *CONNECTION_EXCEPTIONS) as exc:
-                trouble = exc
-            except asyncio.CancelledError as exc:
-                if is_cancelled():
-                    raise
                 trouble = exc
             log.warning(
                 "can't receive from '%s', will try again: %s",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Generic, TypeVar
 
 import aio_pika
@@ -33,8 +33,10 @@ from paigeant.urls import check_readable
 __all__ = [
     "CLOSE_SECONDS",
     "OPEN_SECONDS",
+    "Closed",
     "Link",
     "Single",
+    "closings",
     "is_cancelled",
     "place",
     "read_url",
@@ -270,8 +272,31 @@ async def throwaway(connection: aio_pika.Connection) -> AsyncIterator[AbstractCh
             await channel.close()
 
 
+class Closed(ConnectionError):
+    """What was waited for can't come any more: the connection was closed meanwhile."""
+
+
+@contextlib.contextmanager
+def closings() -> Iterator[None]:
+    """Raises Closed where aiormq cancels whoever waits on what is being closed, here or for a broker that is frozen.
+
+    A task would take that for its own cancel, and end without a word.
+    """
+    try:
+        yield
+    except asyncio.CancelledError as exc:
+        if is_cancelled():
+            raise
+        raise Closed("the connection was closed") from exc
+    except Exception as exc:
+        # This very type is what it raises when somebody closes it without a reason.
+        if type(exc) is not Exception:
+            raise
+        raise Closed("the connection was closed") from exc
+
+
 def is_cancelled() -> bool:
-    """Whether a CancelledError is for us. aiormq raises it as well in those who wait on what is being closed."""
+    """Whether a CancelledError is for us."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

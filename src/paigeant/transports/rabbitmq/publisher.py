@@ -16,9 +16,10 @@ from pamqp.commands import Basic
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.transports.rabbitmq.link import (
     OPEN_SECONDS,
+    Closed,
     Link,
     Single,
-    is_cancelled,
+    closings,
     place,
     throwaway,
     underlay,
@@ -37,7 +38,8 @@ class Publisher:
         self._channel: aiormq.Channel | None = None
         self._confirmed_at = 0.0
         self._single = Single(self._open)
-        self._declared: set[str] = set()
+        self._declared: dict[str, float] = {}
+        """The queues that are there, and until when that is sure."""
         self._declaring = asyncio.Lock()
         self._outstanding: set[str] = set()
 
@@ -47,11 +49,12 @@ class Publisher:
         Raises TransportUnavailable, ConfigurationError.
         """
         try:
-            async with asyncio.timeout(OPEN_SECONDS):
-                if self._channel is None or self._channel.is_closed:
-                    await self._single.get()  # tells a wrong setting; `_ready` puts it down to the broker
-                await self._ready(queue)
-                await check_rights(await self._link.open(), trial)
+            with closings():
+                async with asyncio.timeout(OPEN_SECONDS):
+                    if self._channel is None or self._channel.is_closed:
+                        await self._single.get()  # tells a wrong setting; `_ready` puts it down to the broker
+                    await self._ready(queue)
+                    await check_rights(await self._link.open(), trial)
         except CONNECTION_EXCEPTIONS as exc:
             raise self._unavailable(exc) from exc
 
@@ -92,12 +95,13 @@ class Publisher:
     async def _sent(self, queue: Queue, properties: Basic.Properties, body: bytes, *, again: bool) -> bool:
         channel = None
         try:
-            channel = await self._ready(queue)
-            await channel.basic_publish(
-                body, routing_key=queue.name, properties=properties, mandatory=True, wait=False
-            )
+            with closings():
+                channel = await self._ready(queue)
+                await channel.basic_publish(
+                    body, routing_key=queue.name, properties=properties, mandatory=True, wait=False
+                )
         except PublishError as exc:
-            self._declared.discard(queue.name)
+            self._declared.pop(queue.name, None)
             if channel is not None and channel is self._channel:
                 # A channel numbers what it sends to a quorum queue. One that is deleted and declared anew confirms what
                 # comes on an old channel, and waits for ever for what it takes to have come before.
@@ -114,39 +118,35 @@ class Publisher:
                 f"recover, delete it (rabbitmqctl delete_queue {queue.name}): it is declared anew"
             ) from exc
         except CONNECTION_EXCEPTIONS as exc:
-            if not again:
+            if not again or isinstance(exc, Closed):  # perhaps by `close`, after which none is to be opened
                 raise self._unavailable(exc) from exc
             return False
-        except asyncio.CancelledError as exc:
-            if is_cancelled():
-                raise
-            raise self._unavailable(exc) from exc  # the connection was closed meanwhile
-        except Exception as exc:
-            # This very type is what aiormq raises when somebody closes it without a reason.
-            if type(exc) is not Exception:
-                raise
-            raise self._unavailable(exc) from exc
         self._confirmed_at = time.monotonic()
         return True
 
     async def counts(self, names: Collection[str]) -> list[int]:
         """How many messages wait in each of these queues; 0 for one that isn't there."""
-        found = []
         try:
-            async with asyncio.timeout(OPEN_SECONDS), contextlib.AsyncExitStack() as stack:
-                connection = await self._link.open()
-                channel: AbstractChannel | None = None
-                for name in names:
-                    if channel is None:
-                        channel = await stack.enter_async_context(throwaway(connection))
-                    try:
-                        queue = await channel.declare_queue(name, passive=True)
-                        found.append(queue.declaration_result.message_count or 0)
-                    except ChannelNotFoundEntity:
-                        found.append(0)
-                        channel = None  # RabbitMQ has closed it
+            with closings():
+                async with asyncio.timeout(OPEN_SECONDS):
+                    return await self._counts(names)
         except CONNECTION_EXCEPTIONS as exc:
             raise self._unavailable(exc) from exc
+
+    async def _counts(self, names: Collection[str]) -> list[int]:
+        found = []
+        async with contextlib.AsyncExitStack() as stack:
+            connection = await self._link.open()
+            channel: AbstractChannel | None = None
+            for name in names:
+                if channel is None:
+                    channel = await stack.enter_async_context(throwaway(connection))
+                try:
+                    queue = await channel.declare_queue(name, passive=True)
+                    found.append(queue.declaration_result.message_count or 0)
+                except ChannelNotFoundEntity:
+                    found.append(0)
+                    channel = None  # RabbitMQ has closed it
         return found
 
     async def _ready(self, queue: Queue) -> aiormq.Channel:
@@ -157,14 +157,23 @@ class Publisher:
                 channel = await self._single.get()
             except ConfigurationError as exc:  # it has worked before: perhaps the broker is still starting
                 raise TransportUnavailable(str(exc)) from exc
-        if queue.name not in self._declared:
+        if not self._is_there(queue):
             async with self._declaring:
-                if queue.name not in self._declared:
+                if not self._is_there(queue):
                     await declare(await self._link.open(), queue)
-                    self._declared.add(queue.name)
+                    self._remember(queue)
         # Waits while an alarm blocks publishers: what isn't sent isn't doubled.
         await channel.connection.ready()
         return channel
+
+    def _is_there(self, queue: Queue) -> bool:
+        return self._declared.get(queue.name, 0.0) > time.monotonic()
+
+    def _remember(self, queue: Queue) -> None:
+        now = time.monotonic()
+        # Each hour has wait queues of its own, for each topic and delay: those of a worker's whole life would add up.
+        self._declared = {name: until for name, until in self._declared.items() if until > now}
+        self._declared[queue.name] = now + queue.lasts
 
     async def _open(self) -> aiormq.Channel:
         connection = await self._link.open()

@@ -53,6 +53,8 @@ class Queue(NamedTuple):
     name: str
     arguments: Mapping[str, Any]
     needs: tuple[Queue, ...] = ()
+    lasts: float = math.inf
+    """Seconds for which it is surely there when it has been declared, and after which nobody asks for it."""
 
 
 class Queues:
@@ -77,7 +79,7 @@ class Queues:
         self.most_returns = _RETURNS if delivery_limit is None else min(_RETURNS, delivery_limit // 2)
         self.dead = Queue(f"{namespace}:dead-letters", {"x-queue-type": queue_type})
         self.names = {self.dead.name}
-        """Of those that were asked for."""
+        """Of those that were asked for, save wait queues: they are many, and vanish by themselves."""
         self._topics: dict[str, Queue] = {}
         self._clock = clock
 
@@ -110,9 +112,7 @@ class Queues:
             "x-expires": int((span + wait_ms / 1000 + _WAIT_SLACK) * 1000),
         }
         begin = f"{self.namespace}:wait.{wait_ms}.{int(self._clock.now() // span)}."
-        name = self._name(begin, target.name, begin)
-        self.names.add(name)
-        return Queue(name, arguments, (target,))
+        return Queue(self._name(begin, target.name, begin), arguments, (target,), span)
 
     def trial(self) -> Queue:
         """One of its own for `check_rights`, among the wait queues, for which everybody has to have the rights."""

@@ -78,7 +78,11 @@ class RabbitMQTransport:
         # What aiormq says of each attempt belongs into a log that somebody has set up, not on the screen.
         for name in ("aiormq", "aio_pika"):
             logging.getLogger(name).addHandler(_SILENT)
-        await self._publisher.open(self.queues.dead, self.queues.trial())
+        try:
+            await self._publisher.open(self.queues.dead, self.queues.trial())
+        except BaseException:
+            await self._publisher.close()
+            raise
 
     async def close(self) -> None:
         self._closings += 1  # which ends the subscriptions

@@ -32,6 +32,11 @@ def _check_kind(where: str, info: dict[str, str], place: Place) -> None:
         raise ConfigurationError(
             f"redis at {where} is version {version}, expected 6.2 or newer, which has XAUTOCLAIM; upgrade it"
         )
+    if info.get("redis_mode") == "sentinel":
+        raise ConfigurationError(
+            f"redis at {where} is a sentinel, which holds no messages; add the name by which it knows the primary to "
+            "transport_url (redis://host:26379/0?sentinel=name)"
+        )
     if info.get("redis_mode") == "cluster" and not place.is_cluster:
         raise ConfigurationError(
             f"redis at {where} is a node of a cluster; add cluster=true to the parameters of transport_url"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from redis.asyncio import Connection, ConnectionPool, RedisCluster, Sentinel, SSLConnection
@@ -10,6 +12,7 @@ from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.cluster import PRIMARY
 from redis.exceptions import AskError, ClusterDownError, MovedError, TryAgainError
 from redis.exceptions import TimeoutError as TimedOut
 
@@ -26,8 +29,36 @@ ANSWER_SECONDS = 5.0
 _SENTINEL_SECONDS = 2.0
 """A sentinel that takes longer is passed over for the next one."""
 
-_MOVED = (MovedError, AskError, TryAgainError, ClusterDownError, TimedOut, *LOST)
+_MOVED = (MovedError, TryAgainError, ClusterDownError, TimedOut, *LOST)
 """After these errors a key may be on another node of the cluster."""
+
+
+class _Cluster(RedisCluster):
+    """redis-py's client of a cluster, for one whose nodes come and go."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._named = dict(self.nodes_manager.startup_nodes)
+
+    async def initialize(self, *args: Any, **options: Any) -> RedisCluster:
+        # The library goes by the addresses that it has found and forgets those that it was given. Where all nodes come
+        # back at others, as pods do, only the names that were given lead to them.
+        for name, node in self._named.items():
+            self.nodes_manager.startup_nodes.setdefault(name, node)
+        return await super().initialize(*args, **options)
+
+    def get_node(
+        self, host: str | None = None, port: int | None = None, node_name: str | None = None
+    ) -> ClusterNode | None:
+        found = super().get_node(host, port, node_name)
+        if found is None and node_name:
+            # A node to which the first of its slots is just moving. It is where the other one says that the key is, and
+            # serves nothing yet, so that the library doesn't know it, and ends in an AttributeError.
+            name, _, number = node_name.rpartition(":")
+            manager = self.nodes_manager
+            found = ClusterNode(name, int(number), PRIMARY, **manager.connection_kwargs)
+            manager.set_nodes(manager.nodes_cache, {found.name: found})
+        return found
 
 
 class Servers:
@@ -68,7 +99,7 @@ class Servers:
         options.pop("db", None)
         nodes = [ClusterNode(name, port) for name, port in self.place.nodes]
         try:
-            self._cluster = RedisCluster(startup_nodes=nodes, **options)
+            self._cluster = _Cluster(startup_nodes=nodes, **options)
         except TypeError as exc:
             raise ConfigurationError(f"transport_url has a parameter that no cluster takes: {exc}") from exc
         await self._cluster.initialize()
@@ -120,6 +151,16 @@ class Servers:
         except _MOVED:
             # The slow way knows how to follow the key, and learns the cluster's new shape by that.
             return await self._cluster.execute_command(*command)
+        except AskError as moving:
+            return await self._ask_ahead(moving, command)
+
+    async def _ask_ahead(self, moving: AskError, command: Sequence[str | bytes | int]) -> Any:
+        """The answer of the node to which the key is moving, which gives one to whoever says ASKING right before."""
+        assert self._cluster is not None
+        # Not by the library, which says it on one connection and asks on another one if it has two.
+        line = self._line(self._cluster.get_node(node_name=f"{moving.host}:{moving.port}"))
+        _, answer = await asyncio.gather(line.call(("ASKING",)), line.call(command))
+        return answer
 
     async def tell(self, key: str, *command: str | bytes | int) -> Any:
         """Like `ask`, for a command that is about that server and not about the key."""
@@ -128,7 +169,7 @@ class Servers:
     async def refresh(self, key: str) -> None:
         """Find out where `key` is now, after a connection to its server has failed."""
         if self._cluster is not None:
-            await self._cluster.execute_command("EXISTS", key)
+            await self.ask(key, "EXISTS", key)
 
     def connection(self, key: str) -> Any:
         """A connection, not yet open, to the server that has `key`."""

@@ -54,19 +54,34 @@ def told(place: Place) -> Iterator[None]:
 
 def refusal(exc: BaseException, place: Place) -> ConfigurationError | TransportUnavailable:
     """What `connect` raises: settings that can't work, or a server that isn't there now."""
+    # What a node of a cluster has said stands in the errors behind, if at all.
+    for said in _behind(exc):
+        text = one_line(str(said))
+        if isinstance(said, _REFUSALS) or text.startswith("NOAUTH"):
+            return ConfigurationError(
+                f"redis at {place.where} refuses {place.user}: {text}; "
+                "check the user name and password in transport_url, and what the ACL of that user allows"
+            )
     text = one_line(str(exc))
-    if isinstance(exc, _REFUSALS) or text.startswith("NOAUTH"):
-        return ConfigurationError(
-            f"redis at {place.where} refuses {place.user}: {text}; "
-            "check the user name and password in transport_url, and what the ACL of that user allows"
-        )
     if "DB index is out of range" in text or "invalid DB index" in text:
         return ConfigurationError(f"redis at {place.where} has no such database: {text}")
     if "Cluster mode is not enabled" in text:
         return ConfigurationError(
             f"redis at {place.where} is no cluster; remove cluster=true from transport_url"
         )
+    if place.service is not None and "SENTINEL" in text and "unknown command" in text:
+        return ConfigurationError(
+            f"one of redis at {place.where} is no sentinel; name sentinels in transport_url (their port is 26379 "
+            f"mostly), or the primary itself without sentinel={place.service}"
+        )
     return TransportUnavailable(explained(exc, place))
+
+
+def _behind(exc: BaseException | None) -> Iterator[BaseException]:
+    """The error, that which led to it, ..."""
+    while exc is not None:
+        yield exc
+        exc = exc.__cause__ or exc.__context__
 
 
 def explained(exc: BaseException, place: Place) -> str:
