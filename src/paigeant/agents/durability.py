@@ -112,7 +112,7 @@ from paigeant.agents.operations import (
 from paigeant.agents.options import METADATA, InlineToolset, ToolOptions, renamed
 from paigeant.agents.people import Outside, asks_itself, decisions
 from paigeant.agents.usage import put_price
-from paigeant.clock import SystemClock, as_datetime
+from paigeant.clock import as_datetime
 from paigeant.errors import InvalidDefinition, NonRetryableError
 from paigeant.parking import Parked
 from paigeant.place import Unit, current_place
@@ -136,7 +136,6 @@ _PLAIN = Unit("a unit of an agent")
 _TRANSIENT = (ModelRateLimitError, ModelUnavailableError, ModelServerError, ModelConnectionError)
 _FINAL = (NonRetryableError, InvalidDefinition, UsageLimitExceeded, UserError)
 
-_CLOCK = SystemClock()
 _MODELS = 100
 """How many models' operations are kept: of those that are made for each tenant there is no end."""
 
