@@ -250,6 +250,31 @@ def test_counted_for_each_connection(proxy: Proxy) -> None:
         assert ask(two, PING) == PONG
 
 
+def test_a_cut_that_is_forgotten_before_its_bytes_have_arrived_is_none() -> None:
+    """Told to resume meanwhile, it passes on, and nothing is cut afterwards."""
+    sent = b"x" * 400_000
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)  # most of it has to wait on its way
+        with (
+            Proxy(*listener.getsockname()) as proxy,
+            socket.create_connection((proxy.host, proxy.port), timeout=10) as one,
+        ):
+            theirs, _ = listener.accept()
+            with theirs:
+                theirs.settimeout(10)
+                proxy.cut_after("to_server", len(sent), ending="blackhole")
+                one.sendall(sent)
+                until = time.monotonic() + 10
+                while proxy.passed["to_server"] < len(sent):
+                    assert time.monotonic() < until
+                proxy.resume()
+                one.sendall(b"y")
+                got = 0
+                while got <= len(sent):
+                    got += len(theirs.recv(65536))
+        assert proxy.cuts == 0
+
+
 def test_waiting_for_a_cut_has_an_end(proxy: Proxy) -> None:
     """A cut that doesn't come is an error that says how far it got."""
     proxy.cut_after("to_server", 1)

@@ -208,6 +208,8 @@ class Proxy:
         ended = [connection] if rule.each else list(self._open)
         for one in ended:
             await one.arrived(rule.direction)
+        if self._rule is not rule:
+            return  # it was told to forget that meanwhile
         self.cuts += 1
         if rule.ending == "blackhole":
             for gate in self._gates.values():
@@ -215,7 +217,7 @@ class Proxy:
         else:
             for one in ended:
                 await one.end(rule.ending)
-        if self._rule is rule and not rule.each:
+        if not rule.each:
             self._rule = None
         self._cut.set()
 
