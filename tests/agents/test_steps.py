@@ -249,7 +249,9 @@ async def test_rule_13_a_step_waits_as_long_as_the_provider_asks(asked_for: str,
 
 
 @pytest.mark.parametrize(
-    "odd", ["soon", True, -1, float("nan"), float("inf"), property(lambda _: 1 / 0)], ids=str
+    "odd",
+    ["soon", True, -1, float("nan"), float("inf"), pytest.param(property(lambda _: 1 / 0), id="an error")],
+    ids=str,
 )
 async def test_what_is_no_time_is_not_waited_for(odd: object) -> None:
     """An error of anybody's may have anything under that name."""
