@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection
+from typing import Any
 
 from paigeant.errors import PaigeantError
 from paigeant.store import StepKey, Store, WorkerRecord
@@ -97,7 +98,8 @@ class Heartbeat:
             if self._stop.is_set():
                 return
             try:
-                self._ask_loop()
+                if not self._ask_loop():
+                    return  # nobody is left to do what is kept by it
                 silent = time.monotonic() - self._answered
                 if silent > self.lease:
                     log.error("the event loop has been blocked for %.0f s: the lease is not renewed", silent)
@@ -125,12 +127,20 @@ class Heartbeat:
         self._unlisted = {step: self._unlisted.get(step, now) for step in unlisted - forgotten}
         if forgotten:
             log.warning("gave back %d steps that this worker had claimed and forgotten", len(forgotten))
-        if lost and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._lose, lost)
+        if lost:
+            self._call(self._lose, lost)
 
-    def _ask_loop(self) -> None:
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._answer, time.monotonic())
+    def _ask_loop(self) -> bool:
+        """Have the loop answer; False where it is closed, as by a Ctrl-C that nothing has stopped."""
+        return self._call(self._answer, time.monotonic())
+
+    def _call(self, call: Callable[[Any], object], given: Any) -> bool:
+        try:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(call, given)
+        except RuntimeError:
+            return False
+        return True
 
     def _answer(self, asked: float) -> None:
         self._answered = time.monotonic()
