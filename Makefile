@@ -2,7 +2,8 @@
 # `make help` lists what there is; PYTHON=python3.13 chooses another interpreter for a new .venv.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2 --dist worksteal
+# Three processes for two cores: much of what tests do is to wait for servers and workers.
+PYTEST_ARGS ?= -n 3 --dist worksteal
 BIN := .venv/bin
 
 # The lock files carry hashes, so pip takes exactly what was locked, from whichever index it is configured to use. They are

@@ -7,7 +7,7 @@ import os
 import pytest
 from tests.simulation.world import play
 
-SEEDS = int(os.environ.get("SIMULATION_SEEDS", "3500"))
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "2000"))
 CHUNKS = 20
 
 
