@@ -854,6 +854,15 @@ async def bells(url: str, count: int) -> AsyncIterator[list[tuple[PostgresBell, 
             await bell.close()
 
 
+def end_bells(url: str) -> None:
+    """End the connections on which they listen."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND application_name = 'paigeant'"
+        )
+
+
 def ring(url: str, bell: PostgresBell, names: list[str]) -> None:
     """Ring from the side of this bell."""
     with psycopg.connect(url, autocommit=True, cursor_factory=psycopg.RawCursor) as connection:
@@ -934,11 +943,7 @@ async def test_a_bell_that_lost_its_connections_hears_again(postgres_url: str) -
         listening.attend("topic a")
         await eventually(lambda: frozenset({"topic a"}) in heard)
         heard.clear()
-        with psycopg.connect(postgres_url, autocommit=True) as connection:
-            connection.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                "WHERE datname = current_database() AND application_name = 'paigeant'"
-            )
+        end_bells(postgres_url)
         await eventually(lambda: frozenset({"*"}) in heard)
         ring(postgres_url, ringing, ["again", "topic a"])
         await eventually(lambda: frozenset({"again"}) in heard and frozenset({"topic a"}) in heard)
@@ -955,11 +960,7 @@ def test_a_lost_bell_leaves_nothing_to_the_loop(
         async with bells(postgres_url, 1) as [(_, heard)]:
             kept = [os.dup(number) for number in links() if inode(number) in watched()]  # as a fork has them
             heard.clear()
-            with psycopg.connect(postgres_url, autocommit=True) as connection:
-                connection.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-                    "WHERE datname = current_database() AND application_name = 'paigeant'"
-                )
+            end_bells(postgres_url)
             await eventually(lambda: frozenset({"*"}) in heard)
             assert kept
             assert not {inode(number) for number in kept} & watched()
