@@ -8,7 +8,7 @@ import json
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -79,10 +79,8 @@ class TableTransport:
 
     async def connect(self) -> None:
         if self._forget is None:
-            try:
+            with _told():
                 await self.database.connect()
-            except StoreUnavailable as exc:
-                raise TransportUnavailable(str(exc)) from exc
             self._forget = self.database.on_change(self._wake)
 
     async def close(self) -> None:
@@ -266,7 +264,8 @@ class TableTransport:
 
     async def dead_letter(self, message_id: str, reason: str) -> None:
         query = select(messages).where(messages.c.message_id == message_id)
-        row = await self.database.ask(lambda connection: connection.execute(query).first())
+        with _told():
+            row = await self.database.ask(lambda connection: connection.execute(query).first())
         if row is None or row.holder != self._holder:
             return
         await self._reject(DeadLetter.about(message_id, row.topic, reason, reason, row.body, row.deliveries))
@@ -289,23 +288,29 @@ class TableTransport:
     # -- what waits
 
     async def topics(self, known: Collection[str] = ()) -> list[TopicDepth]:
-        now = await self.database.now()
         taken = func.sum(case((messages.c.holder.is_not(None), 1), else_=0))
         query = (
             select(messages.c.topic, func.count(), taken, func.min(messages.c.created_at))
             .group_by(messages.c.topic)
             .order_by(messages.c.topic)
         )
-        rows = await self.database.ask(lambda connection: connection.execute(query).all())
+        with _told():
+            now = await self.database.now()
+            rows = await self.database.ask(lambda connection: connection.execute(query).all())
         return [TopicDepth(topic, count - held, held, now - oldest) for topic, count, held, oldest in rows]
 
-    async def _write(
-        self, handler: Callable[[Tx, Sequence[Any]], Sequence[Any]], request: Any, *, durable: bool = True
-    ) -> Any:
-        try:
-            return await self.database.write(handler, request, durable=durable)
-        except StoreUnavailable as exc:
-            raise TransportUnavailable(str(exc)) from exc
+    async def _write(self, handler: Callable[[Tx, Sequence[Any]], Sequence[Any]], request: Any) -> Any:
+        with _told():
+            return await self.database.write(handler, request)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Raises TransportUnavailable when the database can't be reached: here it is what moves messages."""
+    try:
+        yield
+    except StoreUnavailable as exc:
+        raise TransportUnavailable(str(exc)) from exc
 
 
 def _earlier(new: Any) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import asyncio
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
 from paigeant.databases.sqlite import SqliteDatabase
 from paigeant.envelope import PlainEnvelope
+from paigeant.errors import TransportUnavailable
 from paigeant.testing.conformance import TransportConformance
 from paigeant.testing.conformance.transports import message
 from paigeant.transport import Posting, Transport
@@ -57,6 +59,18 @@ class TestSqliteTransport(TransportConformance):
         os.kill(child.pid, signal.SIGKILL)
         await child.wait()
         assert await taking == ["m"]
+
+    async def test_what_a_database_out_of_reach_is_asked_is_out_of_reach(self, tmp_path: Path) -> None:
+        """Whoever only knows transports is told so in their words."""
+        lone = SqliteTransport(SqliteDatabase(f"sqlite:///{tmp_path}/q.db"))
+        for ask in (
+            lone.topics(),
+            lone.publish("work", message("m")),
+            lone.nack("m"),
+            lone.dead_letter("m", "odd"),
+        ):
+            with pytest.raises(TransportUnavailable, match="is not open"):
+                await ask
 
     async def test_a_memory_store_is_not_joined(self, transport: Transport) -> None:
         """Only a store on the same open file has its messages published in its own transactions."""
