@@ -18,7 +18,7 @@ from paigeant.errors import MessageTooLarge, PaigeantError, StoreUnavailable, Tr
 from paigeant.message import JUST_BEGUN, SENT_FROM, MessageId, PaigeantMessage, encode
 from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import Compensation, Phase, RoutingSlip, Step, StepStatus
-from paigeant.store import NextStep, RunDetail, StepKey, StepRecord, Store
+from paigeant.store import NextStep, RunDetail, StepKey, Store
 from paigeant.transport import Posting, Transport
 from paigeant.values import value
 
@@ -224,7 +224,9 @@ class Forwarder:
                 if topic in away:
                     left[key] = topic
                     continue
-                if topic in covered and key not in unsent and not self._is_due_once_more(row, now):
+                due_at, grace = row.due_at, self.store.grace
+                has_one = topic in covered and key not in unsent
+                if has_one and not ledger.is_due_once_more(due_at=due_at, now=now, grace=grace):
                     continue
                 message = message_of(detail, inline_bytes=self.inline_bytes)
                 if not self.envelope.may_send(message, topic):
@@ -243,9 +245,6 @@ class Forwarder:
             except (PaigeantError, ValidationError) as exc:  # a slip of newer code is for that to send
                 log.warning("can't make a message for %s: %s", key, " ".join(str(exc).split()))
         return left
-
-    def _is_due_once_more(self, row: StepRecord, now: float) -> bool:
-        return ledger.is_due_once_more(due_at=row.due_at, now=now, grace=self.store.grace)
 
     async def may_wake(self, key: StepKey) -> bool:
         """Whether receivers would take a message for this step from this process. Raises RunNotFound."""

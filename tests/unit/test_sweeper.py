@@ -110,9 +110,8 @@ async def test_a_broker_that_was_wiped_just_now_is_found_out(clock: ManualClock)
     forwarder = Forwarder(store, broker, ActivityRegistry())
     sweeper = Sweeper(store, forwarder, worker=WorkerRecord("me", "host", "1"), topics=("a",), interval=1.0)
     await Dispatcher(store, forwarder, ActivityRegistry()).dispatch(Workflow("order", ["paid"]), {})
-    for _ in range(
-        211
-    ):  # looked at after 212 graces, and not to be sent then: those of powers of two are 152 and 182
+    # It is looked at after 212 graces, and not to be sent then: those of powers of two are 152 and 182.
+    for _ in range(211):
         clock.advance(GRACE)
         broker.tried = 0
         await sweeper.sweep()
