@@ -183,6 +183,72 @@ async def test_questions_and_calls_to_the_outside() -> None:
     assert result.output == "[('c1', 'red'), ('c2', {'tracking': 7})]", result.error
 
 
+async def test_calls_that_are_approved_and_then_deferred_are_asked_again() -> None:
+    """Each is a second request with the arguments that were approved; its answer is the result, over any restart."""
+    model, requests = scripted([called("ship", f"c{n}", item=f"{n}") for n in (1, 2, 3)], tell)
+    agent = Agent(model, name="clerk")
+    shipped: list[tuple[str, str]] = []
+
+    @agent.tool
+    async def ship(ctx: RunContext[Any], item: str) -> str:
+        if not ctx.tool_call_approved:
+            raise ApprovalRequired
+        shipped.append((item, effect_key()))
+        raise CallDeferred({"parcel": item}, kind="question" if item == "2" else "external")
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Go.", retries=0)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["clerk"]))
+        approvals = {
+            from_json(request.asked)["arguments"]["item"]: request for request in await asked(app, run, 3)
+        }
+        await app.answer(approvals["1"].id, {"approved": True, "arguments": {"item": "one"}})
+        await app.approve(approvals["2"].id)
+        await app.approve(approvals["3"].id)
+        await asked(app, run, 3)
+    async with opened(activity) as app, working(app.worker()):
+        run = app.run(run.id)
+        kept = {from_json(request.asked)["about"]["parcel"]: request for request in await asked(app, run, 3)}
+        assert {parcel: request.kind for parcel, request in kept.items()} == {
+            "one": "external",
+            "2": "question",
+            "3": "external",
+        }
+        assert from_json(kept["one"].asked)["arguments"] == {"item": "one"}
+        await app.answer(kept["one"].id, {"tracking": 7})
+        await app.deny(kept["3"].id, "lost")
+        await app.answer(kept["2"].id, "by air")
+        result = await run.wait(PATIENCE)
+    assert result.output is not None, result.error
+    assert "('c1', {'tracking': 7})" in result.output
+    assert "('c2', 'by air')" in result.output
+    assert "lost" in result.output
+    assert requests == [0, 1]
+    assert sorted(item for item, _ in shipped) == ["2", "3", "one"]
+    assert len({key for _, key in shipped}) == 3
+
+
+async def test_a_tool_that_is_never_content_with_an_approval_fails_its_step() -> None:
+    """What it does wrong is said; it isn't asked for over and over."""
+    model, _ = scripted(called("pay", "c1"), tell)
+    agent = Agent(model, name="clerk")
+
+    @agent.tool_plain
+    async def pay() -> str:
+        raise ApprovalRequired
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Go.", retries=3)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["clerk"]))
+        [request] = await asked(app, run)
+        await app.approve(request.id)
+        result = await run.wait(PATIENCE)
+    assert result.status is RunStatus.FAILED
+    assert "tool 'pay' asks for approval of a call that has been approved" in str(result.error)
+
+
 async def test_an_agent_that_ends_with_its_requests_does() -> None:
     """Who has DeferredToolRequests among its outputs gets them as the output of the step."""
     model, _ = scripted(called("pay", "c1", euros=9))

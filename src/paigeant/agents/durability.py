@@ -38,6 +38,8 @@ from typing import Any, ClassVar, Literal, cast
 
 from opentelemetry.trace import get_current_span
 from pydantic_ai import (
+    ApprovalRequired,
+    CallDeferred,
     DeferredToolRequests,
     DeferredToolResults,
     ModelMessage,
@@ -110,7 +112,7 @@ from paigeant.agents.operations import (
     run_in_name,
 )
 from paigeant.agents.options import METADATA, InlineToolset, ToolOptions, renamed
-from paigeant.agents.people import Outside, asks_itself, decisions
+from paigeant.agents.people import Outside, asks_itself, decisions, outcome
 from paigeant.agents.usage import put_price
 from paigeant.clock import as_datetime
 from paigeant.errors import InvalidDefinition, NonRetryableError
@@ -301,8 +303,18 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
                 return await handler(args)
         except _EXITS as exc:
             raise _no_exit(f"tool '{call.tool_name}'", exc) from exc
+        except (CallDeferred, ApprovalRequired) as exc:
+            if not ctx.tool_call_approved or asks_itself(self.agent, ctx):
+                raise
+            deferred = exc
         finally:
             CALL.reset(token)
+        if isinstance(deferred, ApprovalRequired):
+            raise InvalidDefinition(
+                f"tool '{call.tool_name}' asks for approval of a call that has been approved; "
+                "let it ask only when ctx.tool_call_approved is false"
+            )
+        return await outcome(place, self.name, ctx, call, deferred, self._ask_timeout)
 
     async def wrap_output_process(
         self,

@@ -9,7 +9,14 @@ from datetime import timedelta
 from typing import Any, get_args
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
-from pydantic_ai import DeferredToolRequests, DeferredToolResults, RunContext, ToolApproved, ToolDenied
+from pydantic_ai import (
+    CallDeferred,
+    DeferredToolRequests,
+    DeferredToolResults,
+    RunContext,
+    ToolApproved,
+    ToolDenied,
+)
 from pydantic_ai._run_context import get_current_run_context
 from pydantic_ai.agent import AbstractAgent
 from pydantic_ai.capabilities import RequestInput
@@ -24,8 +31,9 @@ from paigeant.agents.operations import CALL, PROGRESS, line, recorded_name, run_
 from paigeant.codec import storable
 from paigeant.errors import InputInvalid, OutsideStep, RequestDenied, WaitTimeout
 from paigeant.place import Place, Unit, current_place
+from paigeant.store import RequestKind
 
-__all__ = ["Outside", "asks_itself", "check_answer", "decisions"]
+__all__ = ["Outside", "asks_itself", "check_answer", "decisions", "outcome"]
 
 _RESULTS = TypeAdapter(DeferredToolResults)
 _RESULTS_NAME = DeferredToolResults.__name__
@@ -64,7 +72,12 @@ async def decisions(
     """What people have decided about the calls that wait for them: all asked at once, each by a request of its own."""
     about = f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}{line()}"
     calls = [*requests.approvals, *requests.calls]
-    found = await asyncio.gather(*(_decision(place, agent, about, requests, call, timeout) for call in calls))
+    found = await asyncio.gather(
+        *(
+            _decision(place, agent, about, requests.kind(key), call, requests.metadata.get(key), timeout)
+            for key, call in ((call.tool_call_id, call) for call in calls)
+        )
+    )
     results = DeferredToolResults()
     for call, (decision, by) in zip(calls, found, strict=True):
         shelf = results.approvals if requests.kind(call.tool_call_id) == "approval" else results.calls
@@ -74,18 +87,37 @@ async def decisions(
     return results
 
 
+async def outcome(
+    place: Place,
+    agent: str,
+    ctx: RunContext[Any],
+    call: ToolCallPart,
+    deferred: CallDeferred,
+    timeout: float | None,
+) -> Any:
+    """What has come of a call that was approved, and then left to somebody outside: a request of its own as well.
+
+    The library asks for each call once, and has no answer to one that is deferred after that. Raises ToolFailed.
+    """
+    about = f"{run_in_name(place, ctx.run_id or '')},{ctx.run_step}{line()}"
+    found, _ = await _decision(place, agent, about, deferred.kind, call, deferred.metadata, timeout)
+    if isinstance(found, ToolFailed):
+        raise found
+    return found
+
+
 async def _decision(
     place: Place,
     agent: str,
     about: str,
-    requests: DeferredToolRequests,
+    kind: RequestKind,
     call: ToolCallPart,
+    metadata: Mapping[str, Any] | None,
     timeout: float | None,
 ) -> tuple[Any, str]:
-    kind = requests.kind(call.tool_call_id)
     asked = {"agent": agent, "tool": call.tool_name, "arguments": call.args_as_dict()}
-    if more := requests.metadata.get(call.tool_call_id):
-        asked["about"] = more
+    if metadata:
+        asked["about"] = metadata
     unit = place.name(storable(f"{agent}__{kind}:{recorded_name(call)}({about},{call.tool_call_id})"))
     try:
         answer = await place.ask(kind, call.tool_name, _json(asked), timeout=timeout, unit=unit)
