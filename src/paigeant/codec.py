@@ -104,6 +104,8 @@ def _reason(exc: BaseException) -> str:
         return str(exc)
     if isinstance(exc, RecursionError) or "Circular reference" in str(exc):
         return "it contains itself, or is nested too deeply"
+    if "surrogates not allowed" in str(exc):
+        return "a text in it holds half of a surrogate pair, which is no Unicode"
     return " ".join(str(exc).split())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ from pydantic_ai.toolsets import (
     FunctionToolset,
     ToolsetTool,
 )
-from pydantic_ai.usage import UsageLimits
+from pydantic_ai.usage import RequestUsage, UsageLimits
 from pydantic_core import from_json, to_json
 from tests.agents.steps import (
     Crash,
@@ -825,6 +826,51 @@ async def test_rule_11_what_can_t_be_written_as_json_is_final() -> None:
 
     with pytest.raises(OutputInvalid, match="can't be recorded as JSON"):
         await Step().attempt(lambda: agent.run("go"))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_half_of_a_surrogate_pair_is_recorded_as_a_letter_that_is_none(streamed: bool) -> None:
+    """A model's answer is cut within a character: the run goes on with what is left of it, and each attempt alike."""
+    half, used = "\ud83d", RequestUsage(input_tokens=1, output_tokens=1)
+    requests: list[int] = []
+
+    def answer(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
+        requests.append(len(messages))
+        if len(messages) > 1:
+            return ModelResponse([TextPart(f"{sorted(returned(messages).items())} {half}")], usage=used)
+        call = ToolCallPart("look", {"at": f"a{half}", "with": ["\ud83d\ude00", half]}, tool_call_id="c1")
+        return ModelResponse([TextPart(half), call], usage=used)
+
+    async def stream(messages: list[ModelMessage], info: AgentInfo) -> AsyncIterator[Any]:
+        for number, part in enumerate(answer(messages, info).parts):
+            if isinstance(part, ToolCallPart):
+                arguments = json.dumps(part.args, ensure_ascii=False)
+                yield {number: DeltaToolCall(part.tool_name, arguments, tool_call_id="c1")}
+            elif isinstance(part, TextPart):
+                yield part.content
+
+    async def watch(_: RunContext[Any], events: AsyncIterable[AgentStreamEvent]) -> None:
+        async for _event in events:
+            pass
+
+    model = FunctionModel(answer, stream_function=stream)
+    agent = durable(model, engine={"event_stream_handler": watch}) if streamed else durable(model)
+    looked: list[Any] = []
+
+    @agent.tool_plain
+    async def look(at: str, **rest: list[str]) -> str:
+        looked.append((at, rest))
+        return f"seen{half}"
+
+    async def work() -> str:
+        return (await agent.run("go")).output
+
+    step = Step()
+    output, _ = await step.resumed(work)
+    assert output == "[('c1', 'seen\ufffd')] \ufffd"
+    assert await step.attempt(work) == output
+    assert looked == [("a\ufffd", {"with": ["\U0001f600", "\ufffd"]})]
+    assert len(requests) == 2
 
 
 @pytest.mark.parametrize(

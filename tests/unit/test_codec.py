@@ -149,6 +149,15 @@ def test_what_json_can_t_hold_is_refused(value: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["\ud800", {"\udfff": 1}, ["fine", {"a": "b\udc00"}]])
+def test_half_a_surrogate_pair_is_called_that(value: Any) -> None:
+    """What is wrong is said, not which encoder met it."""
+    with pytest.raises(
+        JsonInvalid, match=r"^a text in it holds half of a surrogate pair, which is no Unicode$"
+    ):
+        dump(value)
+
+
 def test_the_deepest_value_is_allowed() -> None:
     """MAX_DEPTH levels are fine on both ways, with many brackets side by side too."""
     assert parse_strict(dump(_deep(MAX_DEPTH))) == _deep(MAX_DEPTH)

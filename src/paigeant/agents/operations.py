@@ -66,8 +66,14 @@ class Codec(DurabilityCodec):
 
     def dump(self, tp: Any, value: Any) -> Payload:
         try:
+            found = JSON_CODEC.dump(tp, value)
             # In two steps: only the second can write nan and infinity of any type so that they are read again.
-            written = to_json(JSON_CODEC.dump(tp, value), inf_nan_mode="strings")
+            try:
+                written = to_json(found, inf_nan_mode="strings")
+            except PydanticSerializationError as exc:
+                if "surrogates not allowed" not in str(exc):
+                    raise
+                written = to_json(_mended(found), inf_nan_mode="strings")
             return Payload(written, from_json(b"[%b]" % written)[0])  # as deep as it will be in its record
         except (PydanticSerializationError, ValueError) as exc:  # or it is nested too deep to be read again
             raise not_json(exc) from exc
@@ -81,6 +87,18 @@ class Codec(DurabilityCodec):
                 f"a recorded unit can't be read as {tp!r}: {said[:500]}; it was recorded by "
                 "other code: go on with that code, or dispatch the work again under another id"
             ) from exc
+
+
+def _mended(value: Any) -> Any:
+    """`value` with U+FFFD for halves of surrogate pairs: a model leaves one where its answer is cut within a character.
+
+    No provider would take such a text back, and what was paid for is worth more than half a letter.
+    """
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {key: _mended(item) for key, item in value.items()}
+    return [_mended(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def not_json(error: Exception) -> OutputInvalid:
