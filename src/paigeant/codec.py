@@ -6,6 +6,7 @@ Floats that JSON can't write (nan, inf) become the texts that pydantic reads bac
 from __future__ import annotations
 
 import json
+import marshal
 import math
 import re
 from collections import Counter
@@ -38,6 +39,10 @@ LARGEST_BYTES = 64 * 1024 * 1024
 the step would be done again and again. What is larger belongs elsewhere, and where that is into the run."""
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_ESCAPED = re.compile(rb"\\.")
+_QUOTED = re.compile(rb'"[^"]*"')
+_SQUARE = bytes.maketrans(b"{}", b"[]")
+_NO_MARKS = bytes(set(range(256)).difference(b'"[]{}'))
 _LONG_NUMBER = re.compile(rb"[0-9]{4301}")
 
 
@@ -58,7 +63,7 @@ def dump(value: Any) -> bytes:
     """
     try:
         text = to_json(value, inf_nan_mode="strings", bytes_mode="base64")
-        if b"null" in text and value is not None:
+        if b"null" in text and value is not None and not _is_plain(value):
             # A model says itself how it writes nan and infinity: as null, by default. Its fields as plain values don't.
             text = to_json(to_jsonable_python(value, bytes_mode="base64"), inf_nan_mode="strings")
         return _bounded(text)
@@ -109,8 +114,20 @@ def _reason(exc: BaseException) -> str:
     return " ".join(str(exc).split())
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether no model is anywhere in `value`: it is made of Python's own types alone, exactly of these."""
+    # The only walk through values that needs no Python, and takes no longer than to write them as JSON.
+    try:
+        marshal.dumps(value, 2)
+    except ValueError:
+        return False
+    return True
+
+
 def _loses_number(text: bytes, value: Any) -> bool:
-    if all(math.isfinite(leaf) for leaf in _leaves(value) if isinstance(leaf, float)):
+    # Only what may have such a number in it is worth a walk.
+    with_numbers = to_json(value, inf_nan_mode="constants")
+    if b"NaN" not in with_numbers and b"Infinity" not in with_numbers:
         return False
     written, meant = list(_leaves(from_json(text))), list(_leaves(value))
     return written.count(None) > meant.count(None)
@@ -130,13 +147,39 @@ def _bounded(text: bytes) -> bytes:
             f"it has {len(text):,} bytes as JSON, at most {LARGEST_BYTES:,} are recorded; "
             "keep it elsewhere, and give back where it is"
         )
-    # A text with few brackets can't be deep; only the others are worth a walk.
-    if text.count(b"[") + text.count(b"{") > MAX_DEPTH and depth(from_json(text)) > MAX_DEPTH:
+    if _is_deeper(text, MAX_DEPTH):
         raise JsonInvalid(f"it is nested deeper than {MAX_DEPTH}")
     # So many digits are harmless in a text; a number of them could be written but never read.
-    if len(text) > 4300 and _LONG_NUMBER.search(text):
+    if _may_hold_long_number(text) and _LONG_NUMBER.search(text):
         from_json(text)
     return text
+
+
+def _may_hold_long_number(text: bytes) -> bool:
+    """Whether `text` may have 4,301 digits in a row: one of them would be at one of the places looked at."""
+    return any(
+        text[at - 2150 : at + 1].isdigit() or text[at : at + 2151].isdigit()
+        for at in range(4300, len(text), 4301)
+    )
+
+
+def _is_deeper(text: bytes, most: int) -> bool:
+    """Whether in a text that is JSON more than `most` lists and objects are nested in each other."""
+    # A text with few brackets can't be deep; only the others are worth more.
+    if text.count(b"[") + text.count(b"{") <= most:
+        return False
+    if b"\\" in text:
+        text = _ESCAPED.sub(b"", text)
+    # No values are made for it: only quotes and brackets are left, and those with nothing in between fall away, first
+    # those of texts, then with each turn the innermost lists and objects.
+    marks = text.translate(_SQUARE, _NO_MARKS).replace(b'""', b"")
+    if b'"' in marks:
+        marks = _QUOTED.sub(b"", marks)
+    for _ in range(most):
+        marks = marks.replace(b"[]", b"")
+        if not marks:
+            return False
+    return True
 
 
 def depth(value: Any) -> int:
@@ -195,7 +238,7 @@ def parse_strict(body: bytes, *, max_depth: int = MAX_DEPTH) -> Any:
         raise MessageInvalid("not_json", f"{reason} at line {exc.lineno}, column {exc.colno}") from exc
     except ValueError as exc:  # Python's limit on the digits of an integer
         raise MessageInvalid("number_out_of_range", str(exc).split(";")[0]) from exc
-    if text.count("[") + text.count("{") > max_depth and depth(value) > max_depth:
+    if _is_deeper(body, max_depth):
         raise MessageInvalid("too_deep", f"it is nested deeper than {max_depth}")
     if _SURROGATE.search(body):
         try:

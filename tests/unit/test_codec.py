@@ -165,6 +165,40 @@ def test_the_deepest_value_is_allowed() -> None:
     assert parse_strict(dump(wide)) == wide
 
 
+BRACKETS = st.recursive(
+    st.none() | st.text(alphabet='[]{}"\\,: aé', max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(alphabet='[]{}"\\', max_size=3), inner, max_size=3)
+    ),
+    max_leaves=30,
+)
+
+
+@given(BRACKETS, st.integers(0, 6), st.sampled_from([None, 2]))
+def test_depth_is_counted_of_the_text(value: Any, most: int, indent: int | None) -> None:
+    """Brackets and quotes in texts and keys, escaped or not, and blanks in between, make nothing deeper."""
+    for ascii in (True, False):
+        text = json.dumps(value, indent=indent, ensure_ascii=ascii).encode()
+        assert codec._is_deeper(text, most) is (codec.depth(value) > most)
+
+
+@given(st.integers(0, 9000), st.integers(0, 9000))
+def test_a_number_of_too_many_digits_is_found_wherever_it_stands(before: int, after: int) -> None:
+    """Python wouldn't read it again. Many short numbers are none."""
+    assert codec._may_hold_long_number(b"x" * before + b"9" * 4301 + b"y" * after)
+    assert not codec._may_hold_long_number(b"x" * before + b"9," * after)
+
+
+def test_only_numbers_in_models_are_looked_for() -> None:
+    """A null that isn't a lost number stays one, whatever stands beside it, in models or not."""
+    value = {"a": [None, {"b": None}], "share": Share(of=math.inf), "of": math.nan, "word": "null"}
+    text = '{"a":[null,{"b":null}],"share":{"of":"Infinity","about":null},"of":"NaN","word":"null"}'
+    assert dump(value).decode() == text
+    del value["share"]
+    assert dump(value).decode() == '{"a":[null,{"b":null}],"of":"NaN","word":"null"}'
+
+
 def test_what_no_database_takes_in_time_is_no_value() -> None:
     """A value may be as long as LARGEST_BYTES, with its quotes; of one byte more it says both, and what to do."""
     text = "x" * (LARGEST_BYTES - 2)
