@@ -218,9 +218,9 @@ class Paigeant:
     async def prune(self, *, older_than: float, statuses: Collection[RunStatus | str] | None = None) -> int:
         """Delete the runs that ended more than `older_than` seconds ago, with all that belongs to them.
 
-        Log lines of before then that belong to no run go, too. Gives how many runs. `statuses` limits it to runs that
-        ended so; an open run is never deleted. It goes by short transactions, so that workers go on meanwhile; when it
-        is cut short, what it deleted so far is gone.
+        Log lines and dead letters of before then that belong to no run go, too. Gives how many runs. `statuses` limits
+        it to runs that ended so; an open run is never deleted. It goes by short transactions, so that workers go on
+        meanwhile; when it is cut short, what it deleted so far is gone.
         """
         before = await self.store.now() - older_than
         wanted = None if statuses is None else {RunStatus(status) for status in statuses}
@@ -231,6 +231,8 @@ class Paigeant:
         pruned = 0
         while found := await self.store.prune_runs(before=before, statuses=wanted):
             pruned += found
+        while await self.store.prune_stray_letters(before=before):
+            pass
         return pruned
 
     async def logs(

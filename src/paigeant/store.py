@@ -429,6 +429,10 @@ class RunHistory(Protocol):
         """How many dead letters are kept."""
         ...
 
+    async def count_stray_letters(self, *, before: float) -> int:
+        """How many dead letters of before that instant belong to no run here: what `prune_stray_letters` deletes."""
+        ...
+
     async def load_dead_letter(self, letter_id: str) -> DeadLetter | None:
         """The dead letter, or None."""
         ...
@@ -594,6 +598,13 @@ class Store(RunHistory, RunValues, Protocol):
 
         At most `limit`, the oldest first, in one transaction: gives how many, and is called again until that is 0.
         A run that hasn't ended is never deleted, whatever `statuses` holds.
+        """
+        ...
+
+    async def prune_stray_letters(self, *, before: float, limit: int = 500) -> int:
+        """Delete dead letters that were kept before that instant and belong to no run here, also to none any more.
+
+        At most `limit` in one transaction: gives how many, and is called again until that is 0.
         """
         ...
 

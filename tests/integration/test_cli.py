@@ -592,8 +592,9 @@ def test_old_runs_are_pruned() -> None:
     for id in ("old", "open"):
         age(id, 31 * 86400)
     dry = as_json("runs", "prune", "--older-than", "30d", "--dry-run")
-    assert (dry, ids()) == ({"runs": 1, "deleted": False}, {"old", "young", "open"})
-    assert as_json("runs", "prune", "--older-than", "30d", "--yes") == {"runs": 1, "deleted": True}
+    assert (dry, ids()) == ({"runs": 1, "dead_letters": 0, "deleted": False}, {"old", "young", "open"})
+    done = as_json("runs", "prune", "--older-than", "30d", "--yes")
+    assert done == {"runs": 1, "dead_letters": 0, "deleted": True}
     assert ids() == {"young", "open"}
     assert "0 runs ended" in paigeant("runs", "prune", "--older-than", "30d", "--yes").stderr
     assert "1 run deleted" in paigeant("runs", "prune", "--older-than", "0s", "--yes").stderr
@@ -606,6 +607,43 @@ def test_pruning_may_be_limited_to_a_status() -> None:
     dispatched("pay", BAD, "bad")
     paigeant("runs", "prune", "--older-than", "0s", "--status", "completed", "--status", "cancelled", "--yes")
     assert ids() == {"bad"}
+
+
+def test_old_dead_letters_of_no_run_are_pruned() -> None:
+    """They are counted and asked about like runs; younger ones, and those of runs, stay."""
+
+    async def bury() -> None:
+        async with Paigeant(Settings()) as app:
+            old = await app.store.now() - 31 * 86400
+            for id, run, at in (
+                ("m-1", None, old),
+                ("m-2", "gone", old),
+                ("m-3", None, 0),
+                ("m-4", "good", old),
+            ):
+                letter = DeadLetter(
+                    id, "reserve", "not_json", "not_json: x", b"", workflow_id=run, created_at=at
+                )
+                await app.store.bury(letter)
+
+    dispatched("pay", GOOD, "good")
+    asyncio.run(bury())
+    month = ("runs", "prune", "--older-than", "30d")
+    assert as_json(*month, "--dry-run") == {"runs": 0, "dead_letters": 2, "deleted": False}
+    assert (
+        "0 runs ended more than 30d ago, 2 dead letters of no run as old"
+        in paigeant(*month, "--dry-run").stderr
+    )
+    said = refused(*month)
+    assert said == "this deletes 2 dead letters of no run, older than 30d; add --yes if that is meant"
+    assert "0 runs, 2 dead letters of no run deleted" in paigeant(*month, "--yes").stderr
+    assert {letter["id"] for letter in as_json("dead-letters", "list")} == {"m-3", "m-4"}
+    said = refused("runs", "prune", "--older-than", "0s")
+    assert said.startswith(
+        "this deletes 1 run that ended more than 0s ago, and 1 dead letter of no run, as old;"
+    )
+    paigeant("runs", "prune", "--older-than", "0s", "--yes")
+    assert as_json("dead-letters", "list") == []
 
 
 def test_nothing_is_pruned_unasked() -> None:

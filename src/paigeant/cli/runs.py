@@ -238,34 +238,39 @@ def prune(
 ) -> None:
     """Delete runs that ended long ago, with their steps, variables, signals, log lines and dead letters.
 
-    Never an open run. Log lines as old that belong to no run go, too.
+    Never an open run. Log lines and dead letters as old that belong to no run go, too.
     """
     age = session.duration(older_than, "--older-than")
     statuses = [_ended_status(word) for word in status or _ended()]
     settings = session.read_settings()
 
-    async def command() -> tuple[int, bool]:
+    async def command() -> tuple[int, int, bool]:
         async with session.opened(settings) as paigeant:
             before = await paigeant.store.now() - age
             found = await paigeant.store.count_ended(before=before, statuses=statuses)
+            letters = await paigeant.store.count_stray_letters(before=before)
             if dry_run:
-                return found, False
-            if not found:  # there may still be old log lines of no run
-                return await paigeant.prune(older_than=age, statuses=statuses), False
-            if settings.adopt:
+                return found, letters, False
+            if not found and not letters:  # there may still be old log lines of no run
+                return await paigeant.prune(older_than=age, statuses=statuses), 0, False
+            if found and settings.adopt:
                 console.warn(
                     "`adopt` is on: a message of a deleted run that still comes is taken for a new run"
                 )
-            _confirm(found, older_than, yes)
-            return await paigeant.prune(older_than=age, statuses=statuses), True
+            _confirm(found, letters, older_than, yes)
+            return await paigeant.prune(older_than=age, statuses=statuses), letters, True
 
-    found, deleted = session.wait_for(command())
+    found, letters, deleted = session.wait_for(command())
     if json:
-        console.value({"runs": found, "deleted": deleted})
-    elif deleted:
-        console.note(f"{found} run{'' if found == 1 else 's'} deleted")
+        console.value({"runs": found, "dead_letters": letters, "deleted": deleted})
+        return
+    strays = f", {_count(letters, 'dead letter')} of no run" if letters else ""
+    if deleted:
+        console.note(f"{_count(found, 'run')}{strays} deleted")
     else:
-        console.note(f"{found} run{'' if found == 1 else 's'} ended more than {older_than} ago")
+        console.note(
+            f"{_count(found, 'run')} ended more than {older_than} ago{strays and f'{strays} as old'}"
+        )
 
 
 def _ended() -> list[str]:
@@ -285,10 +290,16 @@ def _ended_status(word: str) -> RunStatus:
     return status
 
 
-def _confirm(count: int, age: str, yes: bool) -> None:
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _confirm(runs: int, letters: int, age: str, yes: bool) -> None:
     if yes:
         return
-    what = f"this deletes {count} run{'' if count == 1 else 's'} that ended more than {age} ago"
+    whole = [f"{_count(runs, 'run')} that ended more than {age} ago"] if runs else []
+    strays = [f"{_count(letters, 'dead letter')} of no run, {'as old' if runs else f'older than {age}'}"]
+    what = f"this deletes {', and '.join([*whole, *(strays if letters else [])])}"
     if not sys.stdin.isatty():
         raise ConfigurationError(f"{what}; add --yes if that is meant")
     typer.confirm(f"{what}. Go on?", abort=True, err=True)

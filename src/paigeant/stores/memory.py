@@ -506,6 +506,22 @@ class MemoryStore:
     async def count_dead_letters(self) -> int:
         return len(self._letters)
 
+    async def count_stray_letters(self, *, before: float) -> int:
+        return len(self._strays(before))
+
+    async def prune_stray_letters(self, *, before: float, limit: int = 500) -> int:
+        gone = self._strays(before)[:limit]
+        for letter in gone:
+            del self._letters[letter]
+        return len(gone)
+
+    def _strays(self, before: float) -> list[str]:
+        return [
+            letter.id
+            for letter in self._letters.values()
+            if letter.created_at < before and letter.workflow_id not in self._runs
+        ]
+
     async def load_dead_letter(self, letter_id: str) -> DeadLetter | None:
         return self._letters.get(letter_id)
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from pydantic_core import from_json
-from sqlalchemy import delete, func, select, tuple_
+from sqlalchemy import Select, delete, func, select, tuple_
 
 from paigeant import codec
 from paigeant.database import Database
@@ -123,6 +123,26 @@ class SqlHistory(SqlPart):
         query = select(func.count()).select_from(dead_letters)
         return await self.database.ask(lambda connection: connection.execute(query).scalar_one())
 
+    async def count_stray_letters(self, *, before: float) -> int:
+        query = select(func.count()).select_from(_strays(before).subquery())
+        count: int = await self.database.ask(lambda connection: connection.execute(query).scalar_one())
+        return count
+
+    async def prune_stray_letters(self, *, before: float, limit: int = 500) -> int:
+        return await self.database.write(self._prune_strays, (before, limit))
+
+    def _prune_strays(self, tx: Tx, requests: Sequence[tuple[float, int]]) -> list[int]:
+        def prune(request: tuple[float, int]) -> int:
+            before, limit = request
+            # One that somebody has locked is just being deleted.
+            query = _strays(before).limit(limit).with_for_update(skip_locked=True, of=dead_letters)
+            gone = tx.connection.execute(query).scalars().all()
+            if gone:
+                tx.connection.execute(delete(dead_letters).where(dead_letters.c.id.in_(gone)))
+            return len(gone)
+
+        return [prune(request) for request in requests]
+
     async def load_dead_letter(self, letter_id: str) -> DeadLetter | None:
         query = select(dead_letters).where(dead_letters.c.id == letter_id)
         row = await self.database.ask(lambda connection: connection.execute(query).first())
@@ -137,6 +157,17 @@ class SqlHistory(SqlPart):
             return tx.connection.execute(gone).rowcount > 0
 
         return one_by_one(requests, forget, by=str)
+
+
+def _strays(before: float) -> Select[tuple[str]]:
+    """The ids of the dead letters of before then that belong to no run here, the oldest first."""
+    letters = dead_letters.c
+    run = select(workflow_runs.c.id).where(workflow_runs.c.id == letters.workflow_id)
+    return (
+        select(letters.id)
+        .where(letters.created_at < before, ~run.exists())
+        .order_by(letters.created_at, letters.id)
+    )
 
 
 class _Details:

@@ -51,6 +51,25 @@ class HistoryConformance(StoreBench):
         assert [letter.id for letter in await store.list_dead_letters()] == ["nobody's"]
         assert [await store.load_run("open"), await store.load_run("new")] == kept
 
+    async def test_dead_letters_of_no_run_are_pruned_by_their_age(self, store: Store) -> None:
+        """Those whose message named no run, or one that isn't here. What a run has stays with it."""
+        await self.start(store, run_id="open")
+        await self.completed(store, "ended")
+        named = {"nobody's": None, "unknown's": "never here", "open's": "open", "ended's": "ended"}
+        for letter, run in named.items():
+            await store.bury(DeadLetter(letter, "a", "x", "x", b"", workflow_id=run))
+        self.clock.advance(100)
+        before = self.clock.now()
+        await store.bury(DeadLetter("new", "a", "x", "x", b""))
+        assert await store.count_stray_letters(before=before) == 2
+        assert await store.prune_stray_letters(before=before, limit=1) == 1
+        assert await store.prune_stray_letters(before=before, limit=1) == 1
+        assert await store.prune_stray_letters(before=before, limit=1) == 0
+        assert await store.count_stray_letters(before=before) == 0
+        assert {letter.id for letter in await store.list_dead_letters()} == {"open's", "ended's", "new"}
+        assert await store.prune_runs(before=before) == 1
+        assert {letter.id for letter in await store.list_dead_letters()} == {"open's", "new"}
+
     async def test_what_was_pruned_may_be_dispatched_again(self, store: Store) -> None:
         """Nothing of the old run is left in the way of a new one of its id."""
         key = await self.completed(store)
