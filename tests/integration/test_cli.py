@@ -100,6 +100,34 @@ def dispatched(workflow: str, payload: dict[str, Any], id: str) -> None:
     paigeant("run", "handlers.py", "--until-idle")
 
 
+async def _letter() -> None:
+    async with Paigeant(Settings()) as app:
+        await app.store.bury(DeadLetter("m-1", "reserve", "not_json", "not_json: nothing", b"{", 1))
+
+
+@pytest.mark.parametrize("scheme", ["redis", "amqp"])
+def test_what_the_store_tells_needs_no_broker(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the broker is away, all that is listed is there, and what only the store has can be changed."""
+    dispatched("order", GOOD, "o-1")
+    asyncio.run(_letter())
+    monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", f"{scheme}://localhost:1")
+    monkeypatch.setenv("PAIGEANT_SIGNING", "require")  # there are no keys
+    assert ids() == {"o-1"}
+    assert as_json("runs", "show", "o-1")["status"] == "completed"
+    assert as_json("requests", "list") == []
+    assert as_json("variables", "list", "o-1") == {"shelf": "B-7"}
+    assert as_json("variables", "set", "o-1", "limit", "5") == {"id": "o-1", "limit": 5}
+    assert as_json("variables", "get", "o-1", "limit") == 5
+    assert "no log lines" in paigeant("logs", "o-1").stderr
+    assert as_json("dead-letters", "show", "m-1")["reason"] == "not_json"
+    assert as_json("dead-letters", "delete", "m-1")["deleted"]
+    assert as_json("dead-letters", "list") == []
+    assert as_json("runs", "prune", "--older-than", "0s", "--yes")["runs"] == 1
+    assert "there is no key ring" in refused("topics", "list")
+    monkeypatch.delenv("PAIGEANT_SIGNING")
+    assert "localhost:1 can't be reached" in refused("topics", "list", code=3)
+
+
 # -- dispatch
 
 
@@ -1178,20 +1206,22 @@ def test_no_trust_file_is_written_that_cannot_be_read() -> None:
     assert Path("paigeant-trust.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("setting", ["store_url", "transport_url"])
 @pytest.mark.parametrize(
     "url", ["postgresql://ann:s3cret@db.invalid/x", "postgresql:///x?hostaddr=192.0.2.9"]
 )
 @pytest.mark.parametrize(
-    "command",
+    ("setting", "command"),
     [
-        ("db", "upgrade"),
-        ("db", "current"),
-        ("runs", "list"),
-        ("run", "handlers.py"),
-        ("dispatch", "order", "-", "--handlers", "handlers.py"),
+        (setting, command)
+        for setting in ("store_url", "transport_url")
+        for command in (
+            ("db", "upgrade"),
+            ("db", "current"),
+            ("runs" if setting == "store_url" else "topics", "list"),
+            ("run", "handlers.py"),
+            ("dispatch", "order", "-", "--handlers", "handlers.py"),
+        )
     ],
-    ids=" ".join,
 )
 def test_no_command_speaks_plain_text_to_a_database_elsewhere(
     setting: str, url: str, command: tuple[str, ...]

@@ -52,7 +52,7 @@ def list_(
     """List dead letters, the newest first."""
 
     async def command() -> None:
-        async with session.opened(session.read_settings()) as paigeant:
+        async with session.opened(session.read_settings(), sends=False) as paigeant:
             found = await paigeant.store.list_dead_letters(limit=limit)
         if json:
             console.value([_summary(letter) for letter in found])
@@ -82,7 +82,7 @@ def show(id: LetterId, json: AsJson = False) -> None:
     from paigeant.transport import BODY_KEPT_BYTES
 
     async def command() -> DeadLetter:
-        async with session.opened(session.read_settings()) as paigeant:
+        async with session.opened(session.read_settings(), sends=False) as paigeant:
             return await _load(paigeant, id)
 
     letter = session.wait_for(command())
@@ -123,7 +123,7 @@ def delete(id: LetterId, json: AsJson = False) -> None:
     """Forget a dead letter."""
 
     async def command() -> None:
-        async with session.opened(session.read_settings()) as paigeant:
+        async with session.opened(session.read_settings(), sends=False) as paigeant:
             await _load(paigeant, id)
             await paigeant.store.delete_dead_letter(id)
 

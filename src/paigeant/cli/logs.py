@@ -121,7 +121,7 @@ class _Lines:
 
 
 async def _show(lines: _Lines, since: _Since | None, limit: int, follow: bool, printer: _Printer) -> int:
-    async with session.opened(session.read_settings()) as app:
+    async with session.opened(session.read_settings(), sends=False) as app:
         if lines.workflow_id is not None:
             await _check_is_there(app, lines.workflow_id)
         begin = None if since is None else since.instant(await app.store.now())

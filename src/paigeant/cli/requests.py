@@ -46,7 +46,7 @@ def list_(
     from paigeant.cli import waiting
 
     async def command() -> tuple[list[Request], float]:
-        async with session.opened(session.read_settings()) as paigeant:
+        async with session.opened(session.read_settings(), sends=False) as paigeant:
             if run is not None:
                 await paigeant.run(run).status()  # one that isn't there is a mistake, not an empty list
             found = await paigeant.store.list_requests(workflow_id=run, only_open=not all, limit=limit)
@@ -71,7 +71,7 @@ def show(id: RequestId, json: AsJson = False) -> None:
     from paigeant.errors import RequestNotFound
 
     async def command() -> Request:
-        async with session.opened(session.read_settings()) as paigeant:
+        async with session.opened(session.read_settings(), sends=False) as paigeant:
             found = await paigeant.store.load_request(id)
         if found is None:
             raise RequestNotFound(id)

@@ -57,7 +57,7 @@ def list_(
     async def command() -> None:
         from paigeant.cli import report
 
-        async with session.opened(session.read_settings()) as paigeant:
+        async with session.opened(session.read_settings(), sends=False) as paigeant:
             found = await paigeant.store.list_runs(status=wanted, workflow=workflow, limit=limit)
         if json:
             console.value([report.summary(run) for run in found])
@@ -92,7 +92,7 @@ def show(
         from paigeant.cli import report
         from paigeant.slip import RunStatus
 
-        async with session.opened(session.read_settings()) as paigeant:
+        async with session.opened(session.read_settings(), sends=False) as paigeant:
             detail = await paigeant.run(id).detail()
             requests = await paigeant.run(id).requests(only_open=False)
             now = await paigeant.store.now()
@@ -245,7 +245,7 @@ def prune(
     settings = session.read_settings()
 
     async def command() -> tuple[int, int, bool]:
-        async with session.opened(settings) as paigeant:
+        async with session.opened(settings, sends=False) as paigeant:
             before = await paigeant.store.now() - age
             found = await paigeant.store.count_ended(before=before, statuses=statuses)
             letters = await paigeant.store.count_stray_letters(before=before)

@@ -53,24 +53,38 @@ def handlers_of(settings: Settings, given: Sequence[str]) -> Handlers:
 
 @contextlib.asynccontextmanager
 async def opened(
-    settings: Settings, handlers: Handlers | None = None, *, makes: bool = False, **more: Any
+    settings: Settings,
+    handlers: Handlers | None = None,
+    *,
+    makes: bool = False,
+    sends: bool = True,
+    **more: Any,
 ) -> AsyncIterator[Paigeant]:
     """The application, open. `makes`: an embedded database that isn't there yet is made; else it counts as empty.
 
-    Raises ConfigurationError for a store or transport in memory: no other process would ever see what is in it.
+    Without `sends` no broker is asked: for what the store alone tells. Raises ConfigurationError for a store or
+    transport in memory: no other process would ever see what is in it.
     """
-    async with application(settings, handlers, makes=makes, **more) as app:
+    async with application(settings, handlers, makes=makes, sends=sends, **more) as app:
         yield app
 
 
 def application(
-    settings: Settings, handlers: Handlers | None = None, *, makes: bool = False, **more: Any
+    settings: Settings,
+    handlers: Handlers | None = None,
+    *,
+    makes: bool = False,
+    sends: bool = True,
+    **more: Any,
 ) -> Paigeant:
     """What `opened` opens. Raises ConfigurationError as that does."""
     from paigeant.app import Paigeant
 
     for name in ("store_url", "transport_url"):
         check_shared(name, getattr(settings, name))
+    if not sends:  # it needs no key either
+        nowhere = {"transport_url": "memory://", "routes": {}, "signing": "off"}
+        settings = settings.model_copy(update=nowhere)
     if not makes and (missing := _missing_file(settings)) is not None:
         console.note(
             f"there is no {missing} here yet; `paigeant run` or `paigeant dispatch` makes it", markup=False

@@ -18,7 +18,7 @@ Key = Annotated[str, typer.Argument(help="The variable's name.", metavar="KEY")]
 
 
 async def _variables(id: str) -> dict[str, Any]:
-    async with session.opened(session.read_settings()) as paigeant:
+    async with session.opened(session.read_settings(), sends=False) as paigeant:
         return await paigeant.store.list_variables(id)
 
 
@@ -69,7 +69,7 @@ def set_(
     check_name("the name of a variable", key)
 
     async def command() -> None:
-        async with session.opened(session.read_settings()) as paigeant:
+        async with session.opened(session.read_settings(), sends=False) as paigeant:
             await paigeant.store.save_variable(id, key, found)
 
     session.wait_for(command())
