@@ -10,6 +10,7 @@ import logging
 import re
 import sqlite3
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 import structlog
 import yaml
+from tests.services import RedisServer
 from typer.testing import CliRunner, Result
 
 from paigeant import Paigeant, PaigeantMessage, RoutingSlip, Settings, Step
@@ -1005,6 +1007,21 @@ def test_config_check_ends_with_3_when_nothing_else_is_wrong(monkeypatch: pytest
     assert [part for part, (ok, _) in checked(3).items() if not ok] == ["transport"]
     monkeypatch.setenv("PAIGEANT_STORE_URL", "redis://127.0.0.1:1")
     assert "there is no store; expected one of" in checked(2)["store"][1]
+
+
+def test_config_check_says_when_a_broker_is_full() -> None:
+    """One that is there and takes no messages isn't called reachable: what is wrong and what to do is said."""
+    with RedisServer(lines=["maxmemory-policy noeviction"]) as server:
+        Path("paigeant.yaml").write_text(f"transport_url: {server.url}\n")
+        assert checked(0)["transport"] == (True, f"{server.url}: reachable")
+        subprocess.run(
+            ["redis-cli", "-p", str(server.port), "CONFIG", "SET", "maxmemory", "1"],
+            check=True,
+            capture_output=True,
+        )
+        ok, text = checked(3)["transport"]
+        assert not ok
+        assert "has no memory left: raise its maxmemory, or let workers catch up" in text
 
 
 def test_config_check_refuses_a_place_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -444,10 +444,15 @@ async def test_an_alarm_stops_publishers_only(server: RabbitServer) -> None:
             with pytest.raises(TransportUnavailable, match="memory or disk alarm"):
                 await transport.publish("work", message("refused as well"))
             await listener.until("m-2")
+            async with opened(server.url) as other:
+                with pytest.raises(TransportUnavailable, match=r"memory or disk alarm .*; give it room"):
+                    await other.check_room()
         finally:
             await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.6")
         await publish_until_taken(transport, "after")
         await listener.until("after")
+        await transport.check_room()
+        assert [depth.topic for depth in await transport.topics()] == []
 
 
 # -- what others have written

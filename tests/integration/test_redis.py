@@ -413,9 +413,14 @@ async def test_a_full_server_refuses_messages_and_is_emptied(opened: Open) -> No
         await transport.publish("work", message("later", text="x" * 10_000), delay=0.3)
         await take(transport)  # makes the group, for which there would be no room
         await transport.nack("m-0")
+        before = set(await client.keys("*"))
+        await transport.check_room()
+        assert set(await client.keys("*")) == before
         await client.config_set("maxmemory", 1)
         with pytest.raises(TransportUnavailable, match="maxmemory"):
             await transport.publish("work", message("too much"))
+        with pytest.raises(TransportUnavailable, match="has no memory left: raise its maxmemory"):
+            await transport.check_room()
         [first] = await take(transport)
         await transport.nack(first)
         [second] = await take(transport)
@@ -1037,6 +1042,20 @@ async def test_names_on_a_node_that_is_away_keep_no_message(opened: Open) -> Non
         async with Listening(transport, topic) as listening, asyncio.timeout(_PATIENCE):
             await transport.publish(topic, message("m"))
             await listening.wait_for("m")
+
+
+async def test_any_node_of_a_cluster_may_be_full(opened: Open) -> None:
+    """It is looked for on all primaries: each has its topics."""
+    with redis_cluster() as cluster:
+        transport = await opened(cluster.url)
+        await transport.check_room()
+        for node in cluster.nodes:
+            with cluster.client(node) as client:
+                client.config_set("maxmemory", "1")
+                with pytest.raises(TransportUnavailable, match="no memory left"):
+                    await transport.check_room()
+                client.config_set("maxmemory", "0")
+        await transport.check_room()
 
 
 async def test_a_url_may_name_the_namespace(server: RedisServer, opened: Open) -> None:

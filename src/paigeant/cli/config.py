@@ -220,6 +220,8 @@ async def _connect(part: _Part) -> None:
             await part.connect()
             if isinstance(database := getattr(part, "database", None), Database):
                 await database.check_rights()
+            if (check_room := getattr(part, "check_room", None)) is not None:
+                await check_room()
     except TimeoutError as exc:
         raise TransportUnavailable(
             f"no answer within {_PATIENCE_SECONDS:g} s; is a firewall in between?"

@@ -28,6 +28,8 @@ from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, NAME_BYTES, Que
 
 __all__ = ["Publisher"]
 
+_ROOM_SECONDS = 5.0
+
 
 class Publisher:
     """Sends with confirms, over a connection of its own: alarms of the broker block publishers and nobody else."""
@@ -87,7 +89,7 @@ class Publisher:
                 if not await self._sent(queue, properties, body, again=True):
                     await self._sent(queue, properties, body, again=False)
         except TimeoutError as exc:
-            raise await self._late(began_at) from exc
+            raise await self._late(began_at, self._timeout) from exc
         finally:
             if told_id is not None:
                 self._outstanding.discard(told_id)
@@ -123,6 +125,22 @@ class Publisher:
             return False
         self._confirmed_at = time.monotonic()
         return True
+
+    async def check_room(self, trial: Queue) -> None:
+        """Raises TransportUnavailable for a broker that takes no messages now. `trial` is a queue that isn't there."""
+        try:
+            with closings():
+                async with asyncio.timeout(_ROOM_SECONDS):
+                    channel = self._channel
+                    if channel is None or channel.is_closed:
+                        channel = await self._single.get()
+                    # It tells of an alarm only to those who publish, and takes the first message of each connection.
+                    for _ in range(2):
+                        await channel.basic_publish(b"", routing_key=trial.name)
+        except TimeoutError as exc:
+            raise await self._late(time.monotonic(), _ROOM_SECONDS) from exc
+        except CONNECTION_EXCEPTIONS as exc:
+            raise self._unavailable(exc) from exc
 
     async def counts(self, names: Collection[str]) -> list[int]:
         """How many messages wait in each of these queues; 0 for one that isn't there."""
@@ -189,14 +207,17 @@ class Publisher:
         with contextlib.suppress(*CONNECTION_EXCEPTIONS):
             await channel.close()
 
-    async def _late(self, began_at: float) -> TransportUnavailable:
+    async def _late(self, began_at: float, seconds: float) -> TransportUnavailable:
         why = "it is overloaded, frozen, or cut off"
         if await self._link.is_blocked():
-            why = "it blocks publishers by a memory or disk alarm (see `rabbitmqctl status`)"
+            why = (
+                "it blocks publishers by a memory or disk alarm (see `rabbitmqctl status`); "
+                "give it room, or let workers catch up"
+            )
         elif self._confirmed_at < began_at:
             self._link.cut()  # what doesn't answer at all is opened anew
         return TransportUnavailable(
-            f"RabbitMQ at {place(self._link.url)} has not confirmed a message within {self._timeout:g} s: {why}"
+            f"RabbitMQ at {place(self._link.url)} has not confirmed a message within {seconds:g} s: {why}"
         )
 
     def _unavailable(self, exc: BaseException) -> TransportUnavailable:

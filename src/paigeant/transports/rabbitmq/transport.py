@@ -96,6 +96,10 @@ class RabbitMQTransport:
         await self._publisher.close()
         self._held.clear()
 
+    async def check_room(self) -> None:
+        """Raises TransportUnavailable where the broker takes no messages now, and why."""
+        await self._publisher.check_room(self.queues.trial())
+
     def joins(self, store: Store) -> bool:
         return False
 

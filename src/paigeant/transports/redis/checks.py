@@ -6,12 +6,13 @@ import logging
 
 from redis.exceptions import NoPermissionError, ResponseError
 
-from paigeant.errors import ConfigurationError
+from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.transports.redis.line import Line
 from paigeant.transports.redis.place import Place
 from paigeant.transports.redis.servers import Servers
+from paigeant.transports.redis.trouble import no_memory
 
-__all__ = ["check"]
+__all__ = ["check", "check_room"]
 
 log = logging.getLogger("paigeant.transports.redis")
 
@@ -24,6 +25,15 @@ async def check(servers: Servers) -> None:
         info = await _info(line)
         _check_kind(where, info, servers.place)
         _check_policy(where, info.get("maxmemory_policy") or await _policy(line))
+
+
+async def check_room(servers: Servers) -> None:
+    """Raises TransportUnavailable for a server, or a node of the cluster, that has no memory left for messages."""
+    for where, line in servers.lines():
+        info = await _info(line)
+        used, most = info.get("used_memory", ""), info.get("maxmemory", "")
+        if used.isdecimal() and most.isdecimal() and 0 < int(most) < int(used):
+            raise TransportUnavailable(no_memory(where))
 
 
 def _check_kind(where: str, info: dict[str, str], place: Place) -> None:

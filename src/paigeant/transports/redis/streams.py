@@ -19,7 +19,7 @@ from redis.exceptions import NoScriptError, ResponseError
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.transport import TopicDepth
 from paigeant.transports.redis import scripts
-from paigeant.transports.redis.checks import check
+from paigeant.transports.redis.checks import check, check_room
 from paigeant.transports.redis.place import Place
 from paigeant.transports.redis.scripts import Script
 from paigeant.transports.redis.servers import Servers
@@ -89,6 +89,14 @@ class Streams:
                 "permit them in the ACL of that user"
             )
         await self._run_on(servers, scripts.DEPTH, "")  # by its digest
+
+    async def check_room(self) -> None:
+        """Raises TransportUnavailable where no message can be written now, and what redis-py raises."""
+        # It is refused like any other message would be, and otherwise written nowhere: no stream has this key.
+        key = f"{self._tag('')}:trial"
+        await self.servers.ask(key, "XADD", key, "NOMKSTREAM", "*", "id", "")
+        if self.place.is_cluster:
+            await check_room(self.servers)
 
     async def close(self) -> None:
         """Closing twice is harmless."""

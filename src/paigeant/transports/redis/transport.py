@@ -74,6 +74,11 @@ class RedisStreamTransport:
         self._hands.clear()
         await self._streams.close()
 
+    async def check_room(self) -> None:
+        """Raises TransportUnavailable where the server, or one of the cluster, takes no messages now, and why."""
+        with told(self._place):
+            await self._streams.check_room()
+
     def joins(self, store: Store) -> bool:
         return False
 

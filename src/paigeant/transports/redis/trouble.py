@@ -24,7 +24,7 @@ from redis.exceptions import TimeoutError as TimedOut
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.transports.redis.place import Place, one_line
 
-__all__ = ["FAILURES", "LOST", "TROUBLE", "explained", "refusal", "told"]
+__all__ = ["FAILURES", "LOST", "TROUBLE", "explained", "no_memory", "refusal", "told"]
 
 LOST = (Disconnected, OSError, RuntimeError)
 """What a lost connection raises: a write on one that uvloop has closed is a RuntimeError, and redis-py passes it on."""
@@ -91,7 +91,7 @@ def explained(exc: BaseException, place: Place) -> str:
         case TransportUnavailable():
             return text
         case OutOfMemoryError():
-            return f"redis at {where} has no memory left: raise its maxmemory, or let workers catch up"
+            return no_memory(where)
         case ReadOnlyError():
             return f"redis at {where} is a replica now and can't be written to: name its primary, or its sentinels"
         case BusyLoadingError():
@@ -112,6 +112,11 @@ def explained(exc: BaseException, place: Place) -> str:
             )
         case _:
             return f"redis at {where} can't be reached: {text or type(exc).__name__}; {_hint(text.lower())}"
+
+
+def no_memory(where: str) -> str:
+    """What to do about a server that is full."""
+    return f"redis at {where} has no memory left: raise its maxmemory, or let workers catch up"
 
 
 def _hint(text: str) -> str:
