@@ -99,6 +99,7 @@ class Claim:
             "" if self.local else message.message_id,
             self.grant.queued,
             message.headers.get("traceparent", ""),
+            message.headers.get("tracestate", ""),
         )
 
     def ids(self, worker_id: str) -> dict[str, Any]:

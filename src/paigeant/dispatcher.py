@@ -103,10 +103,12 @@ class Dispatcher:
         self._check_known(workflow)
         await self._check_first(run_id, slip.next_step(), payload)
         mandate, token = await self._mandate(on_behalf_of, run_id, slip, waits=begins - now)
-        given = _traceparent((headers or {}).get("traceparent", ""))
+        given, state = _context(headers) if headers else ("", "")
         correlation_id = correlation_id or run_id
-        with self._around(run_id, workflow, slip, correlation_id, given) as own:
-            trace_id, parent = _trace(own or given)
+        with self._around(run_id, workflow, slip, correlation_id, given, state) as own:
+            if own:
+                given, _, state = own.partition(" ")
+            trace_id, parent = _trace(given)
             message = PaigeantMessage(
                 message_id="",
                 workflow_id=run_id,
@@ -115,7 +117,7 @@ class Dispatcher:
                 workflow=workflow.name,
                 correlation_id=correlation_id,
                 trace_id=trace_id,
-                headers=_with_token({**(headers or {}), **mandate, "traceparent": parent}, token),
+                headers=_with_token(_traced({**(headers or {}), **mandate}, parent, state), token),
             )
             await self._start(message, text, begins=begins, now=now, is_new=workflow_id is None)
         return run_id
@@ -313,7 +315,13 @@ class Dispatcher:
             )
 
     def _around(
-        self, run_id: str, workflow: Workflow, slip: RoutingSlip, correlation_id: str, traceparent: str
+        self,
+        run_id: str,
+        workflow: Workflow,
+        slip: RoutingSlip,
+        correlation_id: str,
+        traceparent: str,
+        tracestate: str,
     ) -> Around:
         if not self.observers.surrounds:
             return NOTHING_AROUND
@@ -327,6 +335,7 @@ class Dispatcher:
                 topic=topic,
                 correlation_id=correlation_id,
                 traceparent=traceparent,
+                tracestate=tracestate,
             )
         )
 
@@ -391,6 +400,7 @@ class Dispatcher:
                     correlation_id=run.correlation_id,
                     at=now,
                     traceparent=message.headers["traceparent"],
+                    tracestate=message.headers.get("tracestate", ""),
                 )
             )
             if letter is not None:
@@ -579,6 +589,53 @@ _TRACEPARENT = re.compile(
     r"(?P<version>(?!ff)[0-9a-f]{2})-(?P<trace>(?!0{32})[0-9a-f]{32})-(?P<span>(?!0{16})[0-9a-f]{16})"
     r"-(?P<flags>[0-9a-f]{2})(?P<more>-.*)?"
 )
+
+
+_MOST_STATE = 512
+"""Characters of a tracestate that travel; the standard asks for no more. Each message of the run has them."""
+
+
+def _tracestate(given: str) -> str:
+    """A tracestate as it travels: without what is too long of it; empty for what is none.
+
+    Source: W3C Trace Context, section 3.3, with its order in which entries are left out: those of more than 128
+    characters first, then the last ones.
+    """
+    entries = [entry for each in given.split(",", 2 * _MOST_ENTRIES) if (entry := each.strip(" \t"))]
+    if len(entries) > _MOST_ENTRIES or not all(map(_STATE_ENTRY.fullmatch, entries)):
+        return ""
+    if len({entry.partition("=")[0] for entry in entries}) < len(entries):
+        return ""
+    while sum(map(len, entries)) + len(entries) - 1 > _MOST_STATE:
+        long = [number for number, entry in enumerate(entries) if len(entry) > 128]
+        del entries[long[-1] if long else -1]
+    return ",".join(entries)
+
+
+_MOST_ENTRIES = 32
+_STATE_ENTRY = re.compile(
+    r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"
+    r"=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
+)
+
+
+def _context(headers: Mapping[str, str]) -> tuple[str, str]:
+    """The traceparent and the tracestate among the headers that a caller hands on; empty for what is none.
+
+    What belongs to no trace, or to one that isn't taken over, counts for nothing.
+    """
+    parent = _traceparent(headers.get("traceparent", ""))
+    return parent, _tracestate(headers["tracestate"]) if parent and "tracestate" in headers else ""
+
+
+def _traced(headers: dict[str, str], traceparent: str, tracestate: str) -> dict[str, str]:
+    """`headers` with this trace context and no other."""
+    headers["traceparent"] = traceparent
+    if tracestate:
+        headers["tracestate"] = tracestate
+    else:
+        headers.pop("tracestate", None)
+    return headers
 
 
 def _trace(parent: str) -> tuple[str, str]:

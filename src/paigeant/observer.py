@@ -82,7 +82,7 @@ NOTHING_MORE: Mapping[str, Any] = MappingProxyType({})
 class Event(NamedTuple):
     """Something that has happened, with the ids it belongs to, and the seconds it took where that means something.
 
-    `traceparent` is the W3C trace context that the run was dispatched in.
+    `traceparent` is the W3C trace context that the run was dispatched in, `tracestate` what vendors add to that.
     `at` is the instant by the store's clock of what was recorded: what follows from it anywhere is later. None where
     nothing was recorded: it is told as it happens. A tuple, for it is made at each step, and a frozen dataclass takes
     five times as long.
@@ -102,13 +102,15 @@ class Event(NamedTuple):
     at: float | None = None
     more: Mapping[str, Any] = NOTHING_MORE
     traceparent: str = ""
+    tracestate: str = ""
 
 
 class Work(NamedTuple):
     """What is about to be done: the dispatch of a run, or an attempt to do or undo one of its steps.
 
-    `traceparent` is the context it belongs to: the caller's for a dispatch, the run's for an attempt. `message_id` is
-    empty where the worker went on from the step before without one; `queued` is for how long the step had been due.
+    `traceparent` is the context it belongs to: the caller's for a dispatch, the run's for an attempt; `tracestate` is
+    what vendors add to that. `message_id` is empty where the worker went on from the step before without one; `queued`
+    is for how long the step had been due.
     """
 
     kind: Literal["dispatch", "do", "undo"]
@@ -123,10 +125,12 @@ class Work(NamedTuple):
     message_id: str = ""
     queued: float = 0.0
     traceparent: str = ""
+    tracestate: str = ""
 
 
 Around = AbstractContextManager[str | None]
-"""Is entered before a work and left after it, in its own task. Gives the traceparent for a new run, or None."""
+"""Is entered before a work and left after it, in its own task. Gives the traceparent for a new run, or None.
+Behind the traceparent, after a space, its tracestate may stand."""
 
 
 @dataclass(frozen=True, slots=True)

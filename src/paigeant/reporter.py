@@ -54,6 +54,7 @@ async def about_run(store: Store, workflow_id: str) -> dict[str, Any]:
         "trace_id": run.trace_id,
         "correlation_id": run.correlation_id,
         "traceparent": run.headers.get("traceparent", ""),
+        "tracestate": run.headers.get("tracestate", ""),
     }
 
 
@@ -95,6 +96,7 @@ class Reporter:
             at,
             more,
             message.headers.get("traceparent", ""),
+            message.headers.get("tracestate", ""),
         )
         self.observers.observe(event)
 

@@ -204,6 +204,20 @@ async def test_a_forged_header_is_refused(forge: Callable[[bytes], bytes], why: 
     assert await reason(envelope("RS256"), forge(envelope("RS256").seal(message(), "pay"))) == why
 
 
+async def test_the_trace_context_is_signed() -> None:
+    """Nobody on the way puts a run into another trace, or says anything else of it to whoever keeps its spans."""
+    headers = {"traceparent": "00-1-2-01", "tracestate": "vendor=kept"}
+    sealed = envelope().seal(message(headers=headers), "pay")
+    opened = await envelope().open("pay", sealed)
+    assert {name: opened.headers[name] for name in headers} == headers
+    for was, becomes in (
+        (b"00-1-2-01", b"00-1-3-01"),
+        (b"vendor=kept", b"vendor=lost"),
+        (b"tracestate", b"tracestatf"),
+    ):
+        assert await reason(envelope(), sealed.replace(was, becomes)) == "bad_signature"
+
+
 async def test_nothing_is_parsed_before_it_is_verified() -> None:
     """A body that would make the parser complain, with a wrong signature, is refused for its signature."""
     sealed = envelope().seal(message(), "pay").split(b"\n", 1)[0]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from opentelemetry import trace
+from opentelemetry import context, trace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -169,6 +169,73 @@ async def test_the_callers_trace_goes_on(spans: Spans) -> None:
     """A traceparent that a dispatch is given is the parent of its span."""
     assert await done(spans, "pick", headers={"traceparent": CALLER}) == CALLER.split("-")[1]
     assert spans.parent("dispatch w") == CALLER.split("-")[2]
+
+
+STATE = "rojo=00f067aa0ba902b7,tenant@congo=t61rcWkgMzE"
+
+
+@pytest.mark.parametrize("is_current", [True, False], ids=["current span", "headers"])
+async def test_the_callers_tracestate_comes_out_at_all_spans(spans: Spans, is_current: bool) -> None:
+    """What vendors add to a trace goes through all processes with it, and on into what an activity calls."""
+    headers = {"traceparent": CALLER, "tracestate": STATE}
+    seen = Seen()
+    if is_current:
+        token = context.attach(remote(CALLER, STATE) or context.Context())
+        try:
+            await done(spans, "pick", "fail", observers=[seen])
+        finally:
+            context.detach(token)
+    else:
+        await done(spans, "pick", "fail", observers=[seen], headers=headers)
+    states = {span.name: span.context.trace_state.to_header() for span in spans.all}
+    assert {"dispatch w", "receive shelf", "step pick", "inside pick", "undo pick", "run.compensated"} <= set(
+        states
+    )
+    assert set(states.values()) == {STATE}
+    told = {event.tracestate for event in seen.events if event.traceparent}
+    assert told == {STATE}
+
+
+@pytest.mark.parametrize("is_traced", [True, False], ids=["traced", "not traced"])
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (STATE, STATE),
+        (" rojo=1 ,, b=2 ,", "rojo=1,b=2"),
+        ("", None),
+        ("no state", None),
+        ("a=1,a=2", None),
+        ("A=1", None),
+        ("a=b=c", None),
+        ("a=b ,c=é", None),
+        (",".join(f"k{n}=v" for n in range(33)), None),
+        (",".join(f"k{n}=v" for n in range(32)), ",".join(f"k{n}=v" for n in range(32))),
+        (f"a=1,long={'x' * 200},b={'y' * 256},c=3,d={'z' * 120}", f"a=1,long={'x' * 200},c=3,d={'z' * 120}"),
+        (
+            ",".join(f"k{n:02}={'v' * 100}" for n in range(9)),
+            ",".join(f"k{n:02}={'v' * 100}" for n in range(4)),
+        ),
+        (f"a={'x' * 257}", None),
+    ],
+)
+async def test_only_a_tracestate_is_taken_for_one(given: str, taken: str | None, is_traced: bool) -> None:
+    """In whole entries, of which 512 characters travel; what the standard forbids is left out."""
+    spans = Spans()
+    observers = [spans.observer] if is_traced else []
+    async with MemoryApp(ActivityRegistry(), observers=observers) as app:
+        headers = {"traceparent": CALLER, "tracestate": given}
+        run = await app.dispatch(Workflow("w", ["pick"]), {}, headers=headers)
+        record = (await app.store.load_run(run.id)).run
+    assert record.headers.get("tracestate") == taken
+    assert record.trace_id == CALLER.split("-")[1]
+
+
+async def test_a_tracestate_without_its_trace_goes_nowhere() -> None:
+    """It is about a trace of which nothing is known."""
+    async with MemoryApp(ActivityRegistry()) as app:
+        headers = {"traceparent": "none", "tracestate": STATE}
+        run = await app.dispatch(Workflow("w", ["pick"]), {}, headers=headers)
+        assert "tracestate" not in (await app.store.load_run(run.id)).run.headers
 
 
 @pytest.mark.parametrize("is_traced", [True, False], ids=["traced", "not traced"])

@@ -3,10 +3,10 @@
 Needs nothing but the API, and writes to the global tracer provider, whoever has set that up (`otlp.py`, Logfire, an
 application of your own). Without one, or where a trace isn't sampled, its spans are empty and cost little.
 
-The dispatch is the root of a run's trace. Its context travels in the header `traceparent`, and every other span of the
-run is its child, so that none hangs under one that died with its process. An attempt has two: `receive`, for the time
-its step had been due, which ends as the attempt begins, and `step` or `undo`, which is the current span while the
-activity runs: what that makes, an agent's own spans above all, is below it.
+The dispatch is the root of a run's trace. Its context travels in the headers `traceparent` and `tracestate`, and every
+other span of the run is its child, so that none hangs under one that died with its process. An attempt has two:
+`receive`, for the time its step had been due, which ends as the attempt begins, and `step` or `undo`, which is the
+current span while the activity runs: what that makes, an agent's own spans above all, is below it.
 
 Attributes are ids and names, from a fixed list: neither input nor output, nor the text of an error, is among them.
 """
@@ -31,6 +31,7 @@ from opentelemetry.trace import (
     TraceFlags,
     Tracer,
     TracerProvider,
+    TraceState,
 )
 
 from paigeant.observer import Harmless
@@ -51,6 +52,7 @@ _ENDS: Mapping[EventName, StatusCode] = {
     "run.compensation_failed": StatusCode.ERROR,
     "run.cancelled": StatusCode.UNSET,
 }
+_MOST_STATE = 512
 _LONGEST = 256
 """Characters of an id that was chosen outside. More of it helps nobody who looks for it."""
 
@@ -64,7 +66,7 @@ class TraceObserver:
 
     def around(self, work: Work) -> Around:
         """The span of `work` as the current one; gives the traceparent of that for a run which is dispatched."""
-        above = remote(work.traceparent)
+        above = _above(work)
         if work.kind != "dispatch":
             return _Current(self._attempt(work, above))
         name = f"dispatch {work.workflow}"
@@ -77,7 +79,7 @@ class TraceObserver:
             return
         span = self.tracer.start_span(
             event.name,
-            remote(event.traceparent),
+            _above(event),
             attributes={
                 "paigeant.workflow_id": event.workflow_id[:_LONGEST],
                 "paigeant.run.status": event.name.removeprefix("run."),
@@ -145,7 +147,9 @@ class _NewRun(_Current):
     def __enter__(self) -> str | None:
         super().__enter__()
         found = self._span.get_span_context()
-        return written(found) if found.is_valid else None
+        if not found.is_valid:
+            return None
+        return f"{written(found)} {found.trace_state.to_header()}" if found.trace_state else written(found)
 
 
 _TYPE = "messaging.operation.type"
@@ -175,14 +179,22 @@ class Remote(context.Context):
         self.above = above
 
 
+def _above(told: Work | Event) -> Remote | None:
+    # One argument is found faster than two, and most runs have no more. Who writes a message chooses how much that is.
+    if told.tracestate and len(told.tracestate) <= _MOST_STATE:
+        return remote(told.traceparent, told.tracestate)
+    return remote(told.traceparent)
+
+
 @lru_cache(maxsize=1024)
-def remote(traceparent: str) -> Remote | None:
+def remote(traceparent: str, tracestate: str = "") -> Remote | None:
     """The context that a W3C traceparent names; None, which is the current one, where it names none."""
     try:
         version, trace_id, span_id, flags = traceparent.split("-")
         if len(trace_id) != 32 or len(span_id) != 16 or version != "00":
             return None
-        found = SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16)))
+        state = TraceState.from_header([tracestate]) if tracestate else None
+        found = SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16)), state)
     except ValueError:
         return None
     return Remote(found) if found.is_valid else None
