@@ -371,6 +371,7 @@ async def test_what_cannot_be_written_is_bounded_and_counted(url: str) -> None:
     await database.close()
     assert [line.fields["number"] for line in lines if line.event == "told"] == list(range(500, 10_500))
     assert [line.fields for line in lines if line.event == "log.lost"] == [{"lines": 500}]
+    assert sink.lost == 500  # a counter never falls
 
 
 async def test_lines_that_the_end_does_not_wait_for_are_told(

@@ -193,6 +193,44 @@ def _is_free(port: int) -> bool:
 
 
 @pytest.mark.slow
+def test_lines_and_spans_that_are_lost_are_seen() -> None:
+    """A folder of logs and a collector that are away hold up no step; a metric says how much of both is lost."""
+    settings = {
+        "PAIGEANT_LOG_FILE": "logs/worker.log",
+        "PAIGEANT_LOG_SQL": "info",
+        "PAIGEANT_TRACES": "true",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}",
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "1",
+        "OTEL_BSP_SCHEDULE_DELAY": "10",
+    }
+    Path("logs").mkdir()
+    lines, spans = "paigeant_log_lines_lost_total", sample("paigeant_spans_lost_total")
+
+    async def start() -> None:
+        async with Paigeant(Settings(metrics_port=None)) as app:
+            await app.dispatch(Workflow("counted", ["count", "check"]), {"n": 0})
+
+    with Command("run", environment=settings) as worker:
+        port = worker.until("monitor.serving")["port"]
+        until(lambda: is_ready(port))
+        before = scraped(port)
+        assert (
+            {before[sample(lines, log=log)] for log in ("stream", "file", "store")} == {before[spans]} == {0}
+        )
+        Path("logs").rename("away")
+        asyncio.run(start())
+        until(lambda: scraped(port)[sample(lines, log="file")] > 0)
+        until(lambda: scraped(port)[spans] > 0)
+        after = scraped(port)
+        assert {after[sample(lines, log=log)] for log in ("stream", "store")} == {0}
+        assert after[sample("paigeant_runs_ended_total", workflow="counted", status="completed")] == 1
+        Path("logs").mkdir()
+        asyncio.run(start())
+        until(lambda: Path("logs/worker.log").is_file())
+        assert scraped(port)[sample(lines, log="file")] >= after[sample(lines, log="file")]
+
+
+@pytest.mark.slow
 def test_each_process_serves_at_a_port_of_its_own() -> None:
     """The first of several worker processes serves at the given port, the next one behind it."""
     first = next(port for port in iter(free_port, None) if _is_free(port + 1))

@@ -186,6 +186,18 @@ def test_what_could_not_be_asked_is_left_out() -> None:
     assert found["paigeant_worker_ready"] == {(): 0}
 
 
+def test_what_others_count_is_shown() -> None:
+    """Whatever it is whenever somebody looks, beside what is counted here."""
+    metrics, lost = observer(), [0, 0]
+    metrics.show("paigeant_spans_lost_total", count=lambda: lost[0])
+    metrics.show("paigeant_log_lines_lost_total", "file", count=lambda: lost[1])
+    for number in (0, 3):
+        lost[:] = number, 2 * number
+        found = shown(metrics)
+        assert found["paigeant_spans_lost_total"] == {(): number}
+        assert found["paigeant_log_lines_lost_total"] == {("file",): 2 * number}
+
+
 def test_opentelemetry_shows_the_same() -> None:
     """Every family is an instrument with the same values and labels."""
     metrics = observer()

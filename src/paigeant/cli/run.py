@@ -24,8 +24,7 @@ from paigeant.errors import ConfigurationError, PaigeantError, UnknownActivity
 if TYPE_CHECKING:
     from paigeant.app import Paigeant
     from paigeant.loading import Handlers
-    from paigeant.observer import Observer
-    from paigeant.observers.logs import LogFile
+    from paigeant.observers.logs import LogFile, LogObserver
     from paigeant.settings import Settings
     from paigeant.worker import ActivityWorker
 
@@ -219,13 +218,14 @@ async def _work(
     settings: Settings,
     loaded: Handlers,
     wanted: list[str] | None,
-    logs: Observer,
+    logs: LogObserver,
     until_idle: bool,
     supervised: bool,
     banner: Callable[[Paigeant, ActivityWorker], None] | None,
 ) -> None:
     with observing(settings, loaded) as sight:
         app = session.application(settings, loaded, makes=True, observers=[logs, *sight.observers])
+        sight.tell_lost([*logs.destinations, *getattr(app.log_handler, "destinations", ())])
         worker, stopped = app.worker(topics=wanted), asyncio.Event()
         async with contextlib.AsyncExitStack() as stack, sight.of(worker):
             with (

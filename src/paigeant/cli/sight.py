@@ -6,8 +6,9 @@ import contextlib
 import importlib.util
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from paigeant.errors import ConfigurationError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from paigeant.loading import Handlers
     from paigeant.monitor import Monitor
     from paigeant.observer import Observer
+    from paigeant.observers.logs.lines import Destination
     from paigeant.observers.metrics import MetricsObserver
     from paigeant.settings import Settings
     from paigeant.worker import ActivityWorker
@@ -45,6 +47,14 @@ class Sight:
         async with Monitor(worker, self.metrics, host=host, port=port) as self._monitor:
             yield
 
+    def tell_lost(self, destinations: Iterable[Destination]) -> None:
+        """Have the metrics tell how many lines these could not write."""
+        metrics = self.metrics
+        if metrics is None:
+            return
+        for each in destinations:
+            metrics.show("paigeant_log_lines_lost_total", each.place, count=partial(getattr, each, "lost"))
+
     def waits(self, why: str | None) -> None:
         """Tell that the worker waits for its store or transport before it begins; None: not any more."""
         if self._monitor is not None:
@@ -59,6 +69,7 @@ def observing(settings: Settings, handlers: Handlers | None, *, works: bool = Tr
     """
     sight = Sight(settings)
     ends: list[Callable[[], None]] = []
+    spans = None
     try:
         if settings.traces:
             _need("opentelemetry.sdk", "traces", "otel")
@@ -69,11 +80,14 @@ def observing(settings: Settings, handlers: Handlers | None, *, works: bool = Tr
             # Whoever calls a command waits for its end; a worker has the time.
             provider, end = send_traces(patience=None if works else 2.0, redactor=Redactor(settings.urls))
             ends.append(end)
+            spans = getattr(provider, "processor", None)  # none of ours where handlers have set up a provider
             sight.observers.append(TraceObserver(provider))
             _watch_agents()
         if works and (settings.metrics_port is not None or settings.otel_metrics):
             sight.metrics = _metrics(settings, handlers)
             sight.observers.append(sight.metrics)
+            if spans is not None:
+                sight.metrics.show("paigeant_spans_lost_total", count=partial(getattr, spans, "lost"))
         if works and settings.metrics_port is not None:
             _need("prometheus_client", "metrics_port", "metrics")
         if works and settings.otel_metrics and sight.metrics is not None:

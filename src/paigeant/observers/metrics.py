@@ -73,6 +73,8 @@ FAMILIES = (
     Family(
         "paigeant_agent_cost_dollars_total", "counter", ("activity", "model"), "known cost of recorded steps"
     ),
+    Family("paigeant_log_lines_lost_total", "counter", ("log",), "log lines that could not be written"),
+    Family("paigeant_spans_lost_total", "counter", (), "spans that could not be sent"),
     Family("paigeant_worker_ready", "gauge", (), "1 while this worker takes messages"),
     Family("paigeant_steps_running", "gauge", (), "steps this worker does now"),
     Family("paigeant_concurrency", "gauge", (), "steps this worker does at once at most"),
@@ -180,6 +182,7 @@ class MetricsObserver:
         self._counts: dict[str, defaultdict[Labels, float]] = {
             family.name: defaultdict(float) for family in FAMILIES if family.kind == "counter"
         }
+        self._others: dict[str, dict[Labels, Callable[[], int]]] = {}
         self._times: dict[str, defaultdict[str, _Histogram]] = {
             family.name: defaultdict(_Histogram) for family in FAMILIES if family.kind == "histogram"
         }
@@ -283,10 +286,15 @@ class MetricsObserver:
 
     # -- showing
 
+    def show(self, name: str, *labels: str, count: Callable[[], int]) -> None:
+        """Show what `count` gives, which never falls, as the counter `name` with these labels: others count it."""
+        self._others.setdefault(name, {})[labels] = count
+
     def values(self, name: str, backlog: Backlog | None) -> list[tuple[Labels, float]]:
         """The values of a counter or gauge, with their labels."""
         if name in self._counts:
             found = dict(self._counts[name])  # a copy: another thread shows what this one counts
+            found.update((labels, count()) for labels, count in self._others.get(name, {}).items())
             is_single = not next(family.labels for family in FAMILIES if family.name == name)
             return [((), found.get((), 0.0))] if is_single else list(found.items())
         return [] if backlog is None else list(self._gauge(name, backlog))

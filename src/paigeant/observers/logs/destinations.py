@@ -49,7 +49,7 @@ class _TextLog(ABC):
 
     def __init__(self, *, least: int, most_at_once: int = _MOST_AT_ONCE) -> None:
         self.least = least
-        self.lost = 0
+        self.lost = self._told = 0
         self._most_at_once = most_at_once
         self._lock = threading.RLock()  # what is shown of a user's value may log a line itself
         self._waiting: deque[Told | str] = deque()
@@ -110,10 +110,10 @@ class _TextLog(ABC):
     def _try(self, lines: list[str]) -> None:
         if not self._placed("".join(lines)):
             self.lost += len(lines)
-        elif self.lost:
-            told = {"level": "warning", "event": "log.lost", "lines": self.lost}
+        elif lost := self.lost - self._told:
+            told = {"level": "warning", "event": "log.lost", "lines": lost}
             if self._placed(self._line(told, _CLOCK.now())):
-                self.lost = 0
+                self._told += lost
 
     def _placed(self, text: str) -> bool:
         try:
@@ -122,7 +122,7 @@ class _TextLog(ABC):
             OSError,
             ValueError,
         ) as exc:  # a full disk or a reader that is gone is no reason for a step to fail
-            if not self.lost:
+            if self.lost == self._told:
                 self._complain(exc)
             return False
         return True
@@ -130,6 +130,8 @@ class _TextLog(ABC):
 
 class StreamLog(_TextLog):
     """Lines on a stream, as JSON or for a terminal. `shared`: other processes write their lines to it as well."""
+
+    place = "stream"
 
     def __init__(self, stream: TextIO, *, least: int, format: Format, shared: bool = False) -> None:
         super().__init__(least=least)
@@ -202,6 +204,8 @@ class LogFile(_TextLog):
 
     Processes that share the file notice when another one has put it aside, or when somebody else has.
     """
+
+    place = "file"
 
     def __init__(self, path: str | Path, *, least: int, most_bytes: int, files: int) -> None:
         super().__init__(least=least, most_at_once=min(_MOST_AT_ONCE, most_bytes))

@@ -87,9 +87,15 @@ _NAMES = {number: logging.getLevelName(number).lower() for number in (10, 20, 30
 
 
 class Destination(Protocol):
-    """Where lines go. Its `least` level is what it takes."""
+    """Where lines go. Its `least` level is what it takes, `lost` counts what it could not write, in all."""
 
     least: int
+    lost: int
+
+    @property
+    def place(self) -> str:
+        """What it is, in a word."""
+        ...
 
     def write(self, level: int, fields: Mapping[str, Any]) -> None:
         """Write a line by its fields, which are others' as well."""

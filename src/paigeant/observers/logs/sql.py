@@ -70,11 +70,13 @@ class SqlLog:
     to what is now are worth more. How many that were is a line of its own once the database is back.
     """
 
+    place = "store"
+
     def __init__(self, database: Database, *, level: int | str, redactor: Redactor | None = None) -> None:
         self.least = level_number(level)
         self.wants = wanted_at(self.least)
-        self.lost = 0
-        """Lines that were lost and not yet told of."""
+        self.lost = self._told = 0
+        """Lines that were lost in all, and how many of them were told of."""
         self._database = database
         self._redactor = redactor or Redactor()
         self._lines: deque[_Line] = deque()
@@ -186,8 +188,8 @@ class SqlLog:
             if pause:
                 log.info("log lines can be written to %s again", self._database.place)
                 pause = 0.0
-            if self.lost:
-                lost, self.lost = self.lost, 0
+            if lost := self.lost - self._told:
+                self._told += lost
                 self._tell_lost(lost)
             time.sleep(_PAUSE_SECONDS)
         return 0.0

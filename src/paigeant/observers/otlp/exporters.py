@@ -193,8 +193,8 @@ class SpanQueue(SpanProcessor):
         self._batch = min(_setting("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512), self._most)
         self._delay = _setting("OTEL_BSP_SCHEDULE_DELAY", 5000) / 1000
         self._spans: deque[ReadableSpan] = deque()
-        self.lost = 0
-        """Spans that were lost and not yet told of."""
+        self.lost = self._told = 0
+        """Spans that were lost in all, and how many of them were told of."""
         self._begin()
         again = weakref.WeakMethod(self._begin)
         os.register_at_fork(after_in_child=lambda: (begin := again()) is not None and begin())
@@ -254,8 +254,8 @@ class SpanQueue(SpanProcessor):
                 ):  # the process is to end, and each try may take as long as the exporter is patient
                     self.lost += len(self._spans)
                     self._spans.clear()
-            if self.lost:
-                lost, self.lost = self.lost, 0
+            if lost := self.lost - self._told:
+                self._told += lost
                 log.warning("%d spans were lost; expected an exporter that keeps up", lost)
 
     def _exported(self, batch: list[ReadableSpan]) -> bool:
