@@ -154,9 +154,14 @@ class _Watched(Generic[Content]):
                 if str(exc) != self._told:
                     log.error("keys.not_read: %s; those that were there before are kept", exc)
                 self._told = str(exc)
-                # What couldn't be opened may be the next time, for instance when there are files left to open.
-                mark = _NONE if isinstance(exc.__cause__, OSError) else mark
+                # What couldn't be opened may be the next time, for instance when there are files left to open. That a
+                # folder was closed doesn't show in the mark.
+                mark = _NONE if isinstance(exc, _OpenFolder) or isinstance(exc.__cause__, OSError) else mark
             self._mark = mark
+
+
+class _OpenFolder(ConfigurationError):
+    """Anybody may put another file in the place of one with keys."""
 
 
 _NONE: tuple[int, ...] = ()
@@ -284,12 +289,34 @@ def _read(path: Path, what: str, remedy: str, *, private: bool) -> Any:
         raise ConfigurationError(
             f"others can {done} {path} (mode {mode:04o}), expected {expected}; do: chmod {expected} {path}"
         )
+    if os.name == "posix":
+        _check_folders(path)
     if len(body) > _MOST_BYTES:
         raise ConfigurationError(f"{path} is no {what}: it has more than {_MOST_BYTES:,} bytes")
     try:
         return parse_strict(body)
     except MessageInvalid as exc:
         raise ConfigurationError(f"{path} is no {what}: {exc}") from exc
+
+
+def _check_folders(path: Path) -> None:
+    """Raise ConfigurationError where anybody may put another file in the place of `path`, or of a folder above it.
+
+    A folder that all may write in will do where each may only move what is their own (as /tmp, and volumes of secrets),
+    and what leads to the file is ours or root's. Of a group that may write it is taken that this is meant: in many
+    places each user has one of their own, and the mode of all new folders is for it.
+    """
+    for way in dict.fromkeys((os.path.abspath(path), os.path.realpath(path))):
+        entry = Path(way)
+        for folder in entry.parents:
+            try:
+                mode, owner = folder.stat().st_mode, entry.lstat().st_uid
+            except OSError:
+                continue  # it was read just now, so this isn't the way to it any more
+            if mode & stat.S_IWOTH and not (mode & stat.S_ISVTX and owner in (0, os.getuid())):
+                told = f"(mode {stat.S_IMODE(mode):04o}), where anybody can put another file in its place"
+                raise _OpenFolder(f"{path} is in {folder} {told}; do: chmod o-w {folder}")
+            entry = folder
 
 
 def _trust(value: Any) -> Trust:

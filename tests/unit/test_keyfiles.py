@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,66 @@ def test_a_key_ring_that_others_can_reach_is_refused(mode: int) -> None:
     said = rf"ring.json \(mode {mode:04o}\), expected 0600"
     with pytest.raises(ConfigurationError, match=said):
         read_ring(RING)
+
+
+@pytest.mark.parametrize("read", [read_ring, read_trust])
+@pytest.mark.parametrize("linked", [False, True], ids=["there", "by a link"])
+@pytest.mark.parametrize("depth", [1, 2], ids=["its folder", "a folder above"])
+def test_a_key_file_in_a_folder_that_is_open_to_all_is_refused(
+    tmp_path: Path, read: Callable[[Path], Any], linked: bool, depth: int
+) -> None:
+    """Anybody could put another file in its place, as ssh has it for authorized keys; a group may be meant."""
+    path = tmp_path / "above" / "keys" / "file.json"
+    path.parent.mkdir(parents=True)
+    if read is read_ring:
+        write_private(path, KeyRing((KEY,)).as_dict())
+    else:
+        write_trust(path, {"version": 1, "keys": [{"jwk": KEY.public, "run": ["*"]}]})
+    named = path
+    if linked:
+        named = tmp_path / "link.json"
+        named.symlink_to(path)
+    folder = path.parents[depth - 1]
+    for mode in (0o700, 0o755, 0o775, 0o1777):
+        folder.chmod(mode)
+        read(named)
+    for mode in (0o777, 0o757, 0o702):
+        folder.chmod(mode)
+        said = rf"{named} is in {folder} \(mode {mode:04o}\), where anybody can .* do: chmod o-w {folder}$"
+        with pytest.raises(ConfigurationError, match=said):
+            read(named)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_what_somebody_else_has_left_in_a_common_folder_is_no_trust_file(tmp_path: Path) -> None:
+    """As in /tmp: nobody can move what is another's there, but anybody can be the first."""
+    path = tmp_path / "common" / "trust.json"
+    path.parent.mkdir()
+    path.parent.chmod(0o1777)
+    write_trust(path, {"version": 1, "keys": [{"jwk": KEY.public, "run": ["*"]}]})
+    read_trust(path)
+    os.chown(path, 12345, 12345)
+    with pytest.raises(ConfigurationError, match="anybody can put another file in its place"):
+        read_trust(path)
+
+
+async def test_a_folder_that_was_closed_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the error says to do has the file read, and a key revoked."""
+    monkeypatch.setattr(keyfiles, "_LOOK_SECONDS", 0.0)
+    (tmp_path / "keys").mkdir()
+    monkeypatch.chdir(tmp_path / "keys")
+    write_private(RING, KeyRing((KEY,)).as_dict())
+    trust(KEY, THEIRS)
+    keys = FileKeys.of(RING, TRUST)
+    Path.cwd().chmod(0o777)
+    trust(KEY, THEIRS, revoked_at=5)
+    found = await keys.find(THEIRS.kid)
+    assert found is not None
+    assert found.revoked_at is None
+    Path.cwd().chmod(0o755)
+    found = await keys.find(THEIRS.kid)
+    assert found is not None
+    assert found.revoked_at == 5
 
 
 async def test_what_others_write_into_a_trust_file_later_counts_for_nothing(
