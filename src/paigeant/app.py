@@ -17,6 +17,7 @@ from paigeant.authority import GrantStore, ServiceTokens, TokenExchanger
 from paigeant.behalf import Behalf, TokenVerifier
 from paigeant.claim import Limits
 from paigeant.clock import Clock, SystemClock
+from paigeant.control import Control
 from paigeant.database import Database
 from paigeant.dispatcher import Dispatcher
 from paigeant.envelope import Envelope, PlainEnvelope
@@ -114,6 +115,7 @@ class Paigeant:
             strict=self.settings.strict,
             behalf=self.behalf,
         )
+        self.control = Control(self.store, self.forwarder, observers=self.observers, behalf=self.behalf)
 
     async def _bury(self, letter: DeadLetter) -> None:
         letter = replace(letter, detail=redacted(letter.detail))
@@ -193,27 +195,27 @@ class Paigeant:
             deadline=deadline,
             on_behalf_of=on_behalf_of,
         )
-        return Run(self.dispatcher, run_id)
+        return Run(self.control, run_id)
 
     def run(self, workflow_id: str) -> Run:
         """The run of this id; whether there is one is found out when it is asked something."""
-        return Run(self.dispatcher, workflow_id)
+        return Run(self.control, workflow_id)
 
     async def requests(self, *, only_open: bool = True, limit: int = 100) -> list[Request]:
         """What runs ask of people, the oldest first. `only_open`: what still waits for an answer."""
         return await self.store.list_requests(only_open=only_open, limit=limit)
 
     async def answer(self, request_id: str, value: Any, *, sender: str = "") -> Request:
-        """Answer a request, once: the run that has asked goes on. See `Dispatcher.answer` for values and errors."""
-        return await self.dispatcher.answer(request_id, value, sender=sender)
+        """Answer a request, once: the run that has asked goes on. See `Control.answer` for values and errors."""
+        return await self.control.answer(request_id, value, sender=sender)
 
     async def approve(self, request_id: str, *, sender: str = "") -> Request:
         """Approve of what a request asks for. Raises what `answer` raises, InputInvalid for what is no approval."""
-        return await self.dispatcher.approve(request_id, sender=sender)
+        return await self.control.approve(request_id, sender=sender)
 
     async def deny(self, request_id: str, reason: str = "", *, sender: str = "") -> Request:
         """Say no to what a request asks for; whoever asked gets the reason. Raises what `answer` raises."""
-        return await self.dispatcher.deny(request_id, reason, sender=sender)
+        return await self.control.deny(request_id, reason, sender=sender)
 
     async def prune(self, *, older_than: float, statuses: Collection[RunStatus | str] | None = None) -> int:
         """Delete the runs that ended more than `older_than` seconds ago, with all that belongs to them.

@@ -1,47 +1,37 @@
-"""Dispatcher: builds a slip, records the start of its run, publishes the first step; does what operators ask."""
+"""Dispatcher: builds a slip, records the start of its run, publishes the first step."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import random
-import re
 import secrets
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import from_json
 
-from paigeant import codec, ledger
+from paigeant import codec, ledger, trace_context
 from paigeant.activity import ActivityRegistry, typed
 from paigeant.arguments import Namespace, resolve
 from paigeant.behalf import Behalf
 from paigeant.clock import is_duration
-from paigeant.context import check_signal
-from paigeant.envelope import split
 from paigeant.errors import (
     ConfigurationError,
     InputInvalid,
-    InvalidDefinition,
-    MessageInvalid,
     MessageTooLarge,
-    RequestNotFound,
-    TransportUnavailable,
     UnknownActivity,
 )
 from paigeant.forwarder import LONGEST_DELAY, Forwarder
 from paigeant.identity import MANDATE, GrantHandle, Mandate
-from paigeant.message import MessageId, PaigeantMessage, decode
-from paigeant.observer import NOTHING_AROUND, Around, Event, EventName, Observers, Work
+from paigeant.message import PaigeantMessage
+from paigeant.observer import NOTHING_AROUND, Around, Event, Observers, Work
 from paigeant.redaction import quoted, secrets_in, without
-from paigeant.reporter import about_run
 from paigeant.secret import OBO_TOKEN, SecretToken
-from paigeant.slip import RUN_ENDED, Phase, RoutingSlip, RunStatus, Step, is_text
-from paigeant.store import DeadLetter, Request, RunRecord, StepKey, Store
+from paigeant.slip import RoutingSlip, RunStatus, Step, is_text
+from paigeant.store import RunRecord, Store
 from paigeant.waits import WAITS
 from paigeant.workflow import Workflow
 
@@ -51,7 +41,7 @@ log = logging.getLogger("paigeant.dispatcher")
 
 
 class Dispatcher:
-    """Starts runs, and turns them round or takes them up again."""
+    """Starts runs."""
 
     def __init__(
         self,
@@ -103,12 +93,12 @@ class Dispatcher:
         self._check_known(workflow)
         await self._check_first(run_id, slip.next_step(), payload)
         mandate, token = await self._mandate(on_behalf_of, run_id, slip, waits=begins - now)
-        given, state = _context(headers) if headers else ("", "")
+        parent, state = trace_context.taken(headers) if headers else ("", "")
         correlation_id = correlation_id or run_id
-        with self._around(run_id, workflow, slip, correlation_id, given, state) as own:
+        with self._around(run_id, workflow, slip, correlation_id, parent, state) as own:
             if own:
-                given, _, state = own.partition(" ")
-            trace_id, parent = _trace(given)
+                parent, _, state = own.partition(" ")
+            parent = parent or trace_context.begun()
             message = PaigeantMessage(
                 message_id="",
                 workflow_id=run_id,
@@ -116,203 +106,13 @@ class Dispatcher:
                 payload=payload,
                 workflow=workflow.name,
                 correlation_id=correlation_id,
-                trace_id=trace_id,
-                headers=_with_token(_traced({**(headers or {}), **mandate}, parent, state), token),
+                trace_id=trace_context.trace_id(parent),
+                headers=_with_token(trace_context.put({**(headers or {}), **mandate}, parent, state), token),
             )
             await self._start(message, text, begins=begins, now=now, is_new=workflow_id is None)
         return run_id
 
-    async def cancel(self, workflow_id: str, reason: str = "cancelled") -> RunStatus:
-        """Turn the run round, see `Store.cancel_run`."""
-        status = await self.store.cancel_run(workflow_id, reason)
-        # Where there is nothing to undo, it has ended with that.
-        name: EventName = "run.cancelled" if status in RUN_ENDED else "run.cancelling"
-        if self.observers.want(name):
-            now, about = await self.store.now(), await about_run(self.store, workflow_id)
-            self.observers.observe(Event(name, workflow_id, error=reason, at=now, **about))
-        await self.wake(workflow_id)
-        return status
-
-    async def retry(self, workflow_id: str) -> RunStatus:
-        """Take an ended run up again, see `Store.retry_run`."""
-        status = await self.store.retry_run(workflow_id)
-        await self._tell("run.retried", workflow_id)
-        await self.wake(workflow_id)
-        return status
-
-    async def signal(self, workflow_id: str, name: str, value: Any, *, sender: str = "") -> None:
-        """Send a named value to the run. Raises RunNotFound, InvalidTransition, InputInvalid."""
-        try:
-            check_signal(name)
-        except InvalidDefinition as exc:
-            raise InputInvalid(str(exc)) from exc
-        _check_sender(sender)
-        try:
-            text = codec.dump(value)
-        except codec.JsonInvalid as exc:
-            raise InputInvalid(f"signal '{name}' can't be written as JSON: {exc}") from exc
-        await self.store.record_signal(workflow_id, name, text, sender=sender)
-        await self._tell("signal.received", workflow_id, signal=name, by=sender)
-        await self.wake(workflow_id)
-
-    async def grant(
-        self, workflow_id: str, given: SecretToken | str | GrantHandle, *, sender: str = ""
-    ) -> RunStatus:
-        """Let a run go on with a fresh grant of the same person; gives the run's state.
-
-        A handle is recorded with the run, for the step that waits and those after it. A token travels with the message
-        of the step that waits for one, and is recorded nowhere: should that message get lost, the step waits again.
-        Raises RunNotFound, InputInvalid, InvalidTransition, TokenRejected, TokenExpired, AuthorityUnavailable,
-        TransportUnavailable when the token can't be sent, ConfigurationError when the key of this process may not.
-        """
-        _check_sender(sender)
-        detail = await self.store.load_run(workflow_id, inline_bytes=0)
-        known = Mandate.read(detail.run.headers)
-        if known is None:
-            raise InputInvalid(f"run '{workflow_id}' acts for nobody, so it takes no grant")
-        carries = all(self.forwarder.carries(row.topic) for row in detail.steps if row.status in ledger.OPEN)
-        fresh, token = await self.behalf.mandate(given, carries=carries)
-        if (fresh.subject, fresh.issuer) != (known.subject, known.issuer):
-            raise InputInvalid(
-                f"run '{workflow_id}' acts for '{known.subject}' of {known.issuer}; the grant is that of "
-                f"'{fresh.subject}' of {fresh.issuer}"
-            )
-        if token is not None:
-            await self._send_token(workflow_id, token, sender)
-        else:
-            # The scopes stay those of the dispatch: a grant renews what was granted, and widens nothing.
-            headers = {**detail.run.headers, MANDATE: replace(known, handle=fresh.handle).dump()}
-            await self.store.record_grant(workflow_id, headers=headers, sender=sender)
-            await self.wake(workflow_id)
-        return await self.store.run_status(workflow_id)
-
-    async def _send_token(self, workflow_id: str, token: SecretToken, sender: str) -> None:
-        woken = await self.store.record_grant(workflow_id, sender=sender)
-        for key in woken:  # what isn't sent would lose the token without a word
-            await self._check_may_wake(key)
-        if await self.forwarder.send_again(woken, token=token):
-            raise TransportUnavailable(
-                f"the token for run '{workflow_id}' can't be sent now; grant again when the broker is back"
-            )
-
-    async def answer(self, request_id: str, value: Any, *, sender: str = "") -> Request:
-        """Answer a request, once; the same answer again changes nothing.
-
-        `value` is what its kind calls for: for an approval whether it is given, or an object with `approved` and
-        perhaps a `reason` or other `arguments`; for a question or an external event any JSON, unless what asks says
-        which. Raises RequestNotFound, InputInvalid, InvalidTransition when it has another answer or nobody waits for it
-        any more.
-        """
-
-        def answered(request: Request) -> dict[str, Any]:
-            if request.kind == "approval":
-                return _approval(value)
-            asked = from_json(request.asked)
-            if request.kind == "external" and "answer" in asked:
-                from paigeant.agents.people import check_answer
-
-                check_answer(asked, value)
-            return {"value": value}
-
-        return await self._settle(request_id, answered, sender)
-
-    async def approve(self, request_id: str, *, sender: str = "") -> Request:
-        """Approve of what a request asks for. Raises what `answer` raises, InputInvalid for what is no approval."""
-
-        def approved(request: Request) -> dict[str, Any]:
-            if request.kind != "approval":
-                what = "a question" if request.kind == "question" else "an event outside"
-                raise InputInvalid(
-                    f"request '{request_id}' is about {what}, which can't be approved of; answer it: "
-                    f"`paigeant requests answer {request_id} VALUE`"
-                )
-            return {"approved": True}
-
-        return await self._settle(request_id, approved, sender)
-
-    async def deny(self, request_id: str, reason: str = "", *, sender: str = "") -> Request:
-        """Say no to a request: not approved of, or never to be answered. Raises what `answer` raises."""
-        if not isinstance(reason, str) or not is_text(reason.replace("\n", " ")):
-            raise InputInvalid(f"a reason is a text without control characters, found {quoted(reason)}")
-        return await self._settle(
-            request_id,
-            lambda request: (
-                {"approved": False, "reason": reason} if request.kind == "approval" else {"denied": reason}
-            ),
-            sender,
-        )
-
-    async def _settle(
-        self, request_id: str, answer: Callable[[Request], dict[str, Any]], sender: str
-    ) -> Request:
-        _check_sender(sender)
-        request = await self.store.load_request(request_id)
-        if request is None:
-            raise RequestNotFound(request_id)
-        try:
-            text = codec.dump(answer(request))
-        except codec.JsonInvalid as exc:
-            raise InputInvalid(f"the answer can't be written as JSON: {exc}") from exc
-        answered = await self.store.answer_request(request_id, text, sender=sender)
-        if request.answer is None:
-            told: EventName = "request.denied" if _is_denial(from_json(text)) else "request.answered"
-            await self._tell(
-                told,
-                answered.workflow_id,
-                step=answered.step,
-                request=request_id,
-                name=request.name,
-                by=sender,
-            )
-        await self.wake(answered.workflow_id)
-        return answered
-
-    async def wake(self, workflow_id: str) -> None:
-        """Send messages for the steps of the run that are ready."""
-        keys: list[StepKey] = await self.store.open_steps(workflow_id)
-        await self.forwarder.send_again(keys)
-
-    async def requeue(self, letter: DeadLetter) -> str:
-        """Wake the step that a dead letter was for, and forget the letter; gives the id of its run.
-
-        What is sent is made from the store's rows, so that a stale or damaged letter does no harm, and however often it
-        is done the step is done once. Raises InputInvalid when there is nothing to wake, RunNotFound,
-        TransportUnavailable when it can't be sent now, ConfigurationError when that isn't for the key of this process;
-        then the letter stays.
-        """
-        key = _step_of(letter)
-        if key not in await self.store.open_steps(key.workflow_id):
-            status = await self.store.run_status(key.workflow_id)
-            raise InputInvalid(
-                f"step '{key.step}' of run '{key.workflow_id}' doesn't wait any more (the run is {status}), so "
-                f"there is nothing to send; `paigeant dead-letters delete {letter.id}` forgets the letter"
-            )
-        await self._check_may_wake(key)
-        # Forgotten first: should the message be refused as well, the letter about that has the same id.
-        kept = await self.store.load_dead_letter(letter.id)
-        await self.store.delete_dead_letter(letter.id)
-        is_sent = False
-        try:
-            is_sent = not await self.forwarder.send_again([key])
-        finally:
-            if not is_sent and kept is not None:
-                await self.store.bury(kept)
-        if not is_sent:
-            raise TransportUnavailable(
-                f"the message for step '{key.step}' of run '{key.workflow_id}' can't be published now; "
-                "the letter stays, and a worker's sweep sends the message as well"
-            )
-        await self._tell("delivery.requeued", key.workflow_id, step=key.step)
-        return key.workflow_id
-
     # -- inside
-
-    async def _check_may_wake(self, key: StepKey) -> None:
-        if not await self.forwarder.may_wake(key):
-            raise ConfigurationError(
-                f"the key of this process may not send a message for step '{key.step}' of run '{key.workflow_id}'; "
-                "its roles in the trust file say which: `amend` is for all that an operator sends"
-            )
 
     def _around(
         self,
@@ -407,22 +207,6 @@ class Dispatcher:
                 # A crash before this line: the sweeper publishes.
                 await self.forwarder.send(letter)
 
-    async def _tell(
-        self,
-        event: EventName,
-        workflow_id: str,
-        /,
-        *,
-        step: str = "",
-        error: str | None = None,
-        **more: str,
-    ) -> None:
-        """What somebody outside has asked for is done."""
-        if self.observers.want(event):
-            now = await self.store.now()
-            found = {key: value for key, value in more.items() if value}
-            self.observers.observe(Event(event, workflow_id, step=step, error=error, at=now, more=found))
-
     def _input(self, workflow: Workflow, input: Any) -> tuple[bytes, dict[str, Any]]:
         """The input as JSON text, with its keys sorted so that equal inputs are equal texts, and as JSON values."""
         try:
@@ -477,50 +261,8 @@ def _checked_deadline(deadline: object) -> float:
     return float(deadline)
 
 
-def _check_sender(sender: object) -> None:
-    if not isinstance(sender, str) or not is_text(sender):
-        raise InputInvalid(f"a sender is a text without control characters, found {quoted(sender)}")
-
-
-def _is_denial(answer: Mapping[str, Any]) -> bool:
-    return "denied" in answer or answer.get("approved") is False
-
-
-def _approval(value: Any) -> dict[str, Any]:
-    answer = {"approved": value} if isinstance(value, bool) else value
-    if isinstance(answer, Mapping) and set(answer) <= {"approved", "reason", "arguments"}:
-        approved, reason = answer.get("approved"), answer.get("reason", "")
-        arguments = answer.get("arguments")
-        if (
-            isinstance(approved, bool)
-            and isinstance(reason, str)
-            and (arguments is None or isinstance(arguments, Mapping))
-        ):
-            return dict(answer)
-    raise InputInvalid(
-        "an approval is answered by true or false, or by an object with `approved` (true or false) and, if need be, "
-        f"a `reason` (text) or other `arguments` of the call, found {quoted(value)}"
-    )
-
-
 _NOT_CARRIED = frozenset({OBO_TOKEN, "jws_signature", MANDATE})
 """Headers of messages that a caller of `dispatch` may not set."""
-
-
-def _step_of(letter: DeadLetter) -> StepKey:
-    """The step that a letter's message was for: its body tells, or, where that can't be read, its id."""
-    try:
-        limit = len(letter.body)
-        message = decode(split(letter.body, limit)[1], limit_bytes=limit)
-    except MessageInvalid as exc:
-        known = MessageId.read(letter.id)
-        if known is None or known.phase not in list(Phase):
-            raise InputInvalid(
-                f"dead letter '{letter.id}' can't be sent again, because its body is no message: {exc}; "
-                f"`paigeant dead-letters delete {letter.id}` forgets it"
-            ) from exc
-        return StepKey(known.workflow_id, known.step, Phase(known.phase))
-    return StepKey(message.workflow_id, message.step_id, message.phase)
 
 
 def _with_token(headers: Mapping[str, str], token: SecretToken | None) -> Mapping[str, str]:
@@ -572,79 +314,6 @@ def _new_id(now: float) -> str:
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
     return str(uuid.UUID(int=value))
-
-
-def _traceparent(given: str) -> str:
-    """A traceparent as this version of the standard writes it; empty for what is none, which starts a new trace.
-
-    Callers hand on what a request of theirs had, which may be anything.
-    """
-    found = _TRACEPARENT.fullmatch(given.strip().lower())
-    if found is None or (found["version"] == "00" and found["more"]):
-        return ""
-    return f"00-{found['trace']}-{found['span']}-{found['flags']}"
-
-
-_TRACEPARENT = re.compile(
-    r"(?P<version>(?!ff)[0-9a-f]{2})-(?P<trace>(?!0{32})[0-9a-f]{32})-(?P<span>(?!0{16})[0-9a-f]{16})"
-    r"-(?P<flags>[0-9a-f]{2})(?P<more>-.*)?"
-)
-
-
-_MOST_STATE = 512
-"""Characters of a tracestate that travel; the standard asks for no more. Each message of the run has them."""
-
-
-def _tracestate(given: str) -> str:
-    """A tracestate as it travels: without what is too long of it; empty for what is none.
-
-    Source: W3C Trace Context, section 3.3, with its order in which entries are left out: those of more than 128
-    characters first, then the last ones.
-    """
-    entries = [entry for each in given.split(",", 2 * _MOST_ENTRIES) if (entry := each.strip(" \t"))]
-    if len(entries) > _MOST_ENTRIES or not all(map(_STATE_ENTRY.fullmatch, entries)):
-        return ""
-    if len({entry.partition("=")[0] for entry in entries}) < len(entries):
-        return ""
-    while sum(map(len, entries)) + len(entries) - 1 > _MOST_STATE:
-        long = [number for number, entry in enumerate(entries) if len(entry) > 128]
-        del entries[long[-1] if long else -1]
-    return ",".join(entries)
-
-
-_MOST_ENTRIES = 32
-_STATE_ENTRY = re.compile(
-    r"(?:[a-z][a-z0-9_*/-]{0,255}|[a-z0-9][a-z0-9_*/-]{0,240}@[a-z][a-z0-9_*/-]{0,13})"
-    r"=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
-)
-
-
-def _context(headers: Mapping[str, str]) -> tuple[str, str]:
-    """The traceparent and the tracestate among the headers that a caller hands on; empty for what is none.
-
-    What belongs to no trace, or to one that isn't taken over, counts for nothing.
-    """
-    parent = _traceparent(headers.get("traceparent", ""))
-    return parent, _tracestate(headers["tracestate"]) if parent and "tracestate" in headers else ""
-
-
-def _traced(headers: dict[str, str], traceparent: str, tracestate: str) -> dict[str, str]:
-    """`headers` with this trace context and no other."""
-    headers["traceparent"] = traceparent
-    if tracestate:
-        headers["tracestate"] = tracestate
-    else:
-        headers.pop("tracestate", None)
-    return headers
-
-
-def _trace(parent: str) -> tuple[str, str]:
-    """The trace id and the W3C traceparent of the run: the given one, or a new one."""
-    if parent:
-        return parent.split("-")[1], parent
-    # Random as the standard asks, but no secret: not worth a call to the operating system each.
-    trace_id = f"{random.getrandbits(128):032x}"
-    return trace_id, f"00-{trace_id}-{random.getrandbits(64):016x}-01"
 
 
 _MOST_TOLD = 20

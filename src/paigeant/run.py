@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from paigeant.dispatcher import Dispatcher
+from paigeant.control import Control
 from paigeant.errors import RunTimeout
 from paigeant.identity import GrantHandle, Mandate, SecurityContext
 from paigeant.secret import SecretToken
@@ -42,9 +42,9 @@ class RunResult:
 class Run:
     """A run, by its id. It may be dispatched, worked on and asked about in different processes."""
 
-    def __init__(self, dispatcher: Dispatcher, workflow_id: str) -> None:
-        self._dispatcher = dispatcher
-        self._store = dispatcher.store
+    def __init__(self, control: Control, workflow_id: str) -> None:
+        self._control = control
+        self._store = control.store
         self.id = workflow_id
 
     def __repr__(self) -> str:
@@ -86,26 +86,26 @@ class Run:
 
     async def cancel(self, reason: str = "cancelled") -> RunStatus:
         """Do nothing more and undo what was done; gives the run's state. Raises InvalidTransition, RunNotFound."""
-        return await self._dispatcher.cancel(self.id, reason)
+        return await self._control.cancel(self.id, reason)
 
     async def retry(self) -> RunStatus:
         """Take up a failed or compensation_failed run where it stopped. Raises InvalidTransition, RunNotFound."""
-        return await self._dispatcher.retry(self.id)
+        return await self._control.retry(self.id)
 
     async def signal(self, name: str, value: Any = None, *, sender: str = "") -> None:
         """Send a named value to the run, by `sender`. Raises RunNotFound, InvalidTransition, InputInvalid.
 
         It is kept until a step waits for it: `WaitFor` or `StepContext.wait_for`.
         """
-        await self._dispatcher.signal(self.id, name, value, sender=sender)
+        await self._control.signal(self.id, name, value, sender=sender)
 
     async def grant(self, given: SecretToken | str | GrantHandle, *, sender: str = "") -> RunStatus:
         """Let the run go on with a fresh grant of the person for whom it acts; gives the run's state.
 
         A handle is recorded with the run. A token (a text is one) travels with the message of the step that waits for
-        one, and is recorded nowhere. See `Dispatcher.grant` for what it raises.
+        one, and is recorded nowhere. See `Control.grant` for what it raises.
         """
-        return await self._dispatcher.grant(self.id, given, sender=sender)
+        return await self._control.grant(self.id, given, sender=sender)
 
     async def identity(self) -> SecurityContext | None:
         """For whom the run acts, as its dispatch said; None for nobody. Raises RunNotFound."""

@@ -167,12 +167,12 @@ async def test_a_dead_letter_that_is_requeued_has_one_effect(systems: Systems) -
         assert (letter.topic, letter.workflow_id) == ("order", "r")
         assert str(MessageId.read(letter.id)) == letter.id
         for _ in range(2):
-            assert await app.dispatcher.requeue(letter) == "r"
+            assert await app.control.requeue(letter) == "r"
         assert await app.store.list_dead_letters() == []
         async with working(app.worker()):
             assert (await run.wait(30)).status is RunStatus.COMPLETED
             with pytest.raises(InputInvalid, match="doesn't wait any more"):
-                await app.dispatcher.requeue(letter)
+                await app.control.requeue(letter)
     assert work.done == {"order": 1, "ship": 1, "bill": 1}
 
 

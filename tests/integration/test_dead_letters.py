@@ -86,7 +86,7 @@ async def test_a_letter_is_requeued_whatever_its_body_is(body: bytes | None, tra
                 await app.transport.ack(message.message_id)
                 break
         async with working(app.worker()):
-            assert await app.dispatcher.requeue(letter) == "r"
+            assert await app.control.requeue(letter) == "r"
             assert (await run.wait(20)).status is RunStatus.COMPLETED
         assert work.done == ["a", "b"]
         assert await app.store.list_dead_letters() == []
@@ -106,7 +106,7 @@ async def test_a_letter_of_a_routed_topic_goes_to_its_broker() -> None:
             async for message in partner.transport.subscribe("partner.a"):  # lost
                 await partner.transport.ack(message.message_id)
                 break
-        await app.dispatcher.requeue(await buried(app, body=b"cut"))
+        await app.control.requeue(await buried(app, body=b"cut"))
         async with working(app.worker(topics=["b"])), working(partner.worker(topics=["partner.a"])):
             assert (await run.wait(20)).status is RunStatus.COMPLETED
         assert work.done == ["a", "b"]
@@ -124,7 +124,7 @@ async def test_a_letter_that_is_refused_at_once_again_is_there(monkeypatch: pyte
             await app.store.bury(replace(letter, reason="wrong_role"))
 
         monkeypatch.setattr(app.transport, "publish", refused)
-        await app.dispatcher.requeue(letter)
+        await app.control.requeue(letter)
         assert [(kept.id, kept.reason) for kept in await app.store.list_dead_letters()] == [
             (letter.id, "wrong_role")
         ]
@@ -138,7 +138,7 @@ async def test_a_letter_that_cannot_be_sent_stays() -> None:
         await app.dispatch(Work.flow, workflow_id="r")
         letter = await buried(app)
         with pytest.raises(TransportUnavailable, match="can't be published now; the letter stays"):
-            await app.dispatcher.requeue(letter)
+            await app.control.requeue(letter)
         assert [found.id for found in await app.store.list_dead_letters()] == [letter.id]
 
 
@@ -147,9 +147,9 @@ async def test_a_letter_that_names_no_step_is_not_requeued() -> None:
     async with MemoryApp(Work().activity) as app:
         for id in ("m-1", "r/a/neither/0", "r/a/do/x"):
             with pytest.raises(InputInvalid, match="its body is no message"):
-                await app.dispatcher.requeue(DeadLetter(id, "t", "x", "x", b"no"))
+                await app.control.requeue(DeadLetter(id, "t", "x", "x", b"no"))
         with pytest.raises(RunNotFound):
-            await app.dispatcher.requeue(DeadLetter("elsewhere/a/do/0", "t", "x", "x", b"no"))
+            await app.control.requeue(DeadLetter("elsewhere/a/do/0", "t", "x", "x", b"no"))
 
 
 moves = st.lists(st.sampled_from(["requeue", "twice", "drain", "stale"]), min_size=1, max_size=8)
@@ -179,7 +179,7 @@ async def test_requeueing_often_has_one_effect(moves: list[str], fails: bool) ->
 
 async def _try(app: Paigeant, letter: DeadLetter) -> None:
     try:
-        await app.dispatcher.requeue(letter)
+        await app.control.requeue(letter)
     except InputInvalid as exc:
         assert "doesn't wait any more" in str(exc)  # noqa: PT017  # it need not be raised
 
@@ -200,8 +200,8 @@ async def test_an_undo_is_requeued_like_a_step() -> None:
         letter = await buried(app, body=b"cut")
         assert letter.id.startswith(f"r/a/{Phase.UNDO}/")
         with pytest.raises(InputInvalid, match="doesn't wait any more"):
-            await app.dispatcher.requeue(DeadLetter("r/a/do/0", "t", "x", "x", b"cut"))
-        await app.dispatcher.requeue(letter)
+            await app.control.requeue(DeadLetter("r/a/do/0", "t", "x", "x", b"cut"))
+        await app.control.requeue(letter)
         await app.worker().run(until_idle=True)
         assert await run.status() is RunStatus.CANCELLED
         assert work.done == ["a", "undo a"]

@@ -169,7 +169,7 @@ async def test_a_letter_that_may_not_be_requeued_stays(ring: KeyRing) -> None:
         await app.store.bury(letter)
     async with Paigeant(settings.model_copy(update={"keys_file": "theirs.json"})) as app:
         with pytest.raises(ConfigurationError, match="may not send a message for step 'pay' of run 'r'"):
-            await app.dispatcher.requeue(letter)
+            await app.control.requeue(letter)
         assert [kept.id for kept in await app.store.list_dead_letters()] == [letter.id]
 
 

@@ -24,6 +24,7 @@ from tests.simulation.watch import Violation, Watch, judge_end, need
 from paigeant.activity import ActivityRegistry
 from paigeant.claim import Limits
 from paigeant.context import StepContext
+from paigeant.control import Control
 from paigeant.dispatcher import Dispatcher
 from paigeant.errors import (
     InvalidTransition,
@@ -576,7 +577,7 @@ class World:
         """Dispatch the run, again and again until it is said to be started; a client may die as well."""
         await asyncio.sleep(run.begins)
         while run.id not in self.dispatched:
-            await self._as_client(lambda dispatcher: self._dispatch(dispatcher, run))
+            await self._as_client(lambda dispatcher, _: self._dispatch(dispatcher, run))
             await asyncio.sleep(0.2)
         if run.cancelled_after is not None:
             await asyncio.sleep(run.cancelled_after)
@@ -586,12 +587,12 @@ class World:
         """Send a signal at some moment, and again while it isn't known whether it is kept: it may come twice."""
         await asyncio.sleep(self.rng.choice((0.0, 0.5, 2.0, 5.0)) * self.rng.random())
         while (run.id, name) not in self.sent:
-            await self._as_client(lambda dispatcher: self._send(dispatcher, run, name))
+            await self._as_client(lambda _, control: self._send(control, run, name))
             await asyncio.sleep(0.2)
 
-    async def _send(self, dispatcher: Dispatcher, run: RunPlan, name: str) -> None:
+    async def _send(self, control: Control, run: RunPlan, name: str) -> None:
         try:
-            await dispatcher.signal(run.id, name, name.removeprefix("go "))
+            await control.signal(run.id, name, name.removeprefix("go "))
         except RunNotFound:
             return
         except InvalidTransition:
@@ -600,15 +601,16 @@ class World:
 
     async def _until_cancelled(self, run: RunPlan) -> None:
         while run.id not in self.cancelled:
-            await self._as_client(lambda dispatcher: self._cancel(dispatcher, run))
+            await self._as_client(lambda _, control: self._cancel(control, run))
             await asyncio.sleep(0.2)
 
-    async def _as_client(self, act: Callable[[Dispatcher], Awaitable[None]]) -> None:
+    async def _as_client(self, act: Callable[[Dispatcher, Control], Awaitable[None]]) -> None:
         node = Node(self, "client")
         store, transport = NodeStore(node), NodeTransport(node)
         forwarder = Forwarder(store, transport, ACTIVITIES, inline_bytes=self.plan.inline_bytes)  # type: ignore[arg-type]
         dispatcher = Dispatcher(store, forwarder, ACTIVITIES)  # type: ignore[arg-type]
-        task = asyncio.ensure_future(act(dispatcher))
+        control = Control(store, forwarder)  # type: ignore[arg-type]
+        task = asyncio.ensure_future(act(dispatcher, control))
         await asyncio.wait({task, node.died}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             self.judge(_check_error, "a client", task)
@@ -618,14 +620,14 @@ class World:
         self.judge(lambda: need(run.id in self.store._runs, "I1 dispatched, but not there", run.id))
         self.dispatched.add(run.id)
 
-    async def _cancel(self, dispatcher: Dispatcher, run: RunPlan) -> None:
+    async def _cancel(self, control: Control, run: RunPlan) -> None:
         with contextlib.suppress(InvalidTransition):
-            await dispatcher.cancel(run.id)
+            await control.cancel(run.id)
         self.cancelled.add(run.id)
 
-    async def _retry(self, dispatcher: Dispatcher, run: RunPlan) -> None:
+    async def _retry(self, control: Control, run: RunPlan) -> None:
         with contextlib.suppress(InvalidTransition):
-            await dispatcher.retry(run.id)
+            await control.retry(run.id)
 
     async def _chaos(self) -> None:
         """What happens to the transport and to processes at no particular moment."""
@@ -710,9 +712,9 @@ class World:
                 # What was sent before the retry comes once more, some of it before what is sent now, or in its place.
                 if message_id.startswith(f"{run.id}/") and self.rng.random() < 0.5:
                     self.transport.put(topic, message_id, body, delay=self.rng.choice((0.2, 0.2, 0.5)))
-            await self._as_client(lambda dispatcher, run=run: self._retry(dispatcher, run))  # type: ignore[misc]
+            await self._as_client(lambda _, control, run=run: self._retry(control, run))  # type: ignore[misc]
             for name in run.signals:  # sent while it had ended, they weren't kept
-                await self._as_client(lambda dispatcher, args=(run, name): self._send(dispatcher, *args))  # type: ignore[misc]
+                await self._as_client(lambda _, control, args=(run, name): self._send(control, *args))  # type: ignore[misc]
             await self._until_ended()
             ended = self.store._runs[run.id]
             wanted = {

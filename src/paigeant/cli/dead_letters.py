@@ -109,7 +109,7 @@ def requeue(id: LetterId, json: AsJson = False) -> None:
 
     async def command() -> str:
         async with session.opened(session.read_settings()) as paigeant:
-            return await paigeant.dispatcher.requeue(await _load(paigeant, id))
+            return await paigeant.control.requeue(await _load(paigeant, id))
 
     run_id = session.wait_for(command())
     if json:

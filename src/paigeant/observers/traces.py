@@ -35,6 +35,7 @@ from opentelemetry.trace import (
 )
 
 from paigeant.observer import Harmless
+from paigeant.trace_context import MOST_STATE
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -52,7 +53,6 @@ _ENDS: Mapping[EventName, StatusCode] = {
     "run.compensation_failed": StatusCode.ERROR,
     "run.cancelled": StatusCode.UNSET,
 }
-_MOST_STATE = 512
 _LONGEST = 256
 """Characters of an id that was chosen outside. More of it helps nobody who looks for it."""
 
@@ -181,7 +181,7 @@ class Remote(context.Context):
 
 def _above(told: Work | Event) -> Remote | None:
     # One argument is found faster than two, and most runs have no more. Who writes a message chooses how much that is.
-    if told.tracestate and len(told.tracestate) <= _MOST_STATE:
+    if told.tracestate and len(told.tracestate) <= MOST_STATE:
         return remote(told.traceparent, told.tracestate)
     return remote(told.traceparent)
 

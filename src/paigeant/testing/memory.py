@@ -69,7 +69,7 @@ class MemoryApp(Paigeant):
             chance=chance,
         )
         if authority is not None:
-            self.behalf = self.dispatcher.behalf = authority.behalf(self.clock)
+            self.behalf = self.dispatcher.behalf = self.control.behalf = authority.behalf(self.clock)
         self._worker: ActivityWorker | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()

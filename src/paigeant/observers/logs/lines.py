@@ -132,23 +132,8 @@ class Told:
 
     def _written(self) -> str:
         event = self.event
-        (
-            _,
-            run,
-            workflow,
-            step,
-            activity,
-            attempt,
-            trace,
-            correlation,
-            worker,
-            seconds,
-            error,
-            _,
-            more,
-            _,
-            _,
-        ) = event
+        _, run, workflow, step, activity, attempt, trace, correlation, worker, seconds, error = event[:11]
+        more = event.more
         if attempt and step and trace and len(run) <= _ID_CHARACTERS >= len(correlation):
             text = (
                 f', "workflow_id": {quoted(run)}, "workflow": {_known(workflow)}, "step": {_known(step)}'
