@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
+import signal
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -402,6 +404,20 @@ async def test_large_lines_are_bounded_by_their_bytes() -> None:
         sink.write(logging.INFO, {"event": "told", "text": "x" * 1_000_000})
     assert sink._bytes <= 8 * 1024 * 1024
     assert sink.lost == 100 - len(sink._lines)
+
+
+def test_a_process_that_was_forked_off_leaves_the_store_alone() -> None:
+    """The connection and its thread are its parent's: it takes no lines, and waits for no lock to leave them out."""
+    sink = SqlLog(open_database("sqlite:///unopened.db"), level="info")
+    sink.write(logging.INFO, {"event": "told"})
+    with sink._lock:
+        child = os.fork()
+        if not child:
+            signal.alarm(10)
+            sink.write(logging.INFO, {"event": "told"})
+            os._exit(len(sink._lines))
+    assert os.waitpid(child, 0) == (child, 0)
+    assert len(sink._lines) == 1
 
 
 async def test_lines_stand_in_the_order_in_which_they_were_told() -> None:

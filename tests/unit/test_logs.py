@@ -588,6 +588,61 @@ def test_a_file_that_is_full_is_put_aside(tmp_path: Path) -> None:
     assert kept == list(range(500))[-len(kept) :]
 
 
+def test_a_process_that_was_forked_off_writes_its_own_lines(tmp_path: Path) -> None:
+    """Not those that its parent is about to write, and it waits for no lock of a thread that it doesn't have."""
+    code = """
+import asyncio, io, logging, os, signal, sys, threading
+from paigeant.observer import Event
+from paigeant.observers.logs import LogFile, configure
+
+parent, is_writing, may_go = os.getpid(), threading.Event(), threading.Event()
+
+class Slow(io.StringIO):
+    def write(self, text):
+        if "slow" in text and os.getpid() == parent:
+            is_writing.set()
+            may_go.wait()
+        return sys.stderr.write(text)
+
+file = LogFile(sys.argv[1], least=20, most_bytes=10**6, files=2)
+observer = configure(stream=Slow(), also=[file])
+log = logging.getLogger("mine")
+
+async def main():
+    thread = threading.Thread(target=log.warning, args=("slow",))
+    thread.start()
+    is_writing.wait()
+    observer.observe(Event("step.completed", "r"))
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        log.warning("child")
+        os._exit(0)
+    os.waitpid(child, 0)
+    may_go.set()
+    thread.join()
+
+asyncio.run(main())
+"""
+    path = tmp_path / "log.json"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, timeout=60
+    )
+    for said in (done.stderr, path.read_text()):
+        events = [json.loads(line)["event"] for line in said.splitlines() if line.startswith("{")]
+        assert sorted(events) == ["child", "slow", "step.completed"]
+
+
+def test_a_process_that_was_forked_off_opens_the_file_anew(tmp_path: Path) -> None:
+    """A lock is that of an opening: with the same one both might put the file aside, and lines be gone too soon."""
+    log = log_file(tmp_path / "log.json")
+    child = os.fork()
+    if not child:
+        os._exit(log._file is not None)
+    assert os.waitpid(child, 0) == (child, 0)
+    log.close()
+
+
 def test_several_may_share_a_file(tmp_path: Path) -> None:
     """Whoever puts it aside, each line is there once and whole."""
     path = tmp_path / "x.log"

@@ -657,10 +657,15 @@ def test_a_process_that_was_forked_off_exports_its_own() -> None:
 import os, sys
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter
-from paigeant.observers.otlp import QuickProvider, SpanQueue
-spans = SpanQueue(ConsoleSpanExporter(formatter=lambda span: f"{os.getpid() == parent} {span.name}\\n"))
+from opentelemetry import trace
+from paigeant.observers.otlp import QuickProvider, SpanQueue, WholeTraces
+shown = ConsoleSpanExporter(formatter=lambda span: f"{os.getpid() == parent} {span.name}\\n")
+spans = SpanQueue(WholeTraces(shown))
 parent = os.getpid()
 tracer = QuickProvider(TracerProvider(), spans).get_tracer("t")
+above = trace.set_span_in_context(tracer.start_span("goes on"))
+tracer.start_span("inside", above).end()
+spans.force_flush()
 tracer.start_span("before").end()
 child = os.fork()
 tracer.start_span("after").end()
@@ -673,4 +678,4 @@ else:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
-    assert sorted(done.stdout.splitlines()) == ["False after", "True after", "True before"]
+    assert sorted(done.stdout.splitlines()) == ["False after", "True after", "True before", "True inside"]

@@ -21,6 +21,7 @@ from sqlalchemy import Connection, Select, delete, insert, select, text, tuple_
 from paigeant import codec
 from paigeant.database import Database
 from paigeant.errors import InputInvalid
+from paigeant.host import at_fork
 from paigeant.lane import Tx
 from paigeant.observer import Event, LogLine
 from paigeant.observers.logs.lines import Told, level_name, level_number, short, wanted_at
@@ -86,6 +87,16 @@ class SqlLog:
         self._closing = threading.Event()
         self._latest = 0.0
         self._thread: threading.Thread | None = None
+        at_fork(self._end)
+
+    def _end(self) -> None:
+        """In a process that an activity has forked off: the connection is its parent's, so it takes no lines."""
+        self._lock = threading.Lock()
+        self._some, self._closing = threading.Event(), threading.Event()
+        self._closing.set()
+        self._thread = None
+        self._lines.clear()
+        self._bytes = self._on_the_way = self.lost = 0
 
     # -- taking, in any thread
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,6 +16,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import Link, Status
 from opentelemetry.util.types import AnyValue, Attributes
 
+from paigeant.host import at_fork
 from paigeant.observers.otlp.spans import QuickSpan
 from paigeant.redaction import Redactor, is_secret
 
@@ -42,6 +42,12 @@ class WholeTraces(SpanExporter):
         self._waiting = 0
         self._gone: dict[int, None] = {}
         self._last = SpanExportResult.SUCCESS
+        at_fork(self._forget)
+
+    def _forget(self) -> None:
+        """What waits here in a process that was forked off is its parent's, who hands it on."""
+        self._held.clear()
+        self._waiting = 0
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Hand on what is whole."""
@@ -196,8 +202,7 @@ class SpanQueue(SpanProcessor):
         self.lost = 0
         """Spans that were lost and not yet told of."""
         self._begin()
-        again = weakref.WeakMethod(self._begin)
-        os.register_at_fork(after_in_child=lambda: (begin := again()) is not None and begin())
+        at_fork(self._begin)
 
     def _begin(self) -> None:
         """Start anew, in this process: one that was forked off has no thread, and its parent's spans aren't its own."""
