@@ -269,14 +269,34 @@ def test_what_another_handler_keeps_is_let_through() -> None:
     assert stream.getvalue() == ""
 
 
+def test_a_record_that_is_wrong_is_told_of_without_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Logging writes such a one raw to standard error, with all of its arguments."""
+    stream = io.StringIO()
+    configured(stream)
+    log = logging.getLogger("mine")
+    log.warning("of %s: %d", "password=hunter2", "token=hunter2", extra={"shelf": "B"})
+    log.warning("unlike password=hunter2", "hunter2")
+    wrong, other = lines(stream)
+    assert wrong["event"].startswith("the line 'of %s: %d' of ")
+    assert wrong["event"].endswith(" can't be made: TypeError")
+    assert (wrong["level"], wrong["logger"], wrong["shelf"]) == ("warning", "mine", "B")
+    assert "'unlike password=***'" in other["event"]
+    assert "hunter2" not in stream.getvalue() + "".join(capsys.readouterr())
+
+
 def test_warnings_and_ends_of_threads_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python writes them raw to standard error, in several lines and with the secrets in their texts."""
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     stream = io.StringIO()
     configured(stream)
 
     def fail() -> None:
         raise ValueError("password=hunter2")
+
+    class Careless:
+        def __del__(self) -> None:
+            fail()
 
     with warnings.catch_warnings():
         logging.captureWarnings(False)
@@ -286,10 +306,13 @@ def test_warnings_and_ends_of_threads_are_lines(monkeypatch: pytest.MonkeyPatch)
     thread = threading.Thread(target=fail, name="mine")
     thread.start()
     thread.join()
-    warned, ended = lines(stream)
+    Careless()
+    warned, ended, ignored = lines(stream)
     assert "UserWarning: token=*** is old" in warned["event"]
     assert (ended["event"], ended["level"]) == ("the thread mine has ended with an error", "error")
     assert ended["exception"].endswith("ValueError: password=***")
+    assert "Careless.__del__ was ignored" in ignored["event"]
+    assert ignored["exception"].endswith("ValueError: password=***")
     assert "hunter2" not in stream.getvalue()
 
 
