@@ -645,10 +645,15 @@ def test_a_setting_that_is_none_is_told_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The default holds."""
-    _, spans = queue(monkeypatch, Kept(), max_queue_size="many", schedule_delay="0")
-    assert (spans._most, spans._delay) == (2048, 5.0)
-    spans.shutdown()
-    assert caplog.text.count("expected a whole number above 0") == 2
+    for many, never in (("many", "0"), ("9" * 20, "9" * 5000)):
+        caplog.clear()
+        exporter = Kept()
+        tracer, spans = queue(monkeypatch, exporter, max_queue_size=many, schedule_delay=never)
+        assert (spans._most, spans._delay) == (2048, 5.0)
+        tracer.start_span("sent").end()
+        spans.shutdown()
+        assert exporter.names == ["sent"]
+        assert caplog.text.count("expected a whole number above 0") == 2
 
 
 def test_a_process_that_was_forked_off_exports_its_own() -> None:

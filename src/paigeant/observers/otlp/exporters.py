@@ -279,10 +279,12 @@ _LAST_SECONDS = 30.0
 
 
 def _setting(name: str, default: int) -> int:
-    """A whole number above 0 from the environment."""
+    """A whole number above 0 from the environment. Nobody waits longer than 2^31 ms; Python couldn't for ever."""
     text = os.environ.get(name, "").strip()
-    if text.isascii() and text.isdigit() and int(text) > 0:
+    if text.isascii() and text.isdigit() and len(text) <= 10 and 0 < int(text) < 2**31:
         return int(text)
     if text:
-        log.warning("%s is %r; expected a whole number above 0, so %d holds", name, text, default)
+        log.warning(
+            "%s is %r; expected a whole number above 0 and below 2^31, so %d holds", name, text[:40], default
+        )
     return default
