@@ -283,6 +283,10 @@ async def test_a_text_that_speaks_of_null_characters_is_shown(url: str) -> None:
     [
         (("--level", "loud"), "no line has the level 'loud'"),
         (("--since", "soon"), "--since is a number with s, m, h, d or w behind it"),
+        (("--since", "99999999999d"), "--since is 100 years (36500d) at most"),
+        (("--since", "0001-01-01T00:00+12:00"), "--since is an instant of the years 1 to 9999"),
+        (("--since", "9999-12-31T23:00-12:00"), "--since is an instant of the years 1 to 9999"),
+        (("--limit", "99999999999999999999"), "less than or equal to 1000000000"),
         (("nobody",), "no run 'nobody'"),
     ],
 )

@@ -59,7 +59,9 @@ def logs(
             help="Only lines from then on: an age such as 15m, or an instant such as 2026-01-31T08:00Z."
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="So many of the newest lines at most.")] = _PAGE,
+    limit: Annotated[
+        int, typer.Option(min=1, max=session.MOST, help="So many of the newest lines at most.")
+    ] = _PAGE,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False,
 ) -> None:
     """Tell what happened, of one run or of all, in the order in which it did.
@@ -92,7 +94,12 @@ class _Since:
                 raise ConfigurationError(
                     f"{exc}, or an instant such as 2026-01-31T08:00Z (without an offset: local time)"
                 ) from exc
-        return cls(instant.astimezone(UTC))
+        try:
+            return cls(instant.astimezone(UTC))
+        except (OverflowError, ValueError) as exc:
+            raise ConfigurationError(
+                f"--since is an instant of the years 1 to 9999, in UTC as well; found {text!r}"
+            ) from exc
 
     def instant(self, now: float) -> datetime:
         return self._instant or datetime.fromtimestamp(now - self._ago, UTC)
