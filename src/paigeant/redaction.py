@@ -63,13 +63,23 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(
             # `password=...`, `"obo_token": "..."`, `api_key='...'`. What is a mask already, or says a scheme whose
             # credentials are masked above, stays. Blanks are never given back: of many each would be tried as the last.
-            rf"((?:{_NAMES})\\?[\"']?\s*+(?:=>|[:=])\s*+)"
+            # JSON within JSON has more backslashes with each text that it is in, a URL within a URL has percent signs.
+            rf"((?:{_NAMES})\\*+(?:[\"']|%22)?\s*+(?:=>|[:=]|%3[ad])\s*+(?:%22)?)"
             r"(?!(?:\\?[\"'])?(?:\*\*\*|bearer |basic ))"
             # `b'...'` and `SecretStr('...')` as Python writes them, or a text, whose end may have been cut off; a list
             # or an object; a word.
             r"((?:[a-z_]{1,20}\(|[bru]{1,2}(?=[\"']))?"
-            r"(?:\\?\"(?:[^\"\\]|\\.)*\\?\"|'(?:[^'\\]|\\.)*'|\\?\"[^\"\n]*|'[^'\n]*)"
-            r"|\[[^\]\n]*\]?|\{[^}\n]*\}?|[^\s\"',;&)}\]]+)",
+            r"(?:\\*+\"(?:[^\"\\]|\\.)*\\?\"|'(?:[^'\\]|\\.)*'|\\*+\"[^\"\n]*|'[^'\n]*)"
+            r"|\[[^\]\n]*\]?|\{(?:[^{}\n]++|\{[^{}\n]*+\}?+)*+\}?|[^\s\"',;&)}\]]+)",
+            re.I,
+        ),
+        rf"\1{MASK}",
+    ),
+    (
+        # Options of a command, as a shell has them or as the list that an error of `subprocess` quotes.
+        re.compile(
+            rf"((?<![\w-])--(?:[\w-]{{0,40}}[_-])?(?:{_NAMES})(?:[ \t]++|[\"'],\s?b?))(?!\*\*\*|[\"']?-)"
+            r"(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',;)\]]+)",
             re.I,
         ),
         rf"\1{MASK}",
