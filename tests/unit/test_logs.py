@@ -201,6 +201,24 @@ def test_what_a_record_has_besides_takes_no_fields_place() -> None:
         assert line["timestamp_"] == "password=***"
 
 
+def test_fields_of_the_users_called_like_ids_hide_what_is_secret() -> None:
+    """`step`, `activity` and `worker` are words of others as well. The ids themselves stay what they are."""
+    stream = io.StringIO()
+    configured(stream)
+    token = CURRENT.set({"workflow_id": "token=mine", "step": "reserve"})
+    logging.getLogger("shop").info(
+        "told",
+        extra={"step": "with password=hunter2", "worker": {"password": "hunter2", "more": "x" * 50_000}},
+    )
+    structlog.get_logger("shop").info("told", activity="token=hunter2")
+    CURRENT.reset(token)
+    told, other = lines(stream)
+    assert (told["step"], other["activity"]) == ("with password=***", "token=***")
+    assert told["workflow_id"] == other["workflow_id"] == "token=mine"
+    assert "hunter2" not in stream.getvalue()
+    assert len(stream.getvalue()) < 20_000
+
+
 def test_a_value_of_many_parts_is_bounded() -> None:
     """A line stays a line, whatever is logged with it: one of 10 MB puts a whole log file aside."""
     stream = io.StringIO()

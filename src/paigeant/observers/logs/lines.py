@@ -184,9 +184,12 @@ def redacting(redactor: Redactor) -> Processor:
     """A structlog processor: stars for what is secret in a line, and no value without a bound."""
 
     def redact(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
+        ids = CURRENT.get() or {}
         for name, value in fields.items():
             if name in IDS:
-                fields[name] = short(value)
+                # Ours hold no secrets; a `step` or `worker` of the user's is a field like any other.
+                is_ours = value is ids.get(name)
+                fields[name] = short(value if is_ours else _bounded(redactor.value(name, value)))
             elif name not in _OURS:
                 shown = redactor.value(name, value)
                 fields[name] = _cut_within(shown) if name == "exception" else _bounded(shown)
