@@ -161,7 +161,13 @@ class Redactor:
             if isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], (str, bytes)):
                 # Perhaps a name and its value, as headers are.
                 return [self.value("", value[0], depth + 1), self.value(_name(value[0]), value[1], depth + 1)]
-            if isinstance(value, (list, tuple, set, frozenset)):
+            if isinstance(value, (list, tuple)):
+                named_before = ("", *map(_option, value))
+                return [
+                    self.value(name, inner, depth + 1)
+                    for name, inner in zip(named_before, value, strict=False)
+                ]
+            if isinstance(value, (set, frozenset)):
                 return [self.value("", inner, depth + 1) for inner in value]
         elif secrets_in(value):
             return MASK
@@ -187,6 +193,11 @@ def _named(value: Any) -> Mapping[Any, Any] | None:
         return value
     names = getattr(value, "_fields", None) if isinstance(value, tuple) else None
     return dict(zip(names, value, strict=False)) if isinstance(names, tuple) else None
+
+
+def _option(part: Any) -> str:
+    """The name that a part of a command gives to the next one, as `--token` does; empty where it gives none."""
+    return part if isinstance(part, str) and part.startswith("--") else ""
 
 
 def _name(key: Any) -> str:

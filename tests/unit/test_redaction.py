@@ -132,8 +132,9 @@ class Account(NamedTuple):
             [["x-api-key", MASK], ["b'set-cookie'", MASK], ["accept", "z"]],
         ),
         ([Account("ada", "x")], [{"user": "ada", "password": MASK}]),
+        (["deploy", "--token", "x", "-v"], ["deploy", "--token", MASK, "-v"]),
     ],
-    ids=["bytes", "camel case", "pairs", "named tuple"],
+    ids=["bytes", "camel case", "pairs", "named tuple", "options"],
 )
 def test_names_are_known_in_whatever_form_they_come(value: Any, shown: Any) -> None:
     """As HTTP libraries, JSON of others and Python's own types have them."""
