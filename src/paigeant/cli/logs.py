@@ -116,9 +116,23 @@ class _Lines:
     async def newest(self, app: Paigeant, since: datetime | None, limit: int) -> list[LogLine]:
         return await app.logs(self.workflow_id, level=self._level, step=self._step, since=since, limit=limit)
 
-    async def written_after(self, app: Paigeant, last: int, since: datetime | None) -> list[LogLine]:
-        """All that were written behind the line `last`, page by page."""
+    async def written_after(
+        self, app: Paigeant, last: LogLine | None, since: datetime | None
+    ) -> list[LogLine]:
+        """All that were written behind the line `last`."""
+        found = await self._from(app, 0 if last is None else last.id, since)
+        if last is None:
+            return found
+        if found and (found[0].id, found[0].at) == (last.id, last.at):
+            return found[1:]
+        # It was deleted, and SQLite gives ids anew once the newest lines are: only the time tells which ones are new.
+        then = datetime.fromtimestamp(last.at, UTC)
+        return [line for line in await self._from(app, 0, then) if line.at > last.at]
+
+    async def _from(self, app: Paigeant, id: int, since: datetime | None) -> list[LogLine]:
+        """All with this id or a greater one, page by page."""
         found: list[LogLine] = []
+        last = id - 1
         while page := await app.logs(
             self.workflow_id, level=self._level, step=self._step, since=since, after=last, limit=_PAGE
         ):
@@ -162,7 +176,7 @@ async def _followed(
     While the store is away it waits: whoever looks on wants to see what comes then.
     """
     held = first
-    last = max((line.id for line in first), default=0)
+    last = max(first, key=lambda line: line.id, default=None)
     ended_at: float | None = None
     is_away = False
     while True:
@@ -178,7 +192,7 @@ async def _followed(
             continue
         is_away = False
         over = ended_at is not None and now > ended_at + _SETTLE_SECONDS
-        last = max((line.id for line in new), default=last)
+        last = max(new, key=lambda line: line.id, default=last)
         held = sorted([*held, *new], key=lambda line: (line.at, line.id))
         settled = [line for line in held if over or line.at <= now - _SETTLE_SECONDS]
         held = held[len(settled) :]
