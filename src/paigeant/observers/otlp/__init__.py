@@ -35,6 +35,9 @@ def send_traces(
     """
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return trace.get_tracer_provider(), lambda: None
+    # The library's own provider looks at that, and isn't asked for spans of ours.
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return trace.NoOpTracerProvider(), lambda: None
     provider = TracerProvider(resource=resource or resource_of_process(), shutdown_on_exit=False)
     is_told = any(f"OTEL_EXPORTER_OTLP_{which}TIMEOUT" in os.environ for which in ("", "TRACES_"))
     exporter = OTLPSpanExporter(timeout=None if is_told else patience)
