@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -464,6 +465,22 @@ def test_secrets_in_spans_are_hidden_on_their_way_out(spans: Spans) -> None:
     assert "RuntimeError: 401 for ***" in str(failed.attributes["exception.stacktrace"])
     for same in ("context", "parent", "kind", "start_time", "end_time", "resource", "instrumentation_scope"):
         assert getattr(after, same) == getattr(before, same)
+
+
+def test_a_text_that_is_no_unicode_takes_no_other_span_with_it(spans: Spans) -> None:
+    """The name of a file may have any bytes, and stands in the status of whatever fails with it."""
+    tracer = spans.observer.tracer
+    tracer.start_span("fine").end()
+    with contextlib.suppress(FileNotFoundError), tracer.start_as_current_span("read caf\udce9") as span:
+        span.set_attribute("file", "caf\udce9")
+        span.add_event("caf\udce9")
+        raise FileNotFoundError("no file caf\udce9")
+    kept = InMemorySpanExporter()
+    RedactedSpans(kept).export(spans.all)
+    assert kept.get_finished_spans()[0] is spans.all[0]
+    sent = encode_spans(kept.get_finished_spans()).SerializeToString()
+    for text in (rb"read caf\udce9", rb"FileNotFoundError: no file caf\udce9", b"fine"):
+        assert text in sent
 
 
 @pytest.mark.parametrize(
