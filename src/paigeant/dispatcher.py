@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import random
+import os
 import re
 import secrets
 import uuid
@@ -585,9 +585,10 @@ def _trace(parent: str) -> tuple[str, str]:
     """The trace id and the W3C traceparent of the run: the given one, or a new one."""
     if parent:
         return parent.split("-")[1], parent
-    # Random as the standard asks, but no secret: not worth a call to the operating system each.
-    trace_id = f"{random.getrandbits(128):032x}"
-    return trace_id, f"00-{trace_id}-{random.getrandbits(64):016x}-01"
+    # Random as the standard asks, and not from `random`: a program that sets the seed of that would have the ids of the
+    # runs that it has started before.
+    found = os.urandom(24).hex()
+    return found[:32], f"00-{found[:32]}-{found[32:]}-01"
 
 
 _MOST_TOLD = 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from opentelemetry.sdk.trace.sampling import (
 from paigeant import ActivityRegistry, StepContext, WaitFor, Workflow
 from paigeant.observer import Event, Observers, Work
 from paigeant.observers.otlp import QuickProvider, RedactedSpans, SpanQueue, WholeTraces
+from paigeant.observers.otlp.spans import OwnIds
 from paigeant.observers.traces import TraceObserver, remote
 from paigeant.redaction import Redactor
 from paigeant.testing import MemoryApp
@@ -656,6 +658,35 @@ def test_what_the_library_does_not_sample_is_not_exported(monkeypatch: pytest.Mo
         provider.get_tracer("t").start_span(sampler.get_description()).end()
     spans.shutdown()
     assert exporter.names == ["AlwaysOnSampler"]
+
+
+def test_ids_do_not_depend_on_the_seed_that_an_activity_sets() -> None:
+    """Who trains or samples sets it, each time the same: of the spans of one run several would have one id."""
+    exporter = InMemorySpanExporter()
+    processor = SimpleSpanProcessor(exporter)
+    provider = TracerProvider(id_generator=OwnIds())
+    provider.add_span_processor(processor)
+    for of in (QuickProvider(provider, processor), provider):
+        tracer = of.get_tracer("t")
+        for _ in range(2):
+            random.seed(7)
+            above = tracer.start_span("above")
+            tracer.start_span("below", trace.set_span_in_context(above)).end()
+            above.end()
+    contexts = [span.context for span in exporter.get_finished_spans()]
+    assert len({context.span_id for context in contexts}) == 8
+    assert len({context.trace_id for context in contexts}) == 4
+
+
+async def test_the_traces_of_runs_do_not_depend_on_a_seed() -> None:
+    """A program that sets it and then starts a run would have the next one in the same trace."""
+    async with MemoryApp(ActivityRegistry()) as app:
+        traces = set()
+        for _ in range(2):
+            random.seed(7)
+            run = await app.dispatch(Workflow("w", ["elsewhere"]))
+            traces.add((await run.detail()).run.trace_id)
+    assert len(traces) == 2
 
 
 def test_a_setting_that_is_none_is_told_of(
