@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import logging
+import logging.config
 import os
 import subprocess
 import sys
@@ -49,6 +50,8 @@ def _logging_as_it_was() -> Iterator[None]:
     yield
     logging.captureWarnings(False)
     threading.excepthook = hook
+    for name in list(root.manager.loggerDict):
+        logging.getLogger(name).disabled = False
     root.handlers.clear()
     own.handlers[:] = [handler for handler in own.handlers if isinstance(handler, logging.NullHandler)]
     own.propagate = True
@@ -264,6 +267,35 @@ def test_handlers_of_the_application_stay() -> None:
     logging.getLogger("shop").warning("theirs")
     logging.getLogger("paigeant.worker").warning("ours")
     assert (theirs.getvalue(), [line["event"] for line in lines(ours)]) == ("theirs\n", ["ours"])
+
+
+def test_an_application_that_configures_logging_does_not_silence_ours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`dictConfig` disables by default each logger that is there, and leaves its text in each record."""
+    log = logging.getLogger("paigeant.worker")
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "formatters": {"f": {"format": "%(asctime)s %(message)s"}},
+            "handlers": {"theirs": {"class": "logging.StreamHandler", "formatter": "f"}},
+            "root": {"handlers": ["theirs"]},
+        }
+    )
+    stream = io.StringIO()
+    configure(stream=stream)
+    log.warning("worker.serving")
+    logging.getLogger().addHandler(LogHandler([StreamLog(stream, least=0, format="json")]))
+    logging.getLogger("made later").warning("taking %d", 3)
+    ours, theirs = lines(stream)
+    assert ours["event"] == "worker.serving"
+    assert {**theirs, "timestamp": ""} == {
+        "timestamp": "",
+        "level": "warning",
+        "event": "taking 3",
+        "logger": "made later",
+    }
+    assert " taking 3\n" in capsys.readouterr().err
 
 
 def test_what_another_handler_keeps_is_let_through() -> None:

@@ -177,6 +177,9 @@ def configure(
     others = min(handler.level, max(wanted, logging.INFO))
     logger.setLevel(others)
     own.setLevel(wanted)
+    for name in [name for name in root.manager.loggerDict if f"{name}.".startswith("paigeant.")]:
+        # `logging.config` disables what is there already, by default: a handler module that calls it means others.
+        logging.getLogger(name).disabled = False
     logging.captureWarnings(True)
     if threading.excepthook is threading.__excepthook__:
         threading.excepthook = _tell_end

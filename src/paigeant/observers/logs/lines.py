@@ -208,11 +208,16 @@ _OURS = frozenset({"level", RECORD, HAD})
 
 _SAID_OF_ALL = ("event", "level", "logger")
 
+_OF_FORMATTERS = ("message", "asctime")
+"""What a formatter of another handler, which had the record before, has left in it; logging takes no such `extra`."""
+
 
 def with_extra(logger: WrappedLogger, name: str, fields: EventDict) -> EventDict:
     """A structlog processor: what a record has as `extra`, which says neither what happened nor how bad that is."""
     extra = _extra_of(logger, name, {"_record": fields["_record"]})
     extra = {**(extra.pop(STEP_IDS, None) or {}), **extra}
+    for known in _OF_FORMATTERS:
+        extra.pop(known, None)
     for known in _SAID_OF_ALL:
         if known in extra:
             extra[f"{known}_"] = extra.pop(known)
