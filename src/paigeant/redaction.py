@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from pydantic import SecretBytes, SecretStr
 
@@ -158,8 +158,7 @@ class Redactor:
                     self.text(str(key)): self.value(_name(key), inner, depth + 1)
                     for key, inner in named.items()
                 }
-            if isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], (str, bytes)):
-                # Perhaps a name and its value, as headers are.
+            if _is_pair(value):
                 return [self.value("", value[0], depth + 1), self.value(_name(value[0]), value[1], depth + 1)]
             if isinstance(value, (list, tuple)):
                 named_before = ("", *map(_option, value))
@@ -195,6 +194,11 @@ def _named(value: Any) -> Mapping[Any, Any] | None:
     return dict(zip(names, value, strict=False)) if isinstance(names, tuple) else None
 
 
+def _is_pair(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether it is perhaps a name and its value, as headers are."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], (str, bytes))
+
+
 def _option(part: Any) -> str:
     """The name that a part of a command gives to the next one, as `--token` does; empty where it gives none."""
     return part if isinstance(part, str) and part.startswith("--") else ""
@@ -219,6 +223,8 @@ def secrets_in(value: Any, name: str = "") -> list[str]:
             if (named := _named(one)) is not None:
                 rest += [(inner, hides or is_secret(_name(key))) for key, inner in named.items()]
                 rest += [(key, True) for key in named if hides]
+            elif _is_pair(one):
+                rest += [(one[0], hides), (one[1], hides or is_secret(_name(one[0])))]
             else:
                 rest += [(inner, hides) for inner in one]
         elif hides and one is not None and not isinstance(one, bool) and (text := _shown(one)):

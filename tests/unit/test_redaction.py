@@ -143,8 +143,9 @@ def test_names_are_known_in_whatever_form_they_come(value: Any, shown: Any) -> N
 
 def test_secrets_are_found_under_names_of_any_form() -> None:
     """For texts that tell about such a value."""
-    value = {b"token": "abcd", "apiToken": "efgh", "a": Account("ada", "ijkl")}
-    assert set(secrets_in(value)) == {"abcd", "efgh", "ijkl"}
+    value = {b"token": "abcd", "apiToken": "efgh", "a": Account("ada", "ijkl"), "h": [["x-api-key", "mnop"]]}
+    assert set(secrets_in(value)) == {"abcd", "efgh", "ijkl", "mnop"}
+    assert "mnop" not in quoted(value, "headers")
 
 
 def test_a_value_that_cannot_be_shown_keeps_no_line_from_being_written() -> None:
