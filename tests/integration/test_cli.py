@@ -933,6 +933,20 @@ def test_config_check_looks_at_each_part_alone() -> None:
     )
 
 
+def test_config_check_says_of_a_key_that_it_may_sign_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when it isn't in the trust file: the worker would start, and whatever is to be sent stand still."""
+    paigeant("keys", "generate")
+    Path("paigeant-trust.json").write_text('{"version": 1, "keys": []}')
+    monkeypatch.setenv("PAIGEANT_SIGNING", "require")
+    monkeypatch.setenv("PAIGEANT_TRUST_FILE", "paigeant-trust.json")
+    is_good, said = checked(code=2)["signing"]
+    assert not is_good
+    assert "for nothing: it has no role, or doesn't hold now; so nothing can be sent" in said
+    Path("jwks.json").write_text(paigeant("keys", "export-jwks").stdout)
+    paigeant("keys", "trust", "jwks.json", "--run", "*")
+    assert checked(code=0)["signing"][0]
+
+
 def test_config_check_ends_with_3_when_nothing_else_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers that can't be reached may come up later; a script can wait for them."""
     monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", "redis://127.0.0.1:1")
