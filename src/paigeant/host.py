@@ -1,13 +1,15 @@
-"""Who this process is, and whether another process of this host is still there."""
+"""Who this process is, what is forked off it, and whether another process of this host is still there."""
 
 from __future__ import annotations
 
 import os
 import platform
+import weakref
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-__all__ = ["host_id", "is_gone", "is_holder_gone", "named_holder", "process_id"]
+__all__ = ["at_fork", "host_id", "is_gone", "is_holder_gone", "named_holder", "process_id"]
 
 
 @cache
@@ -51,6 +53,21 @@ def is_holder_gone(holder: str) -> bool:
     """Whether whoever has this `named_holder` was in a process of this host that has ended for certain."""
     parts = holder.split("|", 2)
     return len(parts) == 3 and parts[0] == host_id() and is_gone(parts[1])
+
+
+def at_fork(method: Callable[[], None]) -> None:
+    """Have a method called first of all in each process that is forked off this one, while its object is there.
+
+    Such a process has none of the threads of this one, but all of its locks, also those that a thread holds just then.
+    """
+    found = weakref.WeakMethod(method)
+
+    def in_child() -> None:
+        if (still_there := found()) is not None:
+            still_there()
+
+    if hasattr(os, "register_at_fork"):  # there is no forking everywhere
+        os.register_at_fork(after_in_child=in_child)
 
 
 def _started(pid: int) -> str | None:

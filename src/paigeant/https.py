@@ -93,7 +93,13 @@ async def _ask(url: str, form: Form | None, headers: Form, *, seconds: float, li
     # Nothing is unpacked, so that a small body can't become a large one; and nothing is proxied on this host.
     sent = {"accept": "application/json", **_revealed(headers), "accept-encoding": "identity"}
     data = None if form is None else _revealed(form)
-    async with httpx2.AsyncClient(timeout=seconds, verify=tls, trust_env=origin.scheme == "https") as client:
+    try:
+        asking = httpx2.AsyncClient(timeout=seconds, verify=tls, trust_env=origin.scheme == "https")
+    except (ImportError, ValueError):  # the client knows no such proxy, or needs a package for it
+        raise AuthorityUnavailable(
+            url, "HTTPS_PROXY or ALL_PROXY names no proxy of http:// or https://, the only ones that are used"
+        ) from None
+    async with asking as client:
         for _ in range(_MOST_REDIRECTS + 1):
             async with client.stream(
                 "GET" if data is None else "POST", url, data=data, headers=sent

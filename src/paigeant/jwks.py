@@ -94,8 +94,11 @@ class Jwks:
             reply = await request(self.url)
             if reply.status != 200:
                 raise AuthorityUnavailable(self.url, f"it answered with status {reply.status}")
-            self._keys = read_jwks(reply.body)
-        except (AuthorityUnavailable, MessageInvalid) as exc:
+            try:
+                self._keys = read_jwks(reply.body)
+            except MessageInvalid as exc:
+                raise AuthorityUnavailable(self.url, f"its answer is no key set: {exc}") from exc
+        except AuthorityUnavailable as exc:
             log.warning("jwks.not_fetched: %s; %d keys are kept", exc, len(self._keys))
         except BaseException:  # cut off: nobody has been told anything
             self._asked_at = before

@@ -85,14 +85,21 @@ class FileKeys:
         return keys
 
     def signer(self) -> tuple[Key, Roles]:
-        key = self._ring().active
+        """The newest key of the ring that the trust file lets sign now: a new one begins once it stands there."""
+        ring = self._ring()
         if self._trust is None:
-            return key, ALL_ROLES
-        known = self._trust().keys.get(key.kid)
-        if known is not None and (known.revoked_at is not None or not known.holds(self._clock())):
-            return key, Roles()  # what it signed would only be refused: others are to send
-        # One that only a published set has gets the roles of that.
-        return key, known.roles if known is not None else self._trust().jwks_roles
+            return ring.active, ALL_ROLES
+        trust = self._trust()
+        for key in reversed(ring.keys):
+            if key.revoked_at is None and (roles := self._roles_of(key, trust)) is not None:
+                return key, roles
+        return ring.active, Roles()  # what it signed would only be refused: others are to send
+
+    def _roles_of(self, key: Key, trust: Trust) -> Roles | None:
+        known = trust.keys.get(key.kid)
+        if known is None:  # one that only a published set may have gets the roles of that
+            return None if trust.jwks_url is None else trust.jwks_roles
+        return known.roles if known.revoked_at is None and known.holds(self._clock()) else None
 
     async def find(self, kid: str) -> TrustedKey | None:
         listed = self._ring().find(kid) if self._trust is None else self._trust().keys.get(kid)

@@ -149,6 +149,11 @@ class Roles:
         """Whether nothing is closed to it."""
         return self.amend or ("*" in self.run and "*" in self.dispatch)
 
+    @property
+    def is_none(self) -> bool:
+        """Whether all is closed to it."""
+        return not (self.dispatch or self.run or self.amend)
+
     def may_start(self, workflow: str) -> bool:
         """Whether a run of `workflow` may begin with a message that was signed with a key of these roles."""
         return self.amend or _fits(workflow, self.dispatch)

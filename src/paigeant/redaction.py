@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from pydantic import SecretBytes, SecretStr
 
@@ -63,13 +63,23 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(
             # `password=...`, `"obo_token": "..."`, `api_key='...'`. What is a mask already, or says a scheme whose
             # credentials are masked above, stays. Blanks are never given back: of many each would be tried as the last.
-            rf"((?:{_NAMES})\\?[\"']?\s*+(?:=>|[:=])\s*+)"
+            # JSON within JSON has more backslashes with each text that it is in, a URL within a URL has percent signs.
+            rf"((?:{_NAMES})\\*+(?:[\"']|%22)?\s*+(?:=>|[:=]|%3[ad])\s*+(?:%22)?)"
             r"(?!(?:\\?[\"'])?(?:\*\*\*|bearer |basic ))"
             # `b'...'` and `SecretStr('...')` as Python writes them, or a text, whose end may have been cut off; a list
             # or an object; a word.
             r"((?:[a-z_]{1,20}\(|[bru]{1,2}(?=[\"']))?"
-            r"(?:\\?\"(?:[^\"\\]|\\.)*\\?\"|'(?:[^'\\]|\\.)*'|\\?\"[^\"\n]*|'[^'\n]*)"
-            r"|\[[^\]\n]*\]?|\{[^}\n]*\}?|[^\s\"',;&)}\]]+)",
+            r"(?:\\*+\"(?:[^\"\\]|\\.)*\\?\"|'(?:[^'\\]|\\.)*'|\\*+\"[^\"\n]*|'[^'\n]*)"
+            r"|\[[^\]\n]*\]?|\{(?:[^{}\n]++|\{[^{}\n]*+\}?+)*+\}?|[^\s\"',;&)}\]]+)",
+            re.I,
+        ),
+        rf"\1{MASK}",
+    ),
+    (
+        # Options of a command, as a shell has them or as the list that an error of `subprocess` quotes.
+        re.compile(
+            rf"((?<![\w-])--(?:[\w-]{{0,40}}[_-])?(?:{_NAMES})(?:[ \t]++|[\"'],\s?b?))(?!\*\*\*|[\"']?-)"
+            r"(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s\"',;)\]]+)",
             re.I,
         ),
         rf"\1{MASK}",
@@ -148,10 +158,15 @@ class Redactor:
                     self.text(str(key)): self.value(_name(key), inner, depth + 1)
                     for key, inner in named.items()
                 }
-            if isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], (str, bytes)):
-                # Perhaps a name and its value, as headers are.
+            if _is_pair(value):
                 return [self.value("", value[0], depth + 1), self.value(_name(value[0]), value[1], depth + 1)]
-            if isinstance(value, (list, tuple, set, frozenset)):
+            if isinstance(value, (list, tuple)):
+                named_before = ("", *map(_option, value))
+                return [
+                    self.value(name, inner, depth + 1)
+                    for name, inner in zip(named_before, value, strict=False)
+                ]
+            if isinstance(value, (set, frozenset)):
                 return [self.value("", inner, depth + 1) for inner in value]
         elif secrets_in(value):
             return MASK
@@ -179,6 +194,16 @@ def _named(value: Any) -> Mapping[Any, Any] | None:
     return dict(zip(names, value, strict=False)) if isinstance(names, tuple) else None
 
 
+def _is_pair(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether it is perhaps a name and its value, as headers are."""
+    return isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], (str, bytes))
+
+
+def _option(part: Any) -> str:
+    """The name that a part of a command gives to the next one, as `--token` does; empty where it gives none."""
+    return part if isinstance(part, str) and part.startswith("--") else ""
+
+
 def _name(key: Any) -> str:
     """The key of a value as a name. Those of HTTP headers are often bytes."""
     return key.decode("latin-1") if isinstance(key, bytes) else str(key)
@@ -198,6 +223,8 @@ def secrets_in(value: Any, name: str = "") -> list[str]:
             if (named := _named(one)) is not None:
                 rest += [(inner, hides or is_secret(_name(key))) for key, inner in named.items()]
                 rest += [(key, True) for key in named if hides]
+            elif _is_pair(one):
+                rest += [(one[0], hides), (one[1], hides or is_secret(_name(one[0])))]
             else:
                 rest += [(inner, hides) for inner in one]
         elif hides and one is not None and not isinstance(one, bool) and (text := _shown(one)):

@@ -155,7 +155,9 @@ class Settings(BaseSettings):
         le=65535,
         description="where each worker serves metrics and its health; nowhere by default",
     )
-    metrics_host: str = Field("127.0.0.1", description="the address of this machine that they are served at")
+    metrics_host: str = Field(
+        "127.0.0.1", min_length=1, description="the address of this machine that they are served at"
+    )  # an empty one would be all addresses
 
     log_file: str | None = Field(None, description="a file for the log lines of `run`, as JSON")
     log_file_bytes: int = Field(16 * 1024 * 1024, ge=4096, description="a log file of this size is put aside")

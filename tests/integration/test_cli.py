@@ -28,6 +28,7 @@ from paigeant.cli import session
 from paigeant.cli.program import app, exit_code
 from paigeant.errors import InputInvalid, RunTimeout, StoreUnavailable, TransportUnavailable
 from paigeant.extras import how_to_install
+from paigeant.keys import Key
 from paigeant.message import encode
 from paigeant.store import DeadLetter
 
@@ -999,6 +1000,29 @@ def test_config_check_looks_at_each_part_alone() -> None:
     assert {path.name for path in Path().iterdir()} == {"handlers.py", "paigeant.yaml"}, (
         "looking makes nothing"
     )
+
+
+@pytest.mark.parametrize(
+    "command", [("generate",), ("trust", "jwks.json", "--amend"), ("rotate",), ("list",)]
+)
+def test_a_key_file_of_an_impossible_name_is_a_mistake(command: tuple[str, ...]) -> None:
+    """And no server that is away, which code 3 would say."""
+    Path("jwks.json").write_text(json.dumps({"keys": [Key.generate(now=1.0).public]}))
+    assert "File name too long" in refused("keys", *command, "--file", "a" * 300)
+
+
+def test_config_check_says_of_a_key_that_it_may_sign_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when it isn't in the trust file: the worker would start, and whatever is to be sent stand still."""
+    paigeant("keys", "generate")
+    Path("paigeant-trust.json").write_text('{"version": 1, "keys": []}')
+    monkeypatch.setenv("PAIGEANT_SIGNING", "require")
+    monkeypatch.setenv("PAIGEANT_TRUST_FILE", "paigeant-trust.json")
+    is_good, said = checked(code=2)["signing"]
+    assert not is_good
+    assert "for nothing: it has no role, or doesn't hold now; so nothing can be sent" in said
+    Path("jwks.json").write_text(paigeant("keys", "export-jwks").stdout)
+    paigeant("keys", "trust", "jwks.json", "--run", "*")
+    assert checked(code=0)["signing"][0]
 
 
 def test_config_check_ends_with_3_when_nothing_else_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

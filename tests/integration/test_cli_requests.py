@@ -308,6 +308,7 @@ def test_a_deadline_is_kept_with_the_run() -> None:
         ("--start-at", "tomorrow", "found 'tomorrow'"),
         ("--start-at", "2027-01-01T08:00:00", "an instant with a time zone"),
         ("--start-at", "in a while", "--start-at after 'in' is a number"),
+        ("--start-at", "in 99999999999w", "--start-at after 'in' is 100 years (36500d) at most"),
         ("--deadline", "10", "--deadline is a number with s, m, h, d or w"),
         ("--deadline", "0s", "a deadline is in seconds, above 0 and below 100 years"),
     ],

@@ -18,7 +18,7 @@ from paigeant import Paigeant, Workflow
 from paigeant.cli.processes import _Supervisor, pause_before
 
 HANDLERS = """
-import asyncio, pathlib, time
+import asyncio, os, pathlib, signal, time
 from paigeant import ActivityRegistry, StepContext, Workflow
 activity = ActivityRegistry()
 
@@ -38,7 +38,20 @@ def block(ctx: StepContext) -> None:
 async def where() -> str:
     return type(asyncio.get_running_loop()).__module__.split(".")[0]
 
+@activity.execute()
+def end() -> int:
+    ready, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(tell, b".")
+        time.sleep(5)
+        os._exit(0)
+    os.read(ready, 1)
+    os.kill(child, signal.SIGTERM)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
 hold_on = Workflow("hold_on", ["hold"])
+end_all = Workflow("end_all", ["end"])
 block_all = Workflow("block_all", ["block"])
 where_is = Workflow("where_is", ["where"])
 """
@@ -87,6 +100,18 @@ def test_a_second_signal_ends_the_worker_at_once(workflow: str) -> None:
         assert worker.end() == 0
     (step,) = shown("h-1")["steps"]
     assert (step["status"], step["attempts"]) == ("ready", 0)
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_a_signal_to_a_process_that_an_activity_forked_is_its_own(
+    loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`multiprocessing` ends its pools so: the worker isn't told to stop, and the process ends at once."""
+    monkeypatch.setenv("PAIGEANT_EVENT_LOOP", loop)
+    dispatch("end_all", "e-1", "e-2", "e-3")
+    said = call_afresh("run", "--until-idle", "--concurrency", "1").stderr
+    assert [shown(id)["output"] for id in ("e-1", "e-2", "e-3")] == [-signal.SIGTERM] * 3
+    assert "worker.stopping" not in said
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])

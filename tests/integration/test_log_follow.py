@@ -50,6 +50,21 @@ async def test_following_since_shows_nothing_older(monkeypatch: pytest.MonkeyPat
         assert next(lines)["event"] == "new"
 
 
+async def test_following_goes_on_when_lines_are_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite gives the ids of the newest lines anew once these are gone; no line is missing or told twice."""
+    url = "sqlite:///paigeant.db"
+    await keep(url, "one", "two", "three")
+    with following(url, monkeypatch) as (_, lines):
+        assert [next(lines)["event"] for _ in range(3)] == ["one", "two", "three"]
+        async with Paigeant(Settings(store_url=url, transport_url=url)) as app:
+            await app.prune(older_than=0)
+            assert await app.logs() == []
+        await keep(url, "four", "five", "six", "seven")
+        assert [next(lines)["event"] for _ in range(4)] == ["four", "five", "six", "seven"]
+        await keep(url, "eight")
+        assert next(lines)["event"] == "eight"
+
+
 async def test_following_goes_on_when_the_store_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A database that is started anew ends no command that somebody looks at; no line is missing or told twice."""
     with PostgresServer() as server, server.database() as url:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
+import os
+import signal
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -280,6 +283,10 @@ async def test_a_text_that_speaks_of_null_characters_is_shown(url: str) -> None:
     [
         (("--level", "loud"), "no line has the level 'loud'"),
         (("--since", "soon"), "--since is a number with s, m, h, d or w behind it"),
+        (("--since", "99999999999d"), "--since is 100 years (36500d) at most"),
+        (("--since", "0001-01-01T00:00+12:00"), "--since is an instant of the years 1 to 9999"),
+        (("--since", "9999-12-31T23:00-12:00"), "--since is an instant of the years 1 to 9999"),
+        (("--limit", "99999999999999999999"), "less than or equal to 1000000000"),
         (("nobody",), "no run 'nobody'"),
     ],
 )
@@ -403,6 +410,58 @@ async def test_large_lines_are_bounded_by_their_bytes() -> None:
         sink.write(logging.INFO, {"event": "told", "text": "x" * 1_000_000})
     assert sink._bytes <= 8 * 1024 * 1024
     assert sink.lost == 100 - len(sink._lines)
+
+
+def test_a_process_that_was_forked_off_leaves_the_store_alone() -> None:
+    """The connection and its thread are its parent's: it takes no lines, and waits for no lock to leave them out."""
+    sink = SqlLog(open_database("sqlite:///unopened.db"), level="info")
+    sink.write(logging.INFO, {"event": "told"})
+    is_held, may_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with sink._lock:
+            is_held.set()
+            may_go.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    is_held.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        sink.write(logging.INFO, {"event": "told"})
+        os._exit(len(sink._lines))
+    may_go.set()
+    thread.join()
+    assert os.waitpid(child, 0) == (child, 0)
+    assert len(sink._lines) == 1
+
+
+def test_what_the_garbage_collector_finds_may_be_told_while_a_line_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As asyncio tells of a task that failed unseen: in the thread that takes a line, which waited for itself."""
+    database = open_database("sqlite:///unopened.db")
+    sink = SqlLog(database, level="info")
+
+    class Found:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            sink.write(logging.ERROR, {"event": "found"})
+
+    def collect_at_the_worst_moment() -> None:
+        gc.collect()
+
+    Found()
+    monkeypatch.setattr(database, "instant", collect_at_the_worst_moment)
+    thread = threading.Thread(target=sink.write, args=(logging.INFO, {"event": "told"}), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert [line.event for line in sink._lines] == ["found", "told"]
+    assert sink._bytes == sum(sql._weight(line.fields) for line in sink._lines)
 
 
 async def test_lines_stand_in_the_order_in_which_they_were_told() -> None:

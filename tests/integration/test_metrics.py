@@ -243,6 +243,24 @@ def test_each_process_serves_at_a_port_of_its_own() -> None:
         assert workers.end() == 0
 
 
+@pytest.mark.parametrize(
+    ("setting", "name", "value"),
+    [
+        ("TRACES", "OTEL_ATTRIBUTE_COUNT_LIMIT", "many"),
+        ("TRACES", "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "-1"),
+        ("OTEL_METRICS", "OTEL_METRICS_EXEMPLAR_FILTER", "many"),
+    ],
+)
+def test_a_variable_that_the_library_cannot_use_is_told(setting: str, name: str, value: str) -> None:
+    """Some it reads when it is imported, some when it is set up. No traceback, and the code of a mistake."""
+    with Command("run", environment={f"PAIGEANT_{setting}": "true", name: value}) as worker:
+        assert worker.end() == 2
+        said = "".join(worker.said)
+    assert f"error: the setting `{setting.lower()}` can't be followed: " in said
+    assert value in said
+    assert "Traceback" not in said
+
+
 def test_a_port_that_is_taken_is_told() -> None:
     """The worker ends with 2 and says what to change, for no new start would mend it."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -110,7 +110,7 @@ async def test_a_clock_that_was_set_back_keeps_no_key(
 
 @pytest.mark.parametrize("trouble", ["status", "garbage", "too large", "redirect", "redirect to nothing"])
 async def test_stale_keys_hold_for_a_day(
-    authority: Authority, keys: Jwks, clock: ManualClock, trouble: str
+    authority: Authority, keys: Jwks, clock: ManualClock, trouble: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """While the server can't be asked the last keys hold, a day long; then nothing is verified any more."""
     known = kid(authority)
@@ -128,6 +128,7 @@ async def test_stale_keys_hold_for_a_day(
             authority.redirect = "http://["
     clock.advance(jwks.STALE_SECONDS - 1)
     assert await keys.find(known) is not None
+    assert f"jwks.not_fetched: {keys.url} can't be asked: " in caplog.text
     clock.advance(1)
     with pytest.raises(KeysUnavailable, match="less than a day old"):
         await keys.find(known)

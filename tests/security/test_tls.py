@@ -114,3 +114,18 @@ async def test_a_file_of_authorities_that_is_none(
         with pytest.raises(AuthorityUnavailable, match="SSL_CERT_FILE or SSL_CERT_DIR names no certificates"):
             await https.request(server.jwks_url)
         assert server.asked("/jwks") == []
+
+
+@pytest.mark.parametrize("proxy", ["socks5://user:hunter2@127.0.0.1:9", "gopher://user:hunter2@127.0.0.1:9"])
+async def test_a_proxy_that_can_t_be_used_is_trouble_like_any_other(
+    proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many a desktop sets ALL_PROXY: nothing is verified then, the error says why, and no worker ends by it."""
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with pytest.raises(AuthorityUnavailable) as caught:
+        await https.request("https://127.0.0.1:9/jwks")
+    assert "ALL_PROXY names no proxy" in caught.value.reason
+    assert "hunter2" not in caught.value.reason
+    with pytest.raises(KeysUnavailable):
+        await Jwks("https://127.0.0.1:9/jwks").find("k")

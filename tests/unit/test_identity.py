@@ -165,6 +165,23 @@ def test_signatures_that_prove_nothing(token: SecretToken, key: Mapping[str, Any
     assert caught.value.__context__ is None, "the library's frames hold the token"
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        {"kty": "EC", "crv": "P-999", "x": "AA", "y": "AA"},
+        {"kty": "OKP", "crv": "of tomorrow", "x": "AA"},
+        {"kty": "EC", "crv": "P-256", "x": "", "y": "é"},
+        {"kty": "RSA", "n": "AA", "e": "AA"},
+    ],
+)
+def test_a_published_key_that_nobody_can_use_verifies_nothing(key: dict[str, Any]) -> None:
+    """A key set may have one of a curve that isn't known here: no failure of the step, which would be tried again."""
+    with pytest.raises(TokenRejected) as caught:
+        check_signature(signed(), read_token(signed()), key, ISSUER)
+    assert caught.value.reason == "signature"
+    assert caught.value.__context__ is None
+
+
 def test_a_key_shared_by_two_verifies_nothing() -> None:
     """HS256 with the public key's text as the secret, the classic confusion, doesn't get past the header."""
     secret = OctKey.import_key(json.dumps(PUBLIC), {"kid": "k1"})

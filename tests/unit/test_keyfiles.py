@@ -306,6 +306,36 @@ def test_a_key_that_doesn_t_hold_signs_nothing(now: float, may: bool) -> None:
     assert roles.may_start("order") is may
 
 
+@pytest.mark.parametrize(
+    ("new", "signs"),
+    [
+        (None, KEY),
+        ({"run": ["*"]}, THEIRS),
+        ({"run": ["*"], "not_before": 101}, KEY),
+        ({"run": ["*"], "revoked_at": 5}, KEY),
+    ],
+    ids=["not there yet", "there", "to begin later", "revoked"],
+)
+def test_a_new_key_signs_once_the_trust_file_lets_it(new: dict[str, Any] | None, signs: Key) -> None:
+    """Until then the one before it does: all steps would stand still meanwhile, and nobody say why."""
+    write_private(RING, KeyRing((KEY,)).rotate(THEIRS).as_dict())
+    entries = [{"jwk": KEY.public, "run": ["*"]}]
+    if new is not None:
+        entries.append({"jwk": THEIRS.public, **new})
+    write_trust(TRUST, {"version": 1, "keys": entries})
+    key, roles = FileKeys.of(RING, TRUST, clock=lambda: 100.0).signer()
+    assert key == signs
+    assert roles.may_do("order")
+
+
+def test_a_revoked_key_does_not_sign_in_place_of_a_new_one() -> None:
+    """In the ring or in the trust file: then nothing is signed until there is one."""
+    write_private(RING, KeyRing((KEY,)).rotate(THEIRS).revoke(KEY.kid, now=3.0).as_dict())
+    trust(KEY)
+    key, roles = FileKeys.of(RING, TRUST).signer()
+    assert (key, roles.run, roles.amend) == (THEIRS, (), False)
+
+
 def test_a_key_file_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """What isn't a file may have none, and would take all memory."""
     monkeypatch.setattr(keyfiles, "_MOST_BYTES", 1000)

@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import logging
+import logging.config
 import os
 import subprocess
 import sys
@@ -49,6 +50,8 @@ def _logging_as_it_was() -> Iterator[None]:
     yield
     logging.captureWarnings(False)
     threading.excepthook = hook
+    for name in list(root.manager.loggerDict):
+        logging.getLogger(name).disabled = False
     root.handlers.clear()
     own.handlers[:] = [handler for handler in own.handlers if isinstance(handler, logging.NullHandler)]
     own.propagate = True
@@ -201,6 +204,24 @@ def test_what_a_record_has_besides_takes_no_fields_place() -> None:
         assert line["timestamp_"] == "password=***"
 
 
+def test_fields_of_the_users_called_like_ids_hide_what_is_secret() -> None:
+    """`step`, `activity` and `worker` are words of others as well. The ids themselves stay what they are."""
+    stream = io.StringIO()
+    configured(stream)
+    token = CURRENT.set({"workflow_id": "token=mine", "step": "reserve"})
+    logging.getLogger("shop").info(
+        "told",
+        extra={"step": "with password=hunter2", "worker": {"password": "hunter2", "more": "x" * 50_000}},
+    )
+    structlog.get_logger("shop").info("told", activity="token=hunter2")
+    CURRENT.reset(token)
+    told, other = lines(stream)
+    assert (told["step"], other["activity"]) == ("with password=***", "token=***")
+    assert told["workflow_id"] == other["workflow_id"] == "token=mine"
+    assert "hunter2" not in stream.getvalue()
+    assert len(stream.getvalue()) < 20_000
+
+
 def test_a_value_of_many_parts_is_bounded() -> None:
     """A line stays a line, whatever is logged with it: one of 10 MB puts a whole log file aside."""
     stream = io.StringIO()
@@ -248,6 +269,35 @@ def test_handlers_of_the_application_stay() -> None:
     assert (theirs.getvalue(), [line["event"] for line in lines(ours)]) == ("theirs\n", ["ours"])
 
 
+def test_an_application_that_configures_logging_does_not_silence_ours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`dictConfig` disables by default each logger that is there, and leaves its text in each record."""
+    log = logging.getLogger("paigeant.worker")
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "formatters": {"f": {"format": "%(asctime)s %(message)s"}},
+            "handlers": {"theirs": {"class": "logging.StreamHandler", "formatter": "f"}},
+            "root": {"handlers": ["theirs"]},
+        }
+    )
+    stream = io.StringIO()
+    configure(stream=stream)
+    log.warning("worker.serving")
+    logging.getLogger().addHandler(LogHandler([StreamLog(stream, least=0, format="json")]))
+    logging.getLogger("made later").warning("taking %d", 3)
+    ours, theirs = lines(stream)
+    assert ours["event"] == "worker.serving"
+    assert {**theirs, "timestamp": ""} == {
+        "timestamp": "",
+        "level": "warning",
+        "event": "taking 3",
+        "logger": "made later",
+    }
+    assert " taking 3\n" in capsys.readouterr().err
+
+
 def test_what_another_handler_keeps_is_let_through() -> None:
     """Though the stream takes less of it; of others than Paigeant `debug` is only had where the stream takes it."""
     kept: list[str] = []
@@ -269,14 +319,34 @@ def test_what_another_handler_keeps_is_let_through() -> None:
     assert stream.getvalue() == ""
 
 
+def test_a_record_that_is_wrong_is_told_of_without_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Logging writes such a one raw to standard error, with all of its arguments."""
+    stream = io.StringIO()
+    configured(stream)
+    log = logging.getLogger("mine")
+    log.warning("of %s: %d", "password=hunter2", "token=hunter2", extra={"shelf": "B"})
+    log.warning("unlike password=hunter2", "hunter2")
+    wrong, other = lines(stream)
+    assert wrong["event"].startswith("the line 'of %s: %d' of ")
+    assert wrong["event"].endswith(" can't be made: TypeError")
+    assert (wrong["level"], wrong["logger"], wrong["shelf"]) == ("warning", "mine", "B")
+    assert "'unlike password=***'" in other["event"]
+    assert "hunter2" not in stream.getvalue() + "".join(capsys.readouterr())
+
+
 def test_warnings_and_ends_of_threads_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python writes them raw to standard error, in several lines and with the secrets in their texts."""
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     stream = io.StringIO()
     configured(stream)
 
     def fail() -> None:
         raise ValueError("password=hunter2")
+
+    class Careless:
+        def __del__(self) -> None:
+            fail()
 
     with warnings.catch_warnings():
         logging.captureWarnings(False)
@@ -286,10 +356,13 @@ def test_warnings_and_ends_of_threads_are_lines(monkeypatch: pytest.MonkeyPatch)
     thread = threading.Thread(target=fail, name="mine")
     thread.start()
     thread.join()
-    warned, ended = lines(stream)
+    Careless()
+    warned, ended, ignored = lines(stream)
     assert "UserWarning: token=*** is old" in warned["event"]
     assert (ended["event"], ended["level"]) == ("the thread mine has ended with an error", "error")
     assert ended["exception"].endswith("ValueError: password=***")
+    assert "Careless.__del__ was ignored" in ignored["event"]
+    assert ignored["exception"].endswith("ValueError: password=***")
     assert "hunter2" not in stream.getvalue()
 
 
@@ -586,6 +659,61 @@ def test_a_file_that_is_full_is_put_aside(tmp_path: Path) -> None:
     assert max(found.stat().st_size for found in tmp_path.iterdir()) <= 4096
     kept = numbers(path)
     assert kept == list(range(500))[-len(kept) :]
+
+
+def test_a_process_that_was_forked_off_writes_its_own_lines(tmp_path: Path) -> None:
+    """Not those that its parent is about to write, and it waits for no lock of a thread that it doesn't have."""
+    code = """
+import asyncio, io, logging, os, signal, sys, threading
+from paigeant.observer import Event
+from paigeant.observers.logs import LogFile, configure
+
+parent, is_writing, may_go = os.getpid(), threading.Event(), threading.Event()
+
+class Slow(io.StringIO):
+    def write(self, text):
+        if "slow" in text and os.getpid() == parent:
+            is_writing.set()
+            may_go.wait()
+        return sys.stderr.write(text)
+
+file = LogFile(sys.argv[1], least=20, most_bytes=10**6, files=2)
+observer = configure(stream=Slow(), also=[file])
+log = logging.getLogger("mine")
+
+async def main():
+    thread = threading.Thread(target=log.warning, args=("slow",))
+    thread.start()
+    is_writing.wait()
+    observer.observe(Event("step.completed", "r"))
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        log.warning("child")
+        os._exit(0)
+    os.waitpid(child, 0)
+    may_go.set()
+    thread.join()
+
+asyncio.run(main())
+"""
+    path = tmp_path / "log.json"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, timeout=60
+    )
+    for said in (done.stderr, path.read_text()):
+        events = [json.loads(line)["event"] for line in said.splitlines() if line.startswith("{")]
+        assert sorted(events) == ["child", "slow", "step.completed"]
+
+
+def test_a_process_that_was_forked_off_opens_the_file_anew(tmp_path: Path) -> None:
+    """A lock is that of an opening: with the same one both might put the file aside, and lines be gone too soon."""
+    log = log_file(tmp_path / "log.json")
+    child = os.fork()
+    if not child:
+        os._exit(log._file is not None)
+    assert os.waitpid(child, 0) == (child, 0)
+    log.close()
 
 
 def test_several_may_share_a_file(tmp_path: Path) -> None:

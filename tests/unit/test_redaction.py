@@ -51,6 +51,15 @@ TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJjYW5hcnkifQ.c2lnbmF0dXJl"
         ),
         ("at monkeyJungle-prod.cluster-a.example.com", "at monkeyJungle-prod.cluster-a.example.com"),
         (f"session_{TOKEN}", "session_***"),
+        (
+            "Command '['deploy', '--token', 'pa55 word', '-v']' returned non-zero exit status 1.",
+            "Command '['deploy', '--token', ***, '-v']' returned non-zero exit status 1.",
+        ),
+        ("deploy --api-key 'pa55 word' --db-password pa55 -v", "deploy --api-key *** --db-password *** -v"),
+        (r'{"a": "{\\\"password\\\": \\\"pa55\\\"}"}', r'{"a": "{\\\"password\\\": ***}'),
+        ("credentials={'a': 'b', 'c': {'d': 1}, 'e': 'pa55'}, n=1", "credentials=***, n=1"),
+        ("GET /login?next=%2Fcb%3Ftoken%3Dpa55 failed", "GET /login?next=%2Fcb%3Ftoken%3D*** failed"),
+        ("body=%7B%22password%22%3A%22pa55%22%7D", "body=%7B%22password%22%3A%22***"),
         ("no key like sk-proj-0123456789abcdef", "no key like ***"),
         ("-----BEGIN PRIVATE KEY-----\nMC4CAQ\n-----END PRIVATE KEY-----\nrest", "***\nrest"),
     ],
@@ -67,6 +76,7 @@ def test_what_looks_secret_is_hidden(text: str, shown: str) -> None:
         "used 12 tokens: input_tokens=5",
         "paigeant.observers.logs_of_the_sink.something_long failed",
         "takes ('token', 'sku', 'quantity')",
+        "takes '--token', '--sku' or --password --sku",
         "missing argument 'token'; there is: sku, quantity",
         "eyJ is how tokens begin",
         "signed by eyJhbGciOiJFZERTQSJ9..c2lnbmF0dXJl",
@@ -122,8 +132,9 @@ class Account(NamedTuple):
             [["x-api-key", MASK], ["b'set-cookie'", MASK], ["accept", "z"]],
         ),
         ([Account("ada", "x")], [{"user": "ada", "password": MASK}]),
+        (["deploy", "--token", "x", "-v"], ["deploy", "--token", MASK, "-v"]),
     ],
-    ids=["bytes", "camel case", "pairs", "named tuple"],
+    ids=["bytes", "camel case", "pairs", "named tuple", "options"],
 )
 def test_names_are_known_in_whatever_form_they_come(value: Any, shown: Any) -> None:
     """As HTTP libraries, JSON of others and Python's own types have them."""
@@ -132,8 +143,9 @@ def test_names_are_known_in_whatever_form_they_come(value: Any, shown: Any) -> N
 
 def test_secrets_are_found_under_names_of_any_form() -> None:
     """For texts that tell about such a value."""
-    value = {b"token": "abcd", "apiToken": "efgh", "a": Account("ada", "ijkl")}
-    assert set(secrets_in(value)) == {"abcd", "efgh", "ijkl"}
+    value = {b"token": "abcd", "apiToken": "efgh", "a": Account("ada", "ijkl"), "h": [["x-api-key", "mnop"]]}
+    assert set(secrets_in(value)) == {"abcd", "efgh", "ijkl", "mnop"}
+    assert "mnop" not in quoted(value, "headers")
 
 
 def test_a_value_that_cannot_be_shown_keeps_no_line_from_being_written() -> None:
@@ -235,6 +247,14 @@ def test_texts_about_a_value_are_without_its_secrets() -> None:
         "('token', '" * 20_000,
         "key http://" + "a://b:" * 15_000,
         "key" + "?" * 90_000,
+        'token="' + "\\" * 100_000,
+        "token" + "\\" * 100_000,
+        "token={" * 20_000,
+        "token={" + "{" * 100_000,
+        "token={" + "{}" * 50_000,
+        "--token " * 20_000,
+        "--" * 50_000 + "token",
+        "--token" + " " * 100_000,
     ],
     ids=lambda text: text[:20],
 )

@@ -191,6 +191,15 @@ def test_a_variable_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -
         Settings()
 
 
+def test_metrics_are_served_at_all_addresses_only_where_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty variable, as of another one that isn't set, isn't a word on that."""
+    monkeypatch.setenv("PAIGEANT_METRICS_HOST", "")
+    with pytest.raises(
+        ConfigurationError, match="metrics_host: String should have at least 1 character, found ''"
+    ):
+        Settings()
+
+
 def test_workflows_in_the_environment_that_are_not_json_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bare word where JSON is expected is an error of the settings, not a traceback."""
     monkeypatch.setenv("PAIGEANT_WORKFLOWS", "order")

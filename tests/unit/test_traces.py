@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from opentelemetry import context, trace
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -27,6 +29,7 @@ from opentelemetry.sdk.trace.sampling import (
 from paigeant import ActivityRegistry, StepContext, WaitFor, Workflow
 from paigeant.observer import Event, Observers, Work
 from paigeant.observers.otlp import QuickProvider, RedactedSpans, SpanQueue, WholeTraces
+from paigeant.observers.otlp.spans import OwnIds
 from paigeant.observers.traces import TraceObserver, remote
 from paigeant.redaction import Redactor
 from paigeant.testing import MemoryApp
@@ -533,6 +536,22 @@ def test_secrets_in_spans_are_hidden_on_their_way_out(spans: Spans) -> None:
         assert getattr(after, same) == getattr(before, same)
 
 
+def test_a_text_that_is_no_unicode_takes_no_other_span_with_it(spans: Spans) -> None:
+    """The name of a file may have any bytes, and stands in the status of whatever fails with it."""
+    tracer = spans.observer.tracer
+    tracer.start_span("fine").end()
+    with contextlib.suppress(FileNotFoundError), tracer.start_as_current_span("read caf\udce9") as span:
+        span.set_attribute("file", "caf\udce9")
+        span.add_event("caf\udce9")
+        raise FileNotFoundError("no file caf\udce9")
+    kept = InMemorySpanExporter()
+    RedactedSpans(kept).export(spans.all)
+    assert kept.get_finished_spans()[0] is spans.all[0]
+    sent = encode_spans(kept.get_finished_spans()).SerializeToString()
+    for text in (rb"read caf\udce9", rb"FileNotFoundError: no file caf\udce9", b"fine"):
+        assert text in sent
+
+
 @pytest.mark.parametrize(
     "say",
     [
@@ -709,14 +728,48 @@ def test_what_the_library_does_not_sample_is_not_exported(monkeypatch: pytest.Mo
     assert exporter.names == ["AlwaysOnSampler"]
 
 
+def test_ids_do_not_depend_on_the_seed_that_an_activity_sets() -> None:
+    """Who trains or samples sets it, each time the same: of the spans of one run several would have one id."""
+    exporter = InMemorySpanExporter()
+    processor = SimpleSpanProcessor(exporter)
+    provider = TracerProvider(id_generator=OwnIds())
+    provider.add_span_processor(processor)
+    for of in (QuickProvider(provider, processor), provider):
+        tracer = of.get_tracer("t")
+        for _ in range(2):
+            random.seed(7)
+            above = tracer.start_span("above")
+            tracer.start_span("below", trace.set_span_in_context(above)).end()
+            above.end()
+    contexts = [span.context for span in exporter.get_finished_spans()]
+    assert len({context.span_id for context in contexts}) == 8
+    assert len({context.trace_id for context in contexts}) == 4
+
+
+async def test_the_traces_of_runs_do_not_depend_on_a_seed() -> None:
+    """A program that sets it and then starts a run would have the next one in the same trace."""
+    async with MemoryApp(ActivityRegistry()) as app:
+        traces = set()
+        for _ in range(2):
+            random.seed(7)
+            run = await app.dispatch(Workflow("w", ["elsewhere"]))
+            traces.add((await run.detail()).run.trace_id)
+    assert len(traces) == 2
+
+
 def test_a_setting_that_is_none_is_told_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The default holds."""
-    _, spans = queue(monkeypatch, Kept(), max_queue_size="many", schedule_delay="0")
-    assert (spans._most, spans._delay) == (2048, 5.0)
-    spans.shutdown()
-    assert caplog.text.count("expected a whole number above 0") == 2
+    for many, never in (("many", "0"), ("9" * 20, "9" * 5000)):
+        caplog.clear()
+        exporter = Kept()
+        tracer, spans = queue(monkeypatch, exporter, max_queue_size=many, schedule_delay=never)
+        assert (spans._most, spans._delay) == (2048, 5.0)
+        tracer.start_span("sent").end()
+        spans.shutdown()
+        assert exporter.names == ["sent"]
+        assert caplog.text.count("expected a whole number above 0") == 2
 
 
 def test_a_process_that_was_forked_off_exports_its_own() -> None:
@@ -725,10 +778,15 @@ def test_a_process_that_was_forked_off_exports_its_own() -> None:
 import os, sys
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import ConsoleSpanExporter
-from paigeant.observers.otlp import QuickProvider, SpanQueue
-spans = SpanQueue(ConsoleSpanExporter(formatter=lambda span: f"{os.getpid() == parent} {span.name}\\n"))
+from opentelemetry import trace
+from paigeant.observers.otlp import QuickProvider, SpanQueue, WholeTraces
+shown = ConsoleSpanExporter(formatter=lambda span: f"{os.getpid() == parent} {span.name}\\n")
+spans = SpanQueue(WholeTraces(shown))
 parent = os.getpid()
 tracer = QuickProvider(TracerProvider(), spans).get_tracer("t")
+above = trace.set_span_in_context(tracer.start_span("goes on"))
+tracer.start_span("inside", above).end()
+spans.force_flush()
 tracer.start_span("before").end()
 child = os.fork()
 tracer.start_span("after").end()
@@ -741,4 +799,4 @@ else:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
-    assert sorted(done.stdout.splitlines()) == ["False after", "True after", "True before"]
+    assert sorted(done.stdout.splitlines()) == ["False after", "True after", "True before", "True inside"]

@@ -124,9 +124,15 @@ def _store(settings: Settings) -> Finding:
 def _signing(settings: Settings) -> Finding:
     """Whether messages may travel as the settings have it, and are signed with keys that can be read."""
     from paigeant.app import envelope_of
+    from paigeant.signing import SignedEnvelope
 
     try:
-        return Finding("signing", envelope_of(settings).told)
+        envelope = envelope_of(settings)
+        if isinstance(envelope, SignedEnvelope) and envelope.keys.signer()[1].is_none:
+            raise ConfigurationError(
+                f"{envelope.told}; so nothing can be sent: `paigeant keys trust` says what it is for"
+            )
+        return Finding("signing", envelope.told)
     except ConfigurationError as exc:
         return Finding("signing", settings.scrubbed(str(exc)), exc)
 

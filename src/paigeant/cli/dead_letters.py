@@ -47,7 +47,8 @@ async def _load(paigeant: Paigeant, id: str) -> DeadLetter:
     "list", epilog=session.examples("paigeant dead-letters list", "paigeant dead-letters list --json")
 )
 def list_(
-    limit: Annotated[int, typer.Option(min=1, help="So many at most.")] = 100, json: AsJson = False
+    limit: Annotated[int, typer.Option(min=1, max=session.MOST, help="So many at most.")] = 100,
+    json: AsJson = False,
 ) -> None:
     """List dead letters, the newest first."""
 

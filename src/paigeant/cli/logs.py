@@ -59,7 +59,9 @@ def logs(
             help="Only lines from then on: an age such as 15m, or an instant such as 2026-01-31T08:00Z."
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="So many of the newest lines at most.")] = _PAGE,
+    limit: Annotated[
+        int, typer.Option(min=1, max=session.MOST, help="So many of the newest lines at most.")
+    ] = _PAGE,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False,
 ) -> None:
     """Tell what happened, of one run or of all, in the order in which it did.
@@ -92,7 +94,12 @@ class _Since:
                 raise ConfigurationError(
                     f"{exc}, or an instant such as 2026-01-31T08:00Z (without an offset: local time)"
                 ) from exc
-        return cls(instant.astimezone(UTC))
+        try:
+            return cls(instant.astimezone(UTC))
+        except (OverflowError, ValueError) as exc:
+            raise ConfigurationError(
+                f"--since is an instant of the years 1 to 9999, in UTC as well; found {text!r}"
+            ) from exc
 
     def instant(self, now: float) -> datetime:
         return self._instant or datetime.fromtimestamp(now - self._ago, UTC)
@@ -109,9 +116,23 @@ class _Lines:
     async def newest(self, app: Paigeant, since: datetime | None, limit: int) -> list[LogLine]:
         return await app.logs(self.workflow_id, level=self._level, step=self._step, since=since, limit=limit)
 
-    async def written_after(self, app: Paigeant, last: int, since: datetime | None) -> list[LogLine]:
-        """All that were written behind the line `last`, page by page."""
+    async def written_after(
+        self, app: Paigeant, last: LogLine | None, since: datetime | None
+    ) -> list[LogLine]:
+        """All that were written behind the line `last`."""
+        found = await self._from(app, 0 if last is None else last.id, since)
+        if last is None:
+            return found
+        if found and (found[0].id, found[0].at) == (last.id, last.at):
+            return found[1:]
+        # It was deleted, and SQLite gives ids anew once the newest lines are: only the time tells which ones are new.
+        then = datetime.fromtimestamp(last.at, UTC)
+        return [line for line in await self._from(app, 0, then) if line.at > last.at]
+
+    async def _from(self, app: Paigeant, id: int, since: datetime | None) -> list[LogLine]:
+        """All with this id or a greater one, page by page."""
         found: list[LogLine] = []
+        last = id - 1
         while page := await app.logs(
             self.workflow_id, level=self._level, step=self._step, since=since, after=last, limit=_PAGE
         ):
@@ -155,7 +176,7 @@ async def _followed(
     While the store is away it waits: whoever looks on wants to see what comes then.
     """
     held = first
-    last = max((line.id for line in first), default=0)
+    last = max(first, key=lambda line: line.id, default=None)
     ended_at: float | None = None
     is_away = False
     while True:
@@ -171,7 +192,7 @@ async def _followed(
             continue
         is_away = False
         over = ended_at is not None and now > ended_at + _SETTLE_SECONDS
-        last = max((line.id for line in new), default=last)
+        last = max(new, key=lambda line: line.id, default=last)
         held = sorted([*held, *new], key=lambda line: (line.at, line.id))
         settled = [line for line in held if over or line.at <= now - _SETTLE_SECONDS]
         held = held[len(settled) :]

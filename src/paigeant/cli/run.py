@@ -282,11 +282,25 @@ def _stopping(worker: ActivityWorker, stopped: asyncio.Event) -> Any:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
+    children = contextlib.ExitStack()  # what each of them does first; nothing any more once this has ended
+    children.callback(_forget_stopping)
+    os.register_at_fork(after_in_child=children.close)
     try:
         yield
     finally:
+        children.pop_all()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+
+
+def _forget_stopping() -> None:
+    """In a process that an activity has forked off: what it is told is no word for the worker.
+
+    It has inherited the socket by which signals come to the event loop, so that a pool of `multiprocessing`, which is
+    ended by SIGTERM, would stop the worker. Ctrl-C goes on to mean nothing to it: the step that it is for may end.
+    """
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

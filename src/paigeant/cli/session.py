@@ -143,14 +143,23 @@ def json_value(text: str, what: str) -> Any:
         raise InputInvalid(f"{what} is not JSON: {reason}, found {text[:30]!r}{hint}") from exc
 
 
+MOST = 1_000_000_000
+"""The largest `--limit`: a database counts no further than 2^63, and nobody reads so far."""
+
+_LONGEST = 100 * 365 * 86400.0
+
+
 def duration(text: str, what: str) -> float:
-    """The seconds in a time span such as 30d. Raises ConfigurationError."""
+    """The seconds in a time span such as 30d, up to 100 years. Raises ConfigurationError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip(), flags=re.ASCII)
     if found is None:
         raise ConfigurationError(
             f"{what} is a number with s, m, h, d or w behind it, such as 90s, 15m, 12h, 30d or 2w; found {text!r}"
         )
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
+    if seconds > _LONGEST:  # beyond which dates end, sooner or later
+        raise ConfigurationError(f"{what} is 100 years (36500d) at most; found {text[:40]!r}")
+    return seconds
 
 
 def user() -> str:

@@ -73,12 +73,14 @@ def observing(settings: Settings, handlers: Handlers | None, *, works: bool = Tr
     try:
         if settings.traces:
             _need("opentelemetry.sdk", "traces", "otel")
-            from paigeant.observers.otlp import send_traces
             from paigeant.observers.traces import TraceObserver
             from paigeant.redaction import Redactor
 
-            # Whoever calls a command waits for its end; a worker has the time.
-            provider, end = send_traces(patience=None if works else 2.0, redactor=Redactor(settings.urls))
+            with _set_up("traces"):
+                from paigeant.observers.otlp import send_traces
+
+                # Whoever calls a command waits for its end; a worker has the time.
+                provider, end = send_traces(patience=None if works else 2.0, redactor=Redactor(settings.urls))
             ends.append(end)
             spans = getattr(provider, "processor", None)  # none of ours where handlers have set up a provider
             sight.observers.append(TraceObserver(provider))
@@ -94,9 +96,10 @@ def observing(settings: Settings, handlers: Handlers | None, *, works: bool = Tr
             _need("opentelemetry.sdk", "otel_metrics", "otel")
             from opentelemetry.metrics import get_meter
 
-            from paigeant.observers.otlp import send_metrics
+            with _set_up("otel_metrics"):
+                from paigeant.observers.otlp import send_metrics
 
-            ends.append(send_metrics())
+                ends.append(send_metrics())
             sight.metrics.meter(get_meter("paigeant"))
         yield sight
     finally:
@@ -131,6 +134,18 @@ def _watch_agents() -> None:
 
     if not Agent._instrument_default:
         Agent.instrument_all(InstrumentationSettings(include_content=False))
+
+
+@contextlib.contextmanager
+def _set_up(setting: str) -> Iterator[None]:
+    """What the library says of an `OTEL_*` variable that it can't use, some of which it reads when it is imported."""
+    try:
+        yield
+    except ValueError as exc:
+        said = " ".join(str(exc).split()).rstrip(".")
+        raise ConfigurationError(
+            f"the setting `{setting}` can't be followed: {said}; see the OTEL_* variables of the environment"
+        ) from exc
 
 
 def _need(module: str, setting: str, extra: str) -> None:

@@ -7,6 +7,7 @@ and files in `destinations.py`, the table in `sql.py`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -104,12 +105,21 @@ class LogHandler(logging.Handler):
         )
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the lines of a record. What goes wrong is logging's to tell, see `logging.raiseExceptions`."""
+        """Write the lines of a record; of one that can't be made, that it can't, see `logging.raiseExceptions`."""
         vars(record).setdefault(HAD, [])  # shared by the copies that formatters make
         try:
             self.format(record)
-        except Exception:
-            self.handleError(record)
+        except Exception as exc:
+            if logging.raiseExceptions:
+                self._complain(record, exc)
+
+    def _complain(self, record: logging.LogRecord, exc: Exception) -> None:
+        """What logging itself would say has the record's arguments as they are, with whatever secret is in them."""
+        told = logging.makeLogRecord({**vars(record), "args": None, "exc_info": None, "stack_info": None})
+        text = f" {record.msg!r}" if isinstance(record.msg, str) else ""
+        told.msg = f"the line{text} of {record.pathname}:{record.lineno} can't be made: {type(exc).__name__}"
+        with contextlib.suppress(Exception):  # whatever else is wrong with it, the work goes on
+            self.format(told)
 
     def _hand_over(self, _: WrappedLogger, __: str, fields: EventDict) -> str:
         record: logging.LogRecord = fields.pop(RECORD)
@@ -146,8 +156,8 @@ def configure(
     are written here. `also` are other destinations, such as a `LogFile`; `redactor` hides what is secret. `kept` is the
     level that a handler wants which comes later, the store's: loggers let that through, but `debug` only Paigeant's.
     `shared`: other processes write their lines to the same stream.
-    Python's warnings and errors that end a thread become lines as well. Meant for a process that does nothing but work:
-    it changes the logging of the whole process.
+    Python's warnings, errors that end a thread, and those that Python ignores become lines as well. Meant for a process
+    that does nothing but work: it changes the logging of the whole process.
     """
     observer = LogObserver(
         level=level, format=format, stream=stream, also=also, redactor=redactor, shared=shared
@@ -167,9 +177,14 @@ def configure(
     others = min(handler.level, max(wanted, logging.INFO))
     logger.setLevel(others)
     own.setLevel(wanted)
+    for name in [name for name in root.manager.loggerDict if f"{name}.".startswith("paigeant.")]:
+        # `logging.config` disables what is there already, by default: a handler module that calls it means others.
+        logging.getLogger(name).disabled = False
     logging.captureWarnings(True)
     if threading.excepthook is threading.__excepthook__:
         threading.excepthook = _tell_end
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _tell_ignored
     if not structlog.is_configured():
         structlog.configure(
             processors=[
@@ -189,3 +204,11 @@ def _tell_end(args: threading.ExceptHookArgs) -> None:
         name = "unknown" if args.thread is None else args.thread.name
         error = (args.exc_type, args.exc_value, args.exc_traceback)
         log.error("the thread %s has ended with an error", name, exc_info=error)
+
+
+def _tell_ignored(args: sys.UnraisableHookArgs) -> None:
+    """An error in a `__del__` or a callback of the user's, which Python writes in the same way."""
+    where = getattr(args.object, "__qualname__", type(args.object).__qualname__)
+    if args.exc_value is not None:
+        error = (args.exc_type, args.exc_value, args.exc_traceback)
+        log.error("an error in %s was ignored", where, exc_info=error)

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from paigeant.clock import SystemClock
 from paigeant.errors import ConfigurationError
+from paigeant.host import at_fork
 from paigeant.observers.logs.lines import Format, Told, renderer
 
 __all__ = ["LogFile", "StreamLog"]
@@ -54,6 +55,13 @@ class _TextLog(ABC):
         self._lock = threading.RLock()  # what is shown of a user's value may log a line itself
         self._waiting: deque[Told | str] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
+        at_fork(self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        """In a process that an activity has forked off: the lines that wait are its parent's, who writes them."""
+        self._lock = threading.RLock()
+        self._waiting.clear()
+        self._loop = None
 
     def write(self, level: int, fields: Mapping[str, Any]) -> None:
         """Write one line; this process's clock tells the time."""
@@ -140,6 +148,11 @@ class StreamLog(_TextLog):
         self._is_json = format == "json"
         self._render = renderer(format, colors=stream.isatty())
 
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        if self._turns is not None:  # a lock is that of an opening, which is the parent's as well
+            self._turns = _Turns(self._stream)
+
     def _line(self, fields: Mapping[str, Any], at: float) -> str:
         time = _as_json(at) if self._is_json else f"{datetime.fromtimestamp(at, UTC).astimezone():%H:%M:%S}"
         return f"{self._render({'timestamp': time, **fields})}\n"
@@ -221,6 +234,10 @@ class LogFile(_TextLog):
             raise ConfigurationError(
                 f"can't write the log file {self.path}: {exc.strerror}; expected a file in a folder that is there"
             ) from exc
+
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        self._close()  # it is opened anew, for a lock is that of an opening, which is the parent's as well
 
     def close(self) -> None:
         """Close it; a later line opens it again."""

@@ -189,9 +189,12 @@ def redacting(redactor: Redactor) -> Processor:
     """A structlog processor: stars for what is secret in a line, and no value without a bound."""
 
     def redact(_: WrappedLogger, __: str, fields: EventDict) -> EventDict:
+        ids = CURRENT.get() or {}
         for name, value in fields.items():
             if name in IDS:
-                fields[name] = short(value)
+                # Ours hold no secrets; a `step` or `worker` of the user's is a field like any other.
+                is_ours = value is ids.get(name)
+                fields[name] = short(value if is_ours else _bounded(redactor.value(name, value)))
             elif name not in _OURS:
                 shown = redactor.value(name, value)
                 fields[name] = _cut_within(shown) if name == "exception" else _bounded(shown)
@@ -210,11 +213,16 @@ _OURS = frozenset({"level", RECORD, HAD})
 
 _SAID_OF_ALL = ("event", "level", "logger")
 
+_OF_FORMATTERS = ("message", "asctime")
+"""What a formatter of another handler, which had the record before, has left in it; logging takes no such `extra`."""
+
 
 def with_extra(logger: WrappedLogger, name: str, fields: EventDict) -> EventDict:
     """A structlog processor: what a record has as `extra`, which says neither what happened nor how bad that is."""
     extra = _extra_of(logger, name, {"_record": fields["_record"]})
     extra = {**(extra.pop(STEP_IDS, None) or {}), **extra}
+    for known in _OF_FORMATTERS:
+        extra.pop(known, None)
     for known in _SAID_OF_ALL:
         if known in extra:
             extra[f"{known}_"] = extra.pop(known)

@@ -21,6 +21,7 @@ from sqlalchemy import Connection, Select, delete, insert, select, text, tuple_
 from paigeant import codec
 from paigeant.database import Database
 from paigeant.errors import InputInvalid
+from paigeant.host import at_fork
 from paigeant.lane import Tx
 from paigeant.observer import Event, LogLine
 from paigeant.observers.logs.lines import Told, level_name, level_number, short, wanted_at
@@ -83,11 +84,21 @@ class SqlLog:
         self._bytes = 0
         self._on_the_way = 0
         """Lines that are being written just now."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # see `_take`
         self._some = threading.Event()
         self._closing = threading.Event()
         self._latest = 0.0
         self._thread: threading.Thread | None = None
+        at_fork(self._end)
+
+    def _end(self) -> None:
+        """In a process that an activity has forked off: the connection is its parent's, so it takes no lines."""
+        self._lock = threading.RLock()
+        self._some, self._closing = threading.Event(), threading.Event()
+        self._closing.set()
+        self._thread = None
+        self._lines.clear()
+        self._bytes = self._on_the_way = self.lost = self._told = 0
 
     # -- taking, in any thread
 
@@ -114,14 +125,17 @@ class SqlLog:
     def _take(self, at: float | None, *line: Any) -> None:
         if threading.current_thread() is self._thread:
             return  # what a driver logs about the writing of lines would have more of them written, for ever
+        # The garbage collector may run at any line here, and what it finds may log: the error of a task that nobody has
+        # asked, a session that wasn't closed. Such a line comes here in this very thread, and is taken in between.
+        weight = _weight(line[-1])
         with self._lock:
             if self._closing.is_set():
                 return
             is_first = not self._lines
             self._lines.append(_Line(self._instant(at), *line))
-            self._bytes += _weight(line[-1])
+            self._bytes += weight
             self._hold_bound()
-        if is_first:
+        if is_first and not self._some.is_set():
             self._some.set()
 
     def _instant(self, at: float | None) -> float:
@@ -140,7 +154,8 @@ class SqlLog:
 
     def _hold_bound(self) -> None:
         while len(self._lines) > _MOST_LINES or self._bytes > _MOST_BYTES:
-            self._bytes -= _weight(self._lines.popleft().fields)
+            weight = _weight(self._lines.popleft().fields)
+            self._bytes -= weight
             self.lost += 1
 
     # -- writing, in its thread
@@ -208,7 +223,8 @@ class SqlLog:
     def _next(self) -> list[_Line]:
         with self._lock:
             batch = [self._lines.popleft() for _ in range(min(_BATCH, len(self._lines)))]
-            self._bytes -= sum(_weight(line.fields) for line in batch)
+            weight = sum(_weight(line.fields) for line in batch)
+            self._bytes -= weight
             self._on_the_way = len(batch)
             return batch
 
@@ -216,14 +232,16 @@ class SqlLog:
         with self._lock:
             self._lines.extendleft(reversed(batch))
             self._on_the_way = 0
-            self._bytes += sum(_weight(line.fields) for line in batch)
+            weight = sum(_weight(line.fields) for line in batch)
+            self._bytes += weight
             self._hold_bound()
 
     def _tell_lost(self, lost: int) -> None:
         with self._lock:
             line = _Line(self._instant(None), logging.WARNING, "log.lost", None, None, _text({"lines": lost}))
+            weight = _weight(line.fields)
             self._lines.append(line)
-            self._bytes += _weight(line.fields)
+            self._bytes += weight
 
 
 _OVERHEAD = 300

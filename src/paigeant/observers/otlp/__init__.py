@@ -19,7 +19,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 
 from paigeant.observers.otlp.exporters import RedactedSpans, SpanQueue, WholeTraces
-from paigeant.observers.otlp.spans import QuickProvider
+from paigeant.observers.otlp.spans import OwnIds, QuickProvider
 from paigeant.redaction import Redactor
 
 __all__ = ["QuickProvider", "RedactedSpans", "SpanQueue", "WholeTraces", "send_metrics", "send_traces"]
@@ -35,7 +35,12 @@ def send_traces(
     """
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return trace.get_tracer_provider(), lambda: None
-    provider = TracerProvider(resource=resource or resource_of_process(), shutdown_on_exit=False)
+    # The library's own provider looks at that, and isn't asked for spans of ours.
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return trace.NoOpTracerProvider(), lambda: None
+    provider = TracerProvider(
+        resource=resource or resource_of_process(), shutdown_on_exit=False, id_generator=OwnIds()
+    )
     is_told = any(f"OTEL_EXPORTER_OTLP_{which}TIMEOUT" in os.environ for which in ("", "TRACES_"))
     exporter = OTLPSpanExporter(timeout=None if is_told else patience)
     processor = SpanQueue(WholeTraces(RedactedSpans(exporter, redactor)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -17,6 +16,8 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import Link, Status
 from opentelemetry.util.types import AnyValue, Attributes
 
+from paigeant.codec import storable
+from paigeant.host import at_fork
 from paigeant.observers.otlp.spans import QuickSpan
 from paigeant.redaction import Redactor, is_secret
 
@@ -42,6 +43,12 @@ class WholeTraces(SpanExporter):
         self._waiting = 0
         self._gone: dict[int, None] = {}
         self._last = SpanExportResult.SUCCESS
+        at_fork(self._forget)
+
+    def _forget(self) -> None:
+        """What waits here in a process that was forked off is its parent's, who hands it on."""
+        self._held.clear()
+        self._waiting = 0
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Hand on what is whole."""
@@ -100,7 +107,7 @@ def _id_of(span: ReadableSpan) -> int:
 
 
 class RedactedSpans(SpanExporter):
-    """Hands spans on to another exporter, with stars for what is secret in what they say.
+    """Hands spans on to another exporter, with stars for what is secret in what they say, and all of it writable.
 
     A span that an activity makes itself has the texts of its exceptions, and what its libraries say. Spans in which
     nothing looks like a secret are handed on as they are. This, too, is the exporter's thread.
@@ -124,8 +131,8 @@ class RedactedSpans(SpanExporter):
         return self._exporter.force_flush(timeout_millis)
 
     def _shown(self, span: ReadableSpan) -> ReadableSpan:
-        text = self._redactor.text
-        if not self._may_hide(span):
+        text = self._text
+        if not self._is_changed(span):
             return span
         status = span.status
         return ReadableSpan(
@@ -146,7 +153,10 @@ class RedactedSpans(SpanExporter):
             instrumentation_scope=span.instrumentation_scope,
         )
 
-    def _may_hide(self, span: ReadableSpan) -> bool:
+    def _text(self, text: str) -> str:
+        return storable(self._redactor.text(text))
+
+    def _is_changed(self, span: ReadableSpan) -> bool:
         # As most are: of a run, or a step. As in log lines, its ids and names hold no secrets.
         if isinstance(span, QuickSpan) and span.is_as_made:
             return self._hides_in_name(span.name)
@@ -164,16 +174,31 @@ class RedactedSpans(SpanExporter):
                     return True
                 if not isinstance(value, (int, float)):
                     said.append(str(value))
-        return self._redactor.may_hide("\n".join(said))
+        text = "\n".join(said)
+        return self._redactor.may_hide(text) or not _is_whole(text)
 
     def _attributes(self, attributes: Attributes) -> dict[str, AnyValue]:
         return {name: self._value(name, value) for name, value in (attributes or {}).items()}
 
     def _value(self, name: str, value: AnyValue) -> AnyValue:
         shown: AnyValue = self._redactor.value(name, value)
-        return (
-            value if shown == repr(value) else shown
-        )  # what is no text, and hides nothing, stays what it is
+        if shown == repr(value):  # what is no text, and hides nothing, stays what it is
+            return value
+        return storable(shown) if isinstance(shown, str) else shown
+
+
+def _is_whole(text: str) -> bool:
+    """Whether there is no half of a surrogate pair in it, as in the name of a file that isn't in UTF-8.
+
+    A name or status with one can't be written, and the exporter then fails with the whole batch.
+    """
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _is_secret = lru_cache(maxsize=1024)(is_secret)
@@ -196,8 +221,7 @@ class SpanQueue(SpanProcessor):
         self.lost = self._told = 0
         """Spans that were lost in all, and how many of them were told of."""
         self._begin()
-        again = weakref.WeakMethod(self._begin)
-        os.register_at_fork(after_in_child=lambda: (begin := again()) is not None and begin())
+        at_fork(self._begin)
 
     def _begin(self) -> None:
         """Start anew, in this process: one that was forked off has no thread, and its parent's spans aren't its own."""
@@ -274,10 +298,12 @@ _LAST_SECONDS = 30.0
 
 
 def _setting(name: str, default: int) -> int:
-    """A whole number above 0 from the environment."""
+    """A whole number above 0 from the environment. Nobody waits longer than 2^31 ms; Python couldn't for ever."""
     text = os.environ.get(name, "").strip()
-    if text.isascii() and text.isdigit() and int(text) > 0:
+    if text.isascii() and text.isdigit() and len(text) <= 10 and 0 < int(text) < 2**31:
         return int(text)
     if text:
-        log.warning("%s is %r; expected a whole number above 0, so %d holds", name, text, default)
+        log.warning(
+            "%s is %r; expected a whole number above 0 and below 2^31, so %d holds", name, text[:40], default
+        )
     return default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 import traceback
@@ -19,7 +20,28 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.util.types import AnyValue, Attributes
 
-__all__ = ["QuickProvider", "QuickSpan"]
+__all__ = ["OwnIds", "QuickProvider", "QuickSpan"]
+
+
+_RANDOM = random.Random()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_RANDOM.seed)
+
+
+class OwnIds(RandomIdGenerator):
+    """Random ids that don't depend on the seed of `random`.
+
+    An activity may set that, as those that train or sample do, and each time the same. The ids that come then are the
+    same each time as well, and of the spans of one run several would have one.
+    """
+
+    def generate_span_id(self) -> int:
+        """64 bits, not all of them 0."""
+        return _RANDOM.getrandbits(64) or self.generate_span_id()
+
+    def generate_trace_id(self) -> int:
+        """128 bits, not all of them 0."""
+        return _RANDOM.getrandbits(128) or self.generate_trace_id()
 
 
 class QuickProvider(trace.TracerProvider):
@@ -55,9 +77,7 @@ class _QuickTracer(trace.Tracer):
         self._keeps_new = self._follows and provider.sampler.get_description().startswith(_KEEPS_NEW)
         self._ids = provider.id_generator
         self._new_id: Callable[[], int] = (
-            partial(random.getrandbits, 64)
-            if type(self._ids) is RandomIdGenerator
-            else self._ids.generate_span_id
+            partial(_RANDOM.getrandbits, 64) if isinstance(self._ids, OwnIds) else self._ids.generate_span_id
         )
         self._random = TraceFlags.RANDOM_TRACE_ID if self._ids.is_trace_id_random() else 0
         self.resource = provider.resource
