@@ -34,10 +34,11 @@ _MOST_AT_ONCE = 4096
 """Bytes in one write: more may be cut by the lines of other processes on the same pipe (`PIPE_BUF` of Linux)."""
 
 
-_TURN_SECONDS = 0.05
+_TURN_SECONDS = 1.0
+"""How long a line waits for those of other processes on the same stream. Its reader may be slow, and all wait then."""
+
 _PIECE = 4096
 """Bytes that a pipe takes in one piece."""
-"""How long a line waits for those of other processes on the same stream."""
 
 
 class _TextLog(ABC):
@@ -201,7 +202,7 @@ class _Turns:
                 time.sleep(0.0005)
             else:
                 return
-        self._again = time.monotonic() + 1.0
+        self._again = time.monotonic() + 60.0
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
