@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ settings.load_profile("paigeant")
 def pytest_configure(config: pytest.Config) -> None:
     """Begin the time of the shared servers, in the process that outlives all others of this run."""
     if not hasattr(config, "workerinput"):
+        _compile_once()
         begin_session()
 
 
@@ -31,6 +33,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if is_session_owner():
         stop_shared()
         end_session()
+
+
+def _compile_once() -> None:
+    # Hundreds of processes load the same modules. Where the environment forbids them to keep what they compile, as in
+    # many containers, each compiles all of Paigeant, and each process of pytest rewrites all of the tests.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
 
 
 @pytest.fixture(autouse=True)
