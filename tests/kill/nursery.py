@@ -16,10 +16,13 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from tests.integration.warm import Forked
 
 __all__ = ["Nursery"]
 
@@ -59,13 +62,17 @@ class Nursery:
         self.alive: dict[int, str] = {}
         self.ended: dict[int, int] = {}
         self._progress = (-1, 0.0)
-        self._process = subprocess.Popen(
-            [*inside, sys.executable, "-W", "ignore", "-m", "tests.kill.nursery", roles],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            text=True,
-        )
+        self._process: Forked | subprocess.Popen[str]
+        if inside:
+            self._process = subprocess.Popen(
+                [*inside, sys.executable, "-m", "tests.kill.nursery", roles],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd=ROOT,
+                text=True,
+            )
+        else:
+            self._process = Forked(roles, module="tests.kill.nursery", stderr=2)
 
     def __enter__(self) -> Self:
         return self
@@ -195,7 +202,8 @@ def _ended() -> dict[int, int]:
         ended[pid] = os.waitstatus_to_exitcode(status)
 
 
-def _main() -> None:
+def main() -> None:
+    warnings.simplefilter("ignore")
     for name in [sys.argv[1], *ADAPTERS]:  # for the warmth
         importlib.import_module(name)
     alive: set[int] = set()
@@ -216,4 +224,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    main()
