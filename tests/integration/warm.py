@@ -34,6 +34,8 @@ LOADED = [
     "paigeant.cli.__main__",
     "paigeant.databases.postgres",
     "paigeant.databases.sqlite",
+    "paigeant.demo.play",
+    "paigeant.demo.screen",
     "paigeant.stores.sql",
     "paigeant.transports.postgres",
     "paigeant.transports.rabbitmq",
@@ -69,9 +71,12 @@ def place_of_forks() -> str:
 
 
 def run(
-    *args: str, environment: dict[str, str] | None = None, input: str | None = None
+    *args: str,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    input: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """What a command gave, once it has ended."""
+    """What a command gave, once it has ended. Without `folder` it is called in this process's own."""
     with (
         tempfile.TemporaryFile("w+") as given,
         tempfile.TemporaryFile("w+") as out,
@@ -80,7 +85,7 @@ def run(
         given.write(input or "")
         given.seek(0)
         files = [file.fileno() for file in (given, out, err)]
-        with _asked(place_of_forks(), args, environment or os.environ, files) as connection:
+        with _asked(place_of_forks(), args, environment or os.environ, files, folder=folder) as connection:
             code = _answers(connection)[1]
         out.seek(0)
         err.seek(0)
@@ -160,10 +165,12 @@ def _asked(
     environment: Mapping[str, str],
     files: list[int],
     *,
+    folder: Path | None = None,
     module: str | None = None,
 ) -> socket.socket:
     """Have a process forked, with these files as stdin, stdout and stderr. Its id and its exit code can be read."""
-    told = {"args": args, "environment": dict(environment), "folder": os.getcwd(), "module": module}
+    where = str(folder or Path.cwd())
+    told = {"args": args, "environment": dict(environment), "folder": where, "module": module}
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(place)
     socket.send_fds(connection, [b"."], files)

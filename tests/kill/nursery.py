@@ -8,12 +8,14 @@ opens no database, loop or thread itself, for none of these survives a fork.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -204,8 +206,13 @@ def _ended() -> dict[int, int]:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    for name in [sys.argv[1], *ADAPTERS]:  # for the warmth
+    for name in ADAPTERS:  # for the warmth
         importlib.import_module(name)
+    roles = importlib.import_module(sys.argv[1])
+    if hasattr(roles, "warm_up"):
+        roles.warm_up()
+    gc.freeze()
+    assert threading.active_count() == 1, "threads don't survive a fork"
     alive: set[int] = set()
     for line in sys.stdin:
         question = json.loads(line)
