@@ -61,13 +61,19 @@ def place_of_forks() -> str:
         cwd=ROOT,
         text=True,
     )
-    atexit.register(forks.communicate)
+    atexit.register(_end, forks)
     assert forks.stdin is not None
     assert forks.stdout is not None
     forks.stdin.write(f"{place}\n")
     forks.stdin.flush()
     assert forks.stdout.readline() == "ready\n"
     return place
+
+
+def _end(forks: subprocess.Popen[str]) -> None:
+    # Not by its stdin alone: a test may have copied the descriptors of this process.
+    forks.terminate()
+    forks.communicate()
 
 
 def run(
@@ -101,7 +107,7 @@ class Forked:
     """A process in the background, with pipes to it: what Popen is for one with an interpreter of its own.
 
     It is a command; or `module`, one of the tests', whose `main` finds the arguments in sys.argv. `environment` is what
-    it has besides that of this process, `stderr` a file, None for a pipe.
+    it has besides that of this process, `folder` where it is if elsewhere, `stderr` a file, None for a pipe.
     """
 
     def __init__(
@@ -109,6 +115,7 @@ class Forked:
         *args: str,
         module: str | None = None,
         environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
         stderr: int | None = None,
     ) -> None:
         given, stdin = os.pipe()
@@ -120,7 +127,8 @@ class Forked:
             theirs.append(stderr)
             self.stderr = os.fdopen(errors)
         told = {**os.environ, **(environment or {})}
-        self._connection = _asked(place_of_forks(), args, told, [given, out, stderr], module=module)
+        files = [given, out, stderr]
+        self._connection = _asked(place_of_forks(), args, told, files, folder=folder, module=module)
         for file in theirs:
             os.close(file)
         self._told = self._connection.makefile()

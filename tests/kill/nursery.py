@@ -25,10 +25,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.integration.warm import Forked
+from tests.kill.sql import rows
 
-__all__ = ["Nursery"]
+__all__ = ["ASKING", "Nursery"]
 
 ROOT = Path(__file__).parents[2]
+
+ASKING = 0.05
+"""Seconds between two questions to a database: each makes a connection, which takes more than all else in the test."""
 
 ADAPTERS = [
     "paigeant.databases.postgres",
@@ -140,15 +144,28 @@ class Nursery:
             self.ask_for_stacks()
             raise AssertionError(f"nothing has happened for {seconds:.0f} s; where all are: {self.stacks}")
 
-    def until(self, done: Callable[[], object], *, seconds: float = 240.0) -> None:
-        """Look again and again until it is done. Raises AssertionError after so many seconds."""
+    def until(self, done: Callable[[], object], *, seconds: float = 240.0, pause: float = 0.005) -> None:
+        """Look again and again until it is done. Raises AssertionError after so many seconds.
+
+        `pause`: seconds between two looks.
+        """
         until = time.monotonic() + seconds
         while not done():
             if time.monotonic() > until:
                 self.ask_for_stacks()
                 raise AssertionError(f"not done after {seconds:.0f} s; where all are: {self.stacks}")
             self.reap()
-            time.sleep(0.005)
+            time.sleep(pause)
+
+    def until_ended(self) -> None:
+        """Wait until there are runs, and all of them have ended."""
+        query = "SELECT count(*), count(completed_at) FROM workflow_runs"
+
+        def done() -> bool:
+            [(runs, ended)] = rows(self.store, query)
+            return 0 < runs == ended
+
+        self.until(done, pause=ASKING)
 
     def ask_for_stacks(self) -> None:
         """Have all processes write into `stacks` what their threads and tasks are at."""
