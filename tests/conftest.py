@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import compileall
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from tests.services.shared import stop_shared
 from paigeant.databases import open_database
 from paigeant.testing import ManualClock
 
+ROOT = Path(__file__).parents[1]
+
 # How long an example takes says more of the machine, which others use too, than of the code.
 settings.register_profile("paigeant", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("paigeant")
@@ -23,7 +27,14 @@ settings.load_profile("paigeant")
 def pytest_configure(config: pytest.Config) -> None:
     """Begin the time of the shared servers, in the process that outlives all others of this run."""
     if not hasattr(config, "workerinput"):
+        _compile()
         begin_session()
+    sys.dont_write_bytecode = False  # what pytest makes of the tests is kept for its next run
+
+
+def pytest_collection_finish() -> None:
+    """From here on nothing is compiled but the handlers that tests write, and may write anew within a second."""
+    sys.dont_write_bytecode = True
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -31,6 +42,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if is_session_owner():
         stop_shared()
         end_session()
+
+
+def _compile() -> None:
+    """Have hundreds of processes find our modules compiled, whether or not this environment keeps what is compiled."""
+    for folder in ("src", "tests", "benchmarks"):
+        compileall.compile_dir(ROOT / folder, quiet=2)
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 @pytest.fixture(autouse=True)

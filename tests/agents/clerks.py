@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 import sqlite3
+import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from paigeant.activity import ActivityRegistry
 from paigeant.agents import PaigeantDurability, effect_key
 from paigeant.app import Paigeant
 from paigeant.settings import Settings
+from paigeant.slip import RunStatus
+from paigeant.testing import MemoryApp
 from paigeant.workflow import Workflow
 
-__all__ = ["EFFECTS", "OUTPUT", "REQUESTS", "WORKFLOW", "effects", "make_file", "play"]
+__all__ = ["EFFECTS", "OUTPUT", "REQUESTS", "WORKFLOW", "effects", "make_file", "play", "warm_up"]
 
 WORKFLOW = Workflow("clerk", ["clerk"])
 EFFECTS = {"charge", "note", "delegate", "pay"}
@@ -112,6 +115,20 @@ def activities(folder: Path) -> ActivityRegistry:
     activity = ActivityRegistry()
     activity.agent(clerk, prompt="Go.", retries=10_000)
     return activity
+
+
+def warm_up() -> None:
+    """Do one run, for all that is made when it is first needed, such as the schema of messages."""
+
+    async def work() -> None:
+        with tempfile.TemporaryDirectory(prefix="paigeant-clerks-") as folder:
+            make_file(Path(folder))
+            async with MemoryApp(activities(Path(folder))) as app:
+                run = await app.dispatch(WORKFLOW)
+                await app.drain()
+                assert (await run.status()) is RunStatus.COMPLETED
+
+    asyncio.run(work())
 
 
 def play(role: str, folder: Path, settings: dict[str, Any], options: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ everything imported a worker is at work within milliseconds.
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import AsyncIterable
 from pathlib import Path
@@ -26,6 +28,7 @@ from pydantic_ai.mcp import MCPToolset
 from pydantic_ai.messages import AgentStreamEvent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
+from tests.agents.chat_server import Answer, ChatServer
 from tests.agents.sums_server import Nursery
 
 from paigeant.activity import ActivityRegistry
@@ -119,19 +122,8 @@ async def work(
     url: str, chat_url: str, folder: str, nursery: str, run: str, streamed: bool, die_after: int | None = None
 ) -> None:
     """Work until the run has ended, or this process has made `die_after` records and is killed for it."""
-    left = die_after
-    save = PatientValues.save_unit
-
-    async def counted(self: PatientValues, *args: Any) -> bytes:
-        nonlocal left
-        stands = await save(self, *args)
-        if left is not None:
-            left -= 1
-            if left <= 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return stands
-
-    PatientValues.save_unit = counted  # type: ignore[method-assign,assignment]  # this process has no other purpose
+    if die_after is not None:
+        _die_after(die_after)
     activity = activities(chat_url, Path(folder), nursery, streamed=streamed)
     app = Paigeant(settings(url), activities=activity)
     async with app:
@@ -141,6 +133,21 @@ async def work(
         await app.run(run).wait(timeout=60)
         await worker.stop()
         await working
+
+
+def _die_after(records: int) -> None:
+    left = records
+    save = PatientValues.save_unit
+
+    async def counted(self: PatientValues, *args: Any) -> bytes:
+        nonlocal left
+        stands = await save(self, *args)
+        left -= 1
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return stands
+
+    PatientValues.save_unit = counted  # type: ignore[method-assign,assignment]  # this process has no other purpose
 
 
 class Crew:
@@ -181,6 +188,22 @@ class Crew:
         return int(self._process.stdout.readline())
 
 
+class _Brief(ChatServer):
+    """One that keeps no connections, and so no threads either."""
+
+    protocol = "HTTP/1.0"
+
+
+def _warm_up(nursery: str) -> None:
+    """Do one run, for all that is made when it is first needed, such as the schema of messages."""
+    script = {"writer": [Answer(calls=[("c1", "weather", {"city": "Ghent"})]), Answer("done")]}
+    with tempfile.TemporaryDirectory(prefix="paigeant-crew-") as folder, _Brief(script) as chat:
+        url = f"sqlite:///{folder}/runs.db"
+        asyncio.run(work(url, chat.url, folder, nursery, "warm", streamed=False))
+    gc.freeze()
+    assert threading.active_count() == 1, "threads don't survive a fork"
+
+
 def main() -> None:
     """Fork a worker for each line."""
     for name in BEFORE_THE_FORK:
@@ -188,6 +211,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="paigeant-sums-") as folder:
         place = Path(folder) / "nursery"
         nursery = Nursery(place)
+        _warm_up(str(place))
         for line in sys.stdin:
             pid = os.fork()
             if pid == 0:

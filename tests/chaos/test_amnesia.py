@@ -46,7 +46,7 @@ def test_a_transport_forgets_everything(
             forget()
             forgot = time.time()
             in_flight = open_runs(nursery.store)
-            nursery.until(lambda: not open_runs(nursery.store))
+            nursery.until_ended()
             seconds.append(time.time() - forgot)
             assert in_flight >= 500
             pauses.append(longest_pause(nursery.store, forgot))
@@ -71,6 +71,6 @@ def work_off(nursery: Nursery) -> float:
     began = time.time()
     for _ in range(WORKERS):
         nursery.start("worker", concurrency=50)
-    nursery.until(lambda: not open_runs(nursery.store))
+    nursery.until_ended()
     nursery.stop(signal.SIGTERM)
     return began - started + recoveries(nursery, [began])[0]

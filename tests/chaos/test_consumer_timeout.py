@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.chaos.places import Place, Servers
-from tests.kill.audit import audit, begun, open_runs
+from tests.kill.audit import audit, begun
 from tests.kill.nursery import Nursery
 from tests.kill.sql import make_tables
 from tests.services import RabbitServer
@@ -37,7 +37,8 @@ def test_a_step_may_take_longer_than_the_broker_waits(place: Place, tmp_path: Pa
     with Nursery(tmp_path, **place.settings) as nursery:
         nursery.start("dispatcher", runs=10)
         nursery.start("worker", slow=("s1", False, 3.0 * SECONDS), settings={"local_steps": 1})
-        nursery.until(lambda: begun(tmp_path) and not open_runs(nursery.store))
+        nursery.until(lambda: bool(begun(tmp_path)))
+        nursery.until_ended()
         nursery.stop(signal.SIGTERM)
         assert set(nursery.ended.values()) == {0}
     assert audit(nursery, runs=range(10)) == 0
@@ -50,7 +51,8 @@ def test_what_waits_behind_a_long_step_is_done_once_too(place: Place, tmp_path: 
     with Nursery(tmp_path, **place.settings) as nursery:
         nursery.start("dispatcher", runs=5)
         nursery.start("worker", concurrency=1, slow=("s1", False, 2.0 * SECONDS), settings={"local_steps": 1})
-        nursery.until(lambda: begun(tmp_path) and not open_runs(nursery.store))
+        nursery.until(lambda: bool(begun(tmp_path)))
+        nursery.until_ended()
         nursery.stop(signal.SIGTERM)
         assert set(nursery.ended.values()) == {0}
     assert audit(nursery, runs=range(5)) == 0

@@ -13,7 +13,7 @@ from tests.chaos.places import BOUND, NAMES, Servers, open_place
 from tests.chaos.sizes import full, say, short
 from tests.kill.audit import audit, open_runs, recoveries, usual_wait
 from tests.kill.loop import records_of
-from tests.kill.nursery import Nursery
+from tests.kill.nursery import ASKING, Nursery
 from tests.kill.roles import length
 from tests.kill.sql import rows
 from tests.services.hosts import Network
@@ -57,7 +57,7 @@ def test_a_host_is_cut_off(
     ):
         workers = [nursery.start("worker", pause=0.02) for nursery in (a, b)]
         hosts = "SELECT DISTINCT host FROM workers"
-        a.until(lambda: len(rows(a.store, hosts)) == 2)
+        a.until(lambda: len(rows(a.store, hosts)) == 2, pause=ASKING)
         b.start("dispatcher", runs=runs, flight=40)
         b.until(lambda: length(tmp_path) >= records_of(runs) // 3)
         network["a"].partition()

@@ -17,6 +17,7 @@ import pytest
 from tests.chaos.places import Servers, open_place
 from tests.chaos.sizes import full, say, short
 from tests.integration.processes import PAIGEANT
+from tests.integration.warm import Forked
 from tests.kill.sql import rows
 
 from paigeant import Paigeant, Run, Settings, WaitFor, Workflow
@@ -52,16 +53,20 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield place.store_url
 
 
+def settings_of(url: str) -> dict[str, str]:
+    """What workers are told of their settings."""
+    settings = {"transport_url": url, "store_url": url, "log_level": "warning", **TIMES}
+    return {f"PAIGEANT_{name.upper()}": str(value) for name, value in settings.items()}
+
+
 @contextmanager
 def worker(url: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker process, killed at the end."""
-    settings = {"transport_url": url, "store_url": url, "log_level": "warning", **TIMES}
-    variables = {f"PAIGEANT_{name.upper()}": str(value) for name, value in settings.items()}
+    """A worker process with an interpreter and a memory of its own, killed at the end."""
     with (folder / "worker.log").open("ab") as log:
         process = subprocess.Popen(
             [*PAIGEANT, "run", "handlers.py"],
             cwd=folder,
-            env={**os.environ, **variables},
+            env={**os.environ, **settings_of(url)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -181,7 +186,7 @@ class Crew:
         self.killed = 0
         self._url, self._folder, self._chance = url, folder, chance
         self._stack = ExitStack()
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._workers: list[Forked] = []
 
     def __enter__(self) -> Crew:
         self._workers = [self._new() for _ in range(2)]
@@ -201,5 +206,11 @@ class Crew:
         self.killed += 1
         self._workers.append(self._new())
 
-    def _new(self) -> subprocess.Popen[bytes]:
-        return self._stack.enter_context(worker(self._url, self._folder))
+    def _new(self) -> Forked:
+        log = self._stack.enter_context((self._folder / "worker.log").open("ab"))
+        process = Forked(
+            "run", "handlers.py", environment=settings_of(self._url), folder=self._folder, stderr=log.fileno()
+        )
+        self._stack.callback(process.close)
+        self._stack.callback(process.kill)
+        return process

@@ -13,7 +13,7 @@ from tests.chaos.places import BOUND, Place
 from tests.chaos.sizes import full, say, short
 from tests.kill.audit import audit, open_runs, recoveries, stragglers, usual_wait
 from tests.kill.loop import WORKERS, records_of
-from tests.kill.nursery import Nursery
+from tests.kill.nursery import ASKING, Nursery
 from tests.kill.roles import length
 from tests.kill.sql import rows
 
@@ -73,7 +73,11 @@ def restart_all_the_time(
         healed.append(time.time())
         query = STUCK.format(at=healed[-1])
         try:
-            nursery.until(lambda query=query: rows(nursery.store, query) == [(0,)], seconds=60)  # type: ignore[misc]
+            nursery.until(
+                lambda query=query: rows(nursery.store, query) == [(0,)],  # type: ignore[misc]
+                seconds=60,
+                pause=ASKING,
+            )
         except AssertionError as error:
             error.add_note(f"at {healed[-1]} s they stood so: {rows(nursery.store, LEFT)}")
             raise

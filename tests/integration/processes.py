@@ -34,20 +34,26 @@ def shown(run_id: str) -> Any:
 class Command:
     """A command that goes on in the background. Leaving the block kills it, should it still be there.
 
-    `environment` is what it has besides that of the test.
+    `environment` is what it has besides that of the test. With `program` it has an interpreter of its own.
     """
 
     def __init__(
         self, *args: str, program: list[str] | None = None, environment: Mapping[str, str] | None = None
     ) -> None:
-        self.process = subprocess.Popen(
-            [*(program or PAIGEANT), *args],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, **(environment or {})},
-        )
+        self.process: warm.Forked | subprocess.Popen[str]
+        if program is None:
+            self.process = warm.Forked(*args, environment=environment)
+        else:
+            self.process = subprocess.Popen(
+                [*program, *args],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **(environment or {})},
+            )
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         self.said: list[str] = []
 
     def __enter__(self) -> Self:
@@ -57,7 +63,10 @@ class Command:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
 
     def lines(self) -> Iterator[str]:
         """What it writes to standard error, as it comes, until that ends."""

@@ -245,6 +245,17 @@ def test_help_loads_nothing_heavy() -> None:
     assert ("Usage: " in result.stdout, result.stderr) == (True, "[]\n")
 
 
+def test_a_command_ends_without_a_last_look_for_garbage() -> None:
+    """All objects are out of the garbage collector's sight by then: to look at them would take longer than to end."""
+    program = (
+        "import atexit, gc, sys\nfrom paigeant.cli import main\n"
+        "atexit.register(lambda: print(gc.get_freeze_count() > 10_000, file=sys.stderr))\n"
+        "sys.argv = ['paigeant', '--version']\nmain()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stderr == "True\n"
+
+
 def test_the_shell_completes_commands() -> None:
     """What bash asks for is answered with the commands that begin so."""
     env = {

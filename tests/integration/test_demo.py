@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.integration import warm
 
 from paigeant import host
 from paigeant.cli import main
@@ -69,26 +70,12 @@ def environment(**more: str) -> dict[str, str]:
 
 def called(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Another command of the program, in a folder."""
-    return subprocess.run(
-        [*COMMAND[:-1], *arguments],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return warm.run(*arguments, folder=folder, environment=environment())
 
 
 def show(folder: Path, *arguments: str, **more: str) -> Shown:
     """`paigeant demo` with these arguments, called in `folder`."""
-    done = subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=folder,
-        env=environment(**more),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = warm.run("demo", *arguments, folder=folder, environment=environment(**more))
     return Shown(done.returncode, done.stdout, done.stderr, folder)
 
 
@@ -125,8 +112,10 @@ def gone(pid: int) -> bool:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    """The demonstration with nothing asked for, as `make demo` shows it."""
-    return show(tmp_path_factory.mktemp("demo"))
+    """The demonstration with nothing asked for, as `make demo` shows it: with an interpreter of its own."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = subprocess.run(COMMAND, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    return Shown(done.returncode, done.stdout, done.stderr, folder)
 
 
 def test_it_ends_well(shown: Shown) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import psycopg
 import pytest
 from tests.integration.postgres_hammer import FINISH_SECONDS, LIMIT_SECONDS, faults
 from tests.integration.postgres_tables import database_with_tables
+from tests.integration.warm import Forked
 
 from paigeant.databases.postgres import PostgresDatabase
 from paigeant.store import RunDetail
@@ -41,27 +40,20 @@ async def hammer(url: str, *how: str) -> tuple[list[int | None], Facts]:
 
     One that doesn't come to an end is killed.
     """
-    command = [sys.executable, "-m", "tests.integration.postgres_hammer", url]
     processes = [
-        await asyncio.create_subprocess_exec(
-            *command,
-            str(number),
-            str(RUNS),
-            *how,
-            stdout=asyncio.subprocess.PIPE,
-            cwd=Path(__file__).parents[2],
-        )
+        Forked(url, str(number), str(RUNS), *how, module="tests.integration.postgres_hammer", stderr=2)
         for number in range(PROCESSES)
     ]
-    talking = asyncio.gather(*(process.communicate() for process in processes))
+    talking = asyncio.gather(*(asyncio.to_thread(process.stdout.read) for process in processes))
     try:
         told = await asyncio.wait_for(asyncio.shield(talking), LONGEST_SECONDS)
     except TimeoutError:
         for process in processes:
-            if process.returncode is None:
-                process.kill()
+            process.kill()
         told = await talking
-    facts = [tuple(fact) for said, _ in told if said for fact in json.loads(said)]
+    facts = [tuple(fact) for said in told if said for fact in json.loads(said)]
+    for process in processes:
+        process.close()
     return [process.returncode for process in processes], facts
 
 

@@ -8,22 +8,31 @@ opens no database, loop or thread itself, for none of these survives a fork.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["Nursery"]
+from tests.integration.warm import Forked
+from tests.kill.sql import rows
+
+__all__ = ["ASKING", "Nursery"]
 
 ROOT = Path(__file__).parents[2]
+
+ASKING = 0.05
+"""Seconds between two questions to a database: each makes a connection, which takes more than all else in the test."""
 
 ADAPTERS = [
     "paigeant.databases.postgres",
@@ -59,13 +68,17 @@ class Nursery:
         self.alive: dict[int, str] = {}
         self.ended: dict[int, int] = {}
         self._progress = (-1, 0.0)
-        self._process = subprocess.Popen(
-            [*inside, sys.executable, "-W", "ignore", "-m", "tests.kill.nursery", roles],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            text=True,
-        )
+        self._process: Forked | subprocess.Popen[str]
+        if inside:
+            self._process = subprocess.Popen(
+                [*inside, sys.executable, "-m", "tests.kill.nursery", roles],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd=ROOT,
+                text=True,
+            )
+        else:
+            self._process = Forked(roles, module="tests.kill.nursery", stderr=2)
 
     def __enter__(self) -> Self:
         return self
@@ -131,15 +144,28 @@ class Nursery:
             self.ask_for_stacks()
             raise AssertionError(f"nothing has happened for {seconds:.0f} s; where all are: {self.stacks}")
 
-    def until(self, done: Callable[[], object], *, seconds: float = 240.0) -> None:
-        """Look again and again until it is done. Raises AssertionError after so many seconds."""
+    def until(self, done: Callable[[], object], *, seconds: float = 240.0, pause: float = 0.005) -> None:
+        """Look again and again until it is done. Raises AssertionError after so many seconds.
+
+        `pause`: seconds between two looks.
+        """
         until = time.monotonic() + seconds
         while not done():
             if time.monotonic() > until:
                 self.ask_for_stacks()
                 raise AssertionError(f"not done after {seconds:.0f} s; where all are: {self.stacks}")
             self.reap()
-            time.sleep(0.005)
+            time.sleep(pause)
+
+    def until_ended(self) -> None:
+        """Wait until there are runs, and all of them have ended."""
+        query = "SELECT count(*), count(completed_at) FROM workflow_runs"
+
+        def done() -> bool:
+            [(runs, ended)] = rows(self.store, query)
+            return 0 < runs == ended
+
+        self.until(done, pause=ASKING)
 
     def ask_for_stacks(self) -> None:
         """Have all processes write into `stacks` what their threads and tasks are at."""
@@ -195,9 +221,15 @@ def _ended() -> dict[int, int]:
         ended[pid] = os.waitstatus_to_exitcode(status)
 
 
-def _main() -> None:
-    for name in [sys.argv[1], *ADAPTERS]:  # for the warmth
+def main() -> None:
+    warnings.simplefilter("ignore")
+    for name in ADAPTERS:  # for the warmth
         importlib.import_module(name)
+    roles = importlib.import_module(sys.argv[1])
+    if hasattr(roles, "warm_up"):
+        roles.warm_up()
+    gc.freeze()
+    assert threading.active_count() == 1, "threads don't survive a fork"
     alive: set[int] = set()
     for line in sys.stdin:
         question = json.loads(line)
@@ -216,4 +248,4 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    main()

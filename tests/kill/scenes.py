@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from tests.kill.audit import audit, begun, open_runs
+from tests.kill.audit import audit, begun
 from tests.kill.nursery import Nursery
 from tests.kill.roles import LOST, diary
 from tests.kill.sql import rows
@@ -37,7 +37,7 @@ def stop_a_worker_for_longer_than_its_lease(nursery: Nursery, freeze: Callable[[
     nursery.until(lambda: sum(begun(nursery.folder).values()) == len(runs))
     freeze(asleep)
     nursery.start("worker")
-    nursery.until(lambda: not open_runs(nursery.store))
+    nursery.until_ended()
     before = rows(nursery.store, _STEPS), rows(nursery.store, _RUNS)
     nursery.send(asleep, signal.SIGCONT)
     nursery.until(lambda: has(nursery, process=asleep, what=LOST))

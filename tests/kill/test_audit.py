@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from tests.kill.audit import audit, open_runs, stragglers
+from tests.kill.audit import audit, stragglers
 from tests.kill.nursery import Nursery
 from tests.kill.roles import BEGAN, diary
 from tests.kill.sql import make_tables, write
@@ -47,7 +47,7 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         nursery.start("dispatcher", begin=RUNS[0], runs=RUNS[-1] + 1)
         nursery.until(lambda: not nursery.alive)
         nursery.start("worker")
-        nursery.until(lambda: not open_runs(nursery.store))
+        nursery.until_ended()
         nursery.stop(signal.SIGTERM)
         for table in TABLES:
             write(nursery.store, f"CREATE TABLE saved_{table} AS SELECT * FROM {table}")

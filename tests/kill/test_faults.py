@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.kill.audit import audit, begun, open_runs
-from tests.kill.nursery import Nursery
+from tests.kill.nursery import ASKING, Nursery
 from tests.kill.roles import BEGAN, diary, length
 from tests.kill.scenes import has, stop_a_worker_for_longer_than_its_lease
 from tests.kill.sql import rows, sqlite_file, write
@@ -54,7 +54,7 @@ def test_a_step_that_kills_its_process_uses_up_its_attempts(tmp_path: Path) -> N
         while open_runs(nursery.store):
             for _ in range(2 - len(nursery.alive)):
                 nursery.start("worker", concurrency=5, pause=0.02)
-            nursery.until(lambda: len(nursery.alive) < 2 or not open_runs(nursery.store))
+            nursery.until(lambda: len(nursery.alive) < 2 or not open_runs(nursery.store), pause=ASKING)
         died = {pid for pid, code in nursery.ended.items() if code == 3}
         nursery.stop(signal.SIGTERM)
     assert (len(died), begun(tmp_path)[0, 1, 0]) == (3, 3)
@@ -74,7 +74,7 @@ def test_a_worker_killed_while_it_undoes(tmp_path: Path) -> None:
         nursery.until(lambda: has(nursery, step=1, undo=1, what=BEGAN))
         nursery.kill(doomed)
         nursery.start("worker")
-        nursery.until(lambda: not open_runs(nursery.store))
+        nursery.until_ended()
         nursery.stop(signal.SIGTERM)
     query = "SELECT step, status FROM step_executions WHERE phase = 'undo' ORDER BY seq"
     assert rows(nursery.store, query) == [(step, "compensated") for step in ("s2", "s1", "s0")]
@@ -96,7 +96,8 @@ def test_all_messages_are_lost(tmp_path: Path) -> None:
         for amount in (200, 1000, 2000):
             nursery.until(lambda amount=amount: length(tmp_path) >= amount)  # type: ignore[misc]
             write(nursery.store, "DELETE FROM messages")
-        nursery.until(lambda: "dispatcher" not in nursery.alive.values() and not open_runs(nursery.store))
+        nursery.until(lambda: "dispatcher" not in nursery.alive.values())
+        nursery.until_ended()
         nursery.stop(signal.SIGTERM)
     audit(nursery, runs=range(500))
 

@@ -10,7 +10,7 @@ import pytest
 from tests.chaos.sizes import full, say, short
 from tests.kill.audit import audit
 from tests.kill.loop import kill_all_the_time, records_of
-from tests.kill.nursery import Nursery
+from tests.kill.nursery import ASKING, Nursery
 from tests.kill.sql import rows
 
 CONCURRENCY = 20
@@ -25,7 +25,7 @@ def test_nothing_is_lost_or_done_twice_when_workers_are_killed(tmp_path: Path, r
             nursery, runs=runs, kills=kills, chance=random.Random(2), worker=lambda _: worker
         )
         # What the dead had fetched and not acked comes back, is found to be done, and goes.
-        nursery.until(lambda: rows(nursery.store, "SELECT count(*) FROM messages") == [(0,)])
+        nursery.until(lambda: rows(nursery.store, "SELECT count(*) FROM messages") == [(0,)], pause=ASKING)
         nursery.stop(signal.SIGTERM)
     repeats = audit(nursery, runs=range(runs), killed=killed.pids)
     say(

@@ -1,33 +1,20 @@
-"""The program: its commands put together, and the one place where an error becomes a message and an exit code."""
+"""The program: which commands there are, and the one place where an error becomes a message and an exit code."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typer.exceptions import Abort, Exit, TyperException
+from typer.main import get_group
 
-from paigeant.cli import (
-    config,
-    console,
-    db,
-    dead_letters,
-    demo,
-    dispatch,
-    init,
-    keys,
-    logs,
-    requests,
-    run,
-    runs,
-    topics,
-    variables,
-)
+from paigeant.cli import console
 from paigeant.errors import (
     AuthorityUnavailable,
     PaigeantError,
@@ -39,6 +26,10 @@ from paigeant.errors import (
 __all__ = ["app", "exit_code"]
 
 FAILED, WRONG_USE, UNREACHABLE = 1, 2, 3
+
+_COMMANDS = ("init", "run", "dispatch", "logs", "demo")
+_GROUPS = ("runs", "requests", "variables", "topics", "dead-letters", "db", "config", "keys")
+"""Each has a module of its name, and stands in the help in this order, behind the commands."""
 
 
 def exit_code(error: PaigeantError) -> int:
@@ -52,7 +43,38 @@ def exit_code(error: PaigeantError) -> int:
             return WRONG_USE
 
 
+class _Commands(Mapping[str, Any]):
+    """All commands by name. Each is made when it is asked for: to make them all takes longer than most of them."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in tuple(self):
+            raise KeyError(name)
+        return _made(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_COMMANDS + _GROUPS)
+
+    def __len__(self) -> int:
+        return len(_COMMANDS + _GROUPS)
+
+
+@functools.cache
+def _made(name: str) -> Any:
+    """The command or group of this name."""
+    module = importlib.import_module(f"paigeant.cli.{name.replace('-', '_')}")
+    part = typer.Typer(rich_markup_mode="rich")
+    if name in _COMMANDS:
+        module.register(part)
+    else:
+        part.add_typer(module.app, name=name)
+    return get_group(part).commands[name]
+
+
 class _Program(TyperGroup):
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.commands: Any = _Commands()
+
     def main(
         self,
         args: Sequence[str] | None = None,
@@ -153,18 +175,3 @@ def _version(wanted: bool) -> None:
 
         console.result(f"paigeant {version('paigeant')}")
         raise Exit(0)
-
-
-init.register(app)
-run.register(app)
-dispatch.register(app)
-logs.register(app)
-demo.register(app)
-app.add_typer(runs.app, name="runs")
-app.add_typer(requests.app, name="requests")
-app.add_typer(variables.app, name="variables")
-app.add_typer(topics.app, name="topics")
-app.add_typer(dead_letters.app, name="dead-letters")
-app.add_typer(db.app, name="db")
-app.add_typer(config.app, name="config")
-app.add_typer(keys.app, name="keys")
