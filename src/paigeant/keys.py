@@ -40,19 +40,12 @@ class Key:
 
     @classmethod
     def generate(cls, *, now: float, algorithm: Algorithm = "Ed25519") -> Self:
-        """A new key pair."""
-        from joserfc.jwk import ECKey, OKPKey, RSAKey  # here and below, because few processes need a key
-
-        key: Jwk
-        match algorithm:
-            case "Ed25519":
-                key = OKPKey.generate_key("Ed25519", private=True)
-            case "ES256":
-                key = ECKey.generate_key("P-256", private=True)
-            case "RS256":
-                key = RSAKey.generate_key(_RSA_BITS, private=True)
+        """A new key pair, whose id doesn't begin with a hyphen: a command line would take it for an option."""
+        key = _made(algorithm)
+        while (kid := str(key.thumbprint())).startswith("-"):
+            key = _made(algorithm)
         values = {str(name): str(value) for name, value in key.as_dict(private=True).items() if name != "kid"}
-        return cls(key.thumbprint(), now, values)
+        return cls(kid, now, values)
 
     @cached_property
     def algorithm(self) -> Algorithm:
@@ -225,6 +218,18 @@ def thumbprint(jwk: Mapping[str, Any]) -> str:
     """The id of a key (RFC 7638). Raises ConfigurationError for what is no key that can sign messages."""
     algorithm_of(jwk)
     return str(_imported(jwk).thumbprint())
+
+
+def _made(algorithm: Algorithm) -> Jwk:
+    from joserfc.jwk import ECKey, OKPKey, RSAKey  # here and below, because few processes need a key
+
+    match algorithm:
+        case "Ed25519":
+            return OKPKey.generate_key("Ed25519", private=True)
+        case "ES256":
+            return ECKey.generate_key("P-256", private=True)
+        case "RS256":
+            return RSAKey.generate_key(_RSA_BITS, private=True)
 
 
 def _imported(jwk: Mapping[str, Any]) -> Jwk:

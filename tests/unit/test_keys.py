@@ -158,3 +158,10 @@ def test_a_key_with_no_date_is_refused(name: str, instant: object) -> None:
     value["keys"][0][name] = instant
     with pytest.raises(ConfigurationError, match="no instant created_at, or a revoked_at that is none"):
         KeyRing.from_dict(value)
+
+
+def test_no_id_of_a_key_looks_like_an_option() -> None:
+    """`paigeant keys revoke -x...` would be told that there is no such option: one of 64 thumbprints begins so."""
+    kids = [Key.generate(now=1.0).kid for _ in range(1000)]
+    assert not [kid for kid in kids if kid.startswith("-")]
+    assert len(set(kids)) == 1000
