@@ -54,6 +54,11 @@ class Green(greenlet):
         """Let it go on until it has to wait again."""
         self._go(self.switch)
 
+    def end(self) -> None:
+        """Let it end, which rests. Else it would when the garbage is collected, in the midst of whatever runs then."""
+        if not self.dead and self.parent is getcurrent():
+            self.switch(None)
+
     def _go(self, on: Callable[[], Watch | None]) -> None:
         while True:
             try:

@@ -263,6 +263,8 @@ class Lane:
         self._stopped = True
         self._hand(None)
         await self._ended.wait()  # watched, as long as something is being tidied up
+        if self._green is not None:
+            self._green.end()
         if self._watch is not None:
             self._watch.cancel()
 

@@ -163,6 +163,18 @@ def test_one_greenlet_does_all_transactions_of_a_lane(run: Run) -> None:
     run(test)
 
 
+def test_a_lane_that_is_stopped_has_no_greenlet_that_rests(run: Run) -> None:
+    """It would be ended by the garbage collector, in the midst of whatever runs then."""
+
+    async def test(place: Place) -> None:
+        greenlet = await place.lane.submit(one(getcurrent), None)
+        assert not greenlet.dead
+        await place.lane.stop()
+        assert greenlet.dead
+
+    run(test)
+
+
 def test_a_lane_that_rests_keeps_nothing_of_what_it_did(run: Run) -> None:
     """A request may be large, and the next one long in coming."""
 
