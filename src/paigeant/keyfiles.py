@@ -253,6 +253,7 @@ def write_private(path: Path, value: Mapping[str, Any], *, new: bool = False, mo
                 os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+        _sync(path.parent)
     except FileExistsError:
         raise
     except OSError as exc:
@@ -266,6 +267,16 @@ def write_trust(path: Path, value: Mapping[str, Any]) -> None:
     except (ConfigurationError, MessageInvalid) as exc:
         raise ConfigurationError(f"{path} stays as it was: {exc}") from exc
     write_private(path, value, mode=0o644)
+
+
+def _sync(folder: Path) -> None:
+    """Have what was renamed in a folder stay so when the power fails: a key that was revoked must not be there again."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _become(handle: int, before: os.stat_result) -> None:
@@ -282,9 +293,14 @@ def _become(handle: int, before: os.stat_result) -> None:
 
 def _read(path: Path, what: str, remedy: str, *, private: bool) -> Any:
     try:
-        with path.open("rb") as stream:  # one file: that whose mode is looked at is the one that is read
-            mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
-            body = stream.read(_MOST_BYTES + 1)  # what isn't a file may have no end
+        with open(
+            path, "rb", opener=_opened
+        ) as stream:  # that whose mode is looked at is the one that is read
+            status = os.fstat(stream.fileno())
+            mode = stat.S_IMODE(status.st_mode)
+            if not stat.S_ISREG(status.st_mode):  # it may have no end, or nobody who writes
+                raise ConfigurationError(f"{path} is no file but a pipe or a device; expected a {what}")
+            body = stream.read(_MOST_BYTES + 1)
     except FileNotFoundError as exc:
         raise ConfigurationError(f"there is no {what} {path}; {remedy}") from exc
     except OSError as exc:
@@ -304,6 +320,11 @@ def _read(path: Path, what: str, remedy: str, *, private: bool) -> Any:
         return parse_strict(body)
     except MessageInvalid as exc:
         raise ConfigurationError(f"{path} is no {what}: {exc}") from exc
+
+
+def _opened(path: str, flags: int) -> int:
+    """As `open` does it, but that it doesn't wait: a pipe would keep whoever reads it until somebody writes."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _check_folders(path: Path) -> None:

@@ -31,6 +31,21 @@ _KEY = re.compile(rf"(?:^|[_\-.\s]|(?-i:(?<=[a-z0-9])(?=[A-Z])))(?:{_NAMES})$", 
 _SUSPECTS = (
     *("eyj", "eya", "ew", "://", "sk-", "bearer", "basic", "passw", "passphrase", "pwd", "secret", "token"),
     *("authorization", "key", "credential", "cookie", "assertion"),
+    *(
+        "sk_",
+        "rk_",
+        "ghp_",
+        "gho_",
+        "ghu_",
+        "ghs_",
+        "ghr_",
+        "github_pat_",
+        "glpat-",
+        "xox",
+        "hf_",
+        "akia",
+        "aiza",
+    ),
 )
 """One of these is in each text that has something to hide. Most have none, and are looked at no further."""
 
@@ -42,7 +57,15 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
         MASK,
     ),
     (re.compile(r"\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{6,}", re.I), rf"\1\2{MASK}"),
-    (re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"), MASK),
+    (
+        # What vendors put in front of their keys: OpenAI and Anthropic, Stripe, GitHub, GitLab, Slack, Hugging Face, AWS,
+        # Google. Their own pages say so, and scanners for secrets look for the same.
+        re.compile(
+            r"\b(?:sk-[\w-]{16,}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,}|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|"
+            r"glpat-[\w-]{16,}|xox[abeoprs]-[\w-]{10,}|hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}\b|AIza[\w-]{30,})"
+        ),
+        MASK,
+    ),
     (
         # `Authorization: Token ...`: what is behind the scheme is the secret, and all of what it is made of.
         re.compile(

@@ -143,17 +143,25 @@ def test_a_run_that_is_cancelled_from_the_command_line_has_its_end(monkeypatch: 
     _is_one_tree(spans, "dispatch judged")
 
 
-@pytest.mark.parametrize(("disabled", "sent"), [("true", 0), ("false", 1)])
+@pytest.mark.parametrize(
+    ("variable", "said", "sent"),
+    [
+        ("OTEL_SDK_DISABLED", "true", 0),
+        ("OTEL_SDK_DISABLED", "false", 1),
+        ("OTEL_TRACES_EXPORTER", "none", 0),
+        ("OTEL_TRACES_EXPORTER", "otlp", 1),
+    ],
+)
 def test_nothing_is_sent_where_the_library_is_disabled(
-    disabled: str, sent: int, monkeypatch: pytest.MonkeyPatch
+    variable: str, said: str, sent: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The standard variable for that holds for our own spans as well, which go around the library's provider."""
+    """The standard variables for that hold for our own spans as well, which go around the library's provider."""
     Path("handlers.py").write_text(HANDLERS)
     Path("input.json").write_text('{"text": "a"}')
     with Collector() as collector:
         monkeypatch.setenv("PAIGEANT_TRACES", "true")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
-        monkeypatch.setenv("OTEL_SDK_DISABLED", disabled)
+        monkeypatch.setenv(variable, said)
         assert call("dispatch", "judged", "input.json", "--handlers", "handlers.py").returncode == 0
     assert len(collector.spans) == sent
 

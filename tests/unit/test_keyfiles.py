@@ -360,3 +360,11 @@ async def test_a_key_is_revoked_while_the_key_set_is_fetched(monkeypatch: pytest
     found = await keys.find(THEIRS.kid)
     assert found is not None
     assert found.revoked_at == 5
+
+
+def test_a_pipe_in_the_place_of_a_key_file_keeps_nobody_waiting() -> None:
+    """A worker looks at its files again and again, in its event loop."""
+    for path, read in ((RING, read_ring), (TRUST, read_trust)):
+        os.mkfifo(path, 0o600)
+        with pytest.raises(ConfigurationError, match=r"is no file but a pipe or a device"):
+            read(path)

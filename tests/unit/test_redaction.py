@@ -61,6 +61,12 @@ TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJjYW5hcnkifQ.c2lnbmF0dXJl"
         ("GET /login?next=%2Fcb%3Ftoken%3Dpa55 failed", "GET /login?next=%2Fcb%3Ftoken%3D*** failed"),
         ("body=%7B%22password%22%3A%22pa55%22%7D", "body=%7B%22password%22%3A%22***"),
         ("no key like sk-proj-0123456789abcdef", "no key like ***"),
+        (f"sk_live_{'a1B2' * 6} and rk_test_{'a1B2' * 6}", "*** and ***"),
+        (f"ghp_{'a1B2' * 9}, github_pat_{'a1B2' * 6}_{'x9' * 20}", "***, ***"),
+        ("glpat-a1B2c3D4e5F6g7H8i9J0", "***"),
+        ("slack said no to xoxb-123456789012-a1B2c3D4e5F6", "slack said no to ***"),
+        (f"hf_{'a1B2' * 8}", "***"),
+        ("AKIAIOSFODNN7EXAMPLE; AIzaSyA-1234567890abcdefghijklmnopqrstu", "***; ***"),
         ("-----BEGIN PRIVATE KEY-----\nMC4CAQ\n-----END PRIVATE KEY-----\nrest", "***\nrest"),
     ],
 )

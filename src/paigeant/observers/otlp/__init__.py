@@ -35,8 +35,7 @@ def send_traces(
     """
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         return trace.get_tracer_provider(), lambda: None
-    # The library's own provider looks at that, and isn't asked for spans of ours.
-    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+    if _is_off("OTEL_TRACES_EXPORTER"):
         return trace.NoOpTracerProvider(), lambda: None
     provider = TracerProvider(
         resource=resource or resource_of_process(), shutdown_on_exit=False, id_generator=OwnIds()
@@ -51,12 +50,21 @@ def send_traces(
 
 def send_metrics(resource: Resource | None = None) -> Callable[[], None]:
     """Set the global meter provider up, unless there is one; gives what sends the last metrics and ends it."""
-    if not type(metrics.get_meter_provider()).__name__.startswith("_Proxy"):
+    if not type(metrics.get_meter_provider()).__name__.startswith("_Proxy") or _is_off(
+        "OTEL_METRICS_EXPORTER"
+    ):
         return lambda: None
     reader = PeriodicExportingMetricReader(OTLPMetricExporter())
     provider = MeterProvider([reader], resource or resource_of_process(), shutdown_on_exit=False)
     metrics.set_meter_provider(provider)
     return provider.shutdown
+
+
+def _is_off(exporter: str) -> bool:
+    """Whether the environment says that nothing is to be sent: nothing at all, or by this kind of exporter."""
+    # The library's own provider looks at the first, and isn't asked for spans of ours; at the second nobody looks here.
+    said = {name: os.environ.get(name, "").strip().lower() for name in ("OTEL_SDK_DISABLED", exporter)}
+    return said["OTEL_SDK_DISABLED"] == "true" or said[exporter] == "none"
 
 
 def resource_of_process() -> Resource:
