@@ -270,7 +270,7 @@ def write_trust(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have what was renamed in a folder stay so when the power fails: a key that was revoked must not be there again."""
+    """Have what was renamed in a folder stay so when the power fails: a revoked key must not be there again."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

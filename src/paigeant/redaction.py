@@ -58,8 +58,8 @@ _HIDDEN: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
     (re.compile(r"\b(bearer|basic)(\s+)[A-Za-z0-9._~+/=-]{6,}", re.I), rf"\1\2{MASK}"),
     (
-        # What vendors put in front of their keys: OpenAI and Anthropic, Stripe, GitHub, GitLab, Slack, Hugging Face, AWS,
-        # Google. Their own pages say so, and scanners for secrets look for the same.
+        # What vendors put in front of their keys, for scanners to find: OpenAI and Anthropic, Stripe, GitHub, GitLab,
+        # Slack, Hugging Face, AWS, Google.
         re.compile(
             r"\b(?:sk-[\w-]{16,}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,}|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|"
             r"glpat-[\w-]{16,}|xox[abeoprs]-[\w-]{10,}|hf_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}\b|AIza[\w-]{30,})"

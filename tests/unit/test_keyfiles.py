@@ -180,7 +180,7 @@ async def test_a_file_that_cannot_be_opened_for_a_while_is_read_later(
     keys = FileKeys.of(RING, TRUST)
     trust(KEY, revoked_at=5)
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR, "paigeant.keys"):
-        patch.setattr(Path, "open", _refuse)
+        patch.setattr(keyfiles, "_opened", _refuse)
         for _ in range(3):
             assert (await believed(keys)) is None
     assert caplog.text.count("keys.not_read") == 1
