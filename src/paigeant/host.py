@@ -60,14 +60,25 @@ def at_fork(method: Callable[[], None]) -> None:
 
     Such a process has none of the threads of this one, but all of its locks, also those that a thread holds just then.
     """
-    found = weakref.WeakMethod(method)
+    _AT_FORK[weakref.WeakMethod(method, _forget)] = None
 
-    def in_child() -> None:
-        if (still_there := found()) is not None:
-            still_there()
 
-    if hasattr(os, "register_at_fork"):  # there is no forking everywhere
-        os.register_at_fork(after_in_child=in_child)
+_AT_FORK: dict[weakref.WeakMethod[Callable[[], None]], None] = {}
+"""In the order in which they came. Python itself forgets nothing that is registered, and objects come and go."""
+
+
+def _forget(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    _AT_FORK.pop(method, None)
+
+
+def _in_child() -> None:
+    for known in list(_AT_FORK):
+        if (method := known()) is not None:
+            method()
+
+
+if hasattr(os, "register_at_fork"):  # there is no forking everywhere
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def _started(pid: int) -> str | None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 
@@ -78,3 +79,28 @@ def test_the_host_has_one_name() -> None:
     code = "from paigeant import host; print(host.host_id())"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == host.host_id()
+
+
+def test_what_is_to_begin_anew_in_a_child_does_while_it_is_there() -> None:
+    """In the order in which it came; what nobody has any more isn't kept for it."""
+
+    class Part:
+        def __init__(self, name: bytes, told: int) -> None:
+            self.name, self.told = name, told
+            host.at_fork(self.begin)
+
+        def begin(self) -> None:
+            os.write(self.told, self.name)
+
+    told, tells = os.pipe()
+    first, gone, last = (Part(name, tells) for name in (b"1", b"2", b"3"))
+    known = weakref.ref(gone)
+    del gone
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    os.close(tells)
+    with os.fdopen(told, "rb") as read:
+        assert read.read() == first.name + last.name
+    assert os.waitpid(pid, 0) == (pid, 0)
+    assert known() is None
