@@ -24,6 +24,7 @@ from pydantic_ai import (
     CallDeferred,
     CancellationToken,
     DeferredToolRequests,
+    DeferredToolResults,
     ModelMessage,
     ModelResponse,
     ModelRetry,
@@ -46,7 +47,7 @@ from pydantic_ai.exceptions import (
     UsageLimitExceeded,
     UserError,
 )
-from pydantic_ai.messages import AgentStreamEvent, FilePart
+from pydantic_ai.messages import AgentStreamEvent, FilePart, ModelRequest
 from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 from pydantic_ai.models.test import TestModel
@@ -1820,6 +1821,52 @@ async def test_a_tool_that_was_renamed_goes_on_with_its_records(mode: str) -> No
 
 def _calls(messages: list[ModelMessage]) -> list[ToolCallPart]:
     return [part for message in messages for part in message.parts if isinstance(part, ToolCallPart)]
+
+
+@pytest.mark.parametrize("approved", [True, False], ids=["approved", "open"])
+@pytest.mark.parametrize("change", ["renamed", "gone", "arguments"])
+async def test_new_code_knows_the_calls_that_a_history_brings(approved: bool, change: str) -> None:
+    """They may have waited for days in an earlier run: what is recorded of them is met by new code, or missed."""
+    history: list[ModelMessage] = [
+        ModelRequest.user_text_prompt("go"),
+        ModelResponse([called("pay", "c1", to=1)]),
+    ]
+    results = DeferredToolResults(approvals={"c1": True}) if approved else None
+    paid: list[str] = []
+
+    def agent(name: str, to: type = int, **metadata: Any) -> tuple[AnyAgent, list[int]]:
+        model, requests = scripted("", both_answers)
+        made = durable(model)
+
+        async def pay(to: Any) -> str:
+            paid.append(effect_key())
+            return "paid"
+
+        pay.__annotations__["to"] = to
+        made.tool_plain(name=name, requires_approval=approved, metadata={"paigeant": metadata})(pay)
+        return made, requests
+
+    def run(agent: AnyAgent) -> Any:
+        return agent.run(message_history=history, deferred_tool_results=results)
+
+    (before, _), (after, requests) = (
+        agent("pay"),
+        {"renamed": agent("transfer", was="pay"), "gone": agent("transfer"), "arguments": agent("pay", str)}[
+            change
+        ],
+    )
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: run(before), crash_after=1)
+    if change == "renamed":
+        for there in (step, Step()):  # whether it was done, or nobody has done it yet
+            assert (await there.attempt(lambda: run(after))).output == "c1=paid"
+        assert len(paid) == 2
+    else:
+        with pytest.raises(UnitUnreadable, match="tool 'pay' is recorded as done"):
+            await step.attempt(lambda: run(after))
+        assert (len(paid), requests) == (1, [])
+    assert _calls(history)[0].tool_name == "pay", "what the caller has was changed"
 
 
 async def test_an_agent_that_was_renamed_goes_on_with_its_records() -> None:

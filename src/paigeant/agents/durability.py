@@ -260,6 +260,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         place = current_place()
         assert place is not None, "this is part of a step"
         progress = Progress()
+        self.get_durable_operation_backend().begin(place, ctx, progress)
         token, call = PROGRESS.set(progress), CALL.set(None)
         try:
             with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)), _no_unit():

@@ -24,7 +24,7 @@ from pydantic_ai.durable_exec import (
     ToolsetValidateToolArgumentsId,
     record_durable_unit,
 )
-from pydantic_ai.messages import ToolCallPart
+from pydantic_ai.messages import ModelResponse, RetryPromptPart, ToolCallPart, ToolReturnPart
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.agents.usage import Part, count, of_request, of_run
@@ -119,7 +119,10 @@ class Progress:
     error: Exception | None = None
     line: str = ""
     calls: dict[str, str] = field(default_factory=dict)
-    """The names of the units of the last answer's tool calls, with the tools; empty for an answer that is new."""
+    """The names of the units of the last answer's tool calls, with the tools; empty for an answer that is new.
+
+    Before the first answer they are those of the calls that the run's history leaves open.
+    """
     done: dict[str, str] = field(default_factory=dict)
     """The tools of the last answer that were called and may have had effects, by their units."""
     was: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -154,12 +157,9 @@ class Progress:
             )
         place.give_up(unit, error, held=held)
 
-    def check(self) -> None:
+    def check(self, place: Place) -> None:
         """Raise UnitUnreadable when a call that is recorded as done wasn't made by the code that is there now."""
-        if self.answer is None:
-            return
-        place, calls = self.answer[0], self.calls
-        self.calls = {}
+        calls, self.calls = self.calls, {}
         for name, tool in calls.items():
             if place.journal.is_left(name):
                 raise UnitUnreadable(
@@ -239,8 +239,8 @@ class Operations(CallableOperationBackend[Unit]):
         unit = place.name(identity)
         number = 1
         if is_answer:
-            progress.check()
             unit, number = await place.standing(unit)
+            progress.check(place)  # the records are read by now, whatever else was asked for
         tool = (
             ctx.tool_name or "" if ctx is not None and isinstance(operation_id, ToolsetCallToolId) else None
         )
@@ -273,10 +273,9 @@ class Operations(CallableOperationBackend[Unit]):
         if tool is not None and not _is_return(told.value):
             progress.done.pop(unit, None)
         if is_answer and not done.executed and ctx is not None:
-            progress.calls = {
-                place.spelled(called): tool
-                for called, tool in self._calls(place, told.value, ctx, progress.line)
-            }
+            for part in _tool_calls(told.value):
+                asked, call = str(part.get("tool_name")), part.get("tool_call_id")
+                progress.calls.update(self._calls(place, ctx, asked, call, progress.line))
             progress.was = self._rename(told.value)
         # That is by the library, once it has the value.
         added = told.used if is_answer else _used(operation_id, told.value)
@@ -286,15 +285,39 @@ class Operations(CallableOperationBackend[Unit]):
         count(unit, told.used, added, to=None if ctx is None else ctx.usage)
         return told.value
 
+    def begin(self, place: Place, ctx: RunContext[Any], progress: Progress) -> None:
+        """Have the calls that a run's history leaves open go on like those of a recorded answer.
+
+        An earlier run has been given them, maybe days ago: code that called a tool otherwise may have done them here.
+        """
+        messages = ctx.messages
+        answers = (at for at in reversed(range(len(messages))) if isinstance(messages[at], ModelResponse))
+        if (last := next(answers, None)) is None:
+            return
+        results = [part for message in messages[last + 1 :] for part in message.parts]
+        given = {part.tool_call_id for part in results if isinstance(part, (ToolReturnPart, RetryPromptPart))}
+        names = self.renamed()
+
+        def today(part: Any) -> Any:
+            if not isinstance(part, ToolCallPart) or part.tool_call_id in given:
+                return part
+            progress.calls.update(self._calls(place, ctx, part.tool_name, part.tool_call_id, progress.line))
+            if (now := names.get(part.tool_name)) is None:
+                return part
+            progress.was[part.tool_call_id, now] = part.tool_name
+            return replace(part, tool_name=now)
+
+        parts = [today(part) for part in messages[last].parts]
+        if progress.was:  # the list is the run's own, the messages are the caller's
+            messages[last] = replace(cast(ModelResponse, messages[last]), parts=parts)
+
     def _calls(
-        self, place: Place, answer: object, ctx: RunContext[Any], line: str
+        self, place: Place, ctx: RunContext[Any], tool: str, call: str | None, line: str
     ) -> Iterator[tuple[str, str]]:
-        """What the units of the tool calls in an answer are called, whichever toolset has the tool, with the tool."""
-        for part in _tool_calls(answer):
-            about = _about(place, ctx, line, part.get("tool_call_id"))
-            tool = str(part.get("tool_name"))
-            for toolset in self.toolsets():
-                yield f"{self.agent}__{toolset}.call_tool:{tool}({about})", tool
+        """What the unit of a tool call is called, whichever toolset has the tool, with the tool."""
+        about = _about(place, ctx, line, call)
+        for toolset in self.toolsets():
+            yield place.spelled(f"{self.agent}__{toolset}.call_tool:{tool}({about})"), tool
 
     def _rename(self, answer: object) -> dict[tuple[str, str], str]:
         """Have a recorded answer call tools by the names that they have now; gives `Progress.was`."""
