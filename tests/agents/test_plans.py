@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from pydantic import BaseModel, Field
@@ -20,6 +20,7 @@ from pydantic_ai import (
     ModelResponse,
     NativeOutput,
     RunContext,
+    TextOutput,
     TextPart,
     ToolCallPart,
     ToolOutput,
@@ -29,6 +30,7 @@ from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
 from pydantic_core import core_schema
 from tests.agents.steps import called, prompt_of, returned, scripted
+from typing_extensions import TypeAliasType
 
 import paigeant
 from paigeant import (
@@ -811,6 +813,12 @@ class Escalation(Handoff):
 
 
 EITHER: Any = NativeOutput([Letter, Handoff])
+NAMED: Any = TypeAliasType("NAMED", str | Handoff)
+
+
+def forwarded(message: str) -> Handoff:
+    """An output function: what the model says goes to one and the same desk."""
+    return Handoff("desk", message)
 
 
 @pytest.mark.parametrize(
@@ -825,6 +833,11 @@ EITHER: Any = NativeOutput([Letter, Handoff])
         (ToolOutput(Handoff, name="hand_over"), True),
         ([str, ToolOutput(Handoff)], True),
         (EITHER, True),
+        (NAMED, True),
+        ([Letter, NAMED], True),
+        (Annotated[str | Handoff, "how it ends"], True),
+        (forwarded, True),
+        (TextOutput(forwarded), True),
     ],
     ids=str,
 )

@@ -15,7 +15,6 @@ condition or a topic: an output named by it could take the place of an input.
 from __future__ import annotations
 
 import json
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
-from pydantic_ai import ModelRetry, NativeOutput, PromptedOutput, RunContext, ToolDefinition, ToolOutput
+from pydantic_ai import ModelRetry, RunContext, ToolDefinition
+from pydantic_ai._output import types_from_output_spec
 from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.toolsets import AbstractToolset, ToolsetTool
 from pydantic_core import SchemaValidator, core_schema
@@ -84,16 +84,10 @@ def check_may_add(name: str, may_add: ItineraryPolicy | None, output_type: Any) 
 
 def hands_over(output_type: Any) -> bool:
     """Whether an agent with this output type can end with a Handoff, as far as the type says so."""
-    match output_type:
-        case ToolOutput(output=inner) | NativeOutput(outputs=inner) | PromptedOutput(outputs=inner):
-            return hands_over(inner)
-        case list() | tuple():
-            return any(hands_over(inner) for inner in output_type)
-        case type():
-            return issubclass(output_type, Handoff)
-    if typing.get_origin(output_type) in (typing.Union, types.UnionType):
-        return any(hands_over(inner) for inner in typing.get_args(output_type))
-    return False
+    return any(
+        isinstance(output, type) and issubclass(output, Handoff)
+        for output in types_from_output_spec(output_type)
+    )
 
 
 @dataclass(slots=True)
