@@ -24,7 +24,7 @@ from pydantic_ai.durable_exec import (
     ToolsetValidateToolArgumentsId,
     record_durable_unit,
 )
-from pydantic_ai.messages import ModelResponse, RetryPromptPart, ToolCallPart, ToolReturnPart
+from pydantic_ai.messages import ModelResponse, ToolCallPart
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.agents.usage import Part, count, of_request, of_run
@@ -295,7 +295,7 @@ class Operations(CallableOperationBackend[Unit]):
         if (last := next(answers, None)) is None:
             return
         results = [part for message in messages[last + 1 :] for part in message.parts]
-        given = {part.tool_call_id for part in results if isinstance(part, (ToolReturnPart, RetryPromptPart))}
+        given = {getattr(part, "tool_call_id", None) for part in results}
         names = self.renamed()
 
         def today(part: Any) -> Any:
