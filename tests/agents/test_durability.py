@@ -37,7 +37,13 @@ from pydantic_ai import (
     ToolReturn,
 )
 from pydantic_ai._agent_graph import _agent_graph_sleep
-from pydantic_ai.capabilities import AbstractCapability, LocalWorkspace, ModelFallback, durable_operation
+from pydantic_ai.capabilities import (
+    AbstractCapability,
+    LocalWorkspace,
+    ModelFallback,
+    SelectModel,
+    durable_operation,
+)
 from pydantic_ai.exceptions import (
     FallbackExceptionGroup,
     ModelHTTPError,
@@ -215,11 +221,11 @@ async def test_the_names_of_units_are_pinned() -> None:
     await streamed.attempt(lambda: watched.run("go", run_id="mine"))
     assert sorted(streamed.units) == sorted(
         [
-            'agent__model.request_stream("mine",1)',
+            'agent__model.request("mine",1)',
             'agent__event_stream_handler("mine",1,"pyd_ai_tool_call_id__look")',
             'agent__function_toolset__<agent>.call_tool:look("mine",1,"pyd_ai_tool_call_id__look")',
             'agent__event_stream_handler("mine",1,"pyd_ai_tool_call_id__look")#2',
-            'agent__model.request_stream("mine",2)',
+            'agent__model.request("mine",2)',
         ]
     )
 
@@ -672,7 +678,7 @@ async def test_rule_8_a_run_may_bring_tools_that_are_done_elsewhere() -> None:
 
 
 async def test_rule_8_models_of_a_run_are_refused_unless_they_are_known() -> None:
-    """A model object that isn't registered is refused; by its id in `models` it is taken, and recorded under it."""
+    """A model object that isn't registered is refused; by its id in `models` it is taken."""
     other = scripted("other")[0]
     agent = durable(scripted("own")[0], engine={"models": {"other": other}})
     with pytest.raises(UserError, match="was not registered with `PaigeantDurability`"):
@@ -680,7 +686,7 @@ async def test_rule_8_models_of_a_run_are_refused_unless_they_are_known() -> Non
     step = Step()
     assert (await step.attempt(lambda: agent.run("go", model="other"))).output == "other"
     assert (await step.attempt(lambda: agent.run("go", model=other))).output == "other"
-    assert step.units == ["agent__model.request.other(agent:1,1)"]
+    assert step.units == ["agent__model.request(agent:1,1)"]
 
 
 async def test_rule_8_a_model_that_overrides_the_agent_s_own_is_taken() -> None:
@@ -712,7 +718,71 @@ async def test_rule_8_a_model_that_takes_over_is_recorded() -> None:
     step = Step()
     result, crashes = await step.resumed(lambda: agent.run("go"))
     assert (result.output, crashes, requests) == ("c1=1", 3, [0, 1])
-    assert [name for name in step.units if "model.request.spare" in name] == [step.units[0], step.units[2]]
+    assert [name for name in step.units if "model.request" in name] == [step.units[0], step.units[2]]
+
+
+@pytest.mark.parametrize("how", ["is well again", "is another one", "is selected anew", "is streamed"])
+async def test_an_answer_is_that_of_its_request_whichever_model_is_asked(how: str) -> None:
+    """A model that is well again, another one, or a stream, isn't asked for what another has answered: it would have
+    the tools do the same once more, under other keys."""
+    paid: list[str] = []
+    attempts: list[int] = []
+
+    def own(_: list[ModelMessage]) -> Any:
+        if how == "is well again" and len(attempts) == 1:
+            raise ModelHTTPError(400, "own")
+        return called("pay", "other")
+
+    first, first_requests = scripted(called("pay", "c1"), "paid")
+    other, other_requests = scripted(own, "paid by other")
+    models = {"first": first, "other": other}
+
+    def of(attempt: int) -> str:
+        return "first" if attempt == 1 else "other"
+
+    async def watch(_: RunContext[Any], events: AsyncIterable[AgentStreamEvent]) -> None:
+        async for _event in events:
+            pass
+
+    async def work() -> str:
+        attempts.append(len(attempts) + 1)
+        engine: dict[str, Any] = {"models": models}
+        capabilities: list[AbstractCapability[Any]] = []
+        asked: str | None = None
+        match how:
+            case "is well again":
+                capabilities, asked = [ModelFallback("first")], "other"
+            case "is another one":
+                asked = of(attempts[-1])
+            case "is selected anew":
+                capabilities = [SelectModel(lambda _: of(attempts[-1]))]
+            case _:
+                engine["event_stream_handler"] = watch if attempts[-1] > 1 else None
+                asked = "first"
+        agent = durable(TestModel(), engine=engine, capabilities=capabilities)
+
+        @agent.tool_plain
+        def pay() -> str:
+            paid.append(effect_key())
+            return "paid"
+
+        return str((await agent.run("go", model=asked)).output)
+
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(work, crash_after=2)
+    if how == "is streamed":
+        models["first"] = FunctionModel(stream_function=_says_paid)
+    said = await step.attempt(work)
+    assert len(paid) == 1, "the tool was called again"
+    asked = {"is well again": [0, 1], "is streamed": []}.get(how, [1])
+    assert (first_requests, other_requests) == ([0], asked)
+    assert said == ("paid" if how == "is streamed" else "paid by other")
+
+
+async def _says_paid(messages: list[ModelMessage], _: AgentInfo) -> AsyncIterator[str]:
+    assert returned(messages), "this was answered before"
+    yield "paid"
 
 
 async def test_rule_8_cancellation_tokens_are_refused() -> None:

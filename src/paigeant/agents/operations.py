@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import itertools
 import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -129,6 +130,18 @@ class Progress:
     """What tools of the last answer were called when it was recorded, by the call and the name that they have now."""
     deferred: DeferredToolRequests | None = None
     """The calls that somebody outside was last wanted for."""
+    turns: dict[str, set[int]] = field(default_factory=dict)
+    """Which answers to one and the same request there are, or are being asked for."""
+
+    def asks(self, request: str) -> int:
+        """A model is asked: gives the how manieth answer to this request it will be.
+
+        Who asks in vain has no answer: the one that takes over gives the one that was wanted, for all attempts.
+        """
+        taken = self.turns.setdefault(request, set())
+        turn = next(number for number in itertools.count(1) if number not in taken)
+        taken.add(turn)
+        return turn
 
     def answered(self, place: Place, unit: str, number: int, about: str) -> None:
         """The model has given the answer that is recorded as `unit`, the so manieth to its request."""
@@ -179,7 +192,16 @@ EVENT_OF: contextvars.ContextVar[RunContext[Any] | None] = contextvars.ContextVa
 
 
 class _Namer(JournalOperationNamer):
-    """The library's names. Those of MCP calls and validations tell their tool as well, like that of any other call."""
+    """The library's names. Those of MCP calls and validations tell their tool as well, like that of any other call.
+
+    That of a model request tells neither the model nor whether it is streamed: an answer that is there is the answer,
+    also where a model that had failed is well again, or new code asks another one.
+    """
+
+    def operation_name(self, operation_id: DurableOperationId) -> str:
+        if isinstance(operation_id, ModelRequestId):
+            operation_id = replace(operation_id, model_id=None, streaming=False)
+        return super().operation_name(operation_id)
 
     def invocation_name(self, operation_id: DurableOperationId, *, label: str | None) -> Any:
         invocation = super().invocation_name(operation_id, label=label)
@@ -236,11 +258,13 @@ class Operations(CallableOperationBackend[Unit]):
         if calls_tool and ctx is not None and (recorded := _called(ctx, progress)) is not None:
             name = f"{name.removesuffix(ctx.tool_name or '')}{recorded}"
         identity = _identity(place, name, ctx, cache_key, progress.line)
-        unit = place.name(identity)
-        number = 1
+        turn, number = 0, 1
         if is_answer:
-            unit, number = await place.standing(unit)
+            turn = progress.asks(identity)
+            unit, number = await place.standing(place.spelled(identity, turn))
             progress.check(place)  # the records are read by now, whatever else was asked for
+        else:
+            unit = place.name(identity)
         tool = (
             ctx.tool_name or "" if ctx is not None and isinstance(operation_id, ToolsetCallToolId) else None
         )
@@ -261,8 +285,11 @@ class Operations(CallableOperationBackend[Unit]):
 
         try:
             done = await place.do(unit, config, produce, soon=is_answer)
-        except Exception as exc:
-            progress.error = exc
+        except BaseException as exc:
+            if is_answer:
+                progress.turns[identity].discard(turn)
+            if isinstance(exc, Exception):
+                progress.error = exc
             raise
         if is_answer:
             about = "" if ctx is None else str(ctx.run_step)
