@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from pydantic_ai import (
     Agent,
     ModelMessage,
     ModelResponse,
+    ModelRetry,
     NativeOutput,
     RunContext,
     TextOutput,
@@ -697,6 +698,51 @@ async def test_a_handoff_goes_before_what_was_planned(settings: Settings) -> Non
 
     detail = await carried_out(settings, triage(respond, "billing", "collect"), "planner", customer="Ada")
     assert list(outputs(detail)) == ["planner", "planner.2", "planner.1"]
+
+
+@pytest.mark.parametrize("limits", [{"max_added": 1}, {"max_total": 2}, {}], ids=str)
+async def test_a_handoff_keeps_its_room(
+    settings: Settings, caplog: pytest.LogCaptureFixture, limits: dict[str, int]
+) -> None:
+    """What the same answer asks for behind it is refused where only one of them has room, and doesn't end the run."""
+    letter = "x" * (MAX_ARGUMENT_BYTES // 2)
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        large = {"activity": "shorten", "arguments": {"text": letter}}
+        answer = hands("billing", letter if not limits else "now")(messages, info)
+        return replace(answer, parts=[*answer.parts, adds("c2", large if not limits else "collect")])
+
+    activity = triage(respond, "billing", "collect", "shorten", **limits)
+    detail = await carried_out(settings, activity, "planner", customer="Ada")
+    assert detail.run.status == "completed", detail.run.error
+    assert list(outputs(detail)) == ["planner", "planner.1"]
+    assert [row.activity for row in detail.steps] == ["planner", "billing"]
+    assert any("planned was refused" in record.message for record in caplog.records)
+
+
+async def test_a_handoff_that_a_validator_refuses_keeps_no_room(settings: Settings) -> None:
+    """The agent goes on, and may have what is left of the policy."""
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        if len(messages) == 1:
+            return hands("billing", "now")(messages, info)
+        wanted: list[ModelResponsePart] = [adds("c2", "collect"), TextPart("collected")]
+        return ModelResponse(parts=wanted[:1] if len(messages) == 3 else wanted[1:])
+
+    activity = helpers()
+    agent: Agent[None, Any] = Agent(FunctionModel(respond), name="planner", output_type=[str, Handoff])
+
+    @agent.output_validator
+    def keeps_it(output: Any) -> Any:
+        if isinstance(output, Handoff):
+            raise ModelRetry("do it yourself")
+        return output
+
+    allowed = ["billing", "collect"]
+    activity.agent(agent, prompt="Sort", may_add=ItineraryPolicy(allowed=allowed, max_added=1))
+    detail = await carried_out(settings, activity, "planner")
+    assert list(outputs(detail)) == ["planner", "planner.1"], detail.run.error
+    assert detail.steps[1].activity == "collect"
 
 
 async def test_the_next_agent_may_go_on_with_the_conversation(settings: Settings) -> None:

@@ -157,6 +157,8 @@ class Plan(AbstractCapability[Any]):
         self.targets = tuple(name for name in self.offered if planner.takes_message(name))
         self.refused = ""
         """Why the last Handoff was refused."""
+        self.next: dict[int, Step] = {}
+        """The step of a Handoff, by the step of the agent's run: what else that answer asks for leaves it its room."""
 
     def get_toolset(self) -> AbstractToolset[Any]:
         return _Tools(self)
@@ -164,7 +166,7 @@ class Plan(AbstractCapability[Any]):
     async def after_output_process(self, ctx: RunContext[Any], *, output_context: Any, output: Any) -> Any:
         if isinstance(output, Handoff) and not ctx.partial_output:
             try:
-                self._handing_over(output)
+                self.next = {ctx.run_step: self._handing_over(output)}
             except (PaigeantError, codec.JsonInvalid) as exc:
                 reason = self._log(exc)
                 self.refused = f"not handed over: {reason}"
@@ -179,12 +181,13 @@ class Plan(AbstractCapability[Any]):
                 self.context._revise((step,), _first)
             self.context.log.info("the agent hands over to '%s'", step.activity)
 
-    def add(self, asked: Any) -> str:
+    def add(self, asked: Any, *, run_step: int) -> str:
         """Add the steps that a model asks for, all or none; gives what to tell it."""
         try:
             request = _read(_Steps, asked)
             steps = [Step(wanted.activity, args=wanted.arguments) for wanted in request.steps]
-            self._check(steps)
+            handoff = self.next.get(run_step)
+            self._check(steps if handoff is None else [handoff, *steps])
             with self.context._within(self.planner.may_add):
                 revise = self.context.insert if request.place == "next" else self.context.append
                 before = {step.id for step in self.context.remaining}
@@ -302,7 +305,9 @@ class _Tools(InlineToolset):
     async def call_tool(
         self, name: str, tool_args: dict[str, Any], ctx: RunContext[Any], tool: ToolsetTool[Any]
     ) -> str:
-        return self.plan.add(tool_args) if name == _ADD else self.plan.finish(tool_args)
+        return (
+            self.plan.add(tool_args, run_step=ctx.run_step) if name == _ADD else self.plan.finish(tool_args)
+        )
 
     def _tool(self, name: str, about: str, schema: dict[str, Any], ctx: RunContext[Any]) -> ToolsetTool[Any]:
         definition = ToolDefinition(
