@@ -780,6 +780,26 @@ async def test_an_answer_is_that_of_its_request_whichever_model_is_asked(how: st
     assert said == ("paid" if how == "is streamed" else "paid by other")
 
 
+@pytest.mark.parametrize("together", [True, False])
+async def test_runs_of_one_id_have_answers_of_their_own(together: bool) -> None:
+    """An id that code gives to several runs tells them apart by their order, each with its own answers."""
+    model, requests = scripted(prompt_of)
+    agent = durable(model)
+
+    async def run(prompt: str) -> str:
+        return str((await agent.run(prompt, run_id="mine")).output)
+
+    async def work() -> list[str]:
+        prompts = ("one", "two")
+        return await asyncio.gather(*map(run, prompts)) if together else [await run(one) for one in prompts]
+
+    step = Step()
+    async with asyncio.timeout(20):
+        assert (await step.resumed(work))[0] == ["one", "two"]
+    assert len(step.units) == 2
+    assert together or requests == [0, 0]
+
+
 async def _says_paid(messages: list[ModelMessage], _: AgentInfo) -> AsyncIterator[str]:
     assert returned(messages), "this was answered before"
     yield "paid"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import copy
-import itertools
 import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -130,18 +129,6 @@ class Progress:
     """What tools of the last answer were called when it was recorded, by the call and the name that they have now."""
     deferred: DeferredToolRequests | None = None
     """The calls that somebody outside was last wanted for."""
-    turns: dict[str, set[int]] = field(default_factory=dict)
-    """Which answers to one and the same request there are, or are being asked for."""
-
-    def asks(self, request: str) -> int:
-        """A model is asked: gives the how manieth answer to this request it will be.
-
-        Who asks in vain has no answer: the one that takes over gives the one that was wanted, for all attempts.
-        """
-        taken = self.turns.setdefault(request, set())
-        turn = next(number for number in itertools.count(1) if number not in taken)
-        taken.add(turn)
-        return turn
 
     def answered(self, place: Place, unit: str, number: int, about: str) -> None:
         """The model has given the answer that is recorded as `unit`, the so manieth to its request."""
@@ -260,7 +247,7 @@ class Operations(CallableOperationBackend[Unit]):
         identity = _identity(place, name, ctx, cache_key, progress.line)
         turn, number = 0, 1
         if is_answer:
-            turn = progress.asks(identity)
+            turn = place.take(identity)
             unit, number = await place.standing(place.spelled(identity, turn))
             progress.check(place)  # the records are read by now, whatever else was asked for
         else:
@@ -286,8 +273,10 @@ class Operations(CallableOperationBackend[Unit]):
         try:
             done = await place.do(unit, config, produce, soon=is_answer)
         except BaseException as exc:
-            if is_answer:
-                progress.turns[identity].discard(turn)
+            if (
+                is_answer
+            ):  # the answer of the model that takes over is the one that was wanted, for all attempts
+                place.give_back(identity, turn)
             if isinstance(exc, Exception):
                 progress.error = exc
             raise
