@@ -164,9 +164,9 @@ class Progress:
             if place.journal.is_left(name):
                 raise UnitUnreadable(
                     f"the call of tool '{tool}' is recorded as done ({name}), and this code would not make it: the "
-                    "tool is gone, or doesn't take these arguments any more; the model isn't told that they are "
-                    "wrong, for it would call it again: go on with the code that recorded it, or dispatch the work "
-                    "again under another id"
+                    "tool is gone, doesn't take these arguments any more, or a handler doesn't approve of what it has "
+                    "approved of; the model isn't told so, for it would call it again: go on with the code that "
+                    "recorded it, or dispatch the work again under another id"
                 )
 
 
@@ -273,9 +273,8 @@ class Operations(CallableOperationBackend[Unit]):
         try:
             done = await place.do(unit, config, produce, soon=is_answer)
         except BaseException as exc:
-            if (
-                is_answer
-            ):  # the answer of the model that takes over is the one that was wanted, for all attempts
+            if is_answer:
+                # Another model may take over: its answer is the one that was wanted, for all attempts.
                 place.give_back(identity, turn)
             if isinstance(exc, Exception):
                 progress.error = exc
