@@ -780,6 +780,31 @@ async def test_an_answer_is_that_of_its_request_whichever_model_is_asked(how: st
     assert said == ("paid" if how == "is streamed" else "paid by other")
 
 
+async def test_an_answer_that_was_rejected_is_in_nobody_s_way() -> None:
+    """Another model gave the one that counts, and called the tool under the same id: that call is met, behind both."""
+    paid: list[int] = []
+
+    def cut_off(_: list[ModelMessage], __: AgentInfo) -> ModelResponse:
+        return ModelResponse(parts=[called("pay", "c1", euros=9)], finish_reason="length")
+
+    spare, requests = scripted(called("pay", "c1", euros=1), both_answers)
+    # The answer to the second request is cut off as well.
+    agent = durable(
+        FunctionModel(cut_off), engine={"models": {"spare": spare}}, capabilities=[ModelFallback("spare")]
+    )
+
+    @agent.tool_plain
+    def pay(euros: int) -> str:
+        paid.append(euros)
+        return f"paid {euros}"
+
+    step = Step()
+    result, _ = await step.resumed(lambda: agent.run("go"))
+    assert (result.output, paid) == ("c1=paid 1", [1])
+    assert len([unit for unit in step.units if "model.request" in unit]) == 4
+    assert len(requests) == 2
+
+
 @pytest.mark.parametrize("together", [True, False])
 async def test_runs_of_one_id_have_answers_of_their_own(together: bool) -> None:
     """An id that code gives to several runs tells them apart by their order, each with its own answers."""

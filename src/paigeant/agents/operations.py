@@ -116,6 +116,8 @@ class Progress:
     """
 
     answer: tuple[Place, str] | None = None
+    about: str = ""
+    """The step of the agent's run that the last answer is of."""
     error: Exception | None = None
     line: str = ""
     calls: dict[str, str] = field(default_factory=dict)
@@ -132,7 +134,7 @@ class Progress:
 
     def answered(self, place: Place, unit: str, number: int, about: str) -> None:
         """The model has given the answer that is recorded as `unit`, the so manieth to its request."""
-        self.answer = (place, unit)
+        self.answer, self.about = (place, unit), about
         self.calls, self.done, self.was = {}, {}, {}
         if number > 1:
             self.line = f"{self.line},{about}!{number}"
@@ -245,11 +247,15 @@ class Operations(CallableOperationBackend[Unit]):
         if calls_tool and ctx is not None and (recorded := _called(ctx, progress)) is not None:
             name = f"{name.removesuffix(ctx.tool_name or '')}{recorded}"
         identity = _identity(place, name, ctx, cache_key, progress.line)
+        about = "" if ctx is None else str(ctx.run_step)
         turn, number = 0, 1
         if is_answer:
             turn = place.take(identity)
             unit, number = await place.standing(place.spelled(identity, turn))
-            progress.check(place)  # the records are read by now, whatever else was asked for
+            # The records are read by now, whatever else was asked for. Of an answer that was rejected, so that another
+            # one was asked for in its place and is there, no call was made.
+            if progress.about != about or not place.journal.is_left(unit):
+                progress.check(place)
         else:
             unit = place.name(identity)
         tool = (
@@ -280,7 +286,6 @@ class Operations(CallableOperationBackend[Unit]):
                 progress.error = exc
             raise
         if is_answer:
-            about = "" if ctx is None else str(ctx.run_step)
             progress.answered(place, unit, number, about)
         record_durable_unit(executed=done.executed)
         # Another worker may have been the first to record it.
