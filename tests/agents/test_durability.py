@@ -721,6 +721,21 @@ async def test_rule_8_a_model_that_takes_over_is_recorded() -> None:
     assert [name for name in step.units if "model.request" in name] == [step.units[0], step.units[2]]
 
 
+async def test_rule_8_a_model_that_takes_over_may_be_any_id() -> None:
+    """As in `run(model=...)`, it needn't be in `models`; a model object that nobody registered is refused still."""
+
+    def fail(_: list[ModelMessage]) -> str:
+        raise ModelHTTPError(400, "own")
+
+    agent = durable(scripted(fail)[0], capabilities=[ModelFallback("test")])
+    step = Step()
+    assert (await step.attempt(lambda: agent.run("go"))).output == "success (no tool calls)"
+    assert step.units == ["agent__model.request(agent:1,1)"]
+    agent = durable(scripted(fail)[0], capabilities=[ModelFallback(TestModel())])
+    with pytest.raises(UserError, match="was not registered with `PaigeantDurability`"):
+        await Step().attempt(lambda: agent.run("go"))
+
+
 @pytest.mark.parametrize("how", ["is well again", "is another one", "is selected anew", "is streamed"])
 async def test_an_answer_is_that_of_its_request_whichever_model_is_asked(how: str) -> None:
     """A model that is well again, another one, or a stream, isn't asked for what another has answered: it would have
