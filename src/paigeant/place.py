@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import heapq
 import itertools
 import re
 import secrets
@@ -95,6 +96,7 @@ class Place:
     is_once: bool = False
     is_unit: bool = True
     _counts: dict[str, Iterator[int]] = field(default_factory=dict)
+    _left: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def effect_key(self) -> str:
@@ -105,6 +107,17 @@ class Place:
         """The how manieth `what` this is at this place, from 1."""
         # One step for threads, too: neither `setdefault` nor `next` is interrupted.
         return next(self._counts.setdefault(what, itertools.count(1)))
+
+    def take(self, what: str) -> int:
+        """Like `count`, for what may come to nothing: `give_back` makes the number the next one's."""
+        try:
+            return heapq.heappop(self._left[what])
+        except LookupError:
+            return self.count(what)
+
+    def give_back(self, what: str, number: int) -> None:
+        """See `take`."""
+        heapq.heappush(self._left.setdefault(what, []), number)
 
     @property
     def is_recorded(self) -> bool:

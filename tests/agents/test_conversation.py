@@ -18,6 +18,7 @@ from pydantic_ai import (
     RunContext,
     TextPart,
     ToolDenied,
+    ToolReturn,
 )
 from pydantic_ai.capabilities import ProcessHistory
 from pydantic_ai.exceptions import CallDeferred
@@ -162,6 +163,28 @@ activity.agent(
 )
 clean = Workflow("clean", ["cleaner", "decide", "finish", "report", "again"])
 """
+
+
+async def test_a_conversation_that_json_can_t_hold_is_final() -> None:
+    """What an inline tool gave is recorded here first: no further attempt could record it either."""
+    model, requests = scripted(called("look", "c1"), "done")
+    looker: Agent[Any, str] = Agent(model, name="looker")
+
+    @looker.tool_plain(metadata={"paigeant": {"inline": True}})
+    def look() -> ToolReturn:
+        return ToolReturn("seen", metadata=object())
+
+    activity = ActivityRegistry()
+    activity.agent(looker, prompt="x", retries=2)
+    activity.agent(talker(), prompt="y", message_history="looker")
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["looker", "talker"]))
+        await app.drain()
+        result, detail = await run.wait(), await run.detail()
+    assert result.error is not None
+    assert "OutputInvalid: what a model or a tool gave can't be recorded as JSON" in result.error
+    assert detail.steps[0].attempt == 1
+    assert requests == [0, 1]
 
 
 def test_a_conversation_goes_on_from_process_to_process(

@@ -24,6 +24,7 @@ from pydantic_ai import (
     CallDeferred,
     CancellationToken,
     DeferredToolRequests,
+    DeferredToolResults,
     ModelMessage,
     ModelResponse,
     ModelRetry,
@@ -36,7 +37,13 @@ from pydantic_ai import (
     ToolReturn,
 )
 from pydantic_ai._agent_graph import _agent_graph_sleep
-from pydantic_ai.capabilities import AbstractCapability, LocalWorkspace, ModelFallback, durable_operation
+from pydantic_ai.capabilities import (
+    AbstractCapability,
+    LocalWorkspace,
+    ModelFallback,
+    SelectModel,
+    durable_operation,
+)
 from pydantic_ai.exceptions import (
     FallbackExceptionGroup,
     ModelHTTPError,
@@ -46,7 +53,7 @@ from pydantic_ai.exceptions import (
     UsageLimitExceeded,
     UserError,
 )
-from pydantic_ai.messages import AgentStreamEvent, FilePart
+from pydantic_ai.messages import AgentStreamEvent, FilePart, ModelRequest
 from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 from pydantic_ai.models.test import TestModel
@@ -214,11 +221,11 @@ async def test_the_names_of_units_are_pinned() -> None:
     await streamed.attempt(lambda: watched.run("go", run_id="mine"))
     assert sorted(streamed.units) == sorted(
         [
-            'agent__model.request_stream("mine",1)',
+            'agent__model.request("mine",1)',
             'agent__event_stream_handler("mine",1,"pyd_ai_tool_call_id__look")',
             'agent__function_toolset__<agent>.call_tool:look("mine",1,"pyd_ai_tool_call_id__look")',
             'agent__event_stream_handler("mine",1,"pyd_ai_tool_call_id__look")#2',
-            'agent__model.request_stream("mine",2)',
+            'agent__model.request("mine",2)',
         ]
     )
 
@@ -671,7 +678,7 @@ async def test_rule_8_a_run_may_bring_tools_that_are_done_elsewhere() -> None:
 
 
 async def test_rule_8_models_of_a_run_are_refused_unless_they_are_known() -> None:
-    """A model object that isn't registered is refused; by its id in `models` it is taken, and recorded under it."""
+    """A model object that isn't registered is refused; by its id in `models` it is taken."""
     other = scripted("other")[0]
     agent = durable(scripted("own")[0], engine={"models": {"other": other}})
     with pytest.raises(UserError, match="was not registered with `PaigeantDurability`"):
@@ -679,7 +686,7 @@ async def test_rule_8_models_of_a_run_are_refused_unless_they_are_known() -> Non
     step = Step()
     assert (await step.attempt(lambda: agent.run("go", model="other"))).output == "other"
     assert (await step.attempt(lambda: agent.run("go", model=other))).output == "other"
-    assert step.units == ["agent__model.request.other(agent:1,1)"]
+    assert step.units == ["agent__model.request(agent:1,1)"]
 
 
 async def test_rule_8_a_model_that_overrides_the_agent_s_own_is_taken() -> None:
@@ -711,7 +718,131 @@ async def test_rule_8_a_model_that_takes_over_is_recorded() -> None:
     step = Step()
     result, crashes = await step.resumed(lambda: agent.run("go"))
     assert (result.output, crashes, requests) == ("c1=1", 3, [0, 1])
-    assert [name for name in step.units if "model.request.spare" in name] == [step.units[0], step.units[2]]
+    assert [name for name in step.units if "model.request" in name] == [step.units[0], step.units[2]]
+
+
+async def test_rule_8_a_model_that_takes_over_may_be_any_id() -> None:
+    """As in `run(model=...)`, it needn't be in `models`; a model object that nobody registered is refused still."""
+
+    def fail(_: list[ModelMessage]) -> str:
+        raise ModelHTTPError(400, "own")
+
+    agent = durable(scripted(fail)[0], capabilities=[ModelFallback("test")])
+    step = Step()
+    assert (await step.attempt(lambda: agent.run("go"))).output == "success (no tool calls)"
+    assert step.units == ["agent__model.request(agent:1,1)"]
+    agent = durable(scripted(fail)[0], capabilities=[ModelFallback(TestModel())])
+    with pytest.raises(UserError, match="was not registered with `PaigeantDurability`"):
+        await Step().attempt(lambda: agent.run("go"))
+
+
+@pytest.mark.parametrize("how", ["is well again", "is another one", "is selected anew", "is streamed"])
+async def test_an_answer_is_that_of_its_request_whichever_model_is_asked(how: str) -> None:
+    """A model that is well again, another one, or a stream, isn't asked for what another has answered: it would have
+    the tools do the same once more, under other keys."""
+    paid: list[str] = []
+    attempts: list[int] = []
+
+    def own(_: list[ModelMessage]) -> Any:
+        if how == "is well again" and len(attempts) == 1:
+            raise ModelHTTPError(400, "own")
+        return called("pay", "other")
+
+    first, first_requests = scripted(called("pay", "c1"), "paid")
+    other, other_requests = scripted(own, "paid by other")
+    models = {"first": first, "other": other}
+
+    def of(attempt: int) -> str:
+        return "first" if attempt == 1 else "other"
+
+    async def watch(_: RunContext[Any], events: AsyncIterable[AgentStreamEvent]) -> None:
+        async for _event in events:
+            pass
+
+    async def work() -> str:
+        attempts.append(len(attempts) + 1)
+        engine: dict[str, Any] = {"models": models}
+        capabilities: list[AbstractCapability[Any]] = []
+        asked: str | None = None
+        match how:
+            case "is well again":
+                capabilities, asked = [ModelFallback("first")], "other"
+            case "is another one":
+                asked = of(attempts[-1])
+            case "is selected anew":
+                capabilities = [SelectModel(lambda _: of(attempts[-1]))]
+            case _:
+                engine["event_stream_handler"] = watch if attempts[-1] > 1 else None
+                asked = "first"
+        agent = durable(TestModel(), engine=engine, capabilities=capabilities)
+
+        @agent.tool_plain
+        def pay() -> str:
+            paid.append(effect_key())
+            return "paid"
+
+        return str((await agent.run("go", model=asked)).output)
+
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(work, crash_after=2)
+    if how == "is streamed":
+        models["first"] = FunctionModel(stream_function=_says_paid)
+    said = await step.attempt(work)
+    assert len(paid) == 1, "the tool was called again"
+    asked = {"is well again": [0, 1], "is streamed": []}.get(how, [1])
+    assert (first_requests, other_requests) == ([0], asked)
+    assert said == ("paid" if how == "is streamed" else "paid by other")
+
+
+async def test_an_answer_that_was_rejected_is_in_nobody_s_way() -> None:
+    """Another model gave the one that counts, and called the tool under the same id: that call is met, behind both."""
+    paid: list[int] = []
+
+    def cut_off(_: list[ModelMessage], __: AgentInfo) -> ModelResponse:
+        return ModelResponse(parts=[called("pay", "c1", euros=9)], finish_reason="length")
+
+    spare, requests = scripted(called("pay", "c1", euros=1), both_answers)
+    # The answer to the second request is cut off as well.
+    agent = durable(
+        FunctionModel(cut_off), engine={"models": {"spare": spare}}, capabilities=[ModelFallback("spare")]
+    )
+
+    @agent.tool_plain
+    def pay(euros: int) -> str:
+        paid.append(euros)
+        return f"paid {euros}"
+
+    step = Step()
+    result, _ = await step.resumed(lambda: agent.run("go"))
+    assert (result.output, paid) == ("c1=paid 1", [1])
+    assert len([unit for unit in step.units if "model.request" in unit]) == 4
+    assert len(requests) == 2
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_runs_of_one_id_have_answers_of_their_own(together: bool) -> None:
+    """An id that code gives to several runs tells them apart by their order, each with its own answers."""
+    model, requests = scripted(prompt_of)
+    agent = durable(model)
+
+    async def run(prompt: str) -> str:
+        return str((await agent.run(prompt, run_id="mine")).output)
+
+    async def work() -> list[str]:
+        prompts = ("one", "two")
+        return await asyncio.gather(*map(run, prompts)) if together else [await run(one) for one in prompts]
+
+    step = Step()
+    async with asyncio.timeout(20):
+        assert (await step.resumed(work))[0] == ["one", "two"]
+    assert len(step.units) == 2
+    assert together or requests == [0, 0]
+
+
+async def _says_paid(messages: list[ModelMessage], _: AgentInfo) -> AsyncIterator[str]:
+    assert returned(messages), "this was answered before"
+    yield "paid"
 
 
 async def test_rule_8_cancellation_tokens_are_refused() -> None:
@@ -1820,6 +1951,52 @@ async def test_a_tool_that_was_renamed_goes_on_with_its_records(mode: str) -> No
 
 def _calls(messages: list[ModelMessage]) -> list[ToolCallPart]:
     return [part for message in messages for part in message.parts if isinstance(part, ToolCallPart)]
+
+
+@pytest.mark.parametrize("approved", [True, False], ids=["approved", "open"])
+@pytest.mark.parametrize("change", ["renamed", "gone", "arguments"])
+async def test_new_code_knows_the_calls_that_a_history_brings(approved: bool, change: str) -> None:
+    """They may have waited for days in an earlier run: what is recorded of them is met by new code, or missed."""
+    history: list[ModelMessage] = [
+        ModelRequest.user_text_prompt("go"),
+        ModelResponse([called("pay", "c1", to=1)]),
+    ]
+    results = DeferredToolResults(approvals={"c1": True}) if approved else None
+    paid: list[str] = []
+
+    def agent(name: str, to: type = int, **metadata: Any) -> tuple[AnyAgent, list[int]]:
+        model, requests = scripted("", both_answers)
+        made = durable(model)
+
+        async def pay(to: Any) -> str:
+            paid.append(effect_key())
+            return "paid"
+
+        pay.__annotations__["to"] = to
+        made.tool_plain(name=name, requires_approval=approved, metadata={"paigeant": metadata})(pay)
+        return made, requests
+
+    def run(agent: AnyAgent) -> Any:
+        return agent.run(message_history=history, deferred_tool_results=results)
+
+    (before, _), (after, requests) = (
+        agent("pay"),
+        {"renamed": agent("transfer", was="pay"), "gone": agent("transfer"), "arguments": agent("pay", str)}[
+            change
+        ],
+    )
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: run(before), crash_after=1)
+    if change == "renamed":
+        for there in (step, Step()):  # whether it was done, or nobody has done it yet
+            assert (await there.attempt(lambda: run(after))).output == "c1=paid"
+        assert len(paid) == 2
+    else:
+        with pytest.raises(UnitUnreadable, match="tool 'pay' is recorded as done"):
+            await step.attempt(lambda: run(after))
+        assert (len(paid), requests) == (1, [])
+    assert _calls(history)[0].tool_name == "pay", "what the caller has was changed"
 
 
 async def test_an_agent_that_was_renamed_goes_on_with_its_records() -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from pydantic import JsonValue
@@ -25,6 +25,7 @@ from pydantic_ai.messages import ToolCallPart
 from pydantic_core import from_json, to_json
 from tests.agents.steps import called, returned, scripted
 from tests.integration.workers import working
+from typing_extensions import TypeAliasType
 
 from paigeant import ActivityRegistry, Paigeant, Run, RunStatus, Settings, StepContext, Workflow
 from paigeant.agents import PaigeantDurability, effect_key
@@ -249,10 +250,24 @@ async def test_a_tool_that_is_never_content_with_an_approval_fails_its_step() ->
     assert "tool 'pay' asks for approval of a call that has been approved" in str(result.error)
 
 
-async def test_an_agent_that_ends_with_its_requests_does() -> None:
-    """Who has DeferredToolRequests among its outputs gets them as the output of the step."""
+_ALIAS: Any = TypeAliasType("_ALIAS", str | DeferredToolRequests)
+
+
+@pytest.mark.parametrize(
+    "output_type",
+    [
+        [str, DeferredToolRequests],
+        str | DeferredToolRequests,
+        _ALIAS,
+        [int, _ALIAS],
+        Annotated[str | DeferredToolRequests, "paid"],
+    ],
+    ids=["list", "union", "alias", "list of an alias", "annotated"],
+)
+async def test_an_agent_that_ends_with_its_requests_does(output_type: Any) -> None:
+    """Who has DeferredToolRequests among its outputs gets them as the output of the step, however it is spelled."""
     model, _ = scripted(called("pay", "c1", euros=9))
-    agent = Agent(model, name="banker", output_type=[str, DeferredToolRequests])
+    agent: Agent[None, Any] = Agent(model, name="banker", output_type=output_type)
 
     @agent.tool_plain(requires_approval=True)
     async def pay(euros: int) -> str:

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from pydantic import BaseModel, Field
@@ -18,8 +18,10 @@ from pydantic_ai import (
     Agent,
     ModelMessage,
     ModelResponse,
+    ModelRetry,
     NativeOutput,
     RunContext,
+    TextOutput,
     TextPart,
     ToolCallPart,
     ToolOutput,
@@ -29,6 +31,7 @@ from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
 from pydantic_core import core_schema
 from tests.agents.steps import called, prompt_of, returned, scripted
+from typing_extensions import TypeAliasType
 
 import paigeant
 from paigeant import (
@@ -697,6 +700,51 @@ async def test_a_handoff_goes_before_what_was_planned(settings: Settings) -> Non
     assert list(outputs(detail)) == ["planner", "planner.2", "planner.1"]
 
 
+@pytest.mark.parametrize("limits", [{"max_added": 1}, {"max_total": 2}, {}], ids=str)
+async def test_a_handoff_keeps_its_room(
+    settings: Settings, caplog: pytest.LogCaptureFixture, limits: dict[str, int]
+) -> None:
+    """What the same answer asks for behind it is refused where only one of them has room, and doesn't end the run."""
+    letter = "x" * (MAX_ARGUMENT_BYTES // 2)
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        large = {"activity": "shorten", "arguments": {"text": letter}}
+        answer = hands("billing", letter if not limits else "now")(messages, info)
+        return replace(answer, parts=[*answer.parts, adds("c2", large if not limits else "collect")])
+
+    activity = triage(respond, "billing", "collect", "shorten", **limits)
+    detail = await carried_out(settings, activity, "planner", customer="Ada")
+    assert detail.run.status == "completed", detail.run.error
+    assert list(outputs(detail)) == ["planner", "planner.1"]
+    assert [row.activity for row in detail.steps] == ["planner", "billing"]
+    assert any("planned was refused" in record.message for record in caplog.records)
+
+
+async def test_a_handoff_that_a_validator_refuses_keeps_no_room(settings: Settings) -> None:
+    """The agent goes on, and may have what is left of the policy."""
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        if len(messages) == 1:
+            return hands("billing", "now")(messages, info)
+        wanted: list[ModelResponsePart] = [adds("c2", "collect"), TextPart("collected")]
+        return ModelResponse(parts=wanted[:1] if len(messages) == 3 else wanted[1:])
+
+    activity = helpers()
+    agent: Agent[None, Any] = Agent(FunctionModel(respond), name="planner", output_type=[str, Handoff])
+
+    @agent.output_validator
+    def keeps_it(output: Any) -> Any:
+        if isinstance(output, Handoff):
+            raise ModelRetry("do it yourself")
+        return output
+
+    allowed = ["billing", "collect"]
+    activity.agent(agent, prompt="Sort", may_add=ItineraryPolicy(allowed=allowed, max_added=1))
+    detail = await carried_out(settings, activity, "planner")
+    assert list(outputs(detail)) == ["planner", "planner.1"], detail.run.error
+    assert detail.steps[1].activity == "collect"
+
+
 async def test_the_next_agent_may_go_on_with_the_conversation(settings: Settings) -> None:
     """With `message_history` it has all messages of the one that handed over, beside what it was told."""
     seen: list[list[str]] = []
@@ -811,6 +859,12 @@ class Escalation(Handoff):
 
 
 EITHER: Any = NativeOutput([Letter, Handoff])
+NAMED: Any = TypeAliasType("NAMED", str | Handoff)
+
+
+def forwarded(message: str) -> Handoff:
+    """An output function: what the model says goes to one and the same desk."""
+    return Handoff("desk", message)
 
 
 @pytest.mark.parametrize(
@@ -825,6 +879,11 @@ EITHER: Any = NativeOutput([Letter, Handoff])
         (ToolOutput(Handoff, name="hand_over"), True),
         ([str, ToolOutput(Handoff)], True),
         (EITHER, True),
+        (NAMED, True),
+        ([Letter, NAMED], True),
+        (Annotated[str | Handoff, "how it ends"], True),
+        (forwarded, True),
+        (TextOutput(forwarded), True),
     ],
     ids=str,
 )

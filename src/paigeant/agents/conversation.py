@@ -24,9 +24,10 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_ai import DeferredToolRequests, DeferredToolResults
 from pydantic_ai.conversation import Conversation
-from pydantic_core import from_json
+from pydantic_core import PydanticSerializationError, from_json
 
 from paigeant import codec
+from paigeant.agents.operations import not_json
 from paigeant.context import StepContext
 from paigeant.errors import ArgumentError, UnitUnreadable
 from paigeant.slip import Phase, StepStatus
@@ -67,7 +68,7 @@ async def keep(
     conversation: Conversation,
     earlier: Earlier | None,
 ) -> None:
-    """Record the conversation that led to this output, before the output itself is recorded."""
+    """Record the conversation that led to this output, before the output itself is recorded. Raises OutputInvalid."""
     try:
         text = codec.dump(value) if output is None else codec.dump_as(output, value)
     except codec.JsonInvalid:
@@ -78,7 +79,11 @@ async def keep(
         if messages[: len(before)] == before:
             rest = replace(conversation, messages=messages[len(before) :])
             record = _Record(rest, earlier.step, earlier.unit)
-    await context._store.save_unit(context._key, _unit_of(text), _RECORD.dump_json(record))
+    try:
+        written = _RECORD.dump_json(record)
+    except PydanticSerializationError as exc:  # of a tool whose calls aren't recorded
+        raise not_json(exc) from exc
+    await context._store.save_unit(context._key, _unit_of(text), written)
 
 
 async def continued(name: str, earlier: str, context: StepContext) -> Earlier | None:

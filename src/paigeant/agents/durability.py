@@ -82,7 +82,7 @@ from pydantic_ai.exceptions import (
 )
 from pydantic_ai.external_events import external_event_scope
 from pydantic_ai.messages import AgentStreamEvent, ModelResponse, ToolCallPart
-from pydantic_ai.models import Model
+from pydantic_ai.models import Model, ModelRequestContext
 from pydantic_ai.models.instrumented import InstrumentedModel
 from pydantic_ai.output import OutputContext
 from pydantic_ai.run import AgentRunResult
@@ -260,6 +260,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         place = current_place()
         assert place is not None, "this is part of a step"
         progress = Progress()
+        self.get_durable_operation_backend().begin(place, ctx, progress)
         token, call = PROGRESS.set(progress), CALL.set(None)
         try:
             with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)), _no_unit():
@@ -500,6 +501,17 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
     ) -> Model:
         override = self._override() if model_id is None else None
         return _plain(override or await super()._resolve_model_for_request(model_id, run_context))
+
+    def _model_id_for_request(
+        self, ctx: RunContext[AgentDepsT], request_context: ModelRequestContext
+    ) -> str | None:
+        try:
+            return super()._model_id_for_request(ctx, request_context)
+        except UserError:
+            # The library looks at the id of the run's own model only, not at that of one which takes over.
+            if request_context.attempt > 1 and request_context.model_id is not None:
+                return request_context.model_id
+            raise
 
     def _override(self) -> Model | None:
         """The model that `agent.override(model=...)` puts in place of the agent's own, as tests do."""

@@ -24,7 +24,7 @@ from pydantic_ai.durable_exec import (
     ToolsetValidateToolArgumentsId,
     record_durable_unit,
 )
-from pydantic_ai.messages import ToolCallPart
+from pydantic_ai.messages import ModelResponse, ToolCallPart
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.agents.usage import Part, count, of_request, of_run
@@ -116,10 +116,15 @@ class Progress:
     """
 
     answer: tuple[Place, str] | None = None
+    about: str = ""
+    """The step of the agent's run that the last answer is of."""
     error: Exception | None = None
     line: str = ""
     calls: dict[str, str] = field(default_factory=dict)
-    """The names of the units of the last answer's tool calls, with the tools; empty for an answer that is new."""
+    """The names of the units of the last answer's tool calls, with the tools; empty for an answer that is new.
+
+    Before the first answer they are those of the calls that the run's history leaves open.
+    """
     done: dict[str, str] = field(default_factory=dict)
     """The tools of the last answer that were called and may have had effects, by their units."""
     was: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -129,7 +134,7 @@ class Progress:
 
     def answered(self, place: Place, unit: str, number: int, about: str) -> None:
         """The model has given the answer that is recorded as `unit`, the so manieth to its request."""
-        self.answer = (place, unit)
+        self.answer, self.about = (place, unit), about
         self.calls, self.done, self.was = {}, {}, {}
         if number > 1:
             self.line = f"{self.line},{about}!{number}"
@@ -154,19 +159,16 @@ class Progress:
             )
         place.give_up(unit, error, held=held)
 
-    def check(self) -> None:
+    def check(self, place: Place) -> None:
         """Raise UnitUnreadable when a call that is recorded as done wasn't made by the code that is there now."""
-        if self.answer is None:
-            return
-        place, calls = self.answer[0], self.calls
-        self.calls = {}
+        calls, self.calls = self.calls, {}
         for name, tool in calls.items():
             if place.journal.is_left(name):
                 raise UnitUnreadable(
                     f"the call of tool '{tool}' is recorded as done ({name}), and this code would not make it: the "
-                    "tool is gone, or doesn't take these arguments any more; the model isn't told that they are "
-                    "wrong, for it would call it again: go on with the code that recorded it, or dispatch the work "
-                    "again under another id"
+                    "tool is gone, doesn't take these arguments any more, or a handler doesn't approve of what it has "
+                    "approved of; the model isn't told so, for it would call it again: go on with the code that "
+                    "recorded it, or dispatch the work again under another id"
                 )
 
 
@@ -179,7 +181,16 @@ EVENT_OF: contextvars.ContextVar[RunContext[Any] | None] = contextvars.ContextVa
 
 
 class _Namer(JournalOperationNamer):
-    """The library's names. Those of MCP calls and validations tell their tool as well, like that of any other call."""
+    """The library's names. Those of MCP calls and validations tell their tool as well, like that of any other call.
+
+    That of a model request tells neither the model nor whether it is streamed: an answer that is there is the answer,
+    also where a model that had failed is well again, or new code asks another one.
+    """
+
+    def operation_name(self, operation_id: DurableOperationId) -> str:
+        if isinstance(operation_id, ModelRequestId):
+            operation_id = replace(operation_id, model_id=None, streaming=False)
+        return super().operation_name(operation_id)
 
     def invocation_name(self, operation_id: DurableOperationId, *, label: str | None) -> Any:
         invocation = super().invocation_name(operation_id, label=label)
@@ -236,11 +247,17 @@ class Operations(CallableOperationBackend[Unit]):
         if calls_tool and ctx is not None and (recorded := _called(ctx, progress)) is not None:
             name = f"{name.removesuffix(ctx.tool_name or '')}{recorded}"
         identity = _identity(place, name, ctx, cache_key, progress.line)
-        unit = place.name(identity)
-        number = 1
+        about = "" if ctx is None else str(ctx.run_step)
+        turn, number = 0, 1
         if is_answer:
-            progress.check()
-            unit, number = await place.standing(unit)
+            turn = place.take(identity)
+            unit, number = await place.standing(place.spelled(identity, turn))
+            # The records are read by now, whatever else was asked for. Of an answer that was rejected, so that another
+            # one was asked for in its place and is there, no call was made.
+            if progress.about != about or not place.journal.is_left(unit):
+                progress.check(place)
+        else:
+            unit = place.name(identity)
         tool = (
             ctx.tool_name or "" if ctx is not None and isinstance(operation_id, ToolsetCallToolId) else None
         )
@@ -261,11 +278,14 @@ class Operations(CallableOperationBackend[Unit]):
 
         try:
             done = await place.do(unit, config, produce, soon=is_answer)
-        except Exception as exc:
-            progress.error = exc
+        except BaseException as exc:
+            if is_answer:
+                # Another model may take over: its answer is the one that was wanted, for all attempts.
+                place.give_back(identity, turn)
+            if isinstance(exc, Exception):
+                progress.error = exc
             raise
         if is_answer:
-            about = "" if ctx is None else str(ctx.run_step)
             progress.answered(place, unit, number, about)
         record_durable_unit(executed=done.executed)
         # Another worker may have been the first to record it.
@@ -273,10 +293,9 @@ class Operations(CallableOperationBackend[Unit]):
         if tool is not None and not _is_return(told.value):
             progress.done.pop(unit, None)
         if is_answer and not done.executed and ctx is not None:
-            progress.calls = {
-                place.spelled(called): tool
-                for called, tool in self._calls(place, told.value, ctx, progress.line)
-            }
+            for part in _tool_calls(told.value):
+                asked, call = str(part.get("tool_name")), part.get("tool_call_id")
+                progress.calls.update(self._calls(place, ctx, asked, call, progress.line))
             progress.was = self._rename(told.value)
         # That is by the library, once it has the value.
         added = told.used if is_answer else _used(operation_id, told.value)
@@ -286,15 +305,39 @@ class Operations(CallableOperationBackend[Unit]):
         count(unit, told.used, added, to=None if ctx is None else ctx.usage)
         return told.value
 
+    def begin(self, place: Place, ctx: RunContext[Any], progress: Progress) -> None:
+        """Have the calls that a run's history leaves open go on like those of a recorded answer.
+
+        An earlier run has been given them, maybe days ago: code that called a tool otherwise may have done them here.
+        """
+        messages = ctx.messages
+        answers = (at for at in reversed(range(len(messages))) if isinstance(messages[at], ModelResponse))
+        if (last := next(answers, None)) is None:
+            return
+        results = [part for message in messages[last + 1 :] for part in message.parts]
+        given = {getattr(part, "tool_call_id", None) for part in results}
+        names = self.renamed()
+
+        def today(part: Any) -> Any:
+            if not isinstance(part, ToolCallPart) or part.tool_call_id in given:
+                return part
+            progress.calls.update(self._calls(place, ctx, part.tool_name, part.tool_call_id, progress.line))
+            if (now := names.get(part.tool_name)) is None:
+                return part
+            progress.was[part.tool_call_id, now] = part.tool_name
+            return replace(part, tool_name=now)
+
+        parts = [today(part) for part in messages[last].parts]
+        if progress.was:  # the list is the run's own, the messages are the caller's
+            messages[last] = replace(cast(ModelResponse, messages[last]), parts=parts)
+
     def _calls(
-        self, place: Place, answer: object, ctx: RunContext[Any], line: str
+        self, place: Place, ctx: RunContext[Any], tool: str, call: str | None, line: str
     ) -> Iterator[tuple[str, str]]:
-        """What the units of the tool calls in an answer are called, whichever toolset has the tool, with the tool."""
-        for part in _tool_calls(answer):
-            about = _about(place, ctx, line, part.get("tool_call_id"))
-            tool = str(part.get("tool_name"))
-            for toolset in self.toolsets():
-                yield f"{self.agent}__{toolset}.call_tool:{tool}({about})", tool
+        """What the unit of a tool call is called, whichever toolset has the tool, with the tool."""
+        about = _about(place, ctx, line, call)
+        for toolset in self.toolsets():
+            yield place.spelled(f"{self.agent}__{toolset}.call_tool:{tool}({about})"), tool
 
     def _rename(self, answer: object) -> dict[tuple[str, str], str]:
         """Have a recorded answer call tools by the names that they have now; gives `Progress.was`."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from pydantic_ai import (
@@ -17,6 +17,7 @@ from pydantic_ai import (
     ToolApproved,
     ToolDenied,
 )
+from pydantic_ai._output import types_from_output_spec
 from pydantic_ai._run_context import get_current_run_context
 from pydantic_ai.agent import AbstractAgent
 from pydantic_ai.capabilities import RequestInput
@@ -52,14 +53,7 @@ def asks_itself(agent: AbstractAgent[Any, Any] | None, ctx: RunContext[Any]) -> 
     asks = ctx.root_capability is not None and any(
         isinstance(part, RequestInput) for part in leaf_capabilities(ctx.root_capability)
     )
-    return asks or (agent is not None and _holds(agent.output_type))
-
-
-def _holds(output: Any) -> bool:
-    if output is DeferredToolRequests:
-        return True
-    parts = output if isinstance(output, (list, tuple)) else get_args(output)
-    return any(_holds(part) for part in parts)
+    return asks or (agent is not None and DeferredToolRequests in types_from_output_spec(agent.output_type))
 
 
 async def decisions(

@@ -15,7 +15,6 @@ condition or a topic: an output named by it could take the place of an input.
 from __future__ import annotations
 
 import json
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
-from pydantic_ai import ModelRetry, NativeOutput, PromptedOutput, RunContext, ToolDefinition, ToolOutput
+from pydantic_ai import ModelRetry, RunContext, ToolDefinition
+from pydantic_ai._output import types_from_output_spec
 from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.toolsets import AbstractToolset, ToolsetTool
 from pydantic_core import SchemaValidator, core_schema
@@ -84,16 +84,10 @@ def check_may_add(name: str, may_add: ItineraryPolicy | None, output_type: Any) 
 
 def hands_over(output_type: Any) -> bool:
     """Whether an agent with this output type can end with a Handoff, as far as the type says so."""
-    match output_type:
-        case ToolOutput(output=inner) | NativeOutput(outputs=inner) | PromptedOutput(outputs=inner):
-            return hands_over(inner)
-        case list() | tuple():
-            return any(hands_over(inner) for inner in output_type)
-        case type():
-            return issubclass(output_type, Handoff)
-    if typing.get_origin(output_type) in (typing.Union, types.UnionType):
-        return any(hands_over(inner) for inner in typing.get_args(output_type))
-    return False
+    return any(
+        isinstance(output, type) and issubclass(output, Handoff)
+        for output in types_from_output_spec(output_type)
+    )
 
 
 @dataclass(slots=True)
@@ -163,6 +157,8 @@ class Plan(AbstractCapability[Any]):
         self.targets = tuple(name for name in self.offered if planner.takes_message(name))
         self.refused = ""
         """Why the last Handoff was refused."""
+        self.next: dict[int, Step] = {}
+        """The step of a Handoff, by the step of the agent's run: what else that answer asks for leaves it its room."""
 
     def get_toolset(self) -> AbstractToolset[Any]:
         return _Tools(self)
@@ -170,7 +166,7 @@ class Plan(AbstractCapability[Any]):
     async def after_output_process(self, ctx: RunContext[Any], *, output_context: Any, output: Any) -> Any:
         if isinstance(output, Handoff) and not ctx.partial_output:
             try:
-                self._handing_over(output)
+                self.next = {ctx.run_step: self._handing_over(output)}
             except (PaigeantError, codec.JsonInvalid) as exc:
                 reason = self._log(exc)
                 self.refused = f"not handed over: {reason}"
@@ -185,12 +181,13 @@ class Plan(AbstractCapability[Any]):
                 self.context._revise((step,), _first)
             self.context.log.info("the agent hands over to '%s'", step.activity)
 
-    def add(self, asked: Any) -> str:
+    def add(self, asked: Any, *, run_step: int) -> str:
         """Add the steps that a model asks for, all or none; gives what to tell it."""
         try:
             request = _read(_Steps, asked)
             steps = [Step(wanted.activity, args=wanted.arguments) for wanted in request.steps]
-            self._check(steps)
+            handoff = self.next.get(run_step)
+            self._check(steps if handoff is None else [handoff, *steps])
             with self.context._within(self.planner.may_add):
                 revise = self.context.insert if request.place == "next" else self.context.append
                 before = {step.id for step in self.context.remaining}
@@ -308,7 +305,9 @@ class _Tools(InlineToolset):
     async def call_tool(
         self, name: str, tool_args: dict[str, Any], ctx: RunContext[Any], tool: ToolsetTool[Any]
     ) -> str:
-        return self.plan.add(tool_args) if name == _ADD else self.plan.finish(tool_args)
+        return (
+            self.plan.add(tool_args, run_step=ctx.run_step) if name == _ADD else self.plan.finish(tool_args)
+        )
 
     def _tool(self, name: str, about: str, schema: dict[str, Any], ctx: RunContext[Any]) -> ToolsetTool[Any]:
         definition = ToolDefinition(
