@@ -58,14 +58,18 @@ def storable(text: str) -> str:
 def dump(value: Any) -> bytes:
     """`value` as JSON: anything pydantic knows how to write (models, dataclasses, datetimes, decimals, bytes ...).
 
-    Raises JsonInvalid for a value of an unknown type, one that contains itself, one nested deeper than MAX_DEPTH, or
-    one of more than LARGEST_BYTES.
+    Raises JsonInvalid for a value of an unknown type, one that contains itself, one that can be read only once, one
+    nested deeper than MAX_DEPTH, or one of more than LARGEST_BYTES.
     """
+    _refuse_iterator(value)
     try:
         text = to_json(value, inf_nan_mode="strings", bytes_mode="base64")
         if b"null" in text and value is not None and not _is_plain(value):
             # A model says itself how it writes nan and infinity: as null, by default. Its fields as plain values don't.
-            text = to_json(to_jsonable_python(value, bytes_mode="base64"), inf_nan_mode="strings")
+            again = to_json(to_jsonable_python(value, bytes_mode="base64"), inf_nan_mode="strings")
+            if len(again) < len(text):  # numbers are longer than null, so what is gone has been read up
+                raise JsonInvalid("something in it can be read only once; make a list of it")
+            text = again
         return _bounded(text)
     except (PydanticSerializationError, ValueError, RecursionError) as exc:
         raise JsonInvalid(_reason(exc)) from exc
@@ -76,6 +80,7 @@ def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
 
     A number that a model would write as null is an error as well.
     """
+    _refuse_iterator(value)
     try:
         text = _bounded(adapter.serializer.to_json(value, warnings="error"))
         if b"null" in text and _loses_number(text, adapter.dump_python(value, mode="json", warnings="none")):
@@ -112,6 +117,12 @@ def _reason(exc: BaseException) -> str:
     if "surrogates not allowed" in str(exc):
         return "a text in it holds half of a surrogate pair, which is no Unicode"
     return " ".join(str(exc).split())
+
+
+def _refuse_iterator(value: Any) -> None:
+    # It would be read here, by whoever writes it: a generator's code would run in the event loop, and may never end.
+    if isinstance(value, Iterator):
+        raise JsonInvalid("it can be read only once; make a list of it")
 
 
 def _is_plain(value: Any) -> bool:

@@ -148,6 +148,12 @@ CASES = [
         "can't be written as JSON",
     ),
     rejected(
+        "generator",
+        "@def bad():\n    while True: yield 1",
+        "activity 'bad' returned <generator",
+        "can be read only once; make a list of it",
+    ),
+    rejected(
         "text that is no text", GIVES + r"'\ud800'", "activity 'bad' returned", "can't be written as JSON"
     ),
     rejected(
