@@ -83,9 +83,9 @@ class Parameter:
     is_context: bool = False
 
     def read(self, activity: str, value: Any) -> Any:
-        """`value`, which came from JSON, as the annotation wants it. Raises ArgumentError."""
+        """`value`, which came from JSON, as the annotation wants it and its own copy. Raises ArgumentError."""
         if self.adapter is None:
-            return value
+            return codec.copied(value)
         try:
             return self.adapter.validator.validate_json(codec.dump(value))
         except ValidationError as exc:

@@ -22,6 +22,7 @@ __all__ = [
     "LARGEST_BYTES",
     "MAX_DEPTH",
     "JsonInvalid",
+    "copied",
     "depth",
     "dump",
     "dump_as",
@@ -101,6 +102,11 @@ def dump_sorted(value: Any) -> bytes:
 def plain(value: Any) -> Any:
     """`value` as JSON would give it back: dicts, lists, texts, numbers, booleans, None. Raises JsonInvalid."""
     return from_json(dump(value), allow_inf_nan=False)
+
+
+def copied(value: Any) -> Any:
+    """A JSON value (see `plain`) that is nobody else's, so that whoever gets it may change it."""
+    return from_json(to_json(value)) if isinstance(value, (dict, list)) else value
 
 
 def _sorted(value: Any) -> Any:
