@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -445,13 +446,22 @@ def read_parameters(name: str, function: Callable[..., Any]) -> tuple[tuple[Para
                 "so * and positional-only parameters can't be"
             )
         annotation = hints.get(parameter.name, Any)
-        is_context = annotation is StepContext
+        is_context = _is_context(annotation)
         try:
             adapter = None if annotation is Any or is_context else typed(annotation)
         except InvalidDefinition as exc:
             raise InvalidDefinition(f"parameter '{parameter.name}' of activity '{name}': {exc}") from exc
         parameters.append(Parameter(parameter.name, adapter, parameter.default, is_context))
     return tuple(parameters), takes_rest
+
+
+def _is_context(annotation: Any) -> bool:
+    """Whether it is StepContext, or that or None: a function that other code calls as well may do without."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [kind for kind in typing.get_args(annotation) if kind is not type(None)] == [StepContext]
+    return annotation is StepContext
 
 
 def _hints(name: str, function: Callable[..., Any]) -> dict[str, Any]:

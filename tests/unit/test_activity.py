@@ -8,7 +8,7 @@ import traceback
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Optional
 
 import pytest
 from hypothesis import given
@@ -386,3 +386,17 @@ def test_a_context_parameter_is_known_by_its_annotation() -> None:
 
     n, step = registered(work).parameters
     assert (n.is_context, step.is_context) == (False, True)
+
+
+def test_a_context_parameter_may_do_without() -> None:
+    """As in a function that other code calls, too, without a context."""
+
+    def older(step: Optional[StepContext] = None) -> None: ...  # noqa: UP045
+
+    def newer(step: StepContext | None = None) -> None: ...
+
+    def annotated(step: Annotated[StepContext | None, "of the step"] = None) -> None: ...
+
+    for function in (older, newer, annotated):
+        [step] = registered(function).parameters
+        assert step.is_context
