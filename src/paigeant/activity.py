@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import functools
 import inspect
 import types
@@ -37,10 +35,9 @@ from paigeant.identity import check_scopes
 from paigeant.redaction import quoted, secrets_in, without
 from paigeant.retry import RetryPolicy
 from paigeant.slip import check_name
+from paigeant.threads import Threads
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor as Threads
-
     from pydantic_ai import Agent, UsageLimits
 
     from paigeant.policy import ItineraryPolicy
@@ -48,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Activity", "ActivityRegistry", "Parameter", "typed"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Call = Callable[[Mapping[str, Any], StepContext, "Threads | None"], Awaitable[Any]]
+Call = Callable[[Mapping[str, Any], StepContext, Threads | None], Awaitable[Any]]
 
 MISSING: Any = inspect.Parameter.empty
 
@@ -487,16 +484,7 @@ def _caller(function: Callable[..., Any]) -> Call:
     else:
 
         async def call(arguments: Mapping[str, Any], _: StepContext, threads: Threads | None) -> Any:
-            # In a thread, with this task's context, so that logs and traces know the step there as well.
-            run = functools.partial(contextvars.copy_context().run, _in_thread, function, **arguments)
-            value = await asyncio.get_running_loop().run_in_executor(threads, run)
+            value = await (threads or Threads(1)).do(function, **arguments)
             return await value if inspect.isawaitable(value) else value
 
     return call
-
-
-def _in_thread(function: Callable[..., Any], /, **arguments: Any) -> Any:
-    try:
-        return function(**arguments)
-    except StopIteration as exc:  # no future takes it: whoever waits would wait for ever
-        raise RuntimeError("the function raised StopIteration") from exc

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,28 @@ async def test_a_message_that_waits_for_its_bound_is_given_back(settings: Settin
         await second.stop()
         await working
     assert {result.output for result in results} == {"done"}
+
+
+async def test_functions_that_never_return_keep_no_other_from_being_done(settings: Settings) -> None:
+    """A plain function can't be interrupted; as many as a worker has places are given up, and the next is done."""
+    activity, go = ActivityRegistry(), threading.Event()
+
+    @activity.execute(retries=0, timeout=0.05)
+    def stuck() -> None:
+        go.wait(PATIENCE)
+
+    @activity.execute(retries=0, timeout=5)
+    def fine() -> str:
+        return "done"
+
+    try:
+        async with Paigeant(settings, activities=activity) as app, working(app.worker(concurrency=2)):
+            runs = [await app.dispatch(Workflow("w", ["stuck"])) for _ in range(2)]
+            assert {(await run.wait(PATIENCE)).status for run in runs} == {RunStatus.FAILED}
+            run = await app.dispatch(Workflow("w", ["fine"]))
+            assert (await run.wait(PATIENCE)).output == "done"
+    finally:
+        go.set()
 
 
 async def _taken(app: Paigeant, count: int) -> None:

@@ -20,6 +20,7 @@ from paigeant.cli import console, session
 from paigeant.cli.opening import open_unless
 from paigeant.cli.sight import observing
 from paigeant.errors import ConfigurationError, PaigeantError, UnknownActivity
+from paigeant.threads import THREAD_NAME
 
 if TYPE_CHECKING:
     from paigeant.app import Paigeant
@@ -350,7 +351,7 @@ def _leave(code: int) -> None:
     Its step has been given back, and nothing that it does from now on is recorded. Python itself would wait for it.
     """
     for thread in threading.enumerate():
-        if thread.name.startswith("paigeant-step"):
+        if thread.name.startswith(THREAD_NAME):
             thread.join(0.2)
             if thread.is_alive():
                 logging.shutdown()
