@@ -126,6 +126,7 @@ class ActivityWorker:
             worker=record,
             topics=self._all_topics,
             interval=sweep_interval,
+            lease=lease,
             observers=self.observers,
             chance=chance,
         )
