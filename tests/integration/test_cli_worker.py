@@ -269,6 +269,23 @@ def test_the_shell_completes_handler_files() -> None:
     assert result.stdout.split() == ["handlers.py"]
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_process_without_standard_streams_works(closed: str) -> None:
+    """As a supervisor may start it: nobody hears it, and it does its work."""
+    Path("handlers.py").write_text(HANDLERS)
+
+    def mutely(*args: str) -> int:
+        command = ["sh", "-c", f'exec "$@" {closed}', "sh", *PAIGEANT, *args]
+        return subprocess.run(command, check=False, capture_output=True, input="{}", text=True).returncode
+
+    Path("input.json").write_text("{}")
+    assert mutely("dispatch", "where_is", "input.json", "--handlers", "handlers.py", "--id", "r") == 0
+    assert mutely("run", "handlers.py", "--until-idle") == 0
+    assert mutely("runs", "list") == 0
+    assert mutely("runs", "show", "none") == 2
+    assert shown("r")["status"] == "completed"
+
+
 def test_a_reader_that_goes_away_is_no_trouble() -> None:
     """`paigeant runs list | head -1`: no traceback when nobody reads on."""
     read, write = os.pipe()
