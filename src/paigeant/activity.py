@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,6 +54,9 @@ _WIRE = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_in
 
 def typed(annotation: Any) -> TypeAdapter[Any]:
     """Reads and writes values of `annotation` as JSON. Raises InvalidDefinition for what pydantic can't handle."""
+    if annotation is Iterable or typing.get_origin(annotation) is Iterable:
+        # pydantic takes it for a generator, which can't be recorded: it is read only once, and nobody knows when.
+        annotation = Sequence[typing.get_args(annotation) or (Any,)]  # type: ignore[misc]
     try:
         try:
             return TypeAdapter(annotation, config=_WIRE)

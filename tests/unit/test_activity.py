@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -234,6 +235,8 @@ VALUES: list[tuple[Any, Any]] = [
     (int | str, "1"),
     (int | None, None),
     (Money, Money(amount=Decimal("1.10"))),
+    (Iterable[int], [1, 2]),
+    (Iterable, [1, "a"]),
     (list[Money], [Money(amount=Decimal("0.00"))]),
     (Reading, Reading(datetime(2026, 1, 1, tzinfo=UTC), b"\xff\x00", math.inf)),
     (list[Reading], [Reading(datetime(2026, 1, 1, tzinfo=UTC), b"\xff\x00", -math.inf)]),
