@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.processes import PAIGEANT, Command, call_afresh, shown
+from tests.integration.processes import PAIGEANT, Command, call, call_afresh, shown
 
 from paigeant import Paigeant, Workflow
 from paigeant.cli.processes import _Supervisor, pause_before
@@ -35,6 +35,15 @@ def block(ctx: StepContext) -> None:
     time.sleep(600)
 
 @activity.execute()
+async def insist(ctx: StepContext) -> None:
+    ctx.log.info("insisting")
+    while True:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            pass
+
+@activity.execute()
 async def where() -> str:
     return type(asyncio.get_running_loop()).__module__.split(".")[0]
 
@@ -54,6 +63,7 @@ hold_on = Workflow("hold_on", ["hold"])
 end_all = Workflow("end_all", ["end"])
 block_all = Workflow("block_all", ["block"])
 where_is = Workflow("where_is", ["where"])
+insist_on = Workflow("insist_on", ["insist"])
 """
 
 
@@ -267,6 +277,21 @@ def test_the_shell_completes_handler_files() -> None:
     }
     result = subprocess.run(PAIGEANT, env=env, capture_output=True, text=True, check=False)
     assert result.stdout.split() == ["handlers.py"]
+
+
+def test_a_worker_ends_without_a_task_that_takes_no_notice() -> None:
+    """One that catches its cancellation and goes on: its step is given back, and the process doesn't wait for it."""
+    Path("handlers.py").write_text(HANDLERS)
+    call("dispatch", "insist_on", "-", "--handlers", "handlers.py", "--id", "r", input="{}")
+    with Command("run", "handlers.py") as worker:
+        worker.until("insisting")
+        worker.signal(signal.SIGTERM)
+        worker.until("worker.stopping")
+        worker.signal(signal.SIGTERM)
+        worker.until("worker.stopped")
+        assert worker.process.wait(timeout=30) == 0
+    [step] = shown("r")["steps"]
+    assert (step["status"], step["attempts"]) == ("ready", 0)
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])

@@ -114,7 +114,7 @@ def run(
         else:
             banner = None if supervised else _banner(as_json)
             work = _work(settings, loaded, wanted, logs, until_idle, supervised, banner)
-            loops.run(work, settings.event_loop)
+            loops.run(work, settings.event_loop, leave=_leave_tasks)
             code = 0
     _leave(code)
 
@@ -354,9 +354,19 @@ def _leave(code: int) -> None:
         if thread.name.startswith(THREAD_NAME):
             thread.join(0.2)
             if thread.is_alive():
-                logging.shutdown()
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+                _end(code)
     if code:
         raise typer.Exit(code)
+
+
+def _leave_tasks() -> None:
+    """The same for tasks that catch their cancellation and go on: asyncio would wait for them."""
+    log.error("tasks go on although they were cancelled: the process ends without them")
+    _end(0)
+
+
+def _end(code: int) -> None:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
