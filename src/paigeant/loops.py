@@ -23,18 +23,17 @@ def run(
     main: Coroutine[Any, Any, Result],
     event_loop: EventLoop = "uvloop",
     *,
-    leave: Callable[[], None] = lambda: None,
+    leave: Callable[[int], None] = lambda _: None,
 ) -> Result:
     """What `main` gives, run as `asyncio.run` does it; in asyncio's event loop also where uvloop isn't there.
 
     There is none for Windows and PyPy. Only `main` may end all by SystemExit: another task that does, like one which an
-    activity has begun, ends itself alone. `leave` may end the process where tasks that `main` has left behind take no
-    notice of being cancelled: else they are waited for.
+    activity has begun, ends itself alone. `leave` is told how many tasks that `main` has left behind take no notice of
+    being cancelled. It may end the process: they, and what is still done in threads, are waited for after that.
     """
     with asyncio.Runner(loop_factory=_uvloop() if event_loop == "uvloop" else None) as runner:
         result = _finished(runner, runner.get_loop().create_task(main))
-        if runner.run(_cancelled()):
-            leave()
+        leave(runner.run(_cancelled()))
         return result
 
 

@@ -43,6 +43,10 @@ async def insist(ctx: StepContext) -> None:
         except asyncio.CancelledError:
             pass
 
+@activity.execute(retries=0, timeout=0.1)
+async def strand(ctx: StepContext) -> None:
+    await asyncio.to_thread(time.sleep, 600)
+
 @activity.execute()
 async def where() -> str:
     return type(asyncio.get_running_loop()).__module__.split(".")[0]
@@ -63,6 +67,7 @@ hold_on = Workflow("hold_on", ["hold"])
 end_all = Workflow("end_all", ["end"])
 block_all = Workflow("block_all", ["block"])
 where_is = Workflow("where_is", ["where"])
+strand_all = Workflow("strand_all", ["strand"])
 insist_on = Workflow("insist_on", ["insist"])
 """
 
@@ -292,6 +297,16 @@ def test_a_worker_ends_without_a_task_that_takes_no_notice() -> None:
         assert worker.process.wait(timeout=30) == 0
     [step] = shown("r")["steps"]
     assert (step["status"], step["attempts"]) == ("ready", 0)
+
+
+def test_a_worker_ends_without_what_an_activity_has_left_in_a_thread() -> None:
+    """By `asyncio.to_thread`, which can't be interrupted either."""
+    Path("handlers.py").write_text(HANDLERS)
+    call("dispatch", "strand_all", "-", "--handlers", "handlers.py", "--id", "r", input="{}")
+    with Command("run", "handlers.py", "--until-idle") as worker:
+        worker.until("worker.stopped")
+        assert worker.process.wait(timeout=30) == 0
+    assert "TimeoutError" in shown("r")["error"]
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
