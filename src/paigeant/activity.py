@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import functools
 import inspect
+import types
 import typing
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,10 +35,9 @@ from paigeant.identity import check_scopes
 from paigeant.redaction import quoted, secrets_in, without
 from paigeant.retry import RetryPolicy
 from paigeant.slip import check_name
+from paigeant.threads import Threads
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor as Threads
-
     from pydantic_ai import Agent, UsageLimits
 
     from paigeant.policy import ItineraryPolicy
@@ -47,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Activity", "ActivityRegistry", "Parameter", "typed"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Call = Callable[[Mapping[str, Any], StepContext, "Threads | None"], Awaitable[Any]]
+Call = Callable[[Mapping[str, Any], StepContext, Threads | None], Awaitable[Any]]
 
 MISSING: Any = inspect.Parameter.empty
 
@@ -56,6 +54,9 @@ _WIRE = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_in
 
 def typed(annotation: Any) -> TypeAdapter[Any]:
     """Reads and writes values of `annotation` as JSON. Raises InvalidDefinition for what pydantic can't handle."""
+    if annotation is Iterable or typing.get_origin(annotation) is Iterable:
+        # pydantic takes it for a generator, which can't be recorded: it is read only once, and nobody knows when.
+        annotation = Sequence[typing.get_args(annotation) or (Any,)]  # type: ignore[misc]
     try:
         try:
             return TypeAdapter(annotation, config=_WIRE)
@@ -83,9 +84,9 @@ class Parameter:
     is_context: bool = False
 
     def read(self, activity: str, value: Any) -> Any:
-        """`value`, which came from JSON, as the annotation wants it. Raises ArgumentError."""
+        """`value`, which came from JSON, as the annotation wants it and its own copy. Raises ArgumentError."""
         if self.adapter is None:
-            return value
+            return codec.copied(value)
         try:
             return self.adapter.validator.validate_json(codec.dump(value))
         except ValidationError as exc:
@@ -445,13 +446,22 @@ def read_parameters(name: str, function: Callable[..., Any]) -> tuple[tuple[Para
                 "so * and positional-only parameters can't be"
             )
         annotation = hints.get(parameter.name, Any)
-        is_context = annotation is StepContext
+        is_context = _is_context(annotation)
         try:
             adapter = None if annotation is Any or is_context else typed(annotation)
         except InvalidDefinition as exc:
             raise InvalidDefinition(f"parameter '{parameter.name}' of activity '{name}': {exc}") from exc
         parameters.append(Parameter(parameter.name, adapter, parameter.default, is_context))
     return tuple(parameters), takes_rest
+
+
+def _is_context(annotation: Any) -> bool:
+    """Whether it is StepContext, or that or None: a function that other code calls as well may do without."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [kind for kind in typing.get_args(annotation) if kind is not type(None)] == [StepContext]
+    return annotation is StepContext
 
 
 def _hints(name: str, function: Callable[..., Any]) -> dict[str, Any]:
@@ -477,16 +487,7 @@ def _caller(function: Callable[..., Any]) -> Call:
     else:
 
         async def call(arguments: Mapping[str, Any], _: StepContext, threads: Threads | None) -> Any:
-            # In a thread, with this task's context, so that logs and traces know the step there as well.
-            run = functools.partial(contextvars.copy_context().run, _in_thread, function, **arguments)
-            value = await asyncio.get_running_loop().run_in_executor(threads, run)
+            value = await (threads or Threads(1)).do(function, **arguments)
             return await value if inspect.isawaitable(value) else value
 
     return call
-
-
-def _in_thread(function: Callable[..., Any], /, **arguments: Any) -> Any:
-    try:
-        return function(**arguments)
-    except StopIteration as exc:  # no future takes it: whoever waits would wait for ever
-        raise RuntimeError("the function raised StopIteration") from exc

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from paigeant import codec
 from paigeant.activity import MISSING, Activity
 from paigeant.context import StepContext
 from paigeant.errors import ArgumentError
@@ -79,6 +80,8 @@ async def resolve(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments for `activity`, validated, and the same as JSON values for the record.
 
+    What the activity does to its arguments changes neither the payload nor `args`, which further attempts and later
+    steps are given.
     `first` goes before all others: an undo gets `output` there. Without a `context` its parameter is left out, and
     what is missing is found out before anything runs. Raises ArgumentError.
     """
@@ -103,6 +106,6 @@ async def resolve(
             )
     if activity.takes_rest:
         known = {parameter.name for parameter in activity.parameters}
-        rest = await namespace.everything()
-        arguments.update((name, value) for name, value in {**rest, **explicit}.items() if name not in known)
+        rest = {**await namespace.everything(), **explicit}
+        arguments.update((name, codec.copied(value)) for name, value in rest.items() if name not in known)
     return arguments, shown

@@ -22,6 +22,7 @@ __all__ = [
     "LARGEST_BYTES",
     "MAX_DEPTH",
     "JsonInvalid",
+    "copied",
     "depth",
     "dump",
     "dump_as",
@@ -58,14 +59,18 @@ def storable(text: str) -> str:
 def dump(value: Any) -> bytes:
     """`value` as JSON: anything pydantic knows how to write (models, dataclasses, datetimes, decimals, bytes ...).
 
-    Raises JsonInvalid for a value of an unknown type, one that contains itself, one nested deeper than MAX_DEPTH, or
-    one of more than LARGEST_BYTES.
+    Raises JsonInvalid for a value of an unknown type, one that contains itself, one that can be read only once, one
+    nested deeper than MAX_DEPTH, or one of more than LARGEST_BYTES.
     """
+    _refuse_iterator(value)
     try:
         text = to_json(value, inf_nan_mode="strings", bytes_mode="base64")
         if b"null" in text and value is not None and not _is_plain(value):
             # A model says itself how it writes nan and infinity: as null, by default. Its fields as plain values don't.
-            text = to_json(to_jsonable_python(value, bytes_mode="base64"), inf_nan_mode="strings")
+            again = to_json(to_jsonable_python(value, bytes_mode="base64"), inf_nan_mode="strings")
+            if len(again) < len(text):  # numbers are longer than null, so what is gone has been read up
+                raise JsonInvalid("something in it can be read only once; make a list of it")
+            text = again
         return _bounded(text)
     except (PydanticSerializationError, ValueError, RecursionError) as exc:
         raise JsonInvalid(_reason(exc)) from exc
@@ -76,6 +81,7 @@ def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
 
     A number that a model would write as null is an error as well.
     """
+    _refuse_iterator(value)
     try:
         text = _bounded(adapter.serializer.to_json(value, warnings="error"))
         if b"null" in text and _loses_number(text, adapter.dump_python(value, mode="json", warnings="none")):
@@ -98,6 +104,11 @@ def plain(value: Any) -> Any:
     return from_json(dump(value), allow_inf_nan=False)
 
 
+def copied(value: Any) -> Any:
+    """A JSON value (see `plain`) that is nobody else's, so that whoever gets it may change it."""
+    return from_json(to_json(value)) if isinstance(value, (dict, list)) else value
+
+
 def _sorted(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _sorted(value[key]) for key in sorted(value)}
@@ -112,6 +123,12 @@ def _reason(exc: BaseException) -> str:
     if "surrogates not allowed" in str(exc):
         return "a text in it holds half of a surrogate pair, which is no Unicode"
     return " ".join(str(exc).split())
+
+
+def _refuse_iterator(value: Any) -> None:
+    # It would be read here, by whoever writes it: a generator's code would run in the event loop, and may never end.
+    if isinstance(value, Iterator):
+        raise JsonInvalid("it can be read only once; make a list of it")
 
 
 def _is_plain(value: Any) -> bool:

@@ -13,7 +13,6 @@ import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection
-from concurrent.futures import Executor as Threads
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -45,6 +44,7 @@ from paigeant.reporter import Reporter
 from paigeant.routing import Failed, Finish, Forward, Move, Park, Retry, Succeeded, Undo, route
 from paigeant.slip import Compensation, Phase, RunStatus, Step, StepStatus
 from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, Refused, StepKey, StepResult, Store
+from paigeant.threads import Threads
 from paigeant.transport import Transport
 
 __all__ = ["Executor"]

@@ -137,7 +137,7 @@ class _Watched(Generic[Content]):
     """What a file holds, read again when it has changed. A change that can't be read is told, and the old one holds."""
 
     def __init__(self, path: Path, read: Callable[[Path], Content]) -> None:
-        self._path = path
+        self._path = path.absolute()  # an activity may change the working directory, to one with others' keys
         self._read = read
         # Before it is read: what is written between the two is found later, where a mark of it would hide it for ever.
         self._mark = _mark(path)

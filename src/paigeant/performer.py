@@ -8,7 +8,6 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from concurrent.futures import Executor as Threads
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
 from paigeant.secret import OBO_TOKEN, SecretToken, masked, refuse_tokens
 from paigeant.slip import Compensation, Phase, Step
 from paigeant.store import Request, Store
+from paigeant.threads import Threads
 
 if TYPE_CHECKING:
     from paigeant.agents.usage import Counting

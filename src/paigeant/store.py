@@ -563,12 +563,14 @@ class Store(RunHistory, RunValues, Protocol):
         self,
         *,
         gone: Collection[str] = (),
+        spare: Collection[str] = (),
         empty: Collection[str] = (),
         topics: Collection[str] | None = None,
         limit: int = 500,
     ) -> Swept:
         """Free what belongs to workers whose lease is over, or that are `gone`; find ready steps that wait too long.
 
+        Workers to `spare` keep their steps, though their lease be over.
         In `empty` topics, for which the transport has no message, these are all that wait for longer than the grace
         time and weren't sent within it. With `topics`, only steps of these are `due`: others are left to other sweeps.
 

@@ -35,6 +35,7 @@ class Sweeper:
         worker: WorkerRecord,
         topics: Collection[str],
         interval: float,
+        lease: float = 30.0,
         observers: Observers | None = None,
         chance: Callable[[], float] = random.random,
     ) -> None:
@@ -43,6 +44,7 @@ class Sweeper:
         self.worker = worker
         self.topics = topics
         self.interval = interval
+        self.lease = lease
         self.observers = observers or Observers()
         self._chance = chance
         self._unsent: dict[StepKey, str] = {}
@@ -50,6 +52,7 @@ class Sweeper:
         self._covered: dict[str, int] = {}
         """Topics that had a message for each step that waits when last looked at, and how many these were."""
         self._look_at = 0.0
+        self._spares_until = 0.0
 
     async def run(self) -> None:
         """Sweep for ever, about every `interval` seconds. A sweep that fails is logged; the next one tries again."""
@@ -67,7 +70,10 @@ class Sweeper:
         """Sweep once; gives what was found."""
         # What a key with few roles signs for other topics, nobody would believe.
         topics = None if self.forwarder.envelope.serves_all else self.topics
-        swept = await self.store.sweep(gone=await self._gone(), empty=self._empty, topics=topics)
+        known = await self.store.list_workers()
+        swept = await self.store.sweep(
+            gone=self._gone(known), spare=await self._spared(known), empty=self._empty, topics=topics
+        )
         for worker_id in swept.lost:
             self.observers.observe(Event("worker.lost", worker=worker_id))
         for workflow_id in swept.expired:
@@ -134,11 +140,22 @@ class Sweeper:
             return set()
         return {depth.topic for depth in depths if depth.waiting >= self._covered.get(depth.topic, math.inf)}
 
-    async def _gone(self) -> list[str]:
+    async def _spared(self, known: Collection[WorkerRecord]) -> set[str]:
+        """Workers that keep their steps though their lease be over: this one, whose next beat renews it.
+
+        Where its own is over, what made it late (its host was suspended, or a clock was set) may have made all of
+        them late: for as long as a lease then, they all have the time to beat.
+        """
+        now = await self.store.now()
+        if any(worker.id == self.worker.id and worker.lease_until <= now for worker in known):
+            self._spares_until = now + self.lease
+        return {worker.id for worker in known} if now < self._spares_until else {self.worker.id}
+
+    def _gone(self, known: Collection[WorkerRecord]) -> list[str]:
         """Workers of this host whose process has ended: no need to wait for their lease."""
         return [
             worker.id
-            for worker in await self.store.list_workers()
+            for worker in known
             if worker.host == self.worker.host
             and worker.id != self.worker.id
             and host.is_gone(worker.process)

@@ -11,7 +11,6 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 
 from paigeant import host
 from paigeant.activity import ActivityRegistry
@@ -32,6 +31,7 @@ from paigeant.message import PaigeantMessage
 from paigeant.observer import Event, Observers
 from paigeant.store import Store, WorkerRecord
 from paigeant.sweeper import Sweeper
+from paigeant.threads import Threads
 from paigeant.transport import Transport
 from paigeant.waits import WAITS
 
@@ -40,6 +40,8 @@ __all__ = ["ActivityWorker"]
 log = logging.getLogger("paigeant.worker")
 
 _MOST_AHEAD = 500
+_MOST_THREADS = 64
+"""So many plain functions are done at once."""
 _MOST_FAILURES = 3
 """So often a message is tried that ends in an error which nobody foresaw; then it is kept as a dead letter."""
 
@@ -92,7 +94,7 @@ class ActivityWorker:
         self._all_topics = sorted({*self.topics, *(WAITS.get(name).topic for name in WAITS)})
         self.shutdown_grace = shutdown_grace
         self.observers = observers or Observers()
-        self._threads = ThreadPoolExecutor(min(concurrency, 64), thread_name_prefix="paigeant-step")
+        self._threads = Threads(min(concurrency, _MOST_THREADS))
         self.executor = Executor(
             store,
             transport,
@@ -124,6 +126,7 @@ class ActivityWorker:
             worker=record,
             topics=self._all_topics,
             interval=sweep_interval,
+            lease=lease,
             observers=self.observers,
             chance=chance,
         )
@@ -305,7 +308,7 @@ class ActivityWorker:
             await self.store.sign_off(self.id)
         except PaigeantError as exc:
             log.warning("could not sign off, others will find out: %s", exc)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
 
 
 def _topics(registry: ActivityRegistry) -> set[str]:

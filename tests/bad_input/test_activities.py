@@ -148,6 +148,12 @@ CASES = [
         "can't be written as JSON",
     ),
     rejected(
+        "generator",
+        "@def bad():\n    while True: yield 1",
+        "activity 'bad' returned <generator",
+        "can be read only once; make a list of it",
+    ),
+    rejected(
         "text that is no text", GIVES + r"'\ud800'", "activity 'bad' returned", "can't be written as JSON"
     ),
     rejected(
@@ -245,6 +251,11 @@ CASES = [
     ),
     raises("sys.exit", "import sys\n@async def bad():\n    sys.exit(3)", "bad: SystemExit: 3"),
     raises("sys.exit in a thread", "import sys\n@def bad():\n    sys.exit(3)", "bad: SystemExit: 3"),
+    raises(
+        "sys.exit in a task",
+        "import asyncio, sys\nasync def other(): sys.exit(2)\n@async def bad():\n    await asyncio.gather(other())",
+        "bad: SystemExit: 2",
+    ),
     raises("KeyboardInterrupt", "@async def bad():\n    raise KeyboardInterrupt", "bad: KeyboardInterrupt"),
     raises(
         "KeyboardInterrupt in a thread", "@def bad():\n    raise KeyboardInterrupt", "bad: KeyboardInterrupt"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.processes import PAIGEANT, Command, call_afresh, shown
+from tests.integration.processes import PAIGEANT, Command, call, call_afresh, shown
 
 from paigeant import Paigeant, Workflow
 from paigeant.cli.processes import _Supervisor, pause_before
@@ -35,6 +35,19 @@ def block(ctx: StepContext) -> None:
     time.sleep(600)
 
 @activity.execute()
+async def insist(ctx: StepContext) -> None:
+    ctx.log.info("insisting")
+    while True:
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            pass
+
+@activity.execute(retries=0, timeout=0.1)
+async def strand(ctx: StepContext) -> None:
+    await asyncio.to_thread(time.sleep, 600)
+
+@activity.execute()
 async def where() -> str:
     return type(asyncio.get_running_loop()).__module__.split(".")[0]
 
@@ -54,6 +67,8 @@ hold_on = Workflow("hold_on", ["hold"])
 end_all = Workflow("end_all", ["end"])
 block_all = Workflow("block_all", ["block"])
 where_is = Workflow("where_is", ["where"])
+strand_all = Workflow("strand_all", ["strand"])
+insist_on = Workflow("insist_on", ["insist"])
 """
 
 
@@ -278,6 +293,48 @@ def test_the_shell_completes_handler_files() -> None:
     }
     result = subprocess.run(PAIGEANT, env=env, capture_output=True, text=True, check=False)
     assert result.stdout.split() == ["handlers.py"]
+
+
+def test_a_worker_ends_without_a_task_that_takes_no_notice() -> None:
+    """One that catches its cancellation and goes on: its step is given back, and the process doesn't wait for it."""
+    Path("handlers.py").write_text(HANDLERS)
+    call("dispatch", "insist_on", "-", "--handlers", "handlers.py", "--id", "r", input="{}")
+    with Command("run", "handlers.py") as worker:
+        worker.until("insisting")
+        worker.signal(signal.SIGTERM)
+        worker.until("worker.stopping")
+        worker.signal(signal.SIGTERM)
+        worker.until("worker.stopped")
+        assert worker.process.wait(timeout=30) == 0
+    [step] = shown("r")["steps"]
+    assert (step["status"], step["attempts"]) == ("ready", 0)
+
+
+def test_a_worker_ends_without_what_an_activity_has_left_in_a_thread() -> None:
+    """By `asyncio.to_thread`, which can't be interrupted either."""
+    Path("handlers.py").write_text(HANDLERS)
+    call("dispatch", "strand_all", "-", "--handlers", "handlers.py", "--id", "r", input="{}")
+    with Command("run", "handlers.py", "--until-idle") as worker:
+        worker.until("worker.stopped")
+        assert worker.process.wait(timeout=30) == 0
+    assert "TimeoutError" in shown("r")["error"]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_process_without_standard_streams_works(closed: str) -> None:
+    """As a supervisor may start it: nobody hears it, and it does its work."""
+    Path("handlers.py").write_text(HANDLERS)
+
+    def mutely(*args: str) -> int:
+        command = ["sh", "-c", f'exec "$@" {closed}', "sh", *PAIGEANT, *args]
+        return subprocess.run(command, check=False, capture_output=True, input="{}", text=True).returncode
+
+    Path("input.json").write_text("{}")
+    assert mutely("dispatch", "where_is", "input.json", "--handlers", "handlers.py", "--id", "r") == 0
+    assert mutely("run", "handlers.py", "--until-idle") == 0
+    assert mutely("runs", "list") == 0
+    assert mutely("runs", "show", "none") == 2
+    assert shown("r")["status"] == "completed"
 
 
 def test_a_reader_that_goes_away_is_no_trouble() -> None:

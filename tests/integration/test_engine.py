@@ -123,6 +123,27 @@ async def attempts(run: Run) -> dict[str, int]:
 # -- going forward
 
 
+async def test_what_an_activity_does_to_its_arguments_is_its_own_affair(settings: Settings) -> None:
+    """Further attempts and later steps get the values of the run as they are recorded, wherever they are done."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=AT_ONCE)
+    async def take(order: Any, ctx: StepContext) -> int:
+        order["items"].pop()
+        if ctx.attempt < 3:
+            raise ValueError("once more")
+        return len(order["items"])
+
+    @activity.execute()
+    def count(**values: Any) -> int:
+        return len(values["order"]["items"])
+
+    async with working(settings, activity) as app:
+        run = await app.dispatch(Workflow("w", ["take", "count"]), {"order": {"items": [1, 2, 3]}})
+        result = await run.wait(timeout=PATIENCE)
+    assert result.outputs == {"take": 2, "count": 3}
+
+
 async def test_a_run_is_done_step_by_step(settings: Settings) -> None:
     """Inputs and outputs of earlier steps reach later ones; the result has the last output and all by step."""
     activity = ActivityRegistry()

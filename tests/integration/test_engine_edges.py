@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from paigeant import (
     PaigeantMessage,
     RunStatus,
     Settings,
+    Sleep,
     WaitFor,
     Workflow,
     executor,
@@ -26,7 +28,7 @@ from paigeant.errors import ConfigurationError, StoreUnavailable
 from paigeant.observer import Event
 from paigeant.stores.memory import MemoryStore
 from paigeant.stores.sql import SqlStore
-from paigeant.testing import MemoryApp
+from paigeant.testing import ManualClock, MemoryApp
 
 PATIENCE = 30.0
 
@@ -223,6 +225,55 @@ async def test_a_message_that_waits_for_its_bound_is_given_back(settings: Settin
         await second.stop()
         await working
     assert {result.output for result in results} == {"done"}
+
+
+async def test_functions_that_never_return_keep_no_other_from_being_done(settings: Settings) -> None:
+    """A plain function can't be interrupted; as many as a worker has places are given up, and the next is done."""
+    activity, go = ActivityRegistry(), threading.Event()
+
+    @activity.execute(retries=0, timeout=0.05)
+    def stuck() -> None:
+        go.wait(PATIENCE)
+
+    @activity.execute(retries=0, timeout=5)
+    def fine() -> str:
+        return "done"
+
+    try:
+        async with Paigeant(settings, activities=activity) as app, working(app.worker(concurrency=2)):
+            runs = [await app.dispatch(Workflow("w", ["stuck"])) for _ in range(2)]
+            assert {(await run.wait(PATIENCE)).status for run in runs} == {RunStatus.FAILED}
+            run = await app.dispatch(Workflow("w", ["fine"]))
+            assert (await run.wait(PATIENCE)).output == "done"
+    finally:
+        go.set()
+
+
+async def test_a_worker_that_was_suspended_goes_on_with_its_steps(
+    settings: Settings, clock: ManualClock
+) -> None:
+    """As a host that sleeps for hours: its lease is over by then, but if nobody else has its steps, it has."""
+    activity, go = ActivityRegistry(), asyncio.Event()
+    began = asyncio.Event()
+
+    @activity.execute(retries=0)
+    async def long() -> str:
+        began.set()
+        await go.wait()
+        return "done"
+
+    settings.sweep_interval = 0.01
+    async with Paigeant(settings, activities=activity, clock=clock) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["long"]))
+        await asyncio.wait_for(began.wait(), PATIENCE)
+        asleep = await app.dispatch(Workflow("asleep", [Sleep(3600)]))
+        async with asyncio.timeout(PATIENCE):
+            while await asleep.status() is not RunStatus.WAITING:  # noqa: ASYNC110  # nobody is told
+                await asyncio.sleep(0.001)
+            clock.advance(7200)
+            await asleep.wait(PATIENCE)  # a sweep has woken it
+        go.set()
+        assert (await run.wait(PATIENCE)).output == "done"
 
 
 async def _taken(app: Paigeant, count: int) -> None:

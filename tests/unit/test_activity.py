@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import threading
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Optional
 
 import pytest
 from hypothesis import given
@@ -234,6 +235,8 @@ VALUES: list[tuple[Any, Any]] = [
     (int | str, "1"),
     (int | None, None),
     (Money, Money(amount=Decimal("1.10"))),
+    (Iterable[int], [1, 2]),
+    (Iterable, [1, "a"]),
     (list[Money], [Money(amount=Decimal("0.00"))]),
     (Reading, Reading(datetime(2026, 1, 1, tzinfo=UTC), b"\xff\x00", math.inf)),
     (list[Reading], [Reading(datetime(2026, 1, 1, tzinfo=UTC), b"\xff\x00", -math.inf)]),
@@ -386,3 +389,17 @@ def test_a_context_parameter_is_known_by_its_annotation() -> None:
 
     n, step = registered(work).parameters
     assert (n.is_context, step.is_context) == (False, True)
+
+
+def test_a_context_parameter_may_do_without() -> None:
+    """As in a function that other code calls, too, without a context."""
+
+    def older(step: Optional[StepContext] = None) -> None: ...  # noqa: UP045
+
+    def newer(step: StepContext | None = None) -> None: ...
+
+    def annotated(step: Annotated[StepContext | None, "of the step"] = None) -> None: ...
+
+    for function in (older, newer, annotated):
+        [step] = registered(function).parameters
+        assert step.is_context

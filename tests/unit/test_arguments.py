@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,6 +180,22 @@ async def test_arguments_are_made_as_annotated() -> None:
         "note": None,
         "raw": {"any": 1},
     }
+
+
+async def test_each_attempt_gets_values_of_its_own() -> None:
+    """What a function does to its arguments, annotated or not, reaches neither the payload nor the step's args."""
+
+    def take(raw, loose: Any, typed: list[int], fixed, **rest: Any) -> None: ...
+
+    payload = {"raw": {"of": [1]}, "loose": [1], "typed": [1], "other": {"of": [1]}, "output": [1]}
+    args = {"fixed": {"of": [1]}, "further": [1]}
+    before = json.dumps([payload, args])
+    arguments = await given(take, names(payload), args=args)
+    assert arguments.keys() == payload.keys() | args.keys()
+    for value in arguments.values():
+        (value if isinstance(value, list) else value["of"]).append(2)
+        value.clear()
+    assert json.dumps([payload, args]) == before
 
 
 async def test_what_was_given_is_shown_as_json() -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from paigeant import codec
-from paigeant.codec import LARGEST_BYTES, MAX_DEPTH, JsonInvalid, dump, parse_strict, plain
+from paigeant.codec import LARGEST_BYTES, MAX_DEPTH, JsonInvalid, dump, dump_as, parse_strict, plain
 from paigeant.errors import MessageInvalid
 
 JSON = st.recursive(
@@ -147,6 +149,25 @@ def test_what_json_can_t_hold_is_refused(value: Any) -> None:
     with pytest.raises(JsonInvalid) as caught:
         dump(value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("write", [dump, partial(dump_as, TypeAdapter(Iterable[Any]))], ids=["any", "typed"])
+@pytest.mark.parametrize("make", [iter, reversed, partial(map, str), lambda items: (n for n in items)])
+def test_what_can_be_read_only_once_is_refused(
+    make: Callable[[list[Any]], Iterator[Any]], write: Callable[[Any], bytes]
+) -> None:
+    """Unread: it may never end, and whoever writes it would be the one who waits for that."""
+    value = make([None, 1])
+    with pytest.raises(JsonInvalid, match=r"^it can be read only once; make a list of it$"):
+        write(value)
+    assert len(list(value)) == 2
+
+
+def test_what_can_be_read_only_once_is_never_lost() -> None:
+    """Within a value it is written whole, or refused: a None in it has the value read for a second time."""
+    assert dump({"rows": (n for n in [1, 2])}) == b'{"rows":[1,2]}'
+    with pytest.raises(JsonInvalid, match="something in it can be read only once; make a list of it"):
+        dump({"rows": (n for n in [None, 1])})
 
 
 @pytest.mark.parametrize("value", ["\ud800", {"\udfff": 1}, ["fine", {"a": "b\udc00"}]])

@@ -319,6 +319,29 @@ async def test_the_log_stays_bounded(database: SqliteDatabase, monkeypatch: pyte
     assert limit < largest < 4 * limit
 
 
+async def test_the_file_stays_the_same_in_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that changes its working directory, as an activity may, opens no other file and tidies this one."""
+    monkeypatch.setattr(module, "_CHECKPOINT_BYTES", 1)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    database, log = SqliteDatabase("sqlite:///here.db"), tmp_path / "here.db-wal"
+    await database.connect()
+    try:
+        await database.write(execute, "CREATE TABLE numbers (who TEXT, n INTEGER)")
+        monkeypatch.chdir(elsewhere)
+        await asyncio.to_thread(database.write_now, add, 0)  # by a connection that is made only now
+        sizes = []
+        for n in range(1, 40):
+            await database.write(add, n)
+            sizes.append(log.stat().st_size)
+        assert await numbers(database) == list(range(40))
+    finally:
+        await database.close()
+    assert list(elsewhere.iterdir()) == []
+    assert sizes != sorted(sizes)  # it was put into the file, and began anew
+
+
 async def test_a_full_disk_is_an_error_that_passes(database: SqliteDatabase) -> None:
     """When the file can't grow the transaction fails whole; once there is room again, the same one works."""
     pages = await database.write(pragma, "page_count")

@@ -616,6 +616,19 @@ def numbers(path: Path) -> list[int]:
     return [json.loads(line)["number"] for file in files for line in file.read_text().splitlines()]
 
 
+def test_a_log_file_stays_the_same_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a process which changes its working directory, as an activity may."""
+    monkeypatch.chdir(tmp_path)
+    log = log_file(Path("a.log"))
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(elsewhere)
+    for number in range(100):
+        log.write(20, {"event": "told", "number": number})
+    log.close()
+    assert list(elsewhere.iterdir()) == []
+    assert numbers(tmp_path / "a.log")[-1] == 99
+
+
 def test_long_lines_of_processes_on_one_pipe_stay_whole() -> None:
     """A pipe takes 4096 bytes in one piece; a traceback of several workers at once is longer."""
     code = """if True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 
@@ -42,6 +43,44 @@ def test_errors_and_interrupts_come_out() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "interrupted\n"
+
+
+@pytest.mark.parametrize("event_loop", ["uvloop", "asyncio"])
+def test_a_task_that_exits_ends_only_itself(event_loop: loops.EventLoop) -> None:
+    """Whoever awaits it hears of it; the loop goes on, with all other tasks. What `main` itself raises comes out."""
+
+    async def leave(code: int) -> None:
+        sys.exit(code)
+
+    async def main() -> str:
+        beside = asyncio.create_task(leave(3))
+        with pytest.raises(SystemExit, match="4"):
+            await asyncio.gather(leave(4))
+        with pytest.raises(SystemExit, match="5"):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(leave(5))
+        await asyncio.wait({beside})
+        return repr(beside.exception())
+
+    assert loops.run(main(), event_loop) == "SystemExit(3)"
+    with pytest.raises(SystemExit, match="6"):
+        loops.run(leave(6), event_loop)
+
+
+def test_what_comes_out_later_comes_out_once(caplog: pytest.LogCaptureFixture) -> None:
+    """An error after a task has exited is raised, and nothing says that nobody has looked at it."""
+
+    async def leave() -> None:
+        sys.exit(3)
+
+    async def main() -> None:
+        await asyncio.wait({asyncio.create_task(leave())}, timeout=60)
+        raise LookupError("gone")
+
+    with pytest.raises(LookupError, match="gone"):
+        loops.run(main())
+    gc.collect()
+    assert [record.name for record in caplog.records if "gone" in str(record.exc_info)] == []
 
 
 def test_the_command_line_does_not_load_it_to_say_what_it_can() -> None:

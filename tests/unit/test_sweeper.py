@@ -145,3 +145,30 @@ async def _taken(broker: Broker) -> list[str]:
         async for message in broker.subscribe("paid"):
             return [message.message_id]
     return []
+
+
+async def test_whoever_was_late_itself_gives_all_others_time_to_beat(clock: ManualClock) -> None:
+    """A host that was suspended, or a clock that was set: all leases are over, and nobody has died."""
+    store, broker = MemoryStore(clock=clock, grace=GRACE), MemoryTransport(clock=clock)
+    await store.connect()
+    await broker.connect()
+    registry = ActivityRegistry()
+    me, other = WorkerRecord("me", "host", "1"), WorkerRecord("other", "elsewhere", "2")
+    sweeper = Sweeper(
+        store,
+        Forwarder(store, broker, registry),
+        worker=me,
+        topics=("a",),
+        interval=1.0,
+        lease=30.0,
+    )
+    for worker in (me, other):
+        store.beat(worker, lease=30.0, running=())
+    clock.advance(7200)
+    assert (await sweeper.sweep()).lost == ()
+    store.beat(me, lease=30.0, running=())
+    clock.advance(29)
+    assert (await sweeper.sweep()).lost == ()
+    store.beat(me, lease=30.0, running=())
+    clock.advance(1)
+    assert (await sweeper.sweep()).lost == ("other",)

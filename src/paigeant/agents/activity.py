@@ -14,15 +14,11 @@ each of its runs here.
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import copy
-import functools
 import inspect
 import types
 import typing
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from concurrent.futures import Executor as Threads
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -46,6 +42,7 @@ from paigeant.context import StepContext
 from paigeant.errors import ArgumentError, InvalidDefinition, NonRetryableError
 from paigeant.policy import ItineraryPolicy
 from paigeant.redaction import secrets_in, without
+from paigeant.threads import Threads
 from paigeant.usage import Usage
 
 __all__ = ["agent_activity", "check_agent"]
@@ -228,8 +225,7 @@ def _from_factory(name: str, factory: Callable[..., Any], prompted: Collection[s
         if inspect.iscoroutinefunction(factory):
             return await factory(**taken)
         # Like an activity that is a plain function: in a thread, since it may open files or connections.
-        run = functools.partial(contextvars.copy_context().run, factory, **taken)
-        value = await asyncio.get_running_loop().run_in_executor(threads, run)
+        value = await (threads or Threads(1)).do(factory, **taken)
         return await value if inspect.isawaitable(value) else value
 
     return _Source(make, parameters, takes_rest)

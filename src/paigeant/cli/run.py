@@ -10,7 +10,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +22,7 @@ from paigeant.cli import console, session
 from paigeant.cli.opening import open_unless
 from paigeant.cli.sight import observing
 from paigeant.errors import ConfigurationError, PaigeantError, UnknownActivity
+from paigeant.threads import THREAD_NAME
 
 if TYPE_CHECKING:
     from paigeant.app import Paigeant
@@ -112,8 +115,9 @@ def run(
             code = loops.run(supervise(command, settings, until_idle=until_idle))
         else:
             banner = None if supervised else _banner(as_json)
+            beside = ThreadPoolExecutor(thread_name_prefix=THREAD_NAME)
             work = _work(settings, loaded, wanted, logs, until_idle, supervised, banner)
-            loops.run(work, settings.event_loop)
+            loops.run(_in_threads(beside, work), settings.event_loop, leave=partial(_leave_work, beside))
             code = 0
     _leave(code)
 
@@ -350,12 +354,31 @@ def _leave(code: int) -> None:
     Its step has been given back, and nothing that it does from now on is recorded. Python itself would wait for it.
     """
     for thread in threading.enumerate():
-        if thread.name.startswith("paigeant-step"):
+        if thread.name.startswith(THREAD_NAME):
             thread.join(0.2)
             if thread.is_alive():
-                logging.shutdown()
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+                _end(code)
     if code:
         raise typer.Exit(code)
+
+
+async def _in_threads(threads: ThreadPoolExecutor, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`; what activities give to `asyncio.to_thread` is done in these threads."""
+    asyncio.get_running_loop().set_default_executor(threads)
+    await work
+
+
+def _leave_work(threads: ThreadPoolExecutor, tasks: int) -> None:
+    """The same for what activities have left behind: so many tasks that catch their cancellation, or these threads."""
+    threads.shutdown(wait=False, cancel_futures=True)
+    if tasks:
+        log.error("%d tasks go on although they were cancelled: the process ends without them", tasks)
+        _end(0)
+    _leave(0)
+
+
+def _end(code: int) -> None:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -214,10 +214,10 @@ class SqliteDatabase(Database):
         # checkpoint races with a commit that resets the log (sqlite.org/wal.html#walresetbug). TRUNCATE holds the
         # write lock while it works, so it can't race; when it isn't given the lock soon, the next commit tries again.
         self._commits += 1
-        if self._commits % 16:
+        if self._commits % 16 or self._file is None:
             return
         with contextlib.suppress(OSError, sqlite3.Error):
-            if os.path.getsize(f"{self.path}-wal") > _CHECKPOINT_BYTES:
+            if os.path.getsize(f"{self._file[0]}-wal") > _CHECKPOINT_BYTES:
                 elsewhere(partial(_checkpoint, driver_of(connection)))
 
 

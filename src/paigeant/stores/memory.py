@@ -188,6 +188,7 @@ class MemoryStore:
         self,
         *,
         gone: Collection[str] = (),
+        spare: Collection[str] = (),
         empty: Collection[str] = (),
         topics: Collection[str] | None = None,
         limit: int = 500,
@@ -197,7 +198,7 @@ class MemoryStore:
             lost = [
                 worker.id
                 for worker in self._workers.values()
-                if worker.lease_until <= now or worker.id in gone
+                if (worker.lease_until <= now and worker.id not in spare) or worker.id in gone
             ]
             for worker_id in lost:
                 del self._workers[worker_id]

@@ -223,7 +223,7 @@ class LogFile(_TextLog):
 
     def __init__(self, path: str | Path, *, least: int, most_bytes: int, files: int) -> None:
         super().__init__(least=least, most_at_once=min(_MOST_AT_ONCE, most_bytes))
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # an activity may change the working directory
         self._most_bytes = most_bytes
         self._files = files
         self._render = renderer("json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, bindparam, delete, or_, select
+from sqlalchemy import Select, and_, bindparam, delete, or_, select
 
 from paigeant import ledger
 from paigeant.due import due_steps, is_in, late_runs, orphan_steps, waiting_steps
@@ -118,13 +118,14 @@ class SqlLeases(SqlPart):
         self,
         *,
         gone: Collection[str] = (),
+        spare: Collection[str] = (),
         empty: Collection[str] = (),
         topics: Collection[str] | None = None,
         limit: int = 500,
     ) -> Swept:
         if not gone and not empty and not await self.database.read(self._has_work, None):
             return Swept()
-        return await self.database.write(self._sweep, (gone, empty, topics, limit))
+        return await self.database.write(self._sweep, (gone, spare, empty, topics, limit))
 
     def _has_work(self, tx: Tx, requests: Sequence[None]) -> list[bool]:
         # Sweeps are many and mostly find nothing: look without taking any lock.
@@ -148,12 +149,16 @@ class SqlLeases(SqlPart):
         self,
         tx: Tx,
         gone: Collection[str],
+        spare: Collection[str],
         empty: Collection[str],
         topics: Collection[str] | None,
         limit: int,
     ) -> Swept:
         # It never waits: whose row somebody else has, is alive, or is being swept.
-        over = or_(workers.c.lease_until <= tx.now, workers.c.id.in_(list(gone)))
+        over = or_(
+            and_(workers.c.lease_until <= tx.now, workers.c.id.not_in(list(spare))),
+            workers.c.id.in_(list(gone)),
+        )
         free = select(workers.c.id).where(over).with_for_update(skip_locked=True).cte("free")
         left = delete(workers).where(workers.c.id.in_(select(free.c.id))).returning(workers.c.id)
         lost = tuple(tx.connection.execute(left).scalars())

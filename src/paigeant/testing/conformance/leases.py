@@ -121,6 +121,19 @@ class LeaseConformance(StoreBench):
         assert await store.list_workers() == []
         assert await self.claim(store, key, "other") == Grant(2, 2, self.clock.now())
 
+    async def test_a_spared_worker_keeps_its_steps(self, store: Store) -> None:
+        """Its lease may be over, and can be renewed; whoever is gone for certain isn't spared."""
+        key, other = await self.start(store), await self.start(store, run_id="o")
+        for worker, step in ((_MINE, key), (_OTHER, other)):
+            await asyncio.to_thread(self.beat, store, worker)
+            await self.claim(store, step, worker.id)
+        self.clock.advance(_LEASE)
+        swept = await store.sweep(spare=["mine", "other"], gone=["other"])
+        assert (swept.lost, swept.freed) == (("other",), (other,))
+        assert await asyncio.to_thread(self.beat, store, running=[(key, 1)]) == (set(), set())
+        swept = await store.sweep()
+        assert (swept.lost, swept.freed) == ((), ())
+
     async def test_a_worker_known_to_be_gone_needs_no_wait(self, store: Store) -> None:
         """A sweep frees at once what belongs to workers whose process has ended; the others keep theirs."""
         key, other = await self.start(store), await self.start(store, run_id="o")

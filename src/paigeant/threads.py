@@ -1,0 +1,54 @@
+"""Threads: where plain functions are done, of which none can be interrupted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+__all__ = ["THREAD_NAME", "Threads"]
+
+THREAD_NAME = "paigeant-step"
+"""What the names of these threads begin with."""
+
+
+class Threads:
+    """Does up to `most` functions at once, each in a thread that others have had before.
+
+    A function that is given up before it returns, as at a timeout, takes its thread along: whoever comes next gets
+    another one, and doesn't wait for it.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._places = asyncio.Semaphore(most)
+        self._idle: list[ThreadPoolExecutor] = []
+        """Of one thread each: of several, a pool can't give up one."""
+
+    async def do(self, function: Callable[..., Any], /, **arguments: Any) -> Any:
+        """What `function(**arguments)` gives, done with this task's context: logs and traces know the step there."""
+        call = functools.partial(contextvars.copy_context().run, _done, function, **arguments)
+        async with self._places:
+            thread = self._idle.pop() if self._idle else ThreadPoolExecutor(1, THREAD_NAME)
+            doing = asyncio.get_running_loop().run_in_executor(thread, call)
+            try:
+                return await doing
+            finally:
+                if doing.cancelled():
+                    thread.shutdown(wait=False, cancel_futures=True)
+                else:
+                    self._idle.append(thread)
+
+    def close(self) -> None:
+        """End the threads that are idle; the others end with what they do."""
+        while self._idle:
+            self._idle.pop().shutdown(wait=False)
+
+
+def _done(function: Callable[..., Any], /, **arguments: Any) -> Any:
+    try:
+        return function(**arguments)
+    except StopIteration as exc:  # no future takes it: whoever waits would wait for ever
+        raise RuntimeError("the function raised StopIteration") from exc
