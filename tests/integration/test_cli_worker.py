@@ -299,13 +299,13 @@ def test_a_worker_ends_without_a_task_that_takes_no_notice() -> None:
     """One that catches its cancellation and goes on: its step is given back, and the process doesn't wait for it."""
     Path("handlers.py").write_text(HANDLERS)
     call("dispatch", "insist_on", "-", "--handlers", "handlers.py", "--id", "r", input="{}")
-    with Command("run", "handlers.py") as worker:
+    with Command("run", "handlers.py", program=PAIGEANT) as worker:
         worker.until("insisting")
         worker.signal(signal.SIGTERM)
         worker.until("worker.stopping")
         worker.signal(signal.SIGTERM)
         worker.until("worker.stopped")
-        assert worker.process.wait(timeout=30) == 0
+        assert worker.process.wait() == 0
     [step] = shown("r")["steps"]
     assert (step["status"], step["attempts"]) == ("ready", 0)
 
@@ -314,9 +314,9 @@ def test_a_worker_ends_without_what_an_activity_has_left_in_a_thread() -> None:
     """By `asyncio.to_thread`, which can't be interrupted either."""
     Path("handlers.py").write_text(HANDLERS)
     call("dispatch", "strand_all", "-", "--handlers", "handlers.py", "--id", "r", input="{}")
-    with Command("run", "handlers.py", "--until-idle") as worker:
+    with Command("run", "handlers.py", "--until-idle", program=PAIGEANT) as worker:
         worker.until("worker.stopped")
-        assert worker.process.wait(timeout=30) == 0
+        assert worker.process.wait() == 0
     assert "TimeoutError" in shown("r")["error"]
 
 
