@@ -885,7 +885,7 @@ def forwarded(message: str) -> Handoff:
         (forwarded, True),
         (TextOutput(forwarded), True),
     ],
-    ids=str,
+    ids=lambda value: str(value).split(" at 0x")[0],  # the same in all processes
 )
 def test_output_types_that_hand_over(output_type: Any, expected: bool) -> None:
     """However the agent's output type says so; without `may_add` such an agent is refused."""
