@@ -102,6 +102,25 @@ def test_a_signal_lets_the_running_step_finish(number: signal.Signals) -> None:
     assert shown("h-1")["output"] == "gone"
 
 
+@pytest.mark.parametrize("handling", ["SIG_DFL", "SIG_IGN"])
+def test_a_closed_terminal_stops_a_worker_unless_that_is_ignored(handling: str) -> None:
+    """As SIGTERM does. Were it heard under `nohup`, the next signal would have the step given back at once."""
+    dispatch("hold_on", "h-1")
+    begins = (
+        f"import os, signal, sys; signal.signal(signal.SIGHUP, signal.{handling}); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    with Command("run", program=[sys.executable, "-c", begins, *PAIGEANT[1:]]) as worker:
+        worker.until("holding")
+        worker.signal(signal.SIGHUP)
+        if handling == "SIG_IGN":
+            worker.signal(signal.SIGTERM)
+        worker.until("worker.stopping")
+        Path("go").touch()
+        assert worker.end() == 0
+    assert shown("h-1")["output"] == "gone"
+
+
 @pytest.mark.parametrize("workflow", ["hold_on", "block_all"])
 def test_a_second_signal_ends_the_worker_at_once(workflow: str) -> None:
     """Ctrl-C twice: the step is given back with its attempt uncounted, even when its thread can't be interrupted."""

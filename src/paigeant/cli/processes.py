@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from paigeant.cli import session
 from paigeant.cli.opening import AWAY
+from paigeant.cli.stops import stop_signals
 
 if TYPE_CHECKING:
     from paigeant.settings import Settings
@@ -47,12 +48,13 @@ async def supervise(command: Sequence[str], settings: Settings, *, until_idle: b
     final = {_WRONG_USE} if settings.start_timeout is None else {_WRONG_USE, _UNREACHABLE}
     supervisor = _Supervisor(command, until_idle=until_idle, metrics_port=settings.metrics_port, final=final)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = stop_signals()
+    for number in numbers:
         loop.add_signal_handler(number, supervisor.stop, number)
     try:
         return await supervisor.run(settings.processes)
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             loop.remove_signal_handler(number)
 
 

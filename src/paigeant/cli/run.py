@@ -21,6 +21,7 @@ from paigeant import loops
 from paigeant.cli import console, session
 from paigeant.cli.opening import open_unless
 from paigeant.cli.sight import observing
+from paigeant.cli.stops import stop_signals
 from paigeant.errors import ConfigurationError, PaigeantError, UnknownActivity
 from paigeant.threads import THREAD_NAME
 
@@ -284,7 +285,8 @@ def _stopping(worker: ActivityWorker, stopped: asyncio.Event) -> Any:
         stopped.set()
         stops.add(asyncio.create_task(worker.stop(grace=0 if stops else None)))
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = stop_signals()
+    for number in numbers:
         loop.add_signal_handler(number, stop)
     children = contextlib.ExitStack()  # what each of them does first; nothing any more once this has ended
     children.callback(_forget_stopping)
@@ -293,7 +295,7 @@ def _stopping(worker: ActivityWorker, stopped: asyncio.Event) -> Any:
         yield
     finally:
         children.pop_all()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             loop.remove_signal_handler(number)
 
 
@@ -304,7 +306,9 @@ def _forget_stopping() -> None:
     ended by SIGTERM, would stop the worker. Ctrl-C goes on to mean nothing to it: the step that it is for may end.
     """
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in stop_signals():
+        if number is not signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
