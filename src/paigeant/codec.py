@@ -193,10 +193,10 @@ def _is_deeper(text: bytes, most: int) -> bool:
     if b'"' in marks:
         marks = _QUOTED.sub(b"", marks)
     for _ in range(most):
-        marks = marks.replace(b"[]", b"")
         if not marks:
-            return False
-    return True
+            break
+        marks = marks.replace(b"[]", b"")
+    return bool(marks)
 
 
 def depth(value: Any) -> int:

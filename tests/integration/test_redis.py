@@ -338,7 +338,7 @@ async def test_a_server_that_loads_is_waited_for(server: RedisServer, client: Re
         await pipe.execute()
         await asyncio.to_thread(server.kill)
         with (server.folder / "redis.conf").open("a") as file:
-            file.write("key-load-delay 200\n")
+            file.write("key-load-delay 800\n")  # 5 s: the machine may be busy
         starting = threading.Thread(target=server.start)
         starting.start()
         try:
