@@ -54,8 +54,14 @@ def test_tables_are_made_shown_and_taken_away(postgres_url: str) -> None:
     assert tables(postgres_url) == {"alembic_version"}
 
 
-async def test_two_upgrades_at_once_are_one(postgres_url: str) -> None:
-    """Services that start together may all bring the tables up to date; nobody fails."""
+@pytest.mark.parametrize("level", ["read committed", "serializable"])
+async def test_two_upgrades_at_once_are_one(postgres_url: str, level: str) -> None:
+    """Services that start together may all bring the tables up to date; nobody fails, whatever isolation is usual."""
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        name = postgres_url.rpartition("/")[2]
+        connection.execute(
+            f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = '{level}'".encode()
+        )
     children = [
         await asyncio.create_subprocess_exec(*PAIGEANT, "db", "upgrade", env=_env(postgres_url))
         for _ in range(4)
