@@ -618,6 +618,19 @@ async def test_deleting_old_runs_waits_for_no_letter(postgres_tables: str) -> No
         assert await store.list_dead_letters() == []
 
 
+async def test_a_table_of_others_that_keeps_a_run_is_named(postgres_url: str) -> None:
+    """A user's own table may refer to runs: one that it keeps is not deleted, and the error says what to do."""
+    make_tables(postgres_url)
+    asked(postgres_url, "CREATE TABLE orders (run TEXT REFERENCES workflow_runs)")
+    async with opened(postgres_url) as store:
+        await store.record_step_result(await claimed(store, "r"))
+        asked(postgres_url, "INSERT INTO orders VALUES ('r')")
+        with pytest.raises(ConfigurationError, match=r'on table "orders".*ON DELETE CASCADE'):
+            await store.prune_runs(before=await store.now() + 1)
+        asked(postgres_url, "DELETE FROM orders")
+        assert await store.prune_runs(before=await store.now() + 1) == 1
+
+
 async def test_letters_deleted_in_opposite_order_are_deleted_once(postgres_tables: str) -> None:
     """Two processes that delete the same dead letters, one forwards and one backwards, don't wait for each other."""
     ids = [f"l{number:03}" for number in range(150)]
