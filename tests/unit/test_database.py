@@ -480,7 +480,17 @@ def test_a_url_names_a_file(url: str, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["sqlite://", "sqlite:///", "sqlite:///a.db?mode=ro", "sqlite://x", "postgresql://x/y", "a.db", ""]
+    "url",
+    [
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite:///a.db?mode=ro",
+        "sqlite://x",
+        "postgresql://x/y",
+        "a.db",
+        "",
+    ],
 )
 def test_a_url_without_a_file_is_refused(url: str) -> None:
     """The error shows how it is written."""

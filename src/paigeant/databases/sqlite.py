@@ -44,6 +44,10 @@ def database_path(url: str) -> Path:
         raise ConfigurationError(
             f"{url!r} names no file; expected sqlite:///file.db, or sqlite:////folder/file.db for an absolute path"
         )
+    if path == ":memory:":  # SQLite would give each connection a database of its own
+        raise ConfigurationError(
+            f"{url!r} names no file; expected sqlite:///file.db, or memory:// for what ends with the process"
+        )
     if "?" in path:
         raise ConfigurationError(f"{url!r} has options behind a '?'; expected sqlite:///file.db without any")
     if "\0" in path or any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
