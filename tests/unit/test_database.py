@@ -535,6 +535,19 @@ async def test_a_folder_is_no_database(tmp_path: Path) -> None:
     await refused(tmp_path / "no" / "x.db", ConfigurationError, "doesn't exist")
 
 
+async def test_a_file_of_two_hard_links_is_refused(tmp_path: Path) -> None:
+    """Who opens it by the other name has a log of its own: what is in one of the two is lost, without an error."""
+    path = tmp_path / "x.db"
+    path.touch()
+    (alias := tmp_path / "alias.db").hardlink_to(path)
+    await refused(path, ConfigurationError, r"x\.db has another name")
+    await refused(alias, ConfigurationError, r"alias\.db has another name")
+    alias.unlink()
+    database = SqliteDatabase(f"sqlite:///{path}")
+    await database.connect()
+    await database.close()
+
+
 async def test_a_newer_file_is_left_alone(tmp_path: Path) -> None:
     """A file that newer code has made is refused, with what to do."""
     path = tmp_path / "x.db"

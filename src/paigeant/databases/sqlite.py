@@ -402,6 +402,11 @@ def _check_is_database(path: Path) -> None:
         raise ConfigurationError(f"{path} is {what}; expected a database file")
     if not os.access(path, os.R_OK):
         raise ConfigurationError(f"can't read {path}: {os.strerror(errno.EACCES)}")
+    if path.stat().st_nlink > 1:
+        # SQLite names the log after the file: under each name there is another, and what is in one of them is lost.
+        raise ConfigurationError(
+            f"{path} has another name, by a hard link; remove that, SQLite would have a log for each"
+        )
 
 
 def _no_database(path: Path) -> ConfigurationError:
