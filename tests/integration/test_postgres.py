@@ -690,6 +690,19 @@ async def test_a_session_that_is_ended_in_the_middle_is_done_again(postgres_tabl
     assert len(set(tries)) == 2
 
 
+async def test_a_column_whose_type_is_changed_meanwhile_is_read(postgres_url: str) -> None:
+    """Statements that were prepared for the old type are prepared anew, on another connection."""
+    make_tables(postgres_url)
+    async with opened(postgres_url) as store:
+        await store.record_step_result(await claimed(store, "before"))
+        await store.load_run("before")
+        asked(postgres_url, "ALTER TABLE workflow_runs ALTER workflow TYPE VARCHAR(500)")
+        asked(postgres_url, "ALTER TABLE step_executions ALTER topic TYPE VARCHAR(500)")
+        assert (await store.load_run("before")).run.status is RunStatus.COMPLETED
+        await store.record_step_result(await claimed(store, "after"))
+        assert (await store.load_run("after")).run.status is RunStatus.COMPLETED
+
+
 async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_tables: str) -> None:
     """Neither its statements nor what was to be written: that are inputs and outputs of runs."""
     value = secrets.token_hex(8)

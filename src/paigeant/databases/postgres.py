@@ -362,6 +362,10 @@ class PostgresDatabase(Database):
             cause = exc.orig if isinstance(exc, DBAPIError) else exc
             if isinstance(cause, errors.ReadOnlySqlTransaction):
                 driver.close()  # perhaps another server has become the primary: it has to be looked for
+            elif isinstance(cause, errors.FeatureNotSupported):
+                # Somebody has changed the type of a column. What was prepared on this connection gives the old one.
+                driver.close()
+                raise Contended(_reason(exc), is_lost=True) from exc
             elif _is_lost(connection):
                 # Out of patience with us, the server has done nothing of it, whatever we have sent meanwhile. Whoever
                 # only reads, reads again.
