@@ -380,6 +380,91 @@ async def test_accounts_that_are_not_let_in() -> None:
             assert "wrong" not in str(caught.value)
 
 
+# -- what is set for the database or the user
+
+
+@pytest.fixture
+def altered(postgres_server_url: str) -> Iterator[Callable[[str], str]]:
+    """Gives the url of a new database with tables, for the sessions of which a setting is set."""
+    with database_with_tables(postgres_server_url) as url:
+
+        def alter(setting: str) -> str:
+            asked(url, f'ALTER DATABASE "{url.rpartition("/")[2]}" SET {setting}')
+            return url
+
+        yield alter
+
+
+def asked(url: str, statement: str) -> Any:
+    """What a statement gives, in a session of its own."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        answer = connection.execute(statement.encode())
+        return answer.fetchone() if answer.description else None
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+async def test_texts_are_utf8_whatever_the_clients_of_a_database_speak(
+    altered: Callable[[str], str], encoding: str
+) -> None:
+    """They are written as UTF-8: taken for something else, they would be kept as other texts."""
+    url = altered(f"client_encoding = '{encoding}'")
+    async with opened(url) as store:
+        await claimed(store, "\u00e9")
+        await store.save_variable("\u00e9", "name", "\u00e9\u20ac")
+        assert await store.load_variable("\u00e9", "name") == "\u00e9\u20ac"
+    read = "SELECT convert_to(workflow_id || value::text, 'UTF8') FROM workflow_variables"
+    assert asked(url, read) == ('\u00e9"\u00e9\u20ac"'.encode(),)
+
+
+async def test_texts_are_utf8_whatever_the_environment_says(
+    postgres_tables: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do a variable of libpq and the parameter in the URL change them."""
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    async with opened(f"{postgres_tables}?client_encoding=LATIN1") as store:
+        await claimed(store, "r")
+        await store.save_variable("r", "name", "\u20ac")
+        assert await store.load_variable("r", "name") == "\u20ac"
+
+
+async def test_a_step_sees_the_signal_that_its_run_was_locked_for(altered: Callable[[str], str]) -> None:
+    """Whoever has waited for a lock sees what was done under it, whatever isolation is the database's own."""
+    url = altered("default_transaction_isolation = 'repeatable read'")
+    async with opened(url) as store:
+        waits = replace(await claimed(store, "r"), status=StepStatus.WAITING, run=None, waits_for=("paid",))
+        with psycopg.connect(url) as connection:
+            connection.execute("SELECT id FROM workflow_runs FOR NO KEY UPDATE")
+            connection.execute(
+                "INSERT INTO workflow_signals (workflow_id, name, value, created_at, sender) "
+                "VALUES ('r', 'paid', '1', 1, 'x')"
+            )
+            parked = asyncio.create_task(store.record_step_result(waits))
+            blocked = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            await eventually(lambda: asked(url, blocked) is not None)
+        assert await parked == Refused("arrived")
+
+
+async def test_times_come_back_as_they_were_written(altered: Callable[[str], str]) -> None:
+    """A list of runs goes on behind the last one's time: rounded, it would show that one again or leave some out."""
+    async with opened(altered("extra_float_digits = -3")) as store:
+        for name in ("a", "b", "c"):
+            await claimed(store, name)
+        [newest] = await store.list_runs(limit=1)
+        older = await store.list_runs(before=(newest.created_at, newest.id))
+        assert [run.id for run in older] == ["b", "a"]
+
+
+async def test_a_session_may_be_idle_for_long(altered: Callable[[str], str]) -> None:
+    """The server would end it without a word that tells it from a crash in the middle of a commit."""
+    async with opened(altered("idle_session_timeout = '1s'")) as store:
+        assert (
+            await store.database.ask(
+                lambda connection: connection.execute(text("SHOW idle_session_timeout")).scalar()
+            )
+            == "0"
+        )
+
+
 # -- how tables are kept
 
 
@@ -533,6 +618,19 @@ async def test_deleting_old_runs_waits_for_no_letter(postgres_tables: str) -> No
         assert await store.list_dead_letters() == []
 
 
+async def test_a_table_of_others_that_keeps_a_run_is_named(postgres_url: str) -> None:
+    """A user's own table may refer to runs: one that it keeps is not deleted, and the error says what to do."""
+    make_tables(postgres_url)
+    asked(postgres_url, "CREATE TABLE orders (run TEXT REFERENCES workflow_runs)")
+    async with opened(postgres_url) as store:
+        await store.record_step_result(await claimed(store, "r"))
+        asked(postgres_url, "INSERT INTO orders VALUES ('r')")
+        with pytest.raises(ConfigurationError, match=r'on table "orders".*ON DELETE CASCADE'):
+            await store.prune_runs(before=await store.now() + 1)
+        asked(postgres_url, "DELETE FROM orders")
+        assert await store.prune_runs(before=await store.now() + 1) == 1
+
+
 async def test_letters_deleted_in_opposite_order_are_deleted_once(postgres_tables: str) -> None:
     """Two processes that delete the same dead letters, one forwards and one backwards, don't wait for each other."""
     ids = [f"l{number:03}" for number in range(150)]
@@ -590,6 +688,19 @@ async def test_a_session_that_is_ended_in_the_middle_is_done_again(postgres_tabl
         await store.database.write(interrupted, None)
         assert [worker.id for worker in await store.list_workers()] == ["x"]
     assert len(set(tries)) == 2
+
+
+async def test_a_column_whose_type_is_changed_meanwhile_is_read(postgres_url: str) -> None:
+    """Statements that were prepared for the old type are prepared anew, on another connection."""
+    make_tables(postgres_url)
+    async with opened(postgres_url) as store:
+        await store.record_step_result(await claimed(store, "before"))
+        await store.load_run("before")
+        asked(postgres_url, "ALTER TABLE workflow_runs ALTER workflow TYPE VARCHAR(500)")
+        asked(postgres_url, "ALTER TABLE step_executions ALTER topic TYPE VARCHAR(500)")
+        assert (await store.load_run("before")).run.status is RunStatus.COMPLETED
+        await store.record_step_result(await claimed(store, "after"))
+        assert (await store.load_run("after")).run.status is RunStatus.COMPLETED
 
 
 async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_tables: str) -> None:

@@ -54,8 +54,14 @@ def test_tables_are_made_shown_and_taken_away(postgres_url: str) -> None:
     assert tables(postgres_url) == {"alembic_version"}
 
 
-async def test_two_upgrades_at_once_are_one(postgres_url: str) -> None:
-    """Services that start together may all bring the tables up to date; nobody fails."""
+@pytest.mark.parametrize("level", ["read committed", "serializable"])
+async def test_two_upgrades_at_once_are_one(postgres_url: str, level: str) -> None:
+    """Services that start together may all bring the tables up to date; nobody fails, whatever isolation is usual."""
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        name = postgres_url.rpartition("/")[2]
+        connection.execute(
+            f"ALTER DATABASE \"{name}\" SET default_transaction_isolation = '{level}'".encode()
+        )
     children = [
         await asyncio.create_subprocess_exec(*PAIGEANT, "db", "upgrade", env=_env(postgres_url))
         for _ in range(4)
@@ -114,6 +120,16 @@ def test_a_server_that_is_down_is_exit_code_3(args: tuple[str, ...]) -> None:
     lines = (done.stderr + done.stdout).lower().splitlines()
     assert {line.count("is the server running") for line in lines if "can't use" in line} == {1}
     assert "hidden" not in done.stderr + done.stdout
+
+
+def test_an_upgrade_tells_a_table_that_was_dropped(postgres_url: str) -> None:
+    """A worker that misses one names `db upgrade`, which can't make it anew and must not say that all is well."""
+    assert command(postgres_url, "db", "upgrade").returncode == 0
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("DROP TABLE workflow_signals")
+    done = command(postgres_url, "db", "upgrade")
+    assert done.returncode == 2
+    assert "has lost its table 'workflow_signals'; restore it from a backup" in done.stderr
 
 
 def test_current_tells_tables_that_are_missing(postgres_url: str) -> None:

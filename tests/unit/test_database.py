@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import shutil
 import sqlite3
 import subprocess
@@ -342,6 +343,97 @@ async def test_the_file_stays_the_same_in_another_folder(
     assert sizes != sorted(sizes)  # it was put into the file, and began anew
 
 
+OPEN_AND_CLOSE = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+print(*(n for (n,) in connection.execute("SELECT n FROM numbers ORDER BY n")))
+connection.close()
+"""
+
+
+def seen_elsewhere(path: Path) -> list[int]:
+    """The numbers in the table as another program finds them, which opens the file for it and closes it."""
+    command = [sys.executable, "-c", OPEN_AND_CLOSE, str(path)]
+    return [int(n) for n in subprocess.run(command, capture_output=True, check=True).stdout.split()]
+
+
+@pytest.mark.parametrize("how", ["connect", "as it is"])
+async def test_a_file_under_two_names_in_a_process_stays_locked(
+    database: SqliteDatabase, tmp_path: Path, how: str
+) -> None:
+    """To close any handle of a file gives up all locks of the process on it.
+
+    Without them, who closes the file elsewhere takes itself for the last one, and removes the log that is in use.
+    """
+    (alias := tmp_path / "alias.db").symlink_to(database.path)
+    await database.write(add, 1)
+    other = SqliteDatabase(f"sqlite:///{alias}")
+    if how == "connect":
+        await other.connect()
+    else:
+        with other.as_it_is():
+            pass
+    try:
+        assert seen_elsewhere(database.path) == [1]
+        await database.write(add, 2)
+        assert await numbers(database) == [1, 2]
+        assert seen_elsewhere(database.path) == [1, 2]
+    finally:
+        await other.close()
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
+async def test_a_log_that_is_gone_is_not_written_to(database: SqliteDatabase, replaced: bool) -> None:
+    """What is committed to it nobody else would ever see, and a crash would lose it."""
+    await database.write(add, 1)
+    log = database.path.with_name("x.db-wal")
+    log.unlink()
+    if replaced:
+        log.touch()
+    for lane in (database.write, database.read):
+        with pytest.raises(StoreUnavailable, match=r"x\.db-wal was deleted while"):
+            await lane(add, 2)
+    with pytest.raises(StoreUnavailable, match=r"x\.db-wal was deleted while"):
+        await asyncio.to_thread(database.write_now, add, 3)
+    await database.close()  # which puts what was committed into the file
+    assert seen_elsewhere(database.path) == [1]
+
+
+async def test_a_file_that_cant_be_looked_at_is_an_error(database: SqliteDatabase) -> None:
+    """Its folder has become a file: that may pass, as a disk comes back that was away."""
+    folder = database.path.parent
+    away = folder.with_name(f"{folder.name}-away")
+    folder.rename(away)
+    folder.touch()
+    with pytest.raises(StoreUnavailable, match=r"x\.db: Not a directory"):
+        await database.write(add, 1)
+    folder.unlink()
+    away.rename(folder)
+    await database.write(add, 2)
+    assert await numbers(database) == [2]
+
+
+async def test_a_checkpoint_that_fails_leaves_nobody_waiting(database: SqliteDatabase) -> None:
+    """On a full disk it does; who waits for the lock afterwards still doesn't keep the event loop."""
+    await database.write(add, 1)
+
+    def checkpointed(tx: Tx, requests: Sequence[None]) -> list[Any]:
+        driver = module.driver_of(tx.connection)
+        driver.commit()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (database.path.stat().st_size, hard))
+        try:
+            with pytest.raises(sqlite3.OperationalError, match=r"full|I/O"):
+                module._checkpoint(driver)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        [found] = driver.execute("PRAGMA busy_timeout").fetchone()
+        driver.execute("BEGIN")
+        return [found]
+
+    assert await database.write(checkpointed, None) == 0
+
+
 async def test_a_full_disk_is_an_error_that_passes(database: SqliteDatabase) -> None:
     """When the file can't grow the transaction fails whole; once there is room again, the same one works."""
     pages = await database.write(pragma, "page_count")
@@ -388,7 +480,17 @@ def test_a_url_names_a_file(url: str, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["sqlite://", "sqlite:///", "sqlite:///a.db?mode=ro", "sqlite://x", "postgresql://x/y", "a.db", ""]
+    "url",
+    [
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite:///a.db?mode=ro",
+        "sqlite://x",
+        "postgresql://x/y",
+        "a.db",
+        "",
+    ],
 )
 def test_a_url_without_a_file_is_refused(url: str) -> None:
     """The error shows how it is written."""
@@ -431,6 +533,19 @@ async def test_a_folder_is_no_database(tmp_path: Path) -> None:
     """Nor is a file in a folder that doesn't exist."""
     await refused(tmp_path, ConfigurationError, "is a folder")
     await refused(tmp_path / "no" / "x.db", ConfigurationError, "doesn't exist")
+
+
+async def test_a_file_of_two_hard_links_is_refused(tmp_path: Path) -> None:
+    """Who opens it by the other name has a log of its own: what is in one of the two is lost, without an error."""
+    path = tmp_path / "x.db"
+    path.touch()
+    (alias := tmp_path / "alias.db").hardlink_to(path)
+    await refused(path, ConfigurationError, r"x\.db has another name")
+    await refused(alias, ConfigurationError, r"alias\.db has another name")
+    alias.unlink()
+    database = SqliteDatabase(f"sqlite:///{path}")
+    await database.connect()
+    await database.close()
 
 
 async def test_a_newer_file_is_left_alone(tmp_path: Path) -> None:

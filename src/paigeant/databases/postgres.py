@@ -53,6 +53,10 @@ _SESSION = {
     "idle_in_transaction_session_timeout": "3s",
     "lock_timeout": "4s",
     "statement_timeout": "12s",
+    # Whoever has waited for a lock has to see what was done under it: a signal that its step didn't see wakes nobody.
+    "default_transaction_isolation": "read committed",
+    # All digits of a time: a listing goes on behind the last one it has shown.
+    "extra_float_digits": "1",
     # Nor must a host that is gone. Between statements of a pipeline the server counts no time, it only reads.
     "tcp_keepalives_idle": "10",
     "tcp_keepalives_interval": "5",
@@ -63,6 +67,9 @@ _SESSION = {
     "enable_mergejoin": "off",
     "jit": "off",
 }
+_IDLE_SINCE = 140000
+"""The server version that ends sessions which are idle for too long, if it is told to."""
+
 # What a user may not do with the tables of these names, and with the sequences that give those numbers.
 _LACKING = text("""
 SELECT current_user, current_schema(), what, string_agg(kind, ', ' ORDER BY kind) FROM (
@@ -98,6 +105,8 @@ class PostgresDatabase(Database):
             "keepalives_count": 3,
             "tcp_user_timeout": 15000,
             **given,
+            # The pipeline writes it, whatever the URL, the environment or the database would have clients speak.
+            "client_encoding": "utf8",
         }
         self._place = _shown(given)
         self._engine: Engine | None = None
@@ -249,7 +258,7 @@ class PostgresDatabase(Database):
     def prepare(self, connection: Connection) -> None:
         from paigeant.migrations import upgrade  # here, because it loads Alembic
 
-        if current_version(connection) is None:
+        if (found := current_version(connection)) is None:
             foreign = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))
             if foreign:
                 raise SchemaMismatch(
@@ -257,6 +266,12 @@ class PostgresDatabase(Database):
                     "or a schema of its own by ?options=-csearch_path%3Dpaigeant"
                 )
         upgrade(connection, self.place)
+        if found == SCHEMA_VERSION:  # no migration makes anew what somebody has dropped
+            lost = [name for name in sorted(metadata.tables) if not inspect(connection).has_table(name)]
+            if lost:
+                raise SchemaMismatch(
+                    f"{self.place} has lost its table '{lost[0]}'; restore it from a backup, or name another database"
+                )
 
     # -- inside
 
@@ -270,11 +285,13 @@ class PostgresDatabase(Database):
                 driver.adapters.register_loader(kind, TextLoader)
             if not plain:
                 driver.prepare_threshold = None  # it would do away with ours along with its own
-                settings = "; ".join(f"SET {name} = '{value}'" for name, value in _SESSION.items())
-                driver.execute(settings)
+                session = dict(_SESSION)
+                if driver.info.server_version >= _IDLE_SINCE:
+                    # The next commit would meet a closed connection, and couldn't tell that from one that is cut.
+                    session["idle_session_timeout"] = "0"
+                driver.execute("; ".join(f"SET {name} = '{value}'" for name, value in session.items()))
             return driver
 
-        options: dict[str, Any] = {} if plain else {"isolation_level": "AUTOCOMMIT"}
         return create_engine(
             "postgresql+psycopg://",
             creator=connect,
@@ -282,7 +299,8 @@ class PostgresDatabase(Database):
             paramstyle="format",
             use_native_hstore=False,  # it would be looked for at the first connection
             hide_parameters=True,  # what runs are made of stands in no error
-            **options,
+            # An upgrade that has waited for another sees what that has made.
+            isolation_level="READ COMMITTED" if plain else "AUTOCOMMIT",
         )
 
     def _check(self, tx: Tx, requests: Sequence[None]) -> list[None]:
@@ -344,6 +362,10 @@ class PostgresDatabase(Database):
             cause = exc.orig if isinstance(exc, DBAPIError) else exc
             if isinstance(cause, errors.ReadOnlySqlTransaction):
                 driver.close()  # perhaps another server has become the primary: it has to be looked for
+            elif isinstance(cause, errors.FeatureNotSupported):
+                # Somebody has changed the type of a column. What was prepared on this connection gives the old one.
+                driver.close()
+                raise Contended(_reason(exc), is_lost=True) from exc
             elif _is_lost(connection):
                 # Out of patience with us, the server has done nothing of it, whatever we have sent meanwhile. Whoever
                 # only reads, reads again.
@@ -384,6 +406,10 @@ class PostgresDatabase(Database):
                 )
             case errors.InsufficientPrivilege():
                 return ConfigurationError(f"{self.place}: {reason}; grant the user what it needs")
+            case errors.ForeignKeyViolation():  # our tables have none
+                return ConfigurationError(
+                    f"{self.place}: {reason}; let that constraint be ON DELETE CASCADE or SET NULL, or drop it"
+                )
             case errors.InvalidPassword() | errors.InvalidAuthorizationSpecification():
                 return ConfigurationError(f"{self.place} doesn't let the user in: {reason}")
             case errors.DuplicatePreparedStatement() | errors.InvalidSqlStatementName():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import sqlite3
@@ -43,6 +44,10 @@ def database_path(url: str) -> Path:
         raise ConfigurationError(
             f"{url!r} names no file; expected sqlite:///file.db, or sqlite:////folder/file.db for an absolute path"
         )
+    if path == ":memory:":  # SQLite would give each connection a database of its own
+        raise ConfigurationError(
+            f"{url!r} names no file; expected sqlite:///file.db, or memory:// for what ends with the process"
+        )
     if "?" in path:
         raise ConfigurationError(f"{url!r} has options behind a '?'; expected sqlite:///file.db without any")
     if "\0" in path or any(len(os.fsencode(part)) > 255 for part in Path(path).parts):
@@ -61,6 +66,7 @@ class SqliteDatabase(Database):
         self._beater: Connection | None = None
         self._beside: Connection | None = None
         self._file: tuple[Path, tuple[int, int]] | None = None
+        self._log: tuple[Path, tuple[int, int]] | None = None
         self._bell = Bell(self.path, self._heard)
         self._commits = 0
         self._synced = _Synced()
@@ -108,7 +114,7 @@ class SqliteDatabase(Database):
         self._bell.open()
 
     async def _shut(self) -> None:
-        self._file = None
+        self._file = self._log = None
         self._bell.close()
         if self._beater is not None:
             self._beater.close()
@@ -194,19 +200,30 @@ class SqliteDatabase(Database):
             return
         place, identity = self._file
         try:
-            found = os.stat(place)
+            found = _identity(place)
         except FileNotFoundError:
             raise StoreUnavailable(f"{self.path} was deleted while it was in use; put it back") from None
-        if (found.st_dev, found.st_ino) != identity:
+        except OSError as exc:  # its folder or its disk is away
+            raise StoreUnavailable(f"can't use {self.path}: {exc.strerror}") from exc
+        if found != identity:
             raise StoreUnavailable(
                 f"{self.path} was replaced while it was in use; start again with the new one"
             )
+        if self._log is None:
+            return
+        # Nor what is written to its log: while we have the file open SQLite neither removes nor makes one.
+        log, identity = self._log
+        with contextlib.suppress(OSError):
+            if _identity(log) == identity:
+                return
+        raise StoreUnavailable(f"{log} was deleted while it was in use; start again")
 
     def _prepare(self, tx: Tx, requests: Sequence[None]) -> list[None]:
         prepare(tx.connection, self.path)
         place = self.path.resolve()
-        found = place.stat()
-        self._file = place, (found.st_dev, found.st_ino)
+        self._file = place, _identity(place)
+        log = Path(f"{place}-wal")
+        self._log = (log, _identity(log)) if log.exists() else None
         return [None] * len(requests)
 
     def _tidy(self, connection: Connection) -> None:
@@ -245,8 +262,10 @@ class _Synced:
 
 def _checkpoint(driver: sqlite3.Connection) -> None:
     driver.execute("PRAGMA busy_timeout=250")
-    driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-    driver.execute("PRAGMA busy_timeout=0")
+    try:
+        driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    finally:  # the disk may be full
+        driver.execute("PRAGMA busy_timeout=0")
 
 
 class _Driver:
@@ -377,18 +396,36 @@ def begun(
 
 
 def _check_is_database(path: Path) -> None:
+    # Without opening it, see `_identity`. What is in it SQLite says.
     if not path.is_file():
         what = "a folder" if path.is_dir() else "a device or pipe"
         raise ConfigurationError(f"{path} is {what}; expected a database file")
-    try:
-        with path.open("rb") as file:
-            start = file.read(16)
-    except OSError as exc:
-        raise ConfigurationError(f"can't read {path}: {exc.strerror}") from exc
-    if start and start != b"SQLite format 3\0":
+    if not os.access(path, os.R_OK):
+        raise ConfigurationError(f"can't read {path}: {os.strerror(errno.EACCES)}")
+    if path.stat().st_nlink > 1:
+        # SQLite names the log after the file: under each name there is another, and what is in one of them is lost.
         raise ConfigurationError(
-            f"{path} is not an SQLite database (it starts with {start[:12]!r}); name another file in the URL"
+            f"{path} has another name, by a hard link; remove that, SQLite would have a log for each"
         )
+
+
+def _no_database(path: Path) -> ConfigurationError:
+    """The error for a file that SQLite has said this of: so nothing here has locks on it that reading it could end."""
+    start = b""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(12)
+    how = "" if b"SQLite format".startswith(start) else f" (it starts with {start!r})"
+    return ConfigurationError(f"{path} is not an SQLite database{how}; name another file in the URL")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Which file it is, whatever its name.
+
+    It must not be opened for that: to close it again would give up all locks that SQLite has on it in this process, and
+    who closes it in another one would take away its log.
+    """
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
 
 
 class _Guard:
@@ -408,7 +445,7 @@ class _Guard:
     def _ours(self, exc: DBAPIError | sqlite3.DatabaseError) -> PaigeantError | None:
         cause = exc.orig if isinstance(exc, DBAPIError) else exc
         if "not a database" in str(cause):
-            return ConfigurationError(f"{self._path} is not an SQLite database; name another file in the URL")
+            return _no_database(self._path)
         # A damaged file is plainly a DatabaseError; the other kinds below it are mistakes in a statement.
         if type(cause) is sqlite3.DatabaseError:
             return StoreDamaged(f"can't use {self._path}: {cause}")
