@@ -26,6 +26,7 @@ from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
+from paigeant.transport import TopicUnavailable
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, publisher, queues
 from paigeant.transports.rabbitmq.queues import declare
 
@@ -366,6 +367,7 @@ async def test_a_queue_that_is_full_is_an_error(server: RabbitServer) -> None:
         finally:
             await asyncio.to_thread(server.ctl, "clear_policy", "full")
         assert "it is full" in str(refused)
+        assert isinstance(refused, TopicUnavailable)
 
 
 async def test_a_channel_closed_for_a_slow_consumer_is_opened_again(server: RabbitServer) -> None:

@@ -14,6 +14,7 @@ from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelNotFoundEntity, De
 from pamqp.commands import Basic
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.transport import TopicUnavailable
 from paigeant.transports.rabbitmq.link import (
     OPEN_SECONDS,
     Closed,
@@ -114,7 +115,7 @@ class Publisher:
             await asyncio.sleep(DELETED_SECONDS)
             return False
         except DeliveryError as exc:
-            raise TransportUnavailable(
+            raise TopicUnavailable(
                 f"RabbitMQ at {place(self._link.url)} refuses a message for the queue '{queue.name}'; "
                 "it is full (max-length of a policy), or not enough of its replicas are there; when a queue doesn't "
                 f"recover, delete it (rabbitmqctl delete_queue {queue.name}): it is declared anew"
