@@ -370,6 +370,29 @@ async def test_a_queue_that_is_full_is_an_error(server: RabbitServer) -> None:
         assert isinstance(refused, TopicUnavailable)
 
 
+async def test_a_broker_that_takes_no_more_queues_is_waited_for(server: RabbitServer) -> None:
+    """A virtual host may have a limit of queues: that is told as what it is, and over when there is room again."""
+    async with opened(server.url, publish_timeout=30.0) as transport:
+        listener = Listener(transport)
+        await transport.publish("work", message("first"))
+        await listener.until("first")
+        await asyncio.to_thread(server.ctl, "set_vhost_limits", "-p", "/", '{"max-queues":1}')
+        try:
+            for topic, delay in (("work", 0.2), ("other", 0.0)):
+                with pytest.raises(TransportUnavailable, match="takes no more queues"):
+                    await transport.publish(topic, message("refused"), delay=delay)
+            other = Listener(transport, "other")
+            with pytest.raises(TransportUnavailable, match="takes no more queues"):
+                async with opened(server.url):
+                    pass
+            await transport.publish("work", message("second"))
+            await listener.until("second")
+        finally:
+            await asyncio.to_thread(server.ctl, "clear_vhost_limits", "-p", "/")
+        await transport.publish("other", message("third"))
+        await other.until("third")
+
+
 async def test_a_channel_closed_for_a_slow_consumer_is_opened_again(server: RabbitServer) -> None:
     """After consumer_timeout the message comes again in the same iteration, and its late ack is harmless."""
     async with opened(server.url) as transport:
