@@ -382,9 +382,10 @@ async def test_a_broker_that_takes_no_more_queues_is_waited_for(server: RabbitSe
                 with pytest.raises(TransportUnavailable, match="takes no more queues"):
                     await transport.publish(topic, message("refused"), delay=delay)
             other = Listener(transport, "other")
-            with pytest.raises(TransportUnavailable, match="takes no more queues"):
+            with pytest.raises(TransportUnavailable, match="takes no more queues") as unopened:
                 async with opened(server.url):
                     pass
+            assert not isinstance(unopened.value, TopicUnavailable)
             await transport.publish("work", message("second"))
             await listener.until("second")
         finally:

@@ -58,6 +58,8 @@ class Publisher:
                         await self._single.get()  # tells a wrong setting; `_ready` puts it down to the broker
                     await self._ready(queue)
                     await check_rights(await self._link.open(), trial)
+        except TopicUnavailable as exc:  # without these two there is nothing that could go on
+            raise TransportUnavailable(str(exc)) from exc
         except CONNECTION_EXCEPTIONS as exc:
             raise self._unavailable(exc) from exc
 
