@@ -26,6 +26,7 @@ from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
+from paigeant.transport import TopicUnavailable
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, publisher, queues
 from paigeant.transports.rabbitmq.queues import declare
 
@@ -366,6 +367,31 @@ async def test_a_queue_that_is_full_is_an_error(server: RabbitServer) -> None:
         finally:
             await asyncio.to_thread(server.ctl, "clear_policy", "full")
         assert "it is full" in str(refused)
+        assert isinstance(refused, TopicUnavailable)
+
+
+async def test_a_broker_that_takes_no_more_queues_is_waited_for(server: RabbitServer) -> None:
+    """A virtual host may have a limit of queues: that is told as what it is, and over when there is room again."""
+    async with opened(server.url, publish_timeout=30.0) as transport:
+        listener = Listener(transport)
+        await transport.publish("work", message("first"))
+        await listener.until("first")
+        await asyncio.to_thread(server.ctl, "set_vhost_limits", "-p", "/", '{"max-queues":1}')
+        try:
+            for topic, delay in (("work", 0.2), ("other", 0.0)):
+                with pytest.raises(TransportUnavailable, match="takes no more queues"):
+                    await transport.publish(topic, message("refused"), delay=delay)
+            other = Listener(transport, "other")
+            with pytest.raises(TransportUnavailable, match="takes no more queues") as unopened:
+                async with opened(server.url):
+                    pass
+            assert not isinstance(unopened.value, TopicUnavailable)
+            await transport.publish("work", message("second"))
+            await listener.until("second")
+        finally:
+            await asyncio.to_thread(server.ctl, "clear_vhost_limits", "-p", "/")
+        await transport.publish("other", message("third"))
+        await other.until("third")
 
 
 async def test_a_channel_closed_for_a_slow_consumer_is_opened_again(server: RabbitServer) -> None:
@@ -591,7 +617,7 @@ async def test_the_broker_s_dead_letters_outlive_any_error(
 
 
 async def test_a_return_that_is_refused_settles_the_message(rabbitmq_url: str) -> None:
-    """Where the wait queue can't be declared nack raises, and the message comes again at once."""
+    """Where the wait queue can't be declared nack raises, and the message comes again."""
     async with opened(rabbitmq_url) as transport:
         await transport.publish("work", message("m"))
         await spoil(rabbitmq_url, transport, 1.0)
@@ -601,6 +627,46 @@ async def test_a_return_that_is_refused_settles_the_message(rabbitmq_url: str) -
                 await transport.nack("m", delay=1.0)
             assert (await anext(messages)).message_id == "m"
             await transport.ack("m")
+
+
+async def test_a_return_that_is_refused_does_not_come_at_once(server: RabbitServer) -> None:
+    """A message that can't wait in a queue waits here, else it would come hundreds of times in a second."""
+    async with opened(server.url, publish_timeout=30.0) as transport:
+        await transport.publish("work", message("m"))
+        await asyncio.to_thread(server.ctl, "set_vhost_limits", "-p", "/", '{"max-queues":1}')
+        returned: list[float] = []
+        try:
+            async with asyncio.timeout(RECOVERY):
+                async for received in transport.subscribe("work"):
+                    if returned:
+                        assert time.monotonic() - returned[-1] >= 0.2
+                    if len(returned) == 3:
+                        break
+                    returned.append(time.monotonic())
+                    with pytest.raises(TransportUnavailable):
+                        await transport.nack(received.message_id, delay=0.2)
+        finally:
+            await asyncio.to_thread(server.ctl, "clear_vhost_limits", "-p", "/")
+
+
+async def test_a_rejection_that_fails_does_not_come_at_once(rabbitmq_url: str) -> None:
+    """While dead letters can't be kept a message that is to become one doesn't go round and round."""
+    graveyard = Graveyard(failures=2)
+    async with opened(rabbitmq_url) as transport:
+        transport.bury_with(graveyard.bury)
+        await transport.publish("work", message("m"))
+        failed: list[float] = []
+        async with asyncio.timeout(RECOVERY):
+            async for received in transport.subscribe("work"):
+                if failed:
+                    assert time.monotonic() - failed[-1] >= 0.5
+                try:
+                    await transport.dead_letter(received.message_id, "unwanted")
+                except OSError:
+                    failed.append(time.monotonic())
+                else:
+                    break
+        assert (len(failed), [letter.id for letter in graveyard.letters]) == (2, ["m"])
 
 
 async def test_a_round_that_is_refused_settles_the_message(

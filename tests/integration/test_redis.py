@@ -844,6 +844,48 @@ async def test_a_topic_with_a_broken_key_hides_no_other(
     assert [depth.topic for depth in await transport.topics()] == ["broken", "work"]
 
 
+async def test_a_broken_topic_loses_nothing_that_is_due(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """While somebody's string stands in the place of the stream, what is delayed goes on to wait."""
+    transport = await opened(server.url)
+    await transport.publish("work", message("m"), delay=0.01)
+    key = transport.stream_key("work")
+    await client.set(key, "a string")
+    async with Listening(transport) as listening:
+        due = f"{key.removesuffix('stream')}due"
+        tried = (await client.info("commandstats"))["cmdstat_evalsha"]["failed_calls"]
+        await until(lambda: _failed_more(client, tried))
+        assert await client.zcard(due) == 1
+        await client.delete(key)
+        await listening.wait_for("m")
+
+
+async def _failed_more(client: Redis, tried: int) -> bool:
+    return (await client.info("commandstats"))["cmdstat_evalsha"]["failed_calls"] > tried + 2
+
+
+@pytest.mark.parametrize("part", ["due", "later"])
+async def test_a_delay_that_cannot_be_kept_changes_nothing(
+    server: RedisServer, client: Redis, opened: Open, part: str
+) -> None:
+    """Where delayed messages can't wait, one that is returned for later comes again, and none is left lying."""
+    transport = await opened(server.url, hold=1.0)
+    await transport.publish("work", message("m"))
+    assert await take(transport) == ["m"]
+    stem = transport.stream_key("work").removesuffix("stream")
+    await client.set(f"{stem}{part}", "a string")
+    with pytest.raises(TransportUnavailable, match="WRONGTYPE"):
+        await transport.nack("m", delay=0.1)
+    with pytest.raises(TransportUnavailable, match="WRONGTYPE"):
+        await transport.publish("work", message("n"), delay=0.1)
+    assert await take(transport) == ["m"]
+    await transport.nack("m")
+    assert await take(transport) == ["m"]
+    await client.delete(f"{stem}{part}")
+    assert await client.exists(f"{stem}due", f"{stem}later") == 0
+
+
 # --- what connect finds out
 
 

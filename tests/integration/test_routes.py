@@ -7,9 +7,13 @@ import contextlib
 import logging
 import secrets
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
+import aio_pika
 import pytest
+from redis.asyncio import Redis
 from tests.integration.workers import working
 from tests.services import RedisServer
 
@@ -18,6 +22,7 @@ from paigeant.errors import TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.slip import RoutingSlip, RunStatus, Step
 from paigeant.transports.memory import MemoryTransport
+from paigeant.transports.rabbitmq import RabbitMQTransport
 from paigeant.transports.redis import RedisStreamTransport
 from paigeant.transports.routed import Route, RoutedTransport
 
@@ -218,6 +223,48 @@ async def test_what_fails_together_is_one_failure() -> None:
                     break
                 await asyncio.sleep(0.05)
         await routed.close()
+
+
+async def _hold_a_key(url: str, namespace: str) -> RedisStreamTransport:
+    """Something else stands where the messages of p.bad would."""
+    transport = RedisStreamTransport(url, namespace=namespace)
+    async with Redis.from_url(url) as client:
+        await client.set(transport.stream_key("p.bad"), "a string")
+    return transport
+
+
+async def _forbid_a_key(url: str, namespace: str) -> RedisStreamTransport:
+    """The user may write to p.good alone."""
+    transport = RedisStreamTransport(url.replace("://", f"://{namespace}:pw@"), namespace=namespace)
+    async with Redis.from_url(url) as client:
+        keys = [f"~{namespace}:{{{tag}}}:*" for tag in ("%", "p.good")]
+        await client.execute_command("ACL", "SETUSER", namespace, "on", ">pw", "+@all", *keys)
+    return transport
+
+
+async def _declare_a_queue(url: str, namespace: str) -> RabbitMQTransport:
+    """The queue of p.bad is there with other settings."""
+    transport = RabbitMQTransport(url, namespace=namespace)
+    async with await aio_pika.connect(url) as connection, connection.channel() as channel:
+        await channel.declare_queue(transport.queues.topic("p.bad").name, durable=True)
+    return transport
+
+
+@pytest.mark.parametrize(
+    "spoiled", [_hold_a_key, _forbid_a_key, _declare_a_queue], ids=["key", "acl", "queue"]
+)
+async def test_a_topic_that_is_refused_holds_up_no_other(
+    spoiled: Callable[[str, str], Awaitable[Any]], redis_url: str, rabbitmq_url: str
+) -> None:
+    """A broker that takes no message for one topic is not out of reach for what goes to the others."""
+    url = rabbitmq_url if spoiled is _declare_a_queue else redis_url
+    transport = await spoiled(url, f"routes-{secrets.token_hex(4)}")
+    routed = RoutedTransport(MemoryTransport(), {"p.*": Route("that broker", transport)})
+    for n in range(3):
+        with pytest.raises(TransportUnavailable, match="that broker refuses this: "):
+            await routed.publish("p.bad", message(f"bad-{n}"))
+        await routed.publish("p.good", message(f"good-{n}"))
+    await routed.close()
 
 
 async def test_the_first_pattern_that_fits_counts() -> None:

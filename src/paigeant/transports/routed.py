@@ -2,7 +2,7 @@
 
 A slip may so travel over several brokers. Each worker receives from its own transport alone, and the other broker is
 opened when something is first published there. While it is out of reach, publishing fails at once: the step stays
-ready, the sweeper tries again, and nothing else waits for it.
+ready, the sweeper tries again, and nothing else waits for it. Where it refuses one topic alone, its others go on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from paigeant.errors import MessageInvalid, PaigeantError, TransportUnavailable
+from paigeant.errors import ConfigurationError, MessageInvalid, PaigeantError, TransportUnavailable
+from paigeant.transport import TopicUnavailable
 
 if TYPE_CHECKING:
     from paigeant.message import PaigeantMessage
@@ -53,15 +54,24 @@ class Route:
             # One that neither answers nor refuses must not hold up what goes elsewhere.
             async with asyncio.timeout(self._patience):
                 await self._open()
-                found = await work(self.transport)
+                found = await self._asked(work)
         except MessageInvalid:
             raise  # the message's fault
+        except TopicUnavailable:
+            self._pause = 0.0
+            raise  # the broker is there, and what goes to its other topics must not wait
         except (PaigeantError, TimeoutError) as exc:
             self._close_for_a_while(began_at)
             reason = str(exc) or f"no answer within {self._patience:g} s"
             raise TransportUnavailable(f"{self.name} is out of reach: {reason}") from exc
         self._pause = 0.0
         return found
+
+    async def _asked(self, work: Callable[[Transport], Awaitable[Any]]) -> Any:
+        try:
+            return await work(self.transport)
+        except (TopicUnavailable, ConfigurationError) as exc:  # it has been opened: this is about one topic
+            raise TopicUnavailable(f"{self.name} refuses this: {exc}") from exc
 
     def _close_for_a_while(self, began_at: float) -> None:
         # What was under way when it failed last is a part of that failure, and no further one: a hundred publishes that

@@ -14,6 +14,7 @@ from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelNotFoundEntity, De
 from pamqp.commands import Basic
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.transport import TopicUnavailable
 from paigeant.transports.rabbitmq.link import (
     OPEN_SECONDS,
     Closed,
@@ -57,6 +58,8 @@ class Publisher:
                         await self._single.get()  # tells a wrong setting; `_ready` puts it down to the broker
                     await self._ready(queue)
                     await check_rights(await self._link.open(), trial)
+        except TopicUnavailable as exc:  # without these two there is nothing that could go on
+            raise TransportUnavailable(str(exc)) from exc
         except CONNECTION_EXCEPTIONS as exc:
             raise self._unavailable(exc) from exc
 
@@ -114,7 +117,7 @@ class Publisher:
             await asyncio.sleep(DELETED_SECONDS)
             return False
         except DeliveryError as exc:
-            raise TransportUnavailable(
+            raise TopicUnavailable(
                 f"RabbitMQ at {place(self._link.url)} refuses a message for the queue '{queue.name}'; "
                 "it is full (max-length of a policy), or not enough of its replicas are there; when a queue doesn't "
                 f"recover, delete it (rabbitmqctl delete_queue {queue.name}): it is declared anew"

@@ -21,6 +21,7 @@ from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 
 from paigeant.clock import Clock
 from paigeant.errors import ConfigurationError
+from paigeant.transport import TopicUnavailable
 from paigeant.transports.rabbitmq.link import place, throwaway
 
 __all__ = ["DELETED_SECONDS", "NAME_BYTES", "Queue", "Queues", "check_rights", "declare"]
@@ -143,7 +144,10 @@ class Queues:
 
 
 async def declare(connection: aio_pika.Connection, queue: Queue) -> None:
-    """Make sure that there are this queue and those that it needs. Raises ConfigurationError when it doesn't fit."""
+    """Make sure that there are this queue and those that it needs.
+
+    Raises ConfigurationError when it doesn't fit, TopicUnavailable when there are too many.
+    """
     for needed in queue.needs:
         await declare(connection, needed)
     with _refused(connection, queue):
@@ -168,6 +172,11 @@ def _refused(connection: aio_pika.Connection, queue: Queue) -> Iterator[None]:
     try:
         yield
     except ChannelPreconditionFailed as exc:
+        if "queue limit" in str(exc):  # of the virtual host: those that are there go on
+            raise TopicUnavailable(
+                f"RabbitMQ at {place(connection.url)} takes no more queues: {exc}; raise its limit "
+                "(rabbitmqctl list_vhost_limits), and mind that delayed messages wait in queues of their own"
+            ) from exc
         raise ConfigurationError(
             f"the queue '{queue.name}' of RabbitMQ at {place(connection.url)} is there with other settings: {exc}. "
             "Set queue_type and delivery_limit to what it has, choose another namespace, or delete it once it is empty "

@@ -27,6 +27,9 @@ log = logging.getLogger("paigeant.transport")
 _REASON, _DETAIL, _TOPIC, _DUE = "paigeant-reason", "paigeant-detail", "paigeant-topic", "paigeant-due-ms"
 _DETAIL_CHARACTERS = 4096
 
+_REJECTED_SECONDS = 1.0
+"""After this time a message comes again whose dead letter couldn't be kept."""
+
 _SILENT = logging.NullHandler()
 
 
@@ -203,10 +206,20 @@ class RabbitMQTransport:
         try:
             # Confirmed first, acked then: a crash in between doubles the message, a loss can't happen.
             await self._post(delivery.topic, message_id, delivery.body, delay, headers)
+        except Exception:
+            self._receiving.start(self._give_back_later(delivery, delay))
+            raise
         except BaseException:
             await delivery.give_back()  # too early, but not lost, and in nobody's way
             raise
         await delivery.ack()
+
+    @staticmethod
+    async def _give_back_later(delivery: Delivery, delay: float) -> None:
+        """Hold what can't go elsewhere: given back it comes at once, hundreds of times in a second, and soon as often
+        as a delivery limit lets it."""
+        await asyncio.sleep(min(max(delay, PAUSE_SECONDS), LONGEST_PAUSE_SECONDS))
+        await delivery.give_back()
 
     async def dead_letter(self, message_id: str, reason: str) -> None:
         delivery = self._take(message_id)
@@ -223,6 +236,9 @@ class RabbitMQTransport:
                 await self._keep(letter)
             else:
                 await self._bury(letter)
+        except Exception:
+            self._receiving.start(self._give_back_later(delivery, _REJECTED_SECONDS))
+            raise
         except BaseException:
             await delivery.give_back()
             raise

@@ -88,6 +88,13 @@ local function is_bell(entry)
   return entry ~= nil and fields(entry).bell ~= nil
 end
 
+-- Raises where the keys hold something else. A script that fails undoes nothing, so this comes before it takes a
+-- message away.
+local function check_later()
+  redis.call('XLEN', later)
+  redis.call('ZCARD', due)
+end
+
 local function set_aside(id, body, n, t, delay, look)
   local entry = add(later, id, body, n, t)
   redis.call('ZADD', due, whole(now() + delay), entry)
@@ -133,11 +140,14 @@ class Script:
 
 
 LATER = Script("""
+check_later()
 set_aside(ARGV[4], ARGV[5], 0, math.floor(now() / 1000), tonumber(ARGV[3]), tonumber(ARGV[2]))
 """)
 """look, delay, id, body: have a message delivered later."""
 
 DUE = Script("""
+check_later()
+redis.call('XLEN', stream)
 for i = 3, #ARGV do remove(ARGV[i]) end
 local entries = redis.call('ZRANGEBYSCORE', due, '-inf', whole(now()), 'LIMIT', 0, ARGV[2])
 for _, entry in ipairs(entries) do
@@ -169,6 +179,7 @@ end
 """consumer, entries: delete those that are still its own."""
 
 RETURN = Script("""
+if tonumber(ARGV[4]) > 0 then check_later() end
 for i = 6, #ARGV do
   local mine = pending(ARGV[i], ARGV[2])
   if mine then give_back(ARGV[i], mine[4] - tonumber(ARGV[5]), tonumber(ARGV[4]), tonumber(ARGV[3])) end

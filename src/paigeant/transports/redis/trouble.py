@@ -22,6 +22,7 @@ from redis.exceptions import ConnectionError as Disconnected
 from redis.exceptions import TimeoutError as TimedOut
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.transport import TopicUnavailable
 from paigeant.transports.redis.place import Place, one_line
 
 __all__ = ["FAILURES", "LOST", "TROUBLE", "explained", "no_memory", "refusal", "told"]
@@ -49,6 +50,8 @@ def told(place: Place) -> Iterator[None]:
     try:
         yield
     except TROUBLE as exc:
+        if isinstance(exc, NoPermissionError) or str(exc).startswith("WRONGTYPE"):
+            raise TopicUnavailable(explained(exc, place)) from exc
         raise TransportUnavailable(explained(exc, place)) from exc
 
 
