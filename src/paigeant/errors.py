@@ -41,6 +41,7 @@ __all__ = [
     "StoreUnavailable",
     "TokenExpired",
     "TokenRejected",
+    "TopicUnavailable",
     "TransportUnavailable",
     "UnitUnreadable",
     "UnknownActivity",
@@ -251,6 +252,10 @@ class StoreDamaged(StoreUnavailable):
 
 class TransportUnavailable(PaigeantError):
     """The transport can't be reached, or can't take a message now."""
+
+
+class TopicUnavailable(TransportUnavailable):
+    """The broker is there and takes no message for this topic now; for others it may."""
 
 
 class AuthorityUnavailable(PaigeantError):

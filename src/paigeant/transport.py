@@ -9,24 +9,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from paigeant.errors import TransportUnavailable
 from paigeant.values import value
 
 if TYPE_CHECKING:
     from paigeant.message import PaigeantMessage
     from paigeant.store import DeadLetter, Store
 
-__all__ = ["BODY_KEPT_BYTES", "Bury", "Posting", "TopicDepth", "TopicUnavailable", "Transport"]
+__all__ = ["BODY_KEPT_BYTES", "Bury", "Posting", "TopicDepth", "Transport"]
 
 BODY_KEPT_BYTES = 64 * 1024
 """How much of a rejected body a dead letter keeps."""
 
 Bury = Callable[["DeadLetter"], Awaitable[None]]
 """Records a dead letter; returns once it is durable. Doing it twice for one letter is harmless."""
-
-
-class TopicUnavailable(TransportUnavailable):
-    """The broker is there and takes no message for this topic now; for others it may."""
 
 
 @value

@@ -22,11 +22,10 @@ from tests.services import RabbitServer, free_port
 from tests.services.proxy import Proxy
 
 from paigeant import ActivityRegistry, Paigeant, Settings
-from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.errors import ConfigurationError, TopicUnavailable, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
-from paigeant.transport import TopicUnavailable
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, publisher, queues
 from paigeant.transports.rabbitmq.queues import declare
 

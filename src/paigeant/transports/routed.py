@@ -16,8 +16,13 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from paigeant.errors import ConfigurationError, MessageInvalid, PaigeantError, TransportUnavailable
-from paigeant.transport import TopicUnavailable
+from paigeant.errors import (
+    ConfigurationError,
+    MessageInvalid,
+    PaigeantError,
+    TopicUnavailable,
+    TransportUnavailable,
+)
 
 if TYPE_CHECKING:
     from paigeant.message import PaigeantMessage

@@ -13,8 +13,7 @@ from aio_pika.abc import AbstractChannel
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelNotFoundEntity, DeliveryError, PublishError
 from pamqp.commands import Basic
 
-from paigeant.errors import ConfigurationError, TransportUnavailable
-from paigeant.transport import TopicUnavailable
+from paigeant.errors import ConfigurationError, TopicUnavailable, TransportUnavailable
 from paigeant.transports.rabbitmq.link import (
     OPEN_SECONDS,
     Closed,

@@ -20,8 +20,7 @@ from aio_pika.exceptions import ChannelPreconditionFailed
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 
 from paigeant.clock import Clock
-from paigeant.errors import ConfigurationError
-from paigeant.transport import TopicUnavailable
+from paigeant.errors import ConfigurationError, TopicUnavailable
 from paigeant.transports.rabbitmq.link import place, throwaway
 
 __all__ = ["DELETED_SECONDS", "NAME_BYTES", "Queue", "Queues", "check_rights", "declare"]

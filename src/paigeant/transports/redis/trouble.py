@@ -21,8 +21,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as Disconnected
 from redis.exceptions import TimeoutError as TimedOut
 
-from paigeant.errors import ConfigurationError, TransportUnavailable
-from paigeant.transport import TopicUnavailable
+from paigeant.errors import ConfigurationError, TopicUnavailable, TransportUnavailable
 from paigeant.transports.redis.place import Place, one_line
 
 __all__ = ["FAILURES", "LOST", "TROUBLE", "explained", "no_memory", "refusal", "told"]
