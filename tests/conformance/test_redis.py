@@ -20,7 +20,7 @@ from paigeant.transports.redis import RedisStreamTransport
 
 class _OnRedis(TransportConformance):
     merges_repeats: ClassVar[bool] = False
-    hold: ClassVar[float | None] = 1.0
+    hold: ClassVar[float | None] = 3.0  # longer than a busy machine takes between two calls
     delay: ClassVar[float] = 0.4
 
     url: str
@@ -32,7 +32,7 @@ class _OnRedis(TransportConformance):
             self.url,
             namespace=self.namespace,
             envelope=PlainEnvelope(self.limit_bytes),
-            hold=self.hold or 1.0,
+            hold=self.hold or 3.0,
         )
 
     async def pass_time(self, seconds: float) -> None:
