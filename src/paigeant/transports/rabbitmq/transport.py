@@ -216,8 +216,10 @@ class RabbitMQTransport:
 
     @staticmethod
     async def _give_back_later(delivery: Delivery, delay: float) -> None:
-        """Hold what can't go elsewhere: given back it comes at once, hundreds of times in a second, and soon as often
-        as a delivery limit lets it."""
+        """Give back what can't go elsewhere, but not at once.
+
+        It would come again hundreds of times in a second, and soon as often as a delivery limit lets it.
+        """
         await asyncio.sleep(min(max(delay, PAUSE_SECONDS), LONGEST_PAUSE_SECONDS))
         await delivery.give_back()
 
