@@ -269,7 +269,9 @@ async def throwaway(connection: aio_pika.Connection) -> AsyncIterator[AbstractCh
         yield channel
     finally:
         if not channel.is_closed:
-            await channel.close()
+            # Also when whoever waits is cancelled: a close that is cut off aiormq sends once more, and for that RabbitMQ
+            # closes the whole connection.
+            await asyncio.shield(channel.close())
 
 
 class Closed(ConnectionError):
