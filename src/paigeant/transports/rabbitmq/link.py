@@ -269,8 +269,8 @@ async def throwaway(connection: aio_pika.Connection) -> AsyncIterator[AbstractCh
         yield channel
     finally:
         if not channel.is_closed:
-            # Also when whoever waits is cancelled: a close that is cut off aiormq sends once more, and for that RabbitMQ
-            # closes the whole connection.
+            # Also when whoever waits is cancelled: aiormq sends a close that is cut off once more, and for that
+            # RabbitMQ closes the whole connection.
             await asyncio.shield(channel.close())
 
 
