@@ -37,6 +37,7 @@ from paigeant.identity import GrantHandle
 from paigeant.jwks import Jwks
 from paigeant.observer import Event, LogLine, Observer, Observers
 from paigeant.redaction import Redactor, redacted
+from paigeant.retention import delete_all
 from paigeant.run import Run
 from paigeant.secret import SecretToken
 from paigeant.settings import Settings
@@ -230,11 +231,10 @@ class Paigeant:
             from paigeant.observers.logs.sql import prune_lines
 
             await prune_lines(database, before)
-        pruned = 0
-        while found := await self.store.prune_runs(before=before, statuses=wanted):
-            pruned += found
-        while await self.store.prune_stray_letters(before=before):
-            pass
+        pruned = await delete_all(
+            lambda limit: self.store.prune_runs(before=before, statuses=wanted, limit=limit)
+        )
+        await delete_all(lambda limit: self.store.prune_stray_letters(before=before, limit=limit))
         return pruned
 
     async def logs(

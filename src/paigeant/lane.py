@@ -65,7 +65,7 @@ class Misjudged(Contended):
 
 
 class Blocked(StoreUnavailable):
-    """A transaction did nothing, because another one keeps what one of its requests needs."""
+    """A transaction did nothing: one of its requests takes too long, or needs what another transaction keeps."""
 
 
 class Driver(Protocol):

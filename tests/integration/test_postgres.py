@@ -631,6 +631,29 @@ async def test_a_table_of_others_that_keeps_a_run_is_named(postgres_url: str) ->
         assert await store.prune_runs(before=await store.now() + 1) == 1
 
 
+# As a server does that is asked to delete more in one statement than it can within the time for one.
+_SLOW = """
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    IF (SELECT count(*) FROM gone) > 20 THEN RAISE query_canceled USING MESSAGE = 'statement timeout'; END IF;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER slow AFTER DELETE ON workflow_runs REFERENCING OLD TABLE AS gone EXECUTE FUNCTION slow()
+"""
+
+
+async def test_runs_of_which_many_at_once_take_too_long_are_deleted_by_few(postgres_url: str) -> None:
+    """Old runs go however large they are: a transaction that the server gives up is followed by smaller ones."""
+    make_tables(postgres_url)
+    asked(postgres_url, _SLOW)
+    async with Paigeant(Settings(transport_url=postgres_url, store_url=postgres_url)) as app:
+        for number in range(60):
+            assert await app.store.record_workflow_start(run(f"r{number}", "a"), None)
+        with pytest.raises(StoreUnavailable, match=r"gave up a statement.*statement timeout"):
+            await app.store.prune_runs(before=await app.store.now() + 1)
+        assert await app.prune(older_than=-1) == 60
+        assert await app.store.list_runs() == []
+
+
 async def test_letters_deleted_in_opposite_order_are_deleted_once(postgres_tables: str) -> None:
     """Two processes that delete the same dead letters, one forwards and one backwards, don't wait for each other."""
     ids = [f"l{number:03}" for number in range(150)]

@@ -400,6 +400,8 @@ class PostgresDatabase(Database):
                 return Misjudged(reason)
             case errors.LockNotAvailable():
                 return Blocked(f"{self.place}: somebody keeps a row for too long: {reason}")
+            case errors.QueryCanceled():
+                return Blocked(f"{self.place} gave up a statement: {reason}")
             case errors.UndefinedTable() | errors.UndefinedColumn():
                 return SchemaMismatch(
                     f"{self.place} doesn't have the tables of this version: {reason}; `paigeant db upgrade` makes them"
