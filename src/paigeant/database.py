@@ -85,6 +85,10 @@ class Database(ABC):
         Raises SchemaMismatch for a database that newer code has changed, or that has other tables of these names.
         """
 
+    @abstractmethod
+    def check_whole(self, connection: Connection) -> None:
+        """Raises SchemaMismatch where one of the tables of this version isn't there: no migration makes it anew."""
+
     # -- opening and closing
 
     async def connect(self) -> None:

@@ -122,14 +122,15 @@ def test_a_server_that_is_down_is_exit_code_3(args: tuple[str, ...]) -> None:
     assert "hidden" not in done.stderr + done.stdout
 
 
-def test_an_upgrade_tells_a_table_that_was_dropped(postgres_url: str) -> None:
-    """A worker that misses one names `db upgrade`, which can't make it anew and must not say that all is well."""
+def test_a_table_that_was_dropped_is_told(postgres_url: str) -> None:
+    """A worker that misses one names `db upgrade`, which can't make it anew; nor may `db current` say all is well."""
     assert command(postgres_url, "db", "upgrade").returncode == 0
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("DROP TABLE workflow_signals")
-    done = command(postgres_url, "db", "upgrade")
-    assert done.returncode == 2
-    assert "has lost its table 'workflow_signals'; restore it from a backup" in done.stderr
+    for args in ("upgrade", "current"):
+        done = command(postgres_url, "db", args)
+        assert done.returncode == 2
+        assert "has lost its table 'workflow_signals'; restore it from a backup" in done.stderr
 
 
 def test_current_tells_tables_that_are_missing(postgres_url: str) -> None:

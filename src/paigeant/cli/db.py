@@ -29,11 +29,11 @@ def current(json: AsJson = False) -> None:
 
     newest, misfits = known()[-1], 0
     for database in _databases():
-        found = None
-        if database.exists:
+        found = misfit = None
+        if database.exists:  # a file that isn't there is made when it is used
             with database.as_it_is() as connection:
                 found = current_version(connection)
-        misfit = _misfit(database, found)
+                misfit = _misfit(database, connection, found)
         misfits += misfit is not None
         if json:
             console.value(
@@ -114,16 +114,18 @@ def downgrade(
         _tell(database, before, after, json)
 
 
-def _misfit(database: Database, found: str | None) -> str | None:
+def _misfit(database: Database, connection: Connection, found: str | None) -> str | None:
     """Why this version can't work with tables of the migration `found`, and what to do; None when it can."""
     from paigeant.errors import SchemaMismatch
     from paigeant.migrations import check, known
 
-    if found is not None:
-        try:
+    try:
+        if found is not None:
             check(database.place, found)
-        except SchemaMismatch as exc:
-            return str(exc)
+        if found == known()[-1]:
+            database.check_whole(connection)
+    except SchemaMismatch as exc:
+        return str(exc)
     if found == known()[-1] or database.url.startswith("sqlite:"):  # a file is brought there when it is used
         return None
     which = "no" if found is None else "older"

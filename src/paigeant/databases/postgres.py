@@ -258,7 +258,7 @@ class PostgresDatabase(Database):
     def prepare(self, connection: Connection) -> None:
         from paigeant.migrations import upgrade  # here, because it loads Alembic
 
-        if (found := current_version(connection)) is None:
+        if current_version(connection) is None:
             foreign = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))
             if foreign:
                 raise SchemaMismatch(
@@ -266,12 +266,14 @@ class PostgresDatabase(Database):
                     "or a schema of its own by ?options=-csearch_path%3Dpaigeant"
                 )
         upgrade(connection, self.place)
-        if found == SCHEMA_VERSION:  # no migration makes anew what somebody has dropped
-            lost = [name for name in sorted(metadata.tables) if not inspect(connection).has_table(name)]
-            if lost:
-                raise SchemaMismatch(
-                    f"{self.place} has lost its table '{lost[0]}'; restore it from a backup, or name another database"
-                )
+        self.check_whole(connection)
+
+    def check_whole(self, connection: Connection) -> None:
+        lost = [name for name in sorted(metadata.tables) if not inspect(connection).has_table(name)]
+        if lost:
+            raise SchemaMismatch(
+                f"{self.place} has lost its table '{lost[0]}'; restore it from a backup, or name another database"
+            )
 
     # -- inside
 

@@ -166,6 +166,9 @@ class SqliteDatabase(Database):
     def prepare(self, connection: Connection) -> None:
         prepare(connection, self.path)
 
+    def check_whole(self, connection: Connection) -> None:
+        _check_whole(set(inspect(connection).get_table_names()), self.path)
+
     # -- inside
 
     @contextlib.contextmanager
@@ -462,11 +465,7 @@ def prepare(connection: Connection, path: Path) -> None:
     found = current_version(connection)
     names = set(inspect(connection).get_table_names())
     if found == SCHEMA_VERSION:
-        missing = sorted(set(metadata.tables) - names)
-        if missing:
-            raise SchemaMismatch(
-                f"{path} has lost its table '{missing[0]}'; put a copy of the file there, or name another in the URL"
-            )
+        _check_whole(names, path)
         return
     if found is None:
         _check_not_foreign(names, path)
@@ -479,6 +478,14 @@ def prepare(connection: Connection, path: Path) -> None:
     from paigeant.migrations import upgrade  # here, because it loads Alembic, which only an old file needs
 
     upgrade(connection, str(path))
+
+
+def _check_whole(names: set[str], path: Path) -> None:
+    missing = sorted(set(metadata.tables) - names)
+    if missing:
+        raise SchemaMismatch(
+            f"{path} has lost its table '{missing[0]}'; put a copy of the file there, or name another in the URL"
+        )
 
 
 def _check_is_ours(connection: sqlite3.Connection, path: Path) -> None:
