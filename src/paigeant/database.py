@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, inspect, text
 
-from paigeant.errors import StoreUnavailable
+from paigeant.errors import InputInvalid, StoreUnavailable
 from paigeant.lane import Handler, Lane, Later, Tx
 
-__all__ = ["READER", "TOPIC", "WRITER", "Database", "current_version"]
+__all__ = ["READER", "TOPIC", "WRITER", "Database", "current_version", "no_unicode"]
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -227,3 +227,10 @@ def current_version(connection: Connection) -> str | None:
     if not inspect(connection).has_table("alembic_version"):
         return None
     return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+
+
+def no_unicode(place: str) -> InputInvalid:
+    """The error for a text that a driver can't hand over: a name that came in by a command line, say."""
+    return InputInvalid(
+        f"{place} can't hold that: a text holds half of a surrogate pair, which is no Unicode"
+    )

@@ -26,7 +26,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock
-from paigeant.database import READER, TOPIC, WRITER, Database, current_version
+from paigeant.database import READER, TOPIC, WRITER, Database, current_version, no_unicode
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, Transaction, driver_of
 from paigeant.databases.pooler import check_pooler, hands_on
@@ -115,7 +115,7 @@ class PostgresDatabase(Database):
         self._opening = _Opening()
         self._bell = PostgresBell(self._parameters, self._heard)
         self._clock = ServerClock()
-        self._guard = _Guard(self._ours)
+        self._guard = _Guard(self._place, self._ours)
 
     @property
     def hears_others(self) -> bool:
@@ -477,12 +477,15 @@ def _is_lost(connection: Connection) -> bool:
 class _Guard:
     """Turns the driver's errors into `ours`."""
 
-    def __init__(self, ours: Callable[[psycopg.Error | DBAPIError], Exception]) -> None:
+    def __init__(self, place: str, ours: Callable[[psycopg.Error | DBAPIError], Exception]) -> None:
+        self._place = place
         self._ours = ours
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if isinstance(exc, UnicodeEncodeError):
+            raise no_unicode(self._place) from exc
         if isinstance(exc, (psycopg.Error, DBAPIError)) and (ours := self._ours(exc)) is not exc:
             raise ours from exc
 

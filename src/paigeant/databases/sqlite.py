@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock, SystemClock
-from paigeant.database import READER, WRITER, Database, current_version
+from paigeant.database import READER, WRITER, Database, current_version, no_unicode
 from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreDamaged, StoreUnavailable
 from paigeant.green import TooSlow, elsewhere, is_green, pause
 from paigeant.lane import Handler, Lane, Tx, transact
@@ -442,6 +442,8 @@ class _Guard:
         self._check()
 
     def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if isinstance(exc, UnicodeEncodeError):
+            raise no_unicode(str(self._path)) from exc
         if isinstance(exc, (DBAPIError, sqlite3.DatabaseError)) and (ours := self._ours(exc)) is not None:
             raise ours from exc
 

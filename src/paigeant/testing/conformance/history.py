@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
-from paigeant.errors import RunNotFound
+from paigeant.errors import InputInvalid, RunNotFound
 from paigeant.policy import LARGEST_COUNT
 from paigeant.slip import RunStatus, StepStatus
 from paigeant.store import DeadLetter, OpenTopic, RunRecord, StepKey, Store
@@ -241,6 +243,21 @@ class HistoryConformance(StoreBench):
         assert await store.list_runs(status=RunStatus.COMPLETED, workflow="v") == []
 
     # -- dead letters
+
+    @pytest.mark.parametrize("name", ["half \ud800", "null \0"])
+    async def test_a_name_that_no_row_can_have_is_asked_for_in_vain(self, store: Store, name: str) -> None:
+        """Such as one from a command line in another encoding: nothing is found, or an error of ours says why."""
+        asked: list[Callable[[], Awaitable[object]]] = [
+            partial(store.list_runs, workflow=name),
+            partial(store.load_variable, name, "v"),
+            partial(store.load_output, "r", name),
+            partial(store.load_dead_letter, name),
+            partial(store.delete_dead_letter, name),
+            partial(store.load_request, name),
+        ]
+        for ask in asked:
+            with suppress(InputInvalid):
+                assert not await ask()
 
     async def test_dead_letters_are_kept(self, store: Store) -> None:
         """A letter comes back whole, with its bytes; listings leave them out, newest first."""
