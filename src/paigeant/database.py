@@ -19,6 +19,7 @@ from sqlalchemy import Connection, inspect, text
 
 from paigeant.errors import InputInvalid, StoreUnavailable
 from paigeant.lane import Handler, Lane, Later, Tx
+from paigeant.tables import VERSION_TABLE
 
 __all__ = ["READER", "TOPIC", "WRITER", "Database", "current_version", "no_unicode"]
 
@@ -224,9 +225,9 @@ def _instants(tx: Tx, requests: Sequence[None]) -> list[float]:
 
 def current_version(connection: Connection) -> str | None:
     """The migration that a database is at; None for one without any."""
-    if not inspect(connection).has_table("alembic_version"):
+    if not inspect(connection).has_table(VERSION_TABLE):
         return None
-    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    return connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
 
 
 def no_unicode(place: str) -> InputInvalid:

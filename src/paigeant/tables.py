@@ -16,6 +16,7 @@ from sqlalchemy.types import UserDefinedType
 
 __all__ = [
     "SCHEMA_VERSION",
+    "VERSION_TABLE",
     "dead_letters",
     "messages",
     "metadata",
@@ -31,6 +32,10 @@ __all__ = [
 
 SCHEMA_VERSION = "0001"
 """The newest migration. A test holds it against `migrations/versions`."""
+
+VERSION_TABLE = "paigeant_version"
+"""Where the migration stands that a database is at. Not in Alembic's own table, which may be that of the application
+whose database it is: each of the two would take the other's migration for one of its own that it doesn't know."""
 
 metadata = MetaData()
 

@@ -1473,7 +1473,7 @@ def test_current_says_which_database_and_whether_it_fits() -> None:
     assert as_json("db", "current")["fits"]
     paigeant("db", "upgrade")
     with sqlite3.connect("paigeant.db") as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        connection.execute("UPDATE paigeant_version SET version_num = '9999'")
     connection.close()
     result = paigeant("db", "current", code=2)
     assert result.stdout == f"paigeant.db: 9999 (newest: {SCHEMA_VERSION})\n"

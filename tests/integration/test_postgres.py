@@ -272,13 +272,13 @@ async def test_a_database_without_tables_is_refused(postgres_url: str) -> None:
 async def test_tables_of_another_version_are_refused(postgres_tables: str, found: str, says: str) -> None:
     """A schema that this code doesn't know is left alone, and the error says what to do."""
     with psycopg.connect(postgres_tables, autocommit=True) as connection:
-        [(before,)] = connection.execute("SELECT version_num FROM alembic_version").fetchall()
-        connection.execute("UPDATE alembic_version SET version_num = %s", [found])
+        [(before,)] = connection.execute("SELECT version_num FROM paigeant_version").fetchall()
+        connection.execute("UPDATE paigeant_version SET version_num = %s", [found])
         try:
             with pytest.raises(SchemaMismatch, match=says):
                 await SqlStore(PostgresDatabase(postgres_tables)).connect()
         finally:
-            connection.execute("UPDATE alembic_version SET version_num = %s", [before])
+            connection.execute("UPDATE paigeant_version SET version_num = %s", [before])
 
 
 async def test_a_missing_database_is_named(postgres_server_url: str) -> None:

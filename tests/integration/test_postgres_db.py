@@ -16,7 +16,7 @@ from tests.services import PostgresServer, free_port
 
 from paigeant.databases import open_database
 from paigeant.errors import SchemaMismatch
-from paigeant.tables import SCHEMA_VERSION, metadata
+from paigeant.tables import SCHEMA_VERSION, VERSION_TABLE, metadata
 
 
 def command(url: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -47,11 +47,11 @@ def test_tables_are_made_shown_and_taken_away(postgres_url: str) -> None:
         assert done.returncode == 0, done.stderr
         told = json.loads(done.stdout)
         assert (told["before"], told["current"]) == (before, SCHEMA_VERSION)
-    assert tables(postgres_url) == {*metadata.tables, "alembic_version"}
+    assert tables(postgres_url) == {*metadata.tables, VERSION_TABLE}
     assert command(postgres_url, "runs", "list").returncode == 0
     assert json.loads(command(postgres_url, "db", "current", "--json").stdout)["current"] == SCHEMA_VERSION
     assert command(postgres_url, "db", "downgrade", "base").returncode == 0
-    assert tables(postgres_url) == {"alembic_version"}
+    assert tables(postgres_url) == {VERSION_TABLE}
 
 
 @pytest.mark.parametrize("level", ["read committed", "serializable"])
@@ -67,7 +67,7 @@ async def test_two_upgrades_at_once_are_one(postgres_url: str, level: str) -> No
         for _ in range(4)
     ]
     assert [await child.wait() for child in children] == [0] * 4
-    assert tables(postgres_url) == {*metadata.tables, "alembic_version"}
+    assert tables(postgres_url) == {*metadata.tables, VERSION_TABLE}
 
 
 def test_a_foreign_table_is_left_alone(postgres_url: str) -> None:
@@ -78,6 +78,20 @@ def test_a_foreign_table_is_left_alone(postgres_url: str) -> None:
     assert done.returncode == 2
     assert "has a table 'workers' that Paigeant did not make" in done.stderr
     assert tables(postgres_url) == {"workers"}
+
+
+def test_migrations_of_the_application_are_left_alone(postgres_url: str) -> None:
+    """An application that has its own tables by Alembic may share its schema: neither meets the other's version."""
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        connection.execute("INSERT INTO alembic_version VALUES ('0001')")
+    assert json.loads(command(postgres_url, "db", "current", "--json").stdout)["current"] is None
+    for args in (("db", "upgrade"), ("runs", "list"), ("db", "downgrade", "base")):
+        done = command(postgres_url, *args)
+        assert done.returncode == 0, done.stderr
+    assert tables(postgres_url) == {VERSION_TABLE, "alembic_version"}
+    with psycopg.connect(postgres_url) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [("0001",)]
 
 
 def test_a_schema_of_its_own(postgres_url: str) -> None:
@@ -101,7 +115,7 @@ def test_newer_tables_are_left_alone(postgres_url: str, args: tuple[str, ...]) -
     """Tables that newer code has made are used by nothing but that; looking is allowed."""
     assert command(postgres_url, "db", "upgrade").returncode == 0
     with psycopg.connect(postgres_url) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        connection.execute("UPDATE paigeant_version SET version_num = '9999'")
     done = command(postgres_url, *args)
     if args == ("db", "current"):
         assert f": 9999 (newest: {SCHEMA_VERSION})\n" in done.stdout
@@ -147,7 +161,7 @@ def test_tables_of_newer_code_are_told_before_alembic_begins(
 ) -> None:
     """No line of Alembic's stands before the error."""
     with psycopg.connect(postgres_store_url) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        connection.execute("UPDATE paigeant_version SET version_num = '9999'")
     database = open_database(postgres_store_url)
     caplog.set_level("INFO")
     with pytest.raises(SchemaMismatch), database.as_it_is() as connection:

@@ -553,7 +553,7 @@ async def test_a_newer_file_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
     database = SqliteDatabase(f"sqlite:///{path}")
     await database.connect()
-    await database.write(execute, "UPDATE alembic_version SET version_num = '9999'")
+    await database.write(execute, "UPDATE paigeant_version SET version_num = '9999'")
     await database.close()
     await refused(path, SchemaMismatch, "newer version")
 

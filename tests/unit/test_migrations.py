@@ -14,7 +14,7 @@ from paigeant import migrations
 from paigeant.database import current_version
 from paigeant.databases.sqlite import prepare
 from paigeant.errors import SchemaMismatch
-from paigeant.tables import SCHEMA_VERSION, metadata
+from paigeant.tables import SCHEMA_VERSION, VERSION_TABLE, metadata
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def connection(tmp_path: Path):
 def schema(connection: Connection) -> dict[str, str]:
     """The definition of each table and index, without differences of writing."""
     rows = connection.execute(text("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
-    return {name: re.sub(r"[\s\"]+", " ", sql).strip() for name, sql in rows if name != "alembic_version"}
+    return {name: re.sub(r"[\s\"]+", " ", sql).strip() for name, sql in rows if name != VERSION_TABLE}
 
 
 def test_the_newest_migration_is_the_version_of_the_tables() -> None:
@@ -41,7 +41,8 @@ def test_the_newest_migration_is_the_version_of_the_tables() -> None:
 def test_migrations_make_what_the_tables_say(connection: Connection) -> None:
     """Alembic finds no difference between a migrated database and tables.py."""
     migrations.upgrade(connection, "here")
-    assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+    assert compare_metadata(context, metadata) == []
 
 
 def test_a_new_file_equals_a_migrated_one(connection: Connection, tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_every_migration_can_be_taken_back(connection: Connection) -> None:
     migrations.upgrade(connection, "here")
     before = schema(connection)
     migrations.downgrade(connection, "here")
-    assert set(inspect(connection).get_table_names()) == {"alembic_version"}
+    assert set(inspect(connection).get_table_names()) == {VERSION_TABLE}
     migrations.upgrade(connection, "here")
     assert schema(connection) == before
 
@@ -85,7 +86,7 @@ def test_a_file_of_before_the_first_migration_is_brought_up(connection: Connecti
 def test_newer_tables_are_refused(connection: Connection, act) -> None:
     """A database that newer code has migrated is left alone; the error names it and what to do."""
     migrations.upgrade(connection, "here")
-    connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    connection.execute(text("UPDATE paigeant_version SET version_num = '9999'"))
     with pytest.raises(SchemaMismatch, match=r"here.*9999.*newer version"):
         act(connection, "here")
 

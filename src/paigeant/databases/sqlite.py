@@ -22,7 +22,7 @@ from paigeant.database import READER, WRITER, Database, current_version, no_unic
 from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreDamaged, StoreUnavailable
 from paigeant.green import TooSlow, elsewhere, is_green, pause
 from paigeant.lane import Handler, Lane, Tx, transact
-from paigeant.tables import SCHEMA_VERSION, metadata
+from paigeant.tables import SCHEMA_VERSION, VERSION_TABLE, metadata
 from paigeant.wakeup import Bell
 
 __all__ = ["SqliteDatabase", "database_path", "prepare"]
@@ -473,9 +473,11 @@ def prepare(connection: Connection, path: Path) -> None:
         _check_not_foreign(names, path)
         metadata.create_all(connection)
         connection.execute(
-            text("CREATE TABLE IF NOT EXISTS alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
+            text(f"CREATE TABLE IF NOT EXISTS {VERSION_TABLE} (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
         )
-        connection.execute(text("INSERT INTO alembic_version VALUES (:version)"), {"version": SCHEMA_VERSION})
+        connection.execute(
+            text(f"INSERT INTO {VERSION_TABLE} VALUES (:version)"), {"version": SCHEMA_VERSION}
+        )
         return
     from paigeant.migrations import upgrade  # here, because it loads Alembic, which only an old file needs
 
@@ -493,10 +495,10 @@ def _check_whole(names: set[str], path: Path) -> None:
 def _check_is_ours(connection: sqlite3.Connection, path: Path) -> None:
     """Raise SchemaMismatch for the database of another program, or of newer code, before anything in it changes."""
     names = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if "alembic_version" not in names:
+    if VERSION_TABLE not in names:
         _check_not_foreign(names, path)
         return
-    found = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    found = connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone()
     if found is not None and found[0] != SCHEMA_VERSION:
         from paigeant.migrations import check  # here, because it loads Alembic, which only such a file needs
 
