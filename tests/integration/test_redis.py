@@ -825,6 +825,33 @@ async def test_a_delayed_entry_without_its_fields_is_no_message(
     assert [(letter.id, letter.body) for letter in await transport.kept_letters()] == [("1-1", b"")]
 
 
+async def test_delayed_messages_outlive_the_set_that_says_when(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """Where somebody has deleted it they are delivered at once, and none lies about for good."""
+    transport = await opened(server.url)
+    for number in range(250):
+        await transport.publish("work", message(str(number)), delay=3600)
+    await client.delete("t:{work}:due")
+    assert await transport.topics() == []  # what nothing can deliver yet
+    await transport.publish("work", message("later"), delay=3600)
+    async with Listening(transport) as listening:
+        await listening.wait_for(*map(str, range(250)))
+        assert "later" not in listening.came
+    assert (await client.xlen("t:{work}:later"), await client.zcard("t:{work}:due")) == (1, 1)
+
+
+async def test_delayed_messages_that_were_deleted_do_not_count(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """A topic that holds none any more is empty, so that its steps are sent again."""
+    transport = await opened(server.url)
+    await transport.publish("work", message("m"), delay=3600)
+    assert [depth.waiting for depth in await transport.topics()] == [1]
+    await client.delete("t:{work}:later")
+    assert await transport.topics() == []
+
+
 @pytest.mark.parametrize("part", ["stream", "due", "later"])
 async def test_a_topic_with_a_broken_key_hides_no_other(
     server: RedisServer, client: Redis, opened: Open, caplog: pytest.LogCaptureFixture, part: str
