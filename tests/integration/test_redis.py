@@ -966,6 +966,48 @@ async def test_an_unknown_policy_is_warned_of(
     assert await take(transport) == ["n"]
 
 
+async def test_commands_of_operators_may_be_renamed(opened: Open) -> None:
+    """As managed servers have it: what only tells of the server isn't needed."""
+    with RedisServer(lines=[f'rename-command {name} ""' for name in ("INFO", "CONFIG", "CLIENT")]) as server:
+        transport = await opened(server.url)
+        await transport.publish("work", message("m"))
+        assert await take(transport) == ["m"]
+
+
+async def test_what_keeps_trouble_going_is_told(
+    server: RedisServer, client: Redis, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose connection breaks and who is then refused hears of both, and what to do about the latter."""
+    transport = await opened(server.url)
+    async with Listening(transport) as listening:
+        await blocked(client)
+        await client.config_set("requirepass", "new")
+        await client.client_kill_filter(_type="normal", skipme=True)
+        refusal = f"can't receive from work, will try again: redis at 127.0.0.1:{server.port} refuses the default user"
+
+        async def is_told() -> bool:
+            return refusal in caplog.text
+
+        await until(is_told)
+        with pytest.raises(TransportUnavailable, match="check the user name and password"):
+            await transport.publish("work", message("m"))
+        await client.config_set("requirepass", "")
+        await publish_until_taken(transport, message("n"))
+        await listening.wait_for("n")
+    assert caplog.text.count(refusal) == 1
+
+
+async def test_a_server_without_room_for_connections_is_told(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """It runs, and speaks plainly: what helps is another."""
+    transport = await opened(server.url)
+    await client.config_set("maxclients", 1)
+    await client.client_kill_filter(_type="normal", skipme=True)
+    with pytest.raises(TransportUnavailable, match="max number of clients reached; raise its maxclients"):
+        await transport.publish("work", message("m"))
+
+
 async def test_a_server_that_is_not_there_is_named() -> None:
     """The error says where it was looked for and what to do, and doesn't tell the password."""
     port = free_port()
