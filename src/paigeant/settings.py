@@ -232,8 +232,8 @@ class Settings(BaseSettings):
     @field_validator("namespace")
     @classmethod
     def _fits_every_broker(cls, name: str) -> str:
-        if not re.fullmatch(r"(?!amq\.)[A-Za-z0-9_.-]{1,100}", name):
-            raise ValueError(f"found {name!r}, expected up to 100 letters, digits and -_. and not amq. first")
+        if not re.fullmatch(r"(?!amq$)[A-Za-z0-9_-]{1,100}", name):
+            raise ValueError(f"found {name!r}, expected up to 100 letters, digits and -_, and not amq")
         return name
 
     @field_validator("routes", mode="before")

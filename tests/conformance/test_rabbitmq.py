@@ -248,6 +248,8 @@ def test_wait_queues_hold_at_least_as_long() -> None:
     [
         ("amqp://host/?queue_type=stream", "expected quorum or classic"),
         ("amqp://host/?namespace=a:b", "expected up to 100 letters"),
+        ("amqp://host/?namespace=a.b", "expected up to 100 letters"),  # its topic c would be a's topic b.c
+        ("amqp://host/?namespace=amq", "keeps for itself"),
         ("amqp://host/?queue_type=classic&delivery_limit=3", "for quorum queues"),
         ("amqp://host/?delivery_limit=many", "expected a whole number"),
         ("amqp://host/?delivery_limit=9999999999", "nine digits"),

@@ -21,7 +21,7 @@ from tests.integration.workers import working
 from tests.services import RabbitServer, free_port
 from tests.services.proxy import Proxy
 
-from paigeant import ActivityRegistry, Paigeant, Settings
+from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
 from paigeant.errors import ConfigurationError, TopicUnavailable, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
@@ -622,7 +622,7 @@ async def test_a_return_that_is_refused_settles_the_message(rabbitmq_url: str) -
         await spoil(rabbitmq_url, transport, 1.0)
         async with asyncio.timeout(RECOVERY), contextlib.aclosing(transport.subscribe("work")) as messages:  # type: ignore[type-var]
             assert (await anext(messages)).message_id == "m"
-            with pytest.raises(ConfigurationError, match="other settings"):
+            with pytest.raises(TopicUnavailable, match="other settings"):
                 await transport.nack("m", delay=1.0)
             assert (await anext(messages)).message_id == "m"
             await transport.ack("m")
@@ -807,7 +807,7 @@ async def test_a_queue_of_another_type_is_told(rabbitmq_url: str) -> None:
             await classic.connect()
         await delete(rabbitmq_url, f"{namespace}:dead-letters")
         await classic.connect()
-        with pytest.raises(ConfigurationError, match=f"'{namespace}.work'.*Set queue_type"):
+        with pytest.raises(TopicUnavailable, match=f"'{namespace}.work'.*Set queue_type"):
             await classic.publish("work", message("n"))
         with pytest.raises(ConfigurationError, match=f"'{namespace}.work'.*Set queue_type"):
             await anext(classic.subscribe("work"))
@@ -977,6 +977,30 @@ async def test_a_worker_says_which_queue_has_other_settings(
                         await asyncio.sleep(0.02)
         assert "is there with other settings" in caplog.text
         assert "Traceback" not in caplog.text
+    finally:
+        await other.close()
+        await delete(rabbitmq_url, *other.queues.names)
+
+
+async def test_a_step_whose_queue_has_other_settings_is_owed(
+    rabbitmq_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is sent as soon as the queue is mended, like one whose broker was away, and the log says what is wrong."""
+    namespace = f"test-{secrets.token_hex(6)}"
+    settings = Settings(transport_url=rabbitmq_url, store_url="memory://", namespace=namespace, signing="off")
+    other = RabbitMQTransport(rabbitmq_url, namespace=namespace, delivery_limit=5)
+    await other.connect()
+    try:
+        await other.publish("work", message("m"))
+        async with Paigeant(settings) as app:
+            run = await app.dispatch(Workflow("w", ["work"]), {})
+            caplog.clear()
+            owed = await app.forwarder.send_again(await app.store.open_steps(run.id))
+            assert list(owed.values()) == ["work"]
+            assert "not published to work, will be sent again: the queue" in caplog.text
+            await delete(rabbitmq_url, other.queues.topic("work").name)
+            assert await app.forwarder.send_again([], owed) == {}
+            assert [topic.topic for topic in await app.transport.topics(["work"])] == ["work"]
     finally:
         await other.close()
         await delete(rabbitmq_url, *other.queues.names)

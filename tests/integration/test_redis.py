@@ -825,6 +825,33 @@ async def test_a_delayed_entry_without_its_fields_is_no_message(
     assert [(letter.id, letter.body) for letter in await transport.kept_letters()] == [("1-1", b"")]
 
 
+async def test_delayed_messages_outlive_the_set_that_says_when(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """Where somebody has deleted it they are delivered at once, and none lies about for good."""
+    transport = await opened(server.url)
+    for number in range(250):
+        await transport.publish("work", message(str(number)), delay=3600)
+    await client.delete("t:{work}:due")
+    assert await transport.topics() == []  # what nothing can deliver yet
+    await transport.publish("work", message("later"), delay=3600)
+    async with Listening(transport) as listening:
+        await listening.wait_for(*map(str, range(250)))
+        assert "later" not in listening.came
+    assert (await client.xlen("t:{work}:later"), await client.zcard("t:{work}:due")) == (1, 1)
+
+
+async def test_delayed_messages_that_were_deleted_do_not_count(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """A topic that holds none any more is empty, so that its steps are sent again."""
+    transport = await opened(server.url)
+    await transport.publish("work", message("m"), delay=3600)
+    assert [depth.waiting for depth in await transport.topics()] == [1]
+    await client.delete("t:{work}:later")
+    assert await transport.topics() == []
+
+
 @pytest.mark.parametrize("part", ["stream", "due", "later"])
 async def test_a_topic_with_a_broken_key_hides_no_other(
     server: RedisServer, client: Redis, opened: Open, caplog: pytest.LogCaptureFixture, part: str
@@ -937,6 +964,48 @@ async def test_an_unknown_policy_is_warned_of(
     await asyncio.gather(leaving, return_exceptions=True)
     await transport.publish("work", message("n"))
     assert await take(transport) == ["n"]
+
+
+async def test_commands_of_operators_may_be_renamed(opened: Open) -> None:
+    """As managed servers have it: what only tells of the server isn't needed."""
+    with RedisServer(lines=[f'rename-command {name} ""' for name in ("INFO", "CONFIG", "CLIENT")]) as server:
+        transport = await opened(server.url)
+        await transport.publish("work", message("m"))
+        assert await take(transport) == ["m"]
+
+
+async def test_what_keeps_trouble_going_is_told(
+    server: RedisServer, client: Redis, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose connection breaks and who is then refused hears of both, and what to do about the latter."""
+    transport = await opened(server.url)
+    async with Listening(transport) as listening:
+        await blocked(client)
+        await client.config_set("requirepass", "new")
+        await client.client_kill_filter(_type="normal", skipme=True)
+        refusal = f"can't receive from work, will try again: redis at 127.0.0.1:{server.port} refuses the default user"
+
+        async def is_told() -> bool:
+            return refusal in caplog.text
+
+        await until(is_told)
+        with pytest.raises(TransportUnavailable, match="check the user name and password"):
+            await transport.publish("work", message("m"))
+        await client.config_set("requirepass", "")
+        await publish_until_taken(transport, message("n"))
+        await listening.wait_for("n")
+    assert caplog.text.count(refusal) == 1
+
+
+async def test_a_server_without_room_for_connections_is_told(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """It runs, and speaks plainly: what helps is another."""
+    transport = await opened(server.url)
+    await client.config_set("maxclients", 1)
+    await client.client_kill_filter(_type="normal", skipme=True)
+    with pytest.raises(TransportUnavailable, match="max number of clients reached; raise its maxclients"):
+        await transport.publish("work", message("m"))
 
 
 async def test_a_server_that_is_not_there_is_named() -> None:

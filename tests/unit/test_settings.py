@@ -155,6 +155,7 @@ def test_workflows_in_the_file_are_those_of_code() -> None:
         ("workflows: {w: {steps: [a], policy: {max_added: many}}}", "max_added is"),
         ("workflows: {w: {steps: abc}}", "steps of workflow 'w' are a list, found 'abc'"),
         ("workflows: {w: [[a]]}", "a step of workflow 'w' is an activity's name or a mapping"),
+        ("namespace: a.b", "found 'a.b', expected up to 100 letters, digits and -_"),
         ("handlers: 5", "handlers: Input should be a valid tuple, found 5"),
         ("workflows: [a]", "workflows: Input should be a valid dictionary"),
     ],

@@ -54,8 +54,8 @@ class Publisher:
             with closings():
                 async with asyncio.timeout(OPEN_SECONDS):
                     if self._channel is None or self._channel.is_closed:
-                        await self._single.get()  # tells a wrong setting; `_ready` puts it down to the broker
-                    await self._ready(queue)
+                        await self._single.get()
+                    await self._declare(queue)
                     await check_rights(await self._link.open(), trial)
         except TopicUnavailable as exc:  # without these two there is nothing that could go on
             raise TransportUnavailable(str(exc)) from exc
@@ -177,14 +177,22 @@ class Publisher:
                 channel = await self._single.get()
             except ConfigurationError as exc:  # it has worked before: perhaps the broker is still starting
                 raise TransportUnavailable(str(exc)) from exc
+        try:
+            await self._declare(queue)
+        except (
+            ConfigurationError
+        ) as exc:  # of this queue alone: what goes to others must not wait for its mending
+            raise TopicUnavailable(str(exc)) from exc
+        # Waits while an alarm blocks publishers: what isn't sent isn't doubled.
+        await channel.connection.ready()
+        return channel
+
+    async def _declare(self, queue: Queue) -> None:
         if not self._is_there(queue):
             async with self._declaring:
                 if not self._is_there(queue):
                     await declare(await self._link.open(), queue)
                     self._remember(queue)
-        # Waits while an alarm blocks publishers: what isn't sent isn't doubled.
-        await channel.connection.ready()
-        return channel
 
     def _is_there(self, queue: Queue) -> bool:
         return self._declared.get(queue.name, 0.0) > time.monotonic()

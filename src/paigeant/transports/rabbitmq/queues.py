@@ -63,10 +63,11 @@ class Queues:
     def __init__(self, namespace: str, queue_type: str, delivery_limit: int | None, *, clock: Clock) -> None:
         if queue_type not in ("quorum", "classic"):
             raise ConfigurationError(f"queue_type is '{queue_type}'; expected quorum or classic")
-        if not re.fullmatch(r"(?!amq\.)[A-Za-z0-9_.-]{1,100}", namespace):
+        # No dot, for that ends it: the topic b.c of a namespace a would share its queue with the topic c of a.b.
+        if not re.fullmatch(r"(?!amq$)[A-Za-z0-9_-]{1,100}", namespace):
             raise ConfigurationError(
-                f"the namespace of RabbitMQ's queues is '{namespace}'; expected up to 100 letters, digits and -_. "
-                "that don't begin with 'amq.'"
+                f"the namespace of RabbitMQ's queues is '{namespace}'; expected up to 100 letters, digits and -_, "
+                "and not 'amq', which RabbitMQ keeps for itself"
             )
         if delivery_limit is not None and queue_type == "classic":
             raise ConfigurationError("delivery_limit is for quorum queues; leave it out for classic ones")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import ResponseError
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.transports.redis.line import Line
@@ -76,7 +76,7 @@ def _check_policy(where: str, policy: str | None) -> None:
 async def _info(line: Line) -> dict[str, str]:
     try:
         text = (await line.call(("INFO",))).decode(errors="replace")
-    except NoPermissionError:
+    except ResponseError:  # not permitted, or renamed
         return {}
     return dict(pair.split(":", 1) for pair in text.splitlines() if ":" in pair)
 

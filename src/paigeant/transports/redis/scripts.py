@@ -159,6 +159,12 @@ for _, entry in ipairs(entries) do
     add(stream, old.id or entry, old.body or '', count(old.n), came_at(found))
   end
 end
+-- Somebody has deleted the set: nothing else would ever deliver what stands in the stream alone.
+if redis.call('XLEN', later) > redis.call('ZCARD', due) then
+  for _, left in ipairs(redis.call('XRANGE', later, '-', '+', 'COUNT', ARGV[2])) do
+    redis.call('ZADD', due, 'NX', whole(now()), left[1])
+  end
+end
 local following = redis.call('ZRANGE', due, 0, 0, 'WITHSCORES')
 if not following[1] then return -1 end
 return math.max(0, tonumber(following[2]) - now())
@@ -251,7 +257,9 @@ for _, entry in ipairs(firsts) do
     if age > oldest then oldest = age end
   end
 end
-return {waiting + redis.call('ZCARD', due), taken, oldest}
+-- One of the two may have been deleted: what isn't in both is no message.
+local delayed = math.min(redis.call('XLEN', later), redis.call('ZCARD', due))
+return {waiting + delayed, taken, oldest}
 """)
 """How many wait, how many are taken, and the age of the oldest in milliseconds, or -1."""
 

@@ -73,7 +73,8 @@ class Subscription:
         self._stray_checks: list[float] = []
         """When to look for what the server has given it and it doesn't know of."""
         self._failures = 0
-        self._is_trouble_told = False
+        self._told: set[str] = set()
+        """What was said to be wrong since it last worked: the first trouble often only leads to that to be mended."""
         self._stopped = asyncio.Event()
         self._idle = asyncio.Event()
         """Set while nothing is being fetched."""
@@ -97,9 +98,9 @@ class Subscription:
                 await self._pause(exc)
             else:
                 self._failures = 0
-                if self._is_trouble_told:
+                if self._told:
                     log.info("receiving from %s again", self.topic)
-                    self._is_trouble_told = False
+                    self._told.clear()
         return None
 
     # -- fetching
@@ -203,10 +204,10 @@ class Subscription:
                 if self._failures <= 3:
                     return
         await self._drop_reader()
-        if not self._is_trouble_told:
-            why = explained(exc, self._streams.place)
+        why = explained(exc, self._streams.place)
+        if why not in self._told:
             log.warning("can't receive from %s, will try again: %s", self.topic, why)
-            self._is_trouble_told = True
+            self._told.add(why)
         pause = min(_QUICK_SECONDS * 2 ** min(self._failures - 1, 10), _SLOW_SECONDS)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(pause * random.uniform(0.5, 1.0)):

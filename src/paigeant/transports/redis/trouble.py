@@ -58,12 +58,8 @@ def refusal(exc: BaseException, place: Place) -> ConfigurationError | TransportU
     """What `connect` raises: settings that can't work, or a server that isn't there now."""
     # What a node of a cluster has said stands in the errors behind, if at all.
     for said in _behind(exc):
-        text = one_line(str(said))
-        if isinstance(said, _REFUSALS) or text.startswith("NOAUTH"):
-            return ConfigurationError(
-                f"redis at {place.where} refuses {place.user}: {text}; "
-                "check the user name and password in transport_url, and what the ACL of that user allows"
-            )
+        if _is_refusal(said):
+            return ConfigurationError(explained(said, place))
     text = one_line(str(exc))
     if "DB index is out of range" in text or "invalid DB index" in text:
         return ConfigurationError(f"redis at {place.where} has no such database: {text}")
@@ -79,6 +75,11 @@ def refusal(exc: BaseException, place: Place) -> ConfigurationError | TransportU
     return TransportUnavailable(explained(exc, place))
 
 
+def _is_refusal(exc: BaseException) -> bool:
+    """Whether it is about who asks."""
+    return isinstance(exc, _REFUSALS) or str(exc).startswith("NOAUTH")
+
+
 def _behind(exc: BaseException | None) -> Iterator[BaseException]:
     """The error, that which led to it, ..."""
     while exc is not None:
@@ -92,6 +93,11 @@ def explained(exc: BaseException, place: Place) -> str:
     match exc:
         case TransportUnavailable():
             return text
+        case _ if _is_refusal(exc):
+            return (
+                f"redis at {where} refuses {place.user}: {text}; "
+                "check the user name and password in transport_url, and what the ACL of that user allows"
+            )
         case OutOfMemoryError():
             return no_memory(where)
         case ReadOnlyError():
@@ -122,6 +128,8 @@ def no_memory(where: str) -> str:
 
 
 def _hint(text: str) -> str:
+    if "max number of clients" in text:
+        return "raise its maxclients, or find out who has so many connections (CLIENT LIST)"
     if "certificate" in text:
         return "check its certificate, and name the authority that signed it with ssl_ca_certs=/path"
     if "ssl" in text:
