@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from pydantic import (
     BaseModel,
@@ -147,6 +147,10 @@ class ActivityRegistry:
     _activities: dict[str, _Lazy] = field(default_factory=dict)
     _compensations: dict[str, _Lazy] = field(default_factory=dict)
 
+    @overload
+    def execute(self, name: Function, /) -> Function: ...
+
+    @overload
     def execute(
         self,
         name: str | None = None,
@@ -157,22 +161,34 @@ class ActivityRegistry:
         concurrency: int | None = None,
         strict_fencing: bool = False,
         scopes: Collection[str] = (),
-    ) -> Callable[[Function], Function]:
+    ) -> Callable[[Function], Function]: ...
+
+    def execute(
+        self,
+        name: str | Function | None = None,
+        *,
+        topic: str | None = None,
+        retries: int | RetryPolicy | None = None,
+        timeout: float | None = None,
+        concurrency: int | None = None,
+        strict_fencing: bool = False,
+        scopes: Collection[str] = (),
+    ) -> Function | Callable[[Function], Function]:
         """Register a function, async or plain (done in a thread), as an activity; gives it back unchanged.
 
         `name` and `topic` default to the function's name. `timeout` is in seconds, for each attempt. `scopes` are the
         rights that it needs: it is called only on behalf of somebody who has granted all of them, with a token that is
         valid then. Raises DuplicateActivity, InvalidDefinition.
         """
+        if callable(name):  # written without brackets
+            return self.execute()(name)
+        called = name
 
         def register(function: Function) -> Function:
             options = _Options(topic, retries, timeout, concurrency, strict_fencing, _scopes(scopes))
-            self._add(self._activities, _Lazy(_name(name, function), function, options), "activity")
+            self._add(self._activities, _Lazy(_name(called, function), function, options), "activity")
             return function
 
-        if callable(name):  # written without brackets
-            function, name = name, None
-            return register(function)
         return register
 
     def compensate(

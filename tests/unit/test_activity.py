@@ -74,7 +74,7 @@ def test_the_decorator_works_without_brackets() -> None:
     """@activity.execute alone registers as well."""
     registry = ActivityRegistry()
 
-    @registry.execute  # type: ignore[arg-type]  # the brackets are not needed
+    @registry.execute  # the brackets are not needed
     def fetch() -> None: ...
 
     assert "fetch" in registry
