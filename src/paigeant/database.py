@@ -20,7 +20,7 @@ from sqlalchemy import Connection, inspect, text
 from paigeant.errors import StoreUnavailable
 from paigeant.lane import Handler, Lane, Later, Tx
 
-__all__ = ["READER", "TOPIC", "WRITER", "Database", "current_version"]
+__all__ = ["READER", "TOPIC", "WRITER", "Database", "current_version", "not_open"]
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -210,8 +210,13 @@ class Database(ABC):
         if lane is not None:
             return lane.submit(handler, request, durable=durable)
         closed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        closed.set_exception(StoreUnavailable(f"{self.place} is not open"))
+        closed.set_exception(not_open(self.place))
         return closed
+
+
+def not_open(place: object) -> StoreUnavailable:
+    """What is raised where a database is used before it was opened, or after it was closed."""
+    return StoreUnavailable(f"{place} is not open; connect() opens it, as `async with Paigeant(...)` does")
 
 
 def _instants(tx: Tx, requests: Sequence[None]) -> list[float]:
