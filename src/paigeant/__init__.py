@@ -100,13 +100,15 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used, so that importing the package stays quick."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'paigeant' has no attribute {name!r}")
-    value = getattr(import_module(f"paigeant.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # which would take any name for one that is here
+
+    def __getattr__(name: str) -> Any:
+        """Load a public name when it is first used, so that importing the package stays quick."""
+        if name not in _HOME:
+            raise AttributeError(f"module 'paigeant' has no attribute {name!r}")
+        value = getattr(import_module(f"paigeant.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

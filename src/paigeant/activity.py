@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from pydantic import (
     BaseModel,
@@ -107,7 +107,8 @@ class Activity:
 
     `concurrency` bounds how many of it one worker does at once. `strict_fencing` refuses the late result of an attempt
     that lost its lease. `compensation` undoes it. `scopes` are the rights that it needs of the person it acts for.
-    `may_add` names the activities that its model may add.
+    `may_add` names the activities that its model may add. `output` writes what it returns, and `models` is the
+    annotation of that where there are pydantic's models in it.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Activity:
     parameters: tuple[Parameter, ...] = ()
     takes_rest: bool = False
     output: TypeAdapter[Any] | None = None
+    models: Any = None
     topic: str = ""
     retries: RetryPolicy | None = None
     timeout: float | None = None
@@ -133,7 +135,15 @@ class Activity:
                 f"activity '{self.name}' returned {quoted(value)}, which can't be written as JSON; await it there"
             )
         try:
-            return codec.dump(value) if self.output is None else codec.dump_as(self.output, value)
+            if self.output is None:
+                return codec.dump(value)
+            if self.models is not None:
+                _check_models(self.models, value)
+            return codec.dump_as(self.output, value)
+        except codec.OtherType as exc:
+            raise OutputInvalid(
+                f"activity '{self.name}' returned {quoted(value)}, which isn't what its annotation says: {exc}"
+            ) from exc
         except codec.JsonInvalid as exc:
             raise OutputInvalid(
                 f"activity '{self.name}' returned {quoted(value)}, which can't be written as JSON: {exc}"
@@ -147,6 +157,10 @@ class ActivityRegistry:
     _activities: dict[str, _Lazy] = field(default_factory=dict)
     _compensations: dict[str, _Lazy] = field(default_factory=dict)
 
+    @overload
+    def execute(self, name: Function, /) -> Function: ...
+
+    @overload
     def execute(
         self,
         name: str | None = None,
@@ -157,22 +171,34 @@ class ActivityRegistry:
         concurrency: int | None = None,
         strict_fencing: bool = False,
         scopes: Collection[str] = (),
-    ) -> Callable[[Function], Function]:
+    ) -> Callable[[Function], Function]: ...
+
+    def execute(
+        self,
+        name: str | Function | None = None,
+        *,
+        topic: str | None = None,
+        retries: int | RetryPolicy | None = None,
+        timeout: float | None = None,
+        concurrency: int | None = None,
+        strict_fencing: bool = False,
+        scopes: Collection[str] = (),
+    ) -> Function | Callable[[Function], Function]:
         """Register a function, async or plain (done in a thread), as an activity; gives it back unchanged.
 
         `name` and `topic` default to the function's name. `timeout` is in seconds, for each attempt. `scopes` are the
         rights that it needs: it is called only on behalf of somebody who has granted all of them, with a token that is
         valid then. Raises DuplicateActivity, InvalidDefinition.
         """
+        if callable(name):  # written without brackets
+            return self.execute()(name)
+        called = name
 
         def register(function: Function) -> Function:
             options = _Options(topic, retries, timeout, concurrency, strict_fencing, _scopes(scopes))
-            self._add(self._activities, _Lazy(_name(name, function), function, options), "activity")
+            self._add(self._activities, _Lazy(_name(called, function), function, options), "activity")
             return function
 
-        if callable(name):  # written without brackets
-            function, name = name, None
-            return register(function)
         return register
 
     def compensate(
@@ -401,37 +427,67 @@ def _scopes(scopes: Collection[str]) -> tuple[str, ...]:
 
 
 def _from_function(name: str, function: Callable[..., Any]) -> Activity:
-    parameters, takes_rest, output = read_signature(name, function)
+    parameters, takes_rest = read_parameters(name, function)
+    output, models = _read_return(name, function)
     return Activity(
         name=name,
         call=_caller(function),
         parameters=parameters,
         takes_rest=takes_rest,
         output=output,
+        models=models,
         description=inspect.getdoc(function) or "",
     )
 
 
-def read_signature(
-    name: str, function: Callable[..., Any]
-) -> tuple[tuple[Parameter, ...], bool, TypeAdapter[Any] | None]:
-    """The parameters of an activity's function, whether it takes the rest of the payload, and its output's type.
-
-    Raises InvalidDefinition for what can't be called by name and for annotations that can't be read.
-    """
-    parameters, takes_rest = read_parameters(name, function)
+def _read_return(name: str, function: Callable[..., Any]) -> tuple[TypeAdapter[Any] | None, Any]:
+    """`output` and `models` of an `Activity`, from what its function says that it returns."""
     returned = _hints(name, function).get("return", Any)
     try:
         output = None if returned is Any or returned is None or returned is type(None) else typed(returned)
     except InvalidDefinition as exc:
         raise InvalidDefinition(f"the return annotation of activity '{name}': {exc}") from exc
-    return parameters, takes_rest, output
+    return output, returned if _has_models(returned) else None
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _has_models(annotation: Any) -> bool:
+    return _is_model(annotation) or any(map(_has_models, typing.get_args(annotation)))
+
+
+def _check_models(annotation: Any, value: Any) -> None:
+    """Raise OtherType where `value` has something else in the place of a model that `annotation` names.
+
+    Pydantic would write any object there, by those of its attributes that the model has, too: `{}` for the result of
+    an agent whose `.output` was forgotten.
+    """
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if _is_model(annotation):
+        # Made without its parameters, a generic model is none of the class that has them.
+        model = annotation.__pydantic_generic_metadata__["origin"] or annotation
+        if not isinstance(value, model):
+            raise codec.OtherType(f"expected `{annotation.__name__}`, found {type(value).__name__}")
+    elif origin in (typing.Union, types.UnionType):
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        if len(kinds) == 1 and value is not None:  # of several, pydantic itself finds the one that fits
+            _check_models(kinds[0], value)
+    elif not isinstance(origin, type) or not isinstance(value, Collection):
+        return
+    elif issubclass(origin, tuple) and ... not in arguments:
+        for kind, item in zip(arguments, value, strict=False):
+            _check_models(kind, item)
+    elif issubclass(origin, Collection):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            _check_models(arguments[1 if issubclass(origin, Mapping) else 0], item)
 
 
 def read_parameters(name: str, function: Callable[..., Any]) -> tuple[tuple[Parameter, ...], bool]:
     """The parameters of a function that is called by name, and whether it takes the rest of the payload.
 
-    Raises InvalidDefinition like `read_signature`.
+    Raises InvalidDefinition for what can't be called by name and for annotations that can't be read.
     """
     hints = _hints(name, function)
     parameters: list[Parameter] = []

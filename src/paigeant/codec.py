@@ -22,6 +22,7 @@ __all__ = [
     "LARGEST_BYTES",
     "MAX_DEPTH",
     "JsonInvalid",
+    "OtherType",
     "copied",
     "depth",
     "dump",
@@ -44,11 +45,19 @@ _ESCAPED = re.compile(rb"\\.")
 _QUOTED = re.compile(rb'"[^"]*"')
 _SQUARE = bytes.maketrans(b"{}", b"[]")
 _NO_MARKS = bytes(set(range(256)).difference(b'"[]{}'))
+_UNEXPECTED = re.compile(
+    r"\(Expected (?P<expected>`[^`\n]+`) - [^\[\n]*"
+    r"\[(?:field_name='(?P<field>[^'\n]*)', )?input_value=.*, input_type=(?P<found>\w+)\]\)"
+)
 _LONG_NUMBER = re.compile(rb"[0-9]{4301}")
 
 
 class JsonInvalid(ValueError):
     """A value that can't be written as JSON, with the reason as its message."""
+
+
+class OtherType(JsonInvalid):
+    """A value that is of another type than the one it is to be written as."""
 
 
 def storable(text: str) -> str:
@@ -77,7 +86,7 @@ def dump(value: Any) -> bytes:
 
 
 def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
-    """`value` as JSON in the way its declared type wants it. Raises JsonInvalid like `dump`.
+    """`value` as JSON in the way its declared type wants it. Raises JsonInvalid like `dump`, OtherType among it.
 
     A number that a model would write as null is an error as well.
     """
@@ -91,6 +100,9 @@ def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
             )
         return text
     except (PydanticSerializationError, ValueError, RecursionError) as exc:
+        if unexpected := _UNEXPECTED.search(str(exc)):
+            field = f" in the field '{unexpected['field']}'" if unexpected["field"] else ""
+            raise OtherType(f"expected {unexpected['expected']}{field}, found {unexpected['found']}") from exc
         raise JsonInvalid(_reason(exc)) from exc
 
 

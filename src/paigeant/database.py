@@ -21,7 +21,7 @@ from paigeant.errors import InputInvalid, StoreUnavailable
 from paigeant.lane import Handler, Lane, Later, Tx
 from paigeant.tables import VERSION_TABLE
 
-__all__ = ["READER", "TOPIC", "WRITER", "Database", "current_version", "no_unicode"]
+__all__ = ["READER", "TOPIC", "WRITER", "Database", "current_version", "no_unicode", "not_open"]
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -215,8 +215,13 @@ class Database(ABC):
         if lane is not None:
             return lane.submit(handler, request, durable=durable)
         closed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        closed.set_exception(StoreUnavailable(f"{self.place} is not open"))
+        closed.set_exception(not_open(self.place))
         return closed
+
+
+def not_open(place: object) -> StoreUnavailable:
+    """What is raised where a database is used before it was opened, or after it was closed."""
+    return StoreUnavailable(f"{place} is not open; connect() opens it, as `async with Paigeant(...)` does")
 
 
 def _instants(tx: Tx, requests: Sequence[None]) -> list[float]:

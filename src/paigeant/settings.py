@@ -40,7 +40,8 @@ CONFIG_FILE = "paigeant.yaml"
 _PREFIX = "PAIGEANT_"
 _ONLY_ENVIRONMENT = ("client_secret", "client_key", "signing_keys")
 _MAY_BE_SECRET = (*_ONLY_ENVIRONMENT, "transport_url", "store_url", "routes")
-_KNOWN_SCHEMES = ("memory", "sqlite", "postgresql", "redis", "rediss", "amqp", "amqps")
+_STORE_SCHEMES = ("memory", "sqlite", "postgresql")
+_KNOWN_SCHEMES = (*_STORE_SCHEMES, "redis", "rediss", "amqp", "amqps")
 
 
 class Settings(BaseSettings):
@@ -197,12 +198,23 @@ class Settings(BaseSettings):
         check_file(path)
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=path)
 
-    @field_validator("transport_url", "store_url")
+    @field_validator("transport_url")
     @classmethod
-    def _known_scheme(cls, url: str) -> str:
+    def _known_transport(cls, url: str) -> str:
+        return cls._known_scheme(url, _KNOWN_SCHEMES)
+
+    @field_validator("store_url")
+    @classmethod
+    def _known_store(cls, url: str) -> str:
+        return cls._known_scheme(url, _STORE_SCHEMES)
+
+    @classmethod
+    def _known_scheme(cls, url: str, expected: tuple[str, ...]) -> str:
         scheme, found, _ = url.partition("://")
-        if not found or scheme not in _KNOWN_SCHEMES:
-            shown = ", ".join(f"{name}://" for name in _KNOWN_SCHEMES)
+        if (
+            not found or scheme not in _KNOWN_SCHEMES
+        ):  # what of these is no store is found out where it is opened
+            shown = ", ".join(f"{name}://" for name in expected)
             raise ValueError(f"found {_named(url)}, expected a URL that starts with one of {shown}")
         try:
             check_readable(url)
@@ -262,7 +274,7 @@ class Settings(BaseSettings):
     def _known_routes(cls, routes: dict[str, str]) -> dict[str, str]:
         for pattern, url in routes.items():
             try:
-                cls._known_scheme(url)
+                cls._known_scheme(url, _KNOWN_SCHEMES)
             except ValueError as exc:
                 raise ValueError(f"{pattern}: {exc}") from exc
             if url.startswith("memory:"):

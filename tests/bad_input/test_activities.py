@@ -165,8 +165,7 @@ CASES = [
     rejected(
         "other type than was said",
         "@async def bad() -> int:\n    return 'x'",
-        "activity 'bad' returned 'x'",
-        "can't be written as JSON",
+        "activity 'bad' returned 'x', which isn't what its annotation says: expected `int`, found str",
     ),
     # -- what it does
     rejected(

@@ -355,7 +355,7 @@ async def test_some_failures_are_not_tried_again(settings: Settings, raised: Exc
 
 @pytest.mark.parametrize(
     ("output", "said"),
-    [(object(), "can't be written as JSON"), ("x", "can't be written as JSON")],
+    [(object(), "can't be written as JSON"), ("x", "isn't what its annotation says")],
     ids=["any", "typed"],
 )
 async def test_an_output_that_can_t_be_written_fails_the_step(

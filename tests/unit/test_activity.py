@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Generic, Literal, Optional, TypeVar
 
 import pytest
 from hypothesis import given
@@ -74,7 +74,7 @@ def test_the_decorator_works_without_brackets() -> None:
     """@activity.execute alone registers as well."""
     registry = ActivityRegistry()
 
-    @registry.execute  # type: ignore[arg-type]  # the brackets are not needed
+    @registry.execute  # the brackets are not needed
     def fetch() -> None: ...
 
     assert "fetch" in registry
@@ -290,6 +290,69 @@ def test_an_output_that_can_t_be_written_is_an_error() -> None:
         registered(bare).dump(Opaque())
     with pytest.raises(OutputInvalid, match="'counted' returned 'many'"):
         registered(counted).dump("many")
+
+
+Item = TypeVar("Item")
+
+
+class Page(BaseModel, Generic[Item]):
+    items: list[Item]
+
+
+class Lookalike:
+    """What has an attribute of `Money`, like the result of an agent's run whose `.output` was forgotten."""
+
+    def __init__(self) -> None:
+        self.currency = "EUR"
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "says"),
+    [
+        (str, 1, "expected `str`, found int"),
+        (Money, {"amount": 1}, "expected `Money`, found dict"),
+        (
+            Money,
+            Money(amount=Decimal(1)).model_copy(update={"currency": 1}),
+            "expected `str` in the field 'currency', found int",
+        ),
+        (Money, Lookalike(), "expected `Money`, found Lookalike"),
+        (Money | None, Lookalike(), "expected `Money`, found Lookalike"),
+        (list[Money], [Money(amount=Decimal(1)), Lookalike()], "expected `Money`, found Lookalike"),
+        (dict[str, list[Money]], {"a": [Lookalike()]}, "expected `Money`, found Lookalike"),
+        (tuple[int, Money], (1, Lookalike()), "expected `Money`, found Lookalike"),
+        (tuple[Money, ...], (Lookalike(),), "expected `Money`, found Lookalike"),
+        (Page[Money], Lookalike(), r"expected `Page\[Money\]`, found Lookalike"),
+    ],
+)
+def test_an_output_of_another_type_is_an_error(annotation: Any, value: Any, says: str) -> None:
+    """It isn't recorded by what it has in common with the type that was said: the rest would be lost unseen."""
+
+    def give(): ...
+
+    give.__annotations__["return"] = annotation
+    with pytest.raises(OutputInvalid, match=f"'give' returned .* isn't what its annotation says: {says}"):
+        registered(give).dump(value)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "text"),
+    [
+        (Money | None, None, b"null"),
+        (Money | Reading, Money(amount=Decimal(1)), b'{"amount":"1","currency":"EUR"}'),
+        (tuple[Money, ...], (), b"[]"),
+        (Page[Money], Page(items=[Money(amount=Decimal(1))]), b'{"items":[{"amount":"1","currency":"EUR"}]}'),
+        (Page[int], Page[int](items=[1]), b'{"items":[1]}'),
+        (dict[str, Money], {"a": Money(amount=Decimal(1))}, b'{"a":{"amount":"1","currency":"EUR"}}'),
+    ],
+)
+def test_models_may_be_anywhere_in_an_output(annotation: Any, value: Any, text: bytes) -> None:
+    """Also as parameters of others, and a generic one that was made without its parameters."""
+
+    def give(): ...
+
+    give.__annotations__["return"] = annotation
+    assert registered(give).dump(value) == text
 
 
 class Loose(BaseModel):

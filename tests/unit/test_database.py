@@ -248,7 +248,7 @@ async def test_a_closed_file_says_so(tmp_path: Path) -> None:
         lambda: database.ask(lambda connection: None),
         lambda: asyncio.to_thread(database.write_now, add, 1),
     ):
-        with pytest.raises(StoreUnavailable, match=r"x\.db is not open"):
+        with pytest.raises(StoreUnavailable, match=r"x\.db is not open; .* `async with Paigeant"):
             await attempt()
     await database.close()
 

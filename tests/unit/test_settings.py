@@ -169,6 +169,13 @@ def test_a_file_that_cannot_be_is_refused(text: str, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("setting", "last"), [("store_url", "postgresql"), ("transport_url", "amqps")])
+def test_a_url_of_an_unknown_kind_is_told_those_that_the_setting_takes(setting: str, last: str) -> None:
+    """A store isn't told to be a broker, which would be refused in turn."""
+    with pytest.raises(ConfigurationError, match=f"one of memory://, sqlite://, .*{last}://$"):
+        Settings(**{setting: "mysql://x"})
+
+
 def test_a_file_that_is_no_text_is_refused() -> None:
     """Bytes that aren't UTF-8 are told of."""
     Path("paigeant.yaml").write_bytes(b"a: \xff\xfe")

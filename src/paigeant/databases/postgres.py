@@ -26,7 +26,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock
-from paigeant.database import READER, TOPIC, WRITER, Database, current_version, no_unicode
+from paigeant.database import READER, TOPIC, WRITER, Database, current_version, no_unicode, not_open
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, Transaction, driver_of
 from paigeant.databases.pooler import check_pooler, hands_on
@@ -235,7 +235,7 @@ class PostgresDatabase(Database):
 
     def _connect(self) -> Connection:
         if self._engine is None:
-            raise StoreUnavailable(f"{self.place} is not open")
+            raise not_open(self.place)
         try:
             return self._engine.connect()
         finally:

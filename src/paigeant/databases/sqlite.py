@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock, SystemClock
-from paigeant.database import READER, WRITER, Database, current_version, no_unicode
+from paigeant.database import READER, WRITER, Database, current_version, no_unicode, not_open
 from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreDamaged, StoreUnavailable
 from paigeant.green import TooSlow, elsewhere, is_green, pause
 from paigeant.lane import Handler, Lane, Tx, transact
@@ -130,7 +130,7 @@ class SqliteDatabase(Database):
 
     def _transact_now(self, handler: Handler, request: Any, *, beside: bool = False) -> Any:
         if self._engine is None:
-            raise StoreUnavailable(f"{self.path} is not open")
+            raise not_open(self.path)
         with self._guard:
             begin = self._begin_beside if beside else self._begin_beating
             connection = self._connected_beside() if beside else self._connected_beater()
