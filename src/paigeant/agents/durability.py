@@ -412,16 +412,16 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return built
 
     def _reject_runtime_toolsets(self, toolset: AbstractToolset[AgentDepsT]) -> None:
-        super()._reject_runtime_toolsets(toolset)
         if self.in_durable_context:
             toolset.apply(self._reject_unknown)
 
     def _reject_unknown(self, leaf: AbstractToolset[AgentDepsT]) -> None:
-        """Raise UserError for a toolset that comes with a run, of a kind of which the library says nothing."""
-        if isinstance(leaf, (FunctionToolset, WrapperToolset, ExternalToolset, InlineToolset)):
-            return
+        """Raise UserError for a toolset that comes with a run: it was not there when this was bound to the agent."""
         known = self._toolsets_by_id.get(leaf.id or "")
-        if known is None or known.wrapped is not leaf:
+        if known is not None and known.wrapped is leaf:
+            return  # the library asks what its agent was made with: `@agent.toolset` would never do
+        super()._reject_runtime_toolsets(leaf)
+        if not isinstance(leaf, (FunctionToolset, WrapperToolset, ExternalToolset, InlineToolset)):
             raise UserError(
                 f"{leaf.label} comes with a run of agent '{self.name}', or with an override, and so its calls would "
                 "not be recorded; give it to the agent where that is made: Agent(..., toolsets=[...])"
