@@ -26,28 +26,30 @@ from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep, Requ
 from paigeant.journal import Journal
 from paigeant.store import Request, RequestKind
 
-__all__ = ["Done", "Place", "Unit", "current_place", "effect_key", "readable"]
+__all__ = ["Done", "Place", "Stages", "Unit", "current_place", "effect_key", "readable"]
 
 _LONGEST_NAME = 300
 _DIGEST_LENGTH = 32
 _SHORT_SECONDS = 1.0
 """What is over so soon isn't worth leaving the step for."""
 
-_PLACE: ContextVar[Place | None] = ContextVar("paigeant.place", default=None)
+_PLACE: ContextVar[Place | Stages | None] = ContextVar("paigeant.place", default=None)
 
 
 def current_place() -> Place | None:
     """Where in a step the code that calls this is; None outside of steps."""
-    return _PLACE.get()
+    place = _PLACE.get()
+    return place.now if isinstance(place, Stages) else place
 
 
 def effect_key() -> str:
     """A key for the effects of the call that asks for it, the same each time that call is repeated.
 
     In a tool it is the tool call's, in what `ctx.once` does that unit's, in an activity the step's own
-    `idempotency_key`. Raises OutsideStep where there is no step.
+    `idempotency_key`, in hooks and validators of an agent one for each answer of its model. Raises OutsideStep where
+    there is no step.
     """
-    place = _PLACE.get()
+    place = current_place()
     if place is None:
         raise OutsideStep(
             "effect_key() was called outside of a step, where nothing is recorded and there is no key; "
@@ -430,12 +432,34 @@ def _label(value: bytes) -> str | None:
     return found["unit"] if is_ours else None
 
 
+class Stages:
+    """A place inside of `outer` that isn't recorded and moves on: at each stage it has names and effects of its own.
+
+    For code that may be called in one attempt and not in another, or more often, as hooks of an agent are when its
+    model has failed or another answer was asked for: nothing that a later stage does is taken for what they did.
+    """
+
+    __slots__ = ("now", "outer")
+
+    def __init__(self, outer: Place, first: str) -> None:
+        self.outer = outer
+        self.move(outer.spelled(first))
+
+    def move(self, name: str) -> None:
+        """From here on it is the stage of this name, which no other one at `outer` has."""
+        self.now = Place(self.outer.journal, name, self.outer.again, self.outer, is_unit=False)
+
+    def entered(self) -> Entered:
+        """The code inside is at whichever stage this is at."""
+        return Entered(self)
+
+
 class Entered:
     """The block of `Place.entered`; a generator would cost each unit several times as much."""
 
     __slots__ = ("_place", "_token")
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place | Stages) -> None:
         self._place = place
 
     def __enter__(self) -> None:

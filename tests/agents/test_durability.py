@@ -54,6 +54,7 @@ from pydantic_ai.exceptions import (
     UserError,
 )
 from pydantic_ai.messages import AgentStreamEvent, FilePart, ModelRequest
+from pydantic_ai.models import ModelRequestContext
 from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 from pydantic_ai.models.test import TestModel
@@ -81,6 +82,7 @@ from paigeant import ActivityRegistry, RetryPolicy, Workflow
 from paigeant.agents import PaigeantDurability, effect_key, operations
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutputInvalid, StoreUnavailable, UnitUnreadable
 from paigeant.parking import Parked
+from paigeant.place import Unit, current_place
 from paigeant.store import StepKey
 from paigeant.testing import ManualClock, MemoryApp
 
@@ -820,6 +822,32 @@ async def test_an_answer_that_was_rejected_is_in_nobody_s_way() -> None:
     assert len(requests) == 2
 
 
+async def test_a_run_isn_t_given_the_answer_to_another_one_of_its_id() -> None:
+    """The first had failed, and the code gone on to the second: the next attempt asks for the first once more."""
+    is_down = [True]
+
+    def respond(messages: list[ModelMessage]) -> str:
+        if is_down[0] and prompt_of(messages) == "one":
+            raise ModelHTTPError(400, "own")
+        return f"said {prompt_of(messages)}"
+
+    model, requests = scripted(respond)
+    agent = durable(model)
+
+    async def work() -> list[str]:
+        said: list[str] = []
+        for prompt in ("one", "two"):
+            with contextlib.suppress(ModelHTTPError):
+                said.append(str((await agent.run(prompt, run_id="mine")).output))
+        return said
+
+    step = Step()
+    assert await step.attempt(work) == ["said two"]
+    is_down[0] = False
+    assert await step.attempt(work) == ["said one", "said two"]
+    assert len(requests) == 3
+
+
 @pytest.mark.parametrize("together", [True, False])
 async def test_runs_of_one_id_have_answers_of_their_own(together: bool) -> None:
     """An id that code gives to several runs tells them apart by their order, each with its own answers."""
@@ -1539,6 +1567,101 @@ async def test_an_answer_that_the_agent_gave_up_on_is_asked_for_again() -> None:
     assert asked == [0, 1, 1, 1, 1]
     assert (await step.attempt(lambda: agent.run("go"))).output.size == 7
     assert len(asked) == 5
+
+
+@pytest.mark.parametrize("where", ["validator", "hook", "once"])
+async def test_what_is_asked_about_an_answer_isn_t_told_of_the_one_in_its_place(where: str) -> None:
+    """Another agent, or what is done once, judges the output: each answer of the model has a judgement of its own."""
+    judged: list[str] = []
+
+    def respond(messages: list[ModelMessage]) -> str:
+        judged.append(prompt_of(messages))
+        return "bad" if "wrong" in judged[-1] else "good"
+
+    judge = durable(scripted(respond)[0], name="judge")
+    outputs = iter(["wrong", "wrong again", "right"])
+    keys: list[str] = []
+
+    async def judgement(output: str) -> str:
+        keys.append(effect_key())
+        if where != "once":
+            return str((await judge.run(output)).output)
+        place = current_place()
+        assert place is not None
+
+        async def produce() -> bytes:
+            judged.append(output)
+            return to_json("bad" if "wrong" in output else "good")
+
+        return str(from_json((await place.do(place.name("judge"), Unit("'judge'"), produce)).value))
+
+    class Guard(AbstractCapability[Any]):
+        async def after_model_request(
+            self, ctx: RunContext[Any], *, request_context: ModelRequestContext, response: ModelResponse
+        ) -> ModelResponse:
+            if where == "hook" and await judgement(str(response.text)) == "bad":
+                raise UnexpectedModelBehavior("a bad one")
+            return response
+
+    agent = durable(scripted(lambda _: next(outputs))[0], capabilities=[Guard()], retries=0)
+
+    @agent.output_validator
+    async def check(output: str) -> str:
+        if where != "hook" and await judgement(output) == "bad":
+            raise ModelRetry("do better")
+        return output
+
+    step = Step()
+    for _ in range(2):
+        with pytest.raises(UnexpectedModelBehavior):
+            await step.attempt(lambda: agent.run("go"))
+    assert (await step.attempt(lambda: agent.run("go"))).output == "right"
+    assert judged == ["wrong", "wrong again", "right"]
+    assert (await step.attempt(lambda: agent.run("go"))).output == "right"
+    assert len(judged) == 3
+    assert len(set(keys)) == 3
+    assert keys[-1] == keys[-2]
+
+
+async def test_what_a_hook_asked_for_each_model_is_told_at_its_own_request() -> None:
+    """It is called once more for a model that takes over, and not where that one's answer is replayed."""
+    is_down = [True]
+    told: list[tuple[int, str]] = []
+    guard = durable(scripted(lambda messages: f"about {prompt_of(messages)}")[0], name="guard")
+
+    class Guard(AbstractCapability[Any]):
+        async def prepare_model_request(
+            self, ctx: RunContext[Any], request_context: ModelRequestContext
+        ) -> ModelRequestContext:
+            told.append((ctx.run_step, str((await guard.run(f"{ctx.run_step}")).output)))
+            return request_context
+
+    def own(_: list[ModelMessage]) -> str:
+        if is_down[0]:
+            raise ModelHTTPError(400, "own")
+        return "own"
+
+    spare, _ = scripted(called("add", "c1"), "spare")
+    agent = durable(
+        scripted(own, own)[0],
+        engine={"models": {"spare": spare}},
+        capabilities=[Guard(), ModelFallback("spare")],
+    )
+
+    @agent.tool_plain
+    def add() -> int:
+        return 1
+
+    async def work() -> list[str]:
+        return [str((await agent.run("go")).output), str((await guard.run("after")).output)]
+
+    step = Step()
+    assert await step.attempt(work) == ["spare", "about after"]
+    assert told == [(1, "about 1"), (1, "about 1"), (2, "about 2"), (2, "about 2")]
+    told.clear()
+    is_down[0] = False
+    assert await step.attempt(work) == ["spare", "about after"]
+    assert told == [(1, "about 1"), (2, "about 2")]
 
 
 async def test_a_nested_agent_that_gave_up_is_asked_again_by_itself() -> None:

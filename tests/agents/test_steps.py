@@ -123,6 +123,38 @@ def test_an_agent_that_can_t_be_recorded_is_refused_before_it_runs() -> None:
         activity.check()
 
 
+async def test_tools_that_a_decorated_function_makes_are_recorded() -> None:
+    """`@agent.toolset` comes after the agent and before its activity: what it offers and gives is a unit each."""
+    model, requests = scripted(called("roll", "c1"), lambda messages: str(returned(messages)["c1"]))
+    agent = Agent(model, name="player")
+    rolled: list[str] = []
+
+    @agent.toolset(id="dice")
+    def dice(_: RunContext[Any]) -> FunctionToolset[Any]:
+        toolset = FunctionToolset[Any]()
+
+        @toolset.tool_plain
+        def roll() -> str:
+            rolled.append(effect_key())
+            return "six"
+
+        return toolset
+
+    @agent.output_validator
+    def fail(output: str) -> str:
+        if len(rolled) == 1:
+            rolled.append("failed")
+            raise ConnectionError("another attempt is needed")
+        return output
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Play", retries=1)
+    detail, units = await carried_out(activity, "player")
+    assert (detail.run.status, detail.steps[0].output) == (RunStatus.COMPLETED, b'"six"')
+    assert (requests, rolled[1:]) == ([0, 1], ["failed"])
+    assert [unit for unit in units if "dynamic_toolset__dice.call_tool:roll" in unit]
+
+
 # -- plain activities
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from decimal import Decimal
 from io import StringIO
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from pydantic_ai import Agent, ModelMessage, ModelResponse, RequestUsage, RunContext, TextPart
+from pydantic_ai.capabilities import BatchModelRequests
 from pydantic_ai.exceptions import UnexpectedModelBehavior
 from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.function import AgentInfo, FunctionModel
@@ -88,6 +90,36 @@ async def test_a_request_is_recorded_with_its_tokens_and_its_price() -> None:
         assert Usage.stamped(unit) == used(await run.detail()) == (await run.wait()).usage == times(1)
         assert list((await run.wait()).usage.models.values()) == [times(1)]
     assert from_json(unit)["value"]["usage"]["cost"] == "0.0035"
+
+
+async def test_a_request_that_waits_for_its_batch_is_one_request() -> None:
+    """However often the provider is asked whether it is done: as the library counts it."""
+    counted: list[int] = []
+    batches = BatchModelRequests(max_requests=1, poll_interval=timedelta(seconds=60))
+    agent = Agent(priced(), name="report", capabilities=[batches])
+
+    @agent.output_validator
+    def count(ctx: RunContext[Any], output: str) -> str:
+        counted.append(ctx.usage.requests)
+        return output
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="go")
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["report"]), workflow_id="r")
+        await app.drain()
+        assert (
+            len(
+                [
+                    unit
+                    for unit in await app.store.load_units(StepKey("r", "report"))
+                    if "model.request" in unit
+                ]
+            )
+            == 2
+        )
+        assert (await run.wait()).usage == times(1)
+    assert counted == [1]
 
 
 @pytest.mark.parametrize("name", ["a-model-of-our-own", None])

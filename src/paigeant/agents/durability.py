@@ -108,6 +108,7 @@ from paigeant.agents.operations import (
     Progress,
     not_json,
     part_of,
+    place_of_run,
     recorded_name,
     run_in_name,
 )
@@ -117,7 +118,7 @@ from paigeant.agents.usage import put_price
 from paigeant.clock import as_datetime
 from paigeant.errors import InvalidDefinition, NonRetryableError
 from paigeant.parking import Parked
-from paigeant.place import Unit, current_place
+from paigeant.place import Stages, Unit, current_place
 from paigeant.retry import RetryPolicy
 
 __all__ = ["PaigeantDurability", "effect_key", "replay_scope"]
@@ -127,8 +128,9 @@ def effect_key() -> str:
     """A key for the effects of the call that asks for it, the same each time that call is repeated.
 
     Hand it to whatever a tool changes: with it a repeated call is told from a new one. In a tool it is the tool call's,
-    in what `ctx.once` does that unit's, in an activity the step's own `idempotency_key`. Outside of steps, where
-    nothing is repeated, a tool gets one of its own run. Raises OutsideStep where there is neither step nor run.
+    in what `ctx.once` does that unit's, in an activity the step's own `idempotency_key`, in hooks and validators of an
+    agent one for each answer of its model. Outside of steps, where nothing is repeated, a tool gets one of its own run.
+    Raises OutsideStep where there is neither step nor run.
     """
     ctx = get_current_run_context() if current_place() is None else None
     return places.effect_key() if ctx is None else f"{ctx.run_id}:{ctx.run_step}:{ctx.tool_call_id}"
@@ -259,11 +261,21 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
 
         place = current_place()
         assert place is not None, "this is part of a step"
-        progress = Progress()
+        run = run_in_name(place, ctx.run_id or "")
+        number = place.count(f"{self.name}__run({run})")
+        own = "" if number == 1 else f",run {number}"
+        stages = Stages(place, f"{self.name}__run({run}{own})")
+        progress = Progress(stages, line=own)
         self.get_durable_operation_backend().begin(place, ctx, progress)
         token, call = PROGRESS.set(progress), CALL.set(None)
         try:
-            with mode, agent.using_sleep(sleep), external_event_scope(Outside(self.name)), _no_unit():
+            with (
+                mode,
+                agent.using_sleep(sleep),
+                external_event_scope(Outside(self.name)),
+                _no_unit(),
+                stages.entered(),
+            ):
                 result = await super().wrap_run(ctx, handler=handler)
             # Whoever has run the agent may do anything with the answer.
             await place.settled()
@@ -290,7 +302,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         args: dict[str, Any],
         handler: WrapToolExecuteHandler,
     ) -> Any:
-        place = current_place()
+        place = place_of_run()
         if place is None:
             return await handler(args)
         # Of what a call may do nothing must come before the record of the answer that asks for it.
@@ -325,7 +337,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         output: Any,
         handler: WrapOutputProcessHandler,
     ) -> Any:
-        place = current_place()
+        place = place_of_run()
         if place is None or not output_context.has_function:
             return await handler(output)
         await place.settled()
@@ -337,7 +349,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
     async def handle_deferred_tool_calls(
         self, ctx: RunContext[AgentDepsT], *, requests: DeferredToolRequests
     ) -> DeferredToolResults | None:
-        place = current_place()
+        place = place_of_run()
         if place is not None and (progress := PROGRESS.get()) is not None:
             progress.deferred = requests
         if place is None or asks_itself(self.agent, ctx):
@@ -358,7 +370,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
     # -- units of its own
 
     async def _sleep(self, run_id: str, seconds: float) -> None:
-        place = current_place()
+        place = place_of_run()
         if place is None:
             await asyncio.sleep(seconds)
             return
@@ -400,16 +412,16 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         return built
 
     def _reject_runtime_toolsets(self, toolset: AbstractToolset[AgentDepsT]) -> None:
-        super()._reject_runtime_toolsets(toolset)
         if self.in_durable_context:
             toolset.apply(self._reject_unknown)
 
     def _reject_unknown(self, leaf: AbstractToolset[AgentDepsT]) -> None:
-        """Raise UserError for a toolset that comes with a run, of a kind of which the library says nothing."""
-        if isinstance(leaf, (FunctionToolset, WrapperToolset, ExternalToolset, InlineToolset)):
-            return
+        """Raise UserError for a toolset that comes with a run: it was not there when this was bound to the agent."""
         known = self._toolsets_by_id.get(leaf.id or "")
-        if known is None or known.wrapped is not leaf:
+        if known is not None and known.wrapped is leaf:
+            return  # the library asks what its agent was made with: `@agent.toolset` would never do
+        super()._reject_runtime_toolsets(leaf)
+        if not isinstance(leaf, (FunctionToolset, WrapperToolset, ExternalToolset, InlineToolset)):
             raise UserError(
                 f"{leaf.label} comes with a run of agent '{self.name}', or with an override, and so its calls would "
                 "not be recorded; give it to the agent where that is made: Agent(..., toolsets=[...])"

@@ -29,7 +29,7 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.agents.usage import Part, count, of_request, of_run
 from paigeant.errors import OutputInvalid, UnitUnreadable
-from paigeant.place import Place, Unit, current_place
+from paigeant.place import Place, Stages, Unit, current_place
 from paigeant.redaction import redacted
 from paigeant.usage import Usage
 
@@ -43,6 +43,7 @@ __all__ = [
     "line",
     "not_json",
     "part_of",
+    "place_of_run",
     "recorded_name",
     "run_in_name",
 ]
@@ -113,8 +114,11 @@ class Progress:
 
     `line` is empty as long as each answer is the first to its request. Else it tells which ones are not; it is part of
     the names of all units that come after them, so that none of these is given the record of another answer's unit.
+    So it is with a run whose id another one has had there.
     """
 
+    stages: Stages | None = None
+    """Where hooks, validators and all else is that belongs to the run and to none of its units, answer by answer."""
     answer: tuple[Place, str] | None = None
     about: str = ""
     """The step of the agent's run that the last answer is of."""
@@ -136,6 +140,8 @@ class Progress:
         """The model has given the answer that is recorded as `unit`, the so manieth to its request."""
         self.answer, self.about = (place, unit), about
         self.calls, self.done, self.was = {}, {}, {}
+        if self.stages is not None:
+            self.stages.move(f"{unit}!answered")
         if number > 1:
             self.line = f"{self.line},{about}!{number}"
 
@@ -228,7 +234,7 @@ class Operations(CallableOperationBackend[Unit]):
         config: Unit,
     ) -> object:
         """The recorded result of the operation; `body` is called where there is none."""
-        place = current_place()
+        place = place_of_run()
         if place is None:  # the step has ended, or this is a thread that knows nothing of it
             return await body()
         ctx = _context_in(cache_key) or (
@@ -473,6 +479,13 @@ def _called(ctx: RunContext[Any], progress: Progress) -> str | None:
     if call is not None and call.tool_call_id == ctx.tool_call_id:
         return recorded_name(call)
     return progress.was.get((ctx.tool_call_id or "", ctx.tool_name or ""))
+
+
+def place_of_run() -> Place | None:
+    """The place of the units of an agent's run, for code that is at a stage of it; else the current place."""
+    place, progress = current_place(), PROGRESS.get()
+    stages = None if progress is None else progress.stages
+    return stages.outer if stages is not None and place is stages.now else place
 
 
 def line() -> str:

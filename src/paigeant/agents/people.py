@@ -28,10 +28,10 @@ from pydantic_ai.external_events import ExternalEventError, ExternalEventWaiter
 from pydantic_ai.messages import ToolCallPart
 from pydantic_core import from_json, to_json
 
-from paigeant.agents.operations import CALL, PROGRESS, line, recorded_name, run_in_name
+from paigeant.agents.operations import CALL, PROGRESS, line, place_of_run, recorded_name, run_in_name
 from paigeant.codec import storable
 from paigeant.errors import InputInvalid, OutsideStep, RequestDenied, WaitTimeout
-from paigeant.place import Place, Unit, current_place
+from paigeant.place import Place, Unit
 from paigeant.store import RequestKind
 
 __all__ = ["Outside", "asks_itself", "check_answer", "decisions", "outcome"]
@@ -191,7 +191,7 @@ class Outside(ExternalEventWaiter):
     async def wait(
         self, name: str, *, ask: Callable[[str], Awaitable[JsonValue]], timeout: timedelta | None
     ) -> JsonValue:
-        place = current_place()
+        place = place_of_run()
         if place is None:
             raise OutsideStep(f"the wait for '{name}' is outside of a step, where nothing could be recorded")
         ctx = get_current_run_context()

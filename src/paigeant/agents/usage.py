@@ -106,8 +106,10 @@ def of_request(answer: object) -> Usage:
     """What a model request used, as its answer tells, which is one that is about to be recorded."""
     if not isinstance(answer, dict) or not isinstance(answer.get("usage"), dict):
         return Usage(requests=1)
+    # What a provider works on still is asked for by and by, which is one request, counted when the answer is there.
+    used = _request(answer["usage"], requests=0 if answer.get("state") == "suspended" else 1)
+    model = answer.get("model_name")
     # Models that a fallback gave up on before this one may have billed something, too.
-    used, model = _request(answer["usage"]), answer.get("model_name")
     for one in answer.get("failed_attempts") or ():
         if (found := one.get("usage")) is not None:
             used += _request(found, requests=0)
