@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Activity", "ActivityRegistry", "Parameter", "typed"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Call = Callable[[Mapping[str, Any], StepContext, Threads | None], Awaitable[Any]]
+Call = Callable[[Mapping[str, Any], StepContext, Threads | None], Coroutine[Any, Any, Any]]
 
 MISSING: Any = inspect.Parameter.empty
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
 import sys
 import traceback
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,34 @@ class Attempt:
     input: bytes | None = None
     output: bytes | None = None
     context: StepContext | None = None
+
+
+class _Apart:
+    """What a coroutine gives, run in a copy of the context: what it sets there is seen by nobody who comes after it.
+
+    Steps of a run that go on here are done in one task, and so in one context, and those that travel are not.
+    """
+
+    __slots__ = ("_work",)
+
+    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+        self._work = work
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        run = contextvars.copy_context().run
+        resume: Callable[..., Any] = self._work.send
+        given: Any = None
+        while True:
+            try:
+                asked = run(resume, given)
+            except StopIteration as end:
+                return end.value
+            finally:
+                given = None  # an error that this frame kept would keep the frame
+            try:
+                resume, given = self._work.send, (yield asked)
+            except BaseException as exc:  # a cancellation among others, which is for the coroutine
+                resume, given = self._work.throw, exc
 
 
 class Performer:
@@ -233,7 +262,7 @@ class Performer:
             work, namespace, args=step.args if step is not None else {}, context=context, first=first
         )
         attempt.input = codec.dump(shown)
-        return await work.call(arguments, context, self.threads)
+        return await _Apart(work.call(arguments, context, self.threads))
 
     def _context(self, claim: Claim, ids: Mapping[str, Any]) -> StepContext:
         message = claim.message

@@ -8,6 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -46,6 +47,9 @@ from paigeant.testing import ManualClock
 
 PATIENCE = 30.0
 AT_ONCE = RetryPolicy(attempts=3, base=0)
+
+
+TENANT: ContextVar[str] = ContextVar("tenant", default="nobody")
 
 
 class Seen:
@@ -972,6 +976,39 @@ async def test_the_context_tells_where_it_is(settings: Settings) -> None:
         workflow = Workflow("w", [Step("tell", id="t")], deadline=60)
         run = await app.dispatch(workflow, workflow_id="r", correlation_id="order 7")
         assert (await run.wait(PATIENCE)).output == ["r", "w", "t", "tell", 1, "order 7", True]
+
+
+async def test_what_a_step_sets_in_its_context_ends_with_it(settings: Settings) -> None:
+    """A context variable is the attempt's own: no step, attempt or undo behind it finds what another one set."""
+    activity = ActivityRegistry()
+    found: list[str] = []
+
+    async def set_it() -> None:
+        found.append(TENANT.get())
+        TENANT.set("somebody")
+        await asyncio.sleep(0)
+        found.append(TENANT.get())
+
+    @activity.execute()
+    async def first() -> None:
+        await set_it()
+
+    @activity.compensate("first")
+    async def undo() -> None:
+        await set_it()
+
+    @activity.execute()
+    def second() -> None:
+        asyncio.run(set_it())
+
+    @activity.execute(retries=RetryPolicy(attempts=2, base=0))
+    async def third() -> None:
+        await set_it()
+        raise RuntimeError("for good")
+
+    async with working(settings, activity) as app:
+        result = await (await app.dispatch(Workflow("w", ["first", "second", "third"]))).wait(PATIENCE)
+    assert (result.status, found) == ("compensated", ["nobody", "somebody"] * 5)
 
 
 # -- bounds
