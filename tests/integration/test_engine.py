@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from paigeant import (
     ActivityRegistry,
@@ -204,6 +204,44 @@ async def test_values_keep_their_types_between_steps(settings: Settings) -> None
         result = await (await app.dispatch(workflow, {"big": 2**100})).wait(PATIENCE)
     assert arrived == [made]
     assert result.output == 2**100
+
+
+class Parcel(BaseModel):
+    """As interfaces in camel case have it; and one field is called otherwise where it is read."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    order_id: int = Field(alias="orderId")
+    sent_by: str = Field(validation_alias="from", serialization_alias="carrier")
+
+
+async def test_a_model_with_aliases_is_read_by_the_steps_behind_and_by_the_undo(settings: Settings) -> None:
+    """What a step returned is what others get, whatever its fields are called outside; an input may have both names."""
+    activity = ActivityRegistry()
+    got: list[Parcel] = []
+
+    @activity.execute()
+    async def pack(order_id: int, sent_by: str) -> Parcel:
+        return Parcel.model_validate({"orderId": order_id, "from": sent_by})
+
+    @activity.compensate("pack")
+    async def unpack(output: Parcel) -> None:
+        got.append(output)
+
+    @activity.execute(retries=0)
+    async def send(pack: Parcel, given: Parcel) -> None:
+        got.extend((pack, given))
+        raise RuntimeError("nobody is there to take it")
+
+    parcel = Parcel.model_validate({"orderId": 7, "from": "post"})
+    async with working(settings, activity) as app:
+        for given in ({"orderId": 7, "from": "post"}, {"order_id": 7, "sent_by": "post"}):
+            got.clear()
+            run = await app.dispatch(
+                Workflow("w", ["pack", "send"]), {"order_id": 7, "sent_by": "post", "given": given}
+            )
+            assert (await run.wait(PATIENCE)).status == "compensated"
+            assert got == [parcel] * 3
 
 
 async def test_a_workflow_without_steps_completes_at_once(settings: Settings) -> None:
