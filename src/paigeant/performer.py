@@ -96,10 +96,15 @@ class _Apart:
                 asked = run(resume, given)
             except StopIteration as end:
                 return end.value
+            except GeneratorExit as exc:  # by itself, which must not pass for the end of the task around it
+                raise RuntimeError("it raised GeneratorExit") from exc
             finally:
                 given = None  # an error that this frame kept would keep the frame
             try:
                 resume, given = self._work.send, (yield asked)
+            except GeneratorExit:
+                run(self._work.close)
+                raise
             except BaseException as exc:  # a cancellation among others, which is for the coroutine
                 resume, given = self._work.throw, exc
 
@@ -362,11 +367,11 @@ def _asked_for(error: BaseException) -> float:
 
     Of a group it is the least: somebody may be asked then.
     """
-    if isinstance(error, BaseExceptionGroup):
-        return min(map(_asked_for, error.exceptions))
     try:
+        if isinstance(error, BaseExceptionGroup):
+            return min(map(_asked_for, error.exceptions))
         asked = getattr(error, "retry_after", None)
-    except Exception:  # the user's code again
+    except Exception:  # the user's code again; or groups within groups, more than can be gone through
         return 0.0
     if not isinstance(asked, (int, float)) or not is_duration(asked):
         return 0.0
@@ -414,7 +419,7 @@ def _text(error: BaseException, secrets: Sequence[SecretToken] = ()) -> str:
 def _said(error: BaseException, depth: int = 0) -> str:
     try:
         said = str(error)
-    except Exception:  # the user's code again
+    except BaseException:  # the user's code again, as `traceback` knows it
         said = "(its text can't be had)"
     text = f"{type(error).__name__}: {said}" if said else type(error).__name__
     if isinstance(error, BaseExceptionGroup) and depth < _MOST_WITHIN:

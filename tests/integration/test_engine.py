@@ -534,9 +534,28 @@ async def test_a_run_has_its_deadline(settings: Settings, clock: ManualClock) ->
     assert sorted(ended) == ["interrupted", "undone"]
 
 
-@pytest.mark.parametrize("raised", [SystemExit(3), asyncio.CancelledError("mine")])
+class Unspeakable(Exception):
+    """An error whose text can't be had."""
+
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+def nested(depth: int) -> Exception:
+    """Groups within groups, as recursion through task groups leaves them."""
+    error = Exception("the innermost")
+    for _ in range(depth):
+        error = ExceptionGroup("nested", [error])
+    return error
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [SystemExit(3), asyncio.CancelledError("mine"), GeneratorExit(), Unspeakable(), nested(2000)],
+    ids=["exit", "cancelled", "generator exit", "without a text", "nested groups"],
+)
 async def test_whatever_an_activity_raises_is_its_failure(settings: Settings, raised: Any) -> None:
-    """An exit or a cancellation that escapes from user code ends the step, not the worker."""
+    """What escapes from user code, an exit or a cancellation too, ends the step, not the worker."""
     activity = ActivityRegistry()
 
     @activity.execute(retries=0)
