@@ -434,9 +434,13 @@ def read_parameters(name: str, function: Callable[..., Any]) -> tuple[tuple[Para
     Raises InvalidDefinition like `read_signature`.
     """
     hints = _hints(name, function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError as exc:  # of something that is built in
+        raise InvalidDefinition(f"activity '{name}': {exc}; write a function that calls it") from exc
     parameters: list[Parameter] = []
     takes_rest = False
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             takes_rest = True
             continue
