@@ -81,11 +81,12 @@ async def test_what_a_function_raises_is_raised() -> None:
     def end(error: type[BaseException]) -> None:
         raise error
 
-    for error in (ValueError, SystemExit, asyncio.CancelledError):
-        with pytest.raises(error):
-            await threads.do(end, error=error)
-    for error in (StopIteration, GeneratorExit):
-        with pytest.raises(RuntimeError, match=f"the function raised {error.__name__}"):
-            await threads.do(end, error=error)
+    raised: type[BaseException]
+    for raised in (ValueError, SystemExit, asyncio.CancelledError):
+        with pytest.raises(raised):
+            await threads.do(end, error=raised)
+    for raised in (StopIteration, GeneratorExit):
+        with pytest.raises(RuntimeError, match=f"the function raised {raised.__name__}"):
+            await threads.do(end, error=raised)
     assert await threads.do(int) == 0
     threads.close()
