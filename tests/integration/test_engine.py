@@ -30,6 +30,7 @@ from paigeant import (
     StepContext,
     Workflow,
 )
+from paigeant.clock import LAST_INSTANT
 from paigeant.errors import (
     ArgumentError,
     InputInvalid,
@@ -532,6 +533,14 @@ async def test_a_run_has_its_deadline(settings: Settings, clock: ManualClock) ->
     assert result.status == "compensated"
     assert "deadline" in str(result.error)
     assert sorted(ended) == ["interrupted", "undone"]
+
+
+async def test_a_deadline_is_a_date(settings: Settings) -> None:
+    """Also that of a run that is to start when somebody says so, at the last date that there is."""
+    async with Paigeant(settings) as app:
+        never = datetime.max.replace(tzinfo=UTC)
+        run = await app.dispatch(Workflow("w", ["a"], deadline=60), start_at=never)
+        assert (await run.detail()).run.deadline == LAST_INSTANT
 
 
 class Unspeakable(Exception):
