@@ -997,6 +997,26 @@ async def test_variables_reach_later_steps(settings: Settings) -> None:
     assert result.output == ["red", "output", "red", 0]
 
 
+async def test_a_plain_function_may_ask_its_context_in_an_event_loop_of_its_own(settings: Settings) -> None:
+    """As what `agent.run_sync` calls does: variables and units come from the worker's loop all the same."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def save(ctx: StepContext) -> None:
+        await ctx.save_variable("colour", "red")
+
+    @activity.execute(retries=0)
+    def load(ctx: StepContext) -> list[Any]:
+        async def look() -> list[Any]:
+            return [await ctx.load_variable("colour"), await ctx.once("five", lambda: 5)]
+
+        return asyncio.run(look())
+
+    async with working(settings, activity) as app:
+        result = await (await app.dispatch(Workflow("w", ["save", "load"]))).wait(PATIENCE)
+    assert (result.output, result.error) == (["red", 5], None)
+
+
 async def test_once_is_done_once_over_all_attempts(settings: Settings) -> None:
     """A unit of work that was recorded isn't repeated when its step is; the key for outside systems is the same."""
     activity = ActivityRegistry()
