@@ -42,7 +42,7 @@ from paigeant.errors import (
     UnknownActivity,
     UnknownWorkflow,
 )
-from paigeant.observer import Event
+from paigeant.observer import Around, Event, Work
 from paigeant.slip import Phase
 from paigeant.testing import ManualClock
 
@@ -1441,12 +1441,18 @@ async def test_what_happens_is_told_in_order(settings: Settings) -> None:
     ]
 
 
-async def test_an_observer_can_t_disturb(settings: Settings) -> None:
-    """What an observer raises goes no further."""
+@pytest.mark.parametrize(
+    "raised", [RuntimeError("observer"), asyncio.CancelledError()], ids=["error", "cancelled"]
+)
+async def test_an_observer_can_t_disturb(settings: Settings, raised: BaseException) -> None:
+    """What an observer raises goes no further, be it that it looks at a task which was cancelled."""
 
     class Broken:
         def observe(self, event: Event) -> None:
-            raise RuntimeError("observer")
+            raise raised
+
+        def around(self, work: Work) -> Around:
+            raise raised
 
     activity = ActivityRegistry()
     activity.execute(name="a")(lambda: 1)
