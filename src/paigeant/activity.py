@@ -6,7 +6,7 @@ import functools
 import inspect
 import types
 import typing
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Activity", "ActivityRegistry", "Parameter", "typed"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Call = Callable[[Mapping[str, Any], StepContext, Threads | None], Awaitable[Any]]
+Call = Callable[[Mapping[str, Any], StepContext, Threads | None], Coroutine[Any, Any, Any]]
 
 MISSING: Any = inspect.Parameter.empty
 
@@ -88,7 +88,7 @@ class Parameter:
         if self.adapter is None:
             return codec.copied(value)
         try:
-            return self.adapter.validator.validate_json(codec.dump(value))
+            return codec.read_as(self.adapter, value)
         except ValidationError as exc:
             wrong = exc
         first = wrong.errors(include_url=False, include_input=False)[0]
@@ -490,9 +490,13 @@ def read_parameters(name: str, function: Callable[..., Any]) -> tuple[tuple[Para
     Raises InvalidDefinition for what can't be called by name and for annotations that can't be read.
     """
     hints = _hints(name, function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError as exc:  # of something that is built in
+        raise InvalidDefinition(f"activity '{name}': {exc}; write a function that calls it") from exc
     parameters: list[Parameter] = []
     takes_rest = False
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             takes_rest = True
             continue

@@ -30,6 +30,7 @@ __all__ = [
     "dump_sorted",
     "parse_strict",
     "plain",
+    "read_as",
     "storable",
 ]
 
@@ -104,6 +105,15 @@ def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
             field = f" in the field '{unexpected['field']}'" if unexpected["field"] else ""
             raise OtherType(f"expected {unexpected['expected']}{field}, found {unexpected['found']}") from exc
         raise JsonInvalid(_reason(exc)) from exc
+
+
+def read_as(adapter: TypeAdapter[Any], value: Any) -> Any:
+    """A JSON value (see `plain`) as a declared type wants it. Raises pydantic's ValidationError, and JsonInvalid.
+
+    A field is read by its name as well as by its alias: `dump_as` writes names, where the model doesn't say otherwise,
+    and `dump` and whoever sends an input aliases.
+    """
+    return adapter.validator.validate_json(dump(value), by_alias=True, by_name=True)
 
 
 def dump_sorted(value: Any) -> bytes:

@@ -77,16 +77,23 @@ def evaluate(expression: str, payload: Mapping[str, Any]) -> bool:
     except (
         Exception
     ) as exc:  # the library raises RuntimeError, TypeError and ValueError for what it can't compute
-        missing = [name for name in program.variables() if name not in payload]
+        # What a comprehension names (`i` of `items.all(i, ...)`) isn't there either, and need not be.
+        missing = [name for name in program.variables() if name not in payload and _lacks(exc, name)]
         if missing:
             there = ", ".join(sorted(payload)) or "nothing"
             raise InvalidCondition(f"when={expression!r} names '{missing[0]}'; there is {there}") from exc
         told, cause = _about(payload, str(exc), exc)
-        raise InvalidCondition(f"when={expression!r} can't be computed: {told}") from cause
+        reason = " ".join(told.split())  # a pattern's errors are told in several lines
+        raise InvalidCondition(f"when={expression!r} can't be computed: {reason}") from cause
     if not isinstance(value, bool):
         told, _ = _about(payload, repr(value))
         raise InvalidCondition(f"when={expression!r} gives {told}, expected true or false")
     return value
+
+
+def _lacks(error: Exception, name: str) -> bool:
+    """Whether it is `name` that the library looked for and didn't find."""
+    return str(error).startswith(f"Undefined variable or function: '{name}'")
 
 
 def _about(

@@ -87,7 +87,7 @@ class StepContext:
         """The variable as this attempt or an earlier step left it, as JSON gives it back, or `default`."""
         if key in self._variables:
             return from_json(self._variables[key])
-        return await self._store.load_variable(self.workflow_id, key, default)
+        return await self._place.journal.variable(key, default)
 
     async def once(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
         """What `function(*args)` gives, recorded under `name`: a later attempt of this step gets the record instead.

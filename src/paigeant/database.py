@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, inspect, text
 
-from paigeant.errors import InputInvalid, StoreUnavailable
+from paigeant.errors import InputInvalid, PaigeantError, StoreUnavailable
 from paigeant.lane import Handler, Lane, Later, Tx
 from paigeant.tables import VERSION_TABLE
 
@@ -213,6 +213,12 @@ class Database(ABC):
         self, lane: Lane | None, handler: Handler, request: Any, *, durable: bool = True
     ) -> asyncio.Future[Any]:
         if lane is not None:
+            if lane.loop is not asyncio.get_running_loop():
+                # Its future could be awaited by nobody there, and what it asks for would be done all the same.
+                raise PaigeantError(
+                    f"{self.place} was opened in another event loop; have it asked there, as "
+                    "asyncio.run_coroutine_threadsafe(app.dispatch(...), loop) does"
+                )
             return lane.submit(handler, request, durable=durable)
         closed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         closed.set_exception(not_open(self.place))

@@ -17,7 +17,7 @@ from paigeant import codec, ledger, trace_context
 from paigeant.activity import ActivityRegistry, typed
 from paigeant.arguments import Namespace, resolve
 from paigeant.behalf import Behalf
-from paigeant.clock import is_duration
+from paigeant.clock import LAST_INSTANT, is_duration
 from paigeant.errors import (
     ConfigurationError,
     InputInvalid,
@@ -90,6 +90,9 @@ class Dispatcher:
         slip = replace(workflow.slip(now=begins), itinerary=_plain_steps(workflow))
         if deadline is not None:
             slip = replace(slip, deadline=begins + _checked_deadline(deadline))
+        if slip.deadline is not None and slip.deadline > LAST_INSTANT:
+            # A run that is to start at no date in sight is one of a workflow with a deadline all the same.
+            slip = replace(slip, deadline=LAST_INSTANT)
         self._check_known(workflow)
         await self._check_first(run_id, slip.next_step(), payload)
         mandate, token = await self._mandate(on_behalf_of, run_id, slip, waits=begins - now)
@@ -323,7 +326,7 @@ _MOST_TOLD = 20
 def _fitted(workflow: Workflow, payload: dict[str, Any]) -> dict[str, Any]:
     adapter: TypeAdapter[Any] = typed(workflow.input_model)
     try:
-        fitted: dict[str, Any] = codec.plain(adapter.validate_json(codec.dump(payload)))
+        fitted: dict[str, Any] = codec.plain(codec.read_as(adapter, payload))
         return fitted
     except ValidationError as exc:
         cause = exc

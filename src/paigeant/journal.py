@@ -106,6 +106,10 @@ class Journal:
             found = await self._store.load_unit(self.key, unit)
         return found
 
+    async def variable(self, name: str, default: Any) -> Any:
+        """The variable of the step's run, as it is recorded now, or `default`."""
+        return await self._ask(self._store.load_variable(self.key.workflow_id, name, default))
+
     async def all(self) -> dict[str, bytes]:
         """All records of the step, by the names of their units."""
         return await self._ask(self._store.load_units(self.key))

@@ -224,7 +224,7 @@ class Lane:
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopped = False
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._connection: Connection | None = None
         self._watch: asyncio.TimerHandle | None = None
         self._began = 0.0
@@ -237,14 +237,14 @@ class Lane:
 
     def submit(self, handler: Handler, request: Any, *, durable: bool = True) -> asyncio.Future[Any]:
         """Have `request` done; the future has its result once its transaction is committed."""
-        future: asyncio.Future[Any] = self._loop.create_future()
+        future: asyncio.Future[Any] = self.loop.create_future()
         if self._stopped:
             future.set_exception(StoreUnavailable("the database is closed"))
             return future
         self._waiting.append(_Op(handler, request, future, durable))
         if self._idle.is_set() and len(self._waiting) == 1:
             # Not at once: what other tasks ask for in this turn of the loop shares the transaction.
-            self._loop.call_soon(self._next_if_idle)
+            self.loop.call_soon(self._next_if_idle)
         return future
 
     def submit_lazily(self, handler: Handler, request: Any) -> None:
@@ -253,7 +253,7 @@ class Lane:
             return
         self._lazy.append(_Op(handler, request, None, False))
         if len(self._lazy) == 1:
-            self._loop.call_later(_LAZY_SECONDS, self._next_if_idle)
+            self.loop.call_later(_LAZY_SECONDS, self._next_if_idle)
 
     async def stop(self) -> None:
         """Finish what was asked for, and close the connection."""
@@ -299,7 +299,7 @@ class Lane:
     def _watch_over(self, limit: float, seconds: float) -> None:
         # A server that has vanished without a word would keep the lane for ever. One watch for all transactions that
         # come meanwhile: a timer for each would be a twentieth of what a short one costs.
-        self._watch = self._loop.call_later(seconds, self._overdue, limit)
+        self._watch = self.loop.call_later(seconds, self._overdue, limit)
 
     def _overdue(self, limit: float) -> None:
         self._watch = None
@@ -330,9 +330,9 @@ class Lane:
             # as much of the processor as one of twenty.
             took = time.monotonic() - self._began
             rest = took * min(_MANY / len(self._waiting) - 1, _MOST_RESTS)
-            self._loop.call_later(min(max(rest, 0.0), _LONGEST_REST), self._next_if_idle)
+            self.loop.call_later(min(max(rest, 0.0), _LONGEST_REST), self._next_if_idle)
         elif self._lazy:  # their time may have come while this one was under way
-            self._loop.call_later(_LAZY_SECONDS, self._next_if_idle)
+            self.loop.call_later(_LAZY_SECONDS, self._next_if_idle)
         if rings:
             self._heard(frozenset(rings))
 

@@ -6,6 +6,7 @@ What happens to a run is told once, here, so that logs, traces, metrics and audi
 from __future__ import annotations
 
 import logging
+from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -144,6 +145,11 @@ class LogLine:
     fields: Mapping[str, Any]
 
 
+_TROUBLE = (Exception, CancelledError)
+"""An observer's trouble, which is never the run's. Nobody is cancelled in there, since it doesn't wait: a cancellation
+is the result of something else that it looked at, as of a task that was cancelled."""
+
+
 class Observer(Protocol):
     """Is told what happens. It must not block; what it raises is logged and goes no further.
 
@@ -188,7 +194,7 @@ class Observers:
         for observer in self._telling[event.name]:
             try:
                 observer.observe(event)
-            except Exception:  # an observer's trouble is never the run's
+            except _TROUBLE:
                 logging.getLogger("paigeant").exception("observer failed at %s", event.name)
 
     def around(self, work: Work) -> Around:
@@ -222,7 +228,7 @@ class _Guarded(AbstractContextManager[str | None]):
         assert self._around is not None
         try:
             return self._around.__enter__()
-        except Exception:  # an observer's trouble is never the run's
+        except _TROUBLE:
             self._around = None  # what wasn't entered isn't left
             _log_failure(self._kind)
             return None
@@ -233,7 +239,7 @@ class _Guarded(AbstractContextManager[str | None]):
         if self._around is not None:
             try:
                 self._around.__exit__(kind, error, traceback)
-            except Exception:
+            except _TROUBLE:
                 _log_failure(self._kind)
 
 
@@ -241,7 +247,7 @@ def _guarded(make: Callable[[Work], Around], work: Work) -> Around:
     """What one observer wants `work` to be done in; nothing where it fails to say so."""
     try:
         around = make(work)
-    except Exception:  # an observer's trouble is never the run's
+    except _TROUBLE:
         _log_failure(work.kind)
         return NOTHING_AROUND
     return around if isinstance(around, Harmless) else _Guarded(around, work.kind)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
 import sys
 import traceback
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,39 @@ class Attempt:
     input: bytes | None = None
     output: bytes | None = None
     context: StepContext | None = None
+
+
+class _Apart:
+    """What a coroutine gives, run in a copy of the context: what it sets there is seen by nobody who comes after it.
+
+    Steps of a run that go on here are done in one task, and so in one context, and those that travel are not.
+    """
+
+    __slots__ = ("_work",)
+
+    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
+        self._work = work
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        run = contextvars.copy_context().run
+        resume: Callable[..., Any] = self._work.send
+        given: Any = None
+        while True:
+            try:
+                asked = run(resume, given)
+            except StopIteration as end:
+                return end.value
+            except GeneratorExit as exc:  # by itself, which must not pass for the end of the task around it
+                raise RuntimeError("it raised GeneratorExit") from exc
+            finally:
+                given = None  # an error that this frame kept would keep the frame
+            try:
+                resume, given = self._work.send, (yield asked)
+            except GeneratorExit:
+                run(self._work.close)
+                raise
+            except BaseException as exc:  # a cancellation among others, which is for the coroutine
+                resume, given = self._work.throw, exc
 
 
 class Performer:
@@ -233,7 +267,7 @@ class Performer:
             work, namespace, args=step.args if step is not None else {}, context=context, first=first
         )
         attempt.input = codec.dump(shown)
-        return await work.call(arguments, context, self.threads)
+        return await _Apart(work.call(arguments, context, self.threads))
 
     def _context(self, claim: Claim, ids: Mapping[str, Any]) -> StepContext:
         message = claim.message
@@ -333,11 +367,11 @@ def _asked_for(error: BaseException) -> float:
 
     Of a group it is the least: somebody may be asked then.
     """
-    if isinstance(error, BaseExceptionGroup):
-        return min(map(_asked_for, error.exceptions))
     try:
+        if isinstance(error, BaseExceptionGroup):
+            return min(map(_asked_for, error.exceptions))
         asked = getattr(error, "retry_after", None)
-    except Exception:  # the user's code again
+    except Exception:  # the user's code again; or groups within groups, more than can be gone through
         return 0.0
     if not isinstance(asked, (int, float)) or not is_duration(asked):
         return 0.0
@@ -385,7 +419,7 @@ def _text(error: BaseException, secrets: Sequence[SecretToken] = ()) -> str:
 def _said(error: BaseException, depth: int = 0) -> str:
     try:
         said = str(error)
-    except Exception:  # the user's code again
+    except BaseException:  # the user's code again, as `traceback` knows it
         said = "(its text can't be had)"
     text = f"{type(error).__name__}: {said}" if said else type(error).__name__
     if isinstance(error, BaseExceptionGroup) and depth < _MOST_WITHIN:

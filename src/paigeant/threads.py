@@ -50,5 +50,7 @@ class Threads:
 def _done(function: Callable[..., Any], /, **arguments: Any) -> Any:
     try:
         return function(**arguments)
-    except StopIteration as exc:  # no future takes it: whoever waits would wait for ever
-        raise RuntimeError("the function raised StopIteration") from exc
+    except (StopIteration, GeneratorExit) as exc:
+        # No future takes the first, so that whoever waits would wait for ever. By the other, thrown into whoever waits,
+        # it would seem to be closed.
+        raise RuntimeError(f"the function raised {type(exc).__name__}") from exc

@@ -8,13 +8,14 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from paigeant import (
     ActivityRegistry,
@@ -29,6 +30,7 @@ from paigeant import (
     StepContext,
     Workflow,
 )
+from paigeant.clock import LAST_INSTANT
 from paigeant.errors import (
     ArgumentError,
     InputInvalid,
@@ -40,12 +42,15 @@ from paigeant.errors import (
     UnknownActivity,
     UnknownWorkflow,
 )
-from paigeant.observer import Event
+from paigeant.observer import Around, Event, Work
 from paigeant.slip import Phase
 from paigeant.testing import ManualClock
 
 PATIENCE = 30.0
 AT_ONCE = RetryPolicy(attempts=3, base=0)
+
+
+TENANT: ContextVar[str] = ContextVar("tenant", default="nobody")
 
 
 class Seen:
@@ -200,6 +205,44 @@ async def test_values_keep_their_types_between_steps(settings: Settings) -> None
         result = await (await app.dispatch(workflow, {"big": 2**100})).wait(PATIENCE)
     assert arrived == [made]
     assert result.output == 2**100
+
+
+class Parcel(BaseModel):
+    """As interfaces in camel case have it; and one field is called otherwise where it is read."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    order_id: int = Field(alias="orderId")
+    sent_by: str = Field(validation_alias="from", serialization_alias="carrier")
+
+
+async def test_a_model_with_aliases_is_read_by_the_steps_behind_and_by_the_undo(settings: Settings) -> None:
+    """What a step returned is what others get, whatever its fields are called outside; an input may have both names."""
+    activity = ActivityRegistry()
+    got: list[Parcel] = []
+
+    @activity.execute()
+    async def pack(order_id: int, sent_by: str) -> Parcel:
+        return Parcel.model_validate({"orderId": order_id, "from": sent_by})
+
+    @activity.compensate("pack")
+    async def unpack(output: Parcel) -> None:
+        got.append(output)
+
+    @activity.execute(retries=0)
+    async def send(pack: Parcel, given: Parcel) -> None:
+        got.extend((pack, given))
+        raise RuntimeError("nobody is there to take it")
+
+    parcel = Parcel.model_validate({"orderId": 7, "from": "post"})
+    async with working(settings, activity) as app:
+        for given in ({"orderId": 7, "from": "post"}, {"order_id": 7, "sent_by": "post"}):
+            got.clear()
+            run = await app.dispatch(
+                Workflow("w", ["pack", "send"]), {"order_id": 7, "sent_by": "post", "given": given}
+            )
+            assert (await run.wait(PATIENCE)).status == "compensated"
+            assert got == [parcel] * 3
 
 
 async def test_a_workflow_without_steps_completes_at_once(settings: Settings) -> None:
@@ -492,9 +535,36 @@ async def test_a_run_has_its_deadline(settings: Settings, clock: ManualClock) ->
     assert sorted(ended) == ["interrupted", "undone"]
 
 
-@pytest.mark.parametrize("raised", [SystemExit(3), asyncio.CancelledError("mine")])
+async def test_a_deadline_is_a_date(settings: Settings) -> None:
+    """Also that of a run that is to start when somebody says so, at the last date that there is."""
+    async with Paigeant(settings) as app:
+        never = datetime.max.replace(tzinfo=UTC)
+        run = await app.dispatch(Workflow("w", ["a"], deadline=60), start_at=never)
+        assert (await run.detail()).run.deadline == LAST_INSTANT
+
+
+class Unspeakable(Exception):
+    """An error whose text can't be had."""
+
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+def nested(depth: int) -> Exception:
+    """Groups within groups, as recursion through task groups leaves them."""
+    error = Exception("the innermost")
+    for _ in range(depth):
+        error = ExceptionGroup("nested", [error])
+    return error
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [SystemExit(3), asyncio.CancelledError("mine"), GeneratorExit(), Unspeakable(), nested(2000)],
+    ids=["exit", "cancelled", "generator exit", "without a text", "nested groups"],
+)
 async def test_whatever_an_activity_raises_is_its_failure(settings: Settings, raised: Any) -> None:
-    """An exit or a cancellation that escapes from user code ends the step, not the worker."""
+    """What escapes from user code, an exit or a cancellation too, ends the step, not the worker."""
     activity = ActivityRegistry()
 
     @activity.execute(retries=0)
@@ -927,6 +997,26 @@ async def test_variables_reach_later_steps(settings: Settings) -> None:
     assert result.output == ["red", "output", "red", 0]
 
 
+async def test_a_plain_function_may_ask_its_context_in_an_event_loop_of_its_own(settings: Settings) -> None:
+    """As what `agent.run_sync` calls does: variables and units come from the worker's loop all the same."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def save(ctx: StepContext) -> None:
+        await ctx.save_variable("colour", "red")
+
+    @activity.execute(retries=0)
+    def load(ctx: StepContext) -> list[Any]:
+        async def look() -> list[Any]:
+            return [await ctx.load_variable("colour"), await ctx.once("five", lambda: 5)]
+
+        return asyncio.run(look())
+
+    async with working(settings, activity) as app:
+        result = await (await app.dispatch(Workflow("w", ["save", "load"]))).wait(PATIENCE)
+    assert (result.output, result.error) == (["red", 5], None)
+
+
 async def test_once_is_done_once_over_all_attempts(settings: Settings) -> None:
     """A unit of work that was recorded isn't repeated when its step is; the key for outside systems is the same."""
     activity = ActivityRegistry()
@@ -972,6 +1062,39 @@ async def test_the_context_tells_where_it_is(settings: Settings) -> None:
         workflow = Workflow("w", [Step("tell", id="t")], deadline=60)
         run = await app.dispatch(workflow, workflow_id="r", correlation_id="order 7")
         assert (await run.wait(PATIENCE)).output == ["r", "w", "t", "tell", 1, "order 7", True]
+
+
+async def test_what_a_step_sets_in_its_context_ends_with_it(settings: Settings) -> None:
+    """A context variable is the attempt's own: no step, attempt or undo behind it finds what another one set."""
+    activity = ActivityRegistry()
+    found: list[str] = []
+
+    async def set_it() -> None:
+        found.append(TENANT.get())
+        TENANT.set("somebody")
+        await asyncio.sleep(0)
+        found.append(TENANT.get())
+
+    @activity.execute()
+    async def first() -> None:
+        await set_it()
+
+    @activity.compensate("first")
+    async def undo() -> None:
+        await set_it()
+
+    @activity.execute()
+    def second() -> None:
+        asyncio.run(set_it())
+
+    @activity.execute(retries=RetryPolicy(attempts=2, base=0))
+    async def third() -> None:
+        await set_it()
+        raise RuntimeError("for good")
+
+    async with working(settings, activity) as app:
+        result = await (await app.dispatch(Workflow("w", ["first", "second", "third"]))).wait(PATIENCE)
+    assert (result.status, found) == ("compensated", ["nobody", "somebody"] * 5)
 
 
 # -- bounds
@@ -1318,12 +1441,18 @@ async def test_what_happens_is_told_in_order(settings: Settings) -> None:
     ]
 
 
-async def test_an_observer_can_t_disturb(settings: Settings) -> None:
-    """What an observer raises goes no further."""
+@pytest.mark.parametrize(
+    "raised", [RuntimeError("observer"), asyncio.CancelledError()], ids=["error", "cancelled"]
+)
+async def test_an_observer_can_t_disturb(settings: Settings, raised: BaseException) -> None:
+    """What an observer raises goes no further, be it that it looks at a task which was cancelled."""
 
     class Broken:
         def observe(self, event: Event) -> None:
-            raise RuntimeError("observer")
+            raise raised
+
+        def around(self, work: Work) -> Around:
+            raise raised
 
     activity = ActivityRegistry()
     activity.execute(name="a")(lambda: 1)

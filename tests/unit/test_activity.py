@@ -168,6 +168,7 @@ def opaque_output() -> Opaque:
         (positional, "positional"),
         (starred, r"\*args"),
         (unreadable, "'unreadable' can't be read.*Nowhere"),
+        (int, "no signature found.*write a function that calls it"),
         (opaque, "parameter 'a' of activity 'opaque'"),
         (opaque_output, "return annotation of activity 'opaque_output'"),
     ],

@@ -84,6 +84,9 @@ def test_a_condition_is_bounded(many: Callable[[int], str]) -> None:
         ("a", {"a": 1}, "gives 1, expected true or false"),
         ("a", {"a": None}, "gives None"),
         ("'true'", {}, "expected true or false"),
+        ("items.all(i, i.price > 10)", {"items": [{"price": "12"}]}, "can't be computed: No such overload"),
+        ("items.all(i, i > least)", {"items": [1]}, "names 'least'; there is items"),
+        ("name.matches('(')", {"name": "x"}, "unclosed group"),
     ],
 )
 def test_a_condition_that_can_t_be_computed_says_why(

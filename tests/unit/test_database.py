@@ -24,7 +24,7 @@ from sqlalchemy import text
 
 from paigeant.databases import sqlite as module
 from paigeant.databases.sqlite import SqliteDatabase, database_path
-from paigeant.errors import ConfigurationError, SchemaMismatch, StoreUnavailable
+from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreUnavailable
 from paigeant.green import elsewhere
 from paigeant.lane import Lane, Tx
 
@@ -251,6 +251,17 @@ async def test_a_closed_file_says_so(tmp_path: Path) -> None:
         with pytest.raises(StoreUnavailable, match=r"x\.db is not open; .* `async with Paigeant"):
             await attempt()
     await database.close()
+
+
+async def test_another_event_loop_is_sent_to_the_one_that_opened_it(database: SqliteDatabase) -> None:
+    """Before anything is done: nobody there could wait for it."""
+
+    async def ask() -> None:
+        await database.write(add, 7)
+
+    with pytest.raises(PaigeantError, match=r"x\.db was opened in another event loop"):
+        await asyncio.to_thread(asyncio.run, ask())
+    assert await database.write(execute, "DELETE FROM numbers") == 0
 
 
 async def test_its_users_are_counted(tmp_path: Path) -> None:

@@ -75,16 +75,18 @@ async def test_a_function_that_is_given_up_keeps_no_other_from_a_thread() -> Non
 
 
 async def test_what_a_function_raises_is_raised() -> None:
-    """And the thread takes the next one. StopIteration, which a future can't tell of, in other words."""
+    """And the thread takes the next one. What a future can't tell of, in other words."""
     threads = Threads(1)
 
     def end(error: type[BaseException]) -> None:
         raise error
 
-    for error in (ValueError, SystemExit, asyncio.CancelledError):
-        with pytest.raises(error):
-            await threads.do(end, error=error)
-    with pytest.raises(RuntimeError, match="the function raised StopIteration"):
-        await threads.do(end, error=StopIteration)
+    raised: type[BaseException]
+    for raised in (ValueError, SystemExit, asyncio.CancelledError):
+        with pytest.raises(raised):
+            await threads.do(end, error=raised)
+    for raised in (StopIteration, GeneratorExit):
+        with pytest.raises(RuntimeError, match=f"the function raised {raised.__name__}"):
+            await threads.do(end, error=raised)
     assert await threads.do(int) == 0
     threads.close()
