@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
 from paigeant import (
     ActivityRegistry,
@@ -1221,6 +1221,40 @@ async def test_an_input_is_checked_against_its_model(settings: Settings) -> None
         with pytest.raises(InputInvalid, match=r"'w' doesn't fit: quantity"):
             await app.dispatch(workflow, {"sku": "A", "quantity": "many"})
         assert len(await app.store.list_runs()) == 2
+
+
+class Parcel(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    parcel_id: int = Field(alias="parcelId")
+    net_weight: float = Field(validation_alias="net", serialization_alias="netWeight")
+
+
+async def test_a_model_with_aliases_arrives_as_it_was(settings: Settings) -> None:
+    """An input may have the aliases of its model or be one; outputs come back whatever their aliases, to undos too."""
+    activity = ActivityRegistry()
+    arrived: list[Parcel] = []
+
+    @activity.execute()
+    async def pack(parcel_id: int, net_weight: float) -> Parcel:
+        return Parcel(parcelId=parcel_id, net=net_weight)
+
+    @activity.compensate("pack")
+    async def unpack(output: Parcel) -> None:
+        arrived.append(output)
+
+    @activity.execute()
+    async def weigh(pack: Parcel) -> None:
+        arrived.append(pack)
+        raise NonRetryableError("too heavy")
+
+    parcel = Parcel(parcelId=7, net=0.5)
+    workflow = Workflow("w", ["pack", "weigh"], input_model=Parcel)
+    async with working(settings, activity) as app:
+        for given in ({"parcelId": 7, "net": 0.5}, parcel):
+            run = await app.dispatch(workflow, given)
+            assert (await run.wait(PATIENCE)).status == "compensated"
+    assert arrived == [parcel] * 4
 
 
 def _cycle() -> dict[str, Any]:
