@@ -1292,6 +1292,33 @@ async def test_a_dispatch_that_can_t_work_is_refused(
         assert await app.store.list_runs() == []
 
 
+async def test_args_that_nobody_takes_are_refused(settings: Settings) -> None:
+    """A mistyped name in a step's args is an error, not the default instead; `**rest` takes all, others may be known
+    elsewhere."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def charge(amount: int = 1) -> int:
+        return amount
+
+    @activity.execute()
+    async def show(**rest: Any) -> dict[str, Any]:
+        return rest
+
+    wrong = Workflow("w", ["charge", Step("charge", args={"amuont": 5})])
+    right = Workflow("w", [Step("charge", args={"amount": 5}), Step("show", args={"any": 1})])
+    elsewhere = Workflow("w", ["charge", Step("theirs", args={"any": 1})])
+    async with working(settings, activity) as app:
+        with pytest.raises(
+            ArgumentError, match=r"'charge_2' .* 'amuont', which .* doesn't take; did you mean 'amount'"
+        ):
+            await app.dispatch(wrong)
+        assert await app.store.list_runs() == []
+        result = await (await app.dispatch(right)).wait(PATIENCE)
+        assert result.outputs == {"charge": 5, "show": {"charge": 5, "any": 1}}
+        await app.dispatch(elsewhere)
+
+
 async def test_unknown_names_are_answered_with_the_nearest(settings: Settings) -> None:
     """A workflow that isn't there, and, when strict, an activity that isn't."""
     activity = ActivityRegistry()
