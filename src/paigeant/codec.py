@@ -69,15 +69,17 @@ def storable(text: str) -> str:
 def dump(value: Any) -> bytes:
     """`value` as JSON: anything pydantic knows how to write (models, dataclasses, datetimes, decimals, bytes ...).
 
+    Fields have their own names, not their aliases: an alias for writing may be another than the one for reading.
     Raises JsonInvalid for a value of an unknown type, one that contains itself, one that can be read only once, one
     nested deeper than MAX_DEPTH, or one of more than LARGEST_BYTES.
     """
     _refuse_iterator(value)
     try:
-        text = to_json(value, inf_nan_mode="strings", bytes_mode="base64")
+        text = to_json(value, by_alias=False, inf_nan_mode="strings", bytes_mode="base64")
         if b"null" in text and value is not None and not _is_plain(value):
             # A model says itself how it writes nan and infinity: as null, by default. Its fields as plain values don't.
-            again = to_json(to_jsonable_python(value, bytes_mode="base64"), inf_nan_mode="strings")
+            plain_value = to_jsonable_python(value, by_alias=False, bytes_mode="base64")
+            again = to_json(plain_value, inf_nan_mode="strings")
             if len(again) < len(text):  # numbers are longer than null, so what is gone has been read up
                 raise JsonInvalid("something in it can be read only once; make a list of it")
             text = again
@@ -93,8 +95,10 @@ def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
     """
     _refuse_iterator(value)
     try:
-        text = _bounded(adapter.serializer.to_json(value, warnings="error"))
-        if b"null" in text and _loses_number(text, adapter.dump_python(value, mode="json", warnings="none")):
+        text = _bounded(adapter.serializer.to_json(value, by_alias=False, warnings="error"))
+        if b"null" in text and _loses_number(
+            text, adapter.dump_python(value, mode="json", by_alias=False, warnings="none")
+        ):
             raise JsonInvalid(
                 "a model in it writes nan and infinity as null; "
                 "give the model model_config = ConfigDict(ser_json_inf_nan='strings')"
@@ -110,8 +114,7 @@ def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
 def read_as(adapter: TypeAdapter[Any], value: Any) -> Any:
     """A JSON value (see `plain`) as a declared type wants it. Raises pydantic's ValidationError, and JsonInvalid.
 
-    A field is read by its name as well as by its alias: `dump_as` writes names, where the model doesn't say otherwise,
-    and `dump` and whoever sends an input aliases.
+    Fields are found by their aliases, as others write them, and by their names, as `dump` and `dump_as` do.
     """
     return adapter.validator.validate_json(dump(value), by_alias=True, by_name=True)
 

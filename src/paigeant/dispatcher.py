@@ -19,10 +19,12 @@ from paigeant.arguments import Namespace, resolve
 from paigeant.behalf import Behalf
 from paigeant.clock import LAST_INSTANT, is_duration
 from paigeant.errors import (
+    ArgumentError,
     ConfigurationError,
     InputInvalid,
     MessageTooLarge,
     UnknownActivity,
+    nearest,
 )
 from paigeant.forwarder import LONGEST_DELAY, Forwarder
 from paigeant.identity import MANDATE, GrantHandle, Mandate
@@ -79,8 +81,9 @@ class Dispatcher:
         a model or dataclass that is written as one. `on_behalf_of` is an access token of a person, which travels with
         the messages and is recorded nowhere, or the handle of a grant that is kept elsewhere.
 
-        Raises InputInvalid, ArgumentError when the first step can't get its arguments, UnknownActivity when strict,
-        RunConflict, MessageTooLarge; TokenRejected, TokenExpired and AuthorityUnavailable for a token.
+        Raises InputInvalid, ArgumentError when the first step can't get its arguments or any has args that its activity
+        doesn't take, UnknownActivity when strict, RunConflict, MessageTooLarge; TokenRejected, TokenExpired and
+        AuthorityUnavailable for a token.
         """
         now = await self.store.now()
         run_id = _run_id(workflow_id, now)
@@ -94,6 +97,7 @@ class Dispatcher:
             # A run that is to start at no date in sight is one of a workflow with a deadline all the same.
             slip = replace(slip, deadline=LAST_INSTANT)
         self._check_known(workflow)
+        self._check_args(workflow)
         await self._check_first(run_id, slip.next_step(), payload)
         mandate, token = await self._mandate(on_behalf_of, run_id, slip, waits=begins - now)
         parent, state = trace_context.taken(headers) if headers else ("", "")
@@ -239,6 +243,20 @@ class Dispatcher:
                 if self.strict:
                     raise unknown
                 log.warning("workflow '%s': %s; another service may have it", workflow.name, unknown)
+
+    def _check_args(self, workflow: Workflow) -> None:
+        """A mistyped name would be passed over, and its step done with what payload or default have instead."""
+        for step in workflow.steps:
+            activity = self.registry.find(step.activity) if step.args else None
+            if activity is None or activity.takes_rest:
+                continue
+            taken = [parameter.name for parameter in activity.parameters if not parameter.is_context]
+            for name in step.args:
+                if name not in taken:
+                    raise ArgumentError(
+                        f"step '{step.id}' of workflow '{workflow.name}' has args with {name!r}, "
+                        f"which activity '{activity.name}' doesn't take; {nearest(name, taken)}"
+                    )
 
     async def _check_first(self, run_id: str, step: Step | None, payload: dict[str, Any]) -> None:
         """Nothing can come before the first step, so what it lacks now it will always lack."""

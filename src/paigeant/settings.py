@@ -412,10 +412,26 @@ class Settings(BaseSettings):
         return scrubbed(text, self.urls)
 
 
+class _OneOfEach(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, as YAML itself does: what came first would be gone unseen."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in seen:
+                twice = f"the key {key.value!r} occurs twice in one mapping"
+                raise yaml.MarkedYAMLError(problem=twice, problem_mark=key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
+
+
 def check_file(path: Path) -> dict[str, Any]:
     """The values in the configuration file. Raises ConfigurationError for what isn't YAML or has an unknown key."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_OneOfEach)
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""

@@ -279,6 +279,13 @@ class RoutingSlip:
     not_undone: tuple[str, ...] = ()
     deadline: float | None = None
 
+    def __post_init__(self) -> None:
+        # A list could be changed by others, and would be written otherwise than what is read back.
+        for name in ("itinerary", "executed", "compensations", "undone", "not_undone"):
+            given = getattr(self, name)
+            if type(given) is not tuple:
+                object.__setattr__(self, name, tuple(given))
+
     def next_step(self) -> Step | None:
         """The step to do next; None when nothing is left or the run is being undone."""
         return self.itinerary[0] if self.itinerary and self.ending is None else None

@@ -1346,6 +1346,40 @@ async def test_an_input_is_checked_against_its_model(settings: Settings) -> None
         assert len(await app.store.list_runs()) == 2
 
 
+class Parcel(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    parcel_id: int = Field(alias="parcelId")
+    net_weight: float = Field(validation_alias="net", serialization_alias="netWeight")
+
+
+async def test_a_model_with_aliases_arrives_as_it_was(settings: Settings) -> None:
+    """An input may have the aliases of its model or be one; outputs come back whatever their aliases, to undos too."""
+    activity = ActivityRegistry()
+    arrived: list[Parcel] = []
+
+    @activity.execute()
+    async def pack(parcel_id: int, net_weight: float) -> Parcel:
+        return Parcel(parcelId=parcel_id, net=net_weight)
+
+    @activity.compensate("pack")
+    async def unpack(output: Parcel) -> None:
+        arrived.append(output)
+
+    @activity.execute()
+    async def weigh(pack: Parcel) -> None:
+        arrived.append(pack)
+        raise NonRetryableError("too heavy")
+
+    parcel = Parcel(parcelId=7, net=0.5)
+    workflow = Workflow("w", ["pack", "weigh"], input_model=Parcel)
+    async with working(settings, activity) as app:
+        for given in ({"parcelId": 7, "net": 0.5}, parcel):
+            run = await app.dispatch(workflow, given)
+            assert (await run.wait(PATIENCE)).status == "compensated"
+    assert arrived == [parcel] * 4
+
+
 def _cycle() -> dict[str, Any]:
     value: dict[str, Any] = {}
     value["again"] = value
@@ -1379,6 +1413,33 @@ async def test_a_dispatch_that_can_t_work_is_refused(
         with pytest.raises(error, match=said):
             await app.dispatch(Workflow("w", ["work"]), given, **options)
         assert await app.store.list_runs() == []
+
+
+async def test_args_that_nobody_takes_are_refused(settings: Settings) -> None:
+    """A mistyped name in a step's args is an error, not the default instead; `**rest` takes all, others may be known
+    elsewhere."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def charge(amount: int = 1) -> int:
+        return amount
+
+    @activity.execute()
+    async def show(**rest: Any) -> dict[str, Any]:
+        return rest
+
+    wrong = Workflow("w", ["charge", Step("charge", args={"amuont": 5})])
+    right = Workflow("w", [Step("charge", args={"amount": 5}), Step("show", args={"any": 1})])
+    elsewhere = Workflow("w", ["charge", Step("theirs", args={"any": 1})])
+    async with working(settings, activity) as app:
+        with pytest.raises(
+            ArgumentError, match=r"'charge_2' .* 'amuont', which .* doesn't take; did you mean 'amount'"
+        ):
+            await app.dispatch(wrong)
+        assert await app.store.list_runs() == []
+        result = await (await app.dispatch(right)).wait(PATIENCE)
+        assert result.outputs == {"charge": 5, "show": {"charge": 5, "any": 1}}
+        await app.dispatch(elsewhere)
 
 
 async def test_unknown_names_are_answered_with_the_nearest(settings: Settings) -> None:

@@ -91,6 +91,18 @@ def test_a_message_comes_back_equal(message: PaigeantMessage) -> None:
     assert encode(back) == encode(message)
 
 
+def test_a_slip_of_lists_is_one_of_tuples() -> None:
+    """However a slip was put together, it is the value that its bytes give back, and nobody can change it."""
+    steps = [Step("a", id="a"), Step("b", id="b")]
+    slip = RoutingSlip(steps, executed=[Executed("z", "z")], compensations=[], undone=["y"])  # type: ignore[arg-type]
+    message = PaigeantMessage("m", "w", slip)
+    steps.clear()
+    body = encode(message)
+    assert decode(body) == message
+    assert encode(decode(body)) == body
+    assert [step.activity for step in message.routing_slip.itinerary] == ["a", "b"]
+
+
 def test_the_version_is_always_written() -> None:
     """A reader needs the version even where all else is a default."""
     message = PaigeantMessage("m", "r", RoutingSlip())

@@ -95,12 +95,34 @@ def test_workflows_in_the_file_are_those_of_code() -> None:
     )
 
 
+def test_what_is_merged_may_be_changed() -> None:
+    """A mapping may take over another one and say some of its keys anew: none of them stands twice."""
+    file(
+        "workflows:\n"
+        "  a: &common {deadline: 60, steps: [a]}\n"
+        "  b: &other {<<: *common, deadline: 30}\n"
+        "  c: {<<: *other, steps: [c]}\n"
+    )
+    workflows = Settings().defined_workflows()
+    assert [workflow.deadline for workflow in workflows.values()] == [60, 30, 30]
+    assert [workflow.steps[0].activity for workflow in workflows.values()] == ["a", "a", "c"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("concurency: 5", "paigeant.yaml has an unknown key 'concurency'; did you mean 'concurrency'?"),
         ("concurrency: [", "paigeant.yaml, line 1 is not YAML"),
         ("concurrency: 5\n\tlease: 3", "paigeant.yaml, line 2 is not YAML"),
+        (
+            "lease: 9\nlease: 9",
+            "paigeant.yaml, line 2 is not YAML: the key 'lease' occurs twice in one mapping",
+        ),
+        (
+            "workflows: {v: [a]}\nconcurrency: 5\nworkflows: {w: [b]}",
+            "line 3 is not YAML: the key 'workflows' occurs twice in one mapping",
+        ),
+        ("workflows:\n  w: [a]\n  w: [b]", "line 3 is not YAML: the key 'w' occurs twice in one mapping"),
         ("- a\n- b", "paigeant.yaml holds a list; expected `key: value` lines"),
         ("just text", "paigeant.yaml holds a str"),
         ("concurrency: many", "concurrency: Input should be a valid integer"),
