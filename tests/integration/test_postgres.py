@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ import pytest
 import uvloop
 from sqlalchemy import text
 from tests.integration.postgres_tables import database_with_tables, make_tables
+from tests.integration.workers import working
 from tests.services import PostgresServer, free_port
 from tests.services.certificates import CertificateAuthority
 from tests.services.postgres import give_away
@@ -724,6 +726,31 @@ async def test_a_column_whose_type_is_changed_meanwhile_is_read(postgres_url: st
         assert (await store.load_run("before")).run.status is RunStatus.COMPLETED
         await store.record_step_result(await claimed(store, "after"))
         assert (await store.load_run("after")).run.status is RunStatus.COMPLETED
+
+
+async def test_a_worker_outlasts_tables_that_are_away(
+    postgres_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As while a backup is restored under it: what is missing is one line, no traceback, and then it goes on."""
+    make_tables(postgres_url)
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def work() -> int:
+        return 1
+
+    settings = Settings(transport_url=postgres_url, store_url=postgres_url, sweep_interval=0.5)
+    async with Paigeant(settings, activities=activity) as app, working(app.worker()):
+        asked(postgres_url, "ALTER TABLE messages RENAME TO away")
+        with caplog.at_level(logging.WARNING):
+            async with asyncio.timeout(PATIENCE):
+                while "can't receive from work" not in caplog.text:  # noqa: ASYNC110  # nothing else tells
+                    await asyncio.sleep(0.02)
+        asked(postgres_url, "ALTER TABLE away RENAME TO messages")
+        result = await (await app.dispatch(Workflow("w", ["work"]), {})).wait(timeout=PATIENCE)
+    assert result.output == 1
+    assert 'relation "messages" does not exist' in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_tables: str) -> None:
