@@ -58,7 +58,7 @@ from paigeant.store import (
 )
 from paigeant.stores.sql import SqlStore
 from paigeant.table_transport import _Fetch
-from paigeant.testing.conformance.bench import run
+from paigeant.testing.conformance.bench import due, run
 from paigeant.transports.postgres import PostgresTransport
 
 PATIENCE = 30.0
@@ -605,6 +605,44 @@ async def test_a_sweep_waits_for_nobody(postgres_tables: str) -> None:
             swept = await store.sweep()  # else Postgres ends the wait after 4 s, with an error
             assert swept.lost == ("left",)
         assert (await store.sweep()).lost == ("kept",)
+
+
+async def test_a_sweep_ends_before_its_time_does(postgres_tables: str) -> None:
+    """Of many runs over their deadline, which take long to read, it ends some and leaves the others to the next."""
+
+    class Ticking:
+        """A clock by which each look at it takes long."""
+
+        seconds = 0.0
+
+        def now(self) -> float:
+            self.seconds += 0.2
+            return self.seconds
+
+    store = SqlStore(PostgresDatabase(postgres_tables, clock=Ticking()))
+    await store.connect()
+    try:
+        for number in range(30):
+            await store.record_workflow_start(run(f"r{number}", "a", deadline=0.0), due("a", f"r{number}"))
+        expired = (await store.sweep()).expired
+        assert 0 < len(expired) < 30
+        while swept := (await store.sweep()).expired:
+            expired += swept
+        assert sorted(expired) == sorted(f"r{number}" for number in range(30))
+    finally:
+        await store.close()
+
+
+@pytest.mark.parametrize("output", [b'"%s"' % (b"a" * 99_998), b'"%s"' % secrets.token_hex(49_999).encode()])
+async def test_the_bound_of_an_output_counts_its_bytes(postgres_tables: str, output: bytes) -> None:
+    """However it is kept: Postgres packs what is large, if that makes it smaller."""
+    async with opened(postgres_tables) as store:
+        await store.record_step_result(replace(await claimed(store, "r"), output=output))
+        within = await store.load_run("r", inline_bytes=100_000)
+        beyond = await store.load_run("r", inline_bytes=99_999)
+        assert (within.steps[0].output, sorted(within.stored)) == (output, [])
+        assert (beyond.steps[0].output, sorted(beyond.stored)) == (None, ["a"])
+        assert (await store.load_run("r")).steps[0].output == output
 
 
 async def test_deleting_old_runs_waits_for_no_letter(postgres_tables: str) -> None:
