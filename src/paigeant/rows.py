@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from paigeant.errors import RunNotFound
 from paigeant.lane import Tx
-from paigeant.prepared import Keyed, Prepared, byte_length, upsert
+from paigeant.prepared import MOST_BYTES, Keyed, Prepared, is_longer, upsert
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import RunDetail, RunRecord, Signal, StepKey, StepRecord
 from paigeant.tables import step_executions, step_units, workflow_runs, workflow_signals, workflow_variables
@@ -320,9 +320,10 @@ def _step(row: Sequence[Any]) -> StepRecord:
 
 
 _DETAIL_RUNS = of_runs(workflow_runs)
-_output_bytes = byte_length(step_executions.c.output)
-_too_large = _output_bytes > bindparam("limit")
-_shown_output = case((_output_bytes > bindparam("same"), null()), else_=step_executions.c.output)
+_too_large = is_longer(step_executions.c.output, bindparam("limit"))
+_shown_output = case(
+    (is_longer(step_executions.c.output, bindparam("same")), null()), else_=step_executions.c.output
+)
 _DETAIL_STEPS = of_runs(
     step_executions,
     _too_large.label("too_large"),
@@ -336,16 +337,13 @@ _DETAIL_SIGNALS = of_runs(workflow_signals, more=lambda rows: rows.order_by(work
 
 Rows = list[tuple[Any, ...]]
 
-_MOST_BYTES = 2**31 - 1
-"""What no value in a database exceeds."""
-
 
 def details_of(
     tx: Tx, workflow_ids: Collection[str], inline_bytes: int | None
 ) -> Callable[[], dict[str, RunDetail]]:
     """What gives the runs that there are, with all of their rows."""
     ids = list(workflow_ids)
-    limit = _MOST_BYTES if inline_bytes is None else min(inline_bytes, _MOST_BYTES)
+    limit = MOST_BYTES if inline_bytes is None else min(inline_bytes, MOST_BYTES)
     # All asked first and then read: one round trip.
     step_rows = _DETAIL_STEPS.ask(tx, ids, limit, limit)
     variable_rows, signal_rows = _DETAIL_VARIABLES.ask(tx, ids), _DETAIL_SIGNALS.ask(tx, ids)

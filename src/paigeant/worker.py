@@ -17,7 +17,6 @@ from paigeant.activity import ActivityRegistry
 from paigeant.behalf import Behalf
 from paigeant.claim import Limits
 from paigeant.errors import (
-    ConfigurationError,
     InvalidDefinition,
     InvalidTransition,
     PaigeantError,
@@ -207,7 +206,7 @@ class ActivityWorker:
                 ) as messages:  # type: ignore[type-var]  # an async generator in every adapter
                     async for message in messages:
                         await self._take(message)
-            except (TransportUnavailable, ConfigurationError) as exc:
+            except PaigeantError as exc:
                 log.warning("can't receive from %s, will try again: %s", topic, exc)
             except Exception:  # whatever ends a subscription, the topic must not be left unserved
                 log.exception("the subscription to %s has ended, will try again", topic)

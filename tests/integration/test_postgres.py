@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import secrets
@@ -26,6 +27,7 @@ import pytest
 import uvloop
 from sqlalchemy import text
 from tests.integration.postgres_tables import database_with_tables, make_tables
+from tests.integration.workers import working
 from tests.services import PostgresServer, free_port
 from tests.services.certificates import CertificateAuthority
 from tests.services.postgres import give_away
@@ -56,7 +58,7 @@ from paigeant.store import (
 )
 from paigeant.stores.sql import SqlStore
 from paigeant.table_transport import _Fetch
-from paigeant.testing.conformance.bench import run
+from paigeant.testing.conformance.bench import due, run
 from paigeant.transports.postgres import PostgresTransport
 
 PATIENCE = 30.0
@@ -605,6 +607,44 @@ async def test_a_sweep_waits_for_nobody(postgres_tables: str) -> None:
         assert (await store.sweep()).lost == ("kept",)
 
 
+async def test_a_sweep_ends_before_its_time_does(postgres_tables: str) -> None:
+    """Of many runs over their deadline, which take long to read, it ends some and leaves the others to the next."""
+
+    class Ticking:
+        """A clock by which each look at it takes long."""
+
+        seconds = 0.0
+
+        def now(self) -> float:
+            self.seconds += 0.2
+            return self.seconds
+
+    store = SqlStore(PostgresDatabase(postgres_tables, clock=Ticking()))
+    await store.connect()
+    try:
+        for number in range(30):
+            await store.record_workflow_start(run(f"r{number}", "a", deadline=0.0), due("a", f"r{number}"))
+        expired = (await store.sweep()).expired
+        assert 0 < len(expired) < 30
+        while swept := (await store.sweep()).expired:
+            expired += swept
+        assert sorted(expired) == sorted(f"r{number}" for number in range(30))
+    finally:
+        await store.close()
+
+
+@pytest.mark.parametrize("output", [b'"%s"' % (b"a" * 99_998), b'"%s"' % secrets.token_hex(49_999).encode()])
+async def test_the_bound_of_an_output_counts_its_bytes(postgres_tables: str, output: bytes) -> None:
+    """However it is kept: Postgres packs what is large, if that makes it smaller."""
+    async with opened(postgres_tables) as store:
+        await store.record_step_result(replace(await claimed(store, "r"), output=output))
+        within = await store.load_run("r", inline_bytes=100_000)
+        beyond = await store.load_run("r", inline_bytes=99_999)
+        assert (within.steps[0].output, sorted(within.stored)) == (output, [])
+        assert (beyond.steps[0].output, sorted(beyond.stored)) == (None, ["a"])
+        assert (await store.load_run("r")).steps[0].output == output
+
+
 async def test_deleting_old_runs_waits_for_no_letter(postgres_tables: str) -> None:
     """A dead letter that somebody else has is left to that, who is deleting it; the runs go meanwhile."""
     async with opened(postgres_tables) as store:
@@ -724,6 +764,31 @@ async def test_a_column_whose_type_is_changed_meanwhile_is_read(postgres_url: st
         assert (await store.load_run("before")).run.status is RunStatus.COMPLETED
         await store.record_step_result(await claimed(store, "after"))
         assert (await store.load_run("after")).run.status is RunStatus.COMPLETED
+
+
+async def test_a_worker_outlasts_tables_that_are_away(
+    postgres_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As while a backup is restored under it: what is missing is one line, no traceback, and then it goes on."""
+    make_tables(postgres_url)
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def work() -> int:
+        return 1
+
+    settings = Settings(transport_url=postgres_url, store_url=postgres_url, sweep_interval=0.5)
+    async with Paigeant(settings, activities=activity) as app, working(app.worker()):
+        asked(postgres_url, "ALTER TABLE messages RENAME TO away")
+        with caplog.at_level(logging.WARNING):
+            async with asyncio.timeout(PATIENCE):
+                while "can't receive from work" not in caplog.text:  # noqa: ASYNC110  # nothing else tells
+                    await asyncio.sleep(0.02)
+        asked(postgres_url, "ALTER TABLE away RENAME TO messages")
+        result = await (await app.dispatch(Workflow("w", ["work"]), {})).wait(timeout=PATIENCE)
+    assert result.output == 1
+    assert 'relation "messages" does not exist' in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_tables: str) -> None:

@@ -10,12 +10,13 @@ import subprocess
 
 import psycopg
 import pytest
+from sqlalchemy import text
 from tests.integration import warm
 from tests.integration.processes import PAIGEANT
 from tests.services import PostgresServer, free_port
 
 from paigeant.databases import open_database
-from paigeant.errors import SchemaMismatch
+from paigeant.errors import SchemaMismatch, StoreUnavailable
 from paigeant.tables import SCHEMA_VERSION, VERSION_TABLE, metadata
 
 
@@ -68,6 +69,33 @@ async def test_two_upgrades_at_once_are_one(postgres_url: str, level: str) -> No
     ]
     assert [await child.wait() for child in children] == [0] * 4
     assert tables(postgres_url) == {*metadata.tables, VERSION_TABLE}
+
+
+def test_tables_are_made_however_short_of_time_statements_are(postgres_url: str) -> None:
+    """What a database allows statements and transactions of others ends no migration."""
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        name = postgres_url.rpartition("/")[2]
+        for limit in ("statement_timeout", "idle_in_transaction_session_timeout"):
+            connection.execute(f'ALTER DATABASE "{name}" SET {limit} = 5'.encode())
+    for args in (("upgrade",), ("current",), ("downgrade", "base")):
+        done = command(postgres_url, "db", *args)
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_session_that_the_server_has_ended_is_an_error_of_ours(postgres_url: str) -> None:
+    """Such as one that was idle for too long, in the middle of a transaction."""
+
+    def outstay() -> None:
+        with open_database(postgres_url).as_it_is() as connection:
+            [process] = connection.execute(text("SELECT pg_backend_pid()")).scalars()
+            connection.execute(text("SET idle_in_transaction_session_timeout = 1"))
+            with psycopg.connect(postgres_url, autocommit=True) as other:
+                while other.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", [process]).fetchone():
+                    pass
+            connection.execute(text("SELECT 1"))
+
+    with pytest.raises(StoreUnavailable, match="idle-in-transaction timeout"):
+        outstay()
 
 
 def test_a_foreign_table_is_left_alone(postgres_url: str) -> None:

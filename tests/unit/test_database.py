@@ -362,6 +362,15 @@ connection.close()
 """
 
 
+WRITE_AND_CLOSE = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+connection.execute("INSERT INTO numbers VALUES ('they', 2)")
+connection.commit()
+connection.close()
+"""
+
+
 def seen_elsewhere(path: Path) -> list[int]:
     """The numbers in the table as another program finds them, which opens the file for it and closes it."""
     command = [sys.executable, "-c", OPEN_AND_CLOSE, str(path)]
@@ -391,6 +400,21 @@ async def test_a_file_under_two_names_in_a_process_stays_locked(
         assert seen_elsewhere(database.path) == [1, 2]
     finally:
         await other.close()
+
+
+async def test_what_others_record_by_another_index_of_the_log_is_kept(database: SqliteDatabase) -> None:
+    """Whoever opens a file without its -shm makes a new one. A process that has the old one ends without harm."""
+    await database.write(add, 1)
+    database.path.with_name("x.db-shm").unlink()
+    command = [sys.executable, "-c", WRITE_AND_CLOSE, str(database.path)]
+    await asyncio.to_thread(subprocess.run, command, check=True)
+    for lane in (database.write, database.read):
+        with pytest.raises(StoreUnavailable, match=r"x\.db-shm was deleted while"):
+            await lane(add, 3)
+    await database.close()  # SQLite would remove the log, with what it doesn't know
+    assert seen_elsewhere(database.path) == [1, 2]
+    with pytest.raises(StoreUnavailable, match=r"x\.db-shm was deleted while"):
+        await database.connect()
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])

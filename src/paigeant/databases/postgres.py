@@ -67,6 +67,9 @@ _SESSION = {
     "enable_mergejoin": "off",
     "jit": "off",
 }
+_UNHURRIED = ("statement_timeout", "idle_in_transaction_session_timeout")
+"""What may take as long as it needs where tables are made or changed: a migration, and an answer to its question."""
+
 _IDLE_SINCE = 140000
 """The server version that ends sessions which are idle for too long, if it is told to."""
 
@@ -285,7 +288,10 @@ class PostgresDatabase(Database):
             # What was recorded comes back byte for byte, and is parsed by whoever needs it.
             for kind in ("json", "jsonb"):
                 driver.adapters.register_loader(kind, TextLoader)
-            if not plain:
+            if plain:
+                driver.execute("; ".join(f"SET {name} = 0" for name in _UNHURRIED))
+                driver.commit()  # else they would end with the transaction
+            else:
                 driver.prepare_threshold = None  # it would do away with ours along with its own
                 session = dict(_SESSION)
                 if driver.info.server_version >= _IDLE_SINCE:
@@ -426,7 +432,8 @@ class PostgresDatabase(Database):
                 return ConfigurationError(
                     f"{self.place}: {reason}; make the schema of its search_path with CREATE SCHEMA"
                 )
-            case psycopg.OperationalError() | psycopg.InterfaceError() | errors.ReadOnlySqlTransaction():
+            # Internal errors are trouble of the server's as well: a session that was ended, a file that can't be read.
+            case psycopg.OperationalError() | psycopg.InterfaceError() | psycopg.InternalError():
                 return self._unavailable(reason)
             case _:
                 return exc

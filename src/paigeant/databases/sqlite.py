@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import random
@@ -66,7 +67,7 @@ class SqliteDatabase(Database):
         self._beater: Connection | None = None
         self._beside: Connection | None = None
         self._file: tuple[Path, tuple[int, int]] | None = None
-        self._log: tuple[Path, tuple[int, int]] | None = None
+        self._helpers: tuple[tuple[str, tuple[int, int]], ...] = ()
         self._bell = Bell(self.path, self._heard)
         self._commits = 0
         self._synced = _Synced()
@@ -96,6 +97,8 @@ class SqliteDatabase(Database):
 
     async def _open(self) -> None:
         self._durable = True
+        if self.path.exists() and _identity(self.path) in _NEVER_CLOSED:
+            raise _helper_gone(f"{self.path}-shm")
         engine = self._engine = _engine(self.path)
         reader = _engine(self.path, reads_only=True)
         self._writer = Lane(
@@ -114,7 +117,7 @@ class SqliteDatabase(Database):
         self._bell.open()
 
     async def _shut(self) -> None:
-        self._file = self._log = None
+        self._file, self._helpers = None, ()
         self._bell.close()
         if self._beater is not None:
             self._beater.close()
@@ -212,21 +215,22 @@ class SqliteDatabase(Database):
             raise StoreUnavailable(
                 f"{self.path} was replaced while it was in use; start again with the new one"
             )
-        if self._log is None:
-            return
-        # Nor what is written to its log: while we have the file open SQLite neither removes nor makes one.
-        log, identity = self._log
-        with contextlib.suppress(OSError):
-            if _identity(log) == identity:
-                return
-        raise StoreUnavailable(f"{log} was deleted while it was in use; start again")
+        # Nor what is written to its log, or by another index of that: while we have the file open SQLite neither
+        # removes nor makes one, and whoever finds none makes its own.
+        for helper, identity in self._helpers:
+            with contextlib.suppress(OSError):
+                if _identity(helper) == identity:
+                    continue
+            if helper.endswith("-shm"):
+                _never_close(self.path)
+            raise _helper_gone(helper)
 
     def _prepare(self, tx: Tx, requests: Sequence[None]) -> list[None]:
         prepare(tx.connection, self.path)
         place = self.path.resolve()
         self._file = place, _identity(place)
-        log = Path(f"{place}-wal")
-        self._log = (log, _identity(log)) if log.exists() else None
+        helpers = [f"{place}-wal", f"{place}-shm"]
+        self._helpers = tuple((helper, _identity(helper)) for helper in helpers if os.path.exists(helper))
         return [None] * len(requests)
 
     def _tidy(self, connection: Connection) -> None:
@@ -421,7 +425,7 @@ def _no_database(path: Path) -> ConfigurationError:
     return ConfigurationError(f"{path} is not an SQLite database{how}; name another file in the URL")
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def _identity(path: Path | str) -> tuple[int, int]:
     """Which file it is, whatever its name.
 
     It must not be opened for that: to close it again would give up all locks that SQLite has on it in this process, and
@@ -429,6 +433,26 @@ def _identity(path: Path) -> tuple[int, int]:
     """
     found = os.stat(path)
     return found.st_dev, found.st_ino
+
+
+_NEVER_CLOSED: dict[tuple[int, int], sqlite3.Connection] = {}
+"""Files of which others have another index of the log than this process."""
+
+
+def _never_close(path: Path) -> None:
+    """Keep SQLite from tidying up as our connections close: by this index it would overwrite what others have recorded
+    since, in the file, and remove the log in which that is."""
+    file = _identity(path)
+    if file not in _NEVER_CLOSED:
+        connection = _NEVER_CLOSED[file] = sqlite3.connect(path, check_same_thread=False)
+        connection.execute(
+            "SELECT count(*) FROM sqlite_master"
+        ).fetchone()  # from here on it isn't the last one
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # nor closed as the interpreter ends
+
+
+def _helper_gone(helper: str) -> StoreUnavailable:
+    return StoreUnavailable(f"{helper} was deleted while it was in use; start again")
 
 
 class _Guard:

@@ -25,6 +25,11 @@ __all__ = ["Running", "SqlLeases"]
 Running = Collection[tuple[StepKey, int]]
 
 
+_LATE_SECONDS = 1.0
+"""How long a sweep reads runs that are over their deadline, of which each may be large; the next one goes on with the
+others. A database lets no transaction take longer than some seconds, and all that a sweep does would fail with it."""
+
+
 _BEAT = upsert(
     workers,
     ["id", "host", "process", "lease_until"],
@@ -171,7 +176,10 @@ class SqlLeases(SqlPart):
         expired, failed = [], []
         overdue = late_runs(tx.now).limit(limit)
         late = tx.connection.execute(overdue).scalars().all()
+        until = self.database.elapsed() + _LATE_SECONDS
         for run_id in sorted(lock_runs(tx, late, only_free=True)):
+            if self.database.elapsed() > until:
+                break
             detail = detail_of(tx, run_id, self.inline_bytes)
             status = ledger.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes)
             if status is not None:
