@@ -294,6 +294,33 @@ async def test_a_consumer_that_the_broker_has_forgotten_is_noticed(rabbitmq_url:
                     await listener.until(f"m-{turn}")
 
 
+async def test_a_queue_without_a_leader_disturbs_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """RabbitMQ ends the connection of whoever consumes from it. What others hold doesn't come again each time."""
+    with RabbitServer() as server:  # no consumer timeout: a message is held for long
+        async with opened(server.url) as transport:
+            await transport.publish("stuck", message("stuck"))
+            await transport.publish("work", message("held"))
+            stuck = transport.queues.topic("stuck").name
+            await until_it_outlives_a_crash()
+            await asyncio.to_thread(act, server, stuck, "stop")
+            messages = transport.subscribe("work")
+            async with asyncio.timeout(3 * RECOVERY), contextlib.aclosing(messages):  # type: ignore[type-var]
+                assert (await anext(messages)).message_id == "held"
+                listener = Listener(transport, "stuck")
+                assert (
+                    await anext(messages)
+                ).message_id == "held"  # once: until then nobody knows whose fault it is
+                following = asyncio.ensure_future(anext(messages))
+                while caplog.text.count(f"can't receive from '{stuck}'") < 6:  # noqa: ASYNC110  # nothing else tells
+                    await asyncio.sleep(0.02)
+                await transport.ack("held")
+                await transport.publish("work", message("next"))
+                assert (await following).message_id == "next"
+                await asyncio.to_thread(act, server, stuck, "restart")
+                await listener.until("stuck")
+        assert "paigeant" not in await asyncio.to_thread(server.ctl, "list_connections", "client_properties")
+
+
 async def test_wait_queues_that_are_over_are_forgotten(
     rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -912,6 +939,18 @@ class Graveyard:
 async def failing(*_: object) -> PaigeantMessage:
     """In the place of what opens a message."""
     raise ZeroDivisionError
+
+
+def act(server: RabbitServer, queue: str, how: str) -> None:
+    """Have the one replica that a quorum queue has on one node suspended, resumed, stopped or restarted."""
+    found = f'rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{queue}">>))'
+    acts = {
+        "suspend": "sys:suspend(Name)",
+        "resume": "sys:resume(Name)",
+        "stop": "ra:stop_server(quorum_queues, {Name, node()})",
+        "restart": "ra:restart_server(quorum_queues, {Name, node()})",
+    }
+    server.ctl("eval", f"{{ok, Queue}} = {found}, {{Name, _}} = amqqueue:get_pid(Queue), {acts[how]}.")
 
 
 async def refusing(*_: object) -> None:
