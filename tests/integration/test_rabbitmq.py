@@ -22,7 +22,7 @@ from tests.services import RabbitServer, free_port
 from tests.services.proxy import Proxy
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
-from paigeant.errors import ConfigurationError, TopicUnavailable, TransportUnavailable
+from paigeant.errors import ConfigurationError, MessageTooLarge, TopicUnavailable, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
@@ -394,6 +394,41 @@ async def test_a_queue_that_is_full_is_an_error(server: RabbitServer) -> None:
             await asyncio.to_thread(server.ctl, "clear_policy", "full")
         assert "it is full" in str(refused)
         assert isinstance(refused, TopicUnavailable)
+
+
+async def test_a_queue_that_confirms_nothing_holds_up_no_other(server: RabbitServer) -> None:
+    """Without a majority of its replicas a queue takes no message; the broker does, also over the same connection."""
+    async with opened(server.url, publish_timeout=1.0) as transport:
+        await transport.publish("stuck", message("first"))
+        await transport.publish("work", message("m"))
+        stuck = transport.queues.topic("stuck").name
+        await asyncio.to_thread(act, server, stuck, "suspend")
+        try:
+            publishes = (transport.publish("stuck", message(str(number))) for number in range(100))
+            failed = await asyncio.gather(*publishes, return_exceptions=True)
+            assert {(type(each), "but it answers" in str(each)) for each in failed} == {
+                (TopicUnavailable, True)
+            }
+            await transport.publish("work", message("n"))
+        finally:
+            await asyncio.to_thread(act, server, stuck, "resume")
+        await publish_until_taken(transport, "last", "stuck")
+
+
+async def test_a_message_too_large_for_the_broker_holds_up_no_other() -> None:
+    """It is told apart from those that are under way with it, though RabbitMQ closes the channel of all of them."""
+    with RabbitServer(lines=["max_message_size = 20000"]) as server:
+        async with opened(server.url) as transport:
+            sent = [message(str(number)) for number in range(20)]
+            sent.insert(10, message("large", text="x" * 20_000))
+            publishes = (transport.publish("work", each) for each in sent)
+            outcomes = await asyncio.gather(*publishes, return_exceptions=True)
+            failed = {
+                each.message_id: type(outcome)
+                for each, outcome in zip(sent, outcomes, strict=True)
+                if outcome
+            }
+            assert failed == {"large": MessageTooLarge}
 
 
 async def test_a_broker_that_takes_no_more_queues_is_waited_for(server: RabbitServer) -> None:
