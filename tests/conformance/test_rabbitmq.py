@@ -118,8 +118,8 @@ class TestQuorumQueues(TransportConformance):
         assert await self.is_empty(transport)
         assert await self.take(transport) == ["later"]
         assert asyncio.get_running_loop().time() - began >= 0.45
-        await transport.nack("later", delay=0.25)
         began = asyncio.get_running_loop().time()
+        await transport.nack("later", delay=0.25)
         assert await self.take(transport) == ["later"]
         assert asyncio.get_running_loop().time() - began >= 0.25
         await transport.dead_letter("later", "enough")

@@ -22,7 +22,7 @@ from tests.services import RabbitServer, free_port
 from tests.services.proxy import Proxy
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
-from paigeant.errors import ConfigurationError, TopicUnavailable, TransportUnavailable
+from paigeant.errors import ConfigurationError, MessageTooLarge, TopicUnavailable, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
@@ -294,6 +294,33 @@ async def test_a_consumer_that_the_broker_has_forgotten_is_noticed(rabbitmq_url:
                     await listener.until(f"m-{turn}")
 
 
+async def test_a_queue_without_a_leader_disturbs_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """RabbitMQ ends the connection of whoever consumes from it. What others hold doesn't come again each time."""
+    with RabbitServer() as server:  # no consumer timeout: a message is held for long
+        async with opened(server.url) as transport:
+            await transport.publish("stuck", message("stuck"))
+            await transport.publish("work", message("held"))
+            stuck = transport.queues.topic("stuck").name
+            await until_it_outlives_a_crash()
+            await asyncio.to_thread(act, server, stuck, "stop")
+            messages = transport.subscribe("work")
+            async with asyncio.timeout(3 * RECOVERY), contextlib.aclosing(messages):  # type: ignore[type-var]
+                assert (await anext(messages)).message_id == "held"
+                listener = Listener(transport, "stuck")
+                assert (
+                    await anext(messages)
+                ).message_id == "held"  # once: until then nobody knows whose fault it is
+                following = asyncio.ensure_future(anext(messages))
+                while caplog.text.count(f"can't receive from '{stuck}'") < 6:  # noqa: ASYNC110  # nothing else tells
+                    await asyncio.sleep(0.02)
+                await transport.ack("held")
+                await transport.publish("work", message("next"))
+                assert (await following).message_id == "next"
+                await asyncio.to_thread(act, server, stuck, "restart")
+                await listener.until("stuck")
+        assert "paigeant" not in await asyncio.to_thread(server.ctl, "list_connections", "client_properties")
+
+
 async def test_wait_queues_that_are_over_are_forgotten(
     rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,6 +394,41 @@ async def test_a_queue_that_is_full_is_an_error(server: RabbitServer) -> None:
             await asyncio.to_thread(server.ctl, "clear_policy", "full")
         assert "it is full" in str(refused)
         assert isinstance(refused, TopicUnavailable)
+
+
+async def test_a_queue_that_confirms_nothing_holds_up_no_other(server: RabbitServer) -> None:
+    """Without a majority of its replicas a queue takes no message; the broker does, also over the same connection."""
+    async with opened(server.url, publish_timeout=1.0) as transport:
+        await transport.publish("stuck", message("first"))
+        await transport.publish("work", message("m"))
+        stuck = transport.queues.topic("stuck").name
+        await asyncio.to_thread(act, server, stuck, "suspend")
+        try:
+            publishes = (transport.publish("stuck", message(str(number))) for number in range(100))
+            failed = await asyncio.gather(*publishes, return_exceptions=True)
+            assert {(type(each), "but it answers" in str(each)) for each in failed} == {
+                (TopicUnavailable, True)
+            }
+            await transport.publish("work", message("n"))
+        finally:
+            await asyncio.to_thread(act, server, stuck, "resume")
+        await publish_until_taken(transport, "last", "stuck")
+
+
+async def test_a_message_too_large_for_the_broker_holds_up_no_other() -> None:
+    """It is told apart from those that are under way with it, though RabbitMQ closes the channel of all of them."""
+    with RabbitServer(lines=["max_message_size = 20000"]) as server:
+        async with opened(server.url) as transport:
+            sent = [message(str(number)) for number in range(20)]
+            sent.insert(10, message("large", text="x" * 20_000))
+            publishes = (transport.publish("work", each) for each in sent)
+            outcomes = await asyncio.gather(*publishes, return_exceptions=True)
+            failed = {
+                each.message_id: type(outcome)
+                for each, outcome in zip(sent, outcomes, strict=True)
+                if outcome
+            }
+            assert failed == {"large": MessageTooLarge}
 
 
 async def test_a_broker_that_takes_no_more_queues_is_waited_for(server: RabbitServer) -> None:
@@ -912,6 +974,18 @@ class Graveyard:
 async def failing(*_: object) -> PaigeantMessage:
     """In the place of what opens a message."""
     raise ZeroDivisionError
+
+
+def act(server: RabbitServer, queue: str, how: str) -> None:
+    """Have the one replica that a quorum queue has on one node suspended, resumed, stopped or restarted."""
+    found = f'rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{queue}">>))'
+    acts = {
+        "suspend": "sys:suspend(Name)",
+        "resume": "sys:resume(Name)",
+        "stop": "ra:stop_server(quorum_queues, {Name, node()})",
+        "restart": "ra:restart_server(quorum_queues, {Name, node()})",
+    }
+    server.ctl("eval", f"{{ok, Queue}} = {found}, {{Name, _}} = amqqueue:get_pid(Queue), {acts[how]}.")
 
 
 async def refusing(*_: object) -> None:

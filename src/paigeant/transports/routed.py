@@ -33,7 +33,9 @@ __all__ = ["Route", "RoutedTransport"]
 
 log = logging.getLogger("paigeant.transports.routed")
 
-_PATIENCE_SECONDS = 10.0
+_PATIENCE_SECONDS = 15.0
+"""Longer than a transport takes to say itself what is wrong: RabbitMQ waits ten seconds for a confirm."""
+
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
 
 

@@ -170,10 +170,14 @@ class Line:
 
 
 class Feed:
-    """What one queue delivers, for ever: over one line at a time, and a new one when it has gone, however it went."""
+    """What one queue delivers, for ever: over one line at a time, and a new one when it has gone, however it went.
+
+    All feeds share the connection of `link`, but those of queues that can't be received from: for one whose leader is
+    away RabbitMQ ends the whole connection, or never answers, and what the others hold comes to them again each time.
+    """
 
     def __init__(self, link: Link, queue: Queue, prefetch: int, drop: Callable[[Delivery], None]) -> None:
-        self._link = link
+        self._shared = self._link = link
         self._queue = queue
         self._prefetch = prefetch
         self._drop = drop
@@ -209,7 +213,7 @@ class Feed:
     async def end(self) -> None:
         """Give back what was not handed out. The channel stays open for what was, until that is settled."""
         try:
-            await asyncio.shield(self._link.start(self._end()))
+            await asyncio.shield(self._shared.start(self._end()))
         except asyncio.CancelledError:
             if is_cancelled():  # else the transport was closed meanwhile, which gives back all of it
                 raise
@@ -218,6 +222,7 @@ class Feed:
         self._is_over = True
         line, self._line = self._line, None
         if line is None:
+            self._join()
             return
         line.is_ending = True
         if line.watching is not None:
@@ -231,6 +236,7 @@ class Feed:
                         await line.channel.basic_nack(tag, requeue=True, wait=False)
         if not line.out:
             await line.close()
+            self._join()
 
     async def _wait(self, line: Line) -> None:
         self._news.clear()
@@ -247,6 +253,7 @@ class Feed:
 
     async def _reopen(self) -> None:
         pause = PAUSE_SECONDS
+        self._join()
         while not self._is_over and self._line is None and not is_cancelled():
             if self._has_worked:
                 await self._rest(pause / 4, pause)
@@ -274,11 +281,21 @@ class Feed:
                 self._queue.name,
                 str(trouble) or type(trouble).__name__,
             )
-            if isinstance(trouble, TimeoutError):
+            if isinstance(trouble, (TransportUnavailable, ConfigurationError)):
+                self._join()
+            elif self._link is self._shared:
+                self._link = self._shared.apart()
+            elif isinstance(trouble, TimeoutError):
                 self._link.cut()
             if not self._has_worked:
                 await self._rest(pause / 4, pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _join(self) -> None:
+        """Go on over the connection that all feeds share."""
+        if self._link is not self._shared:
+            self._shared.start(self._shared.part(self._link))
+            self._link = self._shared
 
     async def _rest(self, least: float, most: float) -> None:
         until = asyncio.get_running_loop().time() + random.uniform(least, most)
@@ -314,14 +331,14 @@ class Feed:
                 # The queue was deleted, or the node that has it is gone.
                 self._was_deleted = True
                 self._lose(line)
-                self._link.start(line.close())
+                self._shared.start(line.close())
 
             line.receive = receive
             channel.on_consumer_cancel_callbacks.add(cancelled)
             channel.closing.add_done_callback(lost)
             await channel.basic_qos(prefetch_count=self._prefetch)
             await line.consume()
-            line.watching = self._link.start(self._watch(line))
+            line.watching = self._shared.start(self._watch(line))
         except BaseException:
             if opening.is_initialized and not opening.is_closed:
                 with contextlib.suppress(*CONNECTION_EXCEPTIONS):

@@ -154,6 +154,18 @@ class Link:
         self._socket = _Socket()
         self._single = Single(self._open)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._apart: set[Link] = set()
+
+    def apart(self) -> Link:
+        """Another connection to the same broker, which `part` ends, or `close` with this one."""
+        link = Link(self.url, self._role)
+        self._apart.add(link)
+        return link
+
+    async def part(self, link: Link) -> None:
+        """End one that `apart` gave."""
+        await link.close()
+        self._apart.discard(link)
 
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Have `work` go on by itself, for as long as the link isn't closed; it must not raise."""
@@ -176,6 +188,7 @@ class Link:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*map(self.part, tuple(self._apart)))
 
     def cut(self) -> None:
         """Break a connection that doesn't answer."""
@@ -222,8 +235,10 @@ class Link:
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await connection.close()
-        except CONNECTION_EXCEPTIONS:
+        except BaseException as exc:  # also when whoever closes it is cancelled
             wire.cut()
+            if not isinstance(exc, CONNECTION_EXCEPTIONS):
+                raise
 
     def _failure(self, exc: BaseException) -> TransportUnavailable | ConfigurationError:
         where, user = place(self.url), self.url.user or "guest"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -13,7 +14,13 @@ from aio_pika.abc import AbstractChannel
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelNotFoundEntity, DeliveryError, PublishError
 from pamqp.commands import Basic
 
-from paigeant.errors import ConfigurationError, TopicUnavailable, TransportUnavailable
+from paigeant.errors import (
+    ConfigurationError,
+    MessageTooLarge,
+    PaigeantError,
+    TopicUnavailable,
+    TransportUnavailable,
+)
 from paigeant.transports.rabbitmq.link import (
     OPEN_SECONDS,
     Closed,
@@ -30,6 +37,11 @@ __all__ = ["Publisher"]
 
 _ROOM_SECONDS = 5.0
 
+_ANSWER_SECONDS = 2.0
+"""How long a broker that doesn't confirm may take to show that it is there."""
+
+_WHEN_LOST = "when a queue doesn't recover, delete it (rabbitmqctl delete_queue {}): it is declared anew"
+
 
 class Publisher:
     """Sends with confirms, over a connection of its own: alarms of the broker block publishers and nobody else."""
@@ -38,8 +50,8 @@ class Publisher:
         self._link = link
         self._timeout = timeout
         self._channel: aiormq.Channel | None = None
-        self._confirmed_at = 0.0
         self._single = Single(self._open)
+        self._looking = Single(self._answers)
         self._declared: dict[str, float] = {}
         """The queues that are there, and until when that is sure."""
         self._declaring = asyncio.Lock()
@@ -64,6 +76,7 @@ class Publisher:
 
     async def close(self) -> None:
         await self._single.cancel()
+        await self._looking.cancel()
         self._channel = None
         await self._link.close()
 
@@ -83,7 +96,6 @@ class Publisher:
         )
         if told_id is not None:
             self._outstanding.add(told_id)
-        began_at = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout):
                 # Once more when the queue has been deleted or the connection has broken. A message that was confirmed
@@ -91,7 +103,7 @@ class Publisher:
                 if not await self._sent(queue, properties, body, again=True):
                     await self._sent(queue, properties, body, again=False)
         except TimeoutError as exc:
-            raise await self._late(began_at, self._timeout) from exc
+            raise await self._late(self._timeout, queue) from exc
         finally:
             if told_id is not None:
                 self._outstanding.discard(told_id)
@@ -106,11 +118,9 @@ class Publisher:
                 )
         except PublishError as exc:
             self._declared.pop(queue.name, None)
-            if channel is not None and channel is self._channel:
-                # A channel numbers what it sends to a quorum queue. One that is deleted and declared anew confirms what
-                # comes on an old channel, and waits for ever for what it takes to have come before.
-                self._channel = None
-                self._link.start(self._retire(channel))
+            # A channel numbers what it sends to a quorum queue. One that is deleted and declared anew confirms what
+            # comes on an old channel, and waits for ever for what it takes to have come before.
+            self._retire(channel)
             if not again:
                 raise self._unavailable(exc) from exc
             await asyncio.sleep(DELETED_SECONDS)
@@ -118,14 +128,18 @@ class Publisher:
         except DeliveryError as exc:
             raise TopicUnavailable(
                 f"RabbitMQ at {place(self._link.url)} refuses a message for the queue '{queue.name}'; "
-                "it is full (max-length of a policy), or not enough of its replicas are there; when a queue doesn't "
-                f"recover, delete it (rabbitmqctl delete_queue {queue.name}): it is declared anew"
+                "it is full (max-length of a policy), or not enough of its replicas are there; "
+                f"{_WHEN_LOST.format(queue.name)}"
             ) from exc
+        except asyncio.CancelledError:
+            # Its queue may never confirm. What is sent to one of those fills the channel, until nothing else gets by.
+            self._retire(channel)
+            raise
         except CONNECTION_EXCEPTIONS as exc:
+            _check_size(exc, body)
             if not again or isinstance(exc, Closed):  # perhaps by `close`, after which none is to be opened
                 raise self._unavailable(exc) from exc
             return False
-        self._confirmed_at = time.monotonic()
         return True
 
     async def check_room(self, trial: Queue) -> None:
@@ -140,7 +154,7 @@ class Publisher:
                     for _ in range(2):
                         await channel.basic_publish(b"", routing_key=trial.name)
         except TimeoutError as exc:
-            raise await self._late(time.monotonic(), _ROOM_SECONDS) from exc
+            raise await self._late(_ROOM_SECONDS) from exc
         except CONNECTION_EXCEPTIONS as exc:
             raise self._unavailable(exc) from exc
 
@@ -212,24 +226,46 @@ class Publisher:
         self._channel = await underlay(channel)
         return self._channel
 
-    async def _retire(self, channel: aiormq.Channel) -> None:
-        await asyncio.sleep(self._timeout)  # until nobody waits for a confirm on it
+    def _retire(self, channel: aiormq.Channel | None) -> None:
+        """Send nothing more on `channel`, and close it when nobody waits for a confirm on it."""
+        if channel is not None and channel is self._channel:
+            self._channel = None
+            self._link.start(self._close_later(channel))
+
+    async def _close_later(self, channel: aiormq.Channel) -> None:
+        await asyncio.sleep(self._timeout)
         with contextlib.suppress(*CONNECTION_EXCEPTIONS):
             await channel.close()
 
-    async def _late(self, began_at: float, seconds: float) -> TransportUnavailable:
-        why = "it is overloaded, frozen, or cut off"
+    async def _late(self, seconds: float, queue: Queue | None = None) -> TransportUnavailable:
+        begin = f"RabbitMQ at {place(self._link.url)} has not confirmed a message"
         if await self._link.is_blocked():
-            why = (
-                "it blocks publishers by a memory or disk alarm (see `rabbitmqctl status`); "
-                "give it room, or let workers catch up"
+            return TransportUnavailable(
+                f"{begin} within {seconds:g} s: it blocks publishers by a memory or disk alarm "
+                "(see `rabbitmqctl status`); give it room, or let workers catch up"
             )
-        elif self._confirmed_at < began_at:
-            self._link.cut()  # what doesn't answer at all is opened anew
-        return TransportUnavailable(
-            f"RabbitMQ at {place(self._link.url)} has not confirmed a message within {seconds:g} s: {why}"
-        )
+        if queue is not None and await self._looking.get():
+            return TopicUnavailable(
+                f"{begin} for the queue '{queue.name}' within {seconds:g} s, but it answers: it is overloaded, or not "
+                f"enough of the queue's replicas are there; {_WHEN_LOST.format(queue.name)}"
+            )
+        self._link.cut()  # what doesn't answer at all is opened anew
+        return TransportUnavailable(f"{begin} within {seconds:g} s: it is overloaded, frozen, or cut off")
+
+    async def _answers(self) -> bool:
+        """Whether the broker is there."""
+        with contextlib.suppress(PaigeantError, *CONNECTION_EXCEPTIONS), closings():
+            async with asyncio.timeout(_ANSWER_SECONDS), throwaway(await self._link.open()):
+                return True
+        return False
 
     def _unavailable(self, exc: BaseException) -> TransportUnavailable:
         what = str(exc) or type(exc).__name__
         return TransportUnavailable(f"RabbitMQ at {place(self._link.url)} doesn't serve: {what}")
+
+
+def _check_size(exc: BaseException, body: bytes) -> None:
+    """Raise MessageTooLarge where RabbitMQ has closed the channel for the size of this message, and not of another."""
+    found = re.search(r"message size (\d+) is larger than configured max size (\d+)", str(exc))
+    if found and int(found[1]) == len(body):
+        raise MessageTooLarge(len(body), int(found[2])) from exc
