@@ -99,10 +99,11 @@ async def resolve(
             shown[parameter.name] = value
             arguments[parameter.name] = parameter.read(activity.name, value)
         elif parameter.default is MISSING:
+            context_too = ", or annotate it StepContext to be given that" if parameter.adapter is None else ""
             raise ArgumentError(
                 f"activity '{activity.name}' needs '{parameter.name}', which isn't there; "
                 f"there is: {', '.join(sorted({*namespace.names(), *explicit})) or 'nothing'}. "
-                "Put it into the input, give it in the step's args, or give the parameter a default"
+                f"Put it into the input, give it in the step's args, or give the parameter a default{context_too}"
             )
     if activity.takes_rest:
         known = {parameter.name for parameter in activity.parameters}

@@ -10,7 +10,7 @@ import marshal
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -152,7 +152,7 @@ def _reason(exc: BaseException) -> str:
 
 def _refuse_iterator(value: Any) -> None:
     # It would be read here, by whoever writes it: a generator's code would run in the event loop, and may never end.
-    if isinstance(value, Iterator):
+    if isinstance(value, (Iterator, AsyncIterator)):
         raise JsonInvalid("it can be read only once; make a list of it")
 
 

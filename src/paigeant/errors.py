@@ -32,6 +32,8 @@ __all__ = [
     "OutsideStep",
     "PaigeantError",
     "PolicyViolation",
+    "RequestDenied",
+    "RequestNotFound",
     "RunConflict",
     "RunNotFound",
     "RunTimeout",
@@ -47,6 +49,7 @@ __all__ = [
     "UnknownActivity",
     "UnknownWorkflow",
     "UnsupportedVersion",
+    "WaitTimeout",
     "nearest",
 ]
 

@@ -110,9 +110,10 @@ def _module(name: str) -> ModuleType:
 
 
 def _from_name(name: str) -> ModuleType:
-    if not all(name.split(".")):
+    if not all(name.split(".")) or ":" in name:
         raise HandlerError(
-            f"handlers are a path such as handlers.py or a module such as shop.orders, found {name!r}"
+            "handlers are a path such as handlers.py or a module such as shop.orders, "
+            f"of which every registry and workflow counts; found {name!r}"
         )
     _importable(Path.cwd())
     try:

@@ -147,7 +147,7 @@ CASES = [
         "asynchronous generator",
         "@async def bad():\n    yield 1",
         "activity 'bad' returned <async_generator",
-        "can't be written as JSON",
+        "can be read only once; make a list of it",
     ),
     rejected(
         "generator",

@@ -49,6 +49,12 @@ CASES = [
     ),
     named("a name that is no module", "not a module", "no module 'not a module'"),
     named("a relative module", ".handlers", "a path such as handlers.py", "found '.handlers'"),
+    named(
+        "a name in a module",
+        "handlers:activity",
+        "or a module such as shop.orders, of which every registry",
+        "found 'handlers:activity'",
+    ),
     bad("syntax error", "import os\n\ndef broken(:\n    pass\n", "error: bad.py, line 3: SyntaxError"),
     bad("wrong indentation", "def f():\npass\n", "bad.py, line 2: IndentationError"),
     bad("not Python", "# Shopping\n\n* milk & eggs\n", "bad.py, line 3: SyntaxError"),

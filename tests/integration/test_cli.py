@@ -1327,6 +1327,15 @@ def test_init_writes_three_files_and_says_how_to_go_on() -> None:
     ]
 
 
+def test_what_init_writes_is_as_ruff_wants_it() -> None:
+    """With the settings that it has by itself, as in the new project."""
+    paigeant("init", "shop")
+    for command in (["check"], ["format", "--check"]):
+        line = [sys.executable, "-m", "ruff", *command, "--isolated", "--no-cache", "shop"]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
 def test_init_writes_the_servers_for_local_work() -> None:
     """One template for every project and for this repository itself; the next commands start them first."""
     said = paigeant("init", "shop", "--with-services").stderr

@@ -23,6 +23,11 @@ def quickstart() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line]
 
 
+def python_blocks() -> list[str]:
+    """The code of the page: the project of `paigeant init` in short, and a program that starts a run."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
 def install(to: Path) -> dict[str, str]:
     """Put the package where `pip install .` would put it, in a folder of its own; gives the environment to use it."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
@@ -48,17 +53,20 @@ def test_the_quickstart_runs_as_printed(tmp_path: Path, monkeypatch: pytest.Monk
         serving = worker.until("worker.started")
         for line in rest[2:]:
             codes[line] = subprocess.run(line, shell=True, check=False).returncode
+        program = [sys.executable, "-c", python_blocks()[1]]
+        printed = subprocess.run(program, check=True, capture_output=True, text=True).stdout
         worker.signal(signal.SIGTERM)
         assert worker.end() == 0
     failing = {line for line in rest if "0000" in line}
     assert serving["topics"] == ["charge_card", "letter", "reserve_stock"]
     assert len(failing) == 1
     assert codes == {line: int(line in failing) for line in rest if line != worker_line}
+    assert printed == "completed Dear Ada, your order is on its way (receipt for 2 x A-1).\n"
 
 
 def test_the_python_code_is_python() -> None:
     """The code blocks compile, top-level await aside."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    blocks = python_blocks()
     for block in blocks:
         compile(
             "async def block() -> None:\n" + "".join(f"    {line}\n" for line in block.splitlines()),

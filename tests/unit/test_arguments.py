@@ -82,6 +82,15 @@ async def test_a_missing_argument_says_what_is_there() -> None:
         await given(needs)
 
 
+async def test_a_parameter_without_annotation_may_be_meant_for_the_context() -> None:
+    """A name alone doesn't get the context: the error says what does."""
+
+    def needs(ctx): ...
+
+    with pytest.raises(ArgumentError, match=r"a default, or annotate it StepContext to be given that$"):
+        await given(needs)
+
+
 async def test_earlier_outputs_have_the_names_of_their_steps() -> None:
     """Under the step's id, and under the activity's name where nothing else has that; the last one counts."""
 

@@ -4,11 +4,10 @@
 card in input.json to one that ends in 0000: it is declined, and the reservation is taken back.
 """
 
+from paigeant import ActivityRegistry, NonRetryableError, Step, StepContext, Workflow
 from pydantic import BaseModel
 from pydantic_ai import Agent, ModelMessage, ModelResponse, TextPart, UserPromptPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
-
-from paigeant import ActivityRegistry, NonRetryableError, Step, StepContext, Workflow
 
 activity = ActivityRegistry()
 
@@ -56,12 +55,14 @@ def offline(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
     """Stands in for a language model, so that this works without a key. Put "openai:..." in its place."""
     prompt = messages[-1].parts[-1]
     assert isinstance(prompt, UserPromptPart)
-    return ModelResponse(parts=[TextPart(str(prompt.content).removeprefix("Write to the customer: "))])
+    text = str(prompt.content).removeprefix("Write to the customer: ")
+    return ModelResponse(parts=[TextPart(text)])
 
 
 letter = Agent(FunctionModel(offline), name="letter")
 activity.agent(
-    letter, prompt="Write to the customer: Dear {customer}, your order is on its way ({charge_card})."
+    letter,
+    prompt="Write to the customer: Dear {customer}, your order is on its way ({charge_card}).",
 )
 
 # Only larger orders get a letter: `when` is an expression over the input and the outputs so far.
