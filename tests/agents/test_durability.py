@@ -82,7 +82,7 @@ from paigeant import ActivityRegistry, RetryPolicy, Workflow
 from paigeant.agents import PaigeantDurability, effect_key, operations
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutputInvalid, StoreUnavailable, UnitUnreadable
 from paigeant.parking import Parked
-from paigeant.place import Unit, current_place
+from paigeant.place import Unit, current_place, readable
 from paigeant.store import StepKey
 from paigeant.testing import ManualClock, MemoryApp
 
@@ -1697,6 +1697,10 @@ async def test_what_is_asked_about_an_answer_isn_t_told_of_the_one_in_its_place(
             await step.attempt(lambda: agent.run("go"))
     assert (await step.attempt(lambda: agent.run("go"))).output == "right"
     assert judged == ["wrong", "wrong again", "right"]
+    told = [name for name in readable(step.units).values() if " / " in name]
+    assert [name.split(" / ")[0] for name in told] == [
+        f"agent__model.request(agent:1,1){number}" for number in ("", "!2", "!3")
+    ]
     assert (await step.attempt(lambda: agent.run("go"))).output == "right"
     assert len(judged) == 3
     assert len(set(keys)) == 3

@@ -149,7 +149,7 @@ class Progress:
         self.is_pending, self.about = is_pending, about
         self.calls, self.done, self.was = {}, {}, {}
         if self.stages is not None:
-            self.stages.move(f"{unit}!answered")
+            self.stages.move(unit)
         if number > 1:
             self.line = f"{self.line},{about}!{number}"
 
