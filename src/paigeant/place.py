@@ -30,6 +30,7 @@ __all__ = ["Done", "Place", "Stages", "Unit", "current_place", "effect_key", "re
 
 _LONGEST_NAME = 300
 _DIGEST_LENGTH = 32
+_BEHIND = "!behind"
 _SHORT_SECONDS = 1.0
 """What is over so soon isn't worth leaving the step for."""
 
@@ -443,10 +444,13 @@ class Stages:
 
     def __init__(self, outer: Place, first: str) -> None:
         self.outer = outer
-        self.move(outer.spelled(first))
+        self._begin(outer.spelled(first))
 
-    def move(self, name: str) -> None:
-        """From here on it is the stage of this name, which no other one at `outer` has."""
+    def move(self, unit: str) -> None:
+        """From here on it is the stage behind this unit of `outer`."""
+        self._begin(f"{unit}{_BEHIND}")
+
+    def _begin(self, name: str) -> None:
         self.now = Place(self.outer.journal, name, self.outer.again, self.outer, is_unit=False)
 
     def entered(self) -> Entered:
@@ -470,11 +474,13 @@ class Entered:
 
 
 def readable(names: Iterable[str]) -> dict[str, str]:
-    """The names of a step's units as people can read them: what is within a unit has that one's name before its own.
+    """The names of a step's units as people can read them, each by its own.
 
-    A unit that isn't recorded yet, and a call that isn't recorded at all, is told by the first characters of a digest.
+    What is within a unit, or at the stage behind it, has that one's name before its own. A unit that isn't
+    recorded yet, and a call that isn't recorded at all, is told by the first characters of a digest.
     """
-    known = {_digest(name): name for name in names}
+    units = list(names)
+    known = {_digest(f"{name}{end}"): name for name in units for end in ("", _BEHIND)}
 
     def told(name: str) -> str:
         within, slash, own = name.partition("/")
@@ -482,7 +488,7 @@ def readable(names: Iterable[str]) -> dict[str, str]:
             return name
         return f"{told(known[within]) if within in known else f'{within[:8]}...'} / {own}"
 
-    return {name: told(name) for name in known.values()}
+    return {name: told(name) for name in units}
 
 
 @functools.lru_cache(maxsize=1024)

@@ -82,7 +82,7 @@ from paigeant import ActivityRegistry, RetryPolicy, Workflow
 from paigeant.agents import PaigeantDurability, effect_key, operations
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutputInvalid, StoreUnavailable, UnitUnreadable
 from paigeant.parking import Parked
-from paigeant.place import Unit, current_place
+from paigeant.place import Unit, current_place, readable
 from paigeant.store import StepKey
 from paigeant.testing import ManualClock, MemoryApp
 
@@ -1543,6 +1543,86 @@ async def test_rule_16_a_pause_of_the_library_isn_t_begun_anew() -> None:
     assert (await step.attempt(lambda: agent.run("go"))).output == "done"
 
 
+class Background(FunctionModel):
+    """A model whose provider works on its answers in the background: `texts`, a job each."""
+
+    def __init__(self, *texts: str, pause: float = 0.001) -> None:
+        super().__init__(lambda *_: ModelResponse(parts=[]))
+        self.texts, self.pause = texts, pause
+        self.asked: list[str] = []
+        self.is_given_up = False
+        self.held: asyncio.Event | None = None
+        """Set by whoever asks after a job while this is there, which then waits for ever."""
+        self.fails = False
+
+    def continuation_delay(self, response: ModelResponse) -> float | None:
+        return self.pause
+
+    async def request(self, messages: list[ModelMessage], *_: Any) -> ModelResponse:
+        last = messages[-1]
+        if not isinstance(last, ModelResponse) or last.state != "suspended":
+            self.asked.append("begun")
+            job = f"{self.asked.count('begun')}"
+            return ModelResponse(parts=[], state="suspended", provider_response_id=job)
+        self.asked.append("looked")
+        if self.held is not None:
+            self.held.set()
+            await asyncio.Event().wait()
+        if self.fails:
+            raise ModelHTTPError(400, "background")
+        assert not self.is_given_up, "its provider has given it up"
+        if self.asked[-2] != "looked":
+            return last
+        assert last.provider_response_id is not None, "it was begun"
+        text = self.texts[int(last.provider_response_id) - 1]
+        return ModelResponse(parts=[TextPart(text)], provider_response_id=last.provider_response_id)
+
+    async def cancel_suspended_response(self, response: ModelResponse) -> None:
+        self.is_given_up = True
+
+
+@pytest.mark.parametrize("how", ["ended from outside", "failed"])
+async def test_what_a_provider_works_on_is_there_for_the_next_attempt(how: str) -> None:
+    """An attempt that ends meanwhile doesn't have it given up: the record says that it is to be asked after."""
+    model = Background("done")
+    agent = durable(model)
+    step = Step()
+    if how == "failed":
+        model.fails = True
+        with pytest.raises(ModelHTTPError):
+            await step.attempt(lambda: agent.run("go"))
+    else:
+        model.held = asyncio.Event()
+        attempt = asyncio.create_task(step.attempt(lambda: agent.run("go")))
+        async with asyncio.timeout(20):
+            await model.held.wait()
+        attempt.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await attempt
+    model.held, model.fails = None, False
+    result = await step.attempt(lambda: agent.run("go"))
+    assert (result.output, model.asked.count("begun"), model.is_given_up) == ("done", 1, False)
+
+
+async def test_a_bad_answer_of_the_background_is_begun_anew() -> None:
+    """To ask after the same job again would give the same answer, in each attempt."""
+    model = Background("bad", "good")
+    agent = durable(model, retries=0)
+
+    @agent.output_validator
+    def check(output: str) -> str:
+        if output == "bad":
+            raise ModelRetry("do better")
+        return output
+
+    step = Step()
+    with pytest.raises(UnexpectedModelBehavior):
+        await step.attempt(lambda: agent.run("go"))
+    for _ in range(2):
+        assert (await step.attempt(lambda: agent.run("go"))).output == "good"
+    assert model.asked == ["begun", "looked", "looked"] * 2
+
+
 # -- what an attempt can and can't mend
 
 
@@ -1617,6 +1697,10 @@ async def test_what_is_asked_about_an_answer_isn_t_told_of_the_one_in_its_place(
             await step.attempt(lambda: agent.run("go"))
     assert (await step.attempt(lambda: agent.run("go"))).output == "right"
     assert judged == ["wrong", "wrong again", "right"]
+    told = [name for name in readable(step.units).values() if " / " in name]
+    assert [name.split(" / ")[0] for name in told] == [
+        f"agent__model.request(agent:1,1){number}" for number in ("", "!2", "!3")
+    ]
     assert (await step.attempt(lambda: agent.run("go"))).output == "right"
     assert len(judged) == 3
     assert len(set(keys)) == 3

@@ -18,6 +18,7 @@ from pydantic_ai.durable_exec import (
     DurableOperationId,
     EventStreamHandlerId,
     JournalOperationNamer,
+    ModelCancelSuspendedResponseId,
     ModelRequestId,
     RoleBasedOperationConfig,
     ToolsetCallToolId,
@@ -120,6 +121,8 @@ class Progress:
     stages: Stages | None = None
     """Where hooks, validators and all else is that belongs to the run and to none of its units, answer by answer."""
     answer: tuple[Place, str] | None = None
+    """The unit that asked for the last answer; those that asked after it, as long as it `is_pending`, are others."""
+    is_pending: bool = False
     about: str = ""
     """The step of the agent's run that the last answer is of."""
     error: Exception | None = None
@@ -136,12 +139,17 @@ class Progress:
     deferred: DeferredToolRequests | None = None
     """The calls that somebody outside was last wanted for."""
 
-    def answered(self, place: Place, unit: str, number: int, about: str) -> None:
-        """The model has given the answer that is recorded as `unit`, the so manieth to its request."""
-        self.answer, self.about = (place, unit), about
+    def answered(self, place: Place, unit: str, number: int, about: str, *, is_pending: bool) -> None:
+        """The model has given the answer that is recorded as `unit`, the so manieth to its request.
+
+        `is_pending`: its provider works on it still.
+        """
+        if not self.is_pending or self.about != about:
+            self.answer = (place, unit)
+        self.is_pending, self.about = is_pending, about
         self.calls, self.done, self.was = {}, {}, {}
         if self.stages is not None:
-            self.stages.move(f"{unit}!answered")
+            self.stages.move(unit)
         if number > 1:
             self.line = f"{self.line},{about}!{number}"
 
@@ -237,6 +245,10 @@ class Operations(CallableOperationBackend[Unit]):
         place = place_of_run()
         if place is None:  # the step has ended, or this is a thread that knows nothing of it
             return await body()
+        if isinstance(operation_id, ModelCancelSuspendedResponseId):
+            # The library has a provider give up what nobody waits for any more, also where an attempt is ended from
+            # outside or has failed. The record says that it is being worked on: the next attempt asks after it.
+            return None
         ctx = _context_in(cache_key) or (
             EVENT_OF.get() if isinstance(operation_id, EventStreamHandlerId) else None
         )
@@ -291,11 +303,11 @@ class Operations(CallableOperationBackend[Unit]):
             if isinstance(exc, Exception):
                 progress.error = exc
             raise
-        if is_answer:
-            progress.answered(place, unit, number, about)
         record_durable_unit(executed=done.executed)
         # Another worker may have been the first to record it.
         told = made if made is not None and made.record == done.value else _read(unit, done.value)
+        if is_answer:
+            progress.answered(place, unit, number, about, is_pending=_is_pending(told.value))
         if tool is not None and not _is_return(told.value):
             progress.done.pop(unit, None)
         if is_answer and not done.executed and ctx is not None:
@@ -419,6 +431,11 @@ def _used(operation_id: DurableOperationId, value: object) -> Usage:
     # A refusal, a deferral or a request to try again is no call.
     called = isinstance(operation_id, ToolsetCallToolId) and _is_return(value)
     return _CALLED if called else _NOTHING
+
+
+def _is_pending(value: object) -> bool:
+    """Whether a recorded answer says that the provider works on it still."""
+    return isinstance(value, dict) and value.get("state") == "suspended"
 
 
 def _is_return(value: object) -> bool:
