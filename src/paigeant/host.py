@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import sys
+import traceback
 import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-__all__ = ["at_fork", "host_id", "is_gone", "is_holder_gone", "named_holder", "process_id"]
+__all__ = ["at_fork", "end_fork", "host_id", "is_gone", "is_holder_gone", "named_holder", "process_id"]
 
 
 @cache
@@ -61,6 +64,27 @@ def at_fork(method: Callable[[], None]) -> None:
     Such a process has none of the threads of this one, but all of its locks, also those that a thread holds just then.
     """
     _AT_FORK[weakref.WeakMethod(method, _forget)] = None
+
+
+def end_fork(parent: int, error: BaseException | None = None) -> None:
+    """End this process as Python ends a program that raised `error`, if it is another one than `parent`: its number.
+
+    For where a function of others returns. What that has forked off must not go on with the connections, the locks and
+    the event loop of its parent, as if it were that.
+    """
+    if os.getpid() == parent:
+        return
+    code = 0 if error is None else 1
+    with contextlib.suppress(BaseException):  # whatever it meets, it has to end here
+        if isinstance(error, SystemExit) and isinstance(error.code, int | None):
+            code = (error.code or 0) & 0xFF
+        elif isinstance(error, SystemExit):
+            sys.stderr.write(f"{error.code}\n")
+        elif error is not None:
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 _AT_FORK: dict[weakref.WeakMethod[Callable[[], None]], None] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import os
 import random
 import sys
 import traceback
@@ -13,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from paigeant import codec, condition
+from paigeant import codec, condition, host
 from paigeant.activity import MISSING, Activity
 from paigeant.arguments import Namespace, resolve
 from paigeant.behalf import Acting, Behalf
@@ -56,6 +57,8 @@ _LONGEST_ASKED = 86_400.0
 
 _UNLIMITED = nullcontext()
 
+_ASTRAY = RuntimeError("a process that an activity forks off can't wait in the event loop of its parent")
+
 
 class _StepLog(logging.LoggerAdapter[logging.Logger]):
     """What an activity writes to: each record has the ids of its step, in threads that it has begun itself as well."""
@@ -88,16 +91,23 @@ class _Apart:
         self._work = work
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        run = contextvars.copy_context().run
+        run, process = contextvars.copy_context().run, os.getpid()
         resume: Callable[..., Any] = self._work.send
         given: Any = None
         while True:
             try:
                 asked = run(resume, given)
+                host.end_fork(process, _ASTRAY)
             except StopIteration as end:
+                host.end_fork(process)
                 return end.value
-            except GeneratorExit as exc:  # by itself, which must not pass for the end of the task around it
-                raise RuntimeError("it raised GeneratorExit") from exc
+            except BaseException as exc:
+                host.end_fork(process, exc)
+                if isinstance(
+                    exc, GeneratorExit
+                ):  # by itself: it must not pass for the end of the task around it
+                    raise RuntimeError("it raised GeneratorExit") from exc
+                raise
             finally:
                 given = None  # an error that this frame kept would keep the frame
             try:

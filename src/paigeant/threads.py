@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from paigeant import host
 
 __all__ = ["THREAD_NAME", "Threads"]
 
@@ -48,9 +51,15 @@ class Threads:
 
 
 def _done(function: Callable[..., Any], /, **arguments: Any) -> Any:
+    process = os.getpid()
     try:
-        return function(**arguments)
-    except (StopIteration, GeneratorExit) as exc:
+        value = function(**arguments)
+    except BaseException as exc:
+        host.end_fork(process, exc)
+        if not isinstance(exc, (StopIteration, GeneratorExit)):
+            raise
         # No future takes the first, so that whoever waits would wait for ever. By the other, thrown into whoever waits,
         # it would seem to be closed.
         raise RuntimeError(f"the function raised {type(exc).__name__}") from exc
+    host.end_fork(process)
+    return value

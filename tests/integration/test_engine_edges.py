@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
+import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -55,6 +59,41 @@ async def main():
         await asyncio.to_thread(sys.stdin.read)
         await worker.stop()
         await working
+
+asyncio.run(main())
+"""
+
+
+FORKS = """
+import asyncio, os, sys
+from paigeant import Workflow, ActivityRegistry
+from paigeant.testing import MemoryApp
+
+activity = ActivityRegistry()
+
+def fork(how):
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if how == "exits":
+        sys.exit(3)
+    if how == "raises":
+        raise ValueError("in the child")
+    return "in the child"
+
+@activity.execute(retries=0)
+def plain(how: str) -> int:
+    return fork(how)
+
+@activity.execute(retries=0)
+async def awaited(how: str) -> int:
+    ended = fork(how)
+    await asyncio.sleep(0)
+    return ended
+
+async def main():
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", [sys.argv[1]]), {"how": sys.argv[2]})
+        print((await run.wait()).output, flush=True)
 
 asyncio.run(main())
 """
@@ -120,6 +159,36 @@ async def test_two_processes_share_the_work_of_one_file() -> None:
     assert workers == {"child 0", "child 1"}
     assert attempts == {1}
     assert [child.returncode for child in children] == [0, 0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no forking here")
+@pytest.mark.parametrize(
+    ("activity", "how", "code", "said"),
+    [
+        ("plain", "exits", 3, ""),
+        ("plain", "raises", 1, "in the child"),
+        ("plain", "returns", 0, ""),
+        ("awaited", "exits", 3, ""),
+        ("awaited", "raises", 1, "in the child"),
+        ("awaited", "goes on", 1, "can't wait in the event loop"),
+    ],
+)
+def test_what_an_activity_forks_off_does_no_step(activity: str, how: str, code: int, said: str) -> None:
+    """It ends where the activity does, like a program, and is no second worker on the connections of its parent."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", FORKS, activity, how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = child.communicate(timeout=PATIENCE)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    assert (output, child.returncode) == (f"{code}\n", 0)
+    assert said in errors
 
 
 async def test_what_is_recorded_is_no_error_where_it_can_t_be_sent(monkeypatch: pytest.MonkeyPatch) -> None:
