@@ -308,10 +308,12 @@ class ActivityRegistry:
 
     @classmethod
     def merged(cls, registries: typing.Iterable[ActivityRegistry]) -> ActivityRegistry:
-        """One registry with all activities of several. Raises DuplicateActivity."""
+        """One registry with all activities of several. Raises DuplicateActivity, InvalidDefinition for what is none."""
         together = cls()
         seen: set[int] = set()
         for registry in registries:
+            if not isinstance(registry, ActivityRegistry):
+                raise InvalidDefinition(f"activities are ActivityRegistry objects, found {registry!r}")
             if id(registry) in seen:
                 continue
             seen.add(id(registry))

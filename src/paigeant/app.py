@@ -16,12 +16,12 @@ from paigeant.activity import ActivityRegistry
 from paigeant.authority import GrantStore, ServiceTokens, TokenExchanger
 from paigeant.behalf import Behalf, TokenVerifier
 from paigeant.claim import Limits
-from paigeant.clock import Clock, SystemClock
+from paigeant.clock import Clock, SystemClock, is_duration
 from paigeant.control import Control
 from paigeant.database import Database
 from paigeant.dispatcher import Dispatcher
 from paigeant.envelope import Envelope, PlainEnvelope
-from paigeant.errors import ConfigurationError, InvalidDefinition, UnknownWorkflow
+from paigeant.errors import ConfigurationError, InputInvalid, InvalidDefinition, UnknownWorkflow
 from paigeant.exchange import (
     ClientAuthentication,
     ClientSecret,
@@ -222,10 +222,15 @@ class Paigeant:
 
         Log lines and dead letters of before then that belong to no run go, too. Gives how many runs. `statuses` limits
         it to runs that ended so; an open run is never deleted. It goes by short transactions, so that workers go on
-        meanwhile; when it is cut short, what it deleted so far is gone.
+        meanwhile; when it is cut short, what it deleted so far is gone. Raises InputInvalid for what is no age or
+        no state.
         """
+        if older_than != 0 and not is_duration(older_than):
+            raise InputInvalid(
+                f"older_than is in seconds, 0 or more and below 100 years, found {older_than!r}"
+            )
+        wanted = None if statuses is None else _states(statuses)
         before = await self.store.now() - older_than
-        wanted = None if statuses is None else {RunStatus(status) for status in statuses}
         if (database := _database_of(self.store)) is not None:
             from paigeant.observers.logs.sql import prune_lines
 
@@ -251,8 +256,10 @@ class Paigeant:
 
         `since`: from this instant on. `after`: not the newest, but those that were written after the line with this id,
         in the order in which they were, up to `limit` of them. Empty where nobody has recorded any, see the setting
-        `log_sql`.
+        `log_sql`. Raises ConfigurationError for what is no level, InputInvalid for an instant without a time zone.
         """
+        if isinstance(since, datetime) and since.tzinfo is None:
+            raise InputInvalid(f"since is a datetime with a time zone, found {since!r}")
         database = _database_of(self.store)
         if database is None:
             return []
@@ -316,6 +323,13 @@ class Paigeant:
             chance=self._chance,
             behalf=self.behalf,
         )
+
+
+def _states(statuses: Collection[RunStatus | str]) -> set[RunStatus]:
+    known = [status.value for status in RunStatus]
+    if isinstance(statuses, str) or not set(statuses) <= set(known):
+        raise InputInvalid(f"statuses are some of {', '.join(known)}, found {statuses!r}")
+    return {RunStatus(status) for status in statuses}
 
 
 def store_of(settings: Settings, clock: Clock | None = None) -> Store:

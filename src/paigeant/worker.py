@@ -83,6 +83,8 @@ class ActivityWorker:
     ) -> None:
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise InvalidDefinition(f"concurrency is a number of 1 or more, found {concurrency!r}")
+        if isinstance(topics, str):
+            raise InvalidDefinition(f"topics are a list of names, found {topics!r}")
         registry.check()
         known = ActivityRegistry.merged([registry, WAITS])
         self.id = f"{platform.node()}-{os.getpid()}-{secrets.token_hex(3)}"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -401,6 +403,39 @@ async def test_a_dispatch_that_cannot_be_is_refused(
     assert says in str(error.value)
     assert "\n" not in str(error.value)
     assert rows() == recorded
+
+
+ASKED: list[tuple[str, Callable[[Paigeant], Awaitable[object]], str]] = [
+    ("an age below 0", lambda app: app.prune(older_than=-1), "0 or more and below 100 years, found -1"),
+    ("an age that is none", lambda app: app.prune(older_than=float("nan")), "older_than is in seconds"),
+    (
+        "a state that is none",
+        lambda app: app.prune(older_than=0, statuses=["done"]),
+        "statuses are some of pending, running, waiting, compensating, completed",
+    ),
+    ("a state in no list", lambda app: app.prune(older_than=0, statuses="failed"), "found 'failed'"),
+    ("a level that is none", lambda app: app.logs(level="loud"), "no log level 'loud'"),
+    (
+        "an instant without a zone",
+        lambda app: app.logs(since=datetime(2026, 1, 1)),  # noqa: DTZ001  # it is what is refused
+        "since is a datetime with a time zone, found datetime.datetime(2026, 1, 1",
+    ),
+]
+"""What an application is asked in code: a name, what is called, and what the error says."""
+
+
+@pytest.mark.parametrize(("name", "ask", "says"), ASKED, ids=[case[0] for case in ASKED])
+async def test_what_cannot_be_asked_is_refused(
+    name: str, ask: Callable[[Paigeant], Awaitable[object]], says: str, activity: ActivityRegistry
+) -> None:
+    """The error is Paigeant's own, on one line, and nothing is deleted."""
+    async with Paigeant(Settings(), activities=activity) as app:
+        await app.dispatch(Workflow("none", []), {}, workflow_id="ended")
+        with pytest.raises(PaigeantError) as error:
+            await ask(app)
+        assert await app.run("ended").status() == "completed"
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 ABROAD = HANDLERS + 'abroad = Workflow("abroad", ["reserve", "shipp"])\n'

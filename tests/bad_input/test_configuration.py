@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from tests.bad_input.bench import INPUT, Case, call, check, put, rows
 
-from paigeant import ItineraryPolicy, RetryPolicy, Settings, Step, Workflow
+from paigeant import ActivityRegistry, ItineraryPolicy, Paigeant, RetryPolicy, Settings, Step, Workflow
 from paigeant.errors import PaigeantError
 
 SURFACE = "configuration"
@@ -219,6 +219,21 @@ CODE: list[tuple[str, Callable[[], object], str]] = [
         "policy without a step",
         lambda: ItineraryPolicy(max_total=0),
         "max_total is a number from 1 to 2147483647, found 0",
+    ),
+    (
+        "activities in a list",
+        lambda: Paigeant().worker([ActivityRegistry()]),  # type: ignore[arg-type]
+        "activities are ActivityRegistry objects, found [ActivityRegistry(",
+    ),
+    (
+        "activities that are names",
+        lambda: Paigeant(activities="ab"),  # type: ignore[arg-type]
+        "activities are ActivityRegistry objects, found 'a'",
+    ),
+    (
+        "topics that are a text",
+        lambda: Paigeant().worker(topics="reserve"),
+        "topics are a list of names, found 'reserve'",
     ),
     ("policy of no attempt", lambda: RetryPolicy(attempts=0), "attempts"),
     ("policy that waits below 0", lambda: RetryPolicy(base=-1), "base"),

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from paigeant.errors import ConfigurationError
 from paigeant.observer import CURRENT, STEP_IDS, Event, EventName
 from paigeant.redaction import Redactor
 from paigeant.texts import printable
@@ -266,12 +267,12 @@ def wanted_at(least: int) -> frozenset[str]:
 
 
 def level_number(level: int | str) -> int:
-    """The number of a level. Raises ValueError for a name that is none."""
+    """The number of a level. Raises ConfigurationError for a name that is none."""
     if isinstance(level, int):
         return level
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
-        raise ValueError(f"no log level {level!r}; expected debug, info, warning or error")
+        raise ConfigurationError(f"no log level {level!r}; expected debug, info, warning or error")
     return number
 
 
