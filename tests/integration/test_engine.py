@@ -1176,6 +1176,37 @@ async def test_steps_go_to_their_topics(settings: Settings) -> None:
     assert done == [("work", "done"), ("urgent", "done")]
 
 
+async def test_what_was_done_in_a_topic_is_undone_there(settings: Settings) -> None:
+    """A step that has a topic of its own is undone by those who serve that, whether or not anybody serves its
+    activity's."""
+    activity = ActivityRegistry()
+    undone: list[str] = []
+
+    @activity.execute()
+    async def book(ctx: StepContext) -> str:
+        return ctx.step_id
+
+    @activity.compensate("book")
+    async def cancel(output: str) -> None:
+        undone.append(output)
+
+    @activity.execute()
+    async def fail() -> None:
+        raise NonRetryableError("no")
+
+    steps = [
+        Step("book", id="here"),
+        Step("book", id="there", topic="partner"),
+        Step("fail", topic="partner"),
+    ]
+    async with Paigeant(settings, activities=activity) as app:
+        run = await app.dispatch(Workflow("w", steps))
+        for topic, seen in (("book", []), ("partner", ["there"]), ("book", ["there", "here"])):
+            await asyncio.wait_for(app.worker(topics=[topic]).run(until_idle=True), PATIENCE)
+            assert undone == seen
+        assert await run.status() == "compensated"
+
+
 # -- dispatching
 
 
