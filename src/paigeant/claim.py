@@ -62,6 +62,12 @@ class Claim:
         return self.message.routing_slip.next_step()
 
     @property
+    def topic(self) -> str:
+        """Where its message waits: that of a step, and that of its undo as well, so that whoever did it can undo it."""
+        due = self.message.due
+        return (None if due is None else due.topic) or self.activity.topic
+
+    @property
     def now(self) -> float:
         """The store's time by this process's steady clock."""
         return self.grant.now + time.monotonic() - self.claimed_at
@@ -85,14 +91,14 @@ class Claim:
 
     def described(self, worker_id: str) -> Work:
         """What the observers around it are told of it."""
-        message, step = self.message, self.message.routing_slip.next_step()
+        message = self.message
         return Work(
             "do" if message.phase is Phase.DO else "undo",
             message.workflow_id,
             message.workflow,
             self.key.step,
             self.activity.name,
-            (None if step is None else step.topic) or self.activity.topic,
+            self.topic,
             self.grant.attempt,
             message.correlation_id,
             worker_id,

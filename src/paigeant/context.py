@@ -16,7 +16,7 @@ from pydantic_core import from_json
 from paigeant import codec
 from paigeant.behalf import Acting
 from paigeant.clock import as_datetime, is_duration
-from paigeant.errors import InvalidDefinition, OutputInvalid, ScopeMissing
+from paigeant.errors import InvalidDefinition, OutputInvalid, PolicyViolation, ScopeMissing
 from paigeant.identity import GRANT_SIGNAL, SecurityContext, check_scopes
 from paigeant.journal import Journal
 from paigeant.place import Place, Unit, current_place
@@ -198,7 +198,9 @@ class StepContext:
 
     @property
     def remaining(self) -> tuple[Step, ...]:
-        """The steps after this one, as they stand now."""
+        """The steps after this one, as they stand now; none in an undo."""
+        if self._slip.ending is not None:
+            return ()
         return tuple(self._draft) if self._draft is not None else self._slip.itinerary[1:]
 
     def insert(self, *steps: str | Step) -> None:
@@ -233,6 +235,10 @@ class StepContext:
 
     def _revise(self, steps: tuple[str | Step, ...], change: Change) -> None:
         self._check_repeats("a revision of the itinerary")
+        if self._slip.ending is not None:
+            raise PolicyViolation(
+                f"step '{self.step_id}' is being undone: the run does nothing more that could be revised"
+            )
         self._added, self._draft = self._revised(steps, change)
 
     def _revised(self, steps: tuple[str | Step, ...], change: Change) -> tuple[list[Step], list[Step]]:

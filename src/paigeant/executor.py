@@ -42,7 +42,7 @@ from paigeant.patience import patiently
 from paigeant.performer import Attempt, Performer
 from paigeant.reporter import Reporter
 from paigeant.routing import Failed, Finish, Forward, Move, Park, Retry, Succeeded, Undo, route
-from paigeant.slip import Compensation, Phase, RunStatus, Step, StepStatus
+from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, Refused, StepKey, StepResult, Store
 from paigeant.threads import Threads
 from paigeant.transport import Transport
@@ -398,16 +398,8 @@ class Executor:
                     return None
                 return self.forwarder.letter(following, next_step.topic, epoch=epoch, delay=delay)
         return self.forwarder.letter(
-            following, next_step.topic, epoch=ledger.life(claim.grant.epoch), sent_from=self._topic_of(claim)
+            following, next_step.topic, epoch=ledger.life(claim.grant.epoch), sent_from=claim.topic
         )
-
-    def _topic_of(self, claim: Claim) -> str:
-        match claim.message.due:
-            case Step() as step:
-                return self.forwarder.topic_of(step)
-            case Compensation(topic=topic):
-                return topic
-        raise AssertionError("what was claimed is due")
 
     def _result(
         self, claim: Claim, attempt: Attempt, move: Move, next_step: NextStep | None, *, take_next: bool

@@ -153,12 +153,13 @@ class Forwarder:
         for step in message.routing_slip.itinerary:
             activity = self.registry.find(step.activity)
             name, longest = len(to_json(step.id)), max(longest, len(quote(step.id)))
-            topic = max(topic, len(to_json(self.topic_of(step))))
+            own_topic = len(to_json(self.topic_of(step)))
+            topic = max(topic, own_topic)
             growth += _EXECUTED_BYTES
             if activity is None:
                 growth += _UNDO_BYTES + name + len(to_json(step.activity)) + _LONGEST_TOPIC
             elif activity.compensation is not None:
-                growth += _UNDO_BYTES + name + len(to_json(step.activity)) + len(to_json(activity.topic))
+                growth += _UNDO_BYTES + name + len(to_json(step.activity)) + own_topic
         ids = len(quote(message.workflow_id)) + longest
         return growth + _MORE_BYTES + ids + 2 * topic + self.envelope.seal_bytes
 

@@ -342,7 +342,7 @@ class Performer:
             return Succeeded()
         compensation = None
         if claim.activity.compensation is not None:
-            compensation = Compensation(claim.key.step, claim.activity.name, claim.activity.topic)
+            compensation = Compensation(claim.key.step, claim.activity.name, claim.topic)
         return Succeeded(context._revision(), compensation, len(output) > self.limits.inline_bytes)
 
 

@@ -236,7 +236,6 @@ CODE: list[tuple[str, Callable[[], object], str]] = [
         lambda: Paigeant().worker(topics="reserve"),
         "topics are a list of names, found 'reserve'",
     ),
-    ("log level", lambda: LogObserver(level="loud"), "no log level 'loud'; expected debug, info, warning"),
     ("policy of no attempt", lambda: RetryPolicy(attempts=0), "attempts"),
     ("policy that waits below 0", lambda: RetryPolicy(base=-1), "base"),
 ]

@@ -712,6 +712,32 @@ async def test_an_undo_is_retried_by_its_own_settings(settings: Settings) -> Non
     assert tried == [(1, "r:a:undo"), (2, "r:a:undo"), (3, "r:a:undo")]
 
 
+@pytest.mark.parametrize("revise", ["insert", "append", "replace", "terminate"])
+async def test_an_undo_can_revise_nothing(settings: Settings, revise: str) -> None:
+    """A run that is undone does nothing more: an undo that adds steps fails, since they would never be done."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def work() -> None:
+        pass
+
+    @activity.compensate("work")
+    async def undo(ctx: StepContext) -> None:
+        assert ctx.remaining == ()
+        getattr(ctx, revise)(*([] if revise == "terminate" else ["work"]))
+
+    @activity.execute()
+    async def fail() -> None:
+        raise NonRetryableError("no")
+
+    async with working(settings, activity) as app:
+        run = await app.dispatch(Workflow("w", ["work", "fail", "work"]))
+        assert (await run.wait(PATIENCE)).status == "compensation_failed"
+        error = (await run.detail()).steps[-1].error
+    said = "step 'work' is being undone: the run does nothing more that could be revised"
+    assert error == f"PolicyViolation: {said}"
+
+
 @pytest.mark.parametrize(("rule", "undone"), [("continue", ["c", "a"]), ("stop", ["c"])])
 async def test_an_undo_that_fails_for_good(settings: Settings, rule: Any, undone: list[str]) -> None:
     """The others are undone or not, as the workflow says; a retry goes on with what is left."""
@@ -1259,6 +1285,37 @@ async def test_steps_go_to_their_topics(settings: Settings) -> None:
             await asyncio.wait_for(app.worker(topics=[topic]).run(until_idle=True), PATIENCE)
             assert await run.status() == state
     assert done == [("work", "done"), ("urgent", "done")]
+
+
+async def test_what_was_done_in_a_topic_is_undone_there(settings: Settings) -> None:
+    """A step that has a topic of its own is undone by those who serve that, whether or not anybody serves its
+    activity's."""
+    activity = ActivityRegistry()
+    undone: list[str] = []
+
+    @activity.execute()
+    async def book(ctx: StepContext) -> str:
+        return ctx.step_id
+
+    @activity.compensate("book")
+    async def cancel(output: str) -> None:
+        undone.append(output)
+
+    @activity.execute()
+    async def fail() -> None:
+        raise NonRetryableError("no")
+
+    steps = [
+        Step("book", id="here"),
+        Step("book", id="there", topic="partner"),
+        Step("fail", topic="partner"),
+    ]
+    async with Paigeant(settings, activities=activity) as app:
+        run = await app.dispatch(Workflow("w", steps))
+        for topic, seen in (("book", []), ("partner", ["there"]), ("book", ["there", "here"])):
+            await asyncio.wait_for(app.worker(topics=[topic]).run(until_idle=True), PATIENCE)
+            assert undone == seen
+        assert await run.status() == "compensated"
 
 
 # -- dispatching

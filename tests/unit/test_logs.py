@@ -368,7 +368,7 @@ def test_warnings_and_ends_of_threads_are_lines(monkeypatch: pytest.MonkeyPatch)
 
 def test_an_unknown_level_is_refused() -> None:
     """A level that isn't one is an error that names what there is."""
-    with pytest.raises(ValueError, match="expected debug, info, warning or error"):
+    with pytest.raises(ConfigurationError, match="expected debug, info, warning or error"):
         LogObserver(level="loud")
 
 
