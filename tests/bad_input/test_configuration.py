@@ -10,7 +10,6 @@ from tests.bad_input.bench import INPUT, Case, call, check, put, rows
 
 from paigeant import ActivityRegistry, ItineraryPolicy, Paigeant, RetryPolicy, Settings, Step, Workflow
 from paigeant.errors import PaigeantError
-from paigeant.observers.logs import LogObserver
 
 SURFACE = "configuration"
 
