@@ -723,6 +723,28 @@ async def test_rule_8_a_model_that_takes_over_is_recorded() -> None:
     assert [name for name in step.units if "model.request" in name] == [step.units[0], step.units[2]]
 
 
+async def test_an_answer_is_told_to_be_of_the_model_that_gave_it() -> None:
+    """Its own id is recorded with it: an attempt that replays it hasn't asked a model that failed before that one."""
+    is_down = [True]
+
+    def own(_: list[ModelMessage]) -> str:
+        if is_down[0]:
+            raise ModelHTTPError(400, "own")
+        return "own"
+
+    spare, _ = scripted("spare")
+    agent = durable(
+        scripted(own)[0], engine={"models": {"spare": spare}}, capabilities=[ModelFallback("spare")]
+    )
+    step = Step()
+    for _attempt in range(2):
+        result = await step.attempt(lambda: agent.run("go"))
+        assert (result.output, result.response.model_id) == ("spare", "spare")
+        is_down[0] = False
+    result = await Step().attempt(lambda: agent.run("go"))
+    assert (result.output, result.response.model_id) == ("own", (await agent.run("go")).response.model_id)
+
+
 async def test_rule_8_a_model_that_takes_over_may_be_any_id() -> None:
     """As in `run(model=...)`, it needn't be in `models`; a model object that nobody registered is refused still."""
 

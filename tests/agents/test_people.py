@@ -19,7 +19,7 @@ from pydantic_ai import (
     DeferredToolResults,
     RunContext,
 )
-from pydantic_ai.capabilities import RequestInput
+from pydantic_ai.capabilities import AbstractCapability, RequestInput
 from pydantic_ai.external_events import ExternalEventError, wait_for_external_event
 from pydantic_ai.messages import ToolCallPart
 from pydantic_core import from_json, to_json
@@ -124,10 +124,11 @@ async def test_nobody_answers_in_time() -> None:
     assert paid == []
 
 
-async def test_an_agent_within_a_tool_asks() -> None:
-    """What the outer tool did as units isn't done again, and both agents go on where they were."""
-    inner_model, inner_requests = scripted(called("pay", "i1", euros=5), tell)
-    inner = Agent(inner_model, name="inner")
+def delegating(*capabilities: AbstractCapability[Any]) -> tuple[ActivityRegistry, list[int], list[list[int]]]:
+    """An agent with a tool that has another agent pay, which needs approval; what was paid, and the requests of both
+    models."""
+    inner_model, inner_requests = scripted(called("pay", "c1", euros=5), tell)
+    inner = Agent(inner_model, name="inner", capabilities=[PaigeantDurability(), *capabilities])
     outer_model, outer_requests = scripted(called("delegate", "o1"), tell)
     outer = Agent(outer_model, name="outer")
     paid: list[int] = []
@@ -139,18 +140,23 @@ async def test_an_agent_within_a_tool_asks() -> None:
 
     @outer.tool
     async def delegate(ctx: RunContext[Any]) -> str:
-        engine: PaigeantDurability[Any] = PaigeantDurability()
-        return (await inner.run("Pay.", usage=ctx.usage, capabilities=[engine])).output
+        return str((await inner.run("Pay.", usage=ctx.usage)).output)
 
     activity = ActivityRegistry()
     activity.agent(outer, prompt="Delegate.", retries=0)
+    return activity, paid, [inner_requests, outer_requests]
+
+
+async def test_an_agent_within_a_tool_asks() -> None:
+    """What the outer tool did as units isn't done again, and both agents go on where they were."""
+    activity, paid, requests = delegating()
     async with opened(activity) as app, working(app.worker()):
         run = await app.dispatch(Workflow("w", ["outer"]))
         [request] = await asked(app, run)
         await app.approve(request.id)
         result = await run.wait(PATIENCE)
-    assert "paid 5" in result.output
-    assert (inner_requests, outer_requests, paid) == ([0, 1], [0, 1], [5])
+    assert "paid 5" in str(result.output), result.error
+    assert (requests, paid) == ([[0, 1], [0, 1]], [5])
 
 
 async def test_questions_and_calls_to_the_outside() -> None:
@@ -560,23 +566,7 @@ async def test_what_a_model_was_told_stays_so_when_the_run_is_retried() -> None:
 async def test_request_input_of_an_agent_within_a_tool_waits() -> None:
     """It leaves the step like any other, and the outer agent goes on behind it."""
     desk = Desk()
-    inner_model, inner_requests = scripted(called("pay", "c1", euros=5), tell)
-    inner = Agent(inner_model, name="inner", capabilities=[PaigeantDurability(), RequestInput(desk.ask)])
-    outer_model, outer_requests = scripted(called("delegate", "o1"), tell)
-    outer = Agent(outer_model, name="outer")
-    paid: list[int] = []
-
-    @inner.tool_plain(requires_approval=True)
-    async def pay(euros: int) -> str:
-        paid.append(euros)
-        return f"paid {euros}"
-
-    @outer.tool_plain
-    async def delegate() -> str:
-        return str((await inner.run("Pay.")).output)
-
-    activity = ActivityRegistry()
-    activity.agent(outer, prompt="Delegate.", retries=0)
+    activity, paid, requests = delegating(RequestInput(desk.ask))
     async with opened(activity) as app, working(app.worker()):
         run = await app.dispatch(Workflow("w", ["outer"]))
         [request] = await asked(app, run)
@@ -584,7 +574,7 @@ async def test_request_input_of_an_agent_within_a_tool_waits() -> None:
         result = await run.wait(PATIENCE)
     assert "paid 5" in str(result.output), result.error
     assert (desk.tokens, paid) == ([request.id], [5])
-    assert (inner_requests, outer_requests) == ([0, 1], [0, 1])
+    assert requests == [[0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize("arguments", ["9", 9, [9]])

@@ -59,13 +59,14 @@ from pydantic_ai.capabilities.abstract import (
 from pydantic_ai.durable_exec import (
     BaseDurabilityCapability,
     DurabilityEngineSpec,
+    DurableOperationBackend,
     DurableOperationId,
     RoleBasedOperationConfig,
     ToolsetValidateToolArgumentsId,
     conversation_id_from_run_id,
     replay_scope,
 )
-from pydantic_ai.durable_exec._operation_backend import _IN_DURABLE_UNIT, DurableOperationBackend
+from pydantic_ai.durable_exec._operation_backend import _IN_DURABLE_UNIT
 from pydantic_ai.durable_exec._toolset import DurableMCPToolset
 from pydantic_ai.exceptions import (
     FallbackExceptionGroup,
@@ -517,6 +518,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
     def _model_id_for_request(
         self, ctx: RunContext[AgentDepsT], request_context: ModelRequestContext
     ) -> str | None:
+        if (progress := PROGRESS.get()) is not None:
+            progress.model = request_context.model_id or request_context.model.model_id
         try:
             return super()._model_id_for_request(ctx, request_context)
         except UserError:
@@ -537,7 +540,10 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
 
     def _stamp_response(self, response: ModelResponse, messages: list[ModelMessage]) -> None:
         put_price(response)
-        # What is recorded says which run it is of; the agent fills these in only after that.
+        # What is recorded says which run and which model it is of. The agent fills these in only after that, and where
+        # an answer of another model is replayed it would name the one that it meant to ask.
+        if (progress := PROGRESS.get()) is not None:
+            response.model_id = response.model_id or progress.model
         if messages:
             response.run_id = response.run_id or messages[-1].run_id
             response.conversation_id = response.conversation_id or messages[-1].conversation_id

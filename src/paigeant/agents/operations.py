@@ -125,6 +125,8 @@ class Progress:
     is_pending: bool = False
     about: str = ""
     """The step of the agent's run that the last answer is of."""
+    model: str | None = None
+    """The id of the model that is asked now, or was last."""
     error: Exception | None = None
     line: str = ""
     calls: dict[str, str] = field(default_factory=dict)
