@@ -136,14 +136,16 @@ class Database(ABC):
         request: Request,
         *,
         durable: bool = True,
+        size: int = 0,
     ) -> asyncio.Future[Result]:
         """Have `handler` do `request` in a transaction, with others of its kind; gives its result once it is committed.
 
         What isn't `durable` survives the death of this process, but perhaps not a loss of power: for what may be done
-        again, such as a claim. Raises StoreUnavailable when the transaction couldn't be written: then nothing of it
+        again, such as a claim. `size`: the bytes that `request` writes, where these may be many: few such share a
+        transaction. Raises StoreUnavailable when the transaction couldn't be written: then nothing of it
         has been, unless the answer to the commit itself was lost.
         """
-        return self._submit(self._writer, handler, request, durable=durable)
+        return self._submit(self._writer, handler, request, durable=durable, size=size)
 
     def write_lazily(
         self, handler: Callable[[Tx, Sequence[Request]], Sequence[Any]], request: Request
@@ -210,7 +212,7 @@ class Database(ABC):
             listener(names)
 
     def _submit(
-        self, lane: Lane | None, handler: Handler, request: Any, *, durable: bool = True
+        self, lane: Lane | None, handler: Handler, request: Any, *, durable: bool = True, size: int = 0
     ) -> asyncio.Future[Any]:
         if lane is not None:
             if lane.loop is not asyncio.get_running_loop():
@@ -219,7 +221,7 @@ class Database(ABC):
                     f"{self.place} was opened in another event loop; have it asked there, as "
                     "asyncio.run_coroutine_threadsafe(app.dispatch(...), loop) does"
                 )
-            return lane.submit(handler, request, durable=durable)
+            return lane.submit(handler, request, durable=durable, size=size)
         closed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         closed.set_exception(not_open(self.place))
         return closed

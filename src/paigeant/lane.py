@@ -41,6 +41,9 @@ log = logging.getLogger("paigeant.lane")
 _BATCH = 250
 """Requests in one transaction at the most: while they are put together nothing else runs."""
 
+_BATCH_BYTES = 8 * 1024 * 1024
+"""And their bytes, unless one alone has more: a database lets no transaction take longer than some seconds."""
+
 _LAZY_SECONDS = 0.02
 _MANY = 24
 """Requests that share their transaction well enough. A lane for which fewer are waiting rests until so many may be."""
@@ -173,15 +176,16 @@ Begin = Callable[[Connection, bool], AbstractContextManager[Tx]]
 class _Op:
     """A request to a lane, and who waits for its result."""
 
-    __slots__ = ("durable", "future", "handler", "request")
+    __slots__ = ("durable", "future", "handler", "request", "size")
 
     def __init__(
-        self, handler: Handler, request: Any, future: asyncio.Future[Any] | None, durable: bool
+        self, handler: Handler, request: Any, future: asyncio.Future[Any] | None, durable: bool, size: int
     ) -> None:
         self.handler = handler
         self.request = request
         self.future = future
         self.durable = durable
+        self.size = size
 
 
 class Lane:
@@ -235,13 +239,18 @@ class Lane:
         self._hands = Hands(name)
         self._ended = asyncio.Event()
 
-    def submit(self, handler: Handler, request: Any, *, durable: bool = True) -> asyncio.Future[Any]:
-        """Have `request` done; the future has its result once its transaction is committed."""
+    def submit(
+        self, handler: Handler, request: Any, *, durable: bool = True, size: int = 0
+    ) -> asyncio.Future[Any]:
+        """Have `request` done; the future has its result once its transaction is committed.
+
+        `size`: the bytes of what it writes, where these may be many.
+        """
         future: asyncio.Future[Any] = self.loop.create_future()
         if self._stopped:
             future.set_exception(StoreUnavailable("the database is closed"))
             return future
-        self._waiting.append(_Op(handler, request, future, durable))
+        self._waiting.append(_Op(handler, request, future, durable, size))
         if self._idle.is_set() and len(self._waiting) == 1:
             # Not at once: what other tasks ask for in this turn of the loop shares the transaction.
             self.loop.call_soon(self._next_if_idle)
@@ -251,7 +260,7 @@ class Lane:
         """Have `request` done along with the next transaction, or soon. For what may be lost in a crash."""
         if self._stopped:
             return
-        self._lazy.append(_Op(handler, request, None, False))
+        self._lazy.append(_Op(handler, request, None, False, 0))
         if len(self._lazy) == 1:
             self.loop.call_later(_LAZY_SECONDS, self._next_if_idle)
 
@@ -275,14 +284,24 @@ class Lane:
             self._next()
 
     def _next(self) -> None:
-        batch = self._lazy + self._waiting[:_BATCH]
-        del self._waiting[:_BATCH]
+        most = self._most()
+        batch = self._lazy + self._waiting[:most]
+        del self._waiting[:most]
         self._lazy = []
         self._idle.clear()
         self._began = time.monotonic()
         if self._limit is not None and self._watch is None:
             self._watch_over(self._limit, self._limit)
         self._hand(batch)
+
+    def _most(self) -> int:
+        """How many of those that wait may share a transaction."""
+        size = 0
+        for place, op in enumerate(self._waiting[:_BATCH]):
+            size += op.size
+            if size > _BATCH_BYTES:
+                return max(place, 1)
+        return _BATCH
 
     def _hand(self, batch: list[_Op] | None) -> None:
         """Have it done, after what is still being tidied up; None is the end."""

@@ -91,17 +91,26 @@ class Waiters:
             if not future.done():
                 future.set_result(status)
 
+    def _lose(self, workflow_id: str) -> None:
+        self._open.discard(workflow_id)
+        for future in self._futures.get(workflow_id, ()):
+            if not future.done():
+                future.set_exception(RunNotFound(workflow_id))
+
     async def _look_again(self, at_once: bool = False) -> None:
         pause = _LOOK_AGAIN_SECONDS if self._hears_others() else _LOOK_OFTEN_SECONDS
         while self._futures:
             if not at_once:
                 await asyncio.sleep(pause)
             at_once = False
+            waited_for = list(self._futures)
             try:
-                found = await self._look(list(self._futures))
+                found = await self._look(waited_for)
             except PaigeantError as exc:
                 log.warning("can't see which runs have ended, will look again: %s", exc)
                 continue
-            for run_id, status in found.items():
-                if status in RUN_ENDED:
-                    self._end(run_id, status)
+            for run_id in waited_for:
+                if run_id not in found:  # it was deleted, or the store is an older one by now
+                    self._lose(run_id)
+                elif found[run_id] in RUN_ENDED:
+                    self._end(run_id, found[run_id])

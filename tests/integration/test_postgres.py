@@ -39,7 +39,7 @@ from paigeant.databases import postgres
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import Pipeline, ServerClock
 from paigeant.databases.postgres import PostgresDatabase
-from paigeant.errors import ConfigurationError, RunConflict, SchemaMismatch, StoreUnavailable
+from paigeant.errors import ConfigurationError, RunConflict, RunNotFound, SchemaMismatch, StoreUnavailable
 from paigeant.green import elsewhere
 from paigeant.heads import foreseen_heads
 from paigeant.lane import Later, Tx
@@ -764,6 +764,17 @@ async def test_a_column_whose_type_is_changed_meanwhile_is_read(postgres_url: st
         assert (await store.load_run("before")).run.status is RunStatus.COMPLETED
         await store.record_step_result(await claimed(store, "after"))
         assert (await store.load_run("after")).run.status is RunStatus.COMPLETED
+
+
+async def test_a_run_that_is_gone_is_waited_for_no_longer(postgres_tables: str) -> None:
+    """As after an older state of the database was restored: nobody would ever tell of its end."""
+    async with opened(postgres_tables) as store:
+        await store.record_workflow_start(run("r", "a"), due("a"))
+        waiting = asyncio.create_task(store.wait_ended("r"))
+        await asyncio.sleep(0)
+        asked(postgres_tables, "DELETE FROM workflow_runs")
+        with pytest.raises(RunNotFound):
+            await asyncio.wait_for(waiting, PATIENCE)
 
 
 async def test_a_worker_outlasts_tables_that_are_away(

@@ -95,6 +95,19 @@ async def held(database: SqliteDatabase) -> threading.Event:
     return go
 
 
+async def test_large_requests_share_a_transaction_with_few(database: SqliteDatabase) -> None:
+    """Together they would take longer than it may, each time anew: none of them would ever be done."""
+    shared: list[list[int]] = []
+
+    def take(tx: Tx, requests: Sequence[int]) -> list[None]:
+        shared.append(list(requests))
+        return [None] * len(requests)
+
+    sizes = [5, 5, 1, 1, 20, 1]
+    await asyncio.gather(*(database.write(take, size, size=size * 2**20) for size in sizes))
+    assert shared == [[5], [5, 1, 1], [20], [1]]
+
+
 async def test_a_question_through_sqlalchemy_does_not_keep_the_event_loop(database: SqliteDatabase) -> None:
     """It may look through the whole file, so that its transaction is done in another thread."""
     own = threading.get_ident()

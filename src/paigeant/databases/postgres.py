@@ -282,7 +282,7 @@ class PostgresDatabase(Database):
 
     def _make_engine(self, *, plain: bool = False) -> Engine:
         def connect() -> Any:
-            driver = GreenConnection.connect(**self._parameters, autocommit=not plain)
+            driver = GreenConnection.connect(**self._parameters, autocommit=True)
             if not plain:
                 self._opening.watch = _watched(driver)
             # What was recorded comes back byte for byte, and is parsed by whoever needs it.
@@ -290,7 +290,7 @@ class PostgresDatabase(Database):
                 driver.adapters.register_loader(kind, TextLoader)
             if plain:
                 driver.execute("; ".join(f"SET {name} = 0" for name in _UNHURRIED))
-                driver.commit()  # else they would end with the transaction
+                driver.autocommit = False
             else:
                 driver.prepare_threshold = None  # it would do away with ours along with its own
                 session = dict(_SESSION)

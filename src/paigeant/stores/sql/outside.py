@@ -33,7 +33,9 @@ class SqlOutside(SqlPart):
         return [inbox.take(tx, *request) for request in requests]
 
     async def record_signal(self, workflow_id: str, name: str, value: bytes, *, sender: str = "") -> None:
-        unwrapped(await self.database.write(self._signal, (workflow_id, name, value, sender)))
+        unwrapped(
+            await self.database.write(self._signal, (workflow_id, name, value, sender), size=len(value))
+        )
 
     @its_run
     def _signal(self, tx: Tx, requests: Sequence[tuple[str, str, bytes, str]]) -> list[PaigeantError | None]:

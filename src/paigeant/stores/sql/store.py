@@ -101,7 +101,7 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
         self, run: RunRecord, first: NextStep | None, posting: Posting | None = None, *, is_new: bool = False
     ) -> bool:
         start = _Start(run, first, posting, is_new)
-        new: bool = unwrapped(await self.database.write(self._start, start))
+        new: bool = unwrapped(await self.database.write(self._start, start, size=len(run.input)))
         if new and first is not None:
             self.waiters.started(run.id)
         return new
@@ -221,7 +221,8 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
     async def record_step_result(
         self, result: StepResult, posting: Posting | None = None
     ) -> Recorded | Refused:
-        return await self.database.write(self._record, _Result(result, posting))
+        size = len(result.output or b"") + len(result.input or b"") + sum(map(len, result.variables.values()))
+        return await self.database.write(self._record, _Result(result, posting), size=size)
 
     @needing(lock_runs, lambda request: (request.result.key.workflow_id,))
     def _record(self, tx: Tx, requests: Sequence[_Result]) -> list[Recorded | Refused]:

@@ -46,7 +46,7 @@ class SqlValues(SqlPart):
             text = codec.dump(value).decode()
         except codec.JsonInvalid as exc:
             raise InputInvalid(f"variable '{key}' can't be written as JSON: {exc}") from exc
-        unwrapped(await self.database.write(self._save_variable, (workflow_id, key, text)))
+        unwrapped(await self.database.write(self._save_variable, (workflow_id, key, text), size=len(text)))
 
     @its_run
     def _save_variable(self, tx: Tx, requests: Sequence[tuple[str, str, str]]) -> list[PaigeantError | None]:
@@ -64,7 +64,7 @@ class SqlValues(SqlPart):
         return default if text is None else from_json(variable_in(text))
 
     async def save_unit(self, key: StepKey, name: str, value: bytes) -> bytes:
-        return await self.database.write(self._save_unit, (key, name, value))
+        return await self.database.write(self._save_unit, (key, name, value), size=len(value))
 
     def _save_unit(self, tx: Tx, requests: Sequence[tuple[StepKey, str, bytes]]) -> list[Later[bytes]]:
         save_units(tx, requests)
