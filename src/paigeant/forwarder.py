@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from types import MappingProxyType
@@ -26,6 +27,9 @@ __all__ = ["LONGEST_DELAY", "STORED_PAYLOAD", "Forwarder", "Letter"]
 
 LONGEST_DELAY = 60.0
 """Seconds. A message for a later time would only lie about: the sweeper sends it when it is due."""
+
+_AWAY_SECONDS = 5.0
+"""So long is sent what goes to servers of which one is away; the rest waits for the next time."""
 
 _EXECUTED_BYTES = len(b'{"step_id":,"activity":,"status":"skipped"},') - len(b'{"activity":,"id":},')
 _UNDO_BYTES = len(b'{"step_id":,"activity":,"topic":},')
@@ -206,11 +210,17 @@ class Forwarder:
 
         Those that wait for long in `covered` topics, which have a message for each of their steps, mostly need none.
         Gives those that could not be sent because a server is away, with their topics: to be given back as `unsent`
-        together with the next `keys`.
+        together with the next `keys`. Those that weren't tried are the first of them.
         """
         left: dict[StepKey, str] = {}
+        untried: dict[StepKey, str] = {}
         away: set[str] = set()
+        clock = asyncio.get_running_loop()
+        until = clock.time() + _AWAY_SECONDS
         for key in dict.fromkeys([*unsent, *keys]):
+            if away and clock.time() > until:  # one that hangs must not hold up a sweep for each topic
+                untried[key] = unsent.get(key, "")
+                continue
             if unsent.get(key) in away:  # found out by another one, and perhaps waited for
                 left[key] = unsent[key]
                 continue
@@ -245,7 +255,7 @@ class Forwarder:
                 away.add(topic)
             except (PaigeantError, ValidationError) as exc:  # a slip of newer code is for that to send
                 log.warning("can't make a message for %s: %s", key, " ".join(str(exc).split()))
-        return left
+        return {**untried, **left}
 
     async def may_wake(self, key: StepKey) -> bool:
         """Whether receivers would take a message for this step from this process. Raises RunNotFound."""

@@ -6,6 +6,7 @@ for every store. Instants are seconds since 1970 (UTC) by the store's own clock,
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -245,12 +246,13 @@ class DeadLetter:
         """The dead letter for a message, with what its id says of its run and the part of its body that is kept.
 
         `reason` is a word, which `detail` explains; of a sentence such as "word: why" it is the word. What a message
-        says may be part of them, and as long as a message, so they are cut.
+        says may be part of them, and as long as a message, so they are cut; and so is the id, to one that is as much
+        this message's alone.
         `attempts`, which a broker may have told wrong, is kept within what every store can hold.
         """
         known = MessageId.read(message_id)
         return cls(
-            message_id,
+            _kept_id(message_id),
             topic,
             _cut(reason.partition(": ")[0]),
             _cut(detail),
@@ -263,6 +265,18 @@ class DeadLetter:
 
 _MOST_DETAIL = 4000
 """Characters."""
+
+
+_MOST_ID_BYTES = 2000
+"""Postgres refuses longer keys, from 2,704 bytes on. Whoever may write to a broker chooses the ids of messages."""
+
+
+def _kept_id(message_id: str) -> str:
+    encoded = message_id.encode(errors="replace")
+    if len(encoded) <= _MOST_ID_BYTES:
+        return message_id
+    begin = encoded[: _MOST_ID_BYTES // 2].decode(errors="ignore")
+    return f"{begin}~{hashlib.sha256(encoded).hexdigest()}"
 
 
 def _cut(text: str) -> str:

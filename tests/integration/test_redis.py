@@ -25,7 +25,7 @@ from tests.integration.redis_servers import redis_cluster, redis_sentinels, redi
 from tests.services import RedisServer, free_port
 from tests.services.proxy import Proxy
 
-from paigeant import loops
+from paigeant import Paigeant, Settings, Workflow, loops
 from paigeant.envelope import HEAD_BYTES
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.message import PaigeantMessage, encode
@@ -357,6 +357,33 @@ async def _says_loading(url: str) -> bool:
         return "still loading" in str(exc)
     await transport.close()
     raise AssertionError("the server had loaded before it was asked")
+
+
+async def test_a_frozen_server_holds_up_a_sweep_once(
+    server: RedisServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not for each topic to which steps go. What wasn't tried comes first the next time."""
+    monkeypatch.setattr("paigeant.forwarder._AWAY_SECONDS", 0.1)
+    url = f"{server.url}?socket_timeout=0.2"
+    async with Paigeant(Settings(transport_url=url, store_url="memory://", signing="off")) as app:
+        for topic in "abc":
+            await app.dispatch(Workflow("w", [topic]), {}, workflow_id=topic)
+        keys = [key for topic in "abc" for key in await app.store.open_steps(topic)]
+        server.freeze()
+        owed = dict.fromkeys(keys, "")
+        tried = []
+        try:
+            for _ in range(3):
+                caplog.clear()
+                owed = await app.forwarder.send_again((), owed)
+                tried.append(re.findall(r"not published to (\w)", caplog.text))
+        finally:
+            server.thaw()
+        assert tried == [["a"], ["b"], ["c"]]
+        assert set(owed) == set(keys)
+        while owed:
+            owed = await app.forwarder.send_again((), owed)
+        assert {depth.topic for depth in await app.transport.topics()} == set("abc")
 
 
 async def test_a_demoted_server_is_told_of_and_waited_for(

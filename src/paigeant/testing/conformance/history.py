@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -270,6 +271,16 @@ class HistoryConformance(StoreBench):
         listed = await store.list_dead_letters()
         assert [(each.id, each.body) for each in listed] == [("l2", b""), ("l1", b"")]
         assert [each.id for each in await store.list_dead_letters(limit=1)] == ["l2"]
+
+    async def test_a_letter_is_kept_however_long_its_id_is(self, store: Store) -> None:
+        """Whoever may write to a broker chooses the ids of messages. What is kept tells them apart."""
+        long = "".join(sha256(str(number).encode()).hexdigest() for number in range(500))
+        letters = {DeadLetter.about(f"{long}{end}", "work", "x", "x", b"", 1) for end in "abb"}
+        for letter in letters:
+            await store.bury(letter)
+        assert len(await store.list_dead_letters()) == 2
+        for letter in letters:
+            assert (await store.load_dead_letter(letter.id)) is not None
 
     async def test_the_first_letter_of_an_id_stands(self, store: Store) -> None:
         """Burying twice is harmless."""

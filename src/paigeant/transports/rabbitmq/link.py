@@ -28,7 +28,7 @@ from yarl import URL
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.transports.rabbitmq.headers import tolerate
-from paigeant.urls import check_readable
+from paigeant.urls import check_parameters, check_readable
 
 __all__ = [
     "CLOSE_SECONDS",
@@ -61,6 +61,20 @@ OPEN_SECONDS = 15.0
 _SETTINGS = ("namespace", "queue_type", "delivery_limit")
 """What the URL may say besides aio-pika's own parameters."""
 
+_OF_LIBRARY = (
+    "auth",
+    "cafile",
+    "capath",
+    "certfile",
+    "happy_eyeballs_delay",
+    "heartbeat",
+    "interleave",
+    "keyfile",
+    "name",
+    "no_verify_ssl",
+)
+"""It reads them here and there, and passes over all others."""
+
 _Opened = TypeVar("_Opened")
 
 tolerate()
@@ -83,6 +97,7 @@ def read_url(url: str) -> tuple[URL, dict[str, str]]:
         raise ConfigurationError(
             "transport_url is not one of RabbitMQ; expected amqp://user:password@host:port/vhost, or amqps://"
         ) from None
+    check_parameters(url, (*_SETTINGS, *_OF_LIBRARY))
     query = dict(parsed.query)
     told: dict[str, str] = {name: query.pop(name) for name in _SETTINGS if name in query}
     heartbeat = query.setdefault("heartbeat", str(_HEARTBEAT_SECONDS))
@@ -90,6 +105,9 @@ def read_url(url: str) -> tuple[URL, dict[str, str]]:
         raise ConfigurationError(
             f"the parameter heartbeat of transport_url isn't a whole number of seconds up to {_MOST_HEARTBEAT_SECONDS}"
         )
+    if query.get("no_verify_ssl", "0") not in ("0", "1"):
+        # For aiormq each word but 0 is a yes, `false` as well.
+        raise ConfigurationError("the parameter no_verify_ssl of transport_url is 1 or 0")
     return parsed.with_query(query), told
 
 
