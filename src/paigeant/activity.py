@@ -92,7 +92,7 @@ class Parameter:
         if self.adapter is None:
             return codec.copied(value)
         try:
-            return self.adapter.validator.validate_json(codec.dump(value))
+            return codec.load_as(self.adapter, value)
         except ValidationError as exc:
             wrong = exc
         first = wrong.errors(include_url=False, include_input=False)[0]

@@ -28,6 +28,7 @@ __all__ = [
     "dump",
     "dump_as",
     "dump_sorted",
+    "load_as",
     "parse_strict",
     "plain",
     "storable",
@@ -104,6 +105,14 @@ def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
             field = f" in the field '{unexpected['field']}'" if unexpected["field"] else ""
             raise OtherType(f"expected {unexpected['expected']}{field}, found {unexpected['found']}") from exc
         raise JsonInvalid(_reason(exc)) from exc
+
+
+def load_as(adapter: TypeAdapter[Any], value: Any) -> Any:
+    """A JSON value (see `plain`) as its declared type. Raises ValidationError where it doesn't fit.
+
+    Fields may stand under their names, as `dump_as` writes them, or under their aliases, as others know them.
+    """
+    return adapter.validator.validate_json(dump(value), by_alias=True, by_name=True)
 
 
 def dump_sorted(value: Any) -> bytes:

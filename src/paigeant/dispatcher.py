@@ -323,7 +323,7 @@ _MOST_TOLD = 20
 def _fitted(workflow: Workflow, payload: dict[str, Any]) -> dict[str, Any]:
     adapter: TypeAdapter[Any] = typed(workflow.input_model)
     try:
-        fitted: dict[str, Any] = codec.plain(adapter.validate_json(codec.dump(payload)))
+        fitted: dict[str, Any] = codec.plain(codec.load_as(adapter, payload))
         return fitted
     except ValidationError as exc:
         cause = exc

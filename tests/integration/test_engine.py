@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from paigeant import (
     ActivityRegistry,
@@ -1221,6 +1221,24 @@ async def test_an_input_is_checked_against_its_model(settings: Settings) -> None
         with pytest.raises(InputInvalid, match=r"'w' doesn't fit: quantity"):
             await app.dispatch(workflow, {"sku": "A", "quantity": "many"})
         assert len(await app.store.list_runs()) == 2
+
+
+class Known(BaseModel):
+    name: str = Field(validation_alias="called")
+
+
+async def test_an_input_model_may_be_given_whatever_its_fields_are_called_outside(settings: Settings) -> None:
+    """The model itself, and objects with the names of its fields or with their aliases."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def show(name: str) -> str:
+        return name
+
+    workflow = Workflow("w", ["show"], input_model=Known)
+    async with working(settings, activity) as app:
+        for given in (Known(called="Ada"), {"called": "Ada"}, {"name": "Ada"}):
+            assert (await (await app.dispatch(workflow, given)).wait(PATIENCE)).output == "Ada"
 
 
 def _cycle() -> dict[str, Any]:

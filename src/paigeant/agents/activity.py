@@ -246,7 +246,7 @@ def _from_payload(name: str, kind: Any) -> _Source:
             return whole.read(name, arguments["deps"])
         found = {field: arguments[field] for field in names if field in arguments}
         try:
-            return adapter.validate_json(codec.dump(found))
+            return codec.load_as(adapter, found)
         except ValidationError as exc:
             wrong = exc
         first = wrong.errors(include_url=False, include_input=False)[0]
