@@ -72,6 +72,26 @@ def unknown_activities(
                 yield where, UnknownActivity(name, activities)
 
 
+def unknown_arguments(workflows: Iterable[Workflow], activities: ActivityRegistry) -> Iterator[str]:
+    """What steps of `workflows` have among their `args`, and neither their activity nor its compensation takes.
+
+    Nobody would miss it: what was meant by it comes from the payload, or from a default.
+    """
+    for workflow in workflows:
+        for step in workflow.steps:
+            activity = activities.find(step.activity)
+            takers = [] if activity is None else [activity, activity.compensation or activity]
+            if any(taker.takes_rest for taker in takers):
+                continue
+            taken = {one.name for taker in takers for one in taker.parameters if not one.is_context}
+            for name in step.args if takers else ():
+                if name not in taken:
+                    yield (
+                        f"workflow '{workflow.name}': step '{step.id}' gives the argument '{name}', which activity "
+                        f"'{step.activity}' doesn't take; {nearest(name, taken)}"
+                    )
+
+
 def _add(workflows: dict[str, tuple[Workflow, str]], workflow: Workflow, name: str) -> None:
     other, place = workflows.setdefault(workflow.name, (workflow, name))
     if other is not workflow:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from pydantic_ai import Agent
 from pydantic_ai.models.test import TestModel
 
-from paigeant import ActivityRegistry, ItineraryPolicy, Workflow
+from paigeant import ActivityRegistry, ItineraryPolicy, Sleep, Step, StepContext, Workflow
 from paigeant.errors import HandlerError
-from paigeant.loading import load, unknown_activities
+from paigeant.loading import load, unknown_activities, unknown_arguments
 
 ONE = """
 from paigeant import ActivityRegistry, Workflow
@@ -217,3 +218,39 @@ def test_unknown_activities_that_an_agent_may_add_are_found() -> None:
     registry.agent(agent, prompt="Plan.", may_add=ItineraryPolicy(allowed=["planner", "shorte"]))
     found = [(where, error.name) for where, error in unknown_activities([], registry)]
     assert found == [("may_add of activity 'planner'", "shorte")]
+
+
+def test_arguments_that_nothing_takes_are_found() -> None:
+    """A slip of the pen in `args` would leave the parameter that was meant at its default, unseen."""
+    registry = ActivityRegistry()
+
+    @registry.execute()
+    async def shorten(text: str, length: int = 100, *, ctx: StepContext) -> str: ...  # type: ignore[empty-body]
+
+    @registry.compensate("shorten")
+    async def restore(output: str, where: str = "") -> None: ...
+
+    @registry.execute()
+    async def anything(**rest: str) -> None: ...
+
+    @dataclass
+    class Shop:
+        country: str
+
+    registry.agent(
+        Agent(TestModel(), name="writer", deps_type=Shop), prompt="Write to {customer.name}.", deps=Shop
+    )
+    good = [
+        Step("shorten", args={"length": 5, "where": "here"}),
+        Step("anything", args={"whatever": 1}),
+        Step("writer", args={"customer": {"name": "Ada"}, "country": "DE"}),
+        Step("elsewhere", args={"unknown": 1}),
+        Sleep(5),
+    ]
+    wrong = [Step("shorten", args={"lenght": 5}), Step("shorten", id="s", args={"ctx": 1})]
+    found = list(unknown_arguments([Workflow("w", [*good, *wrong])], registry))
+    assert [line.partition(", which")[0] for line in found] == [
+        "workflow 'w': step 'shorten_2' gives the argument 'lenght'",
+        "workflow 'w': step 's' gives the argument 'ctx'",
+    ]
+    assert "activity 'shorten' doesn't take; did you mean 'length'?" in found[0]

@@ -182,7 +182,7 @@ def _wanted(topics: Sequence[str] | None) -> list[str] | None:
 def _check(settings: Settings, loaded: Handlers, wanted: list[str] | None) -> None:
     """Tell what can't be meant: steps that this worker can't do, or that go to topics which it doesn't serve."""
     from paigeant.errors import nearest
-    from paigeant.loading import unknown_activities
+    from paigeant.loading import unknown_activities, unknown_arguments
     from paigeant.waits import WAITS
 
     workflows = {**settings.defined_workflows(), **{workflow.name: workflow for workflow in loaded.workflows}}
@@ -192,6 +192,8 @@ def _check(settings: Settings, loaded: Handlers, wanted: list[str] | None) -> No
         if settings.strict:
             raise UnknownActivity(unknown.name, loaded.activities)
         console.warn(f"{where}: {unknown}; another service may have it")
+    for unmeant in unknown_arguments(workflows.values(), loaded.activities):
+        console.warn(unmeant)
     activities = loaded.activities
     known = {activities.get(name).topic for name in activities} | set(activities)
     extra = {
