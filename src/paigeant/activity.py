@@ -76,12 +76,16 @@ def typed(annotation: Any) -> TypeAdapter[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of an activity. `adapter` is None for one that takes anything as JSON gives it."""
+    """A parameter of an activity. `adapter` is None for one that takes anything as JSON gives it.
+
+    `is_bare`: it is a function's that has no annotation.
+    """
 
     name: str
     adapter: TypeAdapter[Any] | None = None
     default: Any = MISSING
     is_context: bool = False
+    is_bare: bool = False
 
     def read(self, activity: str, value: Any) -> Any:
         """`value`, which came from JSON, as the annotation wants it and its own copy. Raises ArgumentError."""
@@ -513,7 +517,8 @@ def read_parameters(name: str, function: Callable[..., Any]) -> tuple[tuple[Para
             adapter = None if annotation is Any or is_context else typed(annotation)
         except InvalidDefinition as exc:
             raise InvalidDefinition(f"parameter '{parameter.name}' of activity '{name}': {exc}") from exc
-        parameters.append(Parameter(parameter.name, adapter, parameter.default, is_context))
+        is_bare = parameter.name not in hints
+        parameters.append(Parameter(parameter.name, adapter, parameter.default, is_context, is_bare))
     return tuple(parameters), takes_rest
 
 

@@ -99,7 +99,7 @@ async def resolve(
             shown[parameter.name] = value
             arguments[parameter.name] = parameter.read(activity.name, value)
         elif parameter.default is MISSING:
-            context_too = ", or annotate it StepContext to be given that" if parameter.adapter is None else ""
+            context_too = ", or annotate it StepContext to be given that" if parameter.is_bare else ""
             raise ArgumentError(
                 f"activity '{activity.name}' needs '{parameter.name}', which isn't there; "
                 f"there is: {', '.join(sorted({*namespace.names(), *explicit})) or 'nothing'}. "

@@ -119,7 +119,7 @@ def test_what_the_store_tells_needs_no_broker(scheme: str, monkeypatch: pytest.M
     assert as_json("runs", "show", "o-1")["status"] == "completed"
     assert as_json("requests", "list") == []
     assert as_json("variables", "list", "o-1") == {"shelf": "B-7"}
-    assert as_json("variables", "set", "o-1", "limit", "5") == {"id": "o-1", "limit": 5}
+    assert as_json("variables", "set", "o-1", "limit", "5") == {"id": "o-1", "key": "limit", "value": 5}
     assert as_json("variables", "get", "o-1", "limit") == 5
     assert "no log lines" in paigeant("logs", "o-1").stderr
     assert as_json("dead-letters", "show", "m-1")["reason"] == "not_json"
@@ -860,6 +860,14 @@ def test_an_upgrade_makes_the_tables() -> None:
     assert as_json("db", "upgrade")["current"] == newest
     assert as_json("db", "upgrade") == {"database": "paigeant.db", "before": newest, "current": newest}
     assert paigeant("db", "current").stdout == f"paigeant.db: {newest} (newest)\n"
+
+
+def test_of_two_databases_each_is_told_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As JSON they can be read one by one; those of a run's log are told like that, too."""
+    monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", "sqlite:///messages.db")
+    for command in ("upgrade", "current", "downgrade"):
+        lines = paigeant("db", command, "--json").stdout.splitlines()
+        assert [json.loads(line)["database"] for line in lines] == ["paigeant.db", "messages.db"]
 
 
 def test_a_downgrade_takes_the_tables_away() -> None:

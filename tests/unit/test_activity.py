@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, Literal, Optional, TypeVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator, BaseModel, Field
 
 from paigeant import ActivityRegistry, RetryPolicy, StepContext
 from paigeant.activity import Parameter, typed
@@ -41,6 +41,28 @@ class Reading:
 
 class Opaque:
     pass
+
+
+class Parcel(BaseModel):
+    """Known by other names outside: by both, only when it is read, only when it is written."""
+
+    order_id: str = Field(alias="orderId")
+    net_weight: int = Field(validation_alias="weight")
+    sent_by: str = Field(serialization_alias="from")
+
+
+class Letter(BaseModel):
+    kind: Literal["letter"] = Field("letter", alias="type")
+    to_whom: str = Field(alias="toWhom")
+
+
+class Card(BaseModel):
+    kind: Literal["card"] = Field("card", alias="type")
+    to_whom: str = Field(alias="toWhom")
+
+
+Post = Annotated[Letter | Card, Field(discriminator="kind")]
+PARCEL = Parcel.model_validate({"orderId": "o-1", "weight": 3, "sent_by": "Ada"})
 
 
 def registered(function: Any, **options: Any) -> Any:
@@ -241,6 +263,9 @@ VALUES: list[tuple[Any, Any]] = [
     (list[Money], [Money(amount=Decimal("0.00"))]),
     (Reading, Reading(datetime(2026, 1, 1, tzinfo=UTC), b"\xff\x00", math.inf)),
     (list[Reading], [Reading(datetime(2026, 1, 1, tzinfo=UTC), b"\xff\x00", -math.inf)]),
+    (Parcel, PARCEL),
+    (dict[str, list[Parcel]], {"a": [PARCEL]}),
+    (list[Post], [Card(type="card", toWhom="Ada"), Letter(type="letter", toWhom="Ada")]),
 ]
 
 

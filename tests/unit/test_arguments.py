@@ -83,12 +83,17 @@ async def test_a_missing_argument_says_what_is_there() -> None:
 
 
 async def test_a_parameter_without_annotation_may_be_meant_for_the_context() -> None:
-    """A name alone doesn't get the context: the error says what does."""
+    """A name alone doesn't get the context: the error says what does. One that has an annotation isn't meant so."""
 
     def needs(ctx): ...
 
     with pytest.raises(ArgumentError, match=r"a default, or annotate it StepContext to be given that$"):
         await given(needs)
+
+    def takes(anything: Any): ...
+
+    with pytest.raises(ArgumentError, match=r"a default$"):
+        await given(takes)
 
 
 async def test_earlier_outputs_have_the_names_of_their_steps() -> None:

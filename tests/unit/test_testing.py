@@ -6,6 +6,7 @@ import asyncio
 import doctest
 import inspect
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -279,6 +280,27 @@ async def test_settings_can_be_given() -> None:
     assert MemoryApp(ActivityRegistry(), retries=0).settings.retries == 0
     with pytest.raises(ConfigurationError, match="did you mean 'retries'"):
         MemoryApp(ActivityRegistry(), retires=0)
+
+
+async def test_the_configuration_of_a_deployment_needs_nothing_in_a_test(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests of a project run in its folder: neither its keys, nor its database, nor its brokers are there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "paigeant.yaml").write_text(
+        "store_url: postgresql://db.example/x\n"
+        "transport_url: amqps://rabbit.example/\n"
+        "routes: {charge: 'rediss://redis.example/0'}\n"
+        "signing: require\n"
+        "log_sql: info\n"
+    )
+    monkeypatch.setenv("PAIGEANT_LOG_SQL", "debug")
+    activity, attempts = failing(0)
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["charge"]))
+        await app.drain()
+        assert (await run.wait()).output == "paid"
+    assert attempts == [1]
 
 
 def test_a_clock_is_set_by_seconds_and_by_datetime() -> None:

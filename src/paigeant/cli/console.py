@@ -70,6 +70,11 @@ def value(found: Any) -> None:
     result(json.dumps(found, indent=2, ensure_ascii=not plain))
 
 
+def line(found: Any) -> None:
+    """Write one of several results as JSON, on a line of its own: each can be read before the next one is there."""
+    result(json.dumps(found))
+
+
 def note(text: str, *, markup: bool = True) -> None:
     """Tell the user something that is no result. `markup`: whether it holds rich's tags."""
     errors().print(text, markup=markup, soft_wrap=True)

@@ -36,7 +36,7 @@ def current(json: AsJson = False) -> None:
                 misfit = _misfit(database, connection, found)
         misfits += misfit is not None
         if json:
-            console.value(
+            console.line(
                 {"database": database.place, "current": found, "newest": newest, "fits": misfit is None}
             )
         else:
@@ -204,7 +204,7 @@ def _held(connection: Connection) -> dict[str, int]:
 
 def _tell(database: Database, before: str | None, after: str | None, as_json: bool) -> None:
     if as_json:
-        console.value({"database": database.place, "before": before, "current": after})
+        console.line({"database": database.place, "before": before, "current": after})
     elif before == after:
         console.note(f"{database.place} is at {after or 'none'} already", markup=False)
     else:

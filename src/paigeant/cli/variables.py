@@ -74,6 +74,6 @@ def set_(
 
     session.wait_for(command())
     if json:
-        console.value({"id": id, key: found})
+        console.value({"id": id, "key": key, "value": found})
     else:
         console.note(f"{key} = {console.shown(found)}", markup=False)

@@ -38,7 +38,8 @@ class MemoryApp(Paigeant):
     Nothing waits for real: a retry that lies in the future is reached when `drain()` moves `clock`, or when the test
     moves it. `authority` issues tokens and keeps grants.
     `chance` (a number from 0 to 1) places waits within their jitter; by default they are exact. What
-    `settings` name are fields of `Settings`; its URLs, lease and sweep interval have values of their own here.
+    `settings` name are fields of `Settings`. Its URLs and routes are fixed here, and whatever the environment and
+    `paigeant.yaml` say, nothing is signed, no log is kept, and lease and sweep interval are long, unless `settings` do.
     """
 
     store: MemoryStore
@@ -57,11 +58,13 @@ class MemoryApp(Paigeant):
         **settings: Any,
     ) -> None:
         self.clock = clock or ManualClock()
-        urls = {"transport_url": "memory://", "store_url": "memory://"}
+        urls = {"transport_url": "memory://", "store_url": "memory://", "routes": {}}
+        # What a deployment says of keys and logs stands in the same paigeant.yaml, and isn't there for a test.
+        alone = {"signing": "off", "log_sql": "off"}
         # The worker inside is never to lose its lease because a test lets a day pass; sweeps follow the clock.
         steady = {"lease": _A_CENTURY, "sweep_interval": _A_CENTURY}
         super().__init__(
-            Settings(**{**steady, **settings, **urls}),
+            Settings(**{**alone, **steady, **settings, **urls}),
             activities=activities,
             workflows=workflows,
             observers=observers,
