@@ -400,14 +400,30 @@ class Settings(BaseSettings):
         return scrubbed(text, self.urls)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as it is meant, where a key stands once: of two `workflows:` Python's library takes the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' stands there twice", key.start_mark
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def check_file(path: Path) -> dict[str, Any]:
     """The values in the configuration file. Raises ConfigurationError for what isn't YAML or has an unknown key."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigurationError(f"{path}{place} is not YAML: {getattr(exc, 'problem', exc)}") from exc
+        reason = " ".join(str(getattr(exc, "problem", exc)).split())
+        raise ConfigurationError(f"{path}{place} is not YAML: {reason}") from exc
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigurationError(f"can't read {path}: {exc}") from exc
     if values is None:
@@ -485,6 +501,10 @@ def _step_from(workflow: str, fields: Any) -> str | Step:
     values = dict(fields)
     first = values.pop(kinds[0])
     _check_keys(values, (kinds[0], *known), f"a step of workflow '{workflow}' has")
+    if isinstance(values.get("retries"), Mapping):
+        policies = [field.name for field in dataclasses.fields(RetryPolicy)]
+        _check_keys(values["retries"], policies, f"the retries of a step of workflow '{workflow}' have")
+        values["retries"] = RetryPolicy(**values["retries"])
     return made(first, **values)
 
 

@@ -80,6 +80,7 @@ def test_workflows_in_the_file_are_those_of_code() -> None:
         "    steps:\n"
         "      - a\n"
         "      - {activity: b, id: second, args: {x: 1}, when: 'n > 1', retries: 5, timeout: 3.5, topic: gpu}\n"
+        "      - {activity: c, retries: {attempts: 4, base: 60}}\n"
     )
     workflows = Settings().defined_workflows()
     assert [step.activity for step in workflows["short"].steps] == ["a", "b"]
@@ -93,6 +94,7 @@ def test_workflows_in_the_file_are_those_of_code() -> None:
     assert full.steps[1] == Step(
         "b", id="second", args={"x": 1}, when="n > 1", retries=5, timeout=3.5, topic="gpu"
     )
+    assert full.steps[2] == Step("c", id="c", retries=RetryPolicy(attempts=4, base=60))
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,14 @@ def test_workflows_in_the_file_are_those_of_code() -> None:
         ("concurency: 5", "paigeant.yaml has an unknown key 'concurency'; did you mean 'concurrency'?"),
         ("concurrency: [", "paigeant.yaml, line 1 is not YAML"),
         ("concurrency: 5\n\tlease: 3", "paigeant.yaml, line 2 is not YAML"),
+        ("lease: 30\nlease: 40", "paigeant.yaml, line 2 is not YAML: the key 'lease' stands there twice"),
+        ("workflows: {w: [a], v: [a], w: [b]}", "line 1 is not YAML: the key 'w' stands there twice"),
+        ("timeout: 5\0", "paigeant.yaml is not YAML: unacceptable character #x0000"),
+        (
+            "workflows: {w: [{activity: a, retries: {attempt: 3}}]}",
+            "the retries of a step of workflow 'w' have an unknown key 'attempt'; did you mean 'attempts'?",
+        ),
+        ("workflows: {w: [{activity: a, retries: {attempts: 0}}]}", "a RetryPolicy needs attempts from 1"),
         ("- a\n- b", "paigeant.yaml holds a list; expected `key: value` lines"),
         ("just text", "paigeant.yaml holds a str"),
         ("concurrency: many", "concurrency: Input should be a valid integer"),
