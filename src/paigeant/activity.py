@@ -112,7 +112,8 @@ class Activity:
     `concurrency` bounds how many of it one worker does at once. `strict_fencing` refuses the late result of an attempt
     that lost its lease. `compensation` undoes it. `scopes` are the rights that it needs of the person it acts for.
     `may_add` names the activities that its model may add. `output` writes what it returns, and `models` is the
-    annotation of that where there are pydantic's models in it.
+    annotation of that where there are pydantic's models in it. `is_plain`: it is done in a thread, in a place that
+    whoever calls it has for it.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Activity:
     compensation: Activity | None = None
     scopes: tuple[str, ...] = ()
     may_add: tuple[str, ...] = ()
+    is_plain: bool = False
 
     def dump(self, value: Any) -> bytes:
         """What the activity returned, as JSON in the way its annotation wants. Raises OutputInvalid."""
@@ -443,6 +445,7 @@ def _from_function(name: str, function: Callable[..., Any]) -> Activity:
         output=output,
         models=models,
         description=inspect.getdoc(function) or "",
+        is_plain=not _is_async(function),
     )
 
 
@@ -543,10 +546,14 @@ def _hints(name: str, function: Callable[..., Any]) -> dict[str, Any]:
         ) from exc
 
 
-def _caller(function: Callable[..., Any]) -> Call:
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+def _is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004  # not whether, but how it can be called
-    ):
+    )
+
+
+def _caller(function: Callable[..., Any]) -> Call:
+    if _is_async(function):
 
         async def call(arguments: Mapping[str, Any], _: StepContext, threads: Threads | None) -> Any:
             return await function(**arguments)
@@ -554,7 +561,7 @@ def _caller(function: Callable[..., Any]) -> Call:
     else:
 
         async def call(arguments: Mapping[str, Any], _: StepContext, threads: Threads | None) -> Any:
-            value = await (threads or Threads(1)).do(function, **arguments)
+            value = await (threads or Threads(1)).do_in_place(function, **arguments)
             return await value if inspect.isawaitable(value) else value
 
     return call

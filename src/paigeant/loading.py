@@ -39,11 +39,13 @@ def load(names: Iterable[str]) -> Handlers:
     registries: dict[int, tuple[ActivityRegistry, str]] = {}
     workflows: dict[str, tuple[Workflow, str]] = {}
     for name in wanted:
-        found = list(vars(_module(name)).values())
-        here = [value for value in found if isinstance(value, ActivityRegistry)]
+        # By their types: `isinstance` asks a value for its class as well, and one that stands for something else until
+        # it is used, like the settings of Django, would be set up by that, or fail.
+        found = [(type(value), value) for value in vars(_module(name)).values()]
+        here = [value for kind, value in found if issubclass(kind, ActivityRegistry)]
         for registry in here:
             registries.setdefault(id(registry), (registry, name))
-        defined = [value for value in found if isinstance(value, Workflow)]
+        defined = [value for kind, value in found if issubclass(kind, Workflow)]
         for workflow in defined:
             _add(workflows, workflow, name)
         if not here and not defined:

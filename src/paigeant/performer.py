@@ -179,9 +179,8 @@ class Performer:
         if claim.grant.exhausted:
             attempt.outcome = await self._lost(claim, context)
             return attempt
-        timeout = claim.timeout(self.limits)
-        # Most steps have none, and to make one isn't free.
-        limit = None if timeout is None else asyncio.timeout(timeout)
+        timeout: float | None = None
+        limit: asyncio.Timeout | None = None
         token = CURRENT.set(ids)
         try:
             step, work = claim.step, claim.work
@@ -192,14 +191,19 @@ class Performer:
             if work.scopes or step is None or MANDATE in claim.message.headers:
                 acting = context._acting = self._acting(claim, context)
                 context._place.journal.secrets = acting.secrets
-            if timeout == 0:
-                raise TimeoutError(_timeout_text(claim, timeout))
-            async with limit or _UNLIMITED:
-                with context._place.entered(), _replays():
-                    if acting is not None and work.scopes:
-                        context.identity = await acting.require(context._place) or context.identity
-                    with self.reporter.begin(claim):
-                        value = await self._call(step, work, claim, context, attempt)
+            # Waited for before the time begins: of more functions than there are places, the last ones would have none.
+            async with self.threads.place() if work.is_plain and self.threads is not None else _UNLIMITED:
+                timeout = claim.timeout(self.limits)
+                if timeout == 0:
+                    raise TimeoutError(_timeout_text(claim, timeout))
+                # Most steps have none, and to make one isn't free.
+                limit = None if timeout is None else asyncio.timeout(timeout)
+                async with limit or _UNLIMITED:
+                    with context._place.entered(), _replays():
+                        if acting is not None and work.scopes:
+                            context.identity = await acting.require(context._place) or context.identity
+                        with self.reporter.begin(claim):
+                            value = await self._call(step, work, claim, context, attempt)
             if parking.is_parked:  # the activity has caught it, but what it waits for isn't there
                 attempt.outcome = Parked(parking.waits_for, parking.until)
                 return attempt

@@ -435,7 +435,8 @@ def check_file(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigurationError(f"{path}{place} is not YAML: {getattr(exc, 'problem', exc)}") from exc
+        reason = " ".join(str(getattr(exc, "problem", exc)).split())
+        raise ConfigurationError(f"{path}{place} is not YAML: {reason}") from exc
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigurationError(f"can't read {path}: {exc}") from exc
     if values is None:
@@ -513,6 +514,10 @@ def _step_from(workflow: str, fields: Any) -> str | Step:
     values = dict(fields)
     first = values.pop(kinds[0])
     _check_keys(values, (kinds[0], *known), f"a step of workflow '{workflow}' has")
+    if isinstance(values.get("retries"), Mapping):
+        policies = [field.name for field in dataclasses.fields(RetryPolicy)]
+        _check_keys(values["retries"], policies, f"the retries of a step of workflow '{workflow}' have")
+        values["retries"] = RetryPolicy(**values["retries"])
     return made(first, **values)
 
 

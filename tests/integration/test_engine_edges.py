@@ -27,8 +27,9 @@ from paigeant import (
     WaitFor,
     Workflow,
     executor,
+    worker,
 )
-from paigeant.errors import ConfigurationError, StoreUnavailable
+from paigeant.errors import ConfigurationError, RunTimeout, StoreUnavailable
 from paigeant.observer import Event
 from paigeant.stores.memory import MemoryStore
 from paigeant.stores.sql import SqlStore
@@ -294,6 +295,34 @@ async def test_a_message_that_waits_for_its_bound_is_given_back(settings: Settin
         await second.stop()
         await working
     assert {result.output for result in results} == {"done"}
+
+
+async def test_the_time_of_an_attempt_begins_with_its_function(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More plain functions than there are threads wait for one, and have all of their time when they have it."""
+    monkeypatch.setattr(worker, "_MOST_THREADS", 1)
+    activity = ActivityRegistry()
+    begun, go = threading.Event(), threading.Event()
+
+    @activity.execute()
+    def first() -> None:
+        begun.set()
+        assert go.wait(PATIENCE)
+
+    @activity.execute(timeout=0.05, retries=0)
+    def second() -> str:
+        return "done"
+
+    async with Paigeant(settings, activities=activity) as app, working(app.worker(concurrency=5)):
+        runs = [await app.dispatch(Workflow("w", ["first"]))]
+        assert await asyncio.to_thread(begun.wait, PATIENCE)
+        runs.append(await app.dispatch(Workflow("w", ["second"])))
+        with pytest.raises(RunTimeout):
+            await runs[1].wait(0.5)
+        go.set()
+        results = [await run.wait(PATIENCE) for run in runs]
+    assert [(result.status, result.error) for result in results] == [("completed", None)] * 2
 
 
 async def test_functions_that_never_return_keep_no_other_from_being_done(settings: Settings) -> None:

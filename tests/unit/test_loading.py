@@ -46,6 +46,12 @@ def test_a_file_gives_its_registries_and_workflows() -> None:
     assert (list(found.activities), [workflow.name for workflow in found.workflows]) == (["greet"], ["hello"])
 
 
+def test_what_stands_for_something_else_is_left_alone() -> None:
+    """An object that is set up when it is first used, and can't be here, doesn't keep a file from being loaded."""
+    lazy = "class Lazy:\n    @property\n    def __class__(self): raise RuntimeError('not set up')\nsettings = Lazy()\n"
+    assert list(load([write("shop.py", ONE + lazy)]).activities) == ["greet"]
+
+
 def test_a_module_is_found_in_the_working_directory() -> None:
     """A dotted name is imported from where the command was given."""
     write("services/__init__.py", "")

@@ -80,6 +80,7 @@ def test_workflows_in_the_file_are_those_of_code() -> None:
         "    steps:\n"
         "      - a\n"
         "      - {activity: b, id: second, args: {x: 1}, when: 'n > 1', retries: 5, timeout: 3.5, topic: gpu}\n"
+        "      - {activity: c, retries: {attempts: 4, base: 60}}\n"
     )
     workflows = Settings().defined_workflows()
     assert [step.activity for step in workflows["short"].steps] == ["a", "b"]
@@ -93,6 +94,7 @@ def test_workflows_in_the_file_are_those_of_code() -> None:
     assert full.steps[1] == Step(
         "b", id="second", args={"x": 1}, when="n > 1", retries=5, timeout=3.5, topic="gpu"
     )
+    assert full.steps[2] == Step("c", id="c", retries=RetryPolicy(attempts=4, base=60))
 
 
 def test_what_is_merged_may_be_changed() -> None:
@@ -123,6 +125,12 @@ def test_what_is_merged_may_be_changed() -> None:
             "line 3 is not YAML: the key 'workflows' occurs twice in one mapping",
         ),
         ("workflows:\n  w: [a]\n  w: [b]", "line 3 is not YAML: the key 'w' occurs twice in one mapping"),
+        ("timeout: 5\0", "paigeant.yaml is not YAML: unacceptable character #x0000"),
+        (
+            "workflows: {w: [{activity: a, retries: {attempt: 3}}]}",
+            "the retries of a step of workflow 'w' have an unknown key 'attempt'; did you mean 'attempts'?",
+        ),
+        ("workflows: {w: [{activity: a, retries: {attempts: 0}}]}", "a RetryPolicy needs attempts from 1"),
         ("- a\n- b", "paigeant.yaml holds a list; expected `key: value` lines"),
         ("just text", "paigeant.yaml holds a str"),
         ("concurrency: many", "concurrency: Input should be a valid integer"),
