@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
@@ -1256,6 +1257,29 @@ async def test_the_same_id_is_the_same_run(settings: Settings) -> None:
         with pytest.raises(RunConflict, match="workflow 'w'"):
             await app.dispatch(Workflow("v", ["work"]), {"n": 1, "m": 2}, workflow_id="r")
     assert done == [1]
+
+
+class Noted(BaseModel):
+    n: int
+    note: UUID = Field(default_factory=uuid4)
+
+
+async def test_what_a_model_adds_makes_no_other_input(settings: Settings) -> None:
+    """A dispatch that is repeated finds its run, though the model of the input would add something else this time."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def show(note: UUID) -> UUID:
+        return note
+
+    workflow = Workflow("w", ["show"], input_model=Noted)
+    async with working(settings, activity) as app:
+        run = await app.dispatch(workflow, {"n": 1}, workflow_id="r")
+        note = (await run.wait(PATIENCE)).output
+        again = await app.dispatch(workflow, {"n": 1}, workflow_id="r")
+        assert (await again.wait(PATIENCE)).output == note
+        with pytest.raises(RunConflict, match="another input"):
+            await app.dispatch(workflow, {"n": 2}, workflow_id="r")
 
 
 class Wanted(BaseModel):
