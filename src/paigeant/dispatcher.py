@@ -245,9 +245,12 @@ class Dispatcher:
         """A mistyped name would be passed over, and its step done with what payload or default have instead."""
         for step in workflow.steps:
             activity = self.registry.find(step.activity) if step.args else None
-            if activity is None or activity.takes_rest:
+            if activity is None:
                 continue
-            taken = [parameter.name for parameter in activity.parameters if not parameter.is_context]
+            takers = [one for one in (activity, activity.compensation) if one is not None]
+            if any(one.takes_rest for one in takers):
+                continue
+            taken = {found.name for one in takers for found in one.parameters if not found.is_context}
             for name in step.args:
                 if name not in taken:
                     raise ArgumentError(

@@ -1203,6 +1203,41 @@ async def test_steps_go_to_their_topics(settings: Settings) -> None:
     assert done == [("work", "done"), ("urgent", "done")]
 
 
+async def test_an_undo_has_the_args_of_its_step(settings: Settings) -> None:
+    """They stand above the payload there, too, in a message that is made from the rows as well."""
+    activity = ActivityRegistry()
+    log: list[tuple[str, str]] = []
+    works = False
+
+    @activity.execute()
+    async def reserve(warehouse: str) -> None:
+        log.append(("in", warehouse))
+
+    @activity.compensate("reserve", retries=0)
+    async def release(warehouse: str, why: str = "") -> None:
+        if not works:
+            raise ConnectionError("down")
+        log.append((f"out {why}".strip(), warehouse))
+
+    @activity.execute()
+    async def fail() -> None:
+        raise NonRetryableError("no")
+
+    steps = [
+        Step("reserve"),
+        Step("reserve", id="b", args={"warehouse": "B", "why": "moved"}),
+        Step("reserve", id="c", args={"warehouse": "C"}),
+        Step("fail"),
+    ]
+    async with working(settings, activity) as app:
+        run = await app.dispatch(Workflow("w", steps), {"warehouse": "A"})
+        assert (await run.wait(PATIENCE)).status == "compensation_failed"
+        works = True
+        await run.retry()  # its message is made from the rows
+        assert (await run.wait(PATIENCE)).status == "compensated"
+    assert log == [("in", "A"), ("in", "B"), ("in", "C"), ("out", "C"), ("out moved", "B"), ("out", "A")]
+
+
 async def test_what_was_done_in_a_topic_is_undone_there(settings: Settings) -> None:
     """A step that has a topic of its own is undone by those who serve that, whether or not anybody serves its
     activity's."""
