@@ -132,7 +132,10 @@ def _is_sound(message: PaigeantMessage) -> bool:
 
 def _plan(slip: RoutingSlip) -> RoutingSlip:
     """The slip from which the recorded steps lead to `slip`."""
-    begun = tuple(Step(entry.activity, id=entry.step_id) for entry in slip.executed)
+    args = {undo.step_id: undo.args for undo in slip.compensations}
+    begun = tuple(
+        Step(entry.activity, id=entry.step_id, args=args.get(entry.step_id, {})) for entry in slip.executed
+    )
     return replace(
         slip,
         itinerary=(*begun, *slip.itinerary),

@@ -147,6 +147,11 @@ def _reason(exc: BaseException) -> str:
         return "it contains itself, or is nested too deeply"
     if "surrogates not allowed" in str(exc):
         return "a text in it holds half of a surrogate pair, which is no Unicode"
+    if "invalid utf-8 sequence" in str(exc):
+        return (
+            "a model in it writes bytes as text, which these are not; "
+            "give the model model_config = ConfigDict(ser_json_bytes='base64', val_json_bytes='base64')"
+        )
     return " ".join(str(exc).split())
 
 

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -88,7 +88,7 @@ class Dispatcher:
         now = await self.store.now()
         run_id = _run_id(workflow_id, now)
         _check_texts(correlation_id, headers)
-        text, payload = self._input(workflow, input)
+        taken = self._input(workflow, input)
         begins = _instant(start_at, now)
         slip = replace(workflow.slip(now=begins), itinerary=_plain_steps(workflow))
         if deadline is not None:
@@ -98,7 +98,7 @@ class Dispatcher:
             slip = replace(slip, deadline=LAST_INSTANT)
         self._check_known(workflow)
         self._check_args(workflow)
-        await self._check_first(run_id, slip.next_step(), payload)
+        await self._check_first(run_id, slip.next_step(), taken.payload)
         mandate, token = await self._mandate(on_behalf_of, run_id, slip, waits=begins - now)
         parent, state = trace_context.taken(headers) if headers else ("", "")
         correlation_id = correlation_id or run_id
@@ -110,13 +110,13 @@ class Dispatcher:
                 message_id="",
                 workflow_id=run_id,
                 routing_slip=slip,
-                payload=payload,
+                payload=taken.payload,
                 workflow=workflow.name,
                 correlation_id=correlation_id,
                 trace_id=trace_context.trace_id(parent),
                 headers=_with_token(trace_context.put({**(headers or {}), **mandate}, parent, state), token),
             )
-            await self._start(message, text, begins=begins, now=now, is_new=workflow_id is None)
+            await self._start(message, taken, begins=begins, now=now, is_new=workflow_id is None)
         return run_id
 
     # -- inside
@@ -167,7 +167,7 @@ class Dispatcher:
         return {MANDATE: mandate.dump()}, token
 
     async def _start(
-        self, message: PaigeantMessage, input: bytes, *, begins: float, now: float, is_new: bool
+        self, message: PaigeantMessage, input: _Input, *, begins: float, now: float, is_new: bool
     ) -> None:
         """Record the run that `message` is the first of, unless it is recorded, and send that."""
         slip = message.routing_slip
@@ -176,8 +176,8 @@ class Dispatcher:
             id=message.workflow_id,
             workflow=message.workflow,
             status=RunStatus.PENDING,
-            input=input,
-            input_hash=hashlib.sha256(input + _person(recorded)).hexdigest(),
+            input=input.text,
+            input_hash=hashlib.sha256(input.given + _person(recorded)).hexdigest(),
             slip=ledger.pack_slip(slip),
             correlation_id=message.correlation_id,
             trace_id=message.trace_id,
@@ -214,8 +214,7 @@ class Dispatcher:
                 # A crash before this line: the sweeper publishes.
                 await self.forwarder.send(letter)
 
-    def _input(self, workflow: Workflow, input: Any) -> tuple[bytes, dict[str, Any]]:
-        """The input as JSON text, with its keys sorted so that equal inputs are equal texts, and as JSON values."""
+    def _input(self, workflow: Workflow, input: Any) -> _Input:
         try:
             payload = codec.plain({} if input is None else input)
         except codec.JsonInvalid as exc:
@@ -227,12 +226,13 @@ class Dispatcher:
                 f"the input of workflow '{workflow.name}' is {type(payload).__name__} {quoted(payload)}; "
                 'expected an object with a field for each value: {"name": ...}'
             )
+        text = given = codec.dump_sorted(payload)
         if workflow.input_model is not None:
             payload = _fitted(workflow, payload)
-        text = codec.dump_sorted(payload)
+            text = codec.dump_sorted(payload)
         if len(text) > self.forwarder.envelope.limit_bytes:
             raise MessageTooLarge(len(text), self.forwarder.envelope.limit_bytes)
-        return text, payload
+        return _Input(given, text, payload)
 
     def _check_known(self, workflow: Workflow) -> None:
         if not self.registry and not self.strict:
@@ -248,9 +248,12 @@ class Dispatcher:
         """A mistyped name would be passed over, and its step done with what payload or default have instead."""
         for step in workflow.steps:
             activity = self.registry.find(step.activity) if step.args else None
-            if activity is None or activity.takes_rest:
+            if activity is None:
                 continue
-            taken = [parameter.name for parameter in activity.parameters if not parameter.is_context]
+            takers = [one for one in (activity, activity.compensation) if one is not None]
+            if any(one.takes_rest for one in takers):
+                continue
+            taken = {found.name for one in takers for found in one.parameters if not found.is_context}
             for name in step.args:
                 if name not in taken:
                     raise ArgumentError(
@@ -289,6 +292,18 @@ _NOT_CARRIED = frozenset({OBO_TOKEN, "jws_signature", MANDATE})
 def _with_token(headers: Mapping[str, str], token: SecretToken | None) -> Mapping[str, str]:
     """`headers` and the token. Its text is nowhere else: a frame from which an error comes may be shown with values."""
     return headers if token is None else {**headers, OBO_TOKEN: token.reveal()}
+
+
+class _Input(NamedTuple):
+    """An input as JSON, with its keys sorted so that equal ones are equal texts.
+
+    By what was `given` the same dispatch is told from another: the workflow's model may add other values each time,
+    such as the present instant. `text` and `payload`, as JSON values, are what the model made of it.
+    """
+
+    given: bytes
+    text: bytes
+    payload: dict[str, Any]
 
 
 def _person(headers: Mapping[str, str]) -> bytes:

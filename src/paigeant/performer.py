@@ -274,12 +274,12 @@ class Performer:
     ) -> Any:
         namespace = self._namespace(claim)
         first: Mapping[str, Any] | None = None
+        due = claim.message.due
+        assert due is not None, "what was claimed is due"
         if step is None:
             output = await namespace.output(claim.key.step)
             first = {} if output is MISSING else {"output": output}
-        arguments, shown = await resolve(
-            work, namespace, args=step.args if step is not None else {}, context=context, first=first
-        )
+        arguments, shown = await resolve(work, namespace, args=due.args, context=context, first=first)
         attempt.input = codec.dump(shown)
         return await _Apart(work.call(arguments, context, self.threads))
 

@@ -237,13 +237,17 @@ class Executed:
 
 @dataclass(frozen=True, slots=True)
 class Compensation:
-    """How a recorded step is undone: the activity whose compensation runs, and the topic where its workers listen."""
+    """How a recorded step is undone: the activity whose compensation runs, and the topic where its workers listen.
+
+    `args` are those that the step had: `mark_complete` hands them on.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
 
     step_id: str
     activity: str
     topic: str
+    args: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +329,8 @@ class RoutingSlip:
         if step is None:
             raise ValueError("there is no step left to complete")
         done = Executed(step.id, step.activity, status, stored)
+        if compensation is not None and step.args:
+            compensation = replace(compensation, args=step.args)
         return evolved(
             self,
             itinerary=self.itinerary[1:] if revision is None else revision.itinerary,

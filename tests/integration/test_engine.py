@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
@@ -1287,6 +1288,41 @@ async def test_steps_go_to_their_topics(settings: Settings) -> None:
     assert done == [("work", "done"), ("urgent", "done")]
 
 
+async def test_an_undo_has_the_args_of_its_step(settings: Settings) -> None:
+    """They stand above the payload there, too, in a message that is made from the rows as well."""
+    activity = ActivityRegistry()
+    log: list[tuple[str, str]] = []
+    works = False
+
+    @activity.execute()
+    async def reserve(warehouse: str) -> None:
+        log.append(("in", warehouse))
+
+    @activity.compensate("reserve", retries=0)
+    async def release(warehouse: str, why: str = "") -> None:
+        if not works:
+            raise ConnectionError("down")
+        log.append((f"out {why}".strip(), warehouse))
+
+    @activity.execute()
+    async def fail() -> None:
+        raise NonRetryableError("no")
+
+    steps = [
+        Step("reserve"),
+        Step("reserve", id="b", args={"warehouse": "B", "why": "moved"}),
+        Step("reserve", id="c", args={"warehouse": "C"}),
+        Step("fail"),
+    ]
+    async with working(settings, activity) as app:
+        run = await app.dispatch(Workflow("w", steps), {"warehouse": "A"})
+        assert (await run.wait(PATIENCE)).status == "compensation_failed"
+        works = True
+        await run.retry()  # its message is made from the rows
+        assert (await run.wait(PATIENCE)).status == "compensated"
+    assert log == [("in", "A"), ("in", "B"), ("in", "C"), ("out", "C"), ("out moved", "B"), ("out", "A")]
+
+
 async def test_what_was_done_in_a_topic_is_undone_there(settings: Settings) -> None:
     """A step that has a topic of its own is undone by those who serve that, whether or not anybody serves its
     activity's."""
@@ -1341,6 +1377,29 @@ async def test_the_same_id_is_the_same_run(settings: Settings) -> None:
         with pytest.raises(RunConflict, match="workflow 'w'"):
             await app.dispatch(Workflow("v", ["work"]), {"n": 1, "m": 2}, workflow_id="r")
     assert done == [1]
+
+
+class Noted(BaseModel):
+    n: int
+    note: UUID = Field(default_factory=uuid4)
+
+
+async def test_what_a_model_adds_makes_no_other_input(settings: Settings) -> None:
+    """A dispatch that is repeated finds its run, though the model of the input would add something else this time."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def show(note: UUID) -> UUID:
+        return note
+
+    workflow = Workflow("w", ["show"], input_model=Noted)
+    async with working(settings, activity) as app:
+        run = await app.dispatch(workflow, {"n": 1}, workflow_id="r")
+        note = (await run.wait(PATIENCE)).output
+        again = await app.dispatch(workflow, {"n": 1}, workflow_id="r")
+        assert (await again.wait(PATIENCE)).output == note
+        with pytest.raises(RunConflict, match="another input"):
+            await app.dispatch(workflow, {"n": 2}, workflow_id="r")
 
 
 class Wanted(BaseModel):

@@ -17,10 +17,10 @@ from uuid import UUID
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from paigeant import codec
-from paigeant.codec import LARGEST_BYTES, MAX_DEPTH, JsonInvalid, dump, dump_as, parse_strict, plain
+from paigeant.codec import LARGEST_BYTES, MAX_DEPTH, JsonInvalid, dump, dump_as, parse_strict, plain, read_as
 from paigeant.errors import MessageInvalid
 
 JSON = st.recursive(
@@ -177,6 +177,30 @@ def test_half_a_surrogate_pair_is_called_that(value: Any) -> None:
         JsonInvalid, match=r"^a text in it holds half of a surrogate pair, which is no Unicode$"
     ):
         dump(value)
+
+
+class Picture(BaseModel):
+    content: bytes
+
+
+class Binary(BaseModel):
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+    content: bytes
+
+
+@pytest.mark.parametrize("write", [dump, partial(dump_as, TypeAdapter(Picture))], ids=["any", "typed"])
+def test_a_model_with_bytes_is_told_what_it_needs(write: Callable[[Any], bytes]) -> None:
+    """A model writes bytes as text unless it says otherwise; for what is none there is an error that says how."""
+    with pytest.raises(JsonInvalid, match=r"ConfigDict\(ser_json_bytes='base64', val_json_bytes='base64'\)"):
+        write(Picture(content=b"\x89PNG\xff"))
+
+
+def test_a_model_that_says_so_has_any_bytes() -> None:
+    """Written with or without its type, or as a mapping that was never a model, they come back as they were."""
+    adapter, made = TypeAdapter(Binary), Binary(content=b"\x89PNG\xff")
+    for written in (dump(made), dump_as(adapter, made), dump({"content": made.content})):
+        assert read_as(adapter, json.loads(written)) == made
 
 
 def test_the_deepest_value_is_allowed() -> None:
