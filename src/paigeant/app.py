@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -97,6 +98,7 @@ class Paigeant:
         self._chance = chance
         envelope = envelope_of(self.settings, clock)
         self.store, self.transport = _open(self.settings, clock, envelope)
+        self._workers: weakref.WeakSet[ActivityWorker] = weakref.WeakSet()
         self._logs = _logs_of(self.settings, self.store)
         self.observers = Observers([*observers, *([self._logs] if self._logs is not None else ())])
         self.transport.bury_with(self._bury)
@@ -150,6 +152,14 @@ class Paigeant:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        try:
+            # One that nobody has stopped would go on against a closed store. After an error none is waited for.
+            grace = None if kind is None else 0.0
+            await asyncio.gather(*(worker.stop(grace) for worker in self._workers if worker.is_running))
+        finally:
+            await self._close()
+
+    async def _close(self) -> None:
         await self.transport.close()
         if self._logs is not None:
             if self.log_handler is not None:
@@ -300,7 +310,7 @@ class Paigeant:
         registry = ActivityRegistry.merged(activities) if activities else self.activities
         self.activities.adopt(registry)
         settings = self.settings
-        return ActivityWorker(
+        worker = ActivityWorker(
             self.store,
             self.transport,
             registry,
@@ -323,6 +333,8 @@ class Paigeant:
             chance=self._chance,
             behalf=self.behalf,
         )
+        self._workers.add(worker)
+        return worker
 
 
 def _states(statuses: Collection[RunStatus | str]) -> set[RunStatus]:

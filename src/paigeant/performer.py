@@ -36,7 +36,7 @@ from paigeant.redaction import redacted
 from paigeant.reporter import Reporter
 from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
 from paigeant.secret import OBO_TOKEN, SecretToken, masked, refuse_tokens
-from paigeant.slip import Compensation, Phase, Step
+from paigeant.slip import Compensation, Phase, Step, StepStatus
 from paigeant.store import Request, Store
 from paigeant.threads import Threads
 
@@ -263,9 +263,13 @@ class Performer:
         return Namespace(message.workflow_id, message.payload, message.routing_slip, self.values)
 
     async def _is_wanted(self, when: str, claim: Claim) -> bool:
+        message = claim.message
         values = await self._namespace(claim).view(condition.names(when))
+        done = message.routing_slip.executed
+        # Else nobody could ask what a step gave that a condition of its own may have skipped.
+        skipped = {entry.step_id: None for entry in done if entry.status is StepStatus.SKIPPED}
         try:
-            return condition.evaluate(when, {**claim.message.payload, **values})
+            return condition.evaluate(when, {**skipped, **message.payload, **values})
         except PaigeantError as exc:
             raise ActivityRejected(str(exc)) from exc
 

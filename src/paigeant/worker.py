@@ -185,6 +185,11 @@ class ActivityWorker:
         if self._began:
             await self._stopped.wait()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether `run` has begun, and hasn't put everything away yet."""
+        return self._began and not self._stopped.is_set()
+
     def idleness(self) -> list[str]:
         """Why this worker takes no messages now; empty when it does. Any thread may ask."""
         if not self._began:

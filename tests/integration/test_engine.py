@@ -239,7 +239,7 @@ async def test_many_runs_at_once(settings: Settings) -> None:
 
 
 async def test_a_false_condition_skips_a_step(settings: Settings) -> None:
-    """A step whose `when` is false isn't done; conditions see inputs and earlier outputs."""
+    """A step whose `when` is false isn't done; conditions see inputs, earlier outputs, null for what was skipped."""
     activity = ActivityRegistry()
 
     @activity.execute()
@@ -256,6 +256,8 @@ async def test_a_false_condition_skips_a_step(settings: Settings) -> None:
             "check",
             Step("letter", id="big", when="check.large"),
             Step("letter", id="any", when="quantity > 1"),
+            Step("letter", id="after", when="big == null && any == 'sent'"),
+            Step("letter", id="never", when="big != null && big == 'sent'"),
         ],
     )
     async with working(settings, activity) as app:
@@ -265,9 +267,11 @@ async def test_a_false_condition_skips_a_step(settings: Settings) -> None:
             ("check", "do", "completed"),
             ("big", "do", "skipped"),
             ("any", "do", "completed"),
+            ("after", "do", "completed"),
+            ("never", "do", "skipped"),
         ]
-        assert await attempts(run) == {"check": 1, "big": 0, "any": 1}
-    assert result.outputs == {"check": {"large": False}, "any": "sent"}
+        assert await attempts(run) == {"check": 1, "big": 0, "any": 1, "after": 1, "never": 0}
+    assert result.outputs == {"check": {"large": False}, "any": "sent", "after": "sent"}
 
 
 async def test_a_condition_that_can_t_be_computed_fails_the_step(settings: Settings) -> None:

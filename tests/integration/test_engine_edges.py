@@ -488,6 +488,33 @@ async def test_a_worker_that_never_ran_can_be_stopped(settings: Settings) -> Non
         await asyncio.wait_for(worker.run(), PATIENCE)
 
 
+@pytest.mark.parametrize("fails", [False, True])
+async def test_who_leaves_an_application_stops_its_workers(tmp_path: Path, fails: bool) -> None:
+    """A step that has begun ends first, unless it is left by an error: then the step is given back, uncounted."""
+    settings = Settings(store_url=f"sqlite:///{tmp_path}/p.db", transport_url=f"sqlite:///{tmp_path}/p.db")
+    activity = ActivityRegistry()
+    begun, left = asyncio.Event(), asyncio.Event()
+
+    @activity.execute()
+    async def work() -> str:
+        begun.set()
+        await left.wait()
+        return "done"
+
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        async with Paigeant(settings, activities=activity) as app:
+            working = asyncio.create_task(app.worker().run())
+            run = await app.dispatch(Workflow("w", ["work"]))
+            await begun.wait()
+            if fails:
+                raise ZeroDivisionError
+            asyncio.get_running_loop().call_soon(left.set)
+    await working
+    async with Paigeant(settings) as app:
+        [row] = (await app.run(run.id).detail()).steps
+    assert (row.status, row.attempt) == (("ready", 0) if fails else ("completed", 1))
+
+
 async def test_a_lost_message_is_sent_again(settings: Settings) -> None:
     """A dispatch whose message is lost is found by the sweeper, though nobody tells it."""
     activity = ActivityRegistry()
