@@ -112,8 +112,7 @@ class Activity:
     `concurrency` bounds how many of it one worker does at once. `strict_fencing` refuses the late result of an attempt
     that lost its lease. `compensation` undoes it. `scopes` are the rights that it needs of the person it acts for.
     `may_add` names the activities that its model may add. `output` writes what it returns, and `models` is the
-    annotation of that where there are pydantic's models in it. `is_plain`: it is done in a thread, in a place that
-    whoever calls it has for it.
+    annotation of that where there are pydantic's models in it. `is_plain`: it is done in a thread.
     """
 
     name: str
@@ -132,6 +131,16 @@ class Activity:
     scopes: tuple[str, ...] = ()
     may_add: tuple[str, ...] = ()
     is_plain: bool = False
+
+    def takes(self) -> set[str] | None:
+        """The names that it and its compensation take from a step's `args`; None where any will do."""
+        names = {parameter.name for parameter in self.parameters if not parameter.is_context}
+        if self.takes_rest:
+            return None
+        if self.compensation is None:
+            return names
+        undo = self.compensation.takes()
+        return None if undo is None else names | (undo - {"output"})  # which an undo is given in any case
 
     def dump(self, value: Any) -> bytes:
         """What the activity returned, as JSON in the way its annotation wants. Raises OutputInvalid."""
@@ -488,9 +497,13 @@ def _check_models(annotation: Any, value: Any) -> None:
     elif issubclass(origin, tuple) and ... not in arguments:
         for kind, item in zip(arguments, value, strict=False):
             _check_models(kind, item)
+    elif issubclass(origin, Mapping):
+        if isinstance(value, Mapping) and len(arguments) == 2:  # a Counter says nothing of its values
+            for item in value.values():
+                _check_models(arguments[1], item)
     elif issubclass(origin, Collection):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            _check_models(arguments[1 if issubclass(origin, Mapping) else 0], item)
+        for item in value:
+            _check_models(arguments[0], item)
 
 
 def read_parameters(name: str, function: Callable[..., Any]) -> tuple[tuple[Parameter, ...], bool]:
@@ -555,13 +568,13 @@ def _is_async(function: Callable[..., Any]) -> bool:
 def _caller(function: Callable[..., Any]) -> Call:
     if _is_async(function):
 
-        async def call(arguments: Mapping[str, Any], _: StepContext, threads: Threads | None) -> Any:
+        async def call(arguments: Mapping[str, Any], context: StepContext, threads: Threads | None) -> Any:
             return await function(**arguments)
 
     else:
 
-        async def call(arguments: Mapping[str, Any], _: StepContext, threads: Threads | None) -> Any:
-            value = await (threads or Threads(1)).do_in_place(function, **arguments)
+        async def call(arguments: Mapping[str, Any], context: StepContext, threads: Threads | None) -> Any:
+            value = await (threads or Threads(1)).do(function, context._begins, **arguments)
             return await value if inspect.isawaitable(value) else value
 
     return call

@@ -153,9 +153,9 @@ class Paigeant:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            # One that nobody has stopped would go on against a closed store. After an error none is waited for.
+            # One that nobody has stopped would go on against a closed store. After an error no step is waited for.
             grace = None if kind is None else 0.0
-            await asyncio.gather(*(worker.stop(grace) for worker in self._workers if worker.is_running))
+            await asyncio.gather(*(worker.stop(grace) for worker in self._workers))
         finally:
             await self._close()
 

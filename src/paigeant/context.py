@@ -62,6 +62,7 @@ class StepContext:
     _acting: Acting | None = None
     _now: Callable[[], float] = time.time
     _tell: Callable[..., None] = lambda *_, **__: None
+    _begins: Callable[[], None] | None = None
     _place: Place = field(init=False)
     _policy: ItineraryPolicy = field(init=False)
 

@@ -23,6 +23,7 @@ from paigeant.errors import (
     ConfigurationError,
     InputInvalid,
     MessageTooLarge,
+    RunConflict,
     UnknownActivity,
     nearest,
 )
@@ -33,7 +34,8 @@ from paigeant.observer import NOTHING_AROUND, Around, Event, Observers, Work
 from paigeant.redaction import quoted, secrets_in, without
 from paigeant.secret import OBO_TOKEN, SecretToken
 from paigeant.slip import RoutingSlip, RunStatus, Step, is_text
-from paigeant.store import RunRecord, Store
+from paigeant.store import NextStep, RunRecord, Store
+from paigeant.transport import Posting
 from paigeant.waits import WAITS
 from paigeant.workflow import Workflow
 
@@ -197,7 +199,7 @@ class Dispatcher:
             )
         posting = None if letter is None else self.forwarder.posting(letter)
         self.forwarder.check(message, posting)
-        if await self.store.record_workflow_start(run, first, posting, is_new=is_new):
+        if await self._is_recorded(run, first, posting, is_new=is_new):
             self.observers.observe(
                 Event(
                     "run.dispatched",
@@ -213,6 +215,23 @@ class Dispatcher:
             if letter is not None:
                 # A crash before this line: the sweeper publishes.
                 await self.forwarder.send(letter)
+
+    async def _is_recorded(
+        self, run: RunRecord, first: NextStep | None, posting: Posting | None, *, is_new: bool
+    ) -> bool:
+        """Record the run; gives whether it is a new one. Raises RunConflict where another one has its id."""
+        try:
+            return await self.store.record_workflow_start(run, first, posting, is_new=is_new)
+        except RunConflict:
+            # What was given in another form may come to the same: a model, and the mapping that it can be made of.
+            there = (await self.store.load_run(run.id, inline_bytes=0)).run
+            if (there.workflow, there.input, _person(there.headers)) != (
+                run.workflow,
+                run.input,
+                _person(run.headers),
+            ):
+                raise
+            return False
 
     def _input(self, workflow: Workflow, input: Any) -> _Input:
         try:
@@ -248,12 +267,9 @@ class Dispatcher:
         """A mistyped name would be passed over, and its step done with what payload or default have instead."""
         for step in workflow.steps:
             activity = self.registry.find(step.activity) if step.args else None
-            if activity is None:
+            taken = None if activity is None else activity.takes()
+            if activity is None or taken is None:
                 continue
-            takers = [one for one in (activity, activity.compensation) if one is not None]
-            if any(one.takes_rest for one in takers):
-                continue
-            taken = {found.name for one in takers for found in one.parameters if not found.is_context}
             for name in step.args:
                 if name not in taken:
                     raise ArgumentError(
@@ -297,8 +313,8 @@ def _with_token(headers: Mapping[str, str], token: SecretToken | None) -> Mappin
 class _Input(NamedTuple):
     """An input as JSON, with its keys sorted so that equal ones are equal texts.
 
-    By what was `given` the same dispatch is told from another: the workflow's model may add other values each time,
-    such as the present instant. `text` and `payload`, as JSON values, are what the model made of it.
+    By what was `given` the same dispatch is told from another first: the workflow's model may add other values each
+    time, such as the present instant. `text` and `payload`, as JSON values, are what the model made of it.
     """
 
     given: bytes

@@ -119,6 +119,45 @@ class _Apart:
                 resume, given = self._work.throw, exc
 
 
+class _Time:
+    """What an attempt may take: `limit` is around it, and none where it may take any time.
+
+    It begins at once, or with `begin`, see `Threads.do`. Raises TimeoutError where there is none left.
+    """
+
+    __slots__ = ("_claim", "_limits", "_seconds", "limit")
+
+    def __init__(self, claim: Claim, limits: Limits, *, begins_later: bool) -> None:
+        self._claim = claim
+        self._limits = limits
+        self._seconds = None if begins_later else self._left()
+        # Most attempts have none, and to make one isn't free.
+        self.limit = asyncio.timeout(self._seconds) if begins_later or self._seconds is not None else None
+
+    def begin(self) -> None:
+        """From now on."""
+        self._seconds = self._left()
+        if self._seconds is not None and self.limit is not None:
+            self.limit.reschedule(asyncio.get_running_loop().time() + self._seconds)
+
+    def is_over(self) -> bool:
+        """Whether the attempt was cut off."""
+        return self.limit is not None and self.limit.expired()
+
+    def text(self) -> str:
+        """What is told of that."""
+        deadline = self._claim.message.routing_slip.deadline
+        if self._claim.step is not None and deadline is not None and self._claim.now >= deadline:
+            return "the run's deadline has passed"
+        return f"the attempt took longer than {self._seconds:g} s"
+
+    def _left(self) -> float | None:
+        left = self._claim.timeout(self._limits)
+        if left == 0:
+            raise TimeoutError("the run's deadline has passed")
+        return left
+
+
 class Performer:
     """Performs claims, one call for each attempt, and tells the `reporter` what happens in it.
 
@@ -179,8 +218,7 @@ class Performer:
         if claim.grant.exhausted:
             attempt.outcome = await self._lost(claim, context)
             return attempt
-        timeout: float | None = None
-        limit: asyncio.Timeout | None = None
+        time: _Time | None = None
         token = CURRENT.set(ids)
         try:
             step, work = claim.step, claim.work
@@ -191,19 +229,15 @@ class Performer:
             if work.scopes or step is None or MANDATE in claim.message.headers:
                 acting = context._acting = self._acting(claim, context)
                 context._place.journal.secrets = acting.secrets
-            # Waited for before the time begins: of more functions than there are places, the last ones would have none.
-            async with self.threads.place() if work.is_plain and self.threads is not None else _UNLIMITED:
-                timeout = claim.timeout(self.limits)
-                if timeout == 0:
-                    raise TimeoutError(_timeout_text(claim, timeout))
-                # Most steps have none, and to make one isn't free.
-                limit = None if timeout is None else asyncio.timeout(timeout)
-                async with limit or _UNLIMITED:
-                    with context._place.entered(), _replays():
-                        if acting is not None and work.scopes:
-                            context.identity = await acting.require(context._place) or context.identity
-                        with self.reporter.begin(claim):
-                            value = await self._call(step, work, claim, context, attempt)
+            # Of more functions than there are threads the last ones would have no time left when they get one.
+            time = _Time(claim, self.limits, begins_later=work.is_plain)
+            context._begins = time.begin
+            async with time.limit or _UNLIMITED:
+                with context._place.entered(), _replays():
+                    if acting is not None and work.scopes:
+                        context.identity = await acting.require(context._place) or context.identity
+                    with self.reporter.begin(claim):
+                        value = await self._call(step, work, claim, context, attempt)
             if parking.is_parked:  # the activity has caught it, but what it waits for isn't there
                 attempt.outcome = Parked(parking.waits_for, parking.until)
                 return attempt
@@ -218,7 +252,7 @@ class Performer:
                 raise
             error: BaseException = exc  # the activity let a cancellation of its own escape
         except TimeoutError as exc:
-            error = TimeoutError(_timeout_text(claim, timeout)) if _is_over(limit) else exc
+            error = TimeoutError(time.text()) if time is not None and time.is_over() else exc
         except GeneratorExit:
             raise  # this coroutine is being closed, and may not wait for anything any more
         except BaseException as exc:  # whatever a user's code raises is the outcome of the step
@@ -229,7 +263,7 @@ class Performer:
             error = exc
         finally:
             CURRENT.reset(token)
-        if parking.is_parked and not _is_over(limit):
+        if parking.is_parked and not (time is not None and time.is_over()):
             attempt.outcome = Parked(parking.waits_for, parking.until)
             return attempt
         if self._is_stopping() and _is_cancelled():
@@ -396,10 +430,6 @@ def _asked_for(error: BaseException) -> float:
     return min(float(asked), _LONGEST_ASKED)
 
 
-def _is_over(limit: asyncio.Timeout | None) -> bool:
-    return limit is not None and limit.expired()
-
-
 def _is_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
@@ -445,10 +475,3 @@ def _said(error: BaseException, depth: int = 0) -> str:
         within = "; ".join(_said(each, depth + 1) for each in error.exceptions[:_MOST_WITHIN])
         text = f"{text}: {within}"
     return text
-
-
-def _timeout_text(claim: Claim, timeout: float | None) -> str:
-    deadline = claim.message.routing_slip.deadline
-    if claim.step is not None and deadline is not None and claim.now >= deadline:
-        return "the run's deadline has passed"
-    return f"the attempt took longer than {timeout:g} s"

@@ -8,7 +8,6 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from paigeant import host
@@ -31,27 +30,26 @@ class Threads:
         self._idle: list[ThreadPoolExecutor] = []
         """Of one thread each: of several, a pool can't give up one."""
 
-    async def do(self, function: Callable[..., Any], /, **arguments: Any) -> Any:
-        """What `function(**arguments)` gives, done with this task's context: logs and traces know the step there."""
+    async def do(
+        self, function: Callable[..., Any], begins: Callable[[], None] | None = None, /, **arguments: Any
+    ) -> Any:
+        """What `function(**arguments)` gives, done with this task's context: logs and traces know the step there.
+
+        `begins` is called when it gets a thread, which others may have had to give back before.
+        """
         async with self._places:
-            return await self.do_in_place(function, **arguments)
-
-    def place(self) -> AbstractAsyncContextManager[None]:
-        """One of the places for functions, waited for: for whoever is to know when one begins, see `do_in_place`."""
-        return self._places
-
-    async def do_in_place(self, function: Callable[..., Any], /, **arguments: Any) -> Any:
-        """Like `do`, by one who has a `place` for it."""
-        call = functools.partial(contextvars.copy_context().run, _done, function, **arguments)
-        thread = self._idle.pop() if self._idle else ThreadPoolExecutor(1, THREAD_NAME)
-        doing = asyncio.get_running_loop().run_in_executor(thread, call)
-        try:
-            return await doing
-        finally:
-            if doing.cancelled():
-                thread.shutdown(wait=False, cancel_futures=True)
-            else:
-                self._idle.append(thread)
+            if begins is not None:
+                begins()
+            call = functools.partial(contextvars.copy_context().run, _done, function, **arguments)
+            thread = self._idle.pop() if self._idle else ThreadPoolExecutor(1, THREAD_NAME)
+            doing = asyncio.get_running_loop().run_in_executor(thread, call)
+            try:
+                return await doing
+            finally:
+                if doing.cancelled():
+                    thread.shutdown(wait=False, cancel_futures=True)
+                else:
+                    self._idle.append(thread)
 
     def close(self) -> None:
         """End the threads that are idle; the others end with what they do."""

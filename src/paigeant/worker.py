@@ -149,6 +149,9 @@ class ActivityWorker:
         if self._began:
             raise InvalidTransition(f"worker {self.id} has run already; make another one")
         self._began = True
+        if self._wanted.is_set():  # stopped before it began
+            self._stopped.set()
+            return
         try:
             await self.heartbeat.start()
         except BaseException:
@@ -164,22 +167,30 @@ class ActivityWorker:
             await self._wanted.wait()
         finally:
             self.executor.stopping = True
-            await _cancel(consumers)
-            await self._finish_running()
-            await _cancel(background)
-            forget()
-            await self._put_away()
-            self._stopped.set()
-            self.observers.observe(Event("worker.stopped", worker=self.id))
+            try:
+                await _cancel(consumers)
+                await self._finish_running()
+            finally:  # also when it is cancelled once more meanwhile: whoever waits for its end must not wait for ever
+                for task in self._tasks:
+                    task.cancel()
+                try:
+                    await _cancel(background)
+                    forget()
+                    await self._put_away()
+                finally:
+                    self._stopped.set()
+                    self.observers.observe(Event("worker.stopped", worker=self.id))
 
     async def stop(self, grace: float | None = None) -> None:
         """Take nothing more; let running steps finish within `grace` seconds, cancel the rest and give them back.
 
-        Returns once `run` has put everything away. Calling it again shortens the grace; a third time is harmless.
+        Returns once `run` has put everything away, and at once where it hasn't begun: then it will do nothing. Called
+        again it waits for the same, with another grace where one is given.
         """
-        if not self._wanted.is_set():
+        if self.is_running and not self._wanted.is_set():
             self.observers.observe(Event("worker.stopping", worker=self.id))
-        self._grace = self.shutdown_grace if grace is None else grace
+        if grace is not None:
+            self._grace = grace
         self._wanted.set()
         self._hurry.set()
         if self._began:

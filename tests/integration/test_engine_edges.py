@@ -515,6 +515,86 @@ async def test_who_leaves_an_application_stops_its_workers(tmp_path: Path, fails
     assert (row.status, row.attempt) == (("ready", 0) if fails else ("completed", 1))
 
 
+async def test_a_worker_that_is_cancelled_twice_has_ended(tmp_path: Path) -> None:
+    """As by a second Ctrl-C while its steps are waited for: the application can be left, and the step is free."""
+    settings = Settings(store_url=f"sqlite:///{tmp_path}/p.db", transport_url=f"sqlite:///{tmp_path}/p.db")
+    activity = ActivityRegistry()
+    begun = asyncio.Event()
+
+    @activity.execute()
+    async def work() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async with Paigeant(settings, activities=activity) as app:
+        worker = app.worker()
+        working = asyncio.create_task(worker.run())
+        run = await app.dispatch(Workflow("w", ["work"]))
+        await begun.wait()
+        working.cancel()
+        await asyncio.wait([working], timeout=0.2)
+        assert not working.done(), "it waits for the step"
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+        assert not worker.is_running
+    async with Paigeant(settings) as app:
+        assert (await app.run(run.id).detail()).steps[0].status == "ready"
+
+
+async def test_the_grace_that_was_asked_for_stays_where_the_application_is_left(tmp_path: Path) -> None:
+    """A worker that stops within a short time doesn't get a longer one; one that hasn't begun never does."""
+    settings = Settings(
+        store_url=f"sqlite:///{tmp_path}/p.db",
+        transport_url=f"sqlite:///{tmp_path}/p.db",
+        shutdown_grace=3600,
+    )
+    activity = ActivityRegistry()
+    begun = asyncio.Event()
+
+    @activity.execute()
+    async def work() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(PATIENCE), Paigeant(settings, activities=activity) as app:
+        working = asyncio.create_task(app.worker().run())
+        await app.dispatch(Workflow("w", ["work"]))
+        await begun.wait()
+        [worker] = app._workers
+        stopping = asyncio.create_task(worker.stop(grace=0.1))
+        late = app.worker()
+        beginning = asyncio.create_task(late.run())
+        await asyncio.sleep(0)
+        assert worker._grace == 0.1
+    await asyncio.gather(working, stopping, beginning)
+    assert not worker.is_running
+    assert not late.is_running
+
+
+async def test_a_function_that_returns_a_coroutine_keeps_no_thread(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under a decorator that isn't async: it is awaited in the event loop, and its thread does the next one."""
+    monkeypatch.setattr(worker, "_MOST_THREADS", 1)
+    activity = ActivityRegistry()
+    go = asyncio.Event()
+
+    @activity.execute()
+    def first() -> Any:
+        return go.wait()
+
+    @activity.execute()
+    def second() -> str:
+        return "done"
+
+    async with Paigeant(settings, activities=activity) as app, working(app.worker(concurrency=5)):
+        waits = await app.dispatch(Workflow("w", ["first"]))
+        assert (await (await app.dispatch(Workflow("w", ["second"]))).wait(PATIENCE)).output == "done"
+        go.set()
+        assert (await waits.wait(PATIENCE)).output is True
+
+
 async def test_a_lost_message_is_sent_again(settings: Settings) -> None:
     """A dispatch whose message is lost is found by the sweeper, though nobody tells it."""
     activity = ActivityRegistry()

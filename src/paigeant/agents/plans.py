@@ -132,10 +132,11 @@ class Planner:
         if found is None:
             return
         own = {parameter.name: parameter for parameter in found.parameters if not parameter.is_context}
+        taken = found.takes()
         for name, value in arguments.items():
             if name in own:
                 own[name].read(activity, value)
-            elif not found.takes_rest:
+            elif taken is not None and name not in taken:
                 raise ArgumentError(
                     f"activity '{activity}' has no parameter {_short(name)}; it has: {', '.join(own) or 'none'}"
                 )
