@@ -14,7 +14,7 @@ from tests.security.test_signed_runs import PATIENCE, paying, put, serving
 from tests.services import RabbitServer
 
 from paigeant import RunStatus, Settings, Workflow
-from paigeant.errors import TransportUnavailable
+from paigeant.errors import MessageTooLarge
 
 MEBIBYTE = 1024 * 1024
 LARGE = 50 * MEBIBYTE
@@ -89,7 +89,7 @@ async def test_rabbitmq_refuses_what_is_larger_than_it_allows() -> None:
     calls: list[int] = []
     with RabbitServer(lines=[f"max_message_size = {16 * MEBIBYTE}"]) as server:
         places = {"transport_url": server.url, "store_url": STORE, "signing": "off"}
-        with pytest.raises(TransportUnavailable, match=r"larger than configured max size 16777216"):
+        with pytest.raises(MessageTooLarge, match="the limit is 16,777,216"):
             await put(places, {"large/pay/do/0": b"[" * LARGE})
         async with serving(Settings(**places), paying(calls)) as app:
             run = await app.dispatch(Workflow("order", ["pay"]), {"sum": 1})

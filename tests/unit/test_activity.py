@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Annotated, Any, Generic, Literal, Optional, TypeVar
 
 import pytest
@@ -448,7 +449,7 @@ async def test_a_plain_function_runs_in_a_thread() -> None:
     async def native() -> int:
         return threading.get_ident()
 
-    context: Any = None
+    context: Any = SimpleNamespace(_begins=None)
     assert await registered(plain).call({}, context, None) != here
     assert await registered(native).call({}, context, None) == here
 
@@ -466,7 +467,7 @@ async def test_callables_of_other_kinds_can_be_activities() -> None:
     def returns_awaitable(n: int) -> Any:
         return later(n)
 
-    context: Any = None
+    context: Any = SimpleNamespace(_begins=None)
     assert await registered(Caller(), name="caller").call({"n": 1}, context, None) == 2
     assert await registered(returns_awaitable).call({"n": 1}, context, None) == 3
 
