@@ -53,7 +53,43 @@ _WIRE = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_in
 
 
 def typed(annotation: Any) -> TypeAdapter[Any]:
-    """Reads and writes values of `annotation` as JSON. Raises InvalidDefinition for what pydantic can't handle."""
+    """Reads and writes values of `annotation` as JSON. Raises InvalidDefinition for what can't be."""
+    adapter = _adapter(annotation)
+    if crossed := _crossed(adapter.core_schema):
+        alias, own = crossed
+        raise InvalidDefinition(
+            f"{annotation!r} has a field '{alias}', and '{alias}' is an alias of its field '{own}' as well: "
+            "what is recorded has the fields' names, and would be read as another field; rename one of them"
+        )
+    return adapter
+
+
+def _crossed(schema: Any) -> tuple[str, str] | None:
+    """A field's name that is the alias of another field beside it, and which; None where all is clear."""
+    ahead = [schema]
+    while ahead:
+        found = ahead.pop()
+        if isinstance(found, Mapping):
+            ahead.extend(found.values())
+            fields = found.get("fields")
+            if isinstance(fields, Mapping):  # of a model or a TypedDict
+                named = dict(fields)
+            elif isinstance(fields, list):  # of a dataclass, or their names alone
+                named = {field["name"]: field for field in fields if isinstance(field, Mapping)}
+            else:
+                continue
+            for name, field in named.items():
+                alias = field.get("validation_alias") if isinstance(field, Mapping) else None
+                for path in alias if isinstance(alias, list) else [alias]:
+                    first = path[0] if isinstance(path, list) else path
+                    if first != name and first in named:
+                        return str(first), name
+        elif isinstance(found, list):
+            ahead.extend(found)
+    return None
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
     if annotation is Iterable or typing.get_origin(annotation) is Iterable:
         # pydantic takes it for a generator, which can't be recorded: it is read only once, and nobody knows when.
         annotation = Sequence[typing.get_args(annotation) or (Any,)]  # type: ignore[misc]

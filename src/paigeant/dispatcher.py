@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import secrets
@@ -372,8 +373,14 @@ _MOST_TOLD = 20
 """What is wrong with an input is told up to this number: a long list may be wrong in each of its items."""
 
 
+@functools.lru_cache(maxsize=256)
+def _reader(model: type) -> TypeAdapter[Any]:
+    return typed(model)
+
+
 def _fitted(workflow: Workflow, payload: dict[str, Any]) -> dict[str, Any]:
-    adapter: TypeAdapter[Any] = typed(workflow.input_model)
+    model = workflow.input_model
+    adapter = _reader(model) if isinstance(model, type) else typed(model)
     try:
         fitted: dict[str, Any] = codec.plain(codec.read_as(adapter, payload))
         return fitted

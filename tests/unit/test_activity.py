@@ -15,7 +15,7 @@ from typing import Annotated, Any, Generic, Literal, Optional, TypeVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, AliasChoices, AliasPath, BaseModel, Field
 
 from paigeant import ActivityRegistry, RetryPolicy, StepContext
 from paigeant.activity import Parameter, typed
@@ -493,3 +493,26 @@ def test_a_context_parameter_may_do_without() -> None:
     for function in (older, newer, annotated):
         [step] = registered(function).parameters
         assert step.is_context
+
+
+class _Crossed(BaseModel):
+    id: str = Field(alias="name")
+    name: str = Field(alias="title")
+
+
+class _Behind(BaseModel):
+    first: int = Field(0, validation_alias=AliasChoices("f", AliasPath("second", 0)))
+    second: list[int]
+
+
+class _Clear(BaseModel):
+    id: str = Field("", validation_alias=AliasChoices("id", "name"))
+    title: str = Field(alias="heading")
+
+
+@pytest.mark.parametrize("annotation", [_Crossed, list[_Crossed], dict[str, _Behind], _Behind | None])
+def test_a_field_that_has_the_name_of_anothers_alias_is_refused(annotation: Any) -> None:
+    """What is recorded has the names of the fields: one of the two would be read as the other."""
+    with pytest.raises(InvalidDefinition, match=r"is an alias of its field '(id|first)' as well.*rename one"):
+        typed(annotation)
+    assert typed(_Clear).validate_python({"name": "I-1", "heading": "Lamp"}).id == "I-1"
