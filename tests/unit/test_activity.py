@@ -501,12 +501,12 @@ class _Crossed(BaseModel):
 
 
 class _Behind(BaseModel):
-    first: int = Field(0, validation_alias=AliasChoices("f", AliasPath("second", 0)))
+    first: int = Field(0, validation_alias=AliasChoices("f", AliasPath("second", 0)))  # type: ignore[pydantic-alias]
     second: list[int]
 
 
 class _Clear(BaseModel):
-    id: str = Field("", validation_alias=AliasChoices("id", "name"))
+    id: str = Field("", validation_alias=AliasChoices("id", "name"))  # type: ignore[pydantic-alias]
     title: str = Field(alias="heading")
 
 
