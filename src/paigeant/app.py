@@ -64,6 +64,7 @@ _OWN_LOG.addHandler(logging.NullHandler())
 class Paigeant:
     """An application's connection to its store and transport. Use it as an async context manager.
 
+    Leaving it stops those of its workers that still run: after their `shutdown_grace`, or at once after an error.
     `activities` and `workflows` are what this process knows: to check dispatches early, and to dispatch by name.
     `observers` are told what happens here. `grants`, `exchanger` and `service_tokens` take the place of what the
     settings name. `clock` and `chance` are for tests.
