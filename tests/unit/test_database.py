@@ -456,13 +456,19 @@ async def test_another_index_of_the_log_is_noticed_from_another_folder(
     assert seen_elsewhere(path) == [2]
 
 
-async def test_a_log_and_its_index_that_nobody_made_anew_end_in_the_file(database: SqliteDatabase) -> None:
-    """Nobody else has recorded anything since they were deleted: what was committed isn't lost with them."""
+@pytest.mark.parametrize("is_read", [False, True], ids=["left alone", "read"])
+async def test_a_deleted_log_ends_in_the_file_if_nobody_has_recorded_anything_since(
+    database: SqliteDatabase, is_read: bool
+) -> None:
+    """What was committed isn't lost with it, also when another process has made one anew to read the file."""
+    await database.close()  # which puts the table into the file
+    await database.connect()
     await database.write(add, 1)
     for helper in ("wal", "shm"):
         database.path.with_name(f"x.db-{helper}").unlink()
     with pytest.raises(StoreUnavailable, match=r"x\.db-wal was deleted while"):
         await database.write(add, 2)
+    assert not is_read or seen_elsewhere(database.path) == []
     await database.close()
     assert seen_elsewhere(database.path) == [1]
     await database.connect()

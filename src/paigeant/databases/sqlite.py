@@ -229,7 +229,7 @@ class SqliteDatabase(Database):
             raise _helper_gone(helper)
 
     def _leave_to_others(self) -> None:
-        """Keep SQLite from tidying up as our connections close, if others have made a log or an index of their own.
+        """Keep SQLite from tidying up as our connections close, if others may have recorded by another log or index.
 
         By this index it would overwrite in the file what they have recorded since, and remove the log in which that is.
         If nobody has, it puts into the file what only a log holds that was deleted.
@@ -238,8 +238,10 @@ class SqliteDatabase(Database):
             return
         for helper, identity in self._helpers:
             with contextlib.suppress(OSError):
-                if _identity(helper) != identity and os.path.getsize(helper):
-                    _never_close(self._last, self._file[1])
+                if _identity(helper) != identity:
+                    if os.path.getsize(helper):
+                        _never_close(self._last, self._file[1])
+                    return  # another log that is empty is of who has only read, whatever index there is
 
     def _prepare(self, tx: Tx, requests: Sequence[None]) -> list[None]:
         prepare(tx.connection, self.path)
