@@ -107,7 +107,8 @@ class TableTransport:
 
     async def publish(self, topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
         body = self.envelope.seal(message, topic)
-        await self._write(self._publish, Posting(topic, message.message_id, body, delay))
+        posting = Posting(topic, message.message_id, body, delay)
+        await self._write(self._publish, posting, size=len(body))
 
     def _publish(self, tx: Tx, requests: Sequence[Posting]) -> list[None]:
         self.post(tx, requests)
@@ -273,7 +274,7 @@ class TableTransport:
     async def _reject(self, letter: DeadLetter) -> None:
         # Kept first, taken out of the topic then: a crash in between does it again, a loss can't happen.
         if self._bury is None:
-            await self._write(self._keep, letter)
+            await self._write(self._keep, letter, size=len(letter.body))
         else:
             await self._bury(letter)
         await self._write(self._ack, letter.id)
@@ -299,9 +300,11 @@ class TableTransport:
             rows = await self.database.ask(lambda connection: connection.execute(query).all())
         return [TopicDepth(topic, count - held, held, now - oldest) for topic, count, held, oldest in rows]
 
-    async def _write(self, handler: Callable[[Tx, Sequence[Any]], Sequence[Any]], request: Any) -> Any:
+    async def _write(
+        self, handler: Callable[[Tx, Sequence[Any]], Sequence[Any]], request: Any, *, size: int = 0
+    ) -> Any:
         with _told():
-            return await self.database.write(handler, request)
+            return await self.database.write(handler, request, size=size)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,8 @@ class Waiters:
         self._look = look
         self._hears_others = hears_others
         self._futures: dict[str, set[asyncio.Future[RunStatus]]] = {}
+        self._known: set[asyncio.Future[RunStatus]] = set()
+        """Of those who know that their run is there."""
         self._looking: asyncio.Task[None] | None = None
         self._open: set[str] = set()
 
@@ -55,10 +57,12 @@ class Waiters:
                     raise RunNotFound(workflow_id)
                 if status in RUN_ENDED:
                     return status
+            self._known.add(future)
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.create_task(self._look_again())
             return await future
         finally:
+            self._known.discard(future)
             futures = self._futures.get(workflow_id, set())
             futures.discard(future)
             if not futures:
@@ -91,9 +95,9 @@ class Waiters:
             if not future.done():
                 future.set_result(status)
 
-    def _lose(self, workflow_id: str) -> None:
+    def _lose(self, workflow_id: str, known: Collection[asyncio.Future[RunStatus]]) -> None:
         self._open.discard(workflow_id)
-        for future in self._futures.get(workflow_id, ()):
+        for future in self._futures.get(workflow_id, set()).intersection(known):
             if not future.done():
                 future.set_exception(RunNotFound(workflow_id))
 
@@ -103,7 +107,8 @@ class Waiters:
             if not at_once:
                 await asyncio.sleep(pause)
             at_once = False
-            waited_for = list(self._futures)
+            # Who comes to know of a run only now may wait for one that began after what this look finds.
+            waited_for, known = list(self._futures), self._known.copy()
             try:
                 found = await self._look(waited_for)
             except PaigeantError as exc:
@@ -111,6 +116,6 @@ class Waiters:
                 continue
             for run_id in waited_for:
                 if run_id not in found:  # it was deleted, or the store is an older one by now
-                    self._lose(run_id)
+                    self._lose(run_id, known)
                 elif found[run_id] in RUN_ENDED:
                     self._end(run_id, found[run_id])

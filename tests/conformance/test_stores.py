@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Awaitable
+from dataclasses import replace
+from typing import Any
+
+import pytest
 
 from paigeant.databases.sqlite import SqliteDatabase
-from paigeant.slip import RunStatus
-from paigeant.store import Store
+from paigeant.lane import Lane
+from paigeant.rows import detail_of
+from paigeant.slip import RunStatus, StepStatus
+from paigeant.store import DeadLetter, Request, RunDetail, StepRecord, Store
 from paigeant.stores.memory import MemoryStore
-from paigeant.stores.sql import SqlStore
+from paigeant.stores.sql import SqlStore, leases
 from paigeant.testing.conformance import StoreConformance
+from paigeant.testing.conformance.bench import due, run
+from paigeant.testing.conformance.transports import message
+from paigeant.transport import Posting
+from paigeant.transports.sqlite import SqliteTransport
 
 
 class TestMemoryStore(StoreConformance):
@@ -34,6 +45,57 @@ class TestSqliteStore(StoreConformance):
         child = await asyncio.create_subprocess_exec(sys.executable, "-c", _CANCEL, url)
         assert await asyncio.wait_for(waiting, 60) is RunStatus.CANCELLED
         assert await child.wait() == 0
+
+    async def test_runs_that_no_sweep_can_end_keep_it_from_no_other(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A sweep has read one late run when its time is over; those with a slip of newer code stay late for ever."""
+
+        def slowly(*of: Any) -> RunDetail:
+            self.clock.advance(2)
+            return detail_of(*of)
+
+        monkeypatch.setattr(leases, "detail_of", slowly)
+        for run_id in ("a", "b", "c"):
+            newer = replace(run(run_id, deadline=1.0), slip=b'{"newer":1}')
+            await store.record_workflow_start(newer, due(run_id=run_id))
+        await self.start(store, run_id="z", deadline=1.0)
+        for _ in range(200):
+            if (await store.sweep()).expired:
+                break
+        assert (await store.load_run("z")).run.status is RunStatus.FAILED
+
+    async def test_large_writes_tell_their_size(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever brings many bytes, a message with what it records too: few of those share a transaction."""
+        assert isinstance(store, SqlStore)
+        transport = SqliteTransport(store.database)
+        store.publish_with(transport)
+        large = b'"' + b"x" * 100_000 + b'"'
+        posting, sizes, submit = Posting("a", "m", large), list[int](), Lane.submit
+
+        def counted(*arguments: Any, size: int = 0, **named: Any) -> asyncio.Future[Any]:
+            sizes.append(size)
+            return submit(*arguments, size=size, **named)
+
+        async def size_of(write: Awaitable[object]) -> int:
+            sizes.clear()
+            await write
+            return max(sizes)
+
+        monkeypatch.setattr(Lane, "submit", counted)
+        assert await size_of(store.record_workflow_start(run(), due(), posting)) > len(large)
+        result = self.ending(due().key, await self.claim(store, due().key), output=b"1", next=due("b"))
+        assert await size_of(store.record_step_result(result, posting)) > len(large)
+        adopted = StepRecord(*due(run_id="adopted").key, 0, "a", "a", StepStatus.COMPLETED, output=large)
+        assert await size_of(store.adopt_run(run("adopted"), [adopted], {"v": large})) > 2 * len(large)
+        request = Request("q", "r", "b", "question", "q", large)
+        assert await size_of(store.open_request(request)) == len(large)
+        assert await size_of(store.answer_request("q", large)) == len(large)
+        payload = large.decode()
+        assert await size_of(transport.publish("t", message("m", text=payload))) > len(large)
+        letter = DeadLetter("l", "t", "odd", "odd", large)
+        assert await size_of(store.bury(letter)) == len(large)
+        assert await size_of(transport._reject(letter)) == len(large)
 
 
 _CANCEL = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import sqlite3
 from collections.abc import AsyncIterator, Collection
@@ -24,7 +25,7 @@ from paigeant import (
     StepContext,
     Workflow,
 )
-from paigeant.errors import InputInvalid, MessageTooLarge, StoreUnavailable
+from paigeant.errors import InputInvalid, MessageTooLarge, RunNotFound, StoreUnavailable
 from paigeant.observer import Event
 from paigeant.slip import RunStatus
 from paigeant.store import ClaimRequest, Grant, Refused
@@ -300,6 +301,55 @@ async def test_who_waits_outlives_a_store_that_fails_for_a_while() -> None:
     waiters = Waiters(look, hears_others=lambda: False)
     assert await asyncio.wait_for(waiters.wait("r"), PATIENCE) == "completed"
     assert answers == []
+
+
+Looks = asyncio.Queue[asyncio.Future[dict[str, RunStatus]]]
+
+
+def looked_by_hand() -> tuple[Waiters, Looks]:
+    """Those who wait, and the answers that their looks wait for."""
+    looks = Looks()
+
+    async def look(_: Collection[str]) -> dict[str, RunStatus]:
+        looks.put_nowait(answer := asyncio.get_running_loop().create_future())
+        return await answer
+
+    return Waiters(look, hears_others=lambda: False), looks
+
+
+@pytest.mark.parametrize("began", ["here", "elsewhere"])
+async def test_a_look_from_before_a_run_began_loses_nobody(began: str) -> None:
+    """That it doesn't find the run says nothing to who knows that there is one by now."""
+    waiters, looks = looked_by_hand()
+    waiters.started("other")
+    waiting = [asyncio.create_task(waiters.wait(run_id)) for run_id in ("other", "r")]
+    own, early = await looks.get(), await looks.get()
+    if began == "here":
+        waiters.started("r")
+        waiting.append(asyncio.create_task(waiters.wait("r")))
+        await asyncio.sleep(0)
+    early.set_result({"other": RunStatus.RUNNING})
+    later = await looks.get()
+    own.set_result({"r": RunStatus.RUNNING})
+    later.set_result({"other": RunStatus.COMPLETED, "r": RunStatus.COMPLETED})
+    async with asyncio.timeout(PATIENCE):
+        assert set(await asyncio.gather(*waiting)) == {"completed"}
+
+
+async def test_who_finds_no_run_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """By his own look: what another one finds meanwhile would be an error that nobody asks for."""
+    waiters, looks = looked_by_hand()
+    waiters.started("other")
+    others, waiting = (asyncio.create_task(waiters.wait(run_id)) for run_id in ("other", "r"))
+    own, its = await looks.get(), await looks.get()
+    its.set_result({"other": RunStatus.COMPLETED})
+    assert await asyncio.wait_for(others, PATIENCE) == "completed"
+    own.set_result({})
+    await asyncio.wait([waiting])
+    assert isinstance(waiting.exception(), RunNotFound)
+    del waiting
+    gc.collect()  # what nobody has asked for is logged then
+    assert caplog.records == []
 
 
 async def test_an_itinerary_that_no_message_can_carry_fails_the_step_once(tmp_path: Path) -> None:

@@ -415,19 +415,64 @@ async def test_a_file_under_two_names_in_a_process_stays_locked(
         await other.close()
 
 
-async def test_what_others_record_by_another_index_of_the_log_is_kept(database: SqliteDatabase) -> None:
+@pytest.mark.parametrize("is_noticed", [True, False], ids=["noticed", "idle"])
+@pytest.mark.parametrize("gone", [["shm"], ["wal", "shm"]], ids="+".join)
+async def test_what_others_record_by_another_index_of_the_log_is_kept(
+    database: SqliteDatabase, gone: list[str], is_noticed: bool
+) -> None:
     """Whoever opens a file without its -shm makes a new one. A process that has the old one ends without harm."""
     await database.write(add, 1)
-    database.path.with_name("x.db-shm").unlink()
+    await database.close()  # which puts it into the file
+    await database.connect()
+    for helper in gone:
+        database.path.with_name(f"x.db-{helper}").unlink()
     command = [sys.executable, "-c", WRITE_AND_CLOSE, str(database.path)]
     await asyncio.to_thread(subprocess.run, command, check=True)
-    for lane in (database.write, database.read):
-        with pytest.raises(StoreUnavailable, match=r"x\.db-shm was deleted while"):
-            await lane(add, 3)
+    if is_noticed:
+        for lane in (database.write, database.read):
+            with pytest.raises(StoreUnavailable, match=r"x\.db-(wal|shm) was deleted while"):
+                await lane(add, 3)
     await database.close()  # SQLite would remove the log, with what it doesn't know
     assert seen_elsewhere(database.path) == [1, 2]
     with pytest.raises(StoreUnavailable, match=r"x\.db-shm was deleted while"):
         await database.connect()
+
+
+async def test_another_index_of_the_log_is_noticed_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that has changed its working directory finds the file by the name that it was opened by."""
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    database, path = SqliteDatabase("sqlite:///here.db"), tmp_path / "here.db"
+    await database.connect()
+    await database.write(execute, "CREATE TABLE numbers (who TEXT, n INTEGER)")
+    path.with_name("here.db-shm").unlink()
+    command = [sys.executable, "-c", WRITE_AND_CLOSE, str(path)]
+    await asyncio.to_thread(subprocess.run, command, check=True)
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(StoreUnavailable, match=r"here\.db-shm was deleted while"):
+        await database.write(add, 3)
+    await database.close()
+    assert seen_elsewhere(path) == [2]
+
+
+@pytest.mark.parametrize("is_read", [False, True], ids=["left alone", "read"])
+async def test_a_deleted_log_ends_in_the_file_if_nobody_has_recorded_anything_since(
+    database: SqliteDatabase, is_read: bool
+) -> None:
+    """What was committed isn't lost with it, also when another process has made one anew to read the file."""
+    await database.close()  # which puts the table into the file
+    await database.connect()
+    await database.write(add, 1)
+    for helper in ("wal", "shm"):
+        database.path.with_name(f"x.db-{helper}").unlink()
+    with pytest.raises(StoreUnavailable, match=r"x\.db-wal was deleted while"):
+        await database.write(add, 2)
+    assert not is_read or seen_elsewhere(database.path) == []
+    await database.close()
+    assert seen_elsewhere(database.path) == [1]
+    await database.connect()
+    assert await numbers(database) == [1]
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])

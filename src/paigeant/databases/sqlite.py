@@ -66,6 +66,7 @@ class SqliteDatabase(Database):
         self._engine: Engine | None = None
         self._beater: Connection | None = None
         self._beside: Connection | None = None
+        self._last: sqlite3.Connection | None = None
         self._file: tuple[Path, tuple[int, int]] | None = None
         self._helpers: tuple[tuple[str, tuple[int, int]], ...] = ()
         self._bell = Bell(self.path, self._heard)
@@ -117,7 +118,6 @@ class SqliteDatabase(Database):
         self._bell.open()
 
     async def _shut(self) -> None:
-        self._file, self._helpers = None, ()
         self._bell.close()
         if self._beater is not None:
             self._beater.close()
@@ -125,6 +125,10 @@ class SqliteDatabase(Database):
         if self._engine is not None:
             self._engine.dispose()
             self._engine = None
+        self._leave_to_others()
+        if self._last is not None and self._last not in _NEVER_CLOSED.values():
+            self._last.close()
+        self._file, self._helpers, self._last = None, (), None
 
     def close_beside(self) -> None:
         if self._beside is not None:
@@ -221,14 +225,30 @@ class SqliteDatabase(Database):
             with contextlib.suppress(OSError):
                 if _identity(helper) == identity:
                     continue
-            if helper.endswith("-shm"):
-                _never_close(self.path)
+            self._leave_to_others()
             raise _helper_gone(helper)
+
+    def _leave_to_others(self) -> None:
+        """Keep SQLite from tidying up as our connections close, if others may have recorded by another log or index.
+
+        By this index it would overwrite in the file what they have recorded since, and remove the log in which that is.
+        If nobody has, it puts into the file what only a log holds that was deleted.
+        """
+        if self._file is None or self._last is None:
+            return
+        for helper, identity in self._helpers:
+            with contextlib.suppress(OSError):
+                if _identity(helper) != identity:
+                    if os.path.getsize(helper):
+                        _never_close(self._last, self._file[1])
+                    return  # another log that is empty is of who has only read, whatever index there is
 
     def _prepare(self, tx: Tx, requests: Sequence[None]) -> list[None]:
         prepare(tx.connection, self.path)
         place = self.path.resolve()
         self._file = place, _identity(place)
+        if self._last is None:
+            self._last = _counting(place)
         helpers = [f"{place}-wal", f"{place}-shm"]
         self._helpers = tuple((helper, _identity(helper)) for helper in helpers if os.path.exists(helper))
         return [None] * len(requests)
@@ -436,19 +456,20 @@ def _identity(path: Path | str) -> tuple[int, int]:
 
 
 _NEVER_CLOSED: dict[tuple[int, int], sqlite3.Connection] = {}
-"""Files of which others have another index of the log than this process."""
+"""Files of which others have another log or index of it than this process."""
 
 
-def _never_close(path: Path) -> None:
-    """Keep SQLite from tidying up as our connections close: by this index it would overwrite what others have recorded
-    since, in the file, and remove the log in which that is."""
-    file = _identity(path)
+def _never_close(connection: sqlite3.Connection, file: tuple[int, int]) -> None:
     if file not in _NEVER_CLOSED:
-        connection = _NEVER_CLOSED[file] = sqlite3.connect(path, check_same_thread=False)
-        connection.execute(
-            "SELECT count(*) FROM sqlite_master"
-        ).fetchone()  # from here on it isn't the last one
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # nor closed as the interpreter ends
+        _NEVER_CLOSED[file] = connection
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # nor as the interpreter ends
+
+
+def _counting(place: Path) -> sqlite3.Connection:
+    """A connection that only counts: while it is open no other one is the last, for which SQLite tidies up."""
+    connection = sqlite3.connect(place, timeout=_BUSY_SECONDS, check_same_thread=False)
+    connection.execute("PRAGMA user_version").fetchall()  # with that it begins
+    return connection
 
 
 def _helper_gone(helper: str) -> StoreUnavailable:

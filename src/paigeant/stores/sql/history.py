@@ -102,7 +102,7 @@ class SqlHistory(SqlPart):
     # -- dead letters
 
     async def bury(self, letter: DeadLetter) -> None:
-        await self.database.write(self._bury, letter)
+        await self.database.write(self._bury, letter, size=len(letter.body))
 
     def _bury(self, tx: Tx, requests: Sequence[DeadLetter]) -> list[None]:
         # Whoever writes to a broker chooses ids and names: none of them may keep a letter from being kept.

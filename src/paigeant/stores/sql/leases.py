@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Select, and_, bindparam, delete, or_, select
+from sqlalchemy import Select, and_, bindparam, delete, func, or_, select
 
 from paigeant import ledger
 from paigeant.due import due_steps, is_in, late_runs, orphan_steps, waiting_steps
@@ -174,10 +174,12 @@ class SqlLeases(SqlPart):
         self.write(tx, changes)
         changes = Changes()
         expired, failed = [], []
-        overdue = late_runs(tx.now).limit(limit)
+        # In no order: those with a slip of newer code can't be ended, and would else keep it from the others for ever.
+        overdue = late_runs(tx.now).order_by(func.random()).limit(limit)
         late = tx.connection.execute(overdue).scalars().all()
+        locked = lock_runs(tx, late, only_free=True)
         until = self.database.elapsed() + _LATE_SECONDS
-        for run_id in sorted(lock_runs(tx, late, only_free=True)):
+        for run_id in filter(locked.__contains__, late):
             if self.database.elapsed() > until:
                 break
             detail = detail_of(tx, run_id, self.inline_bytes)

@@ -84,7 +84,7 @@ class SqlOutside(SqlPart):
         return woken
 
     async def open_request(self, request: Request) -> bool:
-        return await self.database.write(self._open_request, request)
+        return await self.database.write(self._open_request, request, size=len(request.asked))
 
     def _open_request(self, tx: Tx, requests: Sequence[Request]) -> list[bool]:
         new = {
@@ -98,7 +98,9 @@ class SqlOutside(SqlPart):
         if known is None:
             raise RequestNotFound(request_id)
         answered: Request = unwrapped(
-            await self.database.write(self._answer, (known.workflow_id, request_id, answer, sender))
+            await self.database.write(
+                self._answer, (known.workflow_id, request_id, answer, sender), size=len(answer)
+            )
         )
         return answered
 

@@ -20,7 +20,7 @@ from paigeant.tables import step_executions, step_units, workflow_runs
 from paigeant.transport import Posting
 from paigeant.waiters import ended
 
-__all__ = ["Outbox", "SqlPart", "its_run", "one_by_one", "unwrapped"]
+__all__ = ["Outbox", "SqlPart", "bytes_of", "its_run", "one_by_one", "unwrapped"]
 
 
 @runtime_checkable
@@ -93,6 +93,11 @@ def one_by_one(
     places = sorted(range(len(requests)), key=lambda place: by(requests[place]))
     answers = {place: do(requests[place]) for place in places}
     return [answers[place] for place in range(len(requests))]
+
+
+def bytes_of(*values: bytes | None) -> int:
+    """The bytes of those of the values that there are: the size of a request to write them."""
+    return sum(len(value) for value in values if value is not None)
 
 
 def unwrapped(answer: Any) -> Any:

@@ -37,7 +37,7 @@ from paigeant.stores.sql import inbox
 from paigeant.stores.sql.history import SqlHistory
 from paigeant.stores.sql.leases import SqlLeases
 from paigeant.stores.sql.outside import SqlOutside
-from paigeant.stores.sql.part import Outbox, its_run, one_by_one, unwrapped
+from paigeant.stores.sql.part import Outbox, bytes_of, its_run, one_by_one, unwrapped
 from paigeant.stores.sql.values import SqlValues
 from paigeant.tables import (
     dead_letters,
@@ -101,7 +101,8 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
         self, run: RunRecord, first: NextStep | None, posting: Posting | None = None, *, is_new: bool = False
     ) -> bool:
         start = _Start(run, first, posting, is_new)
-        new: bool = unwrapped(await self.database.write(self._start, start, size=len(run.input)))
+        size = bytes_of(run.input, run.slip, posting.body if posting else None)
+        new: bool = unwrapped(await self.database.write(self._start, start, size=size))
         if new and first is not None:
             self.waiters.started(run.id)
         return new
@@ -149,7 +150,8 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
     async def adopt_run(
         self, run: RunRecord, steps: Collection[StepRecord], variables: Mapping[str, bytes]
     ) -> bool:
-        return await self.database.write(self._adopt, (run, steps, variables))
+        size = bytes_of(run.input, run.slip, *(row.output for row in steps), *variables.values())
+        return await self.database.write(self._adopt, (run, steps, variables), size=size)
 
     def _adopt(
         self, tx: Tx, requests: Sequence[tuple[RunRecord, Collection[StepRecord], Mapping[str, bytes]]]
@@ -221,7 +223,8 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
     async def record_step_result(
         self, result: StepResult, posting: Posting | None = None
     ) -> Recorded | Refused:
-        size = len(result.output or b"") + len(result.input or b"") + sum(map(len, result.variables.values()))
+        values = (result.input, result.output, result.revision, *result.variables.values())
+        size = bytes_of(*values, posting.body if posting else None)
         return await self.database.write(self._record, _Result(result, posting), size=size)
 
     @needing(lock_runs, lambda request: (request.result.key.workflow_id,))
