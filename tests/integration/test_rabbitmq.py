@@ -9,7 +9,7 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -413,6 +413,36 @@ async def test_a_queue_that_confirms_nothing_holds_up_no_other(server: RabbitSer
         finally:
             await asyncio.to_thread(act, server, stuck, "resume")
         await publish_until_taken(transport, "last", "stuck")
+
+
+async def test_a_queue_whose_publishers_give_up_early_holds_up_no_other(server: RabbitServer) -> None:
+    """Nobody waits for as long as would show that it confirms nothing, and still it doesn't fill the channel."""
+    async with opened(server.url, publish_timeout=60.0) as transport:
+        await transport.publish("stuck", message("first"))
+        stuck = transport.queues.topic("stuck").name
+        await asyncio.to_thread(act, server, stuck, "suspend")
+        try:
+            for number in range(1000):
+                await give_up(transport.publish("stuck", message(str(number))))
+            async with asyncio.timeout(RECOVERY):
+                await transport.publish("work", message("m"))
+        finally:
+            await asyncio.to_thread(act, server, stuck, "resume")
+
+
+async def test_publishers_that_give_up_cost_no_channel_each(
+    server: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does their queue have to be declared anew for those that come after them."""
+    async with opened(server.url) as transport:
+        await transport.publish("work", message("first"))
+        monkeypatch.setattr(publisher, "declare", failing)
+        for number in range(200):
+            await give_up(transport.publish("work", message(str(number))))
+            await asyncio.sleep(0.005)
+        await transport.publish("work", message("last"))
+        channels = await asyncio.to_thread(server.ctl, "list_channels", "pid")
+        assert len(channels.splitlines()) < 10
 
 
 async def test_a_message_too_large_for_the_broker_holds_up_no_other() -> None:
@@ -974,6 +1004,13 @@ class Graveyard:
 async def failing(*_: object) -> PaigeantMessage:
     """In the place of what opens a message."""
     raise ZeroDivisionError
+
+
+async def give_up(publishing: Coroutine[Any, Any, None]) -> None:
+    """Publish, and wait for no confirm."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0):
+            await publishing
 
 
 def act(server: RabbitServer, queue: str, how: str) -> None:

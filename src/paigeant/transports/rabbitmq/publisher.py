@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import aio_pika
 import aiormq
 from aio_pika.abc import AbstractChannel
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelNotFoundEntity, DeliveryError, PublishError
@@ -40,6 +41,10 @@ _ROOM_SECONDS = 5.0
 _ANSWER_SECONDS = 2.0
 """How long a broker that doesn't confirm may take to show that it is there."""
 
+_MOST_ABANDONED = 20
+"""So many messages that nobody waits for any more may be unconfirmed on a channel. A quorum queue that takes none blocks
+it from 32 on."""
+
 _WHEN_LOST = "when a queue doesn't recover, delete it (rabbitmqctl delete_queue {}): it is declared anew"
 
 
@@ -53,7 +58,8 @@ class Publisher:
         self._single = Single(self._open)
         self._looking = Single(self._answers)
         self._declared: dict[str, float] = {}
-        """The queues that are there, and until when that is sure."""
+        """The queues that are there, and until when that is sure, as far as `_connection` knows."""
+        self._connection: aio_pika.Connection | None = None
         self._declaring = asyncio.Lock()
         self._outstanding: set[str] = set()
 
@@ -97,18 +103,20 @@ class Publisher:
         if told_id is not None:
             self._outstanding.add(told_id)
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._timeout) as limit:
                 # Once more when the queue has been deleted or the connection has broken. A message that was confirmed
                 # unheard is doubled by that, which is harmless.
-                if not await self._sent(queue, properties, body, again=True):
-                    await self._sent(queue, properties, body, again=False)
+                if not await self._sent(queue, properties, body, limit, again=True):
+                    await self._sent(queue, properties, body, limit, again=False)
         except TimeoutError as exc:
             raise await self._late(self._timeout, queue) from exc
         finally:
             if told_id is not None:
                 self._outstanding.discard(told_id)
 
-    async def _sent(self, queue: Queue, properties: Basic.Properties, body: bytes, *, again: bool) -> bool:
+    async def _sent(
+        self, queue: Queue, properties: Basic.Properties, body: bytes, limit: asyncio.Timeout, *, again: bool
+    ) -> bool:
         channel = None
         try:
             with closings():
@@ -133,7 +141,9 @@ class Publisher:
             ) from exc
         except asyncio.CancelledError:
             # Its queue may never confirm. What is sent to one of those fills the channel, until nothing else gets by.
-            self._retire(channel)
+            # Who gives up earlier says little about it, and costs no channel each time.
+            if limit.expired() or (channel is not None and _abandoned(channel) > _MOST_ABANDONED):
+                self._retire(channel)
             raise
         except CONNECTION_EXCEPTIONS as exc:
             _check_size(exc, body)
@@ -222,7 +232,9 @@ class Publisher:
         channel = connection.channel(publisher_confirms=True, on_return_raises=True)
         async with asyncio.timeout(OPEN_SECONDS):
             await channel.initialize()
-        self._declared.clear()  # by now it may be another broker, or an emptied one
+        if connection is not self._connection:
+            self._declared.clear()  # by now it may be another broker, or an emptied one
+            self._connection = connection
         self._channel = await underlay(channel)
         return self._channel
 
@@ -262,6 +274,11 @@ class Publisher:
     def _unavailable(self, exc: BaseException) -> TransportUnavailable:
         what = str(exc) or type(exc).__name__
         return TransportUnavailable(f"RabbitMQ at {place(self._link.url)} doesn't serve: {what}")
+
+
+def _abandoned(channel: aiormq.Channel) -> int:
+    """How many messages on it are unconfirmed, and nobody waits for that any more."""
+    return sum(confirmation.cancelled() for confirmation in channel.confirmations.values())
 
 
 def _check_size(exc: BaseException, body: bytes) -> None:
