@@ -430,6 +430,29 @@ async def test_a_queue_whose_publishers_give_up_early_holds_up_no_other(server: 
             await asyncio.to_thread(act, server, stuck, "resume")
 
 
+async def test_a_slow_broker_that_confirms_is_not_cut_off(server: RabbitServer) -> None:
+    """Though one queue confirms nothing, and the broker takes longer than it should to answer."""
+    with Proxy(server.host, server.port) as proxy:
+        async with opened(proxy.url(server.url), publish_timeout=6.0) as transport:
+            await transport.publish("stuck", message("first"))
+            await transport.publish("work", message("first"))
+            stuck = transport.queues.topic("stuck").name
+            await asyncio.to_thread(act, server, stuck, "suspend")
+            connections = proxy.connections
+            try:
+                proxy.delay(1.2)
+                late = asyncio.create_task(transport.publish("stuck", message("late")))
+                for number in range(3):
+                    await transport.publish("work", message(str(number)))
+                with pytest.raises(TransportUnavailable, match=r"within 6 s"):
+                    await late
+            finally:
+                proxy.resume()
+                await asyncio.to_thread(act, server, stuck, "resume")
+            await transport.publish("work", message("last"))
+            assert proxy.connections == connections
+
+
 async def test_publishers_that_give_up_cost_no_channel_each(
     server: RabbitServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

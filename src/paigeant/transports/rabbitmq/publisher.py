@@ -18,7 +18,6 @@ from pamqp.commands import Basic
 from paigeant.errors import (
     ConfigurationError,
     MessageTooLarge,
-    PaigeantError,
     TopicUnavailable,
     TransportUnavailable,
 )
@@ -38,9 +37,6 @@ __all__ = ["Publisher"]
 
 _ROOM_SECONDS = 5.0
 
-_ANSWER_SECONDS = 2.0
-"""How long a broker that doesn't confirm may take to show that it is there."""
-
 _MOST_ABANDONED = 20
 """So many messages that nobody waits for any more may be unconfirmed on a channel. A quorum queue that takes none blocks
 it from 32 on."""
@@ -55,8 +51,8 @@ class Publisher:
         self._link = link
         self._timeout = timeout
         self._channel: aiormq.Channel | None = None
+        self._confirmed_at = 0.0
         self._single = Single(self._open)
-        self._looking = Single(self._answers)
         self._declared: dict[str, float] = {}
         """The queues that are there, and until when that is sure, as far as `_connection` knows."""
         self._connection: aio_pika.Connection | None = None
@@ -82,7 +78,6 @@ class Publisher:
 
     async def close(self) -> None:
         await self._single.cancel()
-        await self._looking.cancel()
         self._channel = None
         await self._link.close()
 
@@ -102,6 +97,7 @@ class Publisher:
         )
         if told_id is not None:
             self._outstanding.add(told_id)
+        began_at = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout) as limit:
                 # Once more when the queue has been deleted or the connection has broken. A message that was confirmed
@@ -109,7 +105,7 @@ class Publisher:
                 if not await self._sent(queue, properties, body, limit, again=True):
                     await self._sent(queue, properties, body, limit, again=False)
         except TimeoutError as exc:
-            raise await self._late(self._timeout, queue) from exc
+            raise await self._late(began_at, self._timeout, queue) from exc
         finally:
             if told_id is not None:
                 self._outstanding.discard(told_id)
@@ -150,10 +146,12 @@ class Publisher:
             if not again or isinstance(exc, Closed):  # perhaps by `close`, after which none is to be opened
                 raise self._unavailable(exc) from exc
             return False
+        self._confirmed_at = time.monotonic()
         return True
 
     async def check_room(self, trial: Queue) -> None:
         """Raises TransportUnavailable for a broker that takes no messages now. `trial` is a queue that isn't there."""
+        began_at = time.monotonic()
         try:
             with closings():
                 async with asyncio.timeout(_ROOM_SECONDS):
@@ -164,7 +162,7 @@ class Publisher:
                     for _ in range(2):
                         await channel.basic_publish(b"", routing_key=trial.name)
         except TimeoutError as exc:
-            raise await self._late(_ROOM_SECONDS) from exc
+            raise await self._late(began_at, _ROOM_SECONDS) from exc
         except CONNECTION_EXCEPTIONS as exc:
             raise self._unavailable(exc) from exc
 
@@ -249,27 +247,23 @@ class Publisher:
         with contextlib.suppress(*CONNECTION_EXCEPTIONS):
             await channel.close()
 
-    async def _late(self, seconds: float, queue: Queue | None = None) -> TransportUnavailable:
+    async def _late(
+        self, began_at: float, seconds: float, queue: Queue | None = None
+    ) -> TransportUnavailable:
         begin = f"RabbitMQ at {place(self._link.url)} has not confirmed a message"
         if await self._link.is_blocked():
             return TransportUnavailable(
                 f"{begin} within {seconds:g} s: it blocks publishers by a memory or disk alarm "
                 "(see `rabbitmqctl status`); give it room, or let workers catch up"
             )
-        if queue is not None and await self._looking.get():
+        if queue is not None and await self._link.answers():
             return TopicUnavailable(
                 f"{begin} for the queue '{queue.name}' within {seconds:g} s, but it answers: it is overloaded, or not "
                 f"enough of the queue's replicas are there; {_WHEN_LOST.format(queue.name)}"
             )
-        self._link.cut()  # what doesn't answer at all is opened anew
+        if self._confirmed_at < began_at:
+            self._link.cut()  # what doesn't answer at all is opened anew
         return TransportUnavailable(f"{begin} within {seconds:g} s: it is overloaded, frozen, or cut off")
-
-    async def _answers(self) -> bool:
-        """Whether the broker is there."""
-        with contextlib.suppress(PaigeantError, *CONNECTION_EXCEPTIONS), closings():
-            async with asyncio.timeout(_ANSWER_SECONDS), throwaway(await self._link.open()):
-                return True
-        return False
 
     def _unavailable(self, exc: BaseException) -> TransportUnavailable:
         what = str(exc) or type(exc).__name__
