@@ -230,7 +230,9 @@ class Link:
 
     async def answers(self) -> bool:
         """Whether the broker is there, and answers on this connection."""
-        return await self._looking.get()
+        with contextlib.suppress(Closed), closings():
+            return await self._looking.get()
+        return False
 
     async def _look(self) -> bool:
         with contextlib.suppress(PaigeantError, *CONNECTION_EXCEPTIONS), closings():

@@ -38,8 +38,8 @@ __all__ = ["Publisher"]
 _ROOM_SECONDS = 5.0
 
 _MOST_ABANDONED = 20
-"""So many messages that nobody waits for any more may be unconfirmed on a channel. A quorum queue that takes none blocks
-it from 32 on."""
+"""So many messages that nobody waits for any more may be unconfirmed on a channel. A quorum queue that takes none
+blocks it from 32 on."""
 
 _WHEN_LOST = "when a queue doesn't recover, delete it (rabbitmqctl delete_queue {}): it is declared anew"
 
