@@ -507,6 +507,29 @@ async def test_a_queue_whose_publishers_give_up_early_holds_up_no_other(server: 
             await asyncio.to_thread(act, server, stuck, "resume")
 
 
+async def test_a_queue_that_is_not_declared_holds_up_no_other(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A topic gets its first message while the queue of another waits to be declared, which is asked for once."""
+    asked: list[str] = []
+
+    async def never(connection: aio_pika.Connection, queue: queues.Queue) -> None:
+        asked.append(queue.name)
+        if queue.name == transport.queues.topic("stuck").name:
+            await asyncio.get_running_loop().create_future()
+        await declare(connection, queue)
+
+    async with opened(rabbitmq_url) as transport:
+        monkeypatch.setattr(publisher, "declare", never)
+        publishes = (transport.publish("stuck", message(str(number))) for number in range(5))
+        stuck = asyncio.gather(*publishes, return_exceptions=True)
+        await asyncio.sleep(0)
+        await transport.publish("work", message("m"))
+        assert not stuck.done()
+        assert [transport.queues.topic(topic).name for topic in ("stuck", "work")] == asked
+        assert {type(each) for each in await stuck} == {TopicUnavailable}
+
+
 async def test_a_slow_broker_that_confirms_is_not_cut_off(server: RabbitServer) -> None:
     """Though one queue confirms nothing, and the broker takes longer than it should to answer."""
     with Proxy(server.host, server.port) as proxy:

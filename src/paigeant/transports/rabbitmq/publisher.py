@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Collection, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import aio_pika
 import aiormq
@@ -37,6 +38,9 @@ __all__ = ["Publisher"]
 
 _ROOM_SECONDS = 5.0
 
+_MOST_DECLARING = 50
+"""So many queues are declared at the same time: each takes a channel, of which a connection may have some 2,000."""
+
 _MOST_ABANDONED = 20
 """So many messages that nobody waits for any more may be unconfirmed on a channel. A quorum queue that takes none
 blocks it from 32 on."""
@@ -56,7 +60,8 @@ class Publisher:
         self._declared: dict[str, float] = {}
         """The queues that are there, and until when that is sure, as far as `_connection` knows."""
         self._connection: aio_pika.Connection | None = None
-        self._declaring = asyncio.Lock()
+        self._declaring: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._places = asyncio.Semaphore(_MOST_DECLARING)
         self._outstanding: set[str] = set()
 
     async def open(self, queue: Queue, trial: Queue) -> None:
@@ -211,7 +216,7 @@ class Publisher:
 
     async def _declare(self, queue: Queue) -> None:
         if not self._is_there(queue):
-            async with self._declaring:
+            async with self._declaring.setdefault(queue.name, asyncio.Lock()), self._places:
                 if not self._is_there(queue):
                     await declare(await self._link.open(), queue)
                     self._remember(queue)
