@@ -9,7 +9,7 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,9 @@ async def opened(
 class Listener:
     """Receives from a topic all the time, in one iteration that must never end, and acks."""
 
-    def __init__(self, transport: RabbitMQTransport, topic: str = "work") -> None:
+    def __init__(self, transport: RabbitMQTransport, topic: str = "work", *, ack: bool = True) -> None:
         self.transport = transport
+        self._acks = ack
         self.seen: list[str] = []
         self._came = asyncio.Event()
         self._task = asyncio.create_task(self._listen(topic))
@@ -84,7 +85,8 @@ class Listener:
     async def _listen(self, topic: str) -> None:
         async for received in self.transport.subscribe(topic):
             self.seen.append(received.message_id)
-            await self.transport.ack(received.message_id)
+            if self._acks:
+                await self.transport.ack(received.message_id)
             self._came.set()
 
     async def until(self, message_id: str, seconds: float = 30.0) -> None:
@@ -303,22 +305,97 @@ async def test_a_queue_without_a_leader_disturbs_no_other(caplog: pytest.LogCapt
             stuck = transport.queues.topic("stuck").name
             await until_it_outlives_a_crash()
             await asyncio.to_thread(act, server, stuck, "stop")
-            messages = transport.subscribe("work")
-            async with asyncio.timeout(3 * RECOVERY), contextlib.aclosing(messages):  # type: ignore[type-var]
-                assert (await anext(messages)).message_id == "held"
-                listener = Listener(transport, "stuck")
-                assert (
-                    await anext(messages)
-                ).message_id == "held"  # once: until then nobody knows whose fault it is
-                following = asyncio.ensure_future(anext(messages))
+            holding = Listener(transport, ack=False)
+            await holding.until("held")
+            listener = Listener(transport, "stuck")
+            async with asyncio.timeout(3 * RECOVERY):
                 while caplog.text.count(f"can't receive from '{stuck}'") < 6:  # noqa: ASYNC110  # nothing else tells
                     await asyncio.sleep(0.02)
-                await transport.ack("held")
-                await transport.publish("work", message("next"))
-                assert (await following).message_id == "next"
-                await asyncio.to_thread(act, server, stuck, "restart")
-                await listener.until("stuck")
+            # again for each of the first two: until then nobody knows whose fault it is
+            assert holding.seen.count("held") <= 3
+            await transport.ack("held")
+            await transport.publish("work", message("next"))
+            await holding.until("next")
+            await asyncio.to_thread(act, server, stuck, "restart")
+            await listener.until("stuck")
         assert "paigeant" not in await asyncio.to_thread(server.ctl, "list_connections", "client_properties")
+
+
+async def test_a_blip_gives_no_topic_a_connection_of_its_own(
+    server: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue that is opened when the connection breaks for another reason is opened anew over the next."""
+    async with opened(server.url) as transport:
+        breaking(monkeypatch, server, 1)
+        listener = Listener(transport)
+        await publish_until_taken(transport, "first")
+        await listener.until("first")
+        assert not transport._receiving._apart
+
+
+async def test_a_queue_that_works_again_comes_back_to_the_shared_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a busy feed, too; what it holds doesn't come again, and is settled where it came."""
+    monkeypatch.setattr(feed, "APART_SECONDS", 1.0)
+    with RabbitServer() as server:  # no consumer timeout: a message is held for long
+        async with opened(server.url) as transport:
+            breaking(monkeypatch, server, 2)
+            holding = Listener(transport, ack=False)
+            await publish_until_taken(transport, "held")
+            await holding.until("held")
+            (apart,) = transport._receiving._apart
+            await asyncio.sleep(1.0)
+            for number in range(5):
+                await transport.publish("work", message(str(number)))
+            for number in range(5):
+                await holding.until(str(number))
+            assert await receiving(server) == 2
+            await transport.ack("held")
+            async with asyncio.timeout(RECOVERY):
+                while apart in transport._receiving._apart:  # noqa: ASYNC110  # nothing else tells
+                    await asyncio.sleep(0.02)
+            assert await receiving(server) == 1
+            assert sorted(holding.seen) == ["0", "1", "2", "3", "4", "held"]
+
+
+async def test_the_last_message_that_is_settled_ends_the_connection_it_came_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where its queue had one of its own, and its subscription is over."""
+    with RabbitServer() as server:  # no consumer timeout: a message is held for long
+        async with opened(server.url) as transport:
+            await transport.publish("work", message("held"))
+            breaking(monkeypatch, server, 2)
+            assert await take(transport, ack=False) == "held"
+            assert await receiving(server) == 1
+            await transport.ack("held")
+            async with asyncio.timeout(RECOVERY):
+                while transport._receiving._apart:  # noqa: ASYNC110  # nothing else tells
+                    await asyncio.sleep(0.02)
+            assert await receiving(server) == 0
+
+
+async def test_a_shared_connection_that_answers_nothing_is_opened_anew(
+    server: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its heartbeats go on. No topic gets a connection of its own for that."""
+    monkeypatch.setattr(feed, "OPEN_SECONDS", 2.0)
+    async with opened(server.url) as transport:
+        await transport.publish("work", message("first"))
+        await transport.publish("other", message("second"))
+        assert await take(transport) == "first"
+        is_receiving = 'string:find(io_lib:format("~p", [Info]), "paigeant receiving") =/= nomatch'
+        info = "rabbit_networking:connection_info(Pid, [client_properties])"
+        pids = "Pid <- rabbit_networking:connections()"
+        suspend = f"[sys:suspend(Pid) || {pids}, Info <- [{info}], {is_receiving}]."
+        await asyncio.to_thread(server.ctl, "eval", suspend)
+        try:
+            listener = Listener(transport, "other")
+            await listener.until("second")
+            assert not transport._receiving._apart
+        finally:
+            await asyncio.to_thread(server.ctl, "eval", f"[sys:resume(Pid) || {pids}].")
 
 
 async def test_wait_queues_that_are_over_are_forgotten(
@@ -413,6 +490,82 @@ async def test_a_queue_that_confirms_nothing_holds_up_no_other(server: RabbitSer
         finally:
             await asyncio.to_thread(act, server, stuck, "resume")
         await publish_until_taken(transport, "last", "stuck")
+
+
+async def test_a_queue_whose_publishers_give_up_early_holds_up_no_other(server: RabbitServer) -> None:
+    """Nobody waits for as long as would show that it confirms nothing, and still it doesn't fill the channel."""
+    async with opened(server.url, publish_timeout=60.0) as transport:
+        await transport.publish("stuck", message("first"))
+        stuck = transport.queues.topic("stuck").name
+        await asyncio.to_thread(act, server, stuck, "suspend")
+        try:
+            for number in range(1000):
+                await give_up(transport.publish("stuck", message(str(number))))
+            async with asyncio.timeout(RECOVERY):
+                await transport.publish("work", message("m"))
+        finally:
+            await asyncio.to_thread(act, server, stuck, "resume")
+
+
+async def test_a_queue_that_is_not_declared_holds_up_no_other(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A topic gets its first message while the queue of another waits to be declared, which is asked for once."""
+    asked: list[str] = []
+
+    async def never(connection: aio_pika.Connection, queue: queues.Queue) -> None:
+        asked.append(queue.name)
+        if queue.name == transport.queues.topic("stuck").name:
+            await asyncio.get_running_loop().create_future()
+        await declare(connection, queue)
+
+    async with opened(rabbitmq_url) as transport:
+        monkeypatch.setattr(publisher, "declare", never)
+        publishes = (transport.publish("stuck", message(str(number))) for number in range(5))
+        stuck = asyncio.gather(*publishes, return_exceptions=True)
+        await asyncio.sleep(0)
+        await transport.publish("work", message("m"))
+        assert not stuck.done()
+        assert [transport.queues.topic(topic).name for topic in ("stuck", "work")] == asked
+        assert {type(each) for each in await stuck} == {TopicUnavailable}
+
+
+async def test_a_slow_broker_that_confirms_is_not_cut_off(server: RabbitServer) -> None:
+    """Though one queue confirms nothing, and the broker takes longer than it should to answer."""
+    with Proxy(server.host, server.port) as proxy:
+        async with opened(proxy.url(server.url), publish_timeout=6.0) as transport:
+            await transport.publish("stuck", message("first"))
+            await transport.publish("work", message("first"))
+            stuck = transport.queues.topic("stuck").name
+            await asyncio.to_thread(act, server, stuck, "suspend")
+            connections = proxy.connections
+            try:
+                proxy.delay(1.2)
+                late = asyncio.create_task(transport.publish("stuck", message("late")))
+                for number in range(3):
+                    await transport.publish("work", message(str(number)))
+                with pytest.raises(TransportUnavailable, match=r"within 6 s"):
+                    await late
+            finally:
+                proxy.resume()
+                await asyncio.to_thread(act, server, stuck, "resume")
+            await transport.publish("work", message("last"))
+            assert proxy.connections == connections
+
+
+async def test_publishers_that_give_up_cost_no_channel_each(
+    server: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does their queue have to be declared anew for those that come after them."""
+    async with opened(server.url) as transport:
+        await transport.publish("work", message("first"))
+        monkeypatch.setattr(publisher, "declare", failing)
+        for number in range(200):
+            await give_up(transport.publish("work", message(str(number))))
+            await asyncio.sleep(0.005)
+        await transport.publish("work", message("last"))
+        channels = await asyncio.to_thread(server.ctl, "list_channels", "pid")
+        assert len(channels.splitlines()) < 10
 
 
 async def test_a_message_too_large_for_the_broker_holds_up_no_other() -> None:
@@ -976,6 +1129,13 @@ async def failing(*_: object) -> PaigeantMessage:
     raise ZeroDivisionError
 
 
+async def give_up(publishing: Coroutine[Any, Any, None]) -> None:
+    """Publish, and wait for no confirm."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0):
+            await publishing
+
+
 def act(server: RabbitServer, queue: str, how: str) -> None:
     """Have the one replica that a quorum queue has on one node suspended, resumed, stopped or restarted."""
     found = f'rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{queue}">>))'
@@ -986,6 +1146,25 @@ def act(server: RabbitServer, queue: str, how: str) -> None:
         "restart": "ra:restart_server(quorum_queues, {Name, node()})",
     }
     server.ctl("eval", f"{{ok, Queue}} = {found}, {{Name, _}} = amqqueue:get_pid(Queue), {acts[how]}.")
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, server: RabbitServer, times: int) -> None:
+    """Have the broker close all connections so often when a queue is opened to receive from it."""
+
+    async def breaks(connection: aio_pika.Connection, queue: queues.Queue) -> None:
+        nonlocal times
+        if times:
+            times -= 1
+            await asyncio.to_thread(server.ctl, "close_all_connections", "a test")
+        await declare(connection, queue)
+
+    monkeypatch.setattr(feed, "declare", breaks)
+
+
+async def receiving(server: RabbitServer) -> int:
+    """How many connections to receive over there are."""
+    listed = await asyncio.to_thread(server.ctl, "list_connections", "client_properties")
+    return listed.count("paigeant receiving")
 
 
 async def refusing(*_: object) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import random
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -47,6 +48,9 @@ LOOK_SECONDS = 1.0
 IDLE_SECONDS, LONGEST_IDLE_SECONDS = 2.0, 10.0
 """Without a message for so long, and then for twice as long, ..., a consumer is opened anew: RabbitMQ may send its
 messages to one that is no more."""
+
+APART_SECONDS = 10.0
+"""How long a queue that can be received from again keeps a connection of its own."""
 
 
 class Delivery:
@@ -174,6 +178,7 @@ class Feed:
 
     All feeds share the connection of `link`, but those of queues that can't be received from: for one whose leader is
     away RabbitMQ ends the whole connection, or never answers, and what the others hold comes to them again each time.
+    Such a feed has a connection of its own until its queue has worked for a while.
     """
 
     def __init__(self, link: Link, queue: Queue, prefetch: int, drop: Callable[[Delivery], None]) -> None:
@@ -187,6 +192,7 @@ class Feed:
         self._has_worked = False
         self._was_deleted = False
         self._idle = IDLE_SECONDS
+        self._apart_until = 0.0
         self._is_over = False
 
     async def next(self) -> Delivery | None:
@@ -197,6 +203,8 @@ class Feed:
             line = self._line
             if line is None:
                 await self._reopen()
+            elif self._link is not self._shared and time.monotonic() > self._apart_until:
+                await self._leave()
             elif self._inbox:
                 delivery = self._inbox.popleft()
                 line.hand_out(delivery)
@@ -212,6 +220,10 @@ class Feed:
 
     async def end(self) -> None:
         """Give back what was not handed out. The channel stays open for what was, until that is settled."""
+        self._is_over = True
+        await self._leave()
+
+    async def _leave(self) -> None:
         try:
             await asyncio.shield(self._shared.start(self._end()))
         except asyncio.CancelledError:
@@ -219,24 +231,26 @@ class Feed:
                 raise
 
     async def _end(self) -> None:
-        self._is_over = True
         line, self._line = self._line, None
+        link, self._link = self._link, self._shared
         if line is None:
-            self._join()
+            self._part(link)
             return
         line.is_ending = True
         if line.watching is not None:
             line.watching.cancel()
-        with contextlib.suppress(*CONNECTION_EXCEPTIONS):
+        with contextlib.suppress(*CONNECTION_EXCEPTIONS), closings():
             async with asyncio.timeout(CLOSE_SECONDS):
                 if line.out:
                     await line.stop()
                     while self._inbox:
                         tag = self._inbox.popleft().tag
                         await line.channel.basic_nack(tag, requeue=True, wait=False)
-        if not line.out:
+        if line.out:
+            line.channel.closing.add_done_callback(lambda _: self._part(link))
+        else:
             await line.close()
-            self._join()
+            self._part(link)
 
     async def _wait(self, line: Line) -> None:
         self._news.clear()
@@ -253,6 +267,7 @@ class Feed:
 
     async def _reopen(self) -> None:
         pause = PAUSE_SECONDS
+        has_failed = False
         self._join()
         while not self._is_over and self._line is None and not is_cancelled():
             if self._has_worked:
@@ -267,6 +282,7 @@ class Feed:
                 self._has_worked = True
                 if not line.is_void:
                     self._line = line
+                    self._apart_until = time.monotonic() + APART_SECONDS
                     return
                 trouble: Exception = ConnectionError("it was lost at once")
             except ConfigurationError as exc:
@@ -283,19 +299,28 @@ class Feed:
             )
             if isinstance(trouble, (TransportUnavailable, ConfigurationError)):
                 self._join()
-            elif self._link is self._shared:
+                has_failed = False
+            elif self._link is not self._shared:
+                if isinstance(trouble, TimeoutError):
+                    self._link.cut()
+            elif isinstance(trouble, TimeoutError) and not await self._shared.answers():
+                self._shared.cut()
+            elif has_failed or isinstance(trouble, TimeoutError):
                 self._link = self._shared.apart()
-            elif isinstance(trouble, TimeoutError):
-                self._link.cut()
+            else:  # what ended the connection may have been another feed's doing
+                has_failed = True
             if not self._has_worked:
                 await self._rest(pause / 4, pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _join(self) -> None:
         """Go on over the connection that all feeds share."""
-        if self._link is not self._shared:
-            self._shared.start(self._shared.part(self._link))
-            self._link = self._shared
+        link, self._link = self._link, self._shared
+        self._part(link)
+
+    def _part(self, link: Link) -> None:
+        if link is not self._shared:
+            self._shared.start(self._shared.part(link))
 
     async def _rest(self, least: float, most: float) -> None:
         until = asyncio.get_running_loop().time() + random.uniform(least, most)

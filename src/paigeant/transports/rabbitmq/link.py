@@ -26,7 +26,7 @@ from aio_pika.exceptions import (
 from aiormq.connection import TCPTransportFactory, TLSTransportFactory, TransportFactory
 from yarl import URL
 
-from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.errors import ConfigurationError, PaigeantError, TransportUnavailable
 from paigeant.transports.rabbitmq.headers import tolerate
 from paigeant.urls import check_parameters, check_readable
 
@@ -57,6 +57,9 @@ _CONNECT_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
 OPEN_SECONDS = 15.0
 """How long it may take to declare a queue and consume from it: of a cluster that recovers, several seconds."""
+
+_ANSWER_SECONDS = 2.0
+"""How long a broker from which something doesn't come may take to show that it is there."""
 
 _SETTINGS = ("namespace", "queue_type", "delivery_limit")
 """What the URL may say besides aio-pika's own parameters."""
@@ -171,6 +174,7 @@ class Link:
         self._connection: _Connection | None = None
         self._socket = _Socket()
         self._single = Single(self._open)
+        self._looking = Single(self._look)
         self._tasks: set[asyncio.Task[None]] = set()
         self._apart: set[Link] = set()
 
@@ -200,6 +204,7 @@ class Link:
 
     async def close(self) -> None:
         await self._single.cancel()
+        await self._looking.cancel()
         connection, self._connection = self._connection, None
         if connection is not None:
             await self._dispose(connection, self._socket)
@@ -221,6 +226,18 @@ class Link:
                 await self._connection.transport.ready()  # type: ignore[union-attr]  # is open
         except TimeoutError:
             return True
+        return False
+
+    async def answers(self) -> bool:
+        """Whether the broker is there, and answers on this connection."""
+        with contextlib.suppress(Closed), closings():
+            return await self._looking.get()
+        return False
+
+    async def _look(self) -> bool:
+        with contextlib.suppress(PaigeantError, *CONNECTION_EXCEPTIONS), closings():
+            async with asyncio.timeout(_ANSWER_SECONDS), throwaway(await self.open()):
+                return True
         return False
 
     @staticmethod

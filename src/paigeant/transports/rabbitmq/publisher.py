@@ -8,7 +8,9 @@ import re
 import time
 from collections.abc import Collection, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
+import aio_pika
 import aiormq
 from aio_pika.abc import AbstractChannel
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelNotFoundEntity, DeliveryError, PublishError
@@ -17,7 +19,6 @@ from pamqp.commands import Basic
 from paigeant.errors import (
     ConfigurationError,
     MessageTooLarge,
-    PaigeantError,
     TopicUnavailable,
     TransportUnavailable,
 )
@@ -37,8 +38,12 @@ __all__ = ["Publisher"]
 
 _ROOM_SECONDS = 5.0
 
-_ANSWER_SECONDS = 2.0
-"""How long a broker that doesn't confirm may take to show that it is there."""
+_MOST_DECLARING = 50
+"""So many queues are declared at the same time: each takes a channel, of which a connection may have some 2,000."""
+
+_MOST_ABANDONED = 20
+"""So many messages that nobody waits for any more may be unconfirmed on a channel. A quorum queue that takes none
+blocks it from 32 on."""
 
 _WHEN_LOST = "when a queue doesn't recover, delete it (rabbitmqctl delete_queue {}): it is declared anew"
 
@@ -50,11 +55,13 @@ class Publisher:
         self._link = link
         self._timeout = timeout
         self._channel: aiormq.Channel | None = None
+        self._confirmed_at = 0.0
         self._single = Single(self._open)
-        self._looking = Single(self._answers)
         self._declared: dict[str, float] = {}
-        """The queues that are there, and until when that is sure."""
-        self._declaring = asyncio.Lock()
+        """The queues that are there, and until when that is sure, as far as `_connection` knows."""
+        self._connection: aio_pika.Connection | None = None
+        self._declaring: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._places = asyncio.Semaphore(_MOST_DECLARING)
         self._outstanding: set[str] = set()
 
     async def open(self, queue: Queue, trial: Queue) -> None:
@@ -76,7 +83,6 @@ class Publisher:
 
     async def close(self) -> None:
         await self._single.cancel()
-        await self._looking.cancel()
         self._channel = None
         await self._link.close()
 
@@ -96,19 +102,22 @@ class Publisher:
         )
         if told_id is not None:
             self._outstanding.add(told_id)
+        began_at = time.monotonic()
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self._timeout) as limit:
                 # Once more when the queue has been deleted or the connection has broken. A message that was confirmed
                 # unheard is doubled by that, which is harmless.
-                if not await self._sent(queue, properties, body, again=True):
-                    await self._sent(queue, properties, body, again=False)
+                if not await self._sent(queue, properties, body, limit, again=True):
+                    await self._sent(queue, properties, body, limit, again=False)
         except TimeoutError as exc:
-            raise await self._late(self._timeout, queue) from exc
+            raise await self._late(began_at, self._timeout, queue) from exc
         finally:
             if told_id is not None:
                 self._outstanding.discard(told_id)
 
-    async def _sent(self, queue: Queue, properties: Basic.Properties, body: bytes, *, again: bool) -> bool:
+    async def _sent(
+        self, queue: Queue, properties: Basic.Properties, body: bytes, limit: asyncio.Timeout, *, again: bool
+    ) -> bool:
         channel = None
         try:
             with closings():
@@ -133,17 +142,21 @@ class Publisher:
             ) from exc
         except asyncio.CancelledError:
             # Its queue may never confirm. What is sent to one of those fills the channel, until nothing else gets by.
-            self._retire(channel)
+            # Who gives up earlier says little about it, and costs no channel each time.
+            if limit.expired() or (channel is not None and _abandoned(channel) > _MOST_ABANDONED):
+                self._retire(channel)
             raise
         except CONNECTION_EXCEPTIONS as exc:
             _check_size(exc, body)
             if not again or isinstance(exc, Closed):  # perhaps by `close`, after which none is to be opened
                 raise self._unavailable(exc) from exc
             return False
+        self._confirmed_at = time.monotonic()
         return True
 
     async def check_room(self, trial: Queue) -> None:
         """Raises TransportUnavailable for a broker that takes no messages now. `trial` is a queue that isn't there."""
+        began_at = time.monotonic()
         try:
             with closings():
                 async with asyncio.timeout(_ROOM_SECONDS):
@@ -154,7 +167,7 @@ class Publisher:
                     for _ in range(2):
                         await channel.basic_publish(b"", routing_key=trial.name)
         except TimeoutError as exc:
-            raise await self._late(_ROOM_SECONDS) from exc
+            raise await self._late(began_at, _ROOM_SECONDS) from exc
         except CONNECTION_EXCEPTIONS as exc:
             raise self._unavailable(exc) from exc
 
@@ -203,7 +216,7 @@ class Publisher:
 
     async def _declare(self, queue: Queue) -> None:
         if not self._is_there(queue):
-            async with self._declaring:
+            async with self._declaring.setdefault(queue.name, asyncio.Lock()), self._places:
                 if not self._is_there(queue):
                     await declare(await self._link.open(), queue)
                     self._remember(queue)
@@ -222,7 +235,9 @@ class Publisher:
         channel = connection.channel(publisher_confirms=True, on_return_raises=True)
         async with asyncio.timeout(OPEN_SECONDS):
             await channel.initialize()
-        self._declared.clear()  # by now it may be another broker, or an emptied one
+        if connection is not self._connection:
+            self._declared.clear()  # by now it may be another broker, or an emptied one
+            self._connection = connection
         self._channel = await underlay(channel)
         return self._channel
 
@@ -237,31 +252,32 @@ class Publisher:
         with contextlib.suppress(*CONNECTION_EXCEPTIONS):
             await channel.close()
 
-    async def _late(self, seconds: float, queue: Queue | None = None) -> TransportUnavailable:
+    async def _late(
+        self, began_at: float, seconds: float, queue: Queue | None = None
+    ) -> TransportUnavailable:
         begin = f"RabbitMQ at {place(self._link.url)} has not confirmed a message"
         if await self._link.is_blocked():
             return TransportUnavailable(
                 f"{begin} within {seconds:g} s: it blocks publishers by a memory or disk alarm "
                 "(see `rabbitmqctl status`); give it room, or let workers catch up"
             )
-        if queue is not None and await self._looking.get():
+        if queue is not None and await self._link.answers():
             return TopicUnavailable(
                 f"{begin} for the queue '{queue.name}' within {seconds:g} s, but it answers: it is overloaded, or not "
                 f"enough of the queue's replicas are there; {_WHEN_LOST.format(queue.name)}"
             )
-        self._link.cut()  # what doesn't answer at all is opened anew
+        if self._confirmed_at < began_at:
+            self._link.cut()  # what doesn't answer at all is opened anew
         return TransportUnavailable(f"{begin} within {seconds:g} s: it is overloaded, frozen, or cut off")
-
-    async def _answers(self) -> bool:
-        """Whether the broker is there."""
-        with contextlib.suppress(PaigeantError, *CONNECTION_EXCEPTIONS), closings():
-            async with asyncio.timeout(_ANSWER_SECONDS), throwaway(await self._link.open()):
-                return True
-        return False
 
     def _unavailable(self, exc: BaseException) -> TransportUnavailable:
         what = str(exc) or type(exc).__name__
         return TransportUnavailable(f"RabbitMQ at {place(self._link.url)} doesn't serve: {what}")
+
+
+def _abandoned(channel: aiormq.Channel) -> int:
+    """How many messages on it are unconfirmed, and nobody waits for that any more."""
+    return sum(confirmation.cancelled() for confirmation in channel.confirmations.values())
 
 
 def _check_size(exc: BaseException, body: bytes) -> None:
