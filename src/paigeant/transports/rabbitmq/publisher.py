@@ -63,12 +63,14 @@ class Publisher:
         self._places = asyncio.Semaphore(_MOST_DECLARING)
         self._doubting: asyncio.Task[None] | None = None
         self._outstanding: set[str] = set()
+        self._is_closed = False
 
     async def open(self, queue: Queue, trial: Queue) -> None:
         """Open it, and see to it that `queue` is there and the user has the rights that `trial` takes.
 
         Raises TransportUnavailable, ConfigurationError.
         """
+        self._is_closed = False
         try:
             with closings():
                 async with asyncio.timeout(OPEN_SECONDS):
@@ -82,6 +84,7 @@ class Publisher:
             raise self._unavailable(exc) from exc
 
     async def close(self) -> None:
+        self._is_closed = True
         await self._single.cancel()
         self._channel = None
         await self._link.close()
@@ -149,7 +152,7 @@ class Publisher:
             raise
         except CONNECTION_EXCEPTIONS as exc:
             _check_size(exc, body)
-            if not again or isinstance(exc, Closed):  # perhaps by `close`, after which none is to be opened
+            if not again or isinstance(exc, Closed) or self._is_closed:  # after `close` none is to be opened
                 raise self._unavailable(exc) from exc
             return False
         self._confirmed_at = time.monotonic()
