@@ -26,7 +26,7 @@ from aio_pika.exceptions import (
 from aiormq.connection import TCPTransportFactory, TLSTransportFactory, TransportFactory
 from yarl import URL
 
-from paigeant.errors import ConfigurationError, PaigeantError, TransportUnavailable
+from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.transports.rabbitmq.headers import tolerate
 from paigeant.urls import check_parameters, check_readable
 
@@ -229,14 +229,16 @@ class Link:
         return False
 
     async def answers(self) -> bool:
-        """Whether the broker is there, and answers on this connection."""
+        """Whether the broker answers on the connection that there is."""
         with contextlib.suppress(Closed), closings():
             return await self._looking.get()
         return False
 
     async def _look(self) -> bool:
-        with contextlib.suppress(PaigeantError, *CONNECTION_EXCEPTIONS), closings():
-            async with asyncio.timeout(_ANSWER_SECONDS), throwaway(await self.open()):
+        if self._connection is None:  # perhaps by `close`, after which none is to be opened
+            return False
+        with contextlib.suppress(*CONNECTION_EXCEPTIONS), closings():
+            async with asyncio.timeout(_ANSWER_SECONDS), throwaway(self._connection):
                 return True
         return False
 

@@ -41,9 +41,8 @@ _ROOM_SECONDS = 5.0
 _MOST_DECLARING = 50
 """So many queues are declared at the same time: each takes a channel, of which a connection may have some 2,000."""
 
-_MOST_ABANDONED = 20
-"""So many messages that nobody waits for any more may be unconfirmed on a channel. A quorum queue that takes none
-blocks it from 32 on."""
+_GIVEN_UP_SECONDS = 1.0
+"""After this time it tells against a channel that what was given up on it is still unconfirmed."""
 
 _WHEN_LOST = "when a queue doesn't recover, delete it (rabbitmqctl delete_queue {}): it is declared anew"
 
@@ -62,13 +61,16 @@ class Publisher:
         self._connection: aio_pika.Connection | None = None
         self._declaring: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._places = asyncio.Semaphore(_MOST_DECLARING)
+        self._doubting: asyncio.Task[None] | None = None
         self._outstanding: set[str] = set()
+        self._is_closed = False
 
     async def open(self, queue: Queue, trial: Queue) -> None:
         """Open it, and see to it that `queue` is there and the user has the rights that `trial` takes.
 
         Raises TransportUnavailable, ConfigurationError.
         """
+        self._is_closed = False
         try:
             with closings():
                 async with asyncio.timeout(OPEN_SECONDS):
@@ -82,6 +84,7 @@ class Publisher:
             raise self._unavailable(exc) from exc
 
     async def close(self) -> None:
+        self._is_closed = True
         await self._single.cancel()
         self._channel = None
         await self._link.close()
@@ -142,13 +145,14 @@ class Publisher:
             ) from exc
         except asyncio.CancelledError:
             # Its queue may never confirm. What is sent to one of those fills the channel, until nothing else gets by.
-            # Who gives up earlier says little about it, and costs no channel each time.
-            if limit.expired() or (channel is not None and _abandoned(channel) > _MOST_ABANDONED):
+            if limit.expired():
                 self._retire(channel)
+            elif channel is not None and (self._doubting is None or self._doubting.done()):
+                self._doubting = self._link.start(self._doubt(channel))
             raise
         except CONNECTION_EXCEPTIONS as exc:
             _check_size(exc, body)
-            if not again or isinstance(exc, Closed):  # perhaps by `close`, after which none is to be opened
+            if not again or isinstance(exc, Closed) or self._is_closed:  # after `close` none is to be opened
                 raise self._unavailable(exc) from exc
             return False
         self._confirmed_at = time.monotonic()
@@ -247,6 +251,13 @@ class Publisher:
             self._channel = None
             self._link.start(self._close_later(channel))
 
+    async def _doubt(self, channel: aiormq.Channel) -> None:
+        """Retire it when its queues don't confirm what callers have given up, which says little by itself."""
+        given_up = {tag for tag, confirm in channel.confirmations.items() if confirm.cancelled()}
+        await asyncio.sleep(_GIVEN_UP_SECONDS)
+        if given_up & channel.confirmations.keys():
+            self._retire(channel)
+
     async def _close_later(self, channel: aiormq.Channel) -> None:
         await asyncio.sleep(self._timeout)
         with contextlib.suppress(*CONNECTION_EXCEPTIONS):
@@ -273,11 +284,6 @@ class Publisher:
     def _unavailable(self, exc: BaseException) -> TransportUnavailable:
         what = str(exc) or type(exc).__name__
         return TransportUnavailable(f"RabbitMQ at {place(self._link.url)} doesn't serve: {what}")
-
-
-def _abandoned(channel: aiormq.Channel) -> int:
-    """How many messages on it are unconfirmed, and nobody waits for that any more."""
-    return sum(confirmation.cancelled() for confirmation in channel.confirmations.values())
 
 
 def _check_size(exc: BaseException, body: bytes) -> None:
