@@ -108,10 +108,12 @@ class Publisher:
         began_at = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout) as limit:
-                # Once more when the queue has been deleted or the connection has broken. A message that was confirmed
-                # unheard is doubled by that, which is harmless.
-                if not await self._sent(queue, properties, body, limit, again=True):
-                    await self._sent(queue, properties, body, limit, again=False)
+                # Again when the queue has been deleted or the connection has broken; twice, since where RabbitMQ closes
+                # the channel for another's message, what is written to it meanwhile has it end the connection. A
+                # message that was confirmed unheard is doubled by that, which is harmless.
+                for again in (True, True, False):
+                    if await self._sent(queue, properties, body, limit, again=again):
+                        return
         except TimeoutError as exc:
             raise await self._late(began_at, self._timeout, queue) from exc
         finally:
