@@ -99,6 +99,8 @@ class Executor:
         )
         self.running: dict[tuple[StepKey, int], asyncio.Task[Any]] = {}
         """The steps that this worker does now, with the task that does each. The heartbeat lists them."""
+        self._epochs: dict[StepKey, int] = {}
+        """Of the claims by which it does them."""
         self.stopping = False
         self.entitled: Callable[[], bool] = lambda: True
         """Whether the worker's lease holds. What it claims without one, the next sweep takes away again."""
@@ -136,21 +138,21 @@ class Executor:
         except asyncio.CancelledError:
             if step not in self._lost:
                 if not self.stopping:  # an activity has cancelled the task it runs in
-                    self.running.pop(step, None)
+                    self._unregister(step)
                 raise  # a shutdown: the step stays listed, and the worker gives it back
             _uncancel()
             self.reporter.tell("step.lost", claim, error="its lease was lost, or its run was cancelled")
             following = None
         except BaseException:
             # Nobody works on it any more; off the list, so that the heartbeat frees it.
-            self.running.pop(step, None)
+            self._unregister(step)
             raise
         finally:
             if bound is not None:
                 bound.release()
             self._lost.discard(step)
             self._recording.discard(step)
-        self.running.pop(step, None)
+        self._unregister(step)
         return following
 
     async def _work(self, claim: Claim) -> Claim | None:
@@ -186,6 +188,7 @@ class Executor:
             claim = Claim(key, Grant(0, 0, 0.0), message, activity, time.monotonic())
             attempts = claim.retry(self.limits).attempts
             request = ClaimRequest(claim.key, self.worker_id, attempts, self.forwarder.place(message))
+            under_way = self._epochs.get(key)
             answer = await self.store.claim_step(request)
             if self.adoption is not None and answer == Refused("unknown"):
                 await self.adoption.adopt(message)
@@ -210,9 +213,9 @@ class Executor:
             else:
                 await self._drop(message, answer.reason)
             return None
-        if (key, answer.epoch) in self.running:
+        if answer.epoch == under_way or (key, answer.epoch) in self.running:
             # The database had crashed and forgotten a claim, for claims aren't synced: this is the same one again, and
-            # the step is under way.
+            # the step is under way, or was when this was asked and may be recorded along with it.
             await self._drop(message, "taken")
             return None
         return Claim(key, answer, message, activity, time.monotonic())
@@ -300,6 +303,12 @@ class Executor:
         task = asyncio.current_task()
         assert task is not None
         self.running[(claim.key, claim.grant.epoch)] = task
+        self._epochs[claim.key] = claim.grant.epoch
+
+    def _unregister(self, step: tuple[StepKey, int]) -> None:
+        self.running.pop(step, None)
+        if self._epochs.get(step[0]) == step[1]:
+            del self._epochs[step[0]]
 
     async def _taken(self, activity: Activity | None) -> asyncio.Semaphore | None:
         bound = self._bound(activity)

@@ -209,7 +209,9 @@ def record(
     if head.status is StepStatus.WAITING:
         return Refused("stale")  # its attempt goes on when it is woken, and by no claim from before
     forward = result.key.phase is Phase.DO
-    if head.run is not (RunStatus.RUNNING if forward else RunStatus.COMPENSATING):
+    # A claim needn't be on the disk: a database that crashed may know neither of it nor of the run's beginning.
+    begins = forward and head.run is RunStatus.PENDING
+    if not begins and head.run is not (RunStatus.RUNNING if forward else RunStatus.COMPENSATING):
         return Refused("ended")
     held = mine and head.status is StepStatus.RUNNING
     succeeded = result.status in (StepStatus.COMPLETED, StepStatus.SKIPPED, StepStatus.COMPENSATED)
@@ -259,14 +261,16 @@ def record(
     )
     if not forward:
         changes.steps.append((head.key._replace(phase=Phase.DO), {"status": result.status}))
+    patch: Patch = {"status": RunStatus.RUNNING, "started_at": now} if begins else {}
     if result.run is not None:
-        patch: Patch = {"status": result.run}
+        patch["status"] = result.run
         if result.ending is not None:
             patch["ending"] = result.ending
         if result.run_error is not None:
             patch["error"] = result.run_error
         if result.run in RUN_ENDED:
             patch["completed_at"] = now
+    if patch:
         changes.runs.append((head.key.workflow_id, patch))
     if result.next is not None:
         taken = result.take_next

@@ -1287,3 +1287,34 @@ async def test_processes_share_the_runs(postgres_tables: str) -> None:
     for child in children:
         await child.communicate(b"")
         assert child.returncode == 0
+
+
+async def test_steps_whose_claims_a_crash_of_the_server_undoes_are_done_once() -> None:
+    """Claims aren't synced: the server forgets them, and that their runs have begun. What they give is recorded."""
+    runs = range(30)
+    with PostgresServer(lines=["wal_writer_delay = 10s"]) as server, server.database() as url:
+        make_tables(url)
+        activity = ActivityRegistry()
+        done: list[int] = []
+        all_begun, go = asyncio.Event(), asyncio.Event()
+
+        @activity.execute()
+        async def work(n: int) -> int:
+            done.append(n)
+            if len(done) == len(runs):
+                all_begun.set()
+            await go.wait()
+            return n
+
+        async with (
+            Paigeant(Settings(store_url=url, transport_url=url), activities=activity) as app,
+            working(app.worker()),
+        ):
+            begun = [await app.dispatch(Workflow("w", ["work"]), {"n": n}) for n in runs]
+            await all_begun.wait()
+            await asyncio.to_thread(server.stop, "immediate")
+            await asyncio.to_thread(server.start)
+            go.set()
+            results = await asyncio.gather(*(run.wait(60) for run in begun))
+    assert [result.output for result in results] == list(runs)
+    assert sorted(done) == list(runs)

@@ -257,6 +257,17 @@ class StoreConformance(LeaseConformance, WaitConformance, ValueConformance, Hist
         await self.record(store, self.ending(key, stale, output=b"1", next=due("b")))
         assert (await self.refused(store, key)).reason == "recorded"
 
+    async def test_a_success_stands_whose_claim_was_forgotten(self, store: Store) -> None:
+        """A claim needn't be on the disk: after a crash the database may know of none, nor that the run has begun."""
+        key = await self.start(store)
+        forgotten = Grant(1, 1, self.clock.now())
+        await self.record(store, self.ending(key, forgotten, output=b"1", next=due("b")))
+        assert (await self.refused(store, key)).reason == "recorded"
+        detail = await store.load_run("r")
+        assert [row.status for row in detail.steps] == [StepStatus.COMPLETED, StepStatus.READY]
+        assert detail.run.status is RunStatus.RUNNING
+        assert detail.run.started_at == self.clock.now()
+
     async def test_strict_fencing_refuses_a_late_success(self, store: Store) -> None:
         """A step that asks for it takes only the result of whoever holds it."""
         key = await self.start(store)
