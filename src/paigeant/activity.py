@@ -66,27 +66,35 @@ def typed(annotation: Any) -> TypeAdapter[Any]:
 
 def _crossed(schema: Any) -> tuple[str, str] | None:
     """A field's name that is the alias of another field beside it, and which; None where all is clear."""
+    for fields in _fields_in(schema):
+        for name, schema_of_it in fields.items():
+            for alias in _aliases(schema_of_it):
+                if alias != name and alias in fields:
+                    return alias, name
+    return None
+
+
+def _fields_in(schema: Any) -> Iterator[Mapping[str, Any]]:
+    """The fields of each model, dataclass and TypedDict in a schema of pydantic's, by their names."""
     ahead = [schema]
     while ahead:
         found = ahead.pop()
         if isinstance(found, Mapping):
             ahead.extend(found.values())
             fields = found.get("fields")
-            if isinstance(fields, Mapping):  # of a model or a TypedDict
-                named = dict(fields)
-            elif isinstance(fields, list):  # of a dataclass, or their names alone
-                named = {field["name"]: field for field in fields if isinstance(field, Mapping)}
-            else:
-                continue
-            for name, field in named.items():
-                alias = field.get("validation_alias") if isinstance(field, Mapping) else None
-                for path in alias if isinstance(alias, list) else [alias]:
-                    first = path[0] if isinstance(path, list) else path
-                    if first != name and first in named:
-                        return str(first), name
+            if isinstance(fields, list):  # of a dataclass, or their names alone
+                fields = {each["name"]: each for each in fields if isinstance(each, Mapping)}
+            if isinstance(fields, Mapping):
+                yield fields
         elif isinstance(found, list):
             ahead.extend(found)
-    return None
+
+
+def _aliases(schema: Any) -> list[str]:
+    """By what a field is read besides its name; of a path the first part."""
+    alias = schema.get("validation_alias") if isinstance(schema, Mapping) else None
+    paths = alias if isinstance(alias, list) else [alias]
+    return [path[0] if isinstance(path, list) else path for path in paths if path is not None]
 
 
 def _adapter(annotation: Any) -> TypeAdapter[Any]:
@@ -170,9 +178,9 @@ class Activity:
 
     def takes(self) -> set[str] | None:
         """The names that it and its compensation take from a step's `args`; None where any will do."""
-        names = {parameter.name for parameter in self.parameters if not parameter.is_context}
         if self.takes_rest:
             return None
+        names = {parameter.name for parameter in self.parameters if not parameter.is_context}
         if self.compensation is None:
             return names
         undo = self.compensation.takes()

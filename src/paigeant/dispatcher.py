@@ -200,7 +200,7 @@ class Dispatcher:
             )
         posting = None if letter is None else self.forwarder.posting(letter)
         self.forwarder.check(message, posting)
-        if await self._is_recorded(run, first, posting, is_new=is_new):
+        if await self._record(run, first, posting, is_new=is_new):
             self.observers.observe(
                 Event(
                     "run.dispatched",
@@ -217,7 +217,7 @@ class Dispatcher:
                 # A crash before this line: the sweeper publishes.
                 await self.forwarder.send(letter)
 
-    async def _is_recorded(
+    async def _record(
         self, run: RunRecord, first: NextStep | None, posting: Posting | None, *, is_new: bool
     ) -> bool:
         """Record the run; gives whether it is a new one. Raises RunConflict where another one has its id."""

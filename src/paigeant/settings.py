@@ -30,7 +30,15 @@ from paigeant.loops import EventLoop
 from paigeant.policy import ItineraryPolicy
 from paigeant.retry import RetryPolicy
 from paigeant.slip import Step
-from paigeant.urls import begin_of, check_readable, is_encrypted, is_local, scrubbed, without_password
+from paigeant.urls import (
+    begin_of,
+    check_readable,
+    is_encrypted,
+    is_local,
+    is_namespace,
+    scrubbed,
+    without_password,
+)
 from paigeant.waits import Sleep, WaitFor
 from paigeant.workflow import Workflow
 
@@ -211,9 +219,7 @@ class Settings(BaseSettings):
     @classmethod
     def _known_scheme(cls, url: str, expected: tuple[str, ...]) -> str:
         scheme, found, _ = url.partition("://")
-        if (
-            not found or scheme not in _KNOWN_SCHEMES
-        ):  # what of these is no store is found out where it is opened
+        if not found or scheme not in _KNOWN_SCHEMES:  # which of these is no store, `open_store` tells
             shown = ", ".join(f"{name}://" for name in expected)
             raise ValueError(f"found {_named(url)}, expected a URL that starts with one of {shown}")
         try:
@@ -244,7 +250,7 @@ class Settings(BaseSettings):
     @field_validator("namespace")
     @classmethod
     def _fits_every_broker(cls, name: str) -> str:
-        if not re.fullmatch(r"(?!amq$)[A-Za-z0-9_-]{1,100}", name):
+        if not is_namespace(name):
             raise ValueError(f"found {name!r}, expected up to 100 letters, digits and -_, and not amq")
         return name
 

@@ -16,6 +16,7 @@ __all__ = [
     "check_readable",
     "is_encrypted",
     "is_local",
+    "is_namespace",
     "scrubbed",
     "secrets_of",
     "without_password",
@@ -88,6 +89,15 @@ def begin_of(url: str) -> str:
     """The scheme with its ://, which is all that may be shown of a text that perhaps isn't a URL; else nothing."""
     found = _SCHEME.match(url)
     return found.group() if found else ""
+
+
+def is_namespace(name: str) -> bool:
+    """Whether the names of all brokers' queues and keys may begin with `name`: up to 100 letters, digits and -_.
+
+    No dot, for that ends it: the topic b.c of a namespace a would share its queue with the topic c of a.b. Nor `amq`,
+    which RabbitMQ keeps for itself.
+    """
+    return re.fullmatch(r"(?!amq$)[A-Za-z0-9_-]{1,100}", name) is not None
 
 
 def check_readable(url: str) -> None:

@@ -158,28 +158,22 @@ class ActivityWorker:
             self._stopped.set()  # there is nothing to put away, and whoever stops it need not wait
             raise
         self.observers.observe(Event("worker.started", worker=self.id, more={"topics": self.topics}))
-        forget = self.store.on_turn(self.heartbeat.soon)
-        background = [asyncio.create_task(self.sweeper.run())]
-        consumers = [asyncio.create_task(self._consume(topic)) for topic in self._all_topics]
-        if until_idle:
-            background.append(asyncio.create_task(self._stop_when_idle()))
-        try:
+        # What follows its end, the last first, and each of it whatever becomes of the others: whoever waits for the end
+        # must not wait for ever, also where this is cancelled once more meanwhile.
+        async with contextlib.AsyncExitStack() as end:
+            end.callback(self._tell_stopped)
+            end.push_async_callback(self._put_away)
+            end.callback(self.store.on_turn(self.heartbeat.soon))
+            background = [asyncio.create_task(self.sweeper.run())]
+            end.push_async_callback(_cancel, background)
+            end.callback(self._cancel_running)
+            end.push_async_callback(self._finish_running)
+            consumers = [asyncio.create_task(self._consume(topic)) for topic in self._all_topics]
+            end.push_async_callback(_cancel, consumers)
+            end.callback(self._take_no_more)
+            if until_idle:
+                background.append(asyncio.create_task(self._stop_when_idle()))
             await self._wanted.wait()
-        finally:
-            self.executor.stopping = True
-            try:
-                await _cancel(consumers)
-                await self._finish_running()
-            finally:  # also when it is cancelled once more meanwhile: whoever waits for its end must not wait for ever
-                for task in self._tasks:
-                    task.cancel()
-                try:
-                    await _cancel(background)
-                    forget()
-                    await self._put_away()
-                finally:
-                    self._stopped.set()
-                    self.observers.observe(Event("worker.stopped", worker=self.id))
 
     async def stop(self, grace: float | None = None) -> None:
         """Take nothing more; let running steps finish within `grace` seconds, cancel the rest and give them back.
@@ -292,6 +286,17 @@ class ActivityWorker:
                 self._wanted.set()
                 return
 
+    def _take_no_more(self) -> None:
+        self.executor.stopping = True
+
+    def _tell_stopped(self) -> None:
+        self._stopped.set()
+        self.observers.observe(Event("worker.stopped", worker=self.id))
+
+    def _cancel_running(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
     async def _finish_running(self) -> None:
         began = time.monotonic()
         while self._tasks:
@@ -303,8 +308,7 @@ class ActivityWorker:
             hurry = asyncio.create_task(self._hurry.wait())
             await asyncio.wait({*self._tasks, hurry}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             await _cancel([hurry])
-        for task in self._tasks:
-            task.cancel()
+        self._cancel_running()
         if self._tasks:
             # An activity may take no notice of it. Its step is given back all the same.
             await asyncio.wait(self._tasks, timeout=_CANCEL_SECONDS)

@@ -162,7 +162,6 @@ async def test_two_processes_share_the_work_of_one_file() -> None:
     assert [child.returncode for child in children] == [0, 0]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no forking here")
 @pytest.mark.parametrize(
     ("activity", "how", "code", "said"),
     [
@@ -488,10 +487,27 @@ async def test_a_worker_that_never_ran_can_be_stopped(settings: Settings) -> Non
         await asyncio.wait_for(worker.run(), PATIENCE)
 
 
+def _one_file(folder: Path, **more: Any) -> Settings:
+    url = f"sqlite:///{folder}/p.db"
+    return Settings(store_url=url, transport_url=url, **more)
+
+
+def _endless() -> tuple[ActivityRegistry, asyncio.Event]:
+    """An activity `work` that ends when it is cancelled only, and what tells that it has begun."""
+    activity, begun = ActivityRegistry(), asyncio.Event()
+
+    @activity.execute()
+    async def work() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    return activity, begun
+
+
 @pytest.mark.parametrize("fails", [False, True])
 async def test_who_leaves_an_application_stops_its_workers(tmp_path: Path, fails: bool) -> None:
     """A step that has begun ends first, unless it is left by an error: then the step is given back, uncounted."""
-    settings = Settings(store_url=f"sqlite:///{tmp_path}/p.db", transport_url=f"sqlite:///{tmp_path}/p.db")
+    settings = _one_file(tmp_path)
     activity = ActivityRegistry()
     begun, left = asyncio.Event(), asyncio.Event()
 
@@ -517,15 +533,8 @@ async def test_who_leaves_an_application_stops_its_workers(tmp_path: Path, fails
 
 async def test_a_worker_that_is_cancelled_twice_has_ended(tmp_path: Path) -> None:
     """As by a second Ctrl-C while its steps are waited for: the application can be left, and the step is free."""
-    settings = Settings(store_url=f"sqlite:///{tmp_path}/p.db", transport_url=f"sqlite:///{tmp_path}/p.db")
-    activity = ActivityRegistry()
-    begun = asyncio.Event()
-
-    @activity.execute()
-    async def work() -> None:
-        begun.set()
-        await asyncio.Event().wait()
-
+    settings = _one_file(tmp_path)
+    activity, begun = _endless()
     async with Paigeant(settings, activities=activity) as app:
         worker = app.worker()
         working = asyncio.create_task(worker.run())
@@ -543,33 +552,22 @@ async def test_a_worker_that_is_cancelled_twice_has_ended(tmp_path: Path) -> Non
 
 
 async def test_the_grace_that_was_asked_for_stays_where_the_application_is_left(tmp_path: Path) -> None:
-    """A worker that stops within a short time doesn't get a longer one; one that hasn't begun never does."""
-    settings = Settings(
-        store_url=f"sqlite:///{tmp_path}/p.db",
-        transport_url=f"sqlite:///{tmp_path}/p.db",
-        shutdown_grace=3600,
-    )
-    activity = ActivityRegistry()
-    begun = asyncio.Event()
-
-    @activity.execute()
-    async def work() -> None:
-        begun.set()
-        await asyncio.Event().wait()
-
-    async with asyncio.timeout(PATIENCE), Paigeant(settings, activities=activity) as app:
-        working = asyncio.create_task(app.worker().run())
-        await app.dispatch(Workflow("w", ["work"]))
-        await begun.wait()
-        [worker] = app._workers
-        stopping = asyncio.create_task(worker.stop(grace=0.1))
-        late = app.worker()
-        beginning = asyncio.create_task(late.run())
-        await asyncio.sleep(0)
-        assert worker._grace == 0.1
-    await asyncio.gather(working, stopping, beginning)
-    assert not worker.is_running
-    assert not late.is_running
+    """A worker that stops within a short time doesn't get a longer one; nor does one that is about to begin."""
+    settings = _one_file(tmp_path, shutdown_grace=3600)
+    activity, begun = _endless()
+    async with asyncio.timeout(PATIENCE):
+        async with Paigeant(settings, activities=activity) as app:
+            worker = app.worker()
+            working = asyncio.create_task(worker.run())
+            await app.dispatch(Workflow("w", ["work"]))
+            await begun.wait()
+            stopping = asyncio.create_task(worker.stop(grace=0.1))
+            await asyncio.sleep(0)  # so that it has been asked for
+            late = app.worker()
+            beginning = asyncio.create_task(late.run())
+        assert not worker.is_running
+        assert not late.is_running
+        await asyncio.gather(working, stopping, beginning)
 
 
 async def test_a_function_that_returns_a_coroutine_keeps_no_thread(

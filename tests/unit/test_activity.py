@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
@@ -516,3 +517,33 @@ def test_a_field_that_has_the_name_of_anothers_alias_is_refused(annotation: Any)
     with pytest.raises(InvalidDefinition, match=r"is an alias of its field '(id|first)' as well.*rename one"):
         typed(annotation)
     assert typed(_Clear).validate_python({"name": "I-1", "heading": "Lamp"}).id == "I-1"
+
+
+def test_what_an_undo_is_given_anyway_is_no_argument_of_a_step() -> None:
+    """A step may have `args` for its compensation as well, but its `output` comes from what was done."""
+    registry = ActivityRegistry()
+
+    @registry.execute()
+    async def reserve(sku: str, ctx: StepContext) -> None: ...
+
+    @registry.compensate("reserve")
+    async def release(output: str, why: str = "") -> None: ...
+
+    @registry.execute()
+    async def show(**rest: Any) -> None: ...
+
+    assert registry.get("reserve").takes() == {"sku", "why"}
+    assert registry.get("show").takes() is None
+
+
+class _Key(BaseModel, frozen=True):
+    name: str
+
+
+def test_a_counter_of_models_is_written() -> None:
+    """It is a mapping that has one parameter only, of its keys."""
+
+    def count() -> Counter[_Key]:
+        return Counter([_Key(name="a")])
+
+    assert registered(count).dump(count()) == b"""{"name='a'":1}"""

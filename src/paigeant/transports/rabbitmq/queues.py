@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 from paigeant.clock import Clock
 from paigeant.errors import ConfigurationError, TopicUnavailable
 from paigeant.transports.rabbitmq.link import place, throwaway
+from paigeant.urls import is_namespace
 
 __all__ = ["DELETED_SECONDS", "NAME_BYTES", "Queue", "Queues", "check_rights", "declare"]
 
@@ -63,8 +63,7 @@ class Queues:
     def __init__(self, namespace: str, queue_type: str, delivery_limit: int | None, *, clock: Clock) -> None:
         if queue_type not in ("quorum", "classic"):
             raise ConfigurationError(f"queue_type is '{queue_type}'; expected quorum or classic")
-        # No dot, for that ends it: the topic b.c of a namespace a would share its queue with the topic c of a.b.
-        if not re.fullmatch(r"(?!amq$)[A-Za-z0-9_-]{1,100}", namespace):
+        if not is_namespace(namespace):
             raise ConfigurationError(
                 f"the namespace of RabbitMQ's queues is '{namespace}'; expected up to 100 letters, digits and -_, "
                 "and not 'amq', which RabbitMQ keeps for itself"
