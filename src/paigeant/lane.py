@@ -68,7 +68,7 @@ class Misjudged(Contended):
 
 
 class Blocked(StoreUnavailable):
-    """A transaction did nothing: one of its requests takes too long, or needs what another transaction keeps."""
+    """A transaction did nothing: one of its requests takes too long, or too much room, or what another one keeps."""
 
 
 class Driver(Protocol):

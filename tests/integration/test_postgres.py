@@ -733,6 +733,31 @@ async def test_a_row_that_somebody_keeps_stops_only_who_needs_it(
         assert await store.record_step_result(results[0]) == Recorded()
 
 
+_FULL = """
+CREATE FUNCTION is_full() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    IF NEW.workflow_id = 'large' THEN RAISE disk_full USING MESSAGE = 'no space left on device'; END IF;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER is_full AFTER UPDATE ON step_executions FOR EACH ROW EXECUTE FUNCTION is_full()
+"""
+
+
+async def test_what_the_disk_has_no_room_for_keeps_nothing_else_from_being_written(postgres_url: str) -> None:
+    """A large result that shares its transaction with small ones fails alone, until there is room."""
+    make_tables(postgres_url)
+    async with opened(postgres_url) as store:
+        results = [await claimed(store, run_id) for run_id in ("large", "small", "also")]
+        asked(postgres_url, _FULL)
+        large, *small = await asyncio.gather(
+            *(store.record_step_result(result) for result in results), return_exceptions=True
+        )
+        assert isinstance(large, StoreUnavailable)
+        assert "no space left on device" in str(large)
+        assert small == [Recorded(), Recorded()]
+        asked(postgres_url, "DROP TRIGGER is_full ON step_executions")
+        assert await store.record_step_result(results[0]) == Recorded()
+
+
 async def test_a_session_that_is_ended_in_the_middle_is_done_again(postgres_tables: str) -> None:
     """A transaction whose session an operator ends has done nothing, and is done on another connection."""
     tries = []

@@ -410,6 +410,8 @@ class PostgresDatabase(Database):
                 return Blocked(f"{self.place}: somebody keeps a row for too long: {reason}")
             case errors.QueryCanceled():
                 return Blocked(f"{self.place} gave up a statement: {reason}")
+            case errors.DiskFull():
+                return Blocked(f"{self.place}: {reason}")
             case errors.UndefinedTable() | errors.UndefinedColumn():
                 return SchemaMismatch(
                     f"{self.place} doesn't have the tables of this version: {reason}; `paigeant db upgrade` makes them"

@@ -22,7 +22,7 @@ from paigeant.clock import Clock, SystemClock
 from paigeant.database import READER, WRITER, Database, current_version, no_unicode, not_open
 from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreDamaged, StoreUnavailable
 from paigeant.green import TooSlow, elsewhere, is_green, pause
-from paigeant.lane import Handler, Lane, Tx, transact
+from paigeant.lane import Blocked, Handler, Lane, Tx, transact
 from paigeant.tables import SCHEMA_VERSION, VERSION_TABLE, metadata
 from paigeant.wakeup import Bell
 
@@ -500,7 +500,8 @@ class _Guard:
         if type(cause) is sqlite3.DatabaseError:
             return StoreDamaged(f"can't use {self._path}: {cause}")
         if isinstance(cause, sqlite3.OperationalError):
-            return StoreUnavailable(f"can't use {self._path}: {cause}")
+            is_full = getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+            return (Blocked if is_full else StoreUnavailable)(f"can't use {self._path}: {cause}")
         return None
 
 
