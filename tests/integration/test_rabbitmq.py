@@ -1209,6 +1209,21 @@ def make_certificate(folder: Path) -> None:
         file.chmod(0o644)
 
 
+@contextlib.asynccontextmanager
+async def other_settings(rabbitmq_url: str) -> AsyncIterator[tuple[Settings, RabbitMQTransport]]:
+    """The settings of an application whose queue of the topic `work` is there with other settings, and whose it is."""
+    namespace = f"test-{secrets.token_hex(6)}"
+    settings = Settings(transport_url=rabbitmq_url, store_url="memory://", namespace=namespace, signing="off")
+    other = RabbitMQTransport(rabbitmq_url, namespace=namespace, delivery_limit=5)
+    await other.connect()
+    try:
+        await other.publish("work", message("m"))
+        yield settings, other
+    finally:
+        await other.close()
+        await delete(rabbitmq_url, *other.queues.names)
+
+
 async def test_a_worker_says_which_queue_has_other_settings(
     rabbitmq_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1218,43 +1233,29 @@ async def test_a_worker_says_which_queue_has_other_settings(
     @activity.execute()
     async def work() -> None: ...
 
-    namespace = f"test-{secrets.token_hex(6)}"
-    settings = Settings(transport_url=rabbitmq_url, store_url="memory://", namespace=namespace, signing="off")
-    other = RabbitMQTransport(rabbitmq_url, namespace=namespace, delivery_limit=5)
-    await other.connect()
-    try:
-        await other.publish("work", message("m"))
-        async with Paigeant(settings, activities=activity) as app:
-            with caplog.at_level(logging.WARNING):
-                async with working(app.worker()), asyncio.timeout(RECOVERY):
-                    while "can't receive from work" not in caplog.text:  # noqa: ASYNC110  # nothing else tells
-                        await asyncio.sleep(0.02)
-        assert "is there with other settings" in caplog.text
-        assert "Traceback" not in caplog.text
-    finally:
-        await other.close()
-        await delete(rabbitmq_url, *other.queues.names)
+    async with (
+        other_settings(rabbitmq_url) as (settings, _),
+        Paigeant(settings, activities=activity) as app,
+        asyncio.timeout(RECOVERY),
+    ):
+        with caplog.at_level(logging.WARNING):
+            async with working(app.worker()):
+                while "can't receive from work" not in caplog.text:  # noqa: ASYNC110  # nothing else tells
+                    await asyncio.sleep(0.02)
+    assert "is there with other settings" in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 async def test_a_step_whose_queue_has_other_settings_is_owed(
     rabbitmq_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is sent as soon as the queue is mended, like one whose broker was away, and the log says what is wrong."""
-    namespace = f"test-{secrets.token_hex(6)}"
-    settings = Settings(transport_url=rabbitmq_url, store_url="memory://", namespace=namespace, signing="off")
-    other = RabbitMQTransport(rabbitmq_url, namespace=namespace, delivery_limit=5)
-    await other.connect()
-    try:
-        await other.publish("work", message("m"))
-        async with Paigeant(settings) as app:
-            run = await app.dispatch(Workflow("w", ["work"]), {})
-            caplog.clear()
-            owed = await app.forwarder.send_again(await app.store.open_steps(run.id))
-            assert list(owed.values()) == ["work"]
-            assert "not published to work, will be sent again: the queue" in caplog.text
-            await delete(rabbitmq_url, other.queues.topic("work").name)
-            assert await app.forwarder.send_again([], owed) == {}
-            assert [topic.topic for topic in await app.transport.topics(["work"])] == ["work"]
-    finally:
-        await other.close()
-        await delete(rabbitmq_url, *other.queues.names)
+    async with other_settings(rabbitmq_url) as (settings, other), Paigeant(settings) as app:
+        run = await app.dispatch(Workflow("w", ["work"]), {})
+        caplog.clear()
+        owed = await app.forwarder.send_again(await app.store.open_steps(run.id))
+        assert list(owed.values()) == ["work"]
+        assert "not published to work, will be sent again: the queue" in caplog.text
+        await delete(rabbitmq_url, other.queues.topic("work").name)
+        assert await app.forwarder.send_again([], owed) == {}
+        assert [topic.topic for topic in await app.transport.topics(["work"])] == ["work"]
