@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from paigeant import codec, ledger, trace_context
-from paigeant.activity import ActivityRegistry, typed
+from paigeant.activity import ActivityRegistry
+from paigeant.annotations import typed
 from paigeant.arguments import Namespace, resolve
 from paigeant.behalf import Behalf
 from paigeant.clock import LAST_INSTANT, is_duration

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from pydantic import AfterValidator, AliasChoices, AliasPath, BaseModel, Field
 
 from paigeant import ActivityRegistry, RetryPolicy, StepContext
-from paigeant.activity import Parameter, typed
+from paigeant.activity import Parameter
+from paigeant.annotations import typed
 from paigeant.errors import (
     ArgumentError,
     DuplicateActivity,

@@ -32,12 +32,13 @@ from pydantic_ai.durable_exec import BaseDurabilityCapability
 from pydantic_ai.exceptions import UnexpectedModelBehavior, UsageLimitExceeded, UserError
 
 from paigeant import codec
-from paigeant.activity import Activity, ActivityRegistry, Parameter, read_parameters, typed
+from paigeant.activity import Activity, ActivityRegistry, Parameter, read_parameters
 from paigeant.agents.conversation import answers, continued, keep
 from paigeant.agents.durability import PaigeantDurability
 from paigeant.agents.plans import Handoff, Planner, check_may_add, hands_over
 from paigeant.agents.prompt import Prompt
 from paigeant.agents.usage import Part, count
+from paigeant.annotations import typed
 from paigeant.context import StepContext
 from paigeant.errors import ArgumentError, InvalidDefinition, NonRetryableError
 from paigeant.policy import ItineraryPolicy
