@@ -155,9 +155,13 @@ def _reason(exc: BaseException) -> str:
     return " ".join(str(exc).split())
 
 
+_PLAIN = frozenset({dict, list, tuple, str, bytes, int, float, bool, type(None)})
+
+
 def _refuse_iterator(value: Any) -> None:
     # It would be read here, by whoever writes it: a generator's code would run in the event loop, and may never end.
-    if isinstance(value, (Iterator, AsyncIterator)):
+    # Most values are plain ones, and these classes take long to say no.
+    if type(value) not in _PLAIN and isinstance(value, (Iterator, AsyncIterator)):
         raise JsonInvalid("it can be read only once; make a list of it")
 
 
@@ -204,7 +208,7 @@ def _bounded(text: bytes) -> bytes:
 
 def _may_hold_long_number(text: bytes) -> bool:
     """Whether `text` may have 4,301 digits in a row: one of them would be at one of the places looked at."""
-    return any(
+    return len(text) > 4300 and any(
         text[at - 2150 : at + 1].isdigit() or text[at : at + 2151].isdigit()
         for at in range(4300, len(text), 4301)
     )
