@@ -10,7 +10,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Generator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -120,29 +120,36 @@ class _Apart:
 
 
 class _Time:
-    """What an attempt may take: `limit` is around it, and none where it may take any time.
+    """What an attempt may take."""
 
-    It begins at once, or with `begin`, see `Threads.do`. Raises TimeoutError where there is none left.
-    """
+    __slots__ = ("_claim", "_limit", "_limits", "_seconds")
 
-    __slots__ = ("_claim", "_limits", "_seconds", "limit")
-
-    def __init__(self, claim: Claim, limits: Limits, *, begins_later: bool) -> None:
+    def __init__(self, claim: Claim, limits: Limits) -> None:
         self._claim = claim
         self._limits = limits
+        self._seconds: float | None = None
+        self._limit: asyncio.Timeout | None = None
+
+    def limited(self, *, begins_later: bool) -> AbstractAsyncContextManager[Any]:
+        """What is done inside is cut off when the time is over.
+
+        It begins at once, or with `begin`, see `Threads.do`. Raises TimeoutError where there is none left.
+        """
         self._seconds = None if begins_later else self._left()
-        # Most attempts have none, and to make one isn't free.
-        self.limit = asyncio.timeout(self._seconds) if begins_later or self._seconds is not None else None
+        if self._seconds is None and not begins_later:
+            return _UNLIMITED  # most attempts may take any time, and to make a limit isn't free
+        self._limit = asyncio.timeout(self._seconds)
+        return self._limit
 
     def begin(self) -> None:
         """From now on."""
         self._seconds = self._left()
-        if self._seconds is not None and self.limit is not None:
-            self.limit.reschedule(asyncio.get_running_loop().time() + self._seconds)
+        if self._seconds is not None and self._limit is not None:
+            self._limit.reschedule(asyncio.get_running_loop().time() + self._seconds)
 
     def is_over(self) -> bool:
         """Whether the attempt was cut off."""
-        return self.limit is not None and self.limit.expired()
+        return self._limit is not None and self._limit.expired()
 
     def text(self) -> str:
         """What is told of that."""
@@ -213,46 +220,20 @@ class Performer:
     async def _perform_in(
         self, context: StepContext, claim: Claim, attempt: Attempt, ids: Mapping[str, Any]
     ) -> Attempt:
-        parking = context._place.journal.parking
-        retry = claim.retry(self.limits)
         if claim.grant.exhausted:
             attempt.outcome = await self._lost(claim, context)
             return attempt
-        time: _Time | None = None
+        time = _Time(claim, self.limits)
         token = CURRENT.set(ids)
         try:
-            step, work = claim.step, claim.work
-            if step is not None and step.when is not None and not await self._is_wanted(step.when, claim):
-                attempt.outcome = Skipped()
-                return attempt
-            acting = None
-            if work.scopes or step is None or MANDATE in claim.message.headers:
-                acting = context._acting = self._acting(claim, context)
-                context._place.journal.secrets = acting.secrets
-            # Of more functions than there are threads the last ones would have no time left when they get one.
-            time = _Time(claim, self.limits, begins_later=work.is_plain)
-            context._begins = time.begin
-            async with time.limit or _UNLIMITED:
-                with context._place.entered(), _replays():
-                    if acting is not None and work.scopes:
-                        context.identity = await acting.require(context._place) or context.identity
-                    with self.reporter.begin(claim):
-                        value = await self._call(step, work, claim, context, attempt)
-            if parking.is_parked:  # the activity has caught it, but what it waits for isn't there
-                attempt.outcome = Parked(parking.waits_for, parking.until)
-                return attempt
-            output = work.dump(value)
-            if acting is not None:
-                _check_tokenless(context, output, acting.secrets)
-            attempt.output = output
-            attempt.outcome = self._succeeded(claim, context, output)
+            attempt.outcome = await self._outcome(context, claim, attempt, time)
             return attempt
         except asyncio.CancelledError as exc:
             if _is_cancelled():
                 raise
             error: BaseException = exc  # the activity let a cancellation of its own escape
         except TimeoutError as exc:
-            error = TimeoutError(time.text()) if time is not None and time.is_over() else exc
+            error = TimeoutError(time.text()) if time.is_over() else exc
         except GeneratorExit:
             raise  # this coroutine is being closed, and may not wait for anything any more
         except BaseException as exc:  # whatever a user's code raises is the outcome of the step
@@ -263,20 +244,52 @@ class Performer:
             error = exc
         finally:
             CURRENT.reset(token)
-        if parking.is_parked and not (time is not None and time.is_over()):
+        parking = context._place.journal.parking
+        if parking.is_parked and not time.is_over():
             attempt.outcome = Parked(parking.waits_for, parking.until)
             return attempt
         if self._is_stopping() and _is_cancelled():
             raise asyncio.CancelledError from error  # a library may put it in words of its own
+        attempt.outcome = await self._failed(context, claim, error, ids)
+        return attempt
+
+    async def _outcome(self, context: StepContext, claim: Claim, attempt: Attempt, time: _Time) -> Outcome:
+        """What the attempt comes to unless it raises; its input and output are put into `attempt`."""
+        step, work = claim.step, claim.work
+        if step is not None and step.when is not None and not await self._is_wanted(step.when, claim):
+            return Skipped()
+        acting = None
+        if work.scopes or step is None or MANDATE in claim.message.headers:
+            acting = context._acting = self._acting(claim, context)
+            context._place.journal.secrets = acting.secrets
+        context._begins = time.begin
+        # Of more functions than there are threads the last ones would have no time left when they get one.
+        async with time.limited(begins_later=work.is_plain):
+            with context._place.entered(), _replays():
+                if acting is not None and work.scopes:
+                    context.identity = await acting.require(context._place) or context.identity
+                with self.reporter.begin(claim):
+                    value = await self._call(step, work, claim, context, attempt)
+        parking = context._place.journal.parking
+        if parking.is_parked:  # the activity has caught it, but what it waits for isn't there
+            return Parked(parking.waits_for, parking.until)
+        output = work.dump(value)
+        if acting is not None:
+            _check_tokenless(context, output, acting.secrets)
+        attempt.output = output
+        return self._succeeded(claim, context, output)
+
+    async def _failed(
+        self, context: StepContext, claim: Claim, error: BaseException, ids: Mapping[str, Any]
+    ) -> Failed:
         final = await _given_up(context, error)
         permanent = bool(final) or isinstance(error, (NonRetryableError, InvalidDefinition))
         secrets = () if context._acting is None else tuple(context._acting.secrets)
         if not isinstance(error, ActivityRejected):
             _log_failure(error, ids, secrets)  # they are no longer those of the current step
         text = f"{_text(error, secrets)}; {final}" if final else _text(error, secrets)
-        after = _asked_for(error)
-        attempt.outcome = Failed(text, claim.grant.attempt, retry, permanent, self._chance(), after)
-        return attempt
+        retry = claim.retry(self.limits)
+        return Failed(text, claim.grant.attempt, retry, permanent, self._chance(), _asked_for(error))
 
     async def _lost(self, claim: Claim, context: StepContext) -> Outcome:
         """What becomes of a step whose attempts are used up: it fails, or waits for who decides on lost outcomes."""
