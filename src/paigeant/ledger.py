@@ -25,6 +25,7 @@ from paigeant.slip import RUN_ENDED, Compensation, Phase, Revision, RoutingSlip,
 from paigeant.store import (
     ClaimRequest,
     Grant,
+    NextStep,
     Recorded,
     Refused,
     Request,
@@ -201,8 +202,7 @@ def record(
     if head is None:
         return Refused("unknown")
     mine = head.epoch == result.epoch and head.worker == result.worker
-    first = life(head.epoch)
-    grant = Grant(first + 1, 1, now) if result.take_next else None
+    grant = Grant(life(head.epoch) + 1, 1, now) if result.take_next else None
     if head.status not in OPEN:
         # A commit whose answer was lost is asked for again: it stands, and so does what it took along.
         return Recorded(grant, now) if mine and head.status is result.status else Refused("recorded")
@@ -218,34 +218,50 @@ def record(
     if not held and (result.strict or not succeeded):
         return Refused("stale")
     if result.status is StepStatus.WAITING:
-        if not arrived or not set(result.waits_for).intersection(arrived):
-            _park(head, result, changes, forward=forward)
-            return Recorded(at=now)
-        return Refused("arrived")
-    if result.status is StepStatus.READY:
-        not_before = now + result.delay
-        changes.steps.append(
-            (
-                head.key,
-                {
-                    "status": StepStatus.READY,
-                    "worker": None,
-                    "not_before": not_before,
-                    "wake_at": not_before + grace,
-                    "error": result.error,
-                },
-            )
-        )
+        if arrived and set(result.waits_for).intersection(arrived):
+            return Refused("arrived")
+        _park(head, result, changes, forward=forward)
         return Recorded(at=now)
+    if result.status is StepStatus.READY:
+        _put_back(head, result, changes, now=now, grace=grace)
+        return Recorded(at=now)
+    _end(head, result, changes, now=now, held=held)
+    if patch := _of_run(result, now=now, begins=begins):
+        changes.runs.append((head.key.workflow_id, patch))
+    if result.next is not None:
+        _open(result.next, head, result, changes, now=now, grace=grace)
+    workflow_id = head.key.workflow_id
+    changes.variables.extend((workflow_id, name, value) for name, value in result.variables.items())
+    return Recorded(grant, now)
+
+
+def _put_back(head: Head, result: StepResult, changes: Changes, *, now: float, grace: float) -> None:
+    """The attempt has failed, and there will be another one."""
+    not_before = now + result.delay
+    changes.steps.append(
+        (
+            head.key,
+            {
+                "status": StepStatus.READY,
+                "worker": None,
+                "not_before": not_before,
+                "wake_at": not_before + grace,
+                "error": result.error,
+            },
+        )
+    )
+
+
+def _end(head: Head, result: StepResult, changes: Changes, *, now: float, held: bool) -> None:
+    """The step is over; where it was undone, so is what was done."""
+    skipped = result.status is StepStatus.SKIPPED
     changes.steps.append(
         (
             head.key,
             {
                 "status": result.status,
                 "worker": result.worker,
-                "attempt": max(head.attempt, result.attempt)
-                if result.status is not StepStatus.SKIPPED
-                else 0,
+                "attempt": 0 if skipped else max(head.attempt, result.attempt),
                 "input": result.input,
                 "output": result.output,
                 # A late result ends whatever claim holds the step now: without a new epoch that claim, when it is the
@@ -259,39 +275,45 @@ def record(
             },
         )
     )
-    if not forward:
+    if result.key.phase is Phase.UNDO:
         changes.steps.append((head.key._replace(phase=Phase.DO), {"status": result.status}))
+
+
+def _of_run(result: StepResult, *, now: float, begins: bool) -> Patch:
+    """What the end of its step changes of the run itself."""
     patch: Patch = {"status": RunStatus.RUNNING, "started_at": now} if begins else {}
-    if result.run is not None:
-        patch["status"] = result.run
-        if result.ending is not None:
-            patch["ending"] = result.ending
-        if result.run_error is not None:
-            patch["error"] = result.run_error
-        if result.run in RUN_ENDED:
-            patch["completed_at"] = now
-    if patch:
-        changes.runs.append((head.key.workflow_id, patch))
-    if result.next is not None:
-        taken = result.take_next
-        changes.added.append(
-            StepRecord(
-                *result.next.key,
-                seq=head.seq + 1,
-                activity=result.next.activity,
-                topic=result.next.topic,
-                status=StepStatus.RUNNING if taken else StepStatus.READY,
-                epoch=first + taken,
-                attempt=1 if taken else 0,
-                worker=result.worker if taken else None,
-                wake_at=now + grace,
-                created_at=now,
-                started_at=now if taken else None,
-            )
+    if result.run is None:
+        return patch
+    patch["status"] = result.run
+    if result.ending is not None:
+        patch["ending"] = result.ending
+    if result.run_error is not None:
+        patch["error"] = result.run_error
+    if result.run in RUN_ENDED:
+        patch["completed_at"] = now
+    return patch
+
+
+def _open(
+    step: NextStep, head: Head, result: StepResult, changes: Changes, *, now: float, grace: float
+) -> None:
+    """The step that follows is the run's cursor: ready for whoever claims it, or taken by who has the result."""
+    taken = result.take_next
+    changes.added.append(
+        StepRecord(
+            *step.key,
+            seq=head.seq + 1,
+            activity=step.activity,
+            topic=step.topic,
+            status=StepStatus.RUNNING if taken else StepStatus.READY,
+            epoch=life(head.epoch) + taken,
+            attempt=1 if taken else 0,
+            worker=result.worker if taken else None,
+            wake_at=now + grace,
+            created_at=now,
+            started_at=now if taken else None,
         )
-    workflow_id = head.key.workflow_id
-    changes.variables.extend((workflow_id, name, value) for name, value in result.variables.items())
-    return Recorded(grant, now)
+    )
 
 
 def _park(head: Head, result: StepResult, changes: Changes, *, forward: bool) -> None:

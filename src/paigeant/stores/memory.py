@@ -195,55 +195,83 @@ class MemoryStore:
     ) -> Swept:
         with self._lock:
             now = self.clock.now()
-            lost = [
-                worker.id
-                for worker in self._workers.values()
-                if (worker.lease_until <= now and worker.id not in spare) or worker.id in gone
-            ]
-            for worker_id in lost:
-                del self._workers[worker_id]
+            lost = self._lost(now, gone, spare)
+            freed = self._freed(now, limit)
+            expired, failed = self._expired(now, limit)
+            self._wake(now, limit)
+            due = self._due(now, empty, topics, limit, has_lost=bool(lost))
+            return Swept(due, lost, freed, expired, failed, now)
+
+    def _lost(self, now: float, gone: Collection[str], spare: Collection[str]) -> tuple[str, ...]:
+        lost = tuple(
+            worker.id
+            for worker in self._workers.values()
+            if (worker.lease_until <= now and worker.id not in spare) or worker.id in gone
+        )
+        for worker_id in lost:
+            del self._workers[worker_id]
+        return lost
+
+    def _freed(self, now: float, limit: int) -> tuple[StepKey, ...]:
+        """The steps whose worker is no more; they are put back to work."""
+        changes = Changes()
+        orphans = [row.key for row in self.rows(StepStatus.RUNNING) if row.worker not in self._workers]
+        for key in orphans[:limit]:
+            ledger.free(key, changes, now=now)
+        self._write(changes)
+        return tuple(orphans[:limit])
+
+    def _expired(self, now: float, limit: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The runs that are over their deadline; they turn round, and those of them that have failed with it."""
+        expired: dict[str, RunStatus] = {}
+        late = [run.id for run in self._runs.values() if run.deadline is not None and run.deadline <= now]
+        for run_id in late[:limit]:
             changes = Changes()
-            freed = [row.key for row in self.rows(StepStatus.RUNNING) if row.worker not in self._workers]
-            for key in freed[:limit]:
-                ledger.free(key, changes, now=now)
-            self._write(changes)
-            expired, failed = [], []
-            late = [run.id for run in self._runs.values() if run.deadline is not None and run.deadline <= now]
-            for run_id in late[:limit]:
-                changes = Changes()
-                status = ledger.expire(self._detail(run_id), changes, now=now, inline_bytes=self.inline_bytes)
-                if status is not None:
-                    expired.append(run_id)
-                    failed += [run_id] * (status is RunStatus.FAILED)
-                    self._write(changes)
-            changes = Changes()
-            for row in [row for row in self.rows(StepStatus.WAITING) if row.wake_at <= now][:limit]:
-                ledger.wake(row.key, changes, now=now)
-            self._write(changes)
-            changes = Changes()
-            # A worker that is lost had fetched messages, the oldest first, and which ones nobody knows.
-            overdue_since = now - self.grace if lost else -math.inf
-            ready = [
-                row
-                for row in self.rows(StepStatus.READY)
-                if (topics is None or row.topic in topics)
-                and (
-                    row.wake_at <= now
-                    or row.due_at <= overdue_since
-                    or (
-                        row.topic in empty
-                        and ledger.is_resendable(
-                            wake_at=row.wake_at, due_at=row.due_at, now=now, grace=self.grace
-                        )
-                    )
-                )
-            ]
-            due = sorted(ready, key=lambda row: row.due_at if lost or empty else row.wake_at)[:limit]
-            for row in due:
-                ledger.postpone(row.key, changes, now=now, due_at=row.due_at, grace=self.grace)
-            self._write(changes)
-            keys = tuple(row.key for row in due)
-            return Swept(keys, tuple(lost), tuple(freed[:limit]), tuple(expired), tuple(failed), now)
+            status = ledger.expire(self._detail(run_id), changes, now=now, inline_bytes=self.inline_bytes)
+            if status is not None:
+                expired[run_id] = status
+                self._write(changes)
+        return tuple(expired), tuple(run_id for run_id in expired if expired[run_id] is RunStatus.FAILED)
+
+    def _wake(self, now: float, limit: int) -> None:
+        """Have the steps whose wait is over done."""
+        changes = Changes()
+        for row in [row for row in self.rows(StepStatus.WAITING) if row.wake_at <= now][:limit]:
+            ledger.wake(row.key, changes, now=now)
+        self._write(changes)
+
+    def _due(
+        self,
+        now: float,
+        empty: Collection[str],
+        topics: Collection[str] | None,
+        limit: int,
+        *,
+        has_lost: bool,
+    ) -> tuple[StepKey, ...]:
+        """The steps whose message may be lost; nobody looks for them again before their time."""
+        # A worker that is lost had fetched messages, the oldest first, and which ones nobody knows.
+        overdue_since = now - self.grace if has_lost else -math.inf
+
+        def is_due(row: StepRecord) -> bool:
+            if row.wake_at <= now or row.due_at <= overdue_since:
+                return True
+            return row.topic in empty and ledger.is_resendable(
+                wake_at=row.wake_at, due_at=row.due_at, now=now, grace=self.grace
+            )
+
+        changes = Changes()
+        ready = [
+            row
+            for row in self.rows(StepStatus.READY)
+            if (topics is None or row.topic in topics) and is_due(row)
+        ]
+        oldest_first = has_lost or bool(empty)
+        due = sorted(ready, key=lambda row: row.due_at if oldest_first else row.wake_at)[:limit]
+        for row in due:
+            ledger.postpone(row.key, changes, now=now, due_at=row.due_at, grace=self.grace)
+        self._write(changes)
+        return tuple(row.key for row in due)
 
     # -- operators
 

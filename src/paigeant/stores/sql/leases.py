@@ -160,20 +160,35 @@ class SqlLeases(SqlPart):
         limit: int,
     ) -> Swept:
         # It never waits: whose row somebody else has, is alive, or is being swept.
+        lost = self._lost(tx, gone, spare)
+        freed = self._freed(tx, limit)
+        expired, failed = self._expired(tx, limit)
+        self._wake(tx, limit)
+        due = self._due(tx, empty, topics, limit, has_lost=bool(lost))
+        return Swept(due, lost, freed, expired, failed, tx.now)
+
+    def _lost(self, tx: Tx, gone: Collection[str], spare: Collection[str]) -> tuple[str, ...]:
         over = or_(
             and_(workers.c.lease_until <= tx.now, workers.c.id.not_in(list(spare))),
             workers.c.id.in_(list(gone)),
         )
         free = select(workers.c.id).where(over).with_for_update(skip_locked=True).cte("free")
         left = delete(workers).where(workers.c.id.in_(select(free.c.id))).returning(workers.c.id)
-        lost = tuple(tx.connection.execute(left).scalars())
+        return tuple(tx.connection.execute(left).scalars())
+
+    def _freed(self, tx: Tx, limit: int) -> tuple[StepKey, ...]:
+        """The steps whose worker is no more; they are put back to work."""
         changes = Changes()
-        freed = [key_of(row) for row in self._locked(tx, orphan_steps().limit(limit))]
+        freed = tuple(key_of(row) for row in self._locked(tx, orphan_steps().limit(limit)))
         for key in freed:
             ledger.free(key, changes, now=tx.now)
         self.write(tx, changes)
+        return freed
+
+    def _expired(self, tx: Tx, limit: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The runs that are over their deadline; they turn round, and those of them that have failed with it."""
         changes = Changes()
-        expired, failed = [], []
+        expired: dict[str, RunStatus] = {}
         # In no order: those with a slip of newer code can't be ended, and would else keep it from the others for ever.
         overdue = late_runs(tx.now).order_by(func.random()).limit(limit)
         late = tx.connection.execute(overdue).scalars().all()
@@ -185,18 +200,32 @@ class SqlLeases(SqlPart):
             detail = detail_of(tx, run_id, self.inline_bytes)
             status = ledger.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes)
             if status is not None:
-                expired.append(run_id)
-                failed += [run_id] * (status is RunStatus.FAILED)
+                expired[run_id] = status
                 tx.rings.add("turned")
         self.write(tx, changes)
+        return tuple(expired), tuple(run_id for run_id in expired if expired[run_id] is RunStatus.FAILED)
+
+    def _wake(self, tx: Tx, limit: int) -> None:
+        """Have the steps whose wait is over done."""
         changes = Changes()
         for row in self._locked(tx, waiting_steps(tx.now).limit(limit)):
             ledger.wake(key_of(row), changes, now=tx.now)
         self.write(tx, changes)
+
+    def _due(
+        self,
+        tx: Tx,
+        empty: Collection[str],
+        topics: Collection[str] | None,
+        limit: int,
+        *,
+        has_lost: bool,
+    ) -> tuple[StepKey, ...]:
+        """The steps whose message may be lost; nobody looks for them again before their time."""
         changes = Changes()
         due = {}
         # A worker that is lost had fetched messages, the oldest first, and which ones nobody knows.
-        overdue_since = tx.now - self.grace if lost else None
+        overdue_since = tx.now - self.grace if has_lost else None
         wanted = due_steps(tx.now, overdue_since, empty, topics=topics, grace=self.grace)
         for row in self._locked(tx, wanted.limit(limit)):
             key = key_of(row)
@@ -208,7 +237,7 @@ class SqlLeases(SqlPart):
             ids = {str(MessageId(*key, epoch)): key for key, epoch in due.items()}
             for message_id in self.outbox.waiting(tx, list(ids)):
                 del due[ids[message_id]]
-        return Swept(tuple(due), lost, tuple(freed), tuple(expired), tuple(failed), tx.now)
+        return tuple(due)
 
     def _locked(self, tx: Tx, query: Select[Any]) -> list[Any]:
         """The rows of steps that `query` finds, as they are once their runs are locked, without those being changed."""
