@@ -93,7 +93,8 @@ def test_a_session_that_the_server_has_ended_is_an_error_of_ours(postgres_url: s
                     pass
             connection.execute(text("SELECT 1"))
 
-    with pytest.raises(StoreUnavailable, match="idle-in-transaction timeout"):
+    # Sometimes the client learns of the end before it has read the reason.
+    with pytest.raises(StoreUnavailable, match="idle-in-transaction timeout|server closed the connection"):
         outstay()
 
 

@@ -1095,7 +1095,7 @@ async def test_a_dispatcher_needs_no_worker(rabbitmq_url: str) -> None:
 
 async def take(transport: RabbitMQTransport, topic: str = "work", *, ack: bool = True) -> str:
     """The id of the next message."""
-    async with asyncio.timeout(20), contextlib.aclosing(transport.subscribe(topic)) as messages:  # type: ignore[type-var]
+    async with asyncio.timeout(60), contextlib.aclosing(transport.subscribe(topic)) as messages:  # type: ignore[type-var]
         received: PaigeantMessage = await anext(messages)
     if ack:
         await transport.ack(received.message_id)
@@ -1160,6 +1160,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, server: RabbitServer, times: int) 
         await declare(connection, queue)
 
     monkeypatch.setattr(feed, "declare", breaks)
+    monkeypatch.setattr(feed, "OPEN_SECONDS", 60.0)  # which on a busy machine that command may take
 
 
 async def receiving(server: RabbitServer) -> int:
