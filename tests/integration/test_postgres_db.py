@@ -94,7 +94,7 @@ def test_a_session_that_the_server_has_ended_is_an_error_of_ours(postgres_url: s
             connection.execute(text("SELECT 1"))
 
     # Sometimes the client learns of the end before it has read the reason.
-    with pytest.raises(StoreUnavailable, match="idle-in-transaction timeout|server closed the connection"):
+    with pytest.raises(StoreUnavailable, match=r"idle-in-transaction timeout|server closed the connection"):
         outstay()
 
 
