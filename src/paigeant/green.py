@@ -26,6 +26,9 @@ log = logging.getLogger("paigeant.lane")
 
 Result = TypeVar("Result")
 
+_BEGIN_SECONDS = 0.01
+"""How long the event loop waits at most for a thread to begin: one that isn't given a processor mustn't keep it."""
+
 Wake = Callable[[], None]
 Watch = Callable[[Wake], object]
 
@@ -235,7 +238,10 @@ def caught_up() -> None:
 
 
 def elsewhere(work: Callable[[], Result]) -> Result:
-    """What `work` gives, which blocks: in another thread, if the event loop would have to wait for it here."""
+    """What `work` gives, which blocks: in another thread, if the event loop would have to wait for it here.
+
+    It has begun when the loop goes on. Else it would when Python pauses, and nothing would be done beside it.
+    """
     me = getcurrent()
     if not isinstance(me, Green):
         return work()
@@ -244,9 +250,12 @@ def elsewhere(work: Callable[[], Result]) -> Result:
 
     def watch(wake: Wake) -> None:
         loop = asyncio.get_running_loop()
+        begun = threading.Lock()
+        begun.acquire()
 
         def do() -> None:
             nonlocal result, trouble
+            begun.release()
             try:
                 result = work()
             except BaseException as exc:
@@ -255,6 +264,7 @@ def elsewhere(work: Callable[[], Result]) -> Result:
                 loop.call_soon_threadsafe(wake)
 
         me.hands.ask(do)
+        begun.acquire(timeout=_BEGIN_SECONDS)
 
     me.wait_for(watch)
     if trouble is not None:

@@ -108,7 +108,7 @@ class Tx:
     server costs a round trip, and a transaction without any is a single one. It raises Misjudged where it was wrong.
     """
 
-    __slots__ = ("driver", "foresees", "locked", "rings")
+    __slots__ = ("driver", "foresees", "is_beside", "locked", "rings")
 
     def __init__(self, driver: Driver, *, foresees: bool = False) -> None:
         self.driver = driver
@@ -116,6 +116,8 @@ class Tx:
         self.rings: set[str] = set()
         self.locked: set[str] = set()
         """The runs that no other transaction can change until its end."""
+        self.is_beside = False
+        """Whether some who asked for it mostly go on while it is committed, and wait for that later."""
 
     @property
     def now(self) -> float:

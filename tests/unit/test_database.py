@@ -24,9 +24,17 @@ from sqlalchemy import text
 
 from paigeant.databases import sqlite as module
 from paigeant.databases.sqlite import SqliteDatabase, database_path
-from paigeant.errors import ConfigurationError, PaigeantError, SchemaMismatch, StoreUnavailable
+from paigeant.errors import (
+    ConfigurationError,
+    PaigeantError,
+    RunNotFound,
+    SchemaMismatch,
+    StoreUnavailable,
+)
 from paigeant.green import elsewhere
 from paigeant.lane import Lane, Tx
+from paigeant.store import StepKey
+from paigeant.stores import open_store
 
 WRITERS = """
 import asyncio, sys
@@ -118,6 +126,44 @@ async def test_a_question_through_sqlalchemy_does_not_keep_the_event_loop(databa
 @pytest.mark.parametrize(("seconds", "stays"), [(0.0, True), (0.01, False)], ids=["quick", "slow"])
 async def test_a_commit_is_left_to_another_thread_while_the_disk_is_slow(seconds: float, stays: bool) -> None:
     """What the last ones took says where the next one is done."""
+    stayed = await commits(module._Synced(), *[False] * 20, seconds=seconds)
+    assert not stayed[0], "nothing is known of the disk yet"
+    assert stayed[-1] is stays
+
+
+@pytest.mark.parametrize(("took", "stays"), [(0.0001, True), (0.001, False)], ids=["very quick", "quick"])
+async def test_a_commit_that_somebody_goes_on_beside_is_left_to_another_thread_sooner(
+    took: float, stays: bool
+) -> None:
+    """What it takes is then won, and not what the hand-over takes lost."""
+    synced = module._Synced()
+    synced._seconds = took
+    assert await commits(synced, True, False) == [stays, True]
+
+
+async def test_whoever_has_a_unit_recorded_goes_on_beside_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the commit is told, and those that all who asked wait for are told from it."""
+    told: list[bool] = []
+
+    def commit(_: object, driver: sqlite3.Connection, *, beside: bool) -> None:
+        told.append(beside)
+        driver.commit()
+
+    monkeypatch.setattr(module._Synced, "commit", commit)
+    store = open_store(f"sqlite:///{tmp_path / 'units.db'}")
+    await store.connect()
+    told.clear()
+    await store.save_unit(StepKey("run", "step"), "unit", b"1")
+    with pytest.raises(RunNotFound):
+        await store.save_variable("run", "key", 1)
+    await store.close()
+    assert told == [True, False]
+
+
+async def commits(synced: module._Synced, *beside: bool, seconds: float = 0.0) -> list[bool]:
+    """Whether each of some commits was done in this thread, where the disk takes so long."""
     done_in: list[int] = []
 
     class Driver:
@@ -125,22 +171,20 @@ async def test_a_commit_is_left_to_another_thread_while_the_disk_is_slow(seconds
             time.sleep(seconds)  # the disk
             done_in.append(threading.get_ident())
 
-    def commit(tx: Tx, requests: Sequence[None]) -> list[None]:
-        synced.commit(cast(sqlite3.Connection, Driver()))
+    def commit(tx: Tx, requests: Sequence[bool]) -> list[None]:
+        for is_beside in requests:
+            synced.commit(cast(sqlite3.Connection, Driver()), beside=is_beside)
         return [None] * len(requests)
 
     @contextlib.contextmanager
     def begin(_: object, durable: bool) -> Iterator[Tx]:
         yield Tx(cast(Any, None))
 
-    synced = module._Synced()
     lane = Lane("lane", lambda: cast(Any, None), guard=contextlib.nullcontext(), begin=begin)
-    for _ in range(20):
-        await lane.submit(commit, None)
+    for each in beside:
+        await lane.submit(commit, each)
     await lane.stop()
-    own = threading.get_ident()
-    assert done_in[0] != own, "nothing is known of the disk yet"
-    assert (done_in[-1] == own) is stays
+    return [thread == threading.get_ident() for thread in done_in]
 
 
 async def test_requests_that_meet_share_a_transaction(database: SqliteDatabase) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import socket
 import struct
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -18,7 +19,7 @@ import pytest
 import uvloop
 from greenlet import getcurrent
 
-from paigeant import loops
+from paigeant import green, loops
 from paigeant.green import Inlet, TooSlow, caught_up, elsewhere, is_green, pause, until_ready
 from paigeant.lane import Driver, Lane, Tx
 from paigeant.loops import EventLoop
@@ -95,6 +96,34 @@ def test_the_loop_goes_on_while_a_transaction_blocks_elsewhere(run: Run) -> None
         assert await asked
 
     run(test)
+
+
+def test_what_is_done_elsewhere_has_begun_when_the_loop_goes_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever computes then, without a pause, doesn't put it off."""
+    # On a machine with much else to do: the loop waits for the thread, and that isn't interrupted before it blocks.
+    monkeypatch.setattr(green, "_BEGIN_SECONDS", PATIENCE)
+    interval = sys.getswitchinterval()
+
+    async def test(place: Place) -> None:
+        begun, released = threading.Event(), threading.Event()
+
+        def block() -> bool:
+            begun.set()
+            return released.wait(PATIENCE)
+
+        asked = place.lane.submit(one(lambda: elsewhere(block)), None)
+        await asyncio.sleep(0)
+        assert begun.is_set()
+        released.set()
+        assert await asked
+
+    sys.setswitchinterval(PATIENCE)
+    try:
+        run(test)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_what_comes_meanwhile_shares_the_next_transaction(run: Run) -> None:

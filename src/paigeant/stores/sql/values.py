@@ -68,6 +68,8 @@ class SqlValues(SqlPart):
 
     def _save_unit(self, tx: Tx, requests: Sequence[tuple[StepKey, str, bytes]]) -> list[Later[bytes]]:
         save_units(tx, requests)
+        # An agent reads its model's answer meanwhile, or puts the results of its tools together.
+        tx.is_beside = True
         return [Later(self._standing(tx, *request)) for request in requests]
 
     @staticmethod
