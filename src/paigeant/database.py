@@ -21,7 +21,7 @@ from paigeant.errors import InputInvalid, PaigeantError, StoreUnavailable
 from paigeant.lane import Handler, Lane, Later, Tx
 from paigeant.tables import VERSION_TABLE
 
-__all__ = ["READER", "TOPIC", "WRITER", "Database", "current_version", "no_unicode", "not_open"]
+__all__ = ["ENDED", "READER", "TOPIC", "WRITER", "Database", "current_version", "no_unicode", "not_open"]
 
 Request = TypeVar("Request")
 Result = TypeVar("Result")
@@ -30,6 +30,9 @@ WRITER, READER = "paigeant-writer", "paigeant-reader"
 
 TOPIC = "topic "
 """How the names begin that commits ring for with messages of a topic: only those who attend it hear of others'."""
+
+ENDED = "ended "
+"""The same for the ends of runs, all of which are attended by this beginning: most workers wait for none."""
 
 
 class Database(ABC):
@@ -203,8 +206,11 @@ class Database(ABC):
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
-    def attend(self, topic: str) -> Callable[[], None]:
-        """Hear also of the messages that others' commits bring for a topic; gives what ends that."""
+    def attend(self, name: str) -> Callable[[], None]:
+        """Hear also of what others' commits bring for a topic (TOPIC and its name), or of ends (ENDED).
+
+        Gives what ends that. Once it is so the listeners are told `name`, for what was before may not have been heard.
+        """
         return lambda: None
 
     def _heard(self, names: frozenset[str]) -> None:

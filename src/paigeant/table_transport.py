@@ -133,7 +133,7 @@ class TableTransport:
     async def subscribe(self, topic: str, *, prefetch: int = 1) -> AsyncIterator[PaigeantMessage]:
         waker = asyncio.Event()
         self._wakers.setdefault(topic, set()).add(waker)
-        leave = self.database.attend(topic)
+        leave = self.database.attend(f"{TOPIC}{topic}")
         gone: tuple[str, ...] = ()
         items: list[_Item] = []
         closings = self._closings

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection
 
+from paigeant.database import ENDED
 from paigeant.errors import PaigeantError, RunNotFound, StoreUnavailable
 from paigeant.slip import RUN_ENDED, RunStatus
 
@@ -25,23 +26,37 @@ Look = Callable[[Collection[str]], Awaitable[dict[str, RunStatus]]]
 
 def ended(workflow_id: str, status: RunStatus) -> str:
     """What a commit rings for that ends a run."""
-    return f"ended {status.value} {workflow_id}"
+    return f"{ENDED}{status.value} {workflow_id}"
 
 
 class Waiters:
-    """Those who wait for runs to end: woken by commits of any process, and by a look now and then."""
+    """Those who wait for runs to end: woken by commits of any process, and by a look now and then.
 
-    def __init__(self, look: Look, *, hears_others: Callable[[], bool]) -> None:
+    `hear` has the ends that others record come to `heard`, and gives what ends that.
+    """
+
+    def __init__(
+        self, look: Look, *, hears_others: Callable[[], bool], hear: Callable[[], Callable[[], None]]
+    ) -> None:
         self._look = look
         self._hears_others = hears_others
+        self._hear = hear
+        self._leave: Callable[[], None] | None = None
         self._futures: dict[str, set[asyncio.Future[RunStatus]]] = {}
         self._known: set[asyncio.Future[RunStatus]] = set()
         """Of those who know that their run is there."""
         self._looking: asyncio.Task[None] | None = None
         self._open: set[str] = set()
 
+    def attend(self) -> None:
+        """Hear of ends from now on. Most processes never wait for any, and need not be woken by all there are."""
+        if self._leave is None:
+            self._leave = self._hear()
+
     def started(self, workflow_id: str) -> None:
         """A run was started by this process: until its end is heard there is no need to look whether it has ended."""
+        if self._leave is None:  # nobody has waited here yet, so it wouldn't be heard
+            return
         if len(self._open) >= _MOST_REMEMBERED:
             self._open.clear()
         self._open.add(workflow_id)
@@ -49,7 +64,10 @@ class Waiters:
     async def wait(self, workflow_id: str) -> RunStatus:
         future: asyncio.Future[RunStatus] = asyncio.get_running_loop().create_future()
         # Listen first, then look: an end in between is heard.
+        self.attend()
         self._futures.setdefault(workflow_id, set()).add(future)
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look_again())
         try:
             if workflow_id not in self._open:
                 status = (await self._look([workflow_id])).get(workflow_id)
@@ -58,8 +76,6 @@ class Waiters:
                 if status in RUN_ENDED:
                     return status
             self._known.add(future)
-            if self._looking is None or self._looking.done():
-                self._looking = asyncio.create_task(self._look_again())
             return await future
         finally:
             self._known.discard(future)
@@ -69,19 +85,23 @@ class Waiters:
                 self._futures.pop(workflow_id, None)
 
     def heard(self, names: frozenset[str]) -> None:
-        if "*" in names:
+        if "*" in names or ENDED in names:  # what has ended before isn't known
             self._open.clear()
-        if "*" in names and self._looking is not None:
-            self._looking.cancel()
-            self._looking = asyncio.create_task(self._look_again(at_once=True))
+            if self._looking is not None:
+                self._looking.cancel()
+                self._looking = asyncio.create_task(self._look_again(at_once=True))
         for name in names:
-            kind, _, rest = name.partition(" ")
-            status, _, run_id = rest.partition(" ")
-            if kind == "ended" and status in _ENDED:
+            if not name.startswith(ENDED):
+                continue
+            status, _, run_id = name.removeprefix(ENDED).partition(" ")
+            if status in _ENDED:
                 self._end(run_id, RunStatus(status))
 
     def close(self) -> None:
         """Nobody will tell any more: those who still wait are told that."""
+        if self._leave is not None:
+            self._leave()
+            self._leave = None
         if self._looking is not None:
             self._looking.cancel()
         for futures in self._futures.values():

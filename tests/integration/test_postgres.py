@@ -35,6 +35,7 @@ from tests.services.proxy import Direction, Proxy
 from tests.services.server import temporary_folder
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, ledger
+from paigeant.database import ENDED
 from paigeant.databases import postgres
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import Pipeline, ServerClock
@@ -85,6 +86,13 @@ async def claimed(store: SqlStore, run_id: str) -> StepResult:
     return StepResult(
         key, "w", grant.epoch, grant.attempt, StepStatus.COMPLETED, run=RunStatus.COMPLETED, output=b"1"
     )
+
+
+def database_of(app: Paigeant) -> PostgresDatabase:
+    """That of its store."""
+    assert isinstance(app.store, SqlStore)
+    assert isinstance(app.store.database, PostgresDatabase)
+    return app.store.database
 
 
 async def eventually(holds: Callable[[], bool]) -> None:
@@ -851,6 +859,7 @@ async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_table
 _STOPPED = """
 import asyncio, os, signal, sys, time
 from paigeant import heads, rows
+from paigeant.database import ENDED
 from paigeant.databases import postgres
 from paigeant.stores.sql import SqlStore
 from paigeant.table_transport import _Fetch
@@ -1134,9 +1143,9 @@ def watched() -> set[int]:
 async def test_a_ring_is_heard_by_the_others(postgres_url: str) -> None:
     """Names reach every other process, and not the one that rang."""
     async with bells(postgres_url, 3) as [(ringing, own), (_, one), (_, other)]:
-        ring(postgres_url, ringing, ["ended completed r", "turned"])
+        ring(postgres_url, ringing, ["again", "turned"])
         for heard in (one, other):
-            await eventually(lambda: frozenset({"ended completed r", "turned"}) <= frozenset().union(*heard))  # noqa: B023
+            await eventually(lambda: frozenset({"again", "turned"}) <= frozenset().union(*heard))  # noqa: B023
         assert "turned" not in frozenset().union(*own)
 
 
@@ -1163,10 +1172,47 @@ async def test_a_topic_is_heard_of_by_those_who_attend_it(postgres_url: str) -> 
         assert frozenset().union(*first) == {"again"}
 
 
+async def test_ends_of_runs_are_heard_of_by_those_who_wait_for_some(postgres_url: str) -> None:
+    """A worker isn't woken by each run that ends somewhere; whoever begins to wait is told to look."""
+    async with bells(postgres_url, 3) as [(ringing, _), (waiting, first), (_, second)]:
+        leave = waiting.attend(ENDED)
+        await eventually(lambda: frozenset({ENDED}) in first)
+        first.clear()
+        second.clear()
+        ring(postgres_url, ringing, ["ended completed r", "turned"])
+        await eventually(lambda: "turned" in frozenset().union(*first) & frozenset().union(*second))
+        assert frozenset().union(*first) == {"ended completed r", "turned"}
+        assert frozenset().union(*second) == {"turned"}
+        leave()
+
+
+async def test_who_only_works_attends_no_ends(postgres_tables: str) -> None:
+    """Whoever has waited for a run once does, until the application is left."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def work(n: int) -> int:
+        return n + 1
+
+    settings = Settings(transport_url=postgres_tables, store_url=postgres_tables)
+    async with Paigeant(settings, activities=activity) as here, Paigeant(settings) as there:
+        working = asyncio.create_task((worker := here.worker()).run())
+        for _ in range(2):
+            begun = await there.dispatch(Workflow("w", ["work"]), {"n": 1})
+            assert (await begun.wait(timeout=PATIENCE)).output == 2
+        attended = [database_of(app)._bell._attended for app in (here, there)]
+        assert [ENDED in names for names in attended] == [False, True]
+        await worker.stop(grace=PATIENCE)
+        await working
+    assert not any(attended)
+
+
 async def test_a_ring_may_be_long(postgres_url: str) -> None:
     """More names than one notification holds are all heard; one that is too long wakes everybody."""
     names = {f"ended completed {number:05}{'x' * 200}" for number in range(500)}
-    async with bells(postgres_url, 2) as [(ringing, _), (_, heard)]:
+    async with bells(postgres_url, 2) as [(ringing, _), (listening, heard)]:
+        listening.attend(ENDED)
+        await eventually(lambda: frozenset({ENDED}) in heard)
         heard.clear()
         ring(postgres_url, ringing, [*names, "y" * 10_000])
         await eventually(lambda: names | {"*"} <= frozenset().union(*heard))

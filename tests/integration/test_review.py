@@ -25,12 +25,13 @@ from paigeant import (
     StepContext,
     Workflow,
 )
+from paigeant.database import ENDED
 from paigeant.errors import InputInvalid, MessageTooLarge, RunNotFound, StoreUnavailable
 from paigeant.observer import Event
 from paigeant.slip import RunStatus
 from paigeant.store import ClaimRequest, Grant, Refused
 from paigeant.testing import ManualClock
-from paigeant.waiters import Waiters
+from paigeant.waiters import Waiters, ended
 
 PATIENCE = 30.0
 
@@ -298,7 +299,7 @@ async def test_who_waits_outlives_a_store_that_fails_for_a_while() -> None:
             raise answer
         return answer
 
-    waiters = Waiters(look, hears_others=lambda: False)
+    waiters = Waiters(look, hears_others=lambda: False, hear=lambda: lambda: None)
     assert await asyncio.wait_for(waiters.wait("r"), PATIENCE) == "completed"
     assert answers == []
 
@@ -314,7 +315,9 @@ def looked_by_hand() -> tuple[Waiters, Looks]:
         looks.put_nowait(answer := asyncio.get_running_loop().create_future())
         return await answer
 
-    return Waiters(look, hears_others=lambda: False), looks
+    waiters = Waiters(look, hears_others=lambda: False, hear=lambda: lambda: None)
+    waiters.attend()
+    return waiters, looks
 
 
 @pytest.mark.parametrize("began", ["here", "elsewhere"])
@@ -334,6 +337,33 @@ async def test_a_look_from_before_a_run_began_loses_nobody(began: str) -> None:
     later.set_result({"other": RunStatus.COMPLETED, "r": RunStatus.COMPLETED})
     async with asyncio.timeout(PATIENCE):
         assert set(await asyncio.gather(*waiting)) == {"completed"}
+
+
+async def test_only_who_hears_of_ends_relies_on_that() -> None:
+    """A run that was started before anybody waited is looked at; what is heard of from now on needs no look."""
+    waiters, looks = looked_by_hand()
+    waiters.close()
+    waiters.started("early")
+    early = asyncio.create_task(waiters.wait("early"))
+    (await looks.get()).set_result({"early": RunStatus.COMPLETED})
+    assert await asyncio.wait_for(early, PATIENCE) == "completed"
+    waiters.started("late")
+    late = asyncio.create_task(waiters.wait("late"))
+    await asyncio.sleep(0)
+    waiters.heard(frozenset({ended("late", RunStatus.FAILED)}))
+    assert await asyncio.wait_for(late, PATIENCE) == "failed"
+
+
+async def test_who_begins_to_hear_of_ends_looks_what_has_ended_before() -> None:
+    """Also where a look is under way that was too early to find it."""
+    waiters, looks = looked_by_hand()
+    waiting = asyncio.create_task(waiters.wait("r"))
+    own = await looks.get()
+    waiters.heard(frozenset({ENDED}))
+    again = await looks.get()
+    again.set_result({"r": RunStatus.COMPLETED})
+    own.set_result({"r": RunStatus.RUNNING})
+    assert await asyncio.wait_for(waiting, PATIENCE) == "completed"
 
 
 async def test_who_finds_no_run_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

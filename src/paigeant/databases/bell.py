@@ -1,6 +1,7 @@
 """A bell between the processes that share a Postgres database, by LISTEN and NOTIFY. It listens on its own connection.
 
-What is rung for often and concerns few has a channel for itself: messages of a topic wake none but those who serve it.
+What is rung for often and concerns few has a channel for itself: messages of a topic wake none but those who serve it,
+the ends of runs none but those who wait for some.
 
 A ring that is lost only costs time, since whoever waits for one also looks by itself now and then. A pooler that shares
 connections between transactions swallows them all; that is noticed, and whoever waits looks more often.
@@ -22,7 +23,7 @@ from typing import Any
 import psycopg
 from psycopg.pq.abc import PGconn
 
-from paigeant.database import TOPIC
+from paigeant.database import ENDED, TOPIC
 
 __all__ = ["PostgresBell"]
 
@@ -71,7 +72,7 @@ class PostgresBell:
         self.works = False
 
     def attend(self, name: str) -> Callable[[], None]:
-        """Hear also of `name`, which has a channel for itself; gives what ends that."""
+        """Hear also of `name`, a topic's or ENDED for all ends of runs; gives what ends that."""
         self._attend(name, 1)
         return lambda: self._attend(name, -1)
 
@@ -168,6 +169,8 @@ class PostgresBell:
 
 
 def _channel(name: str) -> str:
+    if name.startswith(ENDED):
+        return f"{_CHANNEL}_ended"
     if not name.startswith(TOPIC):
         return _CHANNEL
     # A channel's name is an identifier of at most 63 bytes.

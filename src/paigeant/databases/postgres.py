@@ -26,7 +26,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock
-from paigeant.database import READER, TOPIC, WRITER, Database, current_version, no_unicode, not_open
+from paigeant.database import READER, WRITER, Database, current_version, no_unicode, not_open
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, Transaction, driver_of
 from paigeant.databases.pooler import check_pooler, hands_on
@@ -132,8 +132,8 @@ class PostgresDatabase(Database):
     def exists(self) -> bool:
         return True
 
-    def attend(self, topic: str) -> Callable[[], None]:
-        return self._bell.attend(f"{TOPIC}{topic}")
+    def attend(self, name: str) -> Callable[[], None]:
+        return self._bell.attend(name)
 
     async def now(self) -> float:
         known = self.instant()

@@ -11,7 +11,7 @@ from pydantic_core import from_json
 from sqlalchemy import Select, delete, func, select, tuple_
 
 from paigeant import codec
-from paigeant.database import Database
+from paigeant.database import ENDED, Database
 from paigeant.due import open_topics
 from paigeant.errors import RunNotFound
 from paigeant.lane import Later, Tx
@@ -33,7 +33,11 @@ class SqlHistory(SqlPart):
 
     def __init__(self, database: Database, *, grace: float = 10.0, inline_bytes: int = 65536) -> None:
         super().__init__(database, grace=grace, inline_bytes=inline_bytes)
-        self.waiters = Waiters(self.statuses, hears_others=lambda: database.hears_others)
+        self.waiters = Waiters(
+            self.statuses,
+            hears_others=lambda: database.hears_others,
+            hear=lambda: database.attend(ENDED),
+        )
 
     async def wait_ended(self, workflow_id: str) -> RunStatus:
         return await self.waiters.wait(workflow_id)
