@@ -14,8 +14,10 @@ from paigeant.errors import ConfigurationError, MessageInvalid, TransportUnavail
 from paigeant.message import PaigeantMessage, decode
 from paigeant.store import DeadLetter, Store
 from paigeant.transport import Bury, TopicDepth
-from paigeant.transports.rabbitmq.feed import LONGEST_PAUSE_SECONDS, PAUSE_SECONDS, Delivery, Feed
+from paigeant.transports.rabbitmq.feed import LONGEST_PAUSE_SECONDS, PAUSE_SECONDS, Feed
+from paigeant.transports.rabbitmq.frames import Outgoing
 from paigeant.transports.rabbitmq.headers import ATTEMPTS, count, instant, last_death, words
+from paigeant.transports.rabbitmq.line import Delivery
 from paigeant.transports.rabbitmq.link import Link, read_url
 from paigeant.transports.rabbitmq.publisher import Publisher
 from paigeant.transports.rabbitmq.queues import Queues
@@ -128,7 +130,7 @@ class RabbitMQTransport:
                 headers = {**(headers or {}), _DUE: int((self.clock.now() + delay) * 1000)}
                 delay = self.queues.longest_wait
             queue = self.queues.wait(queue, delay)
-        await self._publisher.send(queue, message_id, body, headers)
+        await self._publisher.send(queue, Outgoing(message_id, body, headers))
 
     # -- receiving
 
@@ -253,7 +255,7 @@ class RabbitMQTransport:
             _TOPIC: letter.topic,
             ATTEMPTS: letter.attempts,
         }
-        await self._publisher.send(self.queues.dead, letter.id, letter.body, headers)
+        await self._publisher.send(self.queues.dead, Outgoing(letter.id, letter.body, headers))
 
     def _take(self, message_id: str) -> Delivery | None:
         """What is held under this id, the one that came first; it isn't any more."""
