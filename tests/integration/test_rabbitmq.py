@@ -27,7 +27,7 @@ from paigeant.errors import ConfigurationError, MessageTooLarge, TopicUnavailabl
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
-from paigeant.transports.rabbitmq import RabbitMQTransport, feed, line, publisher, queues
+from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publisher, queues
 from paigeant.transports.rabbitmq.queues import declare
 
 RECOVERY = 10.0
@@ -810,16 +810,16 @@ async def test_the_broker_s_dead_letters_outlive_any_error(
     graveyard = Graveyard()
     async with opened(rabbitmq_url) as transport:
         transport.bury_with(graveyard.bury)
-        about, calls = transport._letter, 0
+        unpacked, calls = letters.unpacked, 0
 
-        def fails_first(delivery: line.Delivery) -> DeadLetter:
+        def fails_first(*args: Any) -> DeadLetter:
             nonlocal calls
             calls += 1
             if calls == 1:
                 raise ZeroDivisionError
-            return about(delivery)
+            return unpacked(*args)
 
-        monkeypatch.setattr(transport, "_letter", fails_first)
+        monkeypatch.setattr(letters, "unpacked", fails_first)
         for name in ("one", "two"):
             await send(rabbitmq_url, transport.queues.dead.name, b"nonsense", {}, message_id=name)
         listener = Listener(transport)

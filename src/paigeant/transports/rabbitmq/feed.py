@@ -63,6 +63,8 @@ class Feed:
         self._inbox: deque[Delivery] = deque()
         self._news = asyncio.Event()
         self._has_worked = False
+        self._is_suspect = False
+        """Whether the shared connection has ended while the queue was opened over it: then it may be the cause."""
         self._was_deleted = False
         self._idle = IDLE_SECONDS
         self._apart_until = 0.0
@@ -139,7 +141,7 @@ class Feed:
 
     async def _reopen(self) -> None:
         pause = PAUSE_SECONDS
-        has_failed = False
+        self._is_suspect = False
         self._join()
         while not self._is_over and self._line is None and not is_cancelled():
             if self._has_worked:
@@ -147,43 +149,53 @@ class Feed:
                 if self._was_deleted:
                     self._was_deleted = False
                     await self._rest(DELETED_SECONDS, 2 * DELETED_SECONDS)
-            try:
-                with closings():
-                    async with asyncio.timeout(OPEN_SECONDS):
-                        line = await self._open()
-                self._has_worked = True
-                if not line.is_void:
-                    self._line = line
-                    self._apart_until = time.monotonic() + APART_SECONDS
-                    return
-                trouble: Exception = ConnectionError("it was lost at once")
-            except ConfigurationError as exc:
-                # After it has worked, a setting may be refused by a broker that is still starting.
-                if not self._has_worked:
-                    raise
-                trouble = exc
-            except (TransportUnavailable, *CONNECTION_EXCEPTIONS) as exc:
-                trouble = exc
+            trouble = await self._try_to_open()
+            if trouble is None:
+                return
             log.warning(
                 "can't receive from '%s', will try again: %s",
                 self._queue.name,
                 str(trouble) or type(trouble).__name__,
             )
-            if isinstance(trouble, (TransportUnavailable, ConfigurationError)):
-                self._join()
-                has_failed = False
-            elif self._link is not self._shared:
-                if isinstance(trouble, TimeoutError):
-                    self._link.cut()
-            elif isinstance(trouble, TimeoutError) and not await self._shared.answers():
-                self._shared.cut()
-            elif has_failed or isinstance(trouble, TimeoutError):
-                self._link = self._shared.apart()
-            else:  # what ended the connection may have been another feed's doing
-                has_failed = True
+            await self._choose_link(trouble)
             if not self._has_worked:
                 await self._rest(pause / 4, pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    async def _try_to_open(self) -> Exception | None:
+        """Open a line; gives what has kept it from being opened. Raises ConfigurationError before it first works."""
+        try:
+            with closings():
+                async with asyncio.timeout(OPEN_SECONDS):
+                    line = await self._open()
+        except ConfigurationError as exc:
+            # After it has worked, a setting may be refused by a broker that is still starting.
+            if not self._has_worked:
+                raise
+            return exc
+        except (TransportUnavailable, *CONNECTION_EXCEPTIONS) as exc:
+            return exc
+        self._has_worked = True
+        if line.is_void:
+            return ConnectionError("it was lost at once")
+        self._line = line
+        self._apart_until = time.monotonic() + APART_SECONDS
+        return None
+
+    async def _choose_link(self, trouble: Exception) -> None:
+        """Go on over the shared connection, unless it was the queue that is in trouble; cut what answers nothing."""
+        if isinstance(trouble, (TransportUnavailable, ConfigurationError)):
+            self._join()
+            self._is_suspect = False
+        elif self._link is not self._shared:
+            if isinstance(trouble, TimeoutError):
+                self._link.cut()
+        elif isinstance(trouble, TimeoutError) and not await self._shared.answers():
+            self._shared.cut()
+        elif self._is_suspect or isinstance(trouble, TimeoutError):
+            self._link = self._shared.apart()
+        else:  # what ended the connection may have been another feed's doing
+            self._is_suspect = True
 
     def _join(self) -> None:
         """Go on over the connection that all feeds share."""
