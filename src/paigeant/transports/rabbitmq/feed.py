@@ -1,26 +1,19 @@
-"""Receiving: a `Feed` is what one queue delivers for ever, over one `Line` after the other; a `Delivery` is settled on
-the line that brought it.
-"""
+"""Receiving: a `Feed` is what one queue delivers for ever, over one `Line` after the other."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
-import aiormq
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
-from aiormq.abc import DeliveredMessage
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
-from paigeant.policy import LARGEST_COUNT
-from paigeant.transports.rabbitmq.headers import ATTEMPTS, count
+from paigeant.transports.rabbitmq.line import Delivery, Line
 from paigeant.transports.rabbitmq.link import (
     CLOSE_SECONDS,
     OPEN_SECONDS,
@@ -31,7 +24,7 @@ from paigeant.transports.rabbitmq.link import (
 )
 from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, Queue, declare
 
-__all__ = ["IDLE_SECONDS", "LONGEST_PAUSE_SECONDS", "PAUSE_SECONDS", "Delivery", "Feed"]
+__all__ = ["IDLE_SECONDS", "LONGEST_PAUSE_SECONDS", "PAUSE_SECONDS", "Feed"]
 
 log = logging.getLogger("paigeant.transport")
 
@@ -53,126 +46,6 @@ APART_SECONDS = 10.0
 """How long a queue that can be received from again keeps a connection of its own."""
 
 
-class Delivery:
-    """A message as it came, on the channel on which alone it can be settled."""
-
-    __slots__ = ("_line", "_message", "body", "message_id", "topic")
-
-    def __init__(self, line: Line, message: DeliveredMessage) -> None:
-        self._line = line
-        self._message = message
-        self.body = message.body
-        self.message_id = self.topic = ""
-
-    @property
-    def line(self) -> Line:
-        return self._line
-
-    @property
-    def consumer(self) -> str:
-        return self._message.consumer_tag or ""
-
-    @property
-    def tag(self) -> int:
-        return self._message.delivery_tag or 0
-
-    @property
-    def property_id(self) -> str:
-        """The message's id as the envelope says, for a body that doesn't say any."""
-        found = self._message.header.properties.message_id
-        return str(found) if found else f"amqp-{hashlib.sha256(self.body).hexdigest()[:32]}"
-
-    @property
-    def headers(self) -> dict[str, Any]:
-        return self._message.header.properties.headers or {}
-
-    @property
-    def returns(self) -> int:
-        """How often it has come back to this queue; what a classic queue knows is only whether."""
-        return count(self.headers, "x-delivery-count", int(bool(self._message.redelivered)))
-
-    @property
-    def attempts(self) -> int:
-        """How often it was delivered, this time included; copies are counted on."""
-        return min(count(self.headers, ATTEMPTS) + self.returns + 1, LARGEST_COUNT)
-
-    async def ack(self) -> None:
-        await self._line.settle(self, lambda channel: channel.basic_ack(self.tag, wait=False))
-
-    async def give_back(self) -> None:
-        await self._line.settle(self, lambda channel: channel.basic_nack(self.tag, requeue=True, wait=False))
-
-
-class Line:
-    """A channel with the consumers of one feed, and what was handed out of it and is not settled.
-
-    RabbitMQ sends a consumer no more than `prefetch` unsettled messages, those that have been handed out included. For
-    an iteration that goes on without settling any there are more consumers, so that `prefetch` counts what is ahead.
-    """
-
-    def __init__(self, channel: aiormq.Channel, queue: str, prefetch: int) -> None:
-        self.channel = channel
-        self._queue = queue
-        self._prefetch = prefetch
-        self._consumers: dict[str, int] = {}  # and how many of what each has received are out
-        self.out: set[Delivery] = set()
-        self.is_ending = False
-        self.received = 0
-        self.watching: asyncio.Task[None] | None = None
-        self.is_void = False
-        """Whether what came on it can't be settled any more."""
-        self.receive: Callable[[DeliveredMessage], Coroutine[Any, Any, None]]
-
-    @property
-    def is_starved(self) -> bool:
-        """Whether RabbitMQ sends nothing more before something is settled."""
-        return self._ahead <= 0
-
-    @property
-    def _ahead(self) -> int:
-        """How many messages RabbitMQ sends, or has sent, before one that is out is settled."""
-        return self._prefetch * len(self._consumers) - sum(self._consumers.values())
-
-    def hand_out(self, delivery: Delivery) -> None:
-        self.out.add(delivery)
-        if delivery.consumer in self._consumers:
-            self._consumers[delivery.consumer] += 1
-
-    async def consume(self) -> None:
-        """Receive `prefetch` messages more ahead."""
-        consuming = await self.channel.basic_consume(self._queue, self.receive)
-        self._consumers[str(consuming.consumer_tag)] = 0
-
-    async def stop(self) -> None:
-        """Receive nothing more; returns when nothing more can come."""
-        while self._consumers:
-            await self._cancel(next(iter(self._consumers)))
-
-    async def _cancel(self, consumer: str) -> None:
-        del self._consumers[consumer]
-        await self.channel.basic_cancel(consumer)
-
-    async def settle(self, delivery: Delivery, how: Callable[[aiormq.Channel], Awaitable[None]]) -> None:
-        """Tell the broker, once. On a channel that is gone nothing happens: the message comes again by itself."""
-        if delivery not in self.out:
-            return  # RabbitMQ closes a channel on which something is settled twice
-        self.out.discard(delivery)
-        with contextlib.suppress(*CONNECTION_EXCEPTIONS), closings():
-            if delivery.consumer in self._consumers:
-                self._consumers[delivery.consumer] -= 1
-                if len(self._consumers) > 1 and self._ahead > self._prefetch:
-                    await self._cancel(delivery.consumer)  # first, or RabbitMQ sends another in its place
-            await how(self.channel)
-            if self.is_ending and not self.out:
-                await self.close()
-
-    async def close(self) -> None:
-        """End it; RabbitMQ gives what is unsettled to others."""
-        with contextlib.suppress(*CONNECTION_EXCEPTIONS):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self.channel.close(None)
-
-
 class Feed:
     """What one queue delivers, for ever: over one line at a time, and a new one when it has gone, however it went.
 
@@ -190,6 +63,8 @@ class Feed:
         self._inbox: deque[Delivery] = deque()
         self._news = asyncio.Event()
         self._has_worked = False
+        self._is_suspect = False
+        """Whether the shared connection has ended while the queue was opened over it: then it may be the cause."""
         self._was_deleted = False
         self._idle = IDLE_SECONDS
         self._apart_until = 0.0
@@ -244,8 +119,7 @@ class Feed:
                 if line.out:
                     await line.stop()
                     while self._inbox:
-                        tag = self._inbox.popleft().tag
-                        await line.channel.basic_nack(tag, requeue=True, wait=False)
+                        line.give_back(self._inbox.popleft())
         if line.out:
             line.channel.closing.add_done_callback(lambda _: self._part(link))
         else:
@@ -267,7 +141,7 @@ class Feed:
 
     async def _reopen(self) -> None:
         pause = PAUSE_SECONDS
-        has_failed = False
+        self._is_suspect = False
         self._join()
         while not self._is_over and self._line is None and not is_cancelled():
             if self._has_worked:
@@ -275,43 +149,53 @@ class Feed:
                 if self._was_deleted:
                     self._was_deleted = False
                     await self._rest(DELETED_SECONDS, 2 * DELETED_SECONDS)
-            try:
-                with closings():
-                    async with asyncio.timeout(OPEN_SECONDS):
-                        line = await self._open()
-                self._has_worked = True
-                if not line.is_void:
-                    self._line = line
-                    self._apart_until = time.monotonic() + APART_SECONDS
-                    return
-                trouble: Exception = ConnectionError("it was lost at once")
-            except ConfigurationError as exc:
-                # After it has worked, a setting may be refused by a broker that is still starting.
-                if not self._has_worked:
-                    raise
-                trouble = exc
-            except (TransportUnavailable, *CONNECTION_EXCEPTIONS) as exc:
-                trouble = exc
+            trouble = await self._try_to_open()
+            if trouble is None:
+                return
             log.warning(
                 "can't receive from '%s', will try again: %s",
                 self._queue.name,
                 str(trouble) or type(trouble).__name__,
             )
-            if isinstance(trouble, (TransportUnavailable, ConfigurationError)):
-                self._join()
-                has_failed = False
-            elif self._link is not self._shared:
-                if isinstance(trouble, TimeoutError):
-                    self._link.cut()
-            elif isinstance(trouble, TimeoutError) and not await self._shared.answers():
-                self._shared.cut()
-            elif has_failed or isinstance(trouble, TimeoutError):
-                self._link = self._shared.apart()
-            else:  # what ended the connection may have been another feed's doing
-                has_failed = True
+            await self._choose_link(trouble)
             if not self._has_worked:
                 await self._rest(pause / 4, pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    async def _try_to_open(self) -> Exception | None:
+        """Open a line; gives what has kept it from being opened. Raises ConfigurationError before it first works."""
+        try:
+            with closings():
+                async with asyncio.timeout(OPEN_SECONDS):
+                    line = await self._open()
+        except ConfigurationError as exc:
+            # After it has worked, a setting may be refused by a broker that is still starting.
+            if not self._has_worked:
+                raise
+            return exc
+        except (TransportUnavailable, *CONNECTION_EXCEPTIONS) as exc:
+            return exc
+        self._has_worked = True
+        if line.is_void:
+            return ConnectionError("it was lost at once")
+        self._line = line
+        self._apart_until = time.monotonic() + APART_SECONDS
+        return None
+
+    async def _choose_link(self, trouble: Exception) -> None:
+        """Go on over the shared connection, unless it was the queue that is in trouble; cut what answers nothing."""
+        if isinstance(trouble, (TransportUnavailable, ConfigurationError)):
+            self._join()
+            self._is_suspect = False
+        elif self._link is not self._shared:
+            if isinstance(trouble, TimeoutError):
+                self._link.cut()
+        elif isinstance(trouble, TimeoutError) and not await self._shared.answers():
+            self._shared.cut()
+        elif self._is_suspect or isinstance(trouble, TimeoutError):
+            self._link = self._shared.apart()
+        else:  # what ended the connection may have been another feed's doing
+            self._is_suspect = True
 
     def _join(self) -> None:
         """Go on over the connection that all feeds share."""
@@ -340,14 +224,7 @@ class Feed:
         try:
             await opening.initialize()
             channel = await underlay(opening)
-            line = Line(channel, self._queue.name, self._prefetch)
-
-            async def receive(message: DeliveredMessage) -> None:
-                line.received += 1
-                self._idle = IDLE_SECONDS
-                if not line.is_void:
-                    self._inbox.append(Delivery(line, message))
-                    self._news.set()
+            line = Line(connection, channel, self._queue.name, self._prefetch, self._receive)
 
             def lost(_: object) -> None:
                 self._lose(line)
@@ -358,7 +235,6 @@ class Feed:
                 self._lose(line)
                 self._shared.start(line.close())
 
-            line.receive = receive
             channel.on_consumer_cancel_callbacks.add(cancelled)
             channel.closing.add_done_callback(lost)
             await channel.basic_qos(prefetch_count=self._prefetch)
@@ -370,6 +246,11 @@ class Feed:
                     await opening.close()
             raise
         return line
+
+    def _receive(self, delivery: Delivery) -> None:
+        self._idle = IDLE_SECONDS
+        self._inbox.append(delivery)
+        self._news.set()
 
     async def _watch(self, line: Line) -> None:
         """Open the line anew when nothing comes: whether the broker still knows it can't be asked."""

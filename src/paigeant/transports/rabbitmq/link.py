@@ -1,33 +1,31 @@
-"""A connection to the broker: where the URL says it is, how its socket is watched and cut, and what keeps it from
-being opened.
+"""A connection to the broker: where the URL says it is, how it is opened, and what keeps it from being opened.
 
 Reconnecting is done here, on plain connections of aio-pika: its robust ones restore what they know after a lost
 connection, but not a consumer that the broker has cancelled, and they don't tell when a delivery has become void.
-Messages are published, consumed and acked on the channels of aiormq underneath, which costs half as much.
+Messages are published, consumed and acked on the channels of aiormq underneath.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Generic, TypeVar
 
 import aio_pika
 import aiormq
-from aio_pika.abc import AbstractChannel, ConnectionParameter
+from aio_pika.abc import AbstractChannel
 from aio_pika.exceptions import (
     CONNECTION_EXCEPTIONS,
     AuthenticationError,
     InvalidFrameError,
     ProbableAuthenticationError,
 )
-from aiormq.connection import TCPTransportFactory, TLSTransportFactory, TransportFactory
 from yarl import URL
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.transports.rabbitmq.headers import tolerate
+from paigeant.transports.rabbitmq.wire import Connection, Wire
 from paigeant.urls import check_parameters, check_readable
 
 __all__ = [
@@ -49,9 +47,6 @@ _HEARTBEAT_SECONDS = 10
 
 _MOST_HEARTBEAT_SECONDS = 65534
 """aiormq sends no heartbeats at all where it finds more, or no number."""
-
-_PEER_SECONDS = 10
-"""After this time a peer that is no longer there is noticed by the kernel, however busy or idle the connection is."""
 
 _CONNECT_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
@@ -114,30 +109,6 @@ def read_url(url: str) -> tuple[URL, dict[str, str]]:
     return parsed.with_query(query), told
 
 
-class _Socket(TransportFactory):
-    """Opens the socket of a connection, and keeps it at hand to cut it."""
-
-    def __init__(self) -> None:
-        self.writer: asyncio.StreamWriter | None = None
-
-    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        factory = TLSTransportFactory() if url.scheme == "amqps" else TCPTransportFactory()
-        reader, self.writer = await factory.create(url, **kwargs)
-        _watch_peer(self.writer.get_extra_info("socket"))
-        return reader, self.writer
-
-    def cut(self) -> None:
-        if self.writer is not None:
-            self.writer.transport.abort()
-
-
-class _Connection(aio_pika.Connection):
-    PARAMETERS = (
-        *aio_pika.Connection.PARAMETERS,
-        ConnectionParameter("transport_factory", parser=lambda factory: factory, is_kwarg=True),
-    )
-
-
 class Single(Generic[_Opened]):
     """Does something once for all who ask for it at the same time."""
 
@@ -171,8 +142,8 @@ class Link:
     def __init__(self, url: URL, role: str) -> None:
         self.url = url
         self._role = role
-        self._connection: _Connection | None = None
-        self._socket = _Socket()
+        self._connection: Connection | None = None
+        self._wire = Wire()
         self._single = Single(self._open)
         self._looking = Single(self._look)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -196,7 +167,7 @@ class Link:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def open(self) -> aio_pika.Connection:
+    async def open(self) -> Connection:
         """The connection. Raises TransportUnavailable, and ConfigurationError for what waiting can't mend."""
         if self._connection is not None and self._is_open(self._connection):
             return self._connection
@@ -207,7 +178,7 @@ class Link:
         await self._looking.cancel()
         connection, self._connection = self._connection, None
         if connection is not None:
-            await self._dispose(connection, self._socket)
+            await self._dispose(connection, self._wire)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -215,7 +186,7 @@ class Link:
 
     def cut(self) -> None:
         """Break a connection that doesn't answer."""
-        self._socket.cut()
+        self._wire.cut()
 
     async def is_blocked(self) -> bool:
         """Whether the broker has said that it takes no messages for now."""
@@ -246,16 +217,12 @@ class Link:
     def _is_open(connection: aio_pika.Connection) -> bool:
         return connection.transport is not None and bool(connection.transport.connection.is_opened)
 
-    async def _open(self) -> aio_pika.Connection:
+    async def _open(self) -> Connection:
         gone, self._connection = self._connection, None
         if gone is not None:
-            await self._dispose(gone, self._socket)
-        self._socket = wire = _Socket()
-        connection = _Connection(
-            self.url,
-            client_properties={"connection_name": f"paigeant {self._role}"},
-            transport_factory=wire,
-        )
+            await self._dispose(gone, self._wire)
+        self._wire = wire = Wire()
+        connection = Connection(self.url, wire, f"paigeant {self._role}")
         try:
             await connection.connect(timeout=_CONNECT_SECONDS)
         except BaseException as exc:
@@ -268,7 +235,7 @@ class Link:
         return connection
 
     @staticmethod
-    async def _dispose(connection: aio_pika.Connection, wire: _Socket) -> None:
+    async def _dispose(connection: aio_pika.Connection, wire: Wire) -> None:
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await connection.close()
@@ -353,18 +320,3 @@ def is_cancelled() -> bool:
     """Whether a CancelledError is for us."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def _watch_peer(wire: socket.socket | None) -> None:
-    """Have the kernel notice a peer that vanished without a word, within seconds."""
-    if wire is None:
-        return
-    wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", _PEER_SECONDS // 2),
-        ("TCP_KEEPINTVL", max(_PEER_SECONDS // 5, 1)),
-        ("TCP_KEEPCNT", 3),
-        ("TCP_USER_TIMEOUT", _PEER_SECONDS * 1000),
-    ):
-        if hasattr(socket, name):  # not on every platform
-            wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

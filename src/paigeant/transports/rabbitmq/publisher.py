@@ -6,15 +6,11 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 from weakref import WeakValueDictionary
 
-import aio_pika
-import aiormq
 from aio_pika.abc import AbstractChannel
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelNotFoundEntity, DeliveryError, PublishError
-from pamqp.commands import Basic
 
 from paigeant.errors import (
     ConfigurationError,
@@ -22,6 +18,7 @@ from paigeant.errors import (
     TopicUnavailable,
     TransportUnavailable,
 )
+from paigeant.transports.rabbitmq.frames import Outgoing
 from paigeant.transports.rabbitmq.link import (
     OPEN_SECONDS,
     Closed,
@@ -30,9 +27,10 @@ from paigeant.transports.rabbitmq.link import (
     closings,
     place,
     throwaway,
-    underlay,
 )
-from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, NAME_BYTES, Queue, check_rights, declare
+from paigeant.transports.rabbitmq.outlet import Outlet
+from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, Queue, check_rights, declare
+from paigeant.transports.rabbitmq.wire import Connection
 
 __all__ = ["Publisher"]
 
@@ -53,16 +51,15 @@ class Publisher:
     def __init__(self, link: Link, timeout: float) -> None:
         self._link = link
         self._timeout = timeout
-        self._channel: aiormq.Channel | None = None
+        self._outlet: Outlet | None = None
         self._confirmed_at = 0.0
         self._single = Single(self._open)
         self._declared: dict[str, float] = {}
         """The queues that are there, and until when that is sure, as far as `_connection` knows."""
-        self._connection: aio_pika.Connection | None = None
+        self._connection: Connection | None = None
         self._declaring: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._places = asyncio.Semaphore(_MOST_DECLARING)
         self._doubting: asyncio.Task[None] | None = None
-        self._outstanding: set[str] = set()
         self._is_closed = False
 
     async def open(self, queue: Queue, trial: Queue) -> None:
@@ -74,7 +71,7 @@ class Publisher:
         try:
             with closings():
                 async with asyncio.timeout(OPEN_SECONDS):
-                    if self._channel is None or self._channel.is_closed:
+                    if self._outlet is None or self._outlet.is_closed:
                         await self._single.get()
                     await self._declare(queue)
                     await check_rights(await self._link.open(), trial)
@@ -86,55 +83,34 @@ class Publisher:
     async def close(self) -> None:
         self._is_closed = True
         await self._single.cancel()
-        self._channel = None
+        self._outlet = None
         await self._link.close()
 
-    async def send(
-        self, queue: Queue, message_id: str, body: bytes, headers: Mapping[str, Any] | None = None
-    ) -> None:
+    async def send(self, queue: Queue, message: Outgoing) -> None:
         """Publish; returns when the broker has confirmed that the message is in the queue, and safe there."""
-        # aiormq finds what came back by its id: two that are under way at the same time need different ones.
-        told_id = message_id if len(message_id.encode()) <= NAME_BYTES else None
-        if told_id in self._outstanding:
-            told_id = None
-        properties = Basic.Properties(
-            content_type="application/json",
-            delivery_mode=2,
-            message_id=told_id,
-            headers=dict(headers) if headers else None,
-        )
-        if told_id is not None:
-            self._outstanding.add(told_id)
         began_at = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout) as limit:
-                # Again when the queue has been deleted or the connection has broken; twice, since where RabbitMQ closes
-                # the channel for another's message, what is written to it meanwhile has it end the connection. A
-                # message that was confirmed unheard is doubled by that, which is harmless.
+                # Again when the queue has been deleted, the connection has broken, or RabbitMQ has closed the channel
+                # for another's message; twice, since there may be more than one of those. A message that was confirmed
+                # unheard is doubled by that, which is harmless.
                 for again in (True, True, False):
-                    if await self._sent(queue, properties, body, limit, again=again):
+                    if await self._sent(queue, message, limit, again=again):
                         return
         except TimeoutError as exc:
             raise await self._late(began_at, self._timeout, queue) from exc
-        finally:
-            if told_id is not None:
-                self._outstanding.discard(told_id)
 
-    async def _sent(
-        self, queue: Queue, properties: Basic.Properties, body: bytes, limit: asyncio.Timeout, *, again: bool
-    ) -> bool:
-        channel = None
+    async def _sent(self, queue: Queue, message: Outgoing, limit: asyncio.Timeout, *, again: bool) -> bool:
+        outlet = None
         try:
             with closings():
-                channel = await self._ready(queue)
-                await channel.basic_publish(
-                    body, routing_key=queue.name, properties=properties, mandatory=True, wait=False
-                )
+                outlet = await self._ready(queue)
+                await outlet.publish(queue.name, message)
         except PublishError as exc:
             self._declared.pop(queue.name, None)
             # A channel numbers what it sends to a quorum queue. One that is deleted and declared anew confirms what
             # comes on an old channel, and waits for ever for what it takes to have come before.
-            self._retire(channel)
+            self._retire(outlet)
             if not again:
                 raise self._unavailable(exc) from exc
             await asyncio.sleep(DELETED_SECONDS)
@@ -148,12 +124,12 @@ class Publisher:
         except asyncio.CancelledError:
             # Its queue may never confirm. What is sent to one of those fills the channel, until nothing else gets by.
             if limit.expired():
-                self._retire(channel)
-            elif channel is not None and (self._doubting is None or self._doubting.done()):
-                self._doubting = self._link.start(self._doubt(channel))
+                self._retire(outlet)
+            elif outlet is not None and (self._doubting is None or self._doubting.done()):
+                self._doubting = self._link.start(self._doubt(outlet))
             raise
         except CONNECTION_EXCEPTIONS as exc:
-            _check_size(exc, body)
+            _check_size(exc, message.body)
             if not again or isinstance(exc, Closed) or self._is_closed:  # after `close` none is to be opened
                 raise self._unavailable(exc) from exc
             return False
@@ -166,12 +142,13 @@ class Publisher:
         try:
             with closings():
                 async with asyncio.timeout(_ROOM_SECONDS):
-                    channel = self._channel
-                    if channel is None or channel.is_closed:
-                        channel = await self._single.get()
+                    outlet = self._outlet
+                    if outlet is None or outlet.is_closed:
+                        outlet = await self._single.get()
                     # It tells of an alarm only to those who publish, and takes the first message of each connection.
                     for _ in range(2):
-                        await channel.basic_publish(b"", routing_key=trial.name)
+                        with contextlib.suppress(PublishError):
+                            await outlet.publish(trial.name, Outgoing(trial.name, b""))
         except TimeoutError as exc:
             raise await self._late(began_at, _ROOM_SECONDS) from exc
         except CONNECTION_EXCEPTIONS as exc:
@@ -202,12 +179,12 @@ class Publisher:
                     channel = None  # RabbitMQ has closed it
         return found
 
-    async def _ready(self, queue: Queue) -> aiormq.Channel:
-        """The channel, with `queue` declared and the broker willing to take messages."""
-        channel = self._channel
-        if channel is None or channel.is_closed:
+    async def _ready(self, queue: Queue) -> Outlet:
+        """Where to publish, with `queue` declared and the broker willing to take messages."""
+        outlet = self._outlet
+        if outlet is None or outlet.is_closed:
             try:
-                channel = await self._single.get()
+                outlet = await self._single.get()
             except ConfigurationError as exc:  # it has worked before: perhaps the broker is still starting
                 raise TransportUnavailable(str(exc)) from exc
         try:
@@ -217,8 +194,8 @@ class Publisher:
         ) as exc:  # of this queue alone: what goes to others must not wait for its mending
             raise TopicUnavailable(str(exc)) from exc
         # Waits while an alarm blocks publishers: what isn't sent isn't doubled.
-        await channel.connection.ready()
-        return channel
+        await outlet.unblocked()
+        return outlet
 
     async def _declare(self, queue: Queue) -> None:
         if not self._is_there(queue):
@@ -236,34 +213,33 @@ class Publisher:
         self._declared = {name: until for name, until in self._declared.items() if until > now}
         self._declared[queue.name] = now + queue.lasts
 
-    async def _open(self) -> aiormq.Channel:
+    async def _open(self) -> Outlet:
         connection = await self._link.open()
-        channel = connection.channel(publisher_confirms=True, on_return_raises=True)
         async with asyncio.timeout(OPEN_SECONDS):
-            await channel.initialize()
+            outlet = await Outlet.open(connection)
         if connection is not self._connection:
             self._declared.clear()  # by now it may be another broker, or an emptied one
             self._connection = connection
-        self._channel = await underlay(channel)
-        return self._channel
+        self._outlet = outlet
+        return outlet
 
-    def _retire(self, channel: aiormq.Channel | None) -> None:
-        """Send nothing more on `channel`, and close it when nobody waits for a confirm on it."""
-        if channel is not None and channel is self._channel:
-            self._channel = None
-            self._link.start(self._close_later(channel))
+    def _retire(self, outlet: Outlet | None) -> None:
+        """Send nothing more on its channel, and close that when nobody waits for a confirm on it."""
+        if outlet is not None and outlet is self._outlet:
+            self._outlet = None
+            self._link.start(self._close_later(outlet))
 
-    async def _doubt(self, channel: aiormq.Channel) -> None:
+    async def _doubt(self, outlet: Outlet) -> None:
         """Retire it when its queues don't confirm what callers have given up, which says little by itself."""
-        given_up = {tag for tag, confirm in channel.confirmations.items() if confirm.cancelled()}
+        given_up = outlet.given_up
         await asyncio.sleep(_GIVEN_UP_SECONDS)
-        if given_up & channel.confirmations.keys():
-            self._retire(channel)
+        if given_up & outlet.given_up:
+            self._retire(outlet)
 
-    async def _close_later(self, channel: aiormq.Channel) -> None:
+    async def _close_later(self, outlet: Outlet) -> None:
         await asyncio.sleep(self._timeout)
         with contextlib.suppress(*CONNECTION_EXCEPTIONS):
-            await channel.close()
+            await outlet.close()
 
     async def _late(
         self, began_at: float, seconds: float, queue: Queue | None = None

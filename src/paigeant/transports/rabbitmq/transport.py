@@ -9,13 +9,16 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any, Literal
 
 from paigeant.clock import Clock, SystemClock, is_duration
-from paigeant.envelope import Envelope, PlainEnvelope, split
+from paigeant.envelope import Envelope, PlainEnvelope
 from paigeant.errors import ConfigurationError, MessageInvalid, TransportUnavailable
-from paigeant.message import PaigeantMessage, decode
+from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter, Store
 from paigeant.transport import Bury, TopicDepth
-from paigeant.transports.rabbitmq.feed import LONGEST_PAUSE_SECONDS, PAUSE_SECONDS, Delivery, Feed
-from paigeant.transports.rabbitmq.headers import ATTEMPTS, count, instant, last_death, words
+from paigeant.transports.rabbitmq import letters
+from paigeant.transports.rabbitmq.feed import LONGEST_PAUSE_SECONDS, PAUSE_SECONDS, Feed
+from paigeant.transports.rabbitmq.frames import Outgoing
+from paigeant.transports.rabbitmq.headers import ATTEMPTS, instant
+from paigeant.transports.rabbitmq.line import Delivery
 from paigeant.transports.rabbitmq.link import Link, read_url
 from paigeant.transports.rabbitmq.publisher import Publisher
 from paigeant.transports.rabbitmq.queues import Queues
@@ -24,8 +27,7 @@ __all__ = ["RabbitMQTransport"]
 
 log = logging.getLogger("paigeant.transport")
 
-_REASON, _DETAIL, _TOPIC, _DUE = "paigeant-reason", "paigeant-detail", "paigeant-topic", "paigeant-due-ms"
-_DETAIL_CHARACTERS = 4096
+_DUE = "paigeant-due-ms"
 
 _REJECTED_SECONDS = 1.0
 """After this time a message comes again whose dead letter couldn't be kept."""
@@ -128,7 +130,7 @@ class RabbitMQTransport:
                 headers = {**(headers or {}), _DUE: int((self.clock.now() + delay) * 1000)}
                 delay = self.queues.longest_wait
             queue = self.queues.wait(queue, delay)
-        await self._publisher.send(queue, message_id, body, headers)
+        await self._publisher.send(queue, Outgoing(message_id, body, headers))
 
     # -- receiving
 
@@ -235,7 +237,7 @@ class RabbitMQTransport:
         # Kept first, taken out of the topic then: a crash in between does it again, a loss can't happen.
         try:
             if self._bury is None:
-                await self._keep(letter)
+                await self._publisher.send(self.queues.dead, letters.packed(letter))
             else:
                 await self._bury(letter)
         except Exception:
@@ -245,15 +247,6 @@ class RabbitMQTransport:
             await delivery.give_back()
             raise
         await delivery.ack()
-
-    async def _keep(self, letter: DeadLetter) -> None:
-        headers = {
-            _REASON: letter.reason,
-            _DETAIL: letter.detail[:_DETAIL_CHARACTERS],
-            _TOPIC: letter.topic,
-            ATTEMPTS: letter.attempts,
-        }
-        await self._publisher.send(self.queues.dead, letter.id, letter.body, headers)
 
     def _take(self, message_id: str) -> Delivery | None:
         """What is held under this id, the one that came first; it isn't any more."""
@@ -299,7 +292,7 @@ class RabbitMQTransport:
 
     async def _drain_one(self, delivery: Delivery) -> None:
         try:
-            await self._bury_drained(self._letter(delivery))
+            await self._bury_drained(letters.unpacked(delivery, self.queues, self._used))
         except BaseException:
             await delivery.give_back()
             raise
@@ -315,25 +308,6 @@ class RabbitMQTransport:
             except Exception as exc:  # whatever the store's trouble is, the letter waits for its end
                 log.warning("a dead letter can't be recorded, will try again: %s", exc)
                 await asyncio.sleep(LONGEST_PAUSE_SECONDS * random.uniform(0.5, 1.5))
-
-    def _letter(self, delivery: Delivery) -> DeadLetter:
-        headers = delivery.headers
-        try:
-            message_id = decode(
-                split(delivery.body, len(delivery.body))[1], limit_bytes=len(delivery.body)
-            ).message_id
-        except MessageInvalid:
-            message_id = delivery.property_id
-        if _REASON in headers:
-            topic, reason, detail = (words(headers, name) for name in (_TOPIC, _REASON, _DETAIL))
-            attempts = count(headers, ATTEMPTS)
-            return DeadLetter.about(message_id, topic, reason, detail, delivery.body, attempts)
-        death = last_death(headers)
-        queue, reason = words(death, "queue"), words(death, "reason", "unknown")
-        detail = f"RabbitMQ took it out of the queue '{queue}': {reason}"
-        attempts = self.queues.delivery_limit + 1 if self.queues.delivery_limit is not None else 0
-        topic = self.queues.topic_of(queue, self._used)
-        return DeadLetter.about(message_id, topic, reason, detail, delivery.body, attempts)
 
     # -- what waits
 

@@ -1,0 +1,105 @@
+"""Past aiormq: what comes and goes for each message doesn't take aiormq's way.
+
+aiormq has a task send each frame, and another one put together what comes, which begins one more for each message.
+That took half of a message's time and three turns of the event loop. All else about a channel is aiormq's: it is
+opened, asked, watched and closed as ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import aiormq
+from aio_pika.exceptions import ChannelInvalidStateError
+from aiormq.abc import DeliveredMessage
+from pamqp.body import ContentBody
+from pamqp.commands import Basic
+from pamqp.commands import Channel as Channels
+from pamqp.header import ContentHeader
+
+from paigeant.transports.rabbitmq.wire import Connection
+
+__all__ = ["Passage"]
+
+Confirm = Basic.Ack | Basic.Nack
+
+
+class Passage:
+    """A channel of aiormq. `take` gets each message that comes on it, `confirm` what the broker says of those sent."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        channel: aiormq.Channel,
+        take: Callable[[DeliveredMessage], None],
+        confirm: Callable[[Confirm], None] | None = None,
+    ) -> None:
+        self.channel = channel
+        self._wire = connection.wire
+        self._frames = channel.frames = _Frames(channel, take, confirm)
+
+    @property
+    def is_closed(self) -> bool:
+        return self._frames.is_closed or self.channel.is_closed
+
+    def write(self, frames: bytes) -> None:
+        """Send whole frames. Raises one of CONNECTION_EXCEPTIONS where they can't go."""
+        if self.is_closed:  # the broker ends the whole connection for what comes on a channel that is gone
+            raise ChannelInvalidStateError(f"{self.channel!r} is closed")
+        self._wire.write(frames)
+
+
+class _Frames(asyncio.Queue[Any]):
+    """In the place of the queue from which a channel takes what came: only what is no part of a message gets there."""
+
+    def __init__(
+        self,
+        channel: aiormq.Channel,
+        take: Callable[[DeliveredMessage], None],
+        confirm: Callable[[Confirm], None] | None,
+    ) -> None:
+        super().__init__()
+        self.is_closed = False
+        """Whether the broker has closed the channel. aiormq says so some turns after it has agreed."""
+        self._others: asyncio.Queue[Any] = channel.frames  # where it waits already
+        self._channel = channel
+        self._take = take
+        self._confirm = confirm
+        self._method: Basic.Deliver | Basic.Return | None = None
+        self._header: ContentHeader | None = None
+        self._parts: list[bytes] = []
+        self._missing = 0
+
+    async def put(self, item: tuple[int, Any]) -> None:
+        frame = item[1]
+        if self._method is not None:
+            self._add(self._method, frame)
+        elif isinstance(frame, (Basic.Deliver, Basic.Return)):
+            self._method = frame
+        elif self._confirm is not None and isinstance(frame, Confirm):
+            self._confirm(frame)
+        else:
+            self.is_closed = self.is_closed or isinstance(frame, Channels.Close)
+            await self._others.put(item)
+
+    async def get(self) -> Any:
+        return await self._others.get()
+
+    def task_done(self) -> None:
+        self._others.task_done()
+
+    def _add(self, method: Basic.Deliver | Basic.Return, frame: ContentHeader | ContentBody) -> None:
+        """The header of a message's content comes first, then its body in parts, or none if it is empty."""
+        if isinstance(frame, ContentHeader):
+            self._header, self._missing = frame, frame.body_size
+        else:
+            self._parts.append(frame.value)
+            self._missing -= len(frame.value)
+        if self._missing > 0:
+            return
+        assert self._header is not None
+        message = DeliveredMessage(method, self._header, b"".join(self._parts), self._channel)
+        self._method, self._parts = None, []
+        self._take(message)
