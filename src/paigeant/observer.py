@@ -28,6 +28,7 @@ __all__ = [
     "Observers",
     "Surrounding",
     "Work",
+    "quick",
 ]
 
 EventName = Literal[
@@ -128,6 +129,9 @@ class Work(NamedTuple):
     traceparent: str = ""
     tracestate: str = ""
 
+
+quick = tuple.__new__
+"""`quick(Event, (...))` is the event with these fields, all of them, for half of what `Event(...)` takes; so of Work."""
 
 Around = AbstractContextManager[str | None]
 """Is entered before a work and left after it, in its own task. Gives the traceparent for a new run, or None.

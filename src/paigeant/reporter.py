@@ -12,7 +12,7 @@ from pydantic_core import from_json
 from paigeant.claim import Claim
 from paigeant.errors import PaigeantError
 from paigeant.message import PaigeantMessage
-from paigeant.observer import CURRENT, NOTHING_AROUND, NOTHING_MORE, Around, Event, EventName, Observers
+from paigeant.observer import CURRENT, NOTHING_AROUND, NOTHING_MORE, Around, Event, EventName, Observers, quick
 from paigeant.routing import Move, Park, Retry
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import StepResult, Store
@@ -78,25 +78,39 @@ class Reporter:
         more: Mapping[str, Any] = NOTHING_MORE,
     ) -> None:
         """`name` has happened to the step of `claim`."""
-        if not self.observers.want(name):
-            return
+        if self.observers.want(name):
+            self._tell(name, claim, seconds, error, at, more)
+
+    def _tell(
+        self,
+        name: EventName,
+        claim: Claim,
+        seconds: float | None,
+        error: str | None,
+        at: float | None,
+        more: Mapping[str, Any],
+    ) -> None:
         message = claim.message
-        event = Event(
-            name,
-            message.workflow_id,
-            message.workflow,
-            claim.key.step,
-            claim.activity.name,
-            claim.grant.attempt,
-            message.trace_id,
-            message.correlation_id,
-            self.worker_id,
-            seconds,
-            error,
-            at,
-            more,
-            message.headers.get("traceparent", ""),
-            message.headers.get("tracestate", ""),
+        headers = message.headers
+        event = quick(
+            Event,
+            (
+                name,
+                message.workflow_id,
+                message.workflow,
+                claim.key.step,
+                claim.activity.name,
+                claim.grant.attempt,
+                message.trace_id,
+                message.correlation_id,
+                self.worker_id,
+                seconds,
+                error,
+                at,
+                more,
+                headers.get("traceparent", ""),
+                headers.get("tracestate", ""),
+            ),
         )
         self.observers.observe(event)
 
@@ -136,8 +150,8 @@ class Reporter:
         """The end of an attempt is durable since the instant `at`, and perhaps the end of its run."""
         name = _STEP_EVENTS[result.status]
         if self.observers.want(name):
-            seconds, more = time.monotonic() - claim.claimed_at, _recorded(claim, result, move)
-            self.tell(name, claim, seconds=seconds, error=result.error, at=at, more=more)
+            seconds = time.monotonic() - claim.claimed_at
+            self._tell(name, claim, seconds, result.error, at, _recorded(claim, result, move))
         if result.run in _RUN_EVENTS:
             self.tell(_RUN_EVENTS[result.run], claim, error=result.run_error, at=at)
 
