@@ -131,7 +131,7 @@ class Work(NamedTuple):
 
 
 quick = tuple.__new__
-"""`quick(Event, (...))` is the event with these fields, all of them, for half of what `Event(...)` takes; so of Work."""
+"""`quick(Event, (...))` is the event with these fields, all of them, at half the cost of `Event(...)`; so of Work."""
 
 Around = AbstractContextManager[str | None]
 """Is entered before a work and left after it, in its own task. Gives the traceparent for a new run, or None.

@@ -12,7 +12,16 @@ from pydantic_core import from_json
 from paigeant.claim import Claim
 from paigeant.errors import PaigeantError
 from paigeant.message import PaigeantMessage
-from paigeant.observer import CURRENT, NOTHING_AROUND, NOTHING_MORE, Around, Event, EventName, Observers, quick
+from paigeant.observer import (
+    CURRENT,
+    NOTHING_AROUND,
+    NOTHING_MORE,
+    Around,
+    Event,
+    EventName,
+    Observers,
+    quick,
+)
 from paigeant.routing import Move, Park, Retry
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import StepResult, Store
