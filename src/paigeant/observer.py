@@ -183,6 +183,7 @@ class Observers:
             name: tuple(each for each in observers if name in getattr(each, "wants", _ALL)) for name in _ALL
         }
         self._around = tuple(each.around for each in observers if isinstance(each, Surrounding))
+        self._only = self._around[0] if len(self._around) == 1 else None
         self.surrounds = bool(self._around)
         """Whether one of them wants to be around a work. Otherwise none need be described."""
 
@@ -203,10 +204,10 @@ class Observers:
 
     def around(self, work: Work) -> Around:
         """What all of them want `work` to be done in."""
+        if self._only is not None:
+            return _guarded(self._only, work)
         if not self._around:
             return NOTHING_AROUND
-        if len(self._around) == 1:
-            return _guarded(self._around[0], work)
         return _Surroundings([_guarded(make, work) for make in self._around])
 
 

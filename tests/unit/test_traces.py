@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import random
 import re
 import subprocess
@@ -800,3 +801,12 @@ else:
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
     assert sorted(done.stdout.splitlines()) == ["False after", "True after", "True before", "True inside"]
+
+
+def test_a_span_ends_where_its_attempt_is_ended_in_another_context(spans: Spans) -> None:
+    """As the garbage collector does with a coroutine that nobody goes on with; what is current there stays so."""
+    around = spans.observer.around(Work("do", "r", "w", activity="pick", attempt=1))
+    contextvars.copy_context().run(around.__enter__)
+    around.__exit__(None, None, None)
+    assert [span.name for span in spans.all] == ["step pick"]
+    assert trace.get_current_span() is trace.INVALID_SPAN
