@@ -810,3 +810,13 @@ def test_a_span_ends_where_its_attempt_is_ended_in_another_context(spans: Spans)
     around.__exit__(None, None, None)
     assert [span.name for span in spans.all] == ["step pick"]
     assert trace.get_current_span() is trace.INVALID_SPAN
+
+
+def test_a_secret_that_is_only_in_how_a_span_went_is_hidden(spans: Spans) -> None:
+    """Nothing else tells that such a span is to be looked at."""
+    span = spans.observer.tracer.start_span("step pick")
+    span.set_status(trace.StatusCode.ERROR, f"401 for {TOKEN}")
+    span.end()
+    kept = InMemorySpanExporter()
+    RedactedSpans(kept).export(spans.all)
+    assert [span.status.description for span in kept.get_finished_spans()] == ["401 for ***"]

@@ -116,10 +116,11 @@ class _TextLog(ABC):
                 self._try(lines)
 
     def _made(self, told: _Told) -> str:
+        event, at, redactor = told
         try:
-            return self._line_of(*told)
+            return self._line_of(event, at, redactor)
         except Exception:  # one line must not take the others with it
-            log.exception("the line of %s can't be made", told[0].name)
+            log.exception("the line of %s can't be made", event.name)
             return ""
 
     def _try(self, lines: list[str]) -> None:

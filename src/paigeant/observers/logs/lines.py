@@ -109,18 +109,25 @@ class Destination(Protocol):
         ...
 
 
-# A step has one line at least, so that is put together as text, without a dictionary or an encoder in between. It says
-# what `fields_of` does. Ids are ours, and hold no secrets.
 def text_of(event: Event, redactor: Redactor) -> str:
-    """The line of an event behind time, level and name: the JSON text of members, each with a comma before it."""
+    """The line of an event behind time, level and name: the JSON text of members, each with a comma before it.
+
+    A step has one line at least, so this is put together as text, without a dictionary or an encoder in between. It
+    says what `fields_of` does. Ids are ours, and hold no secrets.
+    """
     _, run, workflow, step, activity, attempt, trace, correlation, worker, seconds, error, _, more, _, _ = (
         event
     )
-    if attempt and step and trace and len(run) <= _ID_CHARACTERS >= len(correlation):
+    # Others choose these, and their lines are kept for a while.
+    is_short = (
+        len(run) <= _ID_CHARACTERS and len(trace) <= _ID_CHARACTERS and len(correlation) <= _ID_CHARACTERS
+    )
+    if attempt and step and trace and is_short:
         before, behind = _of_run(run, workflow, trace, correlation, worker)
         text = f"{before}{_of_step(step, activity, attempt)}{behind}"
     else:
-        text = "".join([f', "{name}": {encoded(value)}' for name, value in _ids(event)])
+        ids = [(name, quoted(id) if isinstance(id, str) else id) for name, id in _ids(event)]
+        text = "".join([f', "{name}": {id}' for name, id in ids])
     if seconds is not None:
         text = f'{text}, "seconds": {seconds:.6f}'
     if more or error is not None:

@@ -151,7 +151,7 @@ def _of_parents(sampler: Sampler) -> str:
 
 
 class QuickSpan(trace.Span, ReadableSpan):
-    """A span of QuickProvider. `is_as_made`, but for its name, until somebody says more of it."""
+    """A span of QuickProvider. `is_as_made`, but for its name and how it went, until somebody says more of it."""
 
     is_as_made = True
     # What most spans have in common is here and not in each of them. All of this is what ReadableSpan() would set.
@@ -237,8 +237,9 @@ class QuickSpan(trace.Span, ReadableSpan):
     def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
         """Say how it went; once it is said to have gone well, that stands."""
         if self.is_recording() and self._status.status_code is not StatusCode.OK:
-            self.is_as_made = False
             self._status = status if isinstance(status, Status) else Status(status, description)
+            if self._status.description:
+                self.is_as_made = False
 
     def record_exception(
         self,
