@@ -191,9 +191,7 @@ def _of_dispatch(work: Work) -> dict[str, Any]:
 class Remote(context.Context):
     """The context of a span of another process, or of another time, with `above` at hand, what that is known by."""
 
-    def __init__(self, above: SpanContext) -> None:
-        super().__init__({_CURRENT_SPAN: NonRecordingSpan(above)})
-        self.above = above
+    above: SpanContext
 
 
 def _above(told: Work | Event) -> Remote | None:
@@ -214,10 +212,14 @@ def remote(traceparent: str, tracestate: str = "") -> Remote | None:
         found = SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16)), state)
     except ValueError:
         return None
-    return Remote(found) if found.is_valid else None
+    if not found.is_valid:
+        return None
+    made = Remote({_CURRENT_SPAN: NonRecordingSpan(found)})
+    made.above = found
+    return made
 
 
 def written(found: SpanContext) -> str:
     """A span's context as a W3C traceparent."""
     trace_id, span_id, _, flags, _, _ = found  # by their names each is a call of Python
-    return f"00-{trace_id.to_bytes(16).hex()}-{span_id.to_bytes(8).hex()}-{flags.to_bytes(1).hex()}"
+    return f"00-{trace_id.to_bytes(16).hex()}-{span_id.to_bytes(8).hex()}-{flags:02x}"
