@@ -70,13 +70,14 @@ def _watching(names: Sequence[str]) -> Iterator[list[Observer]]:
                     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
                     from paigeant.observers.otlp import QuickProvider, RedactedSpans, SpanQueue, WholeTraces
+                    from paigeant.observers.otlp.spans import OwnIds
                     from paigeant.observers.traces import TraceObserver
 
                     class Dropping(SpanExporter):
                         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
                             return SpanExportResult.SUCCESS
 
-                    provider = TracerProvider(shutdown_on_exit=False)
+                    provider = TracerProvider(shutdown_on_exit=False, id_generator=OwnIds())
                     processor = SpanQueue(WholeTraces(RedactedSpans(Dropping())))
                     provider.add_span_processor(processor)
                     ends.append(provider.shutdown)

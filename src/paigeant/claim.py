@@ -9,7 +9,7 @@ from typing import Any
 
 from paigeant.activity import Activity
 from paigeant.message import PaigeantMessage
-from paigeant.observer import Work
+from paigeant.observer import Work, quick
 from paigeant.retry import RetryPolicy
 from paigeant.slip import Phase, Step
 from paigeant.store import Grant, StepKey
@@ -91,21 +91,25 @@ class Claim:
 
     def described(self, worker_id: str) -> Work:
         """What the observers around it are told of it."""
-        message = self.message
-        return Work(
-            "do" if message.phase is Phase.DO else "undo",
-            message.workflow_id,
-            message.workflow,
-            self.key.step,
-            self.activity.name,
-            self.topic,
-            self.grant.attempt,
-            message.correlation_id,
-            worker_id,
-            "" if self.local else message.message_id,
-            self.grant.queued,
-            message.headers.get("traceparent", ""),
-            message.headers.get("tracestate", ""),
+        message, key, grant = self.message, self.key, self.grant
+        headers = message.headers
+        return quick(
+            Work,
+            (
+                "do" if key.phase is Phase.DO else "undo",
+                message.workflow_id,
+                message.workflow,
+                key.step,
+                self.activity.name,
+                self.topic,
+                grant.attempt,
+                message.correlation_id,
+                worker_id,
+                "" if self.local else message.message_id,
+                grant.queued,
+                headers.get("traceparent", ""),
+                headers.get("tracestate", ""),
+            ),
         )
 
     def ids(self, worker_id: str) -> dict[str, Any]:

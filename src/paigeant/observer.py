@@ -28,6 +28,7 @@ __all__ = [
     "Observers",
     "Surrounding",
     "Work",
+    "quick",
 ]
 
 EventName = Literal[
@@ -129,6 +130,9 @@ class Work(NamedTuple):
     tracestate: str = ""
 
 
+quick = tuple.__new__
+"""`quick(Event, (...))` is the event with these fields, all of them, at half the cost of `Event(...)`; so of Work."""
+
 Around = AbstractContextManager[str | None]
 """Is entered before a work and left after it, in its own task. Gives the traceparent for a new run, or None.
 Behind the traceparent, after a space, its tracestate may stand."""
@@ -179,6 +183,7 @@ class Observers:
             name: tuple(each for each in observers if name in getattr(each, "wants", _ALL)) for name in _ALL
         }
         self._around = tuple(each.around for each in observers if isinstance(each, Surrounding))
+        self._only = self._around[0] if len(self._around) == 1 else None
         self.surrounds = bool(self._around)
         """Whether one of them wants to be around a work. Otherwise none need be described."""
 
@@ -199,10 +204,10 @@ class Observers:
 
     def around(self, work: Work) -> Around:
         """What all of them want `work` to be done in."""
+        if self._only is not None:
+            return _guarded(self._only, work)
         if not self._around:
             return NOTHING_AROUND
-        if len(self._around) == 1:
-            return _guarded(self._around[0], work)
         return _Surroundings([_guarded(make, work) for make in self._around])
 
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic_core import from_json
 
 from paigeant.claim import Claim
 from paigeant.errors import PaigeantError
 from paigeant.message import PaigeantMessage
-from paigeant.observer import CURRENT, NOTHING_AROUND, NOTHING_MORE, Around, Event, EventName, Observers
+from paigeant.observer import (
+    CURRENT,
+    NOTHING_AROUND,
+    NOTHING_MORE,
+    Around,
+    Event,
+    EventName,
+    Observers,
+    quick,
+)
 from paigeant.routing import Move, Park, Retry
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import StepResult, Store
@@ -64,7 +73,8 @@ class Reporter:
     def __init__(self, observers: Observers, worker_id: str) -> None:
         self.observers = observers
         self.worker_id = worker_id
-        self._tells_starts = observers.want("step.started")
+        self._wanted = frozenset(name for name in get_args(EventName) if observers.want(name))
+        self._tells_starts = "step.started" in self._wanted
         self._surrounds = observers.surrounds
 
     def tell(
@@ -78,25 +88,39 @@ class Reporter:
         more: Mapping[str, Any] = NOTHING_MORE,
     ) -> None:
         """`name` has happened to the step of `claim`."""
-        if not self.observers.want(name):
-            return
+        if name in self._wanted:
+            self._tell(name, claim, seconds, error, at, more)
+
+    def _tell(
+        self,
+        name: EventName,
+        claim: Claim,
+        seconds: float | None,
+        error: str | None,
+        at: float | None,
+        more: Mapping[str, Any],
+    ) -> None:
         message = claim.message
-        event = Event(
-            name,
-            message.workflow_id,
-            message.workflow,
-            claim.key.step,
-            claim.activity.name,
-            claim.grant.attempt,
-            message.trace_id,
-            message.correlation_id,
-            self.worker_id,
-            seconds,
-            error,
-            at,
-            more,
-            message.headers.get("traceparent", ""),
-            message.headers.get("tracestate", ""),
+        headers = message.headers
+        event = quick(
+            Event,
+            (
+                name,
+                message.workflow_id,
+                message.workflow,
+                claim.key.step,
+                claim.activity.name,
+                claim.grant.attempt,
+                message.trace_id,
+                message.correlation_id,
+                self.worker_id,
+                seconds,
+                error,
+                at,
+                more,
+                headers.get("traceparent", ""),
+                headers.get("tracestate", ""),
+            ),
         )
         self.observers.observe(event)
 
@@ -114,12 +138,12 @@ class Reporter:
 
     def tell_here(self, name: EventName, *, error: str | None = None, more: Mapping[str, Any]) -> None:
         """`name` has happened in the step that the current task or thread works on."""
-        if self.observers.want(name) and (ids := CURRENT.get()) is not None:
+        if name in self._wanted and (ids := CURRENT.get()) is not None:
             self.observers.observe(Event(name, **ids, error=error, more=more))
 
     def tell_delivery(self, name: EventName, message: PaigeantMessage, reason: str) -> None:
         """A message was delivered and no step was claimed for it."""
-        if self.observers.want(name):
+        if name in self._wanted:
             event = Event(
                 name,
                 message.workflow_id,
@@ -135,15 +159,18 @@ class Reporter:
     def tell_recorded(self, claim: Claim, result: StepResult, move: Move, at: float) -> None:
         """The end of an attempt is durable since the instant `at`, and perhaps the end of its run."""
         name = _STEP_EVENTS[result.status]
-        if self.observers.want(name):
-            seconds, more = time.monotonic() - claim.claimed_at, _recorded(claim, result, move)
-            self.tell(name, claim, seconds=seconds, error=result.error, at=at, more=more)
+        if name in self._wanted:
+            seconds = time.monotonic() - claim.claimed_at
+            # Of most there is nothing more to tell.
+            is_plain = name == "step.completed" and result.usage is None
+            more = NOTHING_MORE if is_plain else _recorded(claim, result, move)
+            self._tell(name, claim, seconds, result.error, at, more)
         if result.run in _RUN_EVENTS:
             self.tell(_RUN_EVENTS[result.run], claim, error=result.run_error, at=at)
 
 
 def _recorded(claim: Claim, result: StepResult, move: Move) -> Mapping[str, Any]:
-    """What else there is to tell of the end of an attempt; of most there is nothing."""
+    """What else there is to tell of the end of an attempt."""
     more = _phase(claim)
     if isinstance(move, Retry):
         more = {**more, "delay": move.delay}

@@ -26,7 +26,7 @@ from paigeant.errors import ConfigurationError
 from paigeant.observer import CURRENT, Event, EventName, Observers
 from paigeant.observers.logs import LEVELS, LogFile, LogHandler, LogObserver, configure
 from paigeant.observers.logs.destinations import StreamLog
-from paigeant.observers.logs.lines import Told
+from paigeant.observers.logs.lines import HEADS, fields_of, text_of
 from paigeant.redaction import Redactor
 from paigeant.testing import MemoryApp
 
@@ -501,12 +501,12 @@ def test_the_ids_of_an_event_stand_as_lines_have_them() -> None:
 )
 def test_the_text_of_an_event_says_what_its_fields_do(event: Event) -> None:
     """It is JSON whatever is in it, and the same at a terminal as in a file."""
-    told = Told(event, Redactor(), 0.0)
-    assert json.loads(f"{{{told.members[2:]}}}", parse_constant=None) == json.loads(json.dumps(told.fields))
-    assert told.members.isascii()
-    assert "NaN" not in told.members
-    assert "secret" not in told.members
-    assert "abcdefghijkl" not in told.members
+    members, fields = HEADS[event.name] + text_of(event, Redactor()), fields_of(event, Redactor())
+    assert json.loads(f"{{{members[2:]}}}", parse_constant=None) == json.loads(json.dumps(fields))
+    assert members.isascii()
+    assert "NaN" not in members
+    assert "secret" not in members
+    assert "abcdefghijkl" not in members
 
 
 class Counted(io.StringIO):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import random
 import re
 import subprocess
@@ -800,3 +801,22 @@ else:
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
     assert sorted(done.stdout.splitlines()) == ["False after", "True after", "True before", "True inside"]
+
+
+def test_a_span_ends_where_its_attempt_is_ended_in_another_context(spans: Spans) -> None:
+    """As the garbage collector does with a coroutine that nobody goes on with; what is current there stays so."""
+    around = spans.observer.around(Work("do", "r", "w", activity="pick", attempt=1))
+    contextvars.copy_context().run(around.__enter__)
+    around.__exit__(None, None, None)
+    assert [span.name for span in spans.all] == ["step pick"]
+    assert trace.get_current_span() is trace.INVALID_SPAN
+
+
+def test_a_secret_that_is_only_in_how_a_span_went_is_hidden(spans: Spans) -> None:
+    """Nothing else tells that such a span is to be looked at."""
+    span = spans.observer.tracer.start_span("step pick")
+    span.set_status(trace.StatusCode.ERROR, f"401 for {TOKEN}")
+    span.end()
+    kept = InMemorySpanExporter()
+    RedactedSpans(kept).export(spans.all)
+    assert [span.status.description for span in kept.get_finished_spans()] == ["401 for ***"]

@@ -148,10 +148,8 @@ class _Taken(NamedTuple):
 
 Labels = tuple[str, ...]
 
-_PARTS: dict[EventName, tuple[str, str]] = {
-    name: (name.split(".")[0], name.split(".")[1]) for name in get_args(EventName)
-}
 _OUTCOMES = ("completed", "skipped", "retrying", "waiting", "failed", "compensated", "compensation_failed")
+_STEP_OUTCOMES = {f"step.{outcome}": outcome for outcome in _OUTCOMES}
 _ENDS = frozenset(status.value for status in RUN_ENDED)
 _NOT_COUNTED = frozenset({"step.started", "run.cancelling", "run.retried"})
 _WANTED = frozenset(
@@ -206,31 +204,40 @@ class MetricsObserver:
 
     def observe(self, event: Event) -> None:
         """Count `event`."""
-        what, how = _PARTS[event.name]
+        name = event.name
+        if name in _STEP_OUTCOMES:  # first, for it is each step's
+            self._ended(event, _STEP_OUTCOMES[name])
+            return
+        what, _, how = name.partition(".")
         if what == "step":
             self._step(event, how)
         elif what == "delivery":
             self._delivery(event, how)
         elif what == "run":
             self._run(event, how)
-        elif event.name == "worker.lost":
+        elif name == "worker.lost":
             self._add("paigeant_workers_lost_total")
+
+    def _ended(self, event: Event, outcome: str) -> None:
+        activity, seconds, more = event.activity, event.seconds, event.more
+        if activity not in self.activities:
+            activity = OTHER
+        self._steps[activity, outcome] += 1
+        if seconds is not None:
+            self._step_times[activity].add(seconds)
+            if self._record is not None:
+                self._record("paigeant_step_seconds", seconds, activity)
+        if "usage" in more:
+            self._used(activity, more["usage"])
 
     def _step(self, event: Event, how: str) -> None:
         if how == "swept":
-            return self._add("paigeant_steps_swept_total")
-        if how == "released":
-            return self._add("paigeant_steps_released_total")
-        activity = event.activity if event.activity in self.activities else OTHER
-        if how == "lost":
-            return self._add("paigeant_leases_lost_total", activity)
-        self._steps[activity, how] += 1
-        if event.seconds is not None:
-            self._step_times[activity].add(event.seconds)
-            if self._record is not None:
-                self._record("paigeant_step_seconds", event.seconds, activity)
-        if "usage" in event.more:
-            self._used(activity, event.more["usage"])
+            self._add("paigeant_steps_swept_total")
+        elif how == "released":
+            self._add("paigeant_steps_released_total")
+        elif how == "lost":
+            activity = event.activity if event.activity in self.activities else OTHER
+            self._add("paigeant_leases_lost_total", activity)
 
     def _delivery(self, event: Event, how: str) -> None:
         self._deliveries[(how,)] += 1

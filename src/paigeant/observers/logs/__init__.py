@@ -26,7 +26,6 @@ from paigeant.observers.logs.lines import (
     RECORD,
     Destination,
     Format,
-    Told,
     level_number,
     redacting,
     wanted_at,
@@ -69,12 +68,13 @@ class LogObserver:
 
     def observe(self, event: Event) -> None:
         """Write the line of `event`, unless its level is too low: then nothing is built at all."""
-        if event.name not in self.wants:
+        name = event.name
+        if name not in self.wants:
             return
-        told = Told(event, self.redactor, _CLOCK.now())
+        level, now = LEVELS[name], _CLOCK.now()
         for destination in self.destinations:
-            if told.level >= destination.least:
-                destination.tell(told)
+            if level >= destination.least:
+                destination.tell(event, now, self.redactor)
 
 
 class LogHandler(logging.Handler):

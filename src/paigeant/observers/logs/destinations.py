@@ -22,7 +22,9 @@ from typing import Any, TextIO
 from paigeant.clock import SystemClock
 from paigeant.errors import ConfigurationError
 from paigeant.host import at_fork
-from paigeant.observers.logs.lines import Format, Told, renderer
+from paigeant.observer import Event
+from paigeant.observers.logs.lines import HEADS, LEVELS, Format, fields_of, renderer, text_of
+from paigeant.redaction import Redactor
 
 __all__ = ["LogFile", "StreamLog"]
 
@@ -41,6 +43,10 @@ _PIECE = 4096
 """Bytes that a pipe takes in one piece."""
 
 
+_Told = tuple[Event, float, Redactor]
+"""What happened, when this process was told of it, and what hides the secrets in it."""
+
+
 class _TextLog(ABC):
     """Lines of text, written as they come; those of events at `info` a turn of the event loop together.
 
@@ -54,7 +60,7 @@ class _TextLog(ABC):
         self.lost = self._told = 0
         self._most_at_once = most_at_once
         self._lock = threading.RLock()  # what is shown of a user's value may log a line itself
-        self._waiting: deque[Told | str] = deque()
+        self._waiting: deque[_Told | str] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         at_fork(self._begin_anew)
 
@@ -69,10 +75,10 @@ class _TextLog(ABC):
         self._waiting.append(self._line(fields, _CLOCK.now()))
         self._flush()
 
-    def tell(self, told: Told) -> None:
-        """Write the line of an event; this process's clock tells the time."""
-        self._waiting.append(told)
-        loop = asyncio._get_running_loop() if told.level == logging.INFO else None
+    def tell(self, event: Event, at: float, redactor: Redactor) -> None:
+        """Write the line of an event."""
+        self._waiting.append((event, at, redactor))
+        loop = asyncio._get_running_loop() if LEVELS[event.name] == logging.INFO else None
         if loop is None:
             self._flush()
         elif self._loop is not loop:  # another one may have ended without its turn
@@ -82,8 +88,8 @@ class _TextLog(ABC):
     @abstractmethod
     def _line(self, fields: Mapping[str, Any], at: float) -> str: ...
 
-    def _line_of(self, told: Told) -> str:
-        return f'{{"timestamp": "{_as_json(told.at)}"{told.members}}}\n'
+    def _line_of(self, event: Event, at: float, redactor: Redactor) -> str:
+        return f'{{"timestamp": "{_as_json(at)}"{HEADS[event.name]}{text_of(event, redactor)}}}\n'
 
     @abstractmethod
     def _place(self, text: str) -> None:
@@ -109,11 +115,12 @@ class _TextLog(ABC):
             if lines:
                 self._try(lines)
 
-    def _made(self, told: Told) -> str:
+    def _made(self, told: _Told) -> str:
+        event, at, redactor = told
         try:
-            return self._line_of(told)
+            return self._line_of(event, at, redactor)
         except Exception:  # one line must not take the others with it
-            log.exception("the line of %s can't be made", told.event.name)
+            log.exception("the line of %s can't be made", event.name)
             return ""
 
     def _try(self, lines: list[str]) -> None:
@@ -147,6 +154,8 @@ class StreamLog(_TextLog):
         self._stream = stream
         self._turns = _Turns(stream) if shared else None
         self._is_json = format == "json"
+        if not self._is_json:
+            self._line_of = self._shown  # type: ignore[method-assign]
         self._render = renderer(format, colors=stream.isatty())
 
     def _begin_anew(self) -> None:
@@ -158,8 +167,8 @@ class StreamLog(_TextLog):
         time = _as_json(at) if self._is_json else f"{datetime.fromtimestamp(at, UTC).astimezone():%H:%M:%S}"
         return f"{self._render({'timestamp': time, **fields})}\n"
 
-    def _line_of(self, told: Told) -> str:
-        return super()._line_of(told) if self._is_json else self._line(told.fields, told.at)
+    def _shown(self, event: Event, at: float, redactor: Redactor) -> str:
+        return self._line(fields_of(event, redactor), at)
 
     def _place(self, text: str) -> None:
         waits = self._turns if len(text) > _PIECE // 4 else None  # of up to four bytes each
@@ -315,7 +324,7 @@ class LogFile(_TextLog):
 
 def _as_json(instant: float) -> str:
     second, micro = divmod(int(instant * 1e6), 1_000_000)
-    return f"{_second(second)}.{micro:06d}Z"
+    return f"{_second(second)}.{str(1_000_000 + micro)[1:]}Z"
 
 
 @lru_cache(maxsize=8)

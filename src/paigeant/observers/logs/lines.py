@@ -19,18 +19,20 @@ from paigeant.texts import printable
 
 __all__ = [
     "HAD",
+    "HEADS",
     "IDS",
     "LEVELS",
     "RECORD",
     "Destination",
     "Format",
-    "Told",
     "encoded",
+    "fields_of",
     "level_name",
     "level_number",
     "redacting",
     "renderer",
     "short",
+    "text_of",
     "wanted_at",
     "with_extra",
     "with_step",
@@ -102,71 +104,59 @@ class Destination(Protocol):
         """Write a line by its fields, which are others' as well."""
         ...
 
-    def tell(self, told: Told) -> None:
-        """Write the line of an event."""
+    def tell(self, event: Event, at: float, redactor: Redactor) -> None:
+        """Write the line of an event of its `least` level or above, which was told `at` by this process's clock."""
         ...
 
 
-class Told:
-    """What is told of an event: its line without the time, for all destinations alike.
+def text_of(event: Event, redactor: Redactor) -> str:
+    """The line of an event behind time, level and name: the JSON text of members, each with a comma before it.
 
-    A step has one at least, so its text is put together as such, when the first asks for it, without a dictionary or
-    an encoder in between; it says what `fields` do. Ids are ours, and hold no secrets.
+    A step has one line at least, so this is put together as text, without a dictionary or an encoder in between. It
+    says what `fields_of` does. Ids are ours, and hold no secrets.
     """
-
-    __slots__ = ("_redactor", "_text", "at", "event", "level")
-
-    def __init__(self, event: Event, redactor: Redactor, at: float) -> None:
-        self.event = event
-        self.level = LEVELS[event.name]
-        self.at = at
-        """By this process's clock; that of the store, where it is known, is the event's."""
-        self._redactor = redactor
-        self._text: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The fields behind level and event as the JSON text of members, each with a comma before it."""
-        if self._text is None:
-            self._text = self._written()
-        return self._text
-
-    def _written(self) -> str:
-        event = self.event
-        _, run, workflow, step, activity, attempt, trace, correlation, worker, seconds, error = event[:11]
-        more = event.more
-        if attempt and step and trace and len(run) <= _ID_CHARACTERS >= len(correlation):
-            text = (
-                f', "workflow_id": {quoted(run)}, "workflow": {_known(workflow)}, "step": {_known(step)}'
-                f', "activity": {_known(activity)}, "attempt": {attempt}, "trace_id": {quoted(trace)}'
-                f', "correlation_id": {quoted(correlation)}, "worker": {_known(worker)}'
-            )
-        else:
-            text = "".join([f', "{name}": {encoded(value)}' for name, value in _ids(event)])
-        if seconds is not None:
-            text += f', "seconds": {seconds:.6f}'
-        if more or error is not None:
-            text += f", {encoded(_beside(event, self._redactor))[1:-1]}"
-        return text
-
-    @property
-    def members(self) -> str:
-        """All fields as the JSON text of members, a comma before the first."""
-        return _HEADS[self.event.name] + self.text
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """All fields as values."""
-        event = self.event
-        fields: dict[str, Any] = {"level": level_name(self.level), "event": event.name}
-        fields |= _ids(event)
-        if event.seconds is not None:
-            fields["seconds"] = round(event.seconds, 6)
-        return fields | _beside(event, self._redactor)
+    _, run, workflow, step, activity, attempt, trace, correlation, worker, seconds, error, _, more, _, _ = (
+        event
+    )
+    # Others choose these, and their lines are kept for a while.
+    is_short = (
+        len(run) <= _ID_CHARACTERS and len(trace) <= _ID_CHARACTERS and len(correlation) <= _ID_CHARACTERS
+    )
+    if attempt and step and trace and is_short:
+        before, behind = _of_run(run, workflow, trace, correlation, worker)
+        text = f"{before}{_of_step(step, activity, attempt)}{behind}"
+    else:
+        ids = [(name, quoted(id) if isinstance(id, str) else id) for name, id in _ids(event)]
+        text = "".join([f', "{name}": {id}' for name, id in ids])
+    if seconds is not None:
+        text = f'{text}, "seconds": {seconds:.6f}'
+    if more or error is not None:
+        text = f"{text}, {encoded(_beside(event, redactor))[1:-1]}"
+    return text
 
 
-_known = lru_cache(maxsize=1024)(quoted)
-"""As `quoted`, of names of which there are few."""
+def fields_of(event: Event, redactor: Redactor) -> dict[str, Any]:
+    """The line of an event as values, without the time."""
+    fields: dict[str, Any] = {"level": level_name(LEVELS[event.name]), "event": event.name}
+    fields |= _ids(event)
+    if event.seconds is not None:
+        fields["seconds"] = round(event.seconds, 6)
+    return fields | _beside(event, redactor)
+
+
+# Lines of a run come soon after each other, and those of a step are of an activity that has been done before.
+@lru_cache(maxsize=1024)
+def _of_run(run: str, workflow: str, trace: str, correlation: str, worker: str) -> tuple[str, str]:
+    """The members of a line that are the same for all steps of a run: those before the step's, those behind."""
+    return (
+        f', "workflow_id": {quoted(run)}, "workflow": {quoted(workflow)}',
+        f', "trace_id": {quoted(trace)}, "correlation_id": {quoted(correlation)}, "worker": {quoted(worker)}',
+    )
+
+
+@lru_cache(maxsize=1024)
+def _of_step(step: str, activity: str, attempt: int) -> str:
+    return f', "step": {quoted(step)}, "activity": {quoted(activity)}, "attempt": {attempt}'
 
 
 def _beside(event: Event, redactor: Redactor) -> dict[str, Any]:
@@ -281,7 +271,7 @@ def level_name(level: int) -> str:
     return _NAMES.get(level) or logging.getLevelName(level).lower()
 
 
-_HEADS = {name: f', "level": "{level_name(level)}", "event": "{name}"' for name, level in LEVELS.items()}
+HEADS = {name: f', "level": "{level_name(level)}", "event": "{name}"' for name, level in LEVELS.items()}
 """How the line of each event begins, behind the time."""
 
 

@@ -24,7 +24,7 @@ from paigeant.errors import InputInvalid
 from paigeant.host import at_fork
 from paigeant.lane import Tx
 from paigeant.observer import Event, LogLine
-from paigeant.observers.logs.lines import Told, level_name, level_number, short, wanted_at
+from paigeant.observers.logs.lines import LEVELS, level_name, level_number, short, text_of, wanted_at
 from paigeant.prepared import Prepared
 from paigeant.redaction import Redactor
 from paigeant.tables import workflow_logs, workflow_runs
@@ -105,15 +105,12 @@ class SqlLog:
     def observe(self, event: Event) -> None:
         """Take the line of an event."""
         if event.name in self.wants:
-            self.tell(Told(event, self._redactor, 0.0))
+            self.tell(event, 0.0, self._redactor)
 
-    def tell(self, told: Told) -> None:
-        """Take the line of an event."""
-        event = told.event
-        text = _storable(f"{{{told.text[2:]}}}")
-        self._take(
-            event.at, told.level, event.name, _fit(short(event.workflow_id)), _fit(short(event.step)), text
-        )
+    def tell(self, event: Event, at: float, redactor: Redactor) -> None:
+        """Take the line of an event; the store's clock tells the time."""
+        name, run, step = event.name, _fit(short(event.workflow_id)), _fit(short(event.step))
+        self._take(event.at, LEVELS[name], name, run, step, _storable(f"{{{text_of(event, redactor)[2:]}}}"))
 
     def write(self, level: int, fields: Mapping[str, Any]) -> None:
         """Take a line. Never waits, and never raises for what it says."""

@@ -57,7 +57,11 @@ class WholeTraces(SpanExporter):
         for span in spans:
             above = span.parent
             if above is None or above.is_remote or above.span_id in gone:
-                self._release(span, ready)
+                if self._held:
+                    self._release(span, ready)
+                else:  # as it is where no activity makes spans
+                    ready.append(span)
+                    gone[_id_of(span)] = None
             else:
                 self._held.setdefault(above.span_id, []).append(span)
                 self._waiting += 1
@@ -120,7 +124,9 @@ class RedactedSpans(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Hand them on."""
-        return self._exporter.export([self._shown(span) for span in spans])
+        return self._exporter.export(
+            [self._shown(span) if self._is_changed(span) else span for span in spans]
+        )
 
     def shutdown(self) -> None:
         """Nothing is kept here."""
@@ -131,10 +137,7 @@ class RedactedSpans(SpanExporter):
         return self._exporter.force_flush(timeout_millis)
 
     def _shown(self, span: ReadableSpan) -> ReadableSpan:
-        text = self._text
-        if not self._is_changed(span):
-            return span
-        status = span.status
+        text, status = self._text, span.status
         return ReadableSpan(
             text(span.name),
             span.context,

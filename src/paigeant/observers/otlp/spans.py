@@ -89,25 +89,27 @@ class _QuickTracer(trace.Tracer):
         name: str,
         context: Context | None = None,
         kind: SpanKind = SpanKind.INTERNAL,
-        attributes: Attributes = None,
+        attributes: Any = None,
         links: Sequence[Link] | None = None,
         start_time: int | None = None,
         record_exception: bool = True,
         set_status_on_exception: bool = True,
     ) -> trace.Span:
-        """A span that has begun; an empty one where its trace isn't sampled."""
-        # A context of `traces.py` has it at hand.
+        """A span that has begun, and keeps `attributes` as its own; an empty one where its trace isn't sampled."""
+        # A context of `traces.py` has it at hand, and it is valid.
         above: SpanContext | None = getattr(context, "above", None)
         if above is None:
             above = trace.get_current_span(context).get_span_context()
-        if above is not None and above.is_valid:
+            if not above.is_valid:
+                above = None
+        if above is not None:
             if self._follows:  # sampled, or not, as what is above; of what isn't, nothing is made
-                if not above.trace_flags & TraceFlags.SAMPLED:
+                if not above[_FLAGS] & _SAMPLED:  # type: ignore[operator]  # of a tuple any part
                     return trace.NonRecordingSpan(above)
                 return QuickSpan(self, name, self._new_id(), above, kind, attributes, start_time)
             trace_id, random = above.trace_id, above.trace_flags & TraceFlags.RANDOM_TRACE_ID
         else:
-            above, trace_id, random = None, self._ids.generate_trace_id(), self._random
+            trace_id, random = self._ids.generate_trace_id(), self._random
             if self._keeps_new:
                 own = SpanContext(trace_id, self._new_id(), False, _SAMPLED_RANDOM if random else _SAMPLED)
                 return QuickSpan(self, name, own.span_id, None, kind, attributes, start_time, own)
@@ -129,6 +131,9 @@ class _QuickTracer(trace.Tracer):
     start_as_current_span: Any = _as_current
 
 
+_FLAGS = 3
+"""Where a SpanContext, which is a tuple, has its flags. To ask by a name is a call of Python."""
+
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _SAMPLED_RANDOM = TraceFlags(TraceFlags.SAMPLED | TraceFlags.RANDOM_TRACE_ID)
 _KEEPS_NEW = "ParentBased{root:AlwaysOnSampler,"
@@ -146,7 +151,7 @@ def _of_parents(sampler: Sampler) -> str:
 
 
 class QuickSpan(trace.Span, ReadableSpan):
-    """A span of QuickProvider. `is_as_made`, but for its name, until somebody says more of it."""
+    """A span of QuickProvider. `is_as_made`, but for its name and how it went, until somebody says more of it."""
 
     is_as_made = True
     # What most spans have in common is here and not in each of them. All of this is what ReadableSpan() would set.
@@ -163,7 +168,7 @@ class QuickSpan(trace.Span, ReadableSpan):
         id: int,
         above: SpanContext | None,
         kind: SpanKind,
-        attributes: Attributes,
+        attributes: dict[str, AnyValue] | None,
         start_time: int | None,
         context: SpanContext | None = None,
     ) -> None:
@@ -171,7 +176,7 @@ class QuickSpan(trace.Span, ReadableSpan):
         self._name = name
         self._parent = above
         self._kind = kind
-        self._attributes = self._known = dict(attributes) if attributes else {}
+        self._attributes: dict[str, AnyValue] = {} if attributes is None else attributes
         self._start_time = time.time_ns() if start_time is None else start_time
         self._resource = tracer.resource
         self._instrumentation_scope = tracer.scope
@@ -210,7 +215,7 @@ class QuickSpan(trace.Span, ReadableSpan):
                     each if isinstance(each, (bool, str, int, float)) else str(each) for each in value
                 )
             self.is_as_made = False
-            self._known[key] = value if plain or isinstance(value, tuple) else str(value)
+            self._attributes[key] = value if plain or isinstance(value, tuple) else str(value)
 
     def add_event(self, name: str, attributes: Attributes = None, timestamp: int | None = None) -> None:
         """Add a moment within it."""
@@ -232,8 +237,9 @@ class QuickSpan(trace.Span, ReadableSpan):
     def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
         """Say how it went; once it is said to have gone well, that stands."""
         if self.is_recording() and self._status.status_code is not StatusCode.OK:
-            self.is_as_made = False
             self._status = status if isinstance(status, Status) else Status(status, description)
+            if self._status.description:
+                self.is_as_made = False
 
     def record_exception(
         self,
