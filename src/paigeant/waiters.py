@@ -102,6 +102,7 @@ class Waiters:
         if self._leave is not None:
             self._leave()
             self._leave = None
+        self._open.clear()  # what ends until it is opened again isn't heard
         if self._looking is not None:
             self._looking.cancel()
         for futures in self._futures.values():

@@ -354,6 +354,17 @@ async def test_only_who_hears_of_ends_relies_on_that() -> None:
     assert await asyncio.wait_for(late, PATIENCE) == "failed"
 
 
+async def test_what_ends_while_a_store_is_closed_is_looked_at() -> None:
+    """Nobody hears of it then, so a run that was started before isn't taken to be open still."""
+    waiters, looks = looked_by_hand()
+    waiters.started("r")
+    waiters.close()
+    waiting = asyncio.create_task(waiters.wait("r"))
+    await asyncio.sleep(0)
+    looks.get_nowait().set_result({"r": RunStatus.COMPLETED})
+    assert await asyncio.wait_for(waiting, PATIENCE) == "completed"
+
+
 async def test_who_begins_to_hear_of_ends_looks_what_has_ended_before() -> None:
     """Also where a look is under way that was too early to find it."""
     waiters, looks = looked_by_hand()
