@@ -820,3 +820,37 @@ def test_a_secret_that_is_only_in_how_a_span_went_is_hidden(spans: Spans) -> Non
     kept = InMemorySpanExporter()
     RedactedSpans(kept).export(spans.all)
     assert [span.status.description for span in kept.get_finished_spans()] == ["401 for ***"]
+
+
+@pytest.mark.parametrize("when", ["before", "after", "without"])
+def test_what_is_current_is_told_to_whoever_keeps_that(when: str) -> None:
+    """Libraries put their own in the place of the library's keeper, to do something besides, before or after us."""
+    code = f"""
+from opentelemetry import context, trace
+from opentelemetry.context.contextvars_context import ContextVarsRuntimeContext
+
+told = []
+
+class Own(ContextVarsRuntimeContext):
+    def attach(self, context):
+        told.append("attached")
+        return super().attach(context)
+
+    def detach(self, token):
+        told.append("detached")
+        super().detach(token)
+
+if {when!r} == "before":
+    context._RUNTIME_CONTEXT = Own()
+from paigeant.observer import Work
+from paigeant.observers.traces import TraceObserver
+if {when!r} == "after":
+    context._RUNTIME_CONTEXT = Own()
+work = Work("do", "r", "w", activity="pick", traceparent=f"00-{{1:032x}}-{{2:016x}}-01")
+with TraceObserver().around(work):
+    assert trace.get_current_span().get_span_context().trace_id == 1
+assert trace.get_current_span() is trace.INVALID_SPAN
+print(*told)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ([] if when == "without" else ["attached", "detached"])

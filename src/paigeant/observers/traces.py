@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -113,37 +112,31 @@ class TraceObserver:
         return self.tracer.start_span(name, above, SpanKind.CONSUMER, attributes, start_time=now)
 
 
-_current: Callable[[], Context] = context.get_current
-_attach: Callable[[Context], Any] = context.attach
-_detach: Callable[[Any], None] = context.detach
-if isinstance(_variable := getattr(context._RUNTIME_CONTEXT, "_current_context", None), ContextVar):
-    # Where they keep it, unless the environment says otherwise: for six calls of Python less around each attempt.
-    _current, _attach, _detach = _variable.get, _variable.set, _variable.reset
-
-
 class _Current(Harmless):
     """Makes a span the current one on entry, and ends it on exit."""
 
-    __slots__ = ("_span", "_token")
+    __slots__ = ("_keeper", "_span", "_token")
 
     def __init__(self, span: Span) -> None:
         self._span = span
 
     def __enter__(self) -> str | None:
+        # Whom the library's functions ask, in a call more each. Another library may put its own there at any time.
+        keeper = self._keeper = getattr(context, "_RUNTIME_CONTEXT", context)
         # As `trace.set_span_in_context` does it, with one copy instead of two, and none of nothing.
-        around = _current()
+        around = keeper.get_current()
         within = {**around, _CURRENT_SPAN: self._span} if around else {_CURRENT_SPAN: self._span}
-        self._token = _attach(context.Context(within))
+        self._token = keeper.attach(context.Context(within))
         return None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            _detach(self._token)
-        except ValueError:
+            self._keeper.detach(self._token)
+        except Exception as exc:
             # Ended in another context, as by the garbage collector. There it isn't the current one.
-            log.debug("a span has ended in another context")
+            log.debug("a span has ended in another context: %s", exc)
         span = self._span
         try:
             if isinstance(error, Exception):  # what isn't one is a wait or a shutdown, and no failure
