@@ -545,11 +545,19 @@ def test_a_text_that_is_no_unicode_takes_no_other_span_with_it(spans: Spans) -> 
         span.set_attribute("file", "caf\udce9")
         span.add_event("caf\udce9")
         raise FileNotFoundError("no file caf\udce9")
+    named = tracer.start_span("step pick")
+    named.update_name("wrote caf\udce9")
+    named.end()
     kept = InMemorySpanExporter()
     RedactedSpans(kept).export(spans.all)
     assert kept.get_finished_spans()[0] is spans.all[0]
     sent = encode_spans(kept.get_finished_spans()).SerializeToString()
-    for text in (rb"read caf\udce9", rb"FileNotFoundError: no file caf\udce9", b"fine"):
+    for text in (
+        rb"read caf\udce9",
+        rb"FileNotFoundError: no file caf\udce9",
+        rb"wrote caf\udce9",
+        b"fine",
+    ):
         assert text in sent
 
 

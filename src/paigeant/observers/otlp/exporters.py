@@ -120,7 +120,7 @@ class RedactedSpans(SpanExporter):
     def __init__(self, exporter: SpanExporter, redactor: Redactor | None = None) -> None:
         self._exporter = exporter
         self._redactor = redactor or Redactor()
-        self._hides_in_name = lru_cache(maxsize=1024)(self._redactor.may_hide)
+        self._changes_name = lru_cache(maxsize=1024)(self._changes)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Hand them on."""
@@ -162,7 +162,7 @@ class RedactedSpans(SpanExporter):
     def _is_changed(self, span: ReadableSpan) -> bool:
         # As most are: of a run, or a step. As in log lines, its ids and names hold no secrets.
         if isinstance(span, QuickSpan) and span.is_as_made:
-            return self._hides_in_name(span.name)
+            return self._changes_name(span.name)
         said = [span.name]
         if span.status.description:
             said.append(span.status.description)
@@ -177,7 +177,10 @@ class RedactedSpans(SpanExporter):
                     return True
                 if not isinstance(value, (int, float)):
                     said.append(str(value))
-        text = "\n".join(said)
+        return self._changes("\n".join(said))
+
+    def _changes(self, text: str) -> bool:
+        """Whether `text` is shown as another one."""
         return self._redactor.may_hide(text) or not _is_whole(text)
 
     def _attributes(self, attributes: Attributes) -> dict[str, AnyValue]:
