@@ -1186,6 +1186,21 @@ async def test_ends_of_runs_are_heard_of_by_those_who_wait_for_some(postgres_url
         leave()
 
 
+async def test_an_end_that_was_not_to_be_is_not_rung_for(postgres_tables: str) -> None:
+    """A result by which its run would have ended, foreseen to stand and refused, tells nobody that it has."""
+    async with opened(postgres_tables) as here, opened(postgres_tables) as there:
+        result = await claimed(here, "r")
+        stale = replace(result, place=0, epoch=result.epoch + 1, strict=True)
+        await eventually(lambda: there.database.hears_others)
+        heard: list[frozenset[str]] = []
+        there.database.on_change(heard.append)
+        waiting = asyncio.create_task(there.wait_ended("r"))
+        await eventually(lambda: frozenset({ENDED}) in heard)
+        assert await here.record_step_result(stale) == Refused("stale")
+        assert await here.cancel_run("r", "enough") is RunStatus.CANCELLED  # rung for on the same connection
+        assert await asyncio.wait_for(waiting, PATIENCE) is RunStatus.CANCELLED
+
+
 async def test_who_only_works_attends_no_ends(postgres_tables: str) -> None:
     """Whoever has waited for a run once does, until the application is left."""
     activity = ActivityRegistry()

@@ -375,7 +375,7 @@ class Transaction:
         return self._now
 
     def commit(self, *after: tuple[str, Sequence[Any]]) -> None:
-        """Commit it, and send the statements `after` it right behind, each on its own; `settle` waits for these.
+        """Commit it, and have the statements `after` it `follow` at once, which are done even if it is not.
 
         Raises Contended when the server has rolled it back instead.
         """
@@ -384,9 +384,7 @@ class Transaction:
         done = self._pipeline.send("COMMIT") if self._is_open else None
         self._pipeline.mark()
         self._is_over = True
-        for text, values in after:
-            self._pipeline.send(text, values)
-            self._pipeline.mark()
+        self.follow(*after)
         self._pipeline.sync()
         if done is not None:
             assert done.result is not None, "a sync brings all results"
@@ -396,6 +394,12 @@ class Transaction:
                 raise Contended(f"the server was asked to commit and answered {said}")
         if self._asked is not None:
             self._told(self._asked)
+
+    def follow(self, *statements: tuple[str, Sequence[Any]]) -> None:
+        """Send statements behind it, each on its own; `settle` waits for these."""
+        for text, values in statements:
+            self._pipeline.send(text, values)
+            self._pipeline.mark()
 
     def abandon(self) -> None:
         """Have nothing of it done. A connection on which that fails is closed, which does it as well."""

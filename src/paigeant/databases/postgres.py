@@ -26,7 +26,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock
-from paigeant.database import READER, WRITER, Database, current_version, no_unicode, not_open
+from paigeant.database import ENDED, READER, WRITER, Database, current_version, no_unicode, not_open
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, Transaction, driver_of
 from paigeant.databases.pooler import check_pooler, hands_on
@@ -364,7 +364,11 @@ class PostgresDatabase(Database):
             tx = Tx(driver, foresees=roughly)
             yield tx
             # Rung for right behind the commit, not in it: a NOTIFY makes the commits of all wait for one another.
-            driver.commit(*self._bell.rings(tx.rings))
+            ends = {name for name in tx.rings if name.startswith(ENDED)}
+            driver.commit(*self._bell.rings(tx.rings - ends))
+            # Who hears of an end relies on it. What is foreseen may be wrong, and the transaction undone.
+            with contextlib.suppress(psycopg.Error):  # it is committed, and others will look by themselves
+                driver.follow(*self._bell.rings(ends))
         except (psycopg.Error, DBAPIError) as exc:
             driver.abandon()
             cause = exc.orig if isinstance(exc, DBAPIError) else exc
