@@ -78,6 +78,8 @@ class Waiters:
             self._known.add(future)
             return await future
         finally:
+            if future.done() and not future.cancelled():
+                future.exception()  # or it is logged as nobody's, where a look has told first that the run has ended
             self._known.discard(future)
             futures = self._futures.get(workflow_id, set())
             futures.discard(future)

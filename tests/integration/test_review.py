@@ -377,6 +377,18 @@ async def test_who_begins_to_hear_of_ends_looks_what_has_ended_before() -> None:
     assert await asyncio.wait_for(waiting, PATIENCE) == "completed"
 
 
+async def test_whoever_finds_the_end_as_a_store_is_closed_has_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is logged of what is told to all who still wait."""
+    waiters, looks = looked_by_hand()
+    waiting = asyncio.create_task(waiters.wait("r"))
+    own = await looks.get()
+    waiters.close()
+    own.set_result({"r": RunStatus.COMPLETED})
+    assert await asyncio.wait_for(waiting, PATIENCE) == "completed"
+    gc.collect()
+    assert caplog.records == []
+
+
 async def test_who_finds_no_run_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     """By his own look: what another one finds meanwhile would be an error that nobody asks for."""
     waiters, looks = looked_by_hand()
