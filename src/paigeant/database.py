@@ -206,6 +206,11 @@ class Database(ABC):
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener)
 
+    def check_loop(self) -> None:
+        """Raises PaigeantError in another event loop than the one that it was opened in: nobody is woken there."""
+        if self._reader is not None and self._reader.loop is not asyncio.get_running_loop():
+            raise _in_another_loop(self.place)
+
     def attend(self, name: str) -> Callable[[], None]:
         """Hear also of what others' commits bring for a topic (TOPIC and its name), or of ends (ENDED).
 
@@ -223,10 +228,7 @@ class Database(ABC):
         if lane is not None:
             if lane.loop is not asyncio.get_running_loop():
                 # Its future could be awaited by nobody there, and what it asks for would be done all the same.
-                raise PaigeantError(
-                    f"{self.place} was opened in another event loop; have it asked there, as "
-                    "asyncio.run_coroutine_threadsafe(app.dispatch(...), loop) does"
-                )
+                raise _in_another_loop(self.place)
             return lane.submit(handler, request, durable=durable, size=size)
         closed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         closed.set_exception(not_open(self.place))
@@ -236,6 +238,13 @@ class Database(ABC):
 def not_open(place: object) -> StoreUnavailable:
     """What is raised where a database is used before it was opened, or after it was closed."""
     return StoreUnavailable(f"{place} is not open; connect() opens it, as `async with Paigeant(...)` does")
+
+
+def _in_another_loop(place: str) -> PaigeantError:
+    return PaigeantError(
+        f"{place} was opened in another event loop; have it asked there, as "
+        "asyncio.run_coroutine_threadsafe(app.dispatch(...), loop) does"
+    )
 
 
 def _instants(tx: Tx, requests: Sequence[None]) -> list[float]:

@@ -35,6 +35,7 @@ from paigeant.green import elsewhere
 from paigeant.lane import Lane, Tx
 from paigeant.store import StepKey
 from paigeant.stores import open_store
+from paigeant.testing.conformance.bench import due, run
 
 WRITERS = """
 import asyncio, sys
@@ -319,6 +320,18 @@ async def test_another_event_loop_is_sent_to_the_one_that_opened_it(database: Sq
     with pytest.raises(PaigeantError, match=r"x\.db was opened in another event loop"):
         await asyncio.to_thread(asyncio.run, ask())
     assert await database.write(execute, "DELETE FROM numbers") == 0
+
+
+async def test_whoever_waits_for_a_run_in_another_event_loop_is_told_so(tmp_path: Path) -> None:
+    """Also where nothing would be asked, since the run was started here and hasn't ended."""
+    store = open_store(f"sqlite:///{tmp_path}/x.db")
+    await store.connect()
+    with pytest.raises(RunNotFound):
+        await store.wait_ended("other")  # from now on what is started here is known to be open
+    await store.record_workflow_start(run("r"), due())
+    with pytest.raises(PaigeantError, match=r"x\.db was opened in another event loop"):
+        await asyncio.to_thread(lambda: asyncio.run(asyncio.wait_for(store.wait_ended("r"), 5.0)))
+    await store.close()
 
 
 async def test_its_users_are_counted(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ class SqlHistory(SqlPart):
         )
 
     async def wait_ended(self, workflow_id: str) -> RunStatus:
+        self.database.check_loop()
         return await self.waiters.wait(workflow_id)
 
     async def run_status(self, workflow_id: str) -> RunStatus:
