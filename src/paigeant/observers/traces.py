@@ -116,7 +116,8 @@ class TraceObserver:
 _current: Callable[[], Context] = context.get_current
 _attach: Callable[[Context], Any] = context.attach
 _detach: Callable[[Any], None] = context.detach
-if isinstance(_variable := getattr(context._RUNTIME_CONTEXT, "_current_context", None), ContextVar):
+_kept = getattr(context, "_RUNTIME_CONTEXT", None)
+if isinstance(_variable := getattr(_kept, "_current_context", None), ContextVar):
     # Where they keep it, unless the environment says otherwise: for six calls of Python less around each attempt.
     _current, _attach, _detach = _variable.get, _variable.set, _variable.reset
 
