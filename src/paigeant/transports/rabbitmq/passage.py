@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from io import BytesIO
 from typing import Any
 
 import aiormq
@@ -69,7 +70,7 @@ class _Frames(asyncio.Queue[Any]):
         self._confirm = confirm
         self._method: Basic.Deliver | Basic.Return | None = None
         self._header: ContentHeader | None = None
-        self._parts: list[bytes] = []
+        self._body = BytesIO()
         self._missing = 0
 
     async def put(self, item: tuple[int, Any]) -> None:
@@ -95,11 +96,12 @@ class _Frames(asyncio.Queue[Any]):
         if isinstance(frame, ContentHeader):
             self._header, self._missing = frame, frame.body_size
         else:
-            self._parts.append(frame.value)
+            self._body.write(frame.value)
             self._missing -= len(frame.value)
         if self._missing > 0:
             return
         assert self._header is not None
-        message = DeliveredMessage(method, self._header, b"".join(self._parts), self._channel)
-        self._method, self._parts = None, []
+        # Its buffer is given, not a copy of it: a large body isn't there twice.
+        message = DeliveredMessage(method, self._header, self._body.getvalue(), self._channel)
+        self._method, self._body = None, BytesIO()
         self._take(message)
