@@ -28,6 +28,7 @@ from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publisher, queues
+from paigeant.transports.rabbitmq.line import Line
 from paigeant.transports.rabbitmq.queues import declare
 
 RECOVERY = 10.0
@@ -183,6 +184,40 @@ async def test_a_cancel_that_is_lost_while_the_queue_is_opened_ends_the_iteratio
         async with asyncio.timeout(RECOVERY):
             with pytest.raises(asyncio.CancelledError):
                 await taking
+
+
+async def test_an_iteration_that_ends_while_it_asks_for_more_disturbs_no_other(
+    server: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiormq closes the channel of who doesn't wait for an answer; RabbitMQ ends the connection for an ack after that."""
+    asked = asyncio.Event()
+    consume = Line.consume
+
+    async def consuming(line: Line) -> None:
+        asked.set()
+        await consume(line)
+
+    with Proxy(server.host, server.port) as proxy:
+        async with opened(proxy.url(server.url)) as transport:
+            for message_id in ("first", "second"):
+                await transport.publish("work", message(message_id))
+            holding = transport.subscribe("work")
+            await anext(holding)
+            connections = proxy.connections
+            monkeypatch.setattr(Line, "consume", consuming)
+            following = asyncio.ensure_future(anext(holding))
+            proxy.blackhole("to_client")
+            await asked.wait()
+            await asyncio.sleep(0.05)
+            following.cancel()
+            await asyncio.sleep(0.05)
+            await transport.ack("first")
+            proxy.resume()
+            await asyncio.wait([following])
+            await transport.publish("work", message("last"))
+            while await take(transport) != "last":
+                pass
+            assert proxy.connections == connections
 
 
 async def test_publishes_under_way_fail_or_arrive_when_the_broker_dies(server: RabbitServer) -> None:

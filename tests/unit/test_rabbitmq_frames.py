@@ -92,6 +92,25 @@ async def test_nothing_is_sent_on_a_channel_that_the_broker_has_closed() -> None
     assert channel.written == [b"before"]
 
 
+async def test_nothing_is_sent_on_a_channel_that_is_being_closed() -> None:
+    """By us, or by aiormq for an answer that nobody waits for any more, from when the close is sent on."""
+    channel, passage = passing([])
+    closing = asyncio.Event()
+    channel.close = lambda _: closing.wait()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(passage.close())
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="closed"):
+            passage.write(b"after")
+        closing.set()
+    channel, passage = passing([])
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await passage.ask(asyncio.sleep(3600))
+    with pytest.raises(RuntimeError, match="closed"):
+        passage.write(b"after")
+
+
 async def test_writes_of_one_turn_arrive_in_their_order() -> None:
     """The first goes at once, the others together, and before all that follows."""
     async with connected() as (wire, writer, received):

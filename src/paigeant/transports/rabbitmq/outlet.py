@@ -73,7 +73,7 @@ class Outlet:
         await self._passage.channel.connection.ready()
 
     async def close(self) -> None:
-        await self._passage.channel.close()
+        await self._passage.close()
 
     def _confirmed(self, frame: Confirm) -> None:
         last = frame.delivery_tag or 0

@@ -8,8 +8,8 @@ opened, asked, watched and closed as ever.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 import aiormq
 from aio_pika.exceptions import ChannelInvalidStateError
@@ -21,9 +21,11 @@ from pamqp.header import ContentHeader
 
 from paigeant.transports.rabbitmq.wire import Connection
 
-__all__ = ["Passage"]
+__all__ = ["Confirm", "Passage"]
 
 Confirm = Basic.Ack | Basic.Nack
+
+_Answer = TypeVar("_Answer")
 
 
 class Passage:
@@ -42,11 +44,27 @@ class Passage:
 
     @property
     def is_closed(self) -> bool:
+        """Whether nothing may be sent any more: the broker ends the whole connection for what comes after a close.
+
+        aiormq says so only when the close has been agreed on.
+        """
         return self._frames.is_closed or self.channel.is_closed
+
+    async def ask(self, question: Coroutine[Any, Any, _Answer]) -> _Answer:
+        """What the broker answers to one of aiormq's calls on the channel."""
+        try:
+            return await question
+        except BaseException:
+            self._frames.is_closed = True  # aiormq closes it also when nobody waits for the answer any more
+            raise
+
+    async def close(self) -> None:
+        self._frames.is_closed = True
+        await self.channel.close(None)
 
     def write(self, frames: bytes) -> None:
         """Send whole frames. Raises one of CONNECTION_EXCEPTIONS where they can't go."""
-        if self.is_closed:  # the broker ends the whole connection for what comes on a channel that is gone
+        if self.is_closed:
             raise ChannelInvalidStateError(f"{self.channel!r} is closed")
         self._wire.write(frames)
 
@@ -62,7 +80,7 @@ class _Frames(asyncio.Queue[Any]):
     ) -> None:
         super().__init__()
         self.is_closed = False
-        """Whether the broker has closed the channel. aiormq says so some turns after it has agreed."""
+        """Whether the broker has closed the channel, or was told to."""
         self._others: asyncio.Queue[Any] = channel.frames  # where it waits already
         self._channel = channel
         self._take = take
