@@ -189,7 +189,7 @@ async def test_a_cancel_that_is_lost_while_the_queue_is_opened_ends_the_iteratio
 async def test_an_iteration_that_ends_while_it_asks_for_more_disturbs_no_other(
     server: RabbitServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """aiormq closes the channel of who doesn't wait for an answer; RabbitMQ ends the connection for an ack after that."""
+    """aiormq closes the channel of who waits for no answer; RabbitMQ ends the connection for an ack after that."""
     asked = asyncio.Event()
     consume = Line.consume
 
@@ -991,6 +991,20 @@ async def test_a_failed_start_leaves_no_connection(server: RabbitServer) -> None
         async with asyncio.timeout(RECOVERY):
             while proxy.open_connections:  # noqa: ASYNC110  # nobody tells when
                 await asyncio.sleep(0.01)
+
+
+async def test_an_aiormq_that_works_in_another_way_is_told(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """connect() says so where what stands in the place of its queue isn't used: nothing would ever be confirmed."""
+    first = property(
+        lambda self: vars(self)["frames"], lambda self, queue: vars(self).setdefault("frames", queue)
+    )
+    monkeypatch.setattr(aiormq.Channel, "frames", first, raising=False)
+    transport = RabbitMQTransport(rabbitmq_url)
+    with pytest.raises(ConfigurationError, match="install aiormq"):
+        await transport.connect()
+    await transport.close()
 
 
 async def test_wrong_passwords_are_told(server: RabbitServer) -> None:

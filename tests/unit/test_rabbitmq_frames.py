@@ -16,6 +16,7 @@ from pamqp.commands import Basic, Channel
 from pamqp.header import ContentHeader
 from yarl import URL
 
+from paigeant.errors import ConfigurationError
 from paigeant.transports.rabbitmq import frames
 from paigeant.transports.rabbitmq.frames import Outgoing
 from paigeant.transports.rabbitmq.passage import Passage
@@ -109,6 +110,15 @@ async def test_nothing_is_sent_on_a_channel_that_is_being_closed() -> None:
             await passage.ask(asyncio.sleep(3600))
     with pytest.raises(RuntimeError, match="closed"):
         passage.write(b"after")
+
+
+async def test_an_answer_that_comes_another_way_is_told() -> None:
+    """Where a newer aiormq no longer uses what stands in the place of its queue, nothing would ever be confirmed."""
+    channel, passage = passing([])
+    with pytest.raises(ConfigurationError, match=r"aiormq \d.*install aiormq"):
+        await passage.ask(asyncio.sleep(0))
+    await channel.frames.put((0, Basic.QosOk()))
+    await passage.ask(asyncio.sleep(0))
 
 
 async def test_writes_of_one_turn_arrive_in_their_order() -> None:

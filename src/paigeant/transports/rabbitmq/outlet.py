@@ -35,9 +35,12 @@ class Outlet:
 
     @classmethod
     async def open(cls, connection: Connection) -> Outlet:
-        channel = connection.channel(publisher_confirms=True)
-        await channel.initialize()
-        return cls(connection, await underlay(channel))
+        opening = connection.channel(publisher_confirms=False)
+        await opening.initialize()
+        channel = await underlay(opening)
+        outlet = cls(connection, channel)
+        await outlet._passage.ask(channel.confirm_delivery())
+        return outlet
 
     @property
     def is_closed(self) -> bool:

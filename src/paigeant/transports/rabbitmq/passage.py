@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import aiormq
@@ -19,6 +20,7 @@ from pamqp.commands import Basic
 from pamqp.commands import Channel as Channels
 from pamqp.header import ContentHeader
 
+from paigeant.errors import ConfigurationError
 from paigeant.transports.rabbitmq.wire import Connection
 
 __all__ = ["Confirm", "Passage"]
@@ -40,7 +42,7 @@ class Passage:
     ) -> None:
         self.channel = channel
         self._wire = connection.wire
-        self._frames = channel.frames = _Frames(channel, take, confirm)
+        self._frames = channel.frames = _Frames(channel, take, confirm)  # type: ignore[assignment]
 
     @property
     def is_closed(self) -> bool:
@@ -53,10 +55,16 @@ class Passage:
     async def ask(self, question: Coroutine[Any, Any, _Answer]) -> _Answer:
         """What the broker answers to one of aiormq's calls on the channel."""
         try:
-            return await question
+            answer = await question
         except BaseException:
             self._frames.is_closed = True  # aiormq closes it also when nobody waits for the answer any more
             raise
+        if not self._frames.are_used:
+            raise ConfigurationError(
+                f"aiormq {version('aiormq')} hands on what comes in another way than this version of Paigeant knows; "
+                "install aiormq 7.2.4, or a newer Paigeant"
+            )
+        return answer
 
     async def close(self) -> None:
         self._frames.is_closed = True
@@ -69,8 +77,11 @@ class Passage:
         self._wire.write(frames)
 
 
-class _Frames(asyncio.Queue[Any]):
-    """In the place of the queue from which a channel takes what came: only what is no part of a message gets there."""
+class _Frames:
+    """In the place of the queue from which a channel takes what came: only what is no part of a message gets there.
+
+    It has what aiormq asks of that queue, and no more: for what a newer one asks there is an error, and no standstill.
+    """
 
     def __init__(
         self,
@@ -78,9 +89,10 @@ class _Frames(asyncio.Queue[Any]):
         take: Callable[[DeliveredMessage], None],
         confirm: Callable[[Confirm], None] | None,
     ) -> None:
-        super().__init__()
         self.is_closed = False
         """Whether the broker has closed the channel, or was told to."""
+        self.are_used = False
+        """Whether an answer has come this way."""
         self._others: asyncio.Queue[Any] = channel.frames  # where it waits already
         self._channel = channel
         self._take = take
@@ -99,6 +111,7 @@ class _Frames(asyncio.Queue[Any]):
         elif self._confirm is not None and isinstance(frame, Confirm):
             self._confirm(frame)
         else:
+            self.are_used = True
             self.is_closed = self.is_closed or isinstance(frame, Channels.Close)
             await self._others.put(item)
 
