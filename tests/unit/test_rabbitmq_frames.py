@@ -136,6 +136,17 @@ async def test_writes_of_one_turn_arrive_in_their_order() -> None:
         assert await received == b"123456"
 
 
+async def test_much_that_is_written_in_one_turn_is_kept_once() -> None:
+    """However much a peer that doesn't read leaves here, only little of it waits for the end of the turn."""
+    async with connected() as (wire, writer, received):
+        sent = [bytes([number]) * 100_000 for number in range(100)]
+        for each in sent:
+            wire.write(each)
+        assert writer.transport.get_write_buffer_size() > sum(map(len, sent)) // 2
+        writer.close()
+        assert await received == b"".join(sent)
+
+
 async def test_a_wire_that_is_cut_takes_what_is_written_with_it() -> None:
     """Nobody hears an error from the end of the turn: the end of the connection tells."""
     async with connected() as (wire, writer, received):
