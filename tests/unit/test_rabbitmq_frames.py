@@ -94,22 +94,25 @@ async def test_nothing_is_sent_on_a_channel_that_the_broker_has_closed() -> None
 
 
 async def test_nothing_is_sent_on_a_channel_that_is_being_closed() -> None:
-    """By us, or by aiormq for an answer that nobody waits for any more, from when the close is sent on."""
+    """From when the close is sent on."""
     channel, passage = passing([])
-    closing = asyncio.Event()
-    channel.close = lambda _: closing.wait()
-    async with asyncio.TaskGroup() as group:
-        group.create_task(passage.close())
-        await asyncio.sleep(0)
-        with pytest.raises(RuntimeError, match="closed"):
-            passage.write(b"after")
-        closing.set()
+    closing = asyncio.create_task(passage.close())
+    await channel.asked_to_close.wait()
+    assert not channel.is_closed
+    with pytest.raises(RuntimeError, match="closed"):
+        passage.write(b"after")
+    closing.cancel()
+
+
+async def test_a_channel_is_closed_whose_answer_nobody_awaits() -> None:
+    """By aiormq, or by us where it was given up before it was asked for: else its messages would never be settled."""
     channel, passage = passing([])
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0):
             await passage.ask(asyncio.sleep(3600))
     with pytest.raises(RuntimeError, match="closed"):
         passage.write(b"after")
+    await channel.asked_to_close.wait()
 
 
 async def test_an_answer_that_comes_another_way_is_told() -> None:
@@ -163,7 +166,20 @@ def passing(messages: list[DeliveredMessage]) -> tuple[Any, Passage]:
     """A channel as far as a passage needs one, and its passage, which puts messages into that list."""
     queue: asyncio.Queue[Any] = asyncio.Queue()
     written: list[bytes] = []
-    channel: Any = SimpleNamespace(frames=queue, frames_before=queue, is_closed=False, written=written)
+    asked_to_close = asyncio.Event()
+
+    async def close(_: object) -> None:
+        asked_to_close.set()
+        await asyncio.sleep(0)
+
+    channel: Any = SimpleNamespace(
+        frames=queue,
+        frames_before=queue,
+        is_closed=False,
+        written=written,
+        close=close,
+        asked_to_close=asked_to_close,
+    )
     connection: Any = SimpleNamespace(wire=SimpleNamespace(write=written.append))
     return channel, Passage(connection, channel, messages.append)
 

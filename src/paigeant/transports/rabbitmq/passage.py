@@ -42,6 +42,7 @@ class Passage:
     ) -> None:
         self.channel = channel
         self._wire = connection.wire
+        self._closing: asyncio.Future[None] | None = None
         self._frames = channel.frames = _Frames(channel, take, confirm)  # type: ignore[assignment]
 
     @property
@@ -53,11 +54,13 @@ class Passage:
         return self._frames.is_closed or self.channel.is_closed
 
     async def ask(self, question: Coroutine[Any, Any, _Answer]) -> _Answer:
-        """What the broker answers to one of aiormq's calls on the channel."""
+        """What the broker answers to one of aiormq's calls on the channel, which is closed when nobody waits for it."""
         try:
             answer = await question
-        except BaseException:
-            self._frames.is_closed = True  # aiormq closes it also when nobody waits for the answer any more
+        except (Exception, asyncio.CancelledError):
+            self._frames.is_closed = True
+            # aiormq has sent a close already, but not for what was given up before it was asked.
+            self._closing = asyncio.ensure_future(self.close())
             raise
         if not self._frames.are_used:
             raise ConfigurationError(
