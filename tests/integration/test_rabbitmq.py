@@ -28,6 +28,7 @@ from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publisher, queues
+from paigeant.transports.rabbitmq.frames import Outgoing
 from paigeant.transports.rabbitmq.line import Line
 from paigeant.transports.rabbitmq.queues import declare
 
@@ -462,6 +463,16 @@ async def test_a_queue_deleted_under_its_publisher_is_made_anew(rabbitmq_url: st
         await transport.publish("work", message("delayed"), delay=0.2)
         await listener.until("delayed")
         assert "gone" not in listener.seen
+
+
+async def test_what_was_given_up_comes_back_for_nobody(rabbitmq_url: str) -> None:
+    """A message that is sent again isn't taken for its first copy, which went nowhere."""
+    async with opened(rabbitmq_url) as transport:
+        await transport.publish("work", message("m"))
+        outlet = transport._publisher._outlet
+        assert outlet is not None
+        await give_up(outlet.publish("nowhere", Outgoing("m", b"")))
+        await outlet.publish(transport.queues.topic("work").name, Outgoing("m", b""))
 
 
 async def test_a_message_that_goes_nowhere_is_an_error(
