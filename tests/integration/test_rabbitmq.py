@@ -28,6 +28,8 @@ from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publisher, queues
+from paigeant.transports.rabbitmq.frames import Outgoing
+from paigeant.transports.rabbitmq.line import Line
 from paigeant.transports.rabbitmq.queues import declare
 
 RECOVERY = 10.0
@@ -183,6 +185,40 @@ async def test_a_cancel_that_is_lost_while_the_queue_is_opened_ends_the_iteratio
         async with asyncio.timeout(RECOVERY):
             with pytest.raises(asyncio.CancelledError):
                 await taking
+
+
+async def test_an_iteration_that_ends_while_it_asks_for_more_disturbs_no_other(
+    server: RabbitServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiormq closes the channel of who waits for no answer; RabbitMQ ends the connection for an ack after that."""
+    asked = asyncio.Event()
+    consume = Line.consume
+
+    async def consuming(line: Line) -> None:
+        asked.set()
+        await consume(line)
+
+    with Proxy(server.host, server.port) as proxy:
+        async with opened(proxy.url(server.url)) as transport:
+            for message_id in ("first", "second"):
+                await transport.publish("work", message(message_id))
+            holding = transport.subscribe("work")
+            await anext(holding)
+            connections = proxy.connections
+            monkeypatch.setattr(Line, "consume", consuming)
+            following = asyncio.ensure_future(anext(holding))
+            proxy.blackhole("to_client")
+            await asked.wait()
+            await asyncio.sleep(0.05)
+            following.cancel()
+            await asyncio.sleep(0.05)
+            await transport.ack("first")
+            proxy.resume()
+            await asyncio.wait([following])
+            await transport.publish("work", message("last"))
+            while await take(transport) != "last":
+                pass
+            assert proxy.connections == connections
 
 
 async def test_publishes_under_way_fail_or_arrive_when_the_broker_dies(server: RabbitServer) -> None:
@@ -427,6 +463,16 @@ async def test_a_queue_deleted_under_its_publisher_is_made_anew(rabbitmq_url: st
         await transport.publish("work", message("delayed"), delay=0.2)
         await listener.until("delayed")
         assert "gone" not in listener.seen
+
+
+async def test_what_was_given_up_comes_back_for_nobody(rabbitmq_url: str) -> None:
+    """A message that is sent again isn't taken for its first copy, which went nowhere."""
+    async with opened(rabbitmq_url) as transport:
+        await transport.publish("work", message("m"))
+        outlet = transport._publisher._outlet
+        assert outlet is not None
+        await give_up(outlet.publish("nowhere", Outgoing("m", b"")))
+        await outlet.publish(transport.queues.topic("work").name, Outgoing("m", b""))
 
 
 async def test_a_message_that_goes_nowhere_is_an_error(
@@ -956,6 +1002,20 @@ async def test_a_failed_start_leaves_no_connection(server: RabbitServer) -> None
         async with asyncio.timeout(RECOVERY):
             while proxy.open_connections:  # noqa: ASYNC110  # nobody tells when
                 await asyncio.sleep(0.01)
+
+
+async def test_an_aiormq_that_works_in_another_way_is_told(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """connect() says so where what stands in the place of its queue isn't used: nothing would ever be confirmed."""
+    first = property(
+        lambda self: vars(self)["frames"], lambda self, queue: vars(self).setdefault("frames", queue)
+    )
+    monkeypatch.setattr(aiormq.Channel, "frames", first, raising=False)
+    transport = RabbitMQTransport(rabbitmq_url)
+    with pytest.raises(ConfigurationError, match="install aiormq"):
+        await transport.connect()
+    await transport.close()
 
 
 async def test_wrong_passwords_are_told(server: RabbitServer) -> None:

@@ -16,6 +16,7 @@ from pamqp.commands import Basic, Channel
 from pamqp.header import ContentHeader
 from yarl import URL
 
+from paigeant.errors import ConfigurationError
 from paigeant.transports.rabbitmq import frames
 from paigeant.transports.rabbitmq.frames import Outgoing
 from paigeant.transports.rabbitmq.passage import Passage
@@ -92,6 +93,37 @@ async def test_nothing_is_sent_on_a_channel_that_the_broker_has_closed() -> None
     assert channel.written == [b"before"]
 
 
+async def test_nothing_is_sent_on_a_channel_that_is_being_closed() -> None:
+    """From when the close is sent on."""
+    channel, passage = passing([])
+    closing = asyncio.create_task(passage.close())
+    await channel.asked_to_close.wait()
+    assert not channel.is_closed
+    with pytest.raises(RuntimeError, match="closed"):
+        passage.write(b"after")
+    closing.cancel()
+
+
+async def test_a_channel_is_closed_whose_answer_nobody_awaits() -> None:
+    """By aiormq, or by us where it was given up before it was asked for: else its messages would never be settled."""
+    channel, passage = passing([])
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await passage.ask(asyncio.sleep(3600))
+    with pytest.raises(RuntimeError, match="closed"):
+        passage.write(b"after")
+    await channel.asked_to_close.wait()
+
+
+async def test_an_answer_that_comes_another_way_is_told() -> None:
+    """Where a newer aiormq no longer uses what stands in the place of its queue, nothing would ever be confirmed."""
+    channel, passage = passing([])
+    with pytest.raises(ConfigurationError, match=r"aiormq \d.*install aiormq"):
+        await passage.ask(asyncio.sleep(0))
+    await channel.frames.put((0, Basic.QosOk()))
+    await passage.ask(asyncio.sleep(0))
+
+
 async def test_writes_of_one_turn_arrive_in_their_order() -> None:
     """The first goes at once, the others together, and before all that follows."""
     async with connected() as (wire, writer, received):
@@ -105,6 +137,17 @@ async def test_writes_of_one_turn_arrive_in_their_order() -> None:
         wire.write(b"6")
         writer.close()
         assert await received == b"123456"
+
+
+async def test_much_that_is_written_in_one_turn_is_kept_once() -> None:
+    """However much a peer that doesn't read leaves here, only little of it waits for the end of the turn."""
+    async with connected() as (wire, writer, received):
+        sent = [bytes([number]) * 100_000 for number in range(100)]
+        for each in sent:
+            wire.write(each)
+        assert writer.transport.get_write_buffer_size() > sum(map(len, sent)) // 2
+        writer.close()
+        assert await received == b"".join(sent)
 
 
 async def test_a_wire_that_is_cut_takes_what_is_written_with_it() -> None:
@@ -123,7 +166,20 @@ def passing(messages: list[DeliveredMessage]) -> tuple[Any, Passage]:
     """A channel as far as a passage needs one, and its passage, which puts messages into that list."""
     queue: asyncio.Queue[Any] = asyncio.Queue()
     written: list[bytes] = []
-    channel: Any = SimpleNamespace(frames=queue, frames_before=queue, is_closed=False, written=written)
+    asked_to_close = asyncio.Event()
+
+    async def close(_: object) -> None:
+        asked_to_close.set()
+        await asyncio.sleep(0)
+
+    channel: Any = SimpleNamespace(
+        frames=queue,
+        frames_before=queue,
+        is_closed=False,
+        written=written,
+        close=close,
+        asked_to_close=asked_to_close,
+    )
     connection: Any = SimpleNamespace(wire=SimpleNamespace(write=written.append))
     return channel, Passage(connection, channel, messages.append)
 

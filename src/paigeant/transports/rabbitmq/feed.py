@@ -237,8 +237,7 @@ class Feed:
 
             channel.on_consumer_cancel_callbacks.add(cancelled)
             channel.closing.add_done_callback(lost)
-            await channel.basic_qos(prefetch_count=self._prefetch)
-            await line.consume()
+            await line.open()
             line.watching = self._shared.start(self._watch(line))
         except BaseException:
             if opening.is_initialized and not opening.is_closed:
@@ -274,8 +273,7 @@ class Feed:
         """Whether messages wait, though this line has room for them."""
         with contextlib.suppress(*CONNECTION_EXCEPTIONS):
             async with asyncio.timeout(OPEN_SECONDS):
-                declared = await line.channel.queue_declare(self._queue.name, passive=True)
-            return bool(declared.message_count)
+                return await line.waiting() > 0
         return False
 
     def _lose(self, line: Line) -> None:

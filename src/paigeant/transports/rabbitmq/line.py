@@ -105,9 +105,14 @@ class Line:
         if delivery.consumer in self._consumers:
             self._consumers[delivery.consumer] += 1
 
+    async def open(self) -> None:
+        """Receive the first `prefetch` messages."""
+        await self._passage.ask(self.channel.basic_qos(prefetch_count=self._prefetch))
+        await self.consume()
+
     async def consume(self) -> None:
         """Receive `prefetch` messages more ahead."""
-        consuming = await self.channel.basic_consume(self._queue, _nothing)
+        consuming = await self._passage.ask(self.channel.basic_consume(self._queue, _nothing))
         self._consumers[str(consuming.consumer_tag)] = 0
 
     async def stop(self) -> None:
@@ -117,7 +122,12 @@ class Line:
 
     async def _cancel(self, consumer: str) -> None:
         del self._consumers[consumer]
-        await self.channel.basic_cancel(consumer)
+        await self._passage.ask(self.channel.basic_cancel(consumer))
+
+    async def waiting(self) -> int:
+        """How many messages wait in the queue."""
+        declared = await self._passage.ask(self.channel.queue_declare(self._queue, passive=True))
+        return declared.message_count or 0
 
     def give_back(self, delivery: Delivery) -> None:
         """Have what was not handed out delivered again."""
@@ -141,7 +151,7 @@ class Line:
         """End it; RabbitMQ gives what is unsettled to others."""
         with contextlib.suppress(*CONNECTION_EXCEPTIONS):
             async with asyncio.timeout(CLOSE_SECONDS):
-                await self.channel.close(None)
+                await self._passage.close()
 
     def _take(self, message: DeliveredMessage) -> None:
         self.received += 1

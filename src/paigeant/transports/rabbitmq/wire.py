@@ -17,6 +17,9 @@ __all__ = ["Connection", "Wire"]
 _PEER_SECONDS = 10
 """After this time a peer that is no longer there is noticed by the kernel, however busy or idle the connection is."""
 
+_MOST_GATHERED_BYTES = 262_144
+"""What is more is sent at once: joined and waiting for a peer that doesn't read, all of it would be kept twice."""
+
 
 class Wire(TransportFactory):
     """Opens the socket of a connection, and keeps it at hand to write to it and to cut it."""
@@ -71,6 +74,7 @@ class _Writer(asyncio.StreamWriter):
     """
 
     _gathered: list[bytes] | None = None
+    _gathered_bytes = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if self._gathered is None:
@@ -79,6 +83,9 @@ class _Writer(asyncio.StreamWriter):
             super().write(data)
         else:
             self._gathered.append(bytes(data))
+            self._gathered_bytes += len(data)
+            if self._gathered_bytes > _MOST_GATHERED_BYTES:
+                self._flush()
 
     async def drain(self) -> None:
         self._flush()
@@ -93,7 +100,7 @@ class _Writer(asyncio.StreamWriter):
         super().close()
 
     def _flush(self) -> None:
-        gathered, self._gathered = self._gathered, None
+        gathered, self._gathered, self._gathered_bytes = self._gathered, None, 0
         if gathered and not self.is_closing():  # what is lost here is told by the end of the connection
             super().write(b"".join(gathered))
 
