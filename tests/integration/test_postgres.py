@@ -859,7 +859,6 @@ async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_table
 _STOPPED = """
 import asyncio, os, signal, sys, time
 from paigeant import heads, rows
-from paigeant.database import ENDED
 from paigeant.databases import postgres
 from paigeant.stores.sql import SqlStore
 from paigeant.table_transport import _Fetch

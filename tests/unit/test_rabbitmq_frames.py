@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aio_pika.exceptions import AMQPConnectionError
 from aiormq.abc import DeliveredMessage
 from pamqp import frame
 from pamqp.body import ContentBody
@@ -113,6 +115,28 @@ async def test_a_channel_is_closed_whose_answer_nobody_awaits() -> None:
     with pytest.raises(RuntimeError, match="closed"):
         passage.write(b"after")
     await channel.asked_to_close.wait()
+
+
+async def test_a_close_that_the_end_of_the_connection_forestalls_is_no_trouble() -> None:
+    """Nobody waits for it, so nobody would take its error, and the event loop would tell of that."""
+    told: list[Any] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, trouble: told.append(trouble))
+    channel, passage = passing([])
+    asked = asyncio.Event()
+
+    async def close(_: object) -> None:
+        asked.set()
+        raise AMQPConnectionError("gone")
+
+    channel.close = close
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await passage.ask(asyncio.sleep(3600))
+    await asked.wait()
+    del passage, channel
+    gc.collect()
+    assert told == []
 
 
 async def test_an_answer_that_comes_another_way_is_told() -> None:

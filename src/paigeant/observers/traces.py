@@ -155,9 +155,9 @@ class _NewRun(_Current):
     def __enter__(self) -> str | None:
         super().__enter__()
         found = self._span.get_span_context()
-        _, _, _, _, state, is_valid = found
-        if not is_valid:
+        if not found.is_valid:
             return None
+        state = found.trace_state
         return f"{written(found)} {state.to_header()}" if state else written(found)
 
 
@@ -214,5 +214,4 @@ def remote(traceparent: str, tracestate: str = "") -> Remote | None:
 
 def written(found: SpanContext) -> str:
     """A span's context as a W3C traceparent."""
-    trace_id, span_id, _, flags, _, _ = found  # by their names each is a call of Python
-    return f"00-{trace_id.to_bytes(16).hex()}-{span_id.to_bytes(8).hex()}-{flags:02x}"
+    return f"00-{found.trace_id.to_bytes(16).hex()}-{found.span_id.to_bytes(8).hex()}-{found.trace_flags:02x}"

@@ -154,8 +154,6 @@ class StreamLog(_TextLog):
         self._stream = stream
         self._turns = _Turns(stream) if shared else None
         self._is_json = format == "json"
-        if not self._is_json:
-            self._line_of = self._shown  # type: ignore[method-assign]
         self._render = renderer(format, colors=stream.isatty())
 
     def _begin_anew(self) -> None:
@@ -167,7 +165,9 @@ class StreamLog(_TextLog):
         time = _as_json(at) if self._is_json else f"{datetime.fromtimestamp(at, UTC).astimezone():%H:%M:%S}"
         return f"{self._render({'timestamp': time, **fields})}\n"
 
-    def _shown(self, event: Event, at: float, redactor: Redactor) -> str:
+    def _line_of(self, event: Event, at: float, redactor: Redactor) -> str:
+        if self._is_json:
+            return super()._line_of(event, at, redactor)
         return self._line(fields_of(event, redactor), at)
 
     def _place(self, text: str) -> None:

@@ -104,7 +104,7 @@ class _QuickTracer(trace.Tracer):
                 above = None
         if above is not None:
             if self._follows:  # sampled, or not, as what is above; of what isn't, nothing is made
-                if not above[_FLAGS] & _SAMPLED:  # type: ignore[operator]  # of a tuple any part
+                if not above.trace_flags & TraceFlags.SAMPLED:
                     return trace.NonRecordingSpan(above)
                 return QuickSpan(self, name, self._new_id(), above, kind, attributes, start_time)
             trace_id, random = above.trace_id, above.trace_flags & TraceFlags.RANDOM_TRACE_ID
@@ -130,9 +130,6 @@ class _QuickTracer(trace.Tracer):
 
     start_as_current_span: Any = _as_current
 
-
-_FLAGS = 3
-"""Where a SpanContext, which is a tuple, has its flags. To ask by a name is a call of Python."""
 
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _SAMPLED_RANDOM = TraceFlags(TraceFlags.SAMPLED | TraceFlags.RANDOM_TRACE_ID)

@@ -44,7 +44,7 @@ class Passage:
     ) -> None:
         self.channel = channel
         self._wire = connection.wire
-        self._closing: asyncio.Future[None] | None = None
+        self._closing: asyncio.Future[None] | None = None  # the event loop itself keeps none
         self._frames = channel.frames = _Frames(channel, take, confirm)  # type: ignore[assignment]
 
     @property
