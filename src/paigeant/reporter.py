@@ -161,16 +161,15 @@ class Reporter:
         name = _STEP_EVENTS[result.status]
         if name in self._wanted:
             seconds = time.monotonic() - claim.claimed_at
-            # Of most there is nothing more to tell.
-            is_plain = name == "step.completed" and result.usage is None
-            more = NOTHING_MORE if is_plain else _recorded(claim, result, move)
-            self._tell(name, claim, seconds, result.error, at, more)
+            self._tell(name, claim, seconds, result.error, at, _recorded(claim, result, move))
         if result.run in _RUN_EVENTS:
             self.tell(_RUN_EVENTS[result.run], claim, error=result.run_error, at=at)
 
 
 def _recorded(claim: Claim, result: StepResult, move: Move) -> Mapping[str, Any]:
-    """What else there is to tell of the end of an attempt."""
+    """What else there is to tell of the end of an attempt; of most there is nothing."""
+    if result.status is StepStatus.COMPLETED and result.usage is None:
+        return NOTHING_MORE
     more = _phase(claim)
     if isinstance(move, Retry):
         more = {**more, "delay": move.delay}
