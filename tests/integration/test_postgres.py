@@ -95,6 +95,24 @@ def database_of(app: Paigeant) -> PostgresDatabase:
     return app.store.database
 
 
+@asynccontextmanager
+async def apart(url: str) -> AsyncIterator[tuple[Paigeant, Paigeant]]:
+    """Two applications on one database; the first has a worker for `work`, which adds one to `n`."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def work(n: int) -> int:
+        return n + 1
+
+    settings = Settings(transport_url=url, store_url=url)
+    async with (
+        Paigeant(settings, activities=activity) as here,
+        Paigeant(settings) as there,
+        working(here.worker()),
+    ):
+        yield here, there
+
+
 async def eventually(holds: Callable[[], bool]) -> None:
     """Wait until something holds."""
     async with asyncio.timeout(PATIENCE):
@@ -1202,22 +1220,12 @@ async def test_an_end_that_was_not_to_be_is_not_rung_for(postgres_tables: str) -
 
 async def test_who_only_works_attends_no_ends(postgres_tables: str) -> None:
     """Whoever has waited for a run once does, until the application is left."""
-    activity = ActivityRegistry()
-
-    @activity.execute()
-    async def work(n: int) -> int:
-        return n + 1
-
-    settings = Settings(transport_url=postgres_tables, store_url=postgres_tables)
-    async with Paigeant(settings, activities=activity) as here, Paigeant(settings) as there:
-        working = asyncio.create_task((worker := here.worker()).run())
+    async with apart(postgres_tables) as (here, there):
         for _ in range(2):
             begun = await there.dispatch(Workflow("w", ["work"]), {"n": 1})
             assert (await begun.wait(timeout=PATIENCE)).output == 2
         attended = [database_of(app)._bell._attended for app in (here, there)]
         assert [ENDED in names for names in attended] == [False, True]
-        await worker.stop(grace=PATIENCE)
-        await working
     assert not any(attended)
 
 
@@ -1271,20 +1279,9 @@ async def test_without_the_bell_everything_still_ends(
 ) -> None:
     """Where notifications don't come through, as behind some poolers, waiting is looking often."""
     monkeypatch.setattr(PostgresBell, "open", lambda self: None)
-    activity = ActivityRegistry()
-
-    @activity.execute()
-    async def work(n: int) -> int:
-        return n + 1
-
-    settings = Settings(transport_url=postgres_tables, store_url=postgres_tables)
-    async with Paigeant(settings, activities=activity) as here, Paigeant(settings) as there:
-        worker = here.worker()
-        working = asyncio.create_task(worker.run())
+    async with apart(postgres_tables) as (_, there):
         begun = await there.dispatch(Workflow("w", ["work"]), {"n": 1})
         result = await begun.wait(timeout=PATIENCE)
-        await worker.stop(grace=PATIENCE)
-        await working
     assert result.output == 2
 
 
