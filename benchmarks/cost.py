@@ -46,7 +46,7 @@ PARTS = (
     Part("perform", "paigeant.performer", "Performer.perform"),
     Part("resolve the arguments", "paigeant.performer", "resolve"),
     Part("validate an argument", "paigeant.activity", "Parameter.read"),
-    Part("merge the payload", "paigeant.ledger", "merged"),
+    Part("merge the payload", "paigeant.folding", "merged"),
     Part("route", "paigeant.executor", "route"),
     Part("record", "paigeant.executor", "Executor.record"),
     Part("hand to the lanes", "paigeant.lane", "Lane.submit"),

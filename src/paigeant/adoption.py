@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 
-from paigeant import codec, ledger
+from paigeant import codec, folding
 from paigeant.errors import NotAdopted, TokenRejected
 from paigeant.forwarder import STORED_PAYLOAD, Forwarder
 from paigeant.identity import Mandate
@@ -72,7 +72,7 @@ class Adoption:
             status=RunStatus.RUNNING if slip.ending is None else RunStatus.COMPENSATING,
             input=text,
             input_hash=hashlib.sha256(text).hexdigest(),
-            slip=ledger.pack_slip(_plan(slip)),
+            slip=folding.pack_slip(_plan(slip)),
             correlation_id=message.correlation_id,
             trace_id=message.trace_id,
             headers={name: value for name, value in message.headers.items() if name not in _NOT_KEPT},

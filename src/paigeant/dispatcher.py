@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from paigeant import codec, ledger, trace_context
+from paigeant import codec, folding, trace_context
 from paigeant.activity import ActivityRegistry
 from paigeant.annotations import typed
 from paigeant.arguments import Namespace, resolve
@@ -182,7 +182,7 @@ class Dispatcher:
             status=RunStatus.PENDING,
             input=input.text,
             input_hash=hashlib.sha256(input.given + _person(recorded)).hexdigest(),
-            slip=ledger.pack_slip(slip),
+            slip=folding.pack_slip(slip),
             correlation_id=message.correlation_id,
             trace_id=message.trace_id,
             headers=recorded,

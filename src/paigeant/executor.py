@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from paigeant import ledger
+from paigeant import folding, ledger
 from paigeant.activity import Activity, ActivityRegistry
 from paigeant.adoption import Adoption
 from paigeant.behalf import Behalf
@@ -371,7 +371,7 @@ class Executor:
                 for entry in move.slip.executed
                 if entry.status is not StepStatus.SKIPPED and not entry.stored
             ]
-            payload = ledger.merged(payload, variables, outputs, taken)
+            payload = folding.merged(payload, variables, outputs, taken)
         acting = None if attempt.context is None else attempt.context._acting
         if acting is not None and acting.is_renewed:
             message = message.evolve(headers=acting.headers(message.headers))
@@ -433,7 +433,7 @@ class Executor:
             error=error,
             input=attempt.input,
             output=attempt.output if forward else None,
-            revision=None if done.revision is None else ledger.pack_revision(done.revision),
+            revision=None if done.revision is None else folding.pack_revision(done.revision),
             undo_topic=None if done.compensation is None else done.compensation.topic,
             usage=None if context is None else context._usage,
             variables=context._variables if succeeded and context is not None else {},

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from paigeant import ledger
+from paigeant import folding, ledger
 from paigeant.activity import ActivityRegistry
 from paigeant.envelope import Envelope, PlainEnvelope, inner
 from paigeant.errors import MessageTooLarge, PaigeantError, StoreUnavailable, TransportUnavailable
@@ -298,7 +298,7 @@ class Forwarder:
 
 def message_of(detail: RunDetail, *, inline_bytes: int) -> PaigeantMessage:
     """The message that a run's rows stand for, yet without an id."""
-    slip, payload = ledger.fold(detail, inline_bytes=inline_bytes)
+    slip, payload = folding.fold(detail, inline_bytes=inline_bytes)
     run = detail.run
     return PaigeantMessage(
         message_id="",

@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.property.attempts import ATTEMPTS, INLINE, Held, attempted
 
-from paigeant import heads, ledger
+from paigeant import folding, heads, ledger
 from paigeant.databases.postgres import PostgresDatabase
 from paigeant.errors import InvalidTransition, StoreUnavailable
 from paigeant.lane import Tx
@@ -105,7 +105,7 @@ class Hammer:
 
     async def _start(self, _: str, run: str) -> None:
         slip = RoutingSlip(itinerary=tuple(Step(f"a{name}", id=name) for name in STEPS))
-        record = RunRecord(run, "w", RunStatus.PENDING, b"{}", "hash", ledger.pack_slip(slip), run, "trace")
+        record = RunRecord(run, "w", RunStatus.PENDING, b"{}", "hash", folding.pack_slip(slip), run, "trace")
         first = NextStep(StepKey(run, STEPS[0]), "a", "t")
         if await settled(lambda: self.store.record_workflow_start(record, first)):
             self.tell("started", run)
@@ -124,7 +124,7 @@ class Hammer:
                     self._hold(worker, row.key, answer, detail)
 
     def _hold(self, worker: str, key: StepKey, grant: Grant, detail: RunDetail) -> None:
-        slip, _ = ledger.fold(detail, inline_bytes=INLINE)
+        slip, _ = folding.fold(detail, inline_bytes=INLINE)
         due = slip.next_step() if key.phase is Phase.DO else slip.next_undo()
         name = None if due is None else due.id if isinstance(due, Step) else due.step_id
         if name == key.step:  # else the run has gone on since it was read: the claim is left to a sweep

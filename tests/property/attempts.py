@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from paigeant import ledger
+from paigeant import folding
 from paigeant.identity import GRANT_SIGNAL
 from paigeant.retry import RetryPolicy
 from paigeant.routing import (
@@ -85,7 +85,7 @@ def attempted(
         run_error=f"{key.step}: {error}" if turned else None,
         input=b'{"x":1}',
         output=_output(held, end) if succeeded and forward else None,
-        revision=None if revision is None else ledger.pack_revision(revision),
+        revision=None if revision is None else folding.pack_revision(revision),
         undo_topic="undo" if succeeded and forward and undo else None,
         variables={f"v_{key.step}": _output(held, end)} if succeeded and forward and on else {},
         next=_next(key.workflow_id, move),

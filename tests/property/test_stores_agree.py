@@ -23,7 +23,7 @@ from tests.integration.postgres_tables import database_with_tables, empty
 from tests.property.attempts import ATTEMPTS, INLINE, WAITS, Held, attempted
 from tests.simulation.watch import Watch
 
-from paigeant import ledger
+from paigeant import folding
 from paigeant.errors import PaigeantError
 from paigeant.slip import RoutingSlip, RunStatus, Step, StepStatus
 from paigeant.store import (
@@ -143,7 +143,7 @@ class StoresAgree(RuleBasedStateMachine):
             RunStatus.PENDING,
             text,
             text.hex(),
-            ledger.pack_slip(slip),
+            folding.pack_slip(slip),
             run,
             "trace",
             deadline=slip.deadline,
@@ -214,7 +214,7 @@ class StoresAgree(RuleBasedStateMachine):
             again = sum(key == held.key and answer.epoch == held.grant.epoch for held in self.held)
             assert not again, "a claim that somebody has already was given again"
             detail = self.done(self.stores[0].load_run(key.workflow_id, inline_bytes=INLINE))
-            slip, _ = ledger.fold(detail, inline_bytes=INLINE)
+            slip, _ = folding.fold(detail, inline_bytes=INLINE)
             self.held.append(Held(worker, key, answer, slip))
 
     @precondition(lambda self: self.held)

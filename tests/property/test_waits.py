@@ -9,7 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import example, given
 
-from paigeant import ledger
+from paigeant import interventions, ledger
 from paigeant.errors import InvalidTransition, RequestNotFound
 from paigeant.ledger import Changes, Head
 from paigeant.slip import Phase, RunStatus, StepStatus
@@ -161,6 +161,6 @@ def test_nobody_answers_after_its_time(expires_at: float, now: float) -> None:
 
 def _answered(request: Request | None, text: bytes) -> str:
     try:
-        return "kept" if ledger.answers("q", request, text) else "again"
+        return "kept" if interventions.answers("q", request, text) else "again"
     except (InvalidTransition, RequestNotFound) as exc:
         return type(exc).__name__

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from paigeant import ledger
+from paigeant import interventions, ledger
 from paigeant.executor import Executor
 from paigeant.routing import route
 from paigeant.slip import Phase, RunStatus, StepStatus
@@ -25,7 +25,7 @@ __all__ = ["MUTANTS", "mutated"]
 Mutation = Callable[[contextlib.ExitStack], None]
 MUTANTS: dict[str, Mutation] = {}
 
-_claim, _record, _stop, _resume = ledger.claim, ledger.record, ledger.stop, ledger.resume
+_claim, _record, _stop, _resume = ledger.claim, ledger.record, interventions.stop, interventions.resume
 
 
 def mutated(name: str) -> contextlib.ExitStack:
@@ -171,7 +171,7 @@ def cancelled_step_keeps_epoch(stack: contextlib.ExitStack) -> None:
             patch.pop("epoch", None)
         return status
 
-    _patch(stack, ledger, "stop", stop)
+    _patch(stack, interventions, "stop", stop)
 
 
 @_mutant
@@ -205,7 +205,7 @@ def undos_begin_again_at_zero(stack: contextlib.ExitStack) -> None:
         changes.added[:] = [replace(row, epoch=0) for row in changes.added]
         return status
 
-    _patch(stack, ledger, "resume", resume)
+    _patch(stack, interventions, "resume", resume)
 
 
 @_mutant

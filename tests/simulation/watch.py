@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from paigeant import ledger
+from paigeant import folding, ledger
 from paigeant.ledger import OPEN
 from paigeant.slip import RUN_ENDED, RUN_MOVES, STEP_MOVES, Phase, RunStatus, StepStatus
 from paigeant.store import RunDetail, RunRecord, StepKey, StepRecord
@@ -226,7 +226,7 @@ def _variables(variables: dict[str, bytes], rows: Rows) -> None:
 def _folded(detail: RunDetail, inline_bytes: int) -> None:
     if detail.run.status in RUN_ENDED:
         return
-    slip, _ = ledger.fold(detail, inline_bytes=inline_bytes)
+    slip, _ = folding.fold(detail, inline_bytes=inline_bytes)
     due = slip.next_step() or slip.next_undo()
     opened = next(row for row in detail.steps if row.status in OPEN)
     named = getattr(due, "id", None) or getattr(due, "step_id", None)

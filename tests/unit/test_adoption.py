@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paigeant import ActivityRegistry, RoutingSlip, ledger
+from paigeant import ActivityRegistry, RoutingSlip, folding, ledger
 from paigeant.adoption import Adoption
 from paigeant.errors import NotAdopted
 from paigeant.forwarder import Forwarder
@@ -58,7 +58,7 @@ def test_folded_rows_are_the_message_again(message: PaigeantMessage) -> None:
     """Slip and payload come back whole, so that the run can go on from the rows alone; one row is open."""
     run, rows, variables = adoption().records(message)
     rows = tuple(ledger.adopted(row, now=5.0, grace=1.0) for row in rows)
-    slip, payload = ledger.fold(RunDetail(run, rows, variables), inline_bytes=10_000)
+    slip, payload = folding.fold(RunDetail(run, rows, variables), inline_bytes=10_000)
     assert (slip, payload) == (message.routing_slip, message.payload)
     assert [row.seq for row in rows] == list(range(len(rows)))
     assert len({row.key for row in rows}) == len(rows)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from paigeant import RetryPolicy, RoutingSlip, codec, ledger
+from paigeant import RetryPolicy, RoutingSlip, codec, folding, interventions, ledger
 from paigeant.errors import InvalidTransition
 from paigeant.ledger import OPEN, Changes
 from paigeant.routing import Failed, Finish, Park, Retry, Skipped, Succeeded, Undo, route
@@ -71,7 +71,7 @@ class History:
         self.slip = RoutingSlip(itinerary=identify(["s"] * steps), on_compensation_failure=rule)
         self.payload: dict[str, Any] = {"n": 1}
         record = RunRecord(
-            "r", "w", RunStatus.PENDING, b'{"n":1}', "h", ledger.pack_slip(self.slip), "c", "t"
+            "r", "w", RunStatus.PENDING, b'{"n":1}', "h", folding.pack_slip(self.slip), "c", "t"
         )
         now(self.store.record_workflow_start(record, self.due()))
 
@@ -155,7 +155,7 @@ class History:
             ending="failed" if forward and failed and not isinstance(move, Retry) else None,
             error="E" if failed else None,
             output=text if succeeded else None,
-            revision=None if revision is None else ledger.pack_revision(revision),
+            revision=None if revision is None else folding.pack_revision(revision),
             undo_topic=None if undo is None else undo.topic,
             variables=variables,
             next=None if isinstance(move, (Retry, Finish)) else self.due(),
@@ -165,7 +165,7 @@ class History:
     def check(self) -> None:
         """The rows tell the live slip and payload, and the cursor is where the slip says."""
         detail = now(self.store.load_run("r", inline_bytes=INLINE))
-        slip, payload = ledger.fold(detail, inline_bytes=INLINE)
+        slip, payload = folding.fold(detail, inline_bytes=INLINE)
         assert slip == self.slip
         assert payload == self.payload
         cursors = [row.key for row in detail.steps if row.status in OPEN]
@@ -200,14 +200,14 @@ def test_a_fold_needs_no_order_of_rows() -> None:
         history.play(kind, True, 0, 1)
     detail = now(history.store.load_run("r"))
     turned = replace(detail, steps=detail.steps[::-1])
-    assert ledger.fold(turned, inline_bytes=INLINE) == ledger.fold(detail, inline_bytes=INLINE)
+    assert folding.fold(turned, inline_bytes=INLINE) == folding.fold(detail, inline_bytes=INLINE)
 
 
 def test_an_output_above_the_limit_stays_in_the_store() -> None:
     """A large output is not in the payload, and its entry on the slip says where it is."""
     history = History(2, "continue")
     history.play("succeed", False, 0, 12345678901234567890123)
-    slip, payload = ledger.fold(now(history.store.load_run("r")), inline_bytes=INLINE)
+    slip, payload = folding.fold(now(history.store.load_run("r")), inline_bytes=INLINE)
     assert slip.executed[0].stored
     assert payload == {"n": 1, "v": 12345678901234567890123}
 
@@ -237,7 +237,7 @@ def test_a_run_that_failed_before_its_first_step_can_t_be_retried() -> None:
     detail = now(history.store.load_run("r"))
     failed = replace(detail, run=replace(detail.run, status=RunStatus.FAILED), steps=())
     with pytest.raises(InvalidTransition, match="dispatch it again"):
-        ledger.resume(failed, Changes(), now=0.0, inline_bytes=INLINE)
+        interventions.resume(failed, Changes(), now=0.0, inline_bytes=INLINE)
 
 
 @given(
@@ -296,7 +296,7 @@ def test_only_what_was_denied_is_done_anew() -> None:
         "question Delete it! Really?!token": b'"c"',
         "question Delete itself": given,
     }
-    assert set(ledger.done_anew({**mine, **others})) == mine.keys() - {"pay!begun"}
+    assert set(interventions.done_anew({**mine, **others})) == mine.keys() - {"pay!begun"}
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_an_answer_is_the_same_as_json(first: bytes, second: bytes, same: bool) 
     """What an answer says decides, not how it is written: true is no 1."""
     request = Request("q", "r", "s", "question", "Which?", b"{}", answer=first)
     if same:
-        assert not ledger.answers("q", request, second)
+        assert not interventions.answers("q", request, second)
     else:
         with pytest.raises(InvalidTransition, match="has been answered already"):
-            ledger.answers("q", request, second)
+            interventions.answers("q", request, second)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
-from paigeant import ledger
+from paigeant import folding
 from paigeant.cli import console, usage, waiting
 from paigeant.identity import Mandate
 from paigeant.run import result_of, usage_of
@@ -191,7 +191,7 @@ def _row(row: StepRecord, now: float) -> list[RenderableType]:
 def _to_come(detail: RunDetail) -> list[list[RenderableType]]:
     if detail.run.completed_at is not None:
         return []
-    slip, _ = ledger.fold(detail, inline_bytes=0)
+    slip, _ = folding.fold(detail, inline_bytes=0)
     there = {row.step for row in detail.steps if row.phase is Phase.DO}
     left = [step for step in slip.itinerary if step.id not in there] if slip.ending is None else []
     return [

@@ -14,7 +14,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from paigeant import ledger
+from paigeant import folding
 from paigeant.clock import SystemClock
 from paigeant.demo.pipeline import WORKFLOW
 from paigeant.slip import StepStatus
@@ -59,7 +59,7 @@ def lines_of(
     detail: RunDetail, workers: dict[int, _Seen], made: Mapping[str, int], *, now: float
 ) -> list[Line]:
     """The steps of a run, done and to do, in their order. `made`: the model calls of each step."""
-    slip, _ = ledger.fold(detail, inline_bytes=0)
+    slip, _ = folding.fold(detail, inline_bytes=0)
     lines = [_line(row, workers, made, now) for row in detail.steps]
     there = {line.step for line in lines}
     lines += [Line(step.id, step.activity, "planned") for step in slip.itinerary if step.id not in there]

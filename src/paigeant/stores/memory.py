@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from paigeant import codec, ledger
+from paigeant import codec, interventions, ledger
 from paigeant.clock import Clock, SystemClock
 from paigeant.errors import InputInvalid, InvalidTransition, RunConflict, RunNotFound
 from paigeant.identity import GRANT_SIGNAL
@@ -227,7 +227,9 @@ class MemoryStore:
         late = [run.id for run in self._runs.values() if run.deadline is not None and run.deadline <= now]
         for run_id in late[:limit]:
             changes = Changes()
-            status = ledger.expire(self._detail(run_id), changes, now=now, inline_bytes=self.inline_bytes)
+            status = interventions.expire(
+                self._detail(run_id), changes, now=now, inline_bytes=self.inline_bytes
+            )
             if status is not None:
                 expired[run_id] = status
                 self._write(changes)
@@ -278,7 +280,7 @@ class MemoryStore:
     async def cancel_run(self, workflow_id: str, reason: str) -> RunStatus:
         with self._lock:
             changes = Changes()
-            status = ledger.stop(
+            status = interventions.stop(
                 self._detail(workflow_id),
                 RunStatus.CANCELLED,
                 reason,
@@ -295,7 +297,9 @@ class MemoryStore:
         with self._lock:
             changes = Changes()
             detail = self._detail(workflow_id)
-            status = ledger.resume(detail, changes, now=self.clock.now(), inline_bytes=self.inline_bytes)
+            status = interventions.resume(
+                detail, changes, now=self.clock.now(), inline_bytes=self.inline_bytes
+            )
             self._write(changes)
             self._ended.pop(workflow_id, None)
             return status
@@ -420,7 +424,7 @@ class MemoryStore:
                 if row.status is StepStatus.WAITING and GRANT_SIGNAL in from_json(row.waits_for or b"[]")
             ]
             changes = Changes()
-            ledger.grant(workflow_id, waiting, headers, changes, now=now, grace=self.grace)
+            interventions.grant(workflow_id, waiting, headers, changes, now=now, grace=self.grace)
             if headers is not None:
                 signals = self._signals.setdefault(workflow_id, [])
                 signals.append(Signal(GRANT_SIGNAL, b"null", now, sender))
@@ -453,7 +457,7 @@ class MemoryStore:
     async def answer_request(self, request_id: str, answer: bytes, *, sender: str = "") -> Request:
         with self._lock:
             request = await self.load_request(request_id)
-            if ledger.answers(request_id, request, answer):
+            if interventions.answers(request_id, request, answer):
                 assert request is not None, "it can be answered"
                 await self.record_signal(request.workflow_id, request.signal, answer, sender=sender)
             answered = await self.load_request(request_id)
@@ -598,7 +602,7 @@ class MemoryStore:
             del self._steps[key.workflow_id][key]
         for key in changes.renewed:
             units = {name: value for (owner, name), value in self._units.items() if owner == key}
-            for name in ledger.done_anew(units):
+            for name in interventions.done_anew(units):
                 del self._units[key, name]
         for key, patch in changes.steps:
             self._put(replace(self._steps[key.workflow_id][key], **patch))

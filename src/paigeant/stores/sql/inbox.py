@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pydantic_core import from_json
 from sqlalchemy import Text, and_, bindparam, insert, literal, literal_column, or_, select, update
 
-from paigeant import ledger
+from paigeant import interventions, ledger
 from paigeant.due import is_in
 from paigeant.identity import GRANT_SIGNAL
 from paigeant.lane import Tx
@@ -97,7 +97,7 @@ def grant(
 ) -> tuple[list[StepKey], Changes]:
     """The steps that a fresh grant wakes, and what changes with it. Raises InvalidTransition; see `ledger.grant`."""
     waiting, changes = waiting_for(tx, workflow_id, GRANT_SIGNAL), Changes()
-    ledger.grant(workflow_id, waiting, headers, changes, now=tx.now, grace=grace)
+    interventions.grant(workflow_id, waiting, headers, changes, now=tx.now, grace=grace)
     if headers is not None:
         _PUT.each(tx, [(workflow_id, GRANT_SIGNAL, "null", tx.now, sender)])
     return waiting, changes

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Select, and_, bindparam, delete, func, or_, select
 
-from paigeant import ledger
+from paigeant import interventions, ledger
 from paigeant.due import due_steps, is_in, late_runs, orphan_steps, waiting_steps
 from paigeant.heads import heads_of, lock_runs
 from paigeant.lane import Tx, needing
@@ -198,7 +198,7 @@ class SqlLeases(SqlPart):
             if self.database.elapsed() > until:
                 break
             detail = detail_of(tx, run_id, self.inline_bytes)
-            status = ledger.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes)
+            status = interventions.expire(detail, changes, now=tx.now, inline_bytes=self.inline_bytes)
             if status is not None:
                 expired[run_id] = status
                 tx.rings.add("turned")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from paigeant import ledger
+from paigeant import interventions
 from paigeant.errors import InvalidTransition, PaigeantError, RequestNotFound, RunNotFound
 from paigeant.heads import lock_runs
 from paigeant.lane import Tx, needing
@@ -117,7 +117,7 @@ class SqlOutside(SqlPart):
         found = inbox.requests_of(tx, request_id=request_id)
         request = found[0] if found else None
         try:
-            if not ledger.answers(request_id, request, answer):
+            if not interventions.answers(request_id, request, answer):
                 return found[0]
         except PaigeantError as exc:
             return exc

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from sqlalchemy import delete
 
-from paigeant import ledger
+from paigeant import interventions
 from paigeant.database import Database
 from paigeant.errors import PaigeantError
 from paigeant.heads import lock_runs
@@ -76,7 +76,7 @@ class SqlPart:
             self.outbox.post(tx, postings)
 
     def _forget_waits(self, tx: Tx, key: StepKey) -> None:
-        gone = ledger.done_anew(units_of(tx, key))
+        gone = interventions.done_anew(units_of(tx, key))
         if gone:
             of = step_units.c
             its = (of.workflow_id == key.workflow_id, of.step == key.step, of.phase == key.phase)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Select, Text, and_, cast, delete, func, insert, or_, select
 
-from paigeant import ledger
+from paigeant import interventions, ledger
 from paigeant.database import Database
 from paigeant.errors import PaigeantError, RunConflict
 from paigeant.heads import foreseen_heads, heads_of, lock_runs
@@ -268,7 +268,9 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
     def _cancel(self, tx: Tx, requests: Sequence[tuple[str, str]]) -> list[RunStatus | PaigeantError]:
         def stop(reason: str, detail: RunDetail, changes: Changes) -> RunStatus:
             limit = self.inline_bytes
-            return ledger.stop(detail, RunStatus.CANCELLED, reason, changes, now=tx.now, inline_bytes=limit)
+            return interventions.stop(
+                detail, RunStatus.CANCELLED, reason, changes, now=tx.now, inline_bytes=limit
+            )
 
         return [self._turn(tx, run_id, partial(stop, reason)) for run_id, reason in requests]
 
@@ -278,7 +280,7 @@ class SqlStore(SqlValues, SqlOutside, SqlHistory, SqlLeases):
 
     @needing(lock_runs, lambda workflow_id: (workflow_id,))
     def _retry(self, tx: Tx, requests: Sequence[str]) -> list[RunStatus | PaigeantError]:
-        resume = partial(ledger.resume, now=tx.now, inline_bytes=self.inline_bytes)
+        resume = partial(interventions.resume, now=tx.now, inline_bytes=self.inline_bytes)
         return [self._turn(tx, run_id, resume) for run_id in requests]
 
     def _turn(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import pytest_asyncio
 
-from paigeant import ledger
+from paigeant import folding
 from paigeant.slip import Phase, RoutingSlip, RunStatus, Step, StepStatus
 from paigeant.store import (
     ClaimRequest,
@@ -39,7 +39,7 @@ def run(run_id: str = "r", *steps: str, workflow: str = "w", **fields: Any) -> R
         "trace_id": "t",
         "headers": {"traceparent": "p"},
     }
-    return RunRecord(id=run_id, workflow=workflow, slip=ledger.pack_slip(slip), **{**values, **fields})
+    return RunRecord(id=run_id, workflow=workflow, slip=folding.pack_slip(slip), **{**values, **fields})
 
 
 def due(step: str = "a", run_id: str = "r", phase: Phase = Phase.DO) -> NextStep:

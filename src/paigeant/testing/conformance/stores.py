@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from pydantic_core import from_json
 
-from paigeant import ledger
+from paigeant import folding
 from paigeant.errors import InvalidTransition, RunConflict, RunNotFound
 from paigeant.slip import Phase, Revision, RunStatus, Step, StepStatus
 from paigeant.store import (
@@ -169,7 +169,7 @@ class StoreConformance(LeaseConformance, WaitConformance, ValueConformance, Hist
         key = await self.start(store)
         grant = await self.claim(store, key)
         self.clock.advance(2)
-        revision = ledger.pack_revision(Revision((Step("c", id="a.1"), Step("b", id="b")), 1))
+        revision = folding.pack_revision(Revision((Step("c", id="a.1"), Step("b", id="b")), 1))
         result = self.ending(
             key,
             grant,
@@ -524,7 +524,7 @@ class StoreConformance(LeaseConformance, WaitConformance, ValueConformance, Hist
         assert (done.status, done.output, done.undo_topic) == (StepStatus.COMPLETED, b'"done"', "undo-a")
         assert (done.created_at, done.completed_at, ready.wake_at) == (now, now, now + self.grace)
         assert {name: from_json(value) for name, value in detail.variables.items()} == {"v": {"k": [1]}}
-        slip, payload = ledger.fold(detail, inline_bytes=100)
+        slip, payload = folding.fold(detail, inline_bytes=100)
         assert (slip.next_step(), payload) == (Step("b", id="b"), {"n": 1, "v": {"k": [1]}, "a": "done"})
         assert [undo.topic for undo in slip.compensations] == ["undo-a"]
         grant = await self.claim(store, StepKey("r", "b"))
