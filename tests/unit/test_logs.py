@@ -677,10 +677,11 @@ def test_a_file_that_is_full_is_put_aside(tmp_path: Path) -> None:
 def test_a_process_that_was_forked_off_writes_its_own_lines(tmp_path: Path) -> None:
     """Not those that its parent is about to write, and it waits for no lock of a thread that it doesn't have."""
     code = """
-import asyncio, io, logging, os, signal, sys, threading
+import asyncio, io, logging, os, signal, sys, threading, warnings
 from paigeant.observer import Event
 from paigeant.observers.logs import LogFile, configure
 
+warnings.simplefilter("ignore")  # Python 3.12 warns of a fork beside threads, in a line that would wait, too
 parent, is_writing, may_go = os.getpid(), threading.Event(), threading.Event()
 
 class Slow(io.StringIO):
