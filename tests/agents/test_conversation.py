@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sqlite3
 from pathlib import Path
@@ -198,7 +199,7 @@ def test_a_conversation_goes_on_from_process_to_process(
     assert sent.stdout == "c\n", sent.stderr
     largest = 0
     for topic in ("cleaner", "decide", "finish", "report", "again"):
-        with sqlite3.connect("paigeant.db") as connection:
+        with contextlib.closing(sqlite3.connect("paigeant.db")) as connection, connection:
             [(size,)] = connection.execute("SELECT max(length(body)) FROM messages")
         connection.close()
         largest = max(largest, size)
@@ -214,7 +215,7 @@ def test_a_conversation_goes_on_from_process_to_process(
     used = {name: step["usage"] and step["usage"]["requests"] for name, step in steps.items()}
     assert used == {"cleaner": 2, "decide": None, "finish": 1, "report": 1, "again": None}
     assert (run["usage"]["requests"], run["usage"]["tool_calls"]) == (4, 2)
-    with sqlite3.connect("paigeant.db") as connection:
+    with contextlib.closing(sqlite3.connect("paigeant.db")) as connection, connection:
         [(stored,)] = connection.execute("SELECT sum(length(value)) FROM step_units")
     connection.close()
     assert stored < 7_000_000  # the tool's record, and the conversation once

@@ -603,7 +603,7 @@ def test_a_signal_that_is_not_json_is_refused() -> None:
 
 def age(id: str, seconds: float) -> None:
     """Have the run be created and ended so many seconds earlier."""
-    with sqlite3.connect("paigeant.db") as connection:
+    with contextlib.closing(sqlite3.connect("paigeant.db")) as connection, connection:
         connection.execute(
             "UPDATE workflow_runs SET created_at = created_at - ?, completed_at = completed_at - ? WHERE id = ?",
             (seconds, seconds, id),
@@ -752,7 +752,7 @@ def test_topics_tell_what_waits() -> None:
 def test_a_topic_is_told_of_although_its_message_is_lost() -> None:
     """The store knows what waits where, whatever the transport still has."""
     paigeant("dispatch", "order", "-", "--handlers", "handlers.py", input=json.dumps(GOOD))
-    with sqlite3.connect("paigeant.db") as connection:
+    with contextlib.closing(sqlite3.connect("paigeant.db")) as connection, connection:
         connection.execute("DELETE FROM messages")
     (topic,) = as_json("topics", "list")
     assert (topic["topic"], topic["waiting"], topic["oldest"], topic["ready"]) == ("reserve", 0, None, 1)
@@ -815,7 +815,7 @@ def test_a_body_that_is_no_text_is_shown_all_the_same() -> None:
 def test_requeueing_sends_the_message_again_and_forgets_the_letter() -> None:
     """A run whose message was lost goes on; the message is the store's, so that it is sent once."""
     paigeant("dispatch", "order", "-", "--handlers", "handlers.py", "--id", "o-1", input=json.dumps(GOOD))
-    with sqlite3.connect("paigeant.db") as connection:
+    with contextlib.closing(sqlite3.connect("paigeant.db")) as connection, connection:
         connection.execute("DELETE FROM messages")
     bury("m-1", message("o-1"))
     assert as_json("dead-letters", "requeue", "m-1")["workflow_id"] == "o-1"
@@ -1162,7 +1162,7 @@ def test_keys_from_the_environment_sign_and_verify(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PAIGEANT_SIGNING", "require")
     monkeypatch.setenv("PAIGEANT_SIGNING_KEYS", ring)
     paigeant("dispatch", "order", "-", "--handlers", "handlers.py", "--id", "o-1", input=json.dumps(GOOD))
-    with sqlite3.connect("paigeant.db") as database:
+    with contextlib.closing(sqlite3.connect("paigeant.db")) as database, database:
         ((wire,),) = database.execute("SELECT body FROM messages").fetchall()
     protected = json.loads(wire.split(b"\n", 1)[0])["jws_signature"].partition("..")[0]
     assert json.loads(base64.urlsafe_b64decode(protected + "=="))["kid"] == kid
@@ -1489,7 +1489,7 @@ def test_current_says_which_database_and_whether_it_fits() -> None:
 
     assert as_json("db", "current")["fits"]
     paigeant("db", "upgrade")
-    with sqlite3.connect("paigeant.db") as connection:
+    with contextlib.closing(sqlite3.connect("paigeant.db")) as connection, connection:
         connection.execute("UPDATE paigeant_version SET version_num = '9999'")
     connection.close()
     result = paigeant("db", "current", code=2)

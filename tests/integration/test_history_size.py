@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import time
@@ -59,7 +60,7 @@ def _fill(url: str) -> None:
             connection.autocommit = True
             connection.execute("VACUUM ANALYZE workflow_runs")
     else:
-        with sqlite3.connect(url.removeprefix("sqlite:///")) as file:
+        with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as file, file:
             file.execute(_SQLITE)
 
 

@@ -29,6 +29,7 @@ from paigeant.observers.logs.sql import SqlLog, latest_lines
 from paigeant.slip import RunStatus
 
 HANDLERS = """
+import contextlib
 import logging
 import os
 import signal
@@ -64,7 +65,7 @@ async def ship() -> None:
 async def die(ctx: StepContext) -> None:
     query = "SELECT count(*) FROM workflow_logs WHERE event = 'step.completed'"
     while ctx.attempt == 1:
-        with sqlite3.connect("paigeant.db") as connection:
+        with contextlib.closing(sqlite3.connect("paigeant.db")) as connection, connection:
             if connection.execute(query).fetchone()[0]:
                 os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.01)

@@ -3,6 +3,7 @@
 import ast
 import asyncio
 import configparser
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -288,7 +289,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_query_works(fence: Fence, database: Path) -> None:
     """A query that is shown runs over the real tables; `-- gives` under it is what it finds in the example."""
     query, _, expected = fence.text.partition("-- gives ")
-    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection, connection:
         found = connection.execute(query).fetchall()
     connection.close()
     if expected:

@@ -26,8 +26,9 @@ from paigeant.transports.redis.place import Place, one_line
 
 __all__ = ["FAILURES", "LOST", "TROUBLE", "explained", "no_memory", "refusal", "told"]
 
-LOST = (Disconnected, OSError, RuntimeError)
-"""What a lost connection raises: a write on one that uvloop has closed is a RuntimeError, and redis-py passes it on."""
+LOST = (Disconnected, OSError, RuntimeError, AttributeError)
+"""What a lost connection raises. A write on one that is closed is a RuntimeError of uvloop's, and an AttributeError of
+asyncio's in Python 3.12 and 3.13.0 to 3.13.5 (github.com/python/cpython/issues/136234); redis-py passes both on."""
 
 TROUBLE = (RedisError, RedisClusterException, *LOST)
 """What redis-py raises."""
