@@ -12,6 +12,8 @@ from paigeant.cli.runs import AsJson
 from paigeant.errors import InputInvalid, nearest
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from paigeant.app import Paigeant
     from paigeant.store import DeadLetter
 
@@ -58,7 +60,7 @@ def list_(
         if json:
             console.value([_summary(letter) for letter in found])
         elif found:
-            rows = [
+            rows: list[list[Text | str]] = [
                 [
                     console.plain(letter.id),
                     console.plain(letter.topic),

@@ -13,6 +13,8 @@ from paigeant.cli.runs import AsJson
 from paigeant.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from paigeant.keys import Key, KeyRing
 
 __all__ = ["app"]
@@ -95,7 +97,7 @@ def list_(file: KeyFile = DEFAULT, json: AsJson = False) -> None:
     if json:
         console.value(_shown(ring))
         return
-    rows = [
+    rows: list[list[Text | str]] = [
         [
             console.plain(key.kid),
             console.plain(key.algorithm),
