@@ -1360,6 +1360,22 @@ def test_init_writes_the_servers_for_local_work() -> None:
     assert "shop/docker-compose.yml are there already" in refused("init", "shop", "--with-services")
 
 
+def test_init_adds_the_servers_to_a_project_that_is_there() -> None:
+    """Its files stay as they are; what names the servers in its settings is told, and works as it stands there."""
+    paigeant("init", "shop")
+    before = Path("shop/paigeant.yaml").read_text()
+    said = paigeant("init", "shop", "--with-services").stderr
+    assert Path("shop/docker-compose.yml").exists()
+    assert Path("shop/paigeant.yaml").read_text() == before
+    told = [line.strip() for line in said.splitlines() if line.startswith("  ")]
+    assert told[2:] == ["cd shop", "docker compose up --detach --wait", "paigeant db upgrade"]
+    urls = yaml.safe_load("\n".join(told[:2]))
+    assert {name: urlsplit(url).scheme for name, url in urls.items()} == {
+        "store_url": "postgresql",
+        "transport_url": "postgresql",
+    }
+
+
 SERVERS = {"postgres": ("postgresql", 5432), "redis": ("redis", 6379), "rabbitmq": ("amqp", 5672)}
 
 
