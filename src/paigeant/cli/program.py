@@ -27,6 +27,9 @@ __all__ = ["app", "exit_code"]
 
 FAILED, WRONG_USE, UNREACHABLE = 1, 2, 3
 
+READER_GONE = 141
+"""As of programs that end by SIGPIPE: it says nothing of a run."""
+
 _COMMANDS = ("init", "run", "dispatch", "logs", "demo")
 _GROUPS = ("runs", "requests", "variables", "topics", "dead-letters", "db", "config", "keys")
 """Each has a module of its name, and stands in the help in this order, behind the commands."""
@@ -74,6 +77,14 @@ class _Program(TyperGroup):
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         self.commands: Any = _Commands()
+
+    def invoke(self, ctx: Any) -> Any:
+        """Do what the command line asks for; when whoever reads the output has gone, as `head` does, do no more."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            _forget_output()
+            raise Exit(READER_GONE) from None
 
     def main(
         self,
