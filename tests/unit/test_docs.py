@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import codeop
 import configparser
 import dataclasses
 import inspect
@@ -250,6 +251,23 @@ async def test_python_runs(
     for block in blocks:
         async with asyncio.timeout(30):
             await run_block(block, names)
+
+
+@pytest.mark.parametrize(
+    "fence",
+    [fence for fence in fences("python") if fence.info != "signatures"],
+    ids=lambda fence: f"{fence.page}:{fence.line}",
+)
+def test_python_can_be_pasted(fence: Fence) -> None:
+    """`python -m asyncio`, which reads line by line, takes each block as it stands."""
+    compiled = codeop.CommandCompiler()
+    compiled.compiler.flags |= ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    statement = ""
+    for line in [*fence.text.splitlines(), ""]:
+        statement += f"{line}\n"
+        if compiled(statement.removesuffix("\n")) is not None:
+            statement = ""
+    assert statement == ""
 
 
 @pytest.mark.parametrize("fence", fences("yaml"), ids=lambda fence: f"{fence.page}:{fence.line}")
