@@ -1539,9 +1539,9 @@ async def test_unknown_names_are_answered_with_the_nearest(settings: Settings) -
             await app.dispatch("fulfil")
 
 
-async def test_a_name_where_no_workflow_is_known_is_told_how_to_be_one() -> None:
+async def test_a_name_where_no_workflow_is_known_is_told_how_to_be_one(settings: Settings) -> None:
     """Whoever has one and dispatches it by its name forgot to say so, or needs no name."""
-    async with MemoryApp(ActivityRegistry()) as app:
+    async with Paigeant(settings) as app:
         with pytest.raises(UnknownWorkflow, match=r"dispatch the Workflow itself, or .*workflows="):
             await app.dispatch("fulfil", {})
 
