@@ -1467,6 +1467,14 @@ def test_every_help_has_an_example(words: tuple[str, ...]) -> None:
     assert f"paigeant {' '.join(words)}" in said.partition("Examples")[2]
 
 
+@pytest.mark.parametrize("words", [(), ("runs",), *commands()], ids=" ".join)
+def test_a_help_shows_what_options_take(words: tuple[str, ...]) -> None:
+    """A flag takes nothing, and so has no type behind it that would have to be given; no other has Python's name."""
+    options = paigeant(*words, "--help").stdout.partition("Options")[2].partition("Examples")[0]
+    assert "--help" in options
+    assert "<" not in options.replace("<=", "")
+
+
 @pytest.mark.parametrize(
     "group", ["runs", "requests", "variables", "topics", "dead-letters", "db", "config", "keys"]
 )

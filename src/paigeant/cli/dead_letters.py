@@ -49,7 +49,7 @@ async def _load(paigeant: Paigeant, id: str) -> DeadLetter:
     "list", epilog=session.examples("paigeant dead-letters list", "paigeant dead-letters list --json")
 )
 def list_(
-    limit: Annotated[int, typer.Option(min=1, max=session.MOST, help="So many at most.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=session.MOST, help="So many at most.", metavar="N")] = 100,
     json: AsJson = False,
 ) -> None:
     """List dead letters, the newest first."""

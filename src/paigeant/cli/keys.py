@@ -132,10 +132,14 @@ def export_jwks(file: KeyFile = DEFAULT) -> None:
 def trust(
     jwks: Annotated[Path, typer.Argument(help="Public keys, see `export-jwks`.", metavar="JWKS.json")],
     dispatch: Annotated[
-        list[str] | None, typer.Option(help="Workflows whose runs they may start; patterns, again for more.")
+        list[str] | None,
+        typer.Option(
+            help="Workflows whose runs they may start; patterns, again for more.", metavar="PATTERN"
+        ),
     ] = None,
     run: Annotated[
-        list[str] | None, typer.Option(help="Topics whose steps they may do; patterns, again for more.")
+        list[str] | None,
+        typer.Option(help="Topics whose steps they may do; patterns, again for more.", metavar="PATTERN"),
     ] = None,
     amend: Annotated[bool, typer.Option("--amend", help="They may send what an operator may.")] = False,
     name: Annotated[str | None, typer.Option(help="Whose they are, for people who read the file.")] = None,

@@ -56,11 +56,12 @@ def logs(
     since: Annotated[
         str | None,
         typer.Option(
-            help="Only lines from then on: an age such as 15m, or an instant such as 2026-01-31T08:00Z."
+            help="Only lines from then on: an age such as 15m, or an instant such as 2026-01-31T08:00Z.",
+            metavar="WHEN",
         ),
     ] = None,
     limit: Annotated[
-        int, typer.Option(min=1, max=session.MOST, help="So many of the newest lines at most.")
+        int, typer.Option(min=1, max=session.MOST, help="So many of the newest lines at most.", metavar="N")
     ] = _PAGE,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False,
 ) -> None:
