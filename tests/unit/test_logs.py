@@ -903,6 +903,32 @@ def test_events_that_nobody_wants_are_not_made() -> None:
     assert not Observers([]).want("step.failed")
 
 
+@pytest.mark.parametrize(
+    ("environ", "is_coloured"),
+    [
+        ({"TERM": "xterm"}, True),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+    ],
+)
+def test_a_terminal_has_colours_unless_its_user_wants_none(
+    environ: dict[str, str], is_coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NO_COLOR is a setting of the user's for all programs, and a dumb terminal would show the codes."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    stream = Terminal()
+    StreamLog(stream, least=0, format="console").write(20, {"level": "info", "event": "told"})
+    assert ("\x1b" in stream.getvalue()) is is_coloured
+
+
 @pytest.mark.parametrize("name", ["event", "text", "exception"])
 def test_no_text_passes_for_a_line_at_the_terminal(name: str) -> None:
     """Line breaks and control characters are written out, and a traceback is indented."""

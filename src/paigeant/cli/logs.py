@@ -244,5 +244,7 @@ class _Printer:
         if self._render is None:
             from paigeant.observers.logs.lines import renderer
 
-            self._render = renderer("console", colors=console.out().is_terminal)
+            out = console.out()
+            colors = out.is_terminal and not out.no_color and not out.is_dumb_terminal
+            self._render = renderer("console", colors=colors)
         return str(self._render({"timestamp": console.local(line.at), **fields}))
