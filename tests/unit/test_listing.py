@@ -40,6 +40,14 @@ def test_a_column_that_may_be_cut_gives_way_first() -> None:
     assert lines(listing(ROW), 100)[1] == f"{'  '.join(ROW[:4])}  the card endi…"
 
 
+def test_dots_are_such_as_the_terminal_has() -> None:
+    """One of another encoding would show the number of the sign in its place."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    Console(file=stream, width=100).print(listing(ROW))
+    stream.seek(0)
+    assert stream.read().splitlines()[1] == f"{'  '.join(ROW[:4])}  the card en..."
+
+
 def test_on_a_narrow_terminal_a_row_goes_on_in_further_lines() -> None:
     """So an id can be copied whole on a terminal of 80 columns, and a state read."""
     assert lines(listing(ROW), 80) == [

@@ -43,10 +43,11 @@ class Listing:
         self._right = {place for place, column in enumerate(columns) if column in right}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        dots = "..." if options.ascii_only else "\u2026"
         widths = self._widths(options.max_width)
         for row in [self._heads, *self._rows]:
             for number, line in enumerate(widths):
-                for text in self._line(console, row, line, further=number > 0):
+                for text in self._line(console, row, line, dots, further=number > 0):
                     if text.plain or number == 0:
                         yield text
 
@@ -78,7 +79,7 @@ class Listing:
             left -= more
 
     def _line(
-        self, console: Console, row: Sequence[Text], widths: Mapping[int, int], *, further: bool
+        self, console: Console, row: Sequence[Text], widths: Mapping[int, int], dots: str, *, further: bool
     ) -> Iterator[Text]:
         if len(widths) == 1:
             [(place, width)] = widths.items()
@@ -87,12 +88,14 @@ class Listing:
             ):  # by itself, and too long for a line
                 yield from (_indented(part, further) for part in _folded(console, row[place], width))
                 return
-        cells = [self._cell(row[place], width, place) for place, width in widths.items()]
+        cells = [self._cell(row[place], width, place, dots) for place, width in widths.items()]
         yield _indented(Text(" " * _BETWEEN).join(cells), further)
 
-    def _cell(self, text: Text, width: int, place: int) -> Text:
+    def _cell(self, text: Text, width: int, place: int, dots: str) -> Text:
         cell = text.copy()
-        cell.truncate(width, overflow="ellipsis")
+        if cell_len(text.plain) > width:
+            cell.truncate(max(width - len(dots), 0), overflow="crop")
+            cell.append(dots[:width])
         blanks = " " * (width - cell_len(cell.plain))
         return Text.assemble(blanks, cell) if place in self._right else Text.assemble(cell, blanks)
 
