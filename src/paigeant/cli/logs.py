@@ -93,7 +93,8 @@ class _Since:
                 return cls(None, session.duration(text, "--since"))
             except ConfigurationError as exc:
                 raise ConfigurationError(
-                    f"{exc}, or an instant such as 2026-01-31T08:00Z (without an offset: local time)"
+                    "--since is an age such as 90s, 15m, 12h, 30d or 2w, or an instant such as 2026-01-31T08:00Z "
+                    f"(without an offset: local time); found {text!r}"
                 ) from exc
         try:
             return cls(instant.astimezone(UTC))
