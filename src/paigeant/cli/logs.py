@@ -89,13 +89,8 @@ class _Since:
         try:
             instant = datetime.fromisoformat(text)
         except ValueError:
-            try:
-                return cls(None, session.duration(text, "--since"))
-            except ConfigurationError as exc:
-                raise ConfigurationError(
-                    "--since is an age such as 90s, 15m, 12h, 30d or 2w, or an instant such as 2026-01-31T08:00Z "
-                    f"(without an offset: local time); found {text!r}"
-                ) from exc
+            other = ", or an instant such as 2026-01-31T08:00Z (without an offset: local time)"
+            return cls(None, session.duration(text, "--since", otherwise=other))
         try:
             return cls(instant.astimezone(UTC))
         except (OverflowError, ValueError) as exc:
