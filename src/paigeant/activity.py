@@ -247,19 +247,15 @@ class ActivityRegistry:
         from paigeant.agents.activity import agent_activity, check_agent  # here, because it loads pydantic-ai
 
         options = _Options(topic, retries, timeout, concurrency, False, _scopes(scopes))
-        called = name or getattr(agent, "name", None)
+        called = name or getattr(agent, "name", None) or ""
         check_agent(
             agent,
-            name=called or "",
+            name=called,
             prompt=prompt,
             message_history=message_history,
             deferred_tool_results=deferred_tool_results,
             may_add=may_add,
         )
-        if not called:
-            raise InvalidDefinition(
-                "the agent has no name; give it one, Agent(..., name='writer'), or pass name="
-            )
         build = functools.partial(
             agent_activity,
             agent,
@@ -509,3 +505,14 @@ def _caller(function: Callable[..., Any]) -> Call:
             return await value if inspect.isawaitable(value) else value
 
     return call
+
+
+if not TYPE_CHECKING:  # which would take any name for one that is here
+
+    def __getattr__(name: str) -> Any:
+        """Nothing; `from paigeant import activity` gives this module, and whoever decorates with it is told of that."""
+        is_of_registries = name in ("execute", "compensate", "agent")
+        hint = "; `activity` is a registry of yours: activity = paigeant.ActivityRegistry()"
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}{hint if is_of_registries else ''}"
+        )

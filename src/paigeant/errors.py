@@ -93,7 +93,9 @@ class UnknownWorkflow(PaigeantError):
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
         self.name = name
-        super().__init__(f"no workflow '{name}' is defined here; {nearest(name, known)}")
+        names = list(known)
+        none = "none is known: dispatch the Workflow itself, or give it to Paigeant(workflows=[...])"
+        super().__init__(f"no workflow '{name}' is defined here; {nearest(name, names) if names else none}")
 
 
 class UnknownActivity(PaigeantError):

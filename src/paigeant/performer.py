@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Coroutine, Generator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from paigeant import codec, condition, host
@@ -460,13 +461,30 @@ def _check_tokenless(context: StepContext, output: bytes, secrets: Sequence[Secr
 
 
 def _log_failure(error: BaseException, ids: Mapping[str, Any], secrets: Sequence[SecretToken]) -> None:
+    told = (type(error), error, _from_the_activity(error))
     if secrets:
-        text = "".join(traceback.format_exception(error))
+        text = "".join(traceback.format_exception(*told))
         shown = masked(text, secrets)
         if shown != text:
             step_log.info("attempt failed, with a token in its error\n%s", shown, extra={STEP_IDS: ids})
             return
-    step_log.info("attempt failed", exc_info=error, extra={STEP_IDS: ids})
+    step_log.info("attempt failed", exc_info=told, extra={STEP_IDS: ids})
+
+
+_BEFORE_ACTIVITIES = frozenset({"paigeant", "concurrent"})
+"""Packages whose functions call an activity, from a thread of its own where it is a plain function."""
+
+
+def _from_the_activity(error: BaseException) -> TracebackType | None:
+    """The traceback from the user's code on, as the way there is always the same; all of it where no such code is."""
+    found = error.__traceback__
+    while found is not None and _package(found) in _BEFORE_ACTIVITIES:
+        found = found.tb_next
+    return found or error.__traceback__
+
+
+def _package(of: TracebackType) -> str:
+    return str(of.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _text(error: BaseException, secrets: Sequence[SecretToken] = ()) -> str:

@@ -388,8 +388,12 @@ def identify(
     entries = [Step(entry) if isinstance(entry, str) else entry for entry in steps]
     for entry in entries:
         if not isinstance(entry, Step):
+            called = getattr(entry, "__name__", None) or getattr(
+                entry, "name", None
+            )  # a function, or an agent
+            hint = f"; write the name of its activity: {called!r}" if isinstance(called, str) else ""
             raise InvalidDefinition(
-                f"an itinerary holds activity names and Steps, found {entry!r} of type {type(entry).__name__}"
+                f"an itinerary holds activity names and Steps, found {entry!r} of type {type(entry).__name__}{hint}"
             )
     used = set(taken)
     for entry in entries:

@@ -348,7 +348,7 @@ async def test_answers_where_nobody_asked_are_an_error() -> None:
             "but no message_history: name the step whose tool calls they answer",
         ),
         ({"deferred_tool_results": 1, "message_history": "a"}, "is the name of a value in the payload"),
-        ({"message_history": "a"}, "a prompt is a text"),
+        ({"message_history": "a"}, "an agent needs a prompt"),
     ],
 )
 def test_wrong_answers_are_refused_when_they_are_registered(options: dict[str, Any], says: str) -> None:

@@ -198,6 +198,23 @@ CASES = [
     ),
     defines("an unknown option", "\n@activity.execute(retry=2)\ndef pay(): ...\n", "TypeError", "'retry'"),
     defines("a workflow without a name", "Workflow('', ['a'])\n", "a workflow needs a name", "''"),
+    defines(
+        "a function for its name",
+        "\n@activity.execute\ndef pay(): ...\nWorkflow('w', [pay])\n",
+        "an itinerary holds activity names and Steps",
+        "write the name of its activity: 'pay'",
+    ),
+    defines(
+        "an agent for its name",
+        "from pydantic_ai import Agent\nWorkflow('w', [Agent(None, name='writer')])\n",
+        "write the name of its activity: 'writer'",
+    ),
+    defines(
+        "our module for a registry",
+        "from paigeant import activity\n@activity.execute()\ndef pay(): ...\n",
+        "'paigeant.activity' has no attribute 'execute'",
+        "activity = paigeant.ActivityRegistry()",
+    ),
     defines("a step that is a number", "Workflow('w', ['a', 5])\n", "workflow 'w'", "found 5 of type int"),
     defines(
         "a name for a list of steps", "Workflow('w', 'abc')\n", "steps of workflow 'w' are a list", "'abc'"

@@ -1085,7 +1085,8 @@ def test_a_missing_library_is_named_with_what_installs_it(
     for name in [name for name in sys.modules if name.startswith(adapters)]:
         # Another import puts the new module into its package, too, where later tests would find it.
         package, _, own = name.rpartition(".")
-        monkeypatch.setattr(sys.modules[package], own, sys.modules[name])
+        if package in sys.modules:  # it isn't where its import broke off, as in another of these tests
+            monkeypatch.setattr(sys.modules[package], own, sys.modules[name])
     for name in [name for name in sys.modules if name.startswith(adapters)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
@@ -1359,6 +1360,22 @@ def test_init_writes_the_servers_for_local_work() -> None:
     assert "shop/docker-compose.yml are there already" in refused("init", "shop", "--with-services")
 
 
+def test_init_adds_the_servers_to_a_project_that_is_there() -> None:
+    """Its files stay as they are; what names the servers in its settings is told, and works as it stands there."""
+    paigeant("init", "shop")
+    before = Path("shop/paigeant.yaml").read_text()
+    said = paigeant("init", "shop", "--with-services").stderr
+    assert Path("shop/docker-compose.yml").exists()
+    assert Path("shop/paigeant.yaml").read_text() == before
+    told = [line.strip() for line in said.splitlines() if line.startswith("  ")]
+    assert told[2:] == ["cd shop", "docker compose up --detach --wait", "paigeant db upgrade"]
+    urls = yaml.safe_load("\n".join(told[:2]))
+    assert {name: urlsplit(url).scheme for name, url in urls.items()} == {
+        "store_url": "postgresql",
+        "transport_url": "postgresql",
+    }
+
+
 SERVERS = {"postgres": ("postgresql", 5432), "redis": ("redis", 6379), "rabbitmq": ("amqp", 5672)}
 
 
@@ -1448,6 +1465,14 @@ def test_every_help_has_an_example(words: tuple[str, ...]) -> None:
     """What a command looks like in use stands at the end of its help."""
     said = paigeant(*words, "--help").stdout
     assert f"paigeant {' '.join(words)}" in said.partition("Examples")[2]
+
+
+@pytest.mark.parametrize("words", [(), ("runs",), *commands()], ids=" ".join)
+def test_a_help_shows_what_options_take(words: tuple[str, ...]) -> None:
+    """A flag takes nothing, and so has no type behind it that would have to be given; no other has Python's name."""
+    options = paigeant(*words, "--help").stdout.partition("Options")[2].partition("Examples")[0]
+    assert "--help" in options
+    assert "<" not in options.replace("<=", "")
 
 
 @pytest.mark.parametrize(

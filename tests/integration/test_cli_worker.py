@@ -364,4 +364,25 @@ def test_a_reader_that_goes_away_is_no_trouble() -> None:
         [*PAIGEANT, "runs", "list", "--json"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
     )
     os.close(write)
-    assert "Traceback" not in result.stderr
+    assert (result.returncode, "Traceback" in result.stderr) == (141, False)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_may_lack_the_signs_that_a_run_has(encoding: str) -> None:
+    """What the encoding has no sign for is written out, as in JSON; the command says all that there is to say."""
+    Path("handlers.py").write_text(HANDLERS)
+    call("dispatch", "where_is", "-", "--handlers", "handlers.py", "--id", "r", input='{"name": "Zoë 漢"}')
+    environ = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding}
+    written = "Zoë 漢".encode(encoding, "backslashreplace").decode(encoding)
+    for more, name in ([], written), (["--json"], "Zoë 漢" if encoding == "utf-8" else "Zo\\u00eb \\u6f22"):
+        command = [*PAIGEANT, "runs", "show", "r", *more]
+        result = subprocess.run(command, capture_output=True, env=environ, check=True)
+        assert f'"name": "{name}"' in result.stdout.decode(encoding)
+
+
+def test_the_module_is_the_program() -> None:
+    """`python -m paigeant` does what `paigeant` does, for whoever doesn't have it on the path."""
+    command = [sys.executable, "-P", "-m", "paigeant", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith(
+        "paigeant 0."
+    )

@@ -1539,6 +1539,13 @@ async def test_unknown_names_are_answered_with_the_nearest(settings: Settings) -
             await app.dispatch("fulfil")
 
 
+async def test_a_name_where_no_workflow_is_known_is_told_how_to_be_one(settings: Settings) -> None:
+    """Whoever has one and dispatches it by its name forgot to say so, or needs no name."""
+    async with Paigeant(settings) as app:
+        with pytest.raises(UnknownWorkflow, match=r"dispatch the Workflow itself, or .*workflows="):
+            await app.dispatch("fulfil", {})
+
+
 async def test_asking_about_no_run_is_an_error(settings: Settings) -> None:
     """Whatever is asked."""
     async with Paigeant(settings) as app:

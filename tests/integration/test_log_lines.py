@@ -283,7 +283,7 @@ async def test_a_text_that_speaks_of_null_characters_is_shown(url: str) -> None:
     ("args", "said"),
     [
         (("--level", "loud"), "no line has the level 'loud'"),
-        (("--since", "soon"), "--since is a number with s, m, h, d or w behind it"),
+        (("--since", "soon"), "(without an offset: local time); found 'soon'"),
         (("--since", "99999999999d"), "--since is 100 years (36500d) at most"),
         (("--since", "0001-01-01T00:00+12:00"), "--since is an instant of the years 1 to 9999"),
         (("--since", "9999-12-31T23:00-12:00"), "--since is an instant of the years 1 to 9999"),

@@ -38,8 +38,9 @@ def install(to: Path) -> dict[str, str]:
 
 def test_the_quickstart_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command does what the text says: a run that completes, and one that is undone and so ends with 1."""
-    first, *rest = quickstart()
-    assert first == "pip install ."
+    environment, installation, *rest = quickstart()
+    assert environment == "python3 -m venv .venv && . .venv/bin/activate"
+    assert installation == "pip install ."
     env = install(tmp_path / "installed")
     project = tmp_path / "project"
     project.mkdir()

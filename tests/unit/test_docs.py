@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import codeop
 import configparser
 import contextlib
 import dataclasses
@@ -27,7 +28,7 @@ from typer.main import get_command
 
 import paigeant
 import paigeant.testing
-from paigeant.cli.program import FAILED, UNREACHABLE, WRONG_USE, app
+from paigeant.cli.program import FAILED, READER_GONE, UNREACHABLE, WRONG_USE, app
 from paigeant.errors import PaigeantError
 from paigeant.message import PaigeantMessage, decode
 from paigeant.observer import Event, EventName
@@ -169,7 +170,7 @@ def test_all_modules_are_described() -> None:
     """The table of modules has each module and folder of the package, and no other."""
     described = {row[0].rstrip("/") for row in rows(section("architecture.md", "Where things live"))}
     there = {path.name for path in SOURCE.iterdir() if path.is_file() or (path / "__init__.py").exists()}
-    assert described == there - {"__init__.py"}
+    assert described == there - {"__init__.py", "__main__.py"}
 
 
 # -- state machines
@@ -251,6 +252,23 @@ async def test_python_runs(
     for block in blocks:
         async with asyncio.timeout(30):
             await run_block(block, names)
+
+
+@pytest.mark.parametrize(
+    "fence",
+    [fence for fence in fences("python") if fence.info != "signatures"],
+    ids=lambda fence: f"{fence.page}:{fence.line}",
+)
+def test_python_can_be_pasted(fence: Fence) -> None:
+    """`python -m asyncio`, which reads line by line, takes each block as it stands."""
+    compiled = codeop.CommandCompiler()
+    compiled.compiler.flags |= ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    statement = ""
+    for line in [*fence.text.splitlines(), ""]:
+        statement += f"{line}\n"
+        if compiled(statement.removesuffix("\n")) is not None:
+            statement = ""
+    assert statement == ""
 
 
 @pytest.mark.parametrize("fence", fences("yaml"), ids=lambda fence: f"{fence.page}:{fence.line}")
@@ -442,7 +460,7 @@ def test_every_command_is_listed() -> None:
 def test_exit_codes_are_listed() -> None:
     """The reference explains each exit code that the program ends with."""
     listed = [int(row[0]) for row in rows(section("reference.md", "Exit codes"))]
-    assert listed == [0, FAILED, WRONG_USE, UNREACHABLE, 130]
+    assert listed == [0, FAILED, WRONG_USE, UNREACHABLE, 130, READER_GONE]
 
 
 def test_every_setting_is_listed() -> None:

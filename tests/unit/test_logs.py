@@ -15,6 +15,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -29,6 +31,7 @@ from paigeant.observers.logs.destinations import StreamLog
 from paigeant.observers.logs.lines import HEADS, fields_of, text_of
 from paigeant.redaction import Redactor
 from paigeant.testing import MemoryApp
+from paigeant.usage import Usage
 
 IDS_IN_ORDER = (
     "workflow_id",
@@ -133,15 +136,41 @@ def test_an_error_stands_in_its_line() -> None:
 
 
 def test_the_console_leaves_out_what_says_nothing() -> None:
-    """At a terminal the worker and ids that repeat another one are left out; run, step, attempt and trace stay."""
+    """At a terminal the worker, the trace and ids that repeat another one are left out; run, step and attempt stay."""
     stream = io.StringIO()
     event = Event(
         "step.completed", "order-1", "fulfil", "reserve", "reserve", 1, "trace", "order-1", "worker-1"
     )
     LogObserver(format="console", stream=stream).observe(event)
     text = stream.getvalue()
-    assert [part for part in ("worker-1", "correlation_id", "activity=") if part in text] == []
-    assert [part for part in ("order-1", "fulfil", "reserve", "attempt=1", "trace") if part not in text] == []
+    assert [part for part in ("worker-1", "correlation_id", "activity=", "trace") if part in text] == []
+    assert [part for part in ("order-1", "fulfil", "reserve", "attempt=1") if part not in text] == []
+
+
+def at_terminal(name: EventName, more: dict[str, Any]) -> str:
+    """What the console says of an event, behind its name."""
+    stream = io.StringIO()
+    LogObserver(format="console", stream=stream).observe(Event(name, more=more))
+    return stream.getvalue().rstrip().partition(name)[2].strip()
+
+
+def test_the_console_tells_in_one_breath_what_agents_used() -> None:
+    """Numbers that are nought and the models are left out; a cost that is known is told."""
+    usage = Usage(2, 0, 112, 14, Decimal("0.0012"), {"test": Usage(2, 0, 112, 14)})
+    assert at_terminal("step.completed", {"usage": usage.as_json()}) == (
+        "usage='2 requests, 112 tokens in, 14 tokens out, $0.0012'"
+    )
+
+
+def test_the_console_shows_values_as_a_person_reads_them() -> None:
+    """Names stand side by side, an instant is a time of this place, and what isn't there isn't told."""
+    until = datetime(2026, 11, 28, 12, 30, tzinfo=UTC)
+    waits = {"waits_for": ["paid", "cancelled"], "until": until.timestamp()}
+    assert at_terminal("step.waiting", waits) == (
+        f"waits_for=paid,cancelled until='{until.astimezone():%Y-%m-%d %H:%M:%S}'"
+    )
+    assert at_terminal("step.waiting", {"waits_for": ["paid"], "until": None}) == "waits_for=paid"
+    assert at_terminal("step.waiting", {"until": 1e18}) == "until=1e+18"
 
 
 def test_users_logging_carries_the_ids_of_the_current_step() -> None:
@@ -474,6 +503,46 @@ async def test_the_traceback_of_an_attempt_has_the_ids_of_its_step() -> None:
     (line,) = [line for line in lines(stream) if "exception" in line]
     assert line["exception"].endswith("RuntimeError: no steam")
     assert (line["workflow_id"], line["step"], line["attempt"]) == (run.id, "break_down", 1)
+
+
+async def tracebacks(activity: ActivityRegistry, steps: list[str]) -> str:
+    """What is logged of the one attempt that fails, with the names of files and functions."""
+    stream = io.StringIO()
+    configured(stream)
+    async with MemoryApp(activity) as app:
+        await app.dispatch(Workflow("shop", steps))
+        await app.drain()
+    (line,) = [line for line in lines(stream) if line["event"] == "attempt failed"]
+    return str(line["exception"])
+
+
+def packs() -> str:
+    """What activities call to fail."""
+    raise RuntimeError("no box")
+
+
+async def test_a_traceback_begins_in_the_activity() -> None:
+    """How the worker got there is the same for all errors, and would only stand before what matters."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def pack() -> str:
+        return packs()
+
+    told = await tracebacks(activity, ["pack"])
+    assert [line.rpartition(" ")[2] for line in told.splitlines() if "File" in line] == ["pack", "packs"]
+
+
+async def test_a_traceback_begins_in_a_plain_function_as_well() -> None:
+    """The thread that it is done in is of no interest either."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    def pack() -> str:
+        return packs()
+
+    told = await tracebacks(activity, ["pack"])
+    assert [line.rpartition(" ")[2] for line in told.splitlines() if "File" in line] == ["pack", "packs"]
 
 
 # -- lines of events
@@ -833,6 +902,32 @@ def test_events_that_nobody_wants_are_not_made() -> None:
     assert not Observers([warnings]).want("step.started")
     assert Observers([warnings]).want("step.failed")
     assert not Observers([]).want("step.failed")
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_coloured"),
+    [
+        ({"TERM": "xterm"}, True),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+    ],
+)
+def test_a_terminal_has_colours_unless_its_user_wants_none(
+    environ: dict[str, str], is_coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NO_COLOR is a setting of the user's for all programs, and a dumb terminal would show the codes."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    stream = Terminal()
+    StreamLog(stream, least=0, format="console").write(20, {"level": "info", "event": "told"})
+    assert ("\x1b" in stream.getvalue()) is is_coloured
 
 
 @pytest.mark.parametrize("name", ["event", "text", "exception"])

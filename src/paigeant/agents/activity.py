@@ -66,6 +66,10 @@ def check_agent(
     """Raise InvalidDefinition for what can be seen to be wrong before anything that annotations name is defined."""
     if not isinstance(agent, AbstractAgent):
         raise InvalidDefinition(f"activity.agent takes a pydantic_ai.Agent, found {agent!r}")
+    if not name:
+        raise InvalidDefinition(
+            "the agent has no name; give it one, Agent(..., name='writer'), or pass name="
+        )
     if message_history is not None and (not isinstance(message_history, str) or not message_history):
         raise InvalidDefinition(
             f"message_history of activity '{name}' is the name of an earlier agent step, found {message_history!r}"
@@ -82,8 +86,11 @@ def check_agent(
                 "they answer"
             )
     try:
-        if prompt is not None or deferred_tool_results is None:  # answers may be all that the model needs
-            Prompt.parse(prompt)  # type: ignore[arg-type]  # says what is wrong with anything that is no text
+        if prompt is None:
+            if deferred_tool_results is None:  # which may be all that the model needs
+                raise InvalidDefinition("an agent needs a prompt, such as prompt='Write to {customer}.'")
+        else:
+            Prompt.parse(prompt)
     except InvalidDefinition as exc:
         raise InvalidDefinition(f"activity '{name}': {exc}") from exc
     check_may_add(name, may_add, agent.output_type)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import os
 import sys
 
@@ -24,7 +25,7 @@ def main() -> None:
 
 
 def _open_streams() -> None:
-    """Have standard streams that lead nowhere in the place of those that a process was started without.
+    """Have standard streams that take any text, and that lead nowhere where a process was started without them.
 
     Whatever is opened first would stand in for them otherwise: what is printed goes there, and uvloop ends the process
     when it closes one.
@@ -34,3 +35,7 @@ def _open_streams() -> None:
             stream = open(os.devnull, mode)  # noqa: SIM115  # for good; it has the lowest number that is free
             os.set_inheritable(stream.fileno(), True)
             setattr(sys, name, stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What a terminal of another encoding has no sign for is written out: a name in a run must not end the command.
+        # Errors are written so by themselves.
+        sys.stdout.reconfigure(errors="backslashreplace")

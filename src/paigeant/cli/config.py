@@ -48,7 +48,7 @@ def show(json: AsJson = False) -> None:
         ]
         for name, value in shown.items()
     ]
-    console.out().print(console.table(["setting", "value", "from", ""], rows, cut=["value", ""]))
+    console.out().print(console.table(["setting", "value", "from", ""], rows, cut=["value"]))
 
 
 class Finding(NamedTuple):

@@ -12,8 +12,10 @@ from paigeant.texts import printable
 from paigeant.urls import scrubbed
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.table import Table
+    from rich.console import Console
+    from rich.text import Text
+
+    from paigeant.cli.listing import Facts, Listing
 
 __all__ = [
     "dollars",
@@ -35,7 +37,7 @@ __all__ = [
     "warn",
 ]
 
-_WIDE = 400
+_WIDE = 1_000_000
 
 
 def _console(stream: TextIO) -> Console:
@@ -99,45 +101,31 @@ def _labelled(label: str, style: str, text: str) -> None:
 
 def table(
     columns: Sequence[str],
-    rows: Iterable[Sequence[RenderableType]],
+    rows: Iterable[Sequence[Text | str]],
     *,
     cut: Sequence[str] = (),
     right: Sequence[str] = (),
-) -> Table:
-    """A table without frames. Where the terminal is too narrow, the columns in `cut` are shortened and no others.
+) -> Listing:
+    """Rows under the names of their columns. Where the terminal is too narrow, those in `cut` are shortened first.
 
     Those in `right` hold numbers, which end in one line.
     """
-    from rich.table import Table
+    from paigeant.cli.listing import Listing
+
+    return Listing(columns, [[_text(cell) for cell in row] for row in rows], cut=cut, right=right)
+
+
+def facts(found: Mapping[str, Text | str]) -> Facts:
+    """Names with their values below each other; long values go on in the next line."""
+    from paigeant.cli.listing import Facts
+
+    return Facts({name: _text(value) for name, value in found.items()})
+
+
+def _text(cell: Text | str) -> Text:
     from rich.text import Text
 
-    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
-        # What can't be wrapped isn't narrowed as long as there is a column that can: its texts forbid it themselves.
-        made.add_column(
-            column,
-            no_wrap=column not in cut,
-            overflow="ellipsis" if column in cut else "fold",
-            justify="right" if column in right else "left",
-        )
-    for row in rows:
-        for column, cell in zip(columns, row, strict=True):
-            if column in cut and isinstance(cell, Text):
-                cell.no_wrap, cell.overflow = True, "ellipsis"
-        made.add_row(*row)
-    return made
-
-
-def facts(found: Mapping[str, RenderableType]) -> Table:
-    """Names with their values below each other; long values go on in the next line."""
-    from rich.table import Table
-
-    made = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    made.add_column(style="bold", no_wrap=True)
-    made.add_column(overflow="fold")
-    for name, value in found.items():
-        made.add_row(name, value)
-    return made
+    return Text(cell) if isinstance(cell, str) else cell
 
 
 # -- values for people
@@ -156,14 +144,14 @@ STYLES = {
 }
 
 
-def status(word: str) -> RenderableType:
+def status(word: str) -> Text:
     """A status in its colour."""
     from rich.text import Text
 
     return Text(word, style=STYLES.get(word, ""))
 
 
-def plain(text: str | None, style: str = "") -> RenderableType:
+def plain(text: str | None, style: str = "") -> Text:
     """A text that isn't markup, on one line, and that does nothing to the terminal."""
     from rich.text import Text
 

@@ -12,6 +12,8 @@ from paigeant.cli.runs import AsJson
 from paigeant.errors import InputInvalid, nearest
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from paigeant.app import Paigeant
     from paigeant.store import DeadLetter
 
@@ -47,7 +49,7 @@ async def _load(paigeant: Paigeant, id: str) -> DeadLetter:
     "list", epilog=session.examples("paigeant dead-letters list", "paigeant dead-letters list --json")
 )
 def list_(
-    limit: Annotated[int, typer.Option(min=1, max=session.MOST, help="So many at most.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=session.MOST, help="So many at most.", metavar="N")] = 100,
     json: AsJson = False,
 ) -> None:
     """List dead letters, the newest first."""
@@ -58,7 +60,7 @@ def list_(
         if json:
             console.value([_summary(letter) for letter in found])
         elif found:
-            rows = [
+            rows: list[list[Text | str]] = [
                 [
                     console.plain(letter.id),
                     console.plain(letter.topic),

@@ -59,7 +59,9 @@ def demo(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the brief, the database and the logs go.")
     ] = Path(),
-    words: Annotated[int, typer.Option(min=20, help="The most words that the brief may have.")] = 200,
+    words: Annotated[
+        int, typer.Option(min=20, help="The most words that the brief may have.", metavar="N")
+    ] = 200,
     kill: Annotated[
         bool, typer.Option("--kill/--no-kill", help="Whether the worker is killed in the middle.")
     ] = True,

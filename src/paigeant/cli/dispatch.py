@@ -63,6 +63,7 @@ def dispatch(
         list[str] | None,
         typer.Option(
             help="File or module that defines the workflow; default: `handlers` of paigeant.yaml.",
+            metavar="FILE",
             autocompletion=session.complete("*.py"),
         ),
     ] = None,
@@ -96,7 +97,7 @@ def dispatch(
         bool, typer.Option("--wait", help="Wait until the run has ended; exit code 1 if it failed.")
     ] = False,
     timeout: Annotated[
-        float | None, typer.Option(min=0, help="Seconds to wait at most; the run goes on.")
+        float | None, typer.Option(min=0, help="Seconds to wait at most; the run goes on.", metavar="N")
     ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print JSON: the id, or with --wait the whole run.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ import typer
 
 from paigeant.cli import console, session
 from paigeant.errors import ConfigurationError
+from paigeant.extras import how_to_install
 
 __all__ = ["FILES", "SERVICES", "register"]
 
@@ -39,14 +42,44 @@ def init(
         ),
     ] = False,
 ) -> None:
-    """Write paigeant.yaml, handlers.py and input.json, which run as they are. Nothing is overwritten."""
+    """Write paigeant.yaml, handlers.py and input.json, which run as they are. Nothing is overwritten.
+
+    In a folder that has a paigeant.yaml, --with-services writes docker-compose.yml alone.
+    """
+    if with_services and (folder / FILES[0]).is_file() and not any(map(_is_there, _paths(folder, SERVICES))):
+        _write(folder, SERVICES, with_services)
+        console.note(f"wrote {', '.join(map(str, _paths(folder, SERVICES)))}\n", markup=False)
+        console.note(
+            f"To use these servers, have in {folder / FILES[0]}, which stays as it is:", markup=False
+        )
+        _tell(_urls())
+        console.note("\nNext:")
+        _tell([*_first(folder), *_services()])
+        return
     names = [*FILES, *SERVICES] if with_services else [*FILES]
-    there = [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
+    there = [path for path in _paths(folder, names) if _is_there(path)]
     if there:
         raise ConfigurationError(
-            f"{', '.join(str(folder / name) for name in there)} {'is' if len(there) == 1 else 'are'} there already, "
+            f"{', '.join(map(str, there))} {'is' if len(there) == 1 else 'are'} there already, "
             "and nothing was written; name another folder: paigeant init DIR"
         )
+    _write(folder, names, with_services)
+    console.note(f"wrote {', '.join(map(str, _paths(folder, names)))}\n", markup=False)
+    console.note("Next:")
+    _tell([*_first(folder), *(_services() if with_services else []), "paigeant run"])
+    console.note("and in another terminal" + (", there too:" if _first(folder) else ":"))
+    _tell(["paigeant dispatch fulfil_order input.json --wait"])
+
+
+def _paths(folder: Path, names: Iterable[str]) -> list[Path]:
+    return [folder / name for name in names]
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _write(folder: Path, names: Iterable[str], with_services: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
@@ -56,14 +89,30 @@ def init(
         raise ConfigurationError(f"{folder} is no folder; name one, or a new one: paigeant init DIR") from exc
     except OSError as exc:
         raise ConfigurationError(f"can't write to {folder}: {exc.strerror}") from exc
-    console.note(f"wrote {', '.join(str(folder / name) for name in names)}\n", markup=False)
-    steps = [] if folder.resolve() == Path.cwd() else [f"cd {shlex.quote(str(folder))}"]
-    first = ["docker compose up --detach --wait", "paigeant db upgrade"] if with_services else []
-    console.note("Next:")
-    for line in [*steps, *first, "paigeant run"]:
-        console.note(f"  [bold cyan]{line}[/]")
-    console.note("and in another terminal" + (", there too:" if steps else ":"))
-    console.note("  [bold cyan]paigeant dispatch fulfil_order input.json --wait[/]")
+
+
+def _first(folder: Path) -> list[str]:
+    """How to get to the folder."""
+    return [] if folder.resolve() == Path.cwd() else [f"cd {shlex.quote(str(folder))}"]
+
+
+def _services() -> list[str]:
+    """How to get the servers, and what is needed to speak to them."""
+    library = [] if find_spec("psycopg") else [how_to_install("postgres")]
+    return [*library, "docker compose up --detach --wait", "paigeant db upgrade"]
+
+
+def _urls() -> list[str]:
+    """The settings that name the servers, as lines of paigeant.yaml."""
+    lines = _template(FILES[0], True).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.startswith(("store_url:", "transport_url:"))]
+
+
+def _tell(lines: Iterable[str]) -> None:
+    from rich.markup import escape
+
+    for line in lines:
+        console.note(f"  [bold cyan]{escape(line)}[/]")
 
 
 def _template(name: str, with_services: bool) -> Path:

@@ -13,6 +13,8 @@ from paigeant.cli.runs import AsJson
 from paigeant.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from paigeant.keys import Key, KeyRing
 
 __all__ = ["app"]
@@ -95,7 +97,7 @@ def list_(file: KeyFile = DEFAULT, json: AsJson = False) -> None:
     if json:
         console.value(_shown(ring))
         return
-    rows = [
+    rows: list[list[Text | str]] = [
         [
             console.plain(key.kid),
             console.plain(key.algorithm),
@@ -130,10 +132,14 @@ def export_jwks(file: KeyFile = DEFAULT) -> None:
 def trust(
     jwks: Annotated[Path, typer.Argument(help="Public keys, see `export-jwks`.", metavar="JWKS.json")],
     dispatch: Annotated[
-        list[str] | None, typer.Option(help="Workflows whose runs they may start; patterns, again for more.")
+        list[str] | None,
+        typer.Option(
+            help="Workflows whose runs they may start; patterns, again for more.", metavar="PATTERN"
+        ),
     ] = None,
     run: Annotated[
-        list[str] | None, typer.Option(help="Topics whose steps they may do; patterns, again for more.")
+        list[str] | None,
+        typer.Option(help="Topics whose steps they may do; patterns, again for more.", metavar="PATTERN"),
     ] = None,
     amend: Annotated[bool, typer.Option("--amend", help="They may send what an operator may.")] = False,
     name: Annotated[str | None, typer.Option(help="Whose they are, for people who read the file.")] = None,

@@ -56,11 +56,12 @@ def logs(
     since: Annotated[
         str | None,
         typer.Option(
-            help="Only lines from then on: an age such as 15m, or an instant such as 2026-01-31T08:00Z."
+            help="Only lines from then on: an age such as 15m, or an instant such as 2026-01-31T08:00Z.",
+            metavar="WHEN",
         ),
     ] = None,
     limit: Annotated[
-        int, typer.Option(min=1, max=session.MOST, help="So many of the newest lines at most.")
+        int, typer.Option(min=1, max=session.MOST, help="So many of the newest lines at most.", metavar="N")
     ] = _PAGE,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")] = False,
 ) -> None:
@@ -88,12 +89,8 @@ class _Since:
         try:
             instant = datetime.fromisoformat(text)
         except ValueError:
-            try:
-                return cls(None, session.duration(text, "--since"))
-            except ConfigurationError as exc:
-                raise ConfigurationError(
-                    f"{exc}, or an instant such as 2026-01-31T08:00Z (without an offset: local time)"
-                ) from exc
+            other = ", or an instant such as 2026-01-31T08:00Z (without an offset: local time)"
+            return cls(None, session.duration(text, "--since", otherwise=other))
         try:
             return cls(instant.astimezone(UTC))
         except (OverflowError, ValueError) as exc:
@@ -243,5 +240,7 @@ class _Printer:
         if self._render is None:
             from paigeant.observers.logs.lines import renderer
 
-            self._render = renderer("console", colors=console.out().is_terminal)
+            out = console.out()
+            colors = out.is_terminal and not out.no_color and not out.is_dumb_terminal
+            self._render = renderer("console", colors=colors)
         return str(self._render({"timestamp": console.local(line.at), **fields}))

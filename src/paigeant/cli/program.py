@@ -27,6 +27,9 @@ __all__ = ["app", "exit_code"]
 
 FAILED, WRONG_USE, UNREACHABLE = 1, 2, 3
 
+READER_GONE = 141
+"""As of programs that end by SIGPIPE: it says nothing of a run."""
+
 _COMMANDS = ("init", "run", "dispatch", "logs", "demo")
 _GROUPS = ("runs", "requests", "variables", "topics", "dead-letters", "db", "config", "keys")
 """Each has a module of its name, and stands in the help in this order, behind the commands."""
@@ -67,13 +70,46 @@ def _made(name: str) -> Any:
         module.register(part)
     else:
         part.add_typer(module.app, name=name)
-    return get_group(part).commands[name]
+    made = get_group(part).commands[name]
+    _show_values(made)
+    return made
+
+
+_HELP = ["-h", "--help"]
+
+
+def _show_values(command: Any) -> None:
+    """Have the help of a command, and of those below it, show what an option takes: `--wait`, `--step STEP`.
+
+    By itself it shows Python's types, such as `--wait <bool>`: as if that took a value.
+    """
+    for parameter in command.get_params(typer.Context(command, help_option_names=_HELP)):
+        if parameter.param_type_name == "option" and parameter.metavar is None:
+            longest = max(parameter.opts, key=len).lstrip("-").upper()
+            parameter.metavar = "" if parameter.is_flag else longest
+    for each in getattr(command, "commands", {}).values():
+        _show_values(each)
 
 
 class _Program(TyperGroup):
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
         self.commands: Any = _Commands()
+
+    def get_params(self, ctx: Any) -> Any:
+        """The options of the program itself, which are flags: they take no value, and their help shows none."""
+        params = super().get_params(ctx)
+        for option in params:
+            option.metavar = ""
+        return params
+
+    def invoke(self, ctx: Any) -> Any:
+        """Do what the command line asks for; when whoever reads the output has gone, as `head` does, do no more."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            _forget_output()
+            raise Exit(READER_GONE) from None
 
     def main(
         self,
@@ -149,7 +185,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": _HELP},
     epilog="Start with [bold]paigeant init[/], see it at work with [bold]paigeant demo[/].",
 )
 

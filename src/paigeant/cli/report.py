@@ -16,6 +16,7 @@ from paigeant.store import Request, RunDetail, RunRecord, StepRecord
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 __all__ = ["as_json", "as_row", "as_tables", "summary"]
 
@@ -79,7 +80,7 @@ def summary(run: RunRecord) -> dict[str, Any]:
     }
 
 
-def as_row(run: RunRecord) -> list[RenderableType]:
+def as_row(run: RunRecord) -> list[Text | str]:
     """The run as a row of a listing: id, workflow, status, when it was created, how long it took, error."""
     took = None if run.completed_at is None else run.completed_at - run.created_at
     return [
@@ -105,7 +106,7 @@ def as_tables(
     run = detail.run
     took = console.seconds((run.completed_at or now) - run.created_at)
     output = result_of(detail).output
-    found: dict[str, RenderableType] = {
+    found: dict[str, Text | str] = {
         "run": console.plain(run.id),
         "workflow": console.plain(run.workflow),
         "status": console.status(run.status),
@@ -171,7 +172,7 @@ def _undo(row: StepRecord, units: usage.Units | None) -> dict[str, Any]:
     }
 
 
-def _row(row: StepRecord, now: float) -> list[RenderableType]:
+def _row(row: StepRecord, now: float) -> list[Text | str]:
     undo = row.phase is Phase.UNDO
     took = None if row.started_at is None else (row.completed_at or now) - row.started_at
     if row.error:
@@ -188,7 +189,7 @@ def _row(row: StepRecord, now: float) -> list[RenderableType]:
     ]
 
 
-def _to_come(detail: RunDetail) -> list[list[RenderableType]]:
+def _to_come(detail: RunDetail) -> list[list[Text | str]]:
     if detail.run.completed_at is not None:
         return []
     slip, _ = folding.fold(detail, inline_bytes=0)

@@ -38,7 +38,7 @@ def list_(
         bool, typer.Option("--all", help="Also those that are answered, or that nobody waits for any more.")
     ] = False,
     run: Annotated[str | None, typer.Option(help="Only those of this run.", metavar="ID")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=session.MOST, help="So many at most.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, max=session.MOST, help="So many at most.", metavar="N")] = 100,
     json: AsJson = False,
 ) -> None:
     """List what runs ask and still wait for, the oldest first."""

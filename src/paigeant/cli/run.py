@@ -60,10 +60,14 @@ def run(
     ] = None,
     topics: Annotated[
         list[str] | None,
-        typer.Option(help="Serve only these topics (several with commas, or the option again)."),
+        typer.Option(
+            help="Serve only these topics (several with commas, or the option again).", metavar="TOPIC"
+        ),
     ] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Steps at once in each process.")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="Worker processes.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Steps at once in each process.", metavar="N")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Worker processes.", metavar="N")] = None,
     until_idle: Annotated[bool, typer.Option("--until-idle", help="End when no step is left to do.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse workflows with activities that no handler defines.")
@@ -71,7 +75,10 @@ def run(
     metrics_port: Annotated[
         int | None,
         typer.Option(
-            min=0, max=65535, help="Serve /metrics, /live and /ready there, further processes behind it."
+            min=0,
+            max=65535,
+            help="Serve /metrics, /live and /ready there, further processes behind it.",
+            metavar="PORT",
         ),
     ] = None,
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,

@@ -48,7 +48,7 @@ def list_(
         str | None, typer.Option(help="Only runs in this state, such as failed.", autocompletion=_statuses)
     ] = None,
     workflow: Annotated[str | None, typer.Option(help="Only runs of this workflow.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=session.MOST, help="So many at most.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, max=session.MOST, help="So many at most.", metavar="N")] = 50,
     json: AsJson = False,
 ) -> None:
     """List runs, the newest first."""

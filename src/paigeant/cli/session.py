@@ -149,12 +149,16 @@ MOST = 1_000_000_000
 _LONGEST = 100 * 365 * 86400.0
 
 
-def duration(text: str, what: str) -> float:
-    """The seconds in a time span such as 30d, up to 100 years. Raises ConfigurationError."""
+def duration(text: str, what: str, *, otherwise: str = "") -> float:
+    """The seconds in a time span such as 30d, up to 100 years. Raises ConfigurationError.
+
+    `otherwise` says what else may stand there.
+    """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhdw])", text.strip(), flags=re.ASCII)
     if found is None:
         raise ConfigurationError(
-            f"{what} is a number with s, m, h, d or w behind it, such as 90s, 15m, 12h, 30d or 2w; found {text!r}"
+            f"{what} is a number with s, m, h, d or w behind it, such as 90s, 15m, 12h, 30d or 2w{otherwise}; "
+            f"found {text!r}"
         )
     seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
     if seconds > _LONGEST:  # beyond which dates end, sooner or later

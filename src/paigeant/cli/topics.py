@@ -10,6 +10,8 @@ from paigeant.cli import console, session
 from paigeant.cli.runs import AsJson
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from paigeant.app import Paigeant
 
 __all__ = ["app"]
@@ -45,7 +47,7 @@ def list_(json: AsJson = False) -> None:
     if json:
         console.value([topic._asdict() for topic in found])
     elif found:
-        rows = [
+        rows: list[list[Text | str]] = [
             [
                 console.plain(topic.topic),
                 str(topic.waiting),

@@ -14,6 +14,7 @@ from paigeant.usage import Usage
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 __all__ = ["Units", "step_as_json", "tables_of", "units_as_json"]
 
@@ -61,12 +62,12 @@ def tables_of(detail: RunDetail, units: Units | None) -> list[RenderableType]:
     return tables
 
 
-def _numbers(used: Usage) -> list[RenderableType]:
+def _numbers(used: Usage) -> list[Text | str]:
     counts = (used.requests, used.tool_calls, used.input_tokens, used.output_tokens)
     return [*(f"{count:,}" for count in counts), console.dollars(used.cost)]
 
 
-def _unit(key: StepKey, name: str, record: bytes) -> list[RenderableType]:
+def _unit(key: StepKey, name: str, record: bytes) -> list[Text | str]:
     used = Usage.stamped(record) or Usage()
     tokens = f"{used.input_tokens + used.output_tokens:,}" if used.requests else ""
     size = console.size(len(record))

@@ -15,6 +15,7 @@ from paigeant.store import REQUEST_SIGNAL, Request, Signal, StepRecord
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 __all__ = [
     "COLUMNS",
@@ -62,7 +63,7 @@ def request_as_json(request: Request) -> dict[str, Any]:
     }
 
 
-def rows_of(requests: Iterable[Request], now: float) -> list[list[RenderableType]]:
+def rows_of(requests: Iterable[Request], now: float) -> list[list[Text | str]]:
     """Requests as rows of a listing: id, kind, what is asked, run, step, since when, until when."""
     return [
         [
@@ -78,9 +79,9 @@ def rows_of(requests: Iterable[Request], now: float) -> list[list[RenderableType
     ]
 
 
-def facts_of(request: Request) -> dict[str, RenderableType]:
+def facts_of(request: Request) -> dict[str, Text | str]:
     """A request whole, by the names of its parts."""
-    found: dict[str, RenderableType] = {
+    found: dict[str, Text | str] = {
         "id": console.plain(request.id),
         "kind": console.plain(request.kind),
         "run": console.plain(request.workflow_id),

@@ -154,7 +154,7 @@ class StreamLog(_TextLog):
         self._stream = stream
         self._turns = _Turns(stream) if shared else None
         self._is_json = format == "json"
-        self._render = renderer(format, colors=stream.isatty())
+        self._render = renderer(format, colors=_takes_colors(stream))
 
     def _begin_anew(self) -> None:
         super()._begin_anew()
@@ -220,6 +220,11 @@ class _Turns:
             import fcntl
 
             fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+def _takes_colors(stream: TextIO) -> bool:
+    """Whether it is a terminal that shows colours, whose user wants them (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class LogFile(_TextLog):

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from paigeant.clock import as_datetime
 from paigeant.errors import ConfigurationError
 from paigeant.observer import CURRENT, STEP_IDS, Event, EventName
 from paigeant.redaction import Redactor
@@ -329,15 +330,46 @@ def _unforged(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _brief(fields: dict[str, Any]) -> dict[str, Any]:
     """Without what a person at a terminal can do without: what says nothing that another field doesn't say."""
+    fields = {name: value for name, value in fields.items() if value is not None}
     _drop_equal(fields, "correlation_id", "workflow_id")
     _drop_equal(fields, "activity", "step")
+    if "workflow_id" in fields:
+        fields.pop("trace_id", None)  # each run has its own, and 32 digits tell a person nothing
     if "step" in fields:
         fields.pop("worker", None)
     if fields.get("event") == "worker.started":
         fields.pop("topics", None)  # the command has told them
     if isinstance(fields.get("seconds"), float):
         fields["seconds"] = round(fields["seconds"], 3)
+    if fields.get("event") == "step.waiting" and isinstance(until := fields.get("until"), float):
+        fields["until"] = _local(until)
+    if isinstance(usage := fields.get("usage"), Mapping):
+        fields["usage"] = _used(usage)
+    for name, value in fields.items():
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            fields[name] = ",".join(value)
     return fields
+
+
+def _local(instant: float) -> str:
+    try:
+        moment = as_datetime(instant)
+        return "" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
+    except (OSError, OverflowError, ValueError):  # no date that this place has
+        return str(instant)
+
+
+def _used(usage: Mapping[str, Any]) -> str:
+    """What a step used, in one breath; which models took it is left to `paigeant runs show`."""
+    cost = usage.get("cost")
+    parts = [
+        (usage.get("requests"), "requests"),
+        (usage.get("tool_calls"), "tool calls"),
+        (usage.get("input_tokens"), "tokens in"),
+        (usage.get("output_tokens"), "tokens out"),
+    ]
+    told = [f"{count} {what}" for count, what in parts if count]
+    return ", ".join(told if cost is None else [*told, f"${cost}"])
 
 
 def _drop_equal(fields: dict[str, Any], name: str, other: str) -> None:
