@@ -431,6 +431,15 @@ async def test_a_shared_connection_that_answers_nothing_is_opened_anew(
             await asyncio.to_thread(server.ctl, "eval", f"[sys:resume(Pid) || {pids}].")
 
 
+async def test_queues_that_two_declare_at_the_same_moment_take_their_first_messages(
+    rabbitmq_url: str,
+) -> None:
+    """RabbitMQ refuses what comes to a quorum queue before that has begun, which only the first of them waits for."""
+    async with opened(rabbitmq_url) as one, opened(rabbitmq_url, one.queues.namespace) as other:
+        for number in range(80):
+            await asyncio.gather(*(each.publish(f"work-{number}", message("m")) for each in (one, other)))
+
+
 async def test_wait_queues_that_are_over_are_forgotten(
     rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import re
 import time
 from collections.abc import Collection
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from aio_pika.abc import AbstractChannel
@@ -42,7 +43,18 @@ _MOST_DECLARING = 50
 _GIVEN_UP_SECONDS = 1.0
 """After this time it tells against a channel that what was given up on it is still unconfirmed."""
 
+_FRESH_SECONDS = 5.0
+_STARTING_SECONDS = 0.2
+"""A quorum queue that two declare at the same moment is there for the second before it takes messages: what it refuses
+so soon is sent to it again a moment later."""
+
 _WHEN_LOST = "when a queue doesn't recover, delete it (rabbitmqctl delete_queue {}): it is declared anew"
+
+
+class _Declared(NamedTuple):
+    at: float
+    until: float
+    """Until when it is sure that the queue is there."""
 
 
 class Publisher:
@@ -54,8 +66,8 @@ class Publisher:
         self._outlet: Outlet | None = None
         self._confirmed_at = 0.0
         self._single = Single(self._open)
-        self._declared: dict[str, float] = {}
-        """The queues that are there, and until when that is sure, as far as `_connection` knows."""
+        self._declared: dict[str, _Declared] = {}
+        """The queues that are there, as far as `_connection` knows."""
         self._connection: Connection | None = None
         self._declaring: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._places = asyncio.Semaphore(_MOST_DECLARING)
@@ -116,6 +128,10 @@ class Publisher:
             await asyncio.sleep(DELETED_SECONDS)
             return False
         except DeliveryError as exc:
+            declared = self._declared.get(queue.name)
+            if again and declared is not None and time.monotonic() - declared.at < _FRESH_SECONDS:
+                await asyncio.sleep(_STARTING_SECONDS)
+                return False
             raise TopicUnavailable(
                 f"RabbitMQ at {place(self._link.url)} refuses a message for the queue '{queue.name}'; "
                 "it is full (max-length of a policy), or not enough of its replicas are there; "
@@ -205,13 +221,14 @@ class Publisher:
                     self._remember(queue)
 
     def _is_there(self, queue: Queue) -> bool:
-        return self._declared.get(queue.name, 0.0) > time.monotonic()
+        declared = self._declared.get(queue.name)
+        return declared is not None and declared.until > time.monotonic()
 
     def _remember(self, queue: Queue) -> None:
         now = time.monotonic()
         # Each hour has wait queues of its own, for each topic and delay: those of a worker's whole life would add up.
-        self._declared = {name: until for name, until in self._declared.items() if until > now}
-        self._declared[queue.name] = now + queue.lasts
+        self._declared = {name: each for name, each in self._declared.items() if each.until > now}
+        self._declared[queue.name] = _Declared(now, now + queue.lasts)
 
     async def _open(self) -> Outlet:
         connection = await self._link.open()
