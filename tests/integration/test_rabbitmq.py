@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import logging
 import secrets
@@ -28,9 +29,11 @@ from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publisher, queues
+from paigeant.transports.rabbitmq.channel import Channel
 from paigeant.transports.rabbitmq.frames import Outgoing
 from paigeant.transports.rabbitmq.line import Line
 from paigeant.transports.rabbitmq.queues import declare
+from paigeant.transports.rabbitmq.wire import Connection
 
 RECOVERY = 10.0
 """Seconds after which all must go on, once the broker is there again. On an idle machine it is one or two."""
@@ -431,6 +434,43 @@ async def test_a_shared_connection_that_answers_nothing_is_opened_anew(
             await asyncio.to_thread(server.ctl, "eval", f"[sys:resume(Pid) || {pids}].")
 
 
+async def test_queues_that_are_deleted_while_somebody_looks_end_no_connection(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RabbitMQ closes the channel on which it is asked about a queue that is gone, and its consumer is none any more at
+    the same moment; what others hold doesn't come again for that."""
+    monkeypatch.setattr(feed, "LOOK_SECONDS", 0.005)
+    topics = [f"work-{number}" for number in range(20)]
+    async with opened(rabbitmq_url) as transport:
+        listeners = [Listener(transport, topic) for topic in topics]
+        for listener, topic in zip(listeners, topics, strict=True):
+            await publish_until_taken(transport, "first", topic)
+            await listener.until("first")
+        connection = transport._receiving._connection
+        await delete(rabbitmq_url, *(transport.queues.topic(topic).name for topic in topics))
+        for listener, topic in zip(listeners, topics, strict=True):
+            await publish_until_taken(transport, "second", topic)
+            await listener.until("second")
+        assert transport._receiving._connection is connection
+
+
+async def test_many_queues_with_other_settings_end_no_connection(rabbitmq_url: str) -> None:
+    """Each closes the channel on which it is declared, and the broker must be told that this has come, also when many
+    are declared at once: else it ends the connection when a number is used again."""
+    others = [f"other-{number}" for number in range(50)]
+    async with opened(rabbitmq_url) as transport:
+        async with await aio_pika.connect(rabbitmq_url) as foreign, foreign.channel() as channel:
+            for topic in others:
+                await channel.declare_queue(transport.queues.topic(topic).name, durable=True)
+        connection = transport._publisher._connection
+        refused = await asyncio.gather(
+            *(transport.publish(topic, message("m")) for topic in others), return_exceptions=True
+        )
+        assert {type(each) for each in refused} == {TopicUnavailable}
+        await asyncio.gather(*(transport.publish(f"work-{number}", message("m")) for number in range(50)))
+        assert transport._publisher._connection is connection
+
+
 async def test_queues_that_two_declare_at_the_same_moment_take_their_first_messages(
     rabbitmq_url: str,
 ) -> None:
@@ -438,6 +478,42 @@ async def test_queues_that_two_declare_at_the_same_moment_take_their_first_messa
     async with opened(rabbitmq_url) as one, opened(rabbitmq_url, one.queues.namespace) as other:
         for number in range(80):
             await asyncio.gather(*(each.publish(f"work-{number}", message("m")) for each in (one, other)))
+
+
+async def test_a_broker_that_is_asked_all_the_time_takes_no_memory(rabbitmq_url: str) -> None:
+    """A sweep asks what waits every few seconds, for as long as a worker lives, on a new channel each time."""
+    async with opened(rabbitmq_url) as transport:
+        await transport.publish("work", message("m"))
+
+        async def kept(times: int) -> int:
+            for _ in range(times):
+                await transport.topics()
+            gc.collect()
+            return len(gc.get_objects())
+
+        before = await kept(20)
+        assert await kept(200) - before < 200
+
+
+async def test_who_waits_for_room_hears_of_the_end_of_the_connection() -> None:
+    """A broker that dies while an alarm stops publishers never says that it is over."""
+    with RabbitServer() as server:
+        async with opened(server.url, publish_timeout=120.0) as transport:
+            await transport.publish("work", message("first"))
+            await until_it_outlives_a_crash()
+            await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.000001")
+            publishing = [asyncio.create_task(transport.publish("work", message("unread")))]
+            async with asyncio.timeout(RECOVERY):
+                while not transport._publisher._link.is_blocked:  # noqa: ASYNC110  # nothing else tells
+                    await asyncio.sleep(0.01)
+            publishing.append(asyncio.create_task(transport.publish("work", message("unsent"))))
+            await asyncio.sleep(0)
+            await asyncio.to_thread(server.kill)
+            async with asyncio.timeout(RECOVERY):
+                failed = await asyncio.gather(*publishing, return_exceptions=True)
+            assert {type(each) for each in failed} == {TransportUnavailable}
+            await asyncio.to_thread(server.start)
+            await publish_until_taken(transport, "last")
 
 
 async def test_wait_queues_that_are_over_are_forgotten(
@@ -566,7 +642,7 @@ async def test_a_queue_that_is_not_declared_holds_up_no_other(
     """A topic gets its first message while the queue of another waits to be declared, which is asked for once."""
     asked: list[str] = []
 
-    async def never(connection: aio_pika.Connection, queue: queues.Queue) -> None:
+    async def never(connection: Connection, queue: queues.Queue) -> None:
         asked.append(queue.name)
         if queue.name == transport.queues.topic("stuck").name:
             await asyncio.get_running_loop().create_future()
@@ -1016,11 +1092,8 @@ async def test_a_failed_start_leaves_no_connection(server: RabbitServer) -> None
 async def test_an_aiormq_that_works_in_another_way_is_told(
     rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """connect() says so where what stands in the place of its queue isn't used: nothing would ever be confirmed."""
-    first = property(
-        lambda self: vars(self)["frames"], lambda self, queue: vars(self).setdefault("frames", queue)
-    )
-    monkeypatch.setattr(aiormq.Channel, "frames", first, raising=False)
+    """connect() says so where it asks for what our channels don't have: nothing would ever be confirmed."""
+    monkeypatch.delattr(Channel, "put")
     transport = RabbitMQTransport(rabbitmq_url)
     with pytest.raises(ConfigurationError, match="install aiormq"):
         await transport.connect()
@@ -1218,7 +1291,7 @@ def act(server: RabbitServer, queue: str, how: str) -> None:
 def breaking(monkeypatch: pytest.MonkeyPatch, server: RabbitServer, times: int) -> None:
     """Have the broker close all connections so often when a queue is opened to receive from it."""
 
-    async def breaks(connection: aio_pika.Connection, queue: queues.Queue) -> None:
+    async def breaks(connection: Connection, queue: queues.Queue) -> None:
         nonlocal times
         if times:
             times -= 1

@@ -10,8 +10,8 @@ from collections.abc import Collection
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
-from aio_pika.abc import AbstractChannel
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelNotFoundEntity, DeliveryError, PublishError
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelNotFoundEntity, DeliveryError
+from pamqp.commands import Queue as Queues
 
 from paigeant.errors import (
     ConfigurationError,
@@ -19,19 +19,12 @@ from paigeant.errors import (
     TopicUnavailable,
     TransportUnavailable,
 )
+from paigeant.transports.rabbitmq.channel import Channel, throwaway
 from paigeant.transports.rabbitmq.frames import Outgoing
-from paigeant.transports.rabbitmq.link import (
-    OPEN_SECONDS,
-    Closed,
-    Link,
-    Single,
-    closings,
-    place,
-    throwaway,
-)
-from paigeant.transports.rabbitmq.outlet import Outlet
+from paigeant.transports.rabbitmq.link import OPEN_SECONDS, Link, Single, closings, place
+from paigeant.transports.rabbitmq.outlet import NoRoute, Outlet
 from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, Queue, check_rights, declare
-from paigeant.transports.rabbitmq.wire import Connection
+from paigeant.transports.rabbitmq.wire import Closed, Connection
 
 __all__ = ["Publisher"]
 
@@ -118,7 +111,7 @@ class Publisher:
             with closings():
                 outlet = await self._ready(queue)
                 await outlet.publish(queue.name, message)
-        except PublishError as exc:
+        except NoRoute as exc:
             self._declared.pop(queue.name, None)
             # A channel numbers what it sends to a quorum queue. One that is deleted and declared anew confirms what
             # comes on an old channel, and waits for ever for what it takes to have come before.
@@ -163,7 +156,7 @@ class Publisher:
                         outlet = await self._single.get()
                     # It tells of an alarm only to those who publish, and takes the first message of each connection.
                     for _ in range(2):
-                        with contextlib.suppress(PublishError):
+                        with contextlib.suppress(NoRoute):
                             await outlet.publish(trial.name, Outgoing(trial.name, b""))
         except TimeoutError as exc:
             raise await self._late(began_at, _ROOM_SECONDS) from exc
@@ -183,13 +176,13 @@ class Publisher:
         found = []
         async with contextlib.AsyncExitStack() as stack:
             connection = await self._link.open()
-            channel: AbstractChannel | None = None
+            channel: Channel | None = None
             for name in names:
                 if channel is None:
                     channel = await stack.enter_async_context(throwaway(connection))
                 try:
-                    queue = await channel.declare_queue(name, passive=True)
-                    found.append(queue.declaration_result.message_count or 0)
+                    declared = await channel.ask(Queues.Declare(queue=name, passive=True))
+                    found.append(declared.message_count or 0)
                 except ChannelNotFoundEntity:
                     found.append(0)
                     channel = None  # RabbitMQ has closed it
@@ -255,14 +248,13 @@ class Publisher:
 
     async def _close_later(self, outlet: Outlet) -> None:
         await asyncio.sleep(self._timeout)
-        with contextlib.suppress(*CONNECTION_EXCEPTIONS):
-            await outlet.close()
+        outlet.leave()
 
     async def _late(
         self, began_at: float, seconds: float, queue: Queue | None = None
     ) -> TransportUnavailable:
         begin = f"RabbitMQ at {place(self._link.url)} has not confirmed a message"
-        if await self._link.is_blocked():
+        if self._link.is_blocked:
             return TransportUnavailable(
                 f"{begin} within {seconds:g} s: it blocks publishers by a memory or disk alarm "
                 "(see `rabbitmqctl status`); give it room, or let workers catch up"
