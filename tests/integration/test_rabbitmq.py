@@ -24,6 +24,7 @@ from tests.services import RabbitServer, free_port
 from tests.services.proxy import Proxy
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
+from paigeant.envelope import PlainEnvelope
 from paigeant.errors import ConfigurationError, MessageTooLarge, TopicUnavailable, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
@@ -917,6 +918,32 @@ async def test_a_letter_that_is_not_kept_comes_again(rabbitmq_url: str) -> None:
         await transport.publish("work", message("last"))
         await listener.until("last")
         assert [letter.id for letter in graveyard.letters] == ["bad"]
+
+
+async def test_a_message_that_is_lost_while_it_is_opened_comes_once(rabbitmq_url: str) -> None:
+    """Who gets it could settle it no more, and another in its place: it comes again."""
+    opening, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(PlainEnvelope):
+        async def open(self, topic: str, wire: bytes) -> PaigeantMessage:
+            opening.set()
+            await go_on.wait()
+            return await super().open(topic, wire)
+
+    async with opened(rabbitmq_url, envelope=Slow()) as transport:
+        await transport.publish("work", message("m"))
+        listener = Listener(transport)
+        await opening.wait()
+        transport._receiving.cut()
+        (line,) = (each._line for each in transport._feeds)
+        assert line is not None
+        await line.channel.ended
+        await asyncio.sleep(0)
+        go_on.set()
+        await listener.until("m")
+        await transport.publish("work", message("last"))
+        await listener.until("last")
+        assert listener.seen == ["m", "last"]
 
 
 async def test_a_message_whose_opening_fails_is_given_back(

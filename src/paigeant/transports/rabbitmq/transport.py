@@ -169,6 +169,8 @@ class RabbitMQTransport:
         except BaseException:
             delivery.give_back()  # else nobody would ever settle it
             raise
+        if delivery.line.is_void:  # lost while it was opened: it comes again
+            return None
         delivery.message_id, delivery.topic = message.message_id, topic
         self._held.setdefault(message.message_id, []).append(delivery)
         return message
