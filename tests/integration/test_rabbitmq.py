@@ -920,6 +920,23 @@ async def test_a_letter_that_is_not_kept_comes_again(rabbitmq_url: str) -> None:
         assert [letter.id for letter in graveyard.letters] == ["bad"]
 
 
+async def test_a_letter_is_kept_whatever_its_reason_says(caplog: pytest.LogCaptureFixture) -> None:
+    """As much of it as a frame holds and UTF-8 can say. RabbitMQ ends the connection for more."""
+    with RabbitServer(lines=["frame_max = 4096"]) as server:
+        async with opened(server.url) as transport:
+            await transport.publish("work", message("m"))
+            assert await take(transport, ack=False) == "m"
+            await transport.dead_letter("m", "r\ud800" * 3000 + ": " + "\u00e4" * 5000)
+            graveyard = Graveyard()
+            transport.bury_with(graveyard.bury)
+            listener = Listener(transport)
+            await graveyard.until(1)
+            await transport.publish("work", message("next"))
+            await listener.until("next")
+    assert [letter.id for letter in graveyard.letters] == ["m"]
+    assert graveyard.letters[0].reason.startswith("r?r?")
+
+
 async def test_a_message_that_is_lost_while_it_is_opened_comes_once(rabbitmq_url: str) -> None:
     """Who gets it could settle it no more, and another in its place: it comes again."""
     opening, go_on = asyncio.Event(), asyncio.Event()
