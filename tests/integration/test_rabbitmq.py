@@ -307,6 +307,20 @@ async def test_a_closed_transport_ends_its_publishes(rabbitmq_url: str) -> None:
         assert all(result is None or isinstance(result, TransportUnavailable) for result in results)
 
 
+@pytest.mark.parametrize("prefetch", [0, 70_000])
+async def test_a_prefetch_that_amqp_has_no_number_for_is_a_near_one(rabbitmq_url: str, prefetch: int) -> None:
+    """None would be any number to RabbitMQ."""
+    async with opened(rabbitmq_url) as transport:
+        for message_id in ("first", "second"):
+            await transport.publish("work", message(message_id))
+        messages = transport.subscribe("work", prefetch=prefetch)
+        async with contextlib.aclosing(messages), asyncio.timeout(RECOVERY):  # type: ignore[type-var]  # a generator
+            assert (await anext(messages)).message_id == "first"
+            waiting = [depth.waiting for depth in await transport.topics()]
+            assert waiting == ([1] if prefetch == 0 else [])
+            assert (await anext(messages)).message_id == "second"
+
+
 async def test_a_queue_deleted_under_its_consumer_is_made_anew(rabbitmq_url: str) -> None:
     """The broker cancels the consumer; the same iteration goes on with a new queue."""
     async with opened(rabbitmq_url) as transport:

@@ -28,6 +28,9 @@ LONGEST_PAUSE_SECONDS = 2.0
 _STARVED_SECONDS = 0.02
 """How long an iteration waits for a message while all that it has fetched is unsettled, before it fetches more."""
 
+_MOST_AHEAD = 65535
+"""What AMQP can count. It takes 0 for any number."""
+
 LOOK_SECONDS = 1.0
 """How often a consumer to which nothing comes looks whether messages wait: then RabbitMQ passes it over."""
 
@@ -50,7 +53,7 @@ class Feed:
     def __init__(self, link: Link, queue: Queue, prefetch: int, drop: Callable[[Delivery], None]) -> None:
         self._shared = self._link = link
         self._queue = queue
-        self._prefetch = prefetch
+        self._prefetch = min(max(prefetch, 1), _MOST_AHEAD)
         self._drop = drop
         self._line: Line | None = None
         self._news = asyncio.Event()
