@@ -307,6 +307,22 @@ async def test_a_closed_transport_ends_its_publishes(rabbitmq_url: str) -> None:
         assert all(result is None or isinstance(result, TransportUnavailable) for result in results)
 
 
+async def test_a_closed_transport_opens_no_connection(rabbitmq_url: str) -> None:
+    """Nobody would close it: who publishes too late, or asks what waits, hears that, until somebody connects again."""
+    async with opened(rabbitmq_url) as transport:
+        await transport.publish("work", message("first"))
+        late = [asyncio.create_task(transport.publish(topic, message("late"))) for topic in ("work", "other")]
+        await transport.close()
+        late.append(asyncio.create_task(transport.publish("work", message("later"))))
+        refused = await asyncio.gather(
+            *late, transport.topics(), transport.check_room(), return_exceptions=True
+        )
+        assert {type(each) for each in refused} == {TransportUnavailable}
+        assert transport._publisher._link._connection is None
+        await transport.connect()
+        await transport.publish("work", message("second"))
+
+
 @pytest.mark.parametrize("prefetch", [0, 70_000])
 async def test_a_prefetch_that_amqp_has_no_number_for_is_a_near_one(rabbitmq_url: str, prefetch: int) -> None:
     """None would be any number to RabbitMQ."""
@@ -815,7 +831,7 @@ async def test_what_is_returned_on_purpose_does_not_reach_the_limit(rabbitmq_url
         assert await take(transport) == "m"
 
 
-async def test_an_alarm_stops_publishers_only(server: RabbitServer) -> None:
+async def test_an_alarm_stops_publishers_only(server: RabbitServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the broker takes no messages a publish ends in time and says why, and consumers go on."""
     async with opened(server.url) as transport:
         for number in range(3):
@@ -831,8 +847,12 @@ async def test_an_alarm_stops_publishers_only(server: RabbitServer) -> None:
             async with opened(server.url) as other:
                 with pytest.raises(TransportUnavailable, match=r"memory or disk alarm .*; give it room"):
                     await other.check_room()
+            monkeypatch.setattr(publisher, "OPEN_SECONDS", 0.5)
+            with pytest.raises(TransportUnavailable, match="memory or disk alarm"):
+                await transport.topics()
         finally:
             await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.6")
+        monkeypatch.undo()
         await publish_until_taken(transport, "after")
         await listener.until("after")
         await transport.check_room()

@@ -41,6 +41,10 @@ _STARTING_SECONDS = 0.2
 """A quorum queue that two declare at the same moment is there for the second before it takes messages: what it refuses
 so soon is sent to it again a moment later."""
 
+_ALARM = (
+    "it blocks publishers by a memory or disk alarm (see `rabbitmqctl status`); give it room, "
+    "or let workers catch up"
+)
 _WHEN_LOST = "when a queue doesn't recover, delete it (rabbitmqctl delete_queue {}): it is declared anew"
 
 
@@ -79,7 +83,7 @@ class Publisher:
                     if self._outlet is None or self._outlet.is_closed:
                         await self._single.get()
                     await self._declare(queue)
-                    await check_rights(await self._link.open(), trial)
+                    await check_rights(await self._connected(), trial)
         except TopicUnavailable as exc:  # without these two there is nothing that could go on
             raise TransportUnavailable(str(exc)) from exc
         except CONNECTION_EXCEPTIONS as exc:
@@ -139,7 +143,7 @@ class Publisher:
             raise
         except CONNECTION_EXCEPTIONS as exc:
             _check_size(exc, message.body)
-            if not again or isinstance(exc, Closed) or self._is_closed:  # after `close` none is to be opened
+            if not again or isinstance(exc, Closed):
                 raise self._unavailable(exc) from exc
             return False
         self._confirmed_at = time.monotonic()
@@ -175,7 +179,7 @@ class Publisher:
     async def _counts(self, names: Collection[str]) -> list[int]:
         found = []
         async with contextlib.AsyncExitStack() as stack:
-            connection = await self._link.open()
+            connection = await self._connected()
             channel: Channel | None = None
             for name in names:
                 if channel is None:
@@ -210,7 +214,7 @@ class Publisher:
         if not self._is_there(queue):
             async with self._declaring.setdefault(queue.name, asyncio.Lock()), self._places:
                 if not self._is_there(queue):
-                    await declare(await self._link.open(), queue)
+                    await declare(await self._connected(), queue)
                     self._remember(queue)
 
     def _is_there(self, queue: Queue) -> bool:
@@ -223,8 +227,13 @@ class Publisher:
         self._declared = {name: each for name, each in self._declared.items() if each.until > now}
         self._declared[queue.name] = _Declared(now, now + queue.lasts)
 
+    async def _connected(self) -> Connection:
+        if self._is_closed:  # nobody would close it
+            raise Closed("the transport is closed")
+        return await self._link.open()
+
     async def _open(self) -> Outlet:
-        connection = await self._link.open()
+        connection = await self._connected()
         async with asyncio.timeout(OPEN_SECONDS):
             outlet = await Outlet.open(connection)
         if connection is not self._connection:
@@ -255,10 +264,7 @@ class Publisher:
     ) -> TransportUnavailable:
         begin = f"RabbitMQ at {place(self._link.url)} has not confirmed a message"
         if self._link.is_blocked:
-            return TransportUnavailable(
-                f"{begin} within {seconds:g} s: it blocks publishers by a memory or disk alarm "
-                "(see `rabbitmqctl status`); give it room, or let workers catch up"
-            )
+            return TransportUnavailable(f"{begin} within {seconds:g} s: {_ALARM}")
         if queue is not None and await self._link.answers():
             return TopicUnavailable(
                 f"{begin} for the queue '{queue.name}' within {seconds:g} s, but it answers: it is overloaded, or not "
@@ -270,6 +276,8 @@ class Publisher:
 
     def _unavailable(self, exc: BaseException) -> TransportUnavailable:
         what = str(exc) or type(exc).__name__
+        if isinstance(exc, TimeoutError) and self._link.is_blocked:
+            what = _ALARM
         return TransportUnavailable(f"RabbitMQ at {place(self._link.url)} doesn't serve: {what}")
 
 
