@@ -96,6 +96,10 @@ class Listener:
                 await self.transport.ack(received.message_id)
             self._came.set()
 
+    async def ended(self) -> None:
+        """Wait until its iteration is over."""
+        await asyncio.shield(self._task)
+
     async def until(self, message_id: str, seconds: float = 30.0) -> None:
         """Wait until it has come."""
         async with asyncio.timeout(seconds):
@@ -310,19 +314,27 @@ async def test_a_closed_transport_ends_its_publishes(rabbitmq_url: str) -> None:
 
 
 async def test_a_closed_transport_opens_no_connection(rabbitmq_url: str) -> None:
-    """Nobody would close it: who publishes too late, or asks what waits, hears that, until somebody connects again."""
+    """Nobody would close it: who publishes too late, or asks what waits, hears that, until somebody connects again. An
+    iteration that begins too late is over."""
     async with opened(rabbitmq_url) as transport:
         await transport.publish("work", message("first"))
         late = [asyncio.create_task(transport.publish(topic, message("late"))) for topic in ("work", "other")]
+        listener = Listener(transport)
         await transport.close()
+        async with asyncio.timeout(RECOVERY):
+            await listener.ended()
         late.append(asyncio.create_task(transport.publish("work", message("later"))))
         refused = await asyncio.gather(
             *late, transport.topics(), transport.check_room(), return_exceptions=True
         )
         assert {type(each) for each in refused} == {TransportUnavailable}
-        assert transport._publisher._link._connection is None
+        assert [link._connection for link in (transport._publisher._link, transport._receiving)] == [
+            None,
+            None,
+        ]
         await transport.connect()
         await transport.publish("work", message("second"))
+        await Listener(transport).until("second")
 
 
 @pytest.mark.parametrize("prefetch", [0, 70_000])

@@ -78,6 +78,7 @@ class RabbitMQTransport:
         self._bury: Bury | None = None
         self._draining: asyncio.Task[None] | None = None
         self._closings = 0
+        self._is_closed = False
 
     async def connect(self) -> None:
         # What aiormq says of each attempt belongs into a log that somebody has set up, not on the screen.
@@ -88,9 +89,11 @@ class RabbitMQTransport:
         except BaseException:
             await self._publisher.close()
             raise
+        self._is_closed = False
 
     async def close(self) -> None:
         self._closings += 1  # which ends the subscriptions
+        self._is_closed = True
         draining, self._draining = self._draining, None
         if draining is not None:
             draining.cancel()
@@ -136,6 +139,8 @@ class RabbitMQTransport:
 
     async def subscribe(self, topic: str, *, prefetch: int = 1) -> AsyncIterator[PaigeantMessage]:
         self._used.add(topic)
+        if self._is_closed:  # nobody would close what it opens
+            return
         self._start_draining()
         feed = Feed(self._receiving, self.queues.topic(topic), prefetch, self._drop)
         self._feeds.add(feed)
