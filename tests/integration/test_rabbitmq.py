@@ -1196,6 +1196,18 @@ async def test_a_failed_start_leaves_no_connection(server: RabbitServer) -> None
                 await asyncio.sleep(0.01)
 
 
+async def test_a_second_start_that_fails_closes_nothing_for_good(server: RabbitServer) -> None:
+    """Connecting twice is harmless, also to a broker that is away: who publishes when it is back is served."""
+    with Proxy(server.host, server.port) as proxy:
+        async with opened(proxy.url(server.url)) as transport:
+            proxy.refuse()
+            with pytest.raises(TransportUnavailable):
+                await transport.connect()
+            proxy.resume()
+            await transport.publish("work", message("m"))
+            assert await take(transport) == "m"
+
+
 async def test_an_aiormq_that_works_in_another_way_is_told(
     rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,9 +74,17 @@ class Publisher:
     async def open(self, queue: Queue, trial: Queue) -> None:
         """Open it, and see to it that `queue` is there and the user has the rights that `trial` takes.
 
-        Raises TransportUnavailable, ConfigurationError.
+        Raises TransportUnavailable, ConfigurationError, and leaves nothing open then.
         """
-        self._is_closed = False
+        was_closed, self._is_closed = self._is_closed, False
+        try:
+            await self._begin(queue, trial)
+        except BaseException:
+            self._is_closed = was_closed
+            await self._drop()
+            raise
+
+    async def _begin(self, queue: Queue, trial: Queue) -> None:
         try:
             with closings():
                 async with asyncio.timeout(OPEN_SECONDS):
@@ -91,6 +99,9 @@ class Publisher:
 
     async def close(self) -> None:
         self._is_closed = True
+        await self._drop()
+
+    async def _drop(self) -> None:
         await self._single.cancel()
         self._outlet = None
         await self._link.close()

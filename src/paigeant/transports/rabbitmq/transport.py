@@ -84,11 +84,7 @@ class RabbitMQTransport:
         # What aiormq says of each attempt belongs into a log that somebody has set up, not on the screen.
         for name in ("aiormq", "aio_pika"):
             logging.getLogger(name).addHandler(_SILENT)
-        try:
-            await self._publisher.open(self.queues.dead, self.queues.trial())
-        except BaseException:
-            await self._publisher.close()
-            raise
+        await self._publisher.open(self.queues.dead, self.queues.trial())
         self._is_closed = False
 
     async def close(self) -> None:
