@@ -25,6 +25,7 @@ from paigeant.slip import RunStatus, StepStatus
 from paigeant.testing import ManualClock
 from paigeant.transports.rabbitmq import publisher
 from paigeant.transports.rabbitmq.queues import declare
+from paigeant.transports.rabbitmq.wire import Connection
 
 BROKERS = ("postgres", "redis", "rabbitmq")
 
@@ -184,7 +185,7 @@ async def test_a_step_whose_message_is_returned_stays_ready(
     work = Work()
     namespace = systems.broker.rpartition("=")[2]
 
-    async def declare_and_delete(connection: aio_pika.Connection, queue: Any) -> None:
+    async def declare_and_delete(connection: Connection, queue: Any) -> None:
         await declare(connection, queue)
         if queue.name == f"{namespace}.ship":
             async with await aio_pika.connect(systems.broker.partition("?")[0]) as other:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import logging
 import secrets
@@ -23,14 +24,17 @@ from tests.services import RabbitServer, free_port
 from tests.services.proxy import Proxy
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
+from paigeant.envelope import PlainEnvelope
 from paigeant.errors import ConfigurationError, MessageTooLarge, TopicUnavailable, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publisher, queues
+from paigeant.transports.rabbitmq.channel import Channel
 from paigeant.transports.rabbitmq.frames import Outgoing
 from paigeant.transports.rabbitmq.line import Line
 from paigeant.transports.rabbitmq.queues import declare
+from paigeant.transports.rabbitmq.wire import Connection
 
 RECOVERY = 10.0
 """Seconds after which all must go on, once the broker is there again. On an idle machine it is one or two."""
@@ -91,6 +95,10 @@ class Listener:
             if self._acks:
                 await self.transport.ack(received.message_id)
             self._came.set()
+
+    async def ended(self) -> None:
+        """Wait until its iteration is over."""
+        await asyncio.shield(self._task)
 
     async def until(self, message_id: str, seconds: float = 30.0) -> None:
         """Wait until it has come."""
@@ -190,7 +198,7 @@ async def test_a_cancel_that_is_lost_while_the_queue_is_opened_ends_the_iteratio
 async def test_an_iteration_that_ends_while_it_asks_for_more_disturbs_no_other(
     server: RabbitServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """aiormq closes the channel of who waits for no answer; RabbitMQ ends the connection for an ack after that."""
+    """The answer passes unheard, and what was handed out before is settled as ever: it doesn't come again."""
     asked = asyncio.Event()
     consume = Line.consume
 
@@ -216,8 +224,10 @@ async def test_an_iteration_that_ends_while_it_asks_for_more_disturbs_no_other(
             proxy.resume()
             await asyncio.wait([following])
             await transport.publish("work", message("last"))
-            while await take(transport) != "last":
-                pass
+            came = [await take(transport)]
+            while came[-1] != "last":
+                came.append(await take(transport))
+            assert "first" not in came
             assert proxy.connections == connections
 
 
@@ -303,6 +313,44 @@ async def test_a_closed_transport_ends_its_publishes(rabbitmq_url: str) -> None:
         assert all(result is None or isinstance(result, TransportUnavailable) for result in results)
 
 
+async def test_a_closed_transport_opens_no_connection(rabbitmq_url: str) -> None:
+    """Nobody would close it: who publishes too late, or asks what waits, hears that, until somebody connects again. An
+    iteration that begins too late is over."""
+    async with opened(rabbitmq_url) as transport:
+        await transport.publish("work", message("first"))
+        late = [asyncio.create_task(transport.publish(topic, message("late"))) for topic in ("work", "other")]
+        listener = Listener(transport)
+        await transport.close()
+        async with asyncio.timeout(RECOVERY):
+            await listener.ended()
+        late.append(asyncio.create_task(transport.publish("work", message("later"))))
+        refused = await asyncio.gather(
+            *late, transport.topics(), transport.check_room(), return_exceptions=True
+        )
+        assert {type(each) for each in refused} == {TransportUnavailable}
+        assert [link._connection for link in (transport._publisher._link, transport._receiving)] == [
+            None,
+            None,
+        ]
+        await transport.connect()
+        await transport.publish("work", message("second"))
+        await Listener(transport).until("second")
+
+
+@pytest.mark.parametrize("prefetch", [0, 70_000])
+async def test_a_prefetch_that_amqp_has_no_number_for_is_a_near_one(rabbitmq_url: str, prefetch: int) -> None:
+    """None would be any number to RabbitMQ."""
+    async with opened(rabbitmq_url) as transport:
+        for message_id in ("first", "second"):
+            await transport.publish("work", message(message_id))
+        messages = transport.subscribe("work", prefetch=prefetch)
+        async with contextlib.aclosing(messages), asyncio.timeout(RECOVERY):  # type: ignore[type-var]  # a generator
+            assert (await anext(messages)).message_id == "first"
+            waiting = [depth.waiting for depth in await transport.topics()]
+            assert waiting == ([1] if prefetch == 0 else [])
+            assert (await anext(messages)).message_id == "second"
+
+
 async def test_a_queue_deleted_under_its_consumer_is_made_anew(rabbitmq_url: str) -> None:
     """The broker cancels the consumer; the same iteration goes on with a new queue."""
     async with opened(rabbitmq_url) as transport:
@@ -352,6 +400,21 @@ async def test_a_queue_without_a_leader_disturbs_no_other(caplog: pytest.LogCapt
             await asyncio.to_thread(act, server, stuck, "restart")
             await listener.until("stuck")
         assert "paigeant" not in await asyncio.to_thread(server.ctl, "list_connections", "client_properties")
+
+
+async def test_more_topics_than_a_connection_may_have_channels_are_received_from() -> None:
+    """Those that have no room on the one that all share have others; RabbitMQ ends one that has a channel too many."""
+    with RabbitServer(lines=["channel_max = 4"]) as server:
+        async with opened(server.url) as transport:
+            first = Listener(transport, "a")
+            await publish_until_taken(transport, "m", "a")
+            await first.until("m")
+            connection = transport._receiving._connection
+            others = {topic: Listener(transport, topic) for topic in "bcdef"}
+            for topic, listener in others.items():
+                await publish_until_taken(transport, "m", topic)
+                await listener.until("m")
+            assert transport._receiving._connection is connection
 
 
 async def test_a_blip_gives_no_topic_a_connection_of_its_own(
@@ -429,6 +492,88 @@ async def test_a_shared_connection_that_answers_nothing_is_opened_anew(
             assert not transport._receiving._apart
         finally:
             await asyncio.to_thread(server.ctl, "eval", f"[sys:resume(Pid) || {pids}].")
+
+
+async def test_queues_that_are_deleted_while_somebody_looks_end_no_connection(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RabbitMQ closes the channel on which it is asked about a queue that is gone, and its consumer is none any more at
+    the same moment; what others hold doesn't come again for that."""
+    monkeypatch.setattr(feed, "LOOK_SECONDS", 0.005)
+    topics = [f"work-{number}" for number in range(20)]
+    async with opened(rabbitmq_url) as transport:
+        listeners = [Listener(transport, topic) for topic in topics]
+        for listener, topic in zip(listeners, topics, strict=True):
+            await publish_until_taken(transport, "first", topic)
+            await listener.until("first")
+        connection = transport._receiving._connection
+        await delete(rabbitmq_url, *(transport.queues.topic(topic).name for topic in topics))
+        for listener, topic in zip(listeners, topics, strict=True):
+            await publish_until_taken(transport, "second", topic)
+            await listener.until("second")
+        assert transport._receiving._connection is connection
+
+
+async def test_many_queues_with_other_settings_end_no_connection(rabbitmq_url: str) -> None:
+    """Each closes the channel on which it is declared, and the broker must be told that this has come, also when many
+    are declared at once: else it ends the connection when a number is used again."""
+    others = [f"other-{number}" for number in range(50)]
+    async with opened(rabbitmq_url) as transport:
+        async with await aio_pika.connect(rabbitmq_url) as foreign, foreign.channel() as channel:
+            for topic in others:
+                await channel.declare_queue(transport.queues.topic(topic).name, durable=True)
+        connection = transport._publisher._connection
+        refused = await asyncio.gather(
+            *(transport.publish(topic, message("m")) for topic in others), return_exceptions=True
+        )
+        assert {type(each) for each in refused} == {TopicUnavailable}
+        await asyncio.gather(*(transport.publish(f"work-{number}", message("m")) for number in range(50)))
+        assert transport._publisher._connection is connection
+
+
+async def test_queues_that_two_declare_at_the_same_moment_take_their_first_messages(
+    rabbitmq_url: str,
+) -> None:
+    """RabbitMQ refuses what comes to a quorum queue before that has begun, which only the first of them waits for."""
+    async with opened(rabbitmq_url) as one, opened(rabbitmq_url, one.queues.namespace) as other:
+        for number in range(80):
+            await asyncio.gather(*(each.publish(f"work-{number}", message("m")) for each in (one, other)))
+
+
+async def test_a_broker_that_is_asked_all_the_time_takes_no_memory(rabbitmq_url: str) -> None:
+    """A sweep asks what waits every few seconds, for as long as a worker lives, on a new channel each time."""
+    async with opened(rabbitmq_url) as transport:
+        await transport.publish("work", message("m"))
+
+        async def kept(times: int) -> int:
+            for _ in range(times):
+                await transport.topics()
+            gc.collect()
+            return len(gc.get_objects())
+
+        before = await kept(20)
+        assert await kept(200) - before < 200
+
+
+async def test_who_waits_for_room_hears_of_the_end_of_the_connection() -> None:
+    """A broker that dies while an alarm stops publishers never says that it is over."""
+    with RabbitServer() as server:
+        async with opened(server.url, publish_timeout=120.0) as transport:
+            await transport.publish("work", message("first"))
+            await until_it_outlives_a_crash()
+            await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.000001")
+            publishing = [asyncio.create_task(transport.publish("work", message("unread")))]
+            async with asyncio.timeout(RECOVERY):
+                while not transport._publisher._link.is_blocked:  # noqa: ASYNC110  # nothing else tells
+                    await asyncio.sleep(0.01)
+            publishing.append(asyncio.create_task(transport.publish("work", message("unsent"))))
+            await asyncio.sleep(0)
+            await asyncio.to_thread(server.kill)
+            async with asyncio.timeout(RECOVERY):
+                failed = await asyncio.gather(*publishing, return_exceptions=True)
+            assert {type(each) for each in failed} == {TransportUnavailable}
+            await asyncio.to_thread(server.start)
+            await publish_until_taken(transport, "last")
 
 
 async def test_wait_queues_that_are_over_are_forgotten(
@@ -557,7 +702,7 @@ async def test_a_queue_that_is_not_declared_holds_up_no_other(
     """A topic gets its first message while the queue of another waits to be declared, which is asked for once."""
     asked: list[str] = []
 
-    async def never(connection: aio_pika.Connection, queue: queues.Queue) -> None:
+    async def never(connection: Connection, queue: queues.Queue) -> None:
         asked.append(queue.name)
         if queue.name == transport.queues.topic("stuck").name:
             await asyncio.get_running_loop().create_future()
@@ -715,7 +860,7 @@ async def test_what_is_returned_on_purpose_does_not_reach_the_limit(rabbitmq_url
         assert await take(transport) == "m"
 
 
-async def test_an_alarm_stops_publishers_only(server: RabbitServer) -> None:
+async def test_an_alarm_stops_publishers_only(server: RabbitServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the broker takes no messages a publish ends in time and says why, and consumers go on."""
     async with opened(server.url) as transport:
         for number in range(3):
@@ -731,8 +876,12 @@ async def test_an_alarm_stops_publishers_only(server: RabbitServer) -> None:
             async with opened(server.url) as other:
                 with pytest.raises(TransportUnavailable, match=r"memory or disk alarm .*; give it room"):
                     await other.check_room()
+            monkeypatch.setattr(publisher, "OPEN_SECONDS", 0.5)
+            with pytest.raises(TransportUnavailable, match="memory or disk alarm"):
+                await transport.topics()
         finally:
             await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.6")
+        monkeypatch.undo()
         await publish_until_taken(transport, "after")
         await listener.until("after")
         await transport.check_room()
@@ -832,6 +981,49 @@ async def test_a_letter_that_is_not_kept_comes_again(rabbitmq_url: str) -> None:
         await transport.publish("work", message("last"))
         await listener.until("last")
         assert [letter.id for letter in graveyard.letters] == ["bad"]
+
+
+async def test_a_letter_is_kept_whatever_its_reason_says(caplog: pytest.LogCaptureFixture) -> None:
+    """As much of it as a frame holds and UTF-8 can say. RabbitMQ ends the connection for more."""
+    with RabbitServer(lines=["frame_max = 4096"]) as server:
+        async with opened(server.url) as transport:
+            await transport.publish("work", message("m"))
+            assert await take(transport, ack=False) == "m"
+            await transport.dead_letter("m", "r\ud800" * 3000 + ": " + "\u00e4" * 5000)
+            graveyard = Graveyard()
+            transport.bury_with(graveyard.bury)
+            listener = Listener(transport)
+            await graveyard.until(1)
+            await transport.publish("work", message("next"))
+            await listener.until("next")
+    assert [letter.id for letter in graveyard.letters] == ["m"]
+    assert graveyard.letters[0].reason.startswith("r?r?")
+
+
+async def test_a_message_that_is_lost_while_it_is_opened_comes_once(rabbitmq_url: str) -> None:
+    """Who gets it could settle it no more, and another in its place: it comes again."""
+    opening, go_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(PlainEnvelope):
+        async def open(self, topic: str, wire: bytes) -> PaigeantMessage:
+            opening.set()
+            await go_on.wait()
+            return await super().open(topic, wire)
+
+    async with opened(rabbitmq_url, envelope=Slow()) as transport:
+        await transport.publish("work", message("m"))
+        listener = Listener(transport)
+        await opening.wait()
+        transport._receiving.cut()
+        (line,) = (each._line for each in transport._feeds)
+        assert line is not None
+        await line.channel.ended
+        await asyncio.sleep(0)
+        go_on.set()
+        await listener.until("m")
+        await transport.publish("work", message("last"))
+        await listener.until("last")
+        assert listener.seen == ["m", "last"]
 
 
 async def test_a_message_whose_opening_fails_is_given_back(
@@ -1004,14 +1196,23 @@ async def test_a_failed_start_leaves_no_connection(server: RabbitServer) -> None
                 await asyncio.sleep(0.01)
 
 
+async def test_a_second_start_that_fails_closes_nothing_for_good(server: RabbitServer) -> None:
+    """Connecting twice is harmless, also to a broker that is away: who publishes when it is back is served."""
+    with Proxy(server.host, server.port) as proxy:
+        async with opened(proxy.url(server.url)) as transport:
+            proxy.refuse()
+            with pytest.raises(TransportUnavailable):
+                await transport.connect()
+            proxy.resume()
+            await transport.publish("work", message("m"))
+            assert await take(transport) == "m"
+
+
 async def test_an_aiormq_that_works_in_another_way_is_told(
     rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """connect() says so where what stands in the place of its queue isn't used: nothing would ever be confirmed."""
-    first = property(
-        lambda self: vars(self)["frames"], lambda self, queue: vars(self).setdefault("frames", queue)
-    )
-    monkeypatch.setattr(aiormq.Channel, "frames", first, raising=False)
+    """connect() says so where it asks for what our channels don't have: nothing would ever be confirmed."""
+    monkeypatch.delattr(Channel, "put")
     transport = RabbitMQTransport(rabbitmq_url)
     with pytest.raises(ConfigurationError, match="install aiormq"):
         await transport.connect()
@@ -1209,7 +1410,7 @@ def act(server: RabbitServer, queue: str, how: str) -> None:
 def breaking(monkeypatch: pytest.MonkeyPatch, server: RabbitServer, times: int) -> None:
     """Have the broker close all connections so often when a queue is opened to receive from it."""
 
-    async def breaks(connection: aio_pika.Connection, queue: queues.Queue) -> None:
+    async def breaks(connection: Connection, queue: queues.Queue) -> None:
         nonlocal times
         if times:
             times -= 1

@@ -10,18 +10,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aio_pika.exceptions import AMQPConnectionError
-from aiormq.abc import DeliveredMessage
+from aio_pika.exceptions import AMQPConnectionError, ChannelPreconditionFailed
 from pamqp import frame
 from pamqp.body import ContentBody
-from pamqp.commands import Basic, Channel
+from pamqp.commands import Basic, Confirm
+from pamqp.commands import Channel as Channels
 from pamqp.header import ContentHeader
 from yarl import URL
 
-from paigeant.errors import ConfigurationError
 from paigeant.transports.rabbitmq import frames
+from paigeant.transports.rabbitmq.channel import Channel
 from paigeant.transports.rabbitmq.frames import Outgoing
-from paigeant.transports.rabbitmq.passage import Passage
 from paigeant.transports.rabbitmq.wire import Wire
 
 
@@ -71,81 +70,110 @@ def test_a_message_is_settled_as_pamqp_reads_it() -> None:
 
 @pytest.mark.parametrize("parts", [[], [b"all"], [b"in ", b"three ", b"parts"]])
 async def test_messages_are_put_together_from_their_frames(parts: list[bytes]) -> None:
-    """Nothing of a message gets to aiormq, and all else does, in its order."""
-    messages: list[DeliveredMessage] = []
-    channel, passage = passing(messages)
-    others = channel.frames_before
+    """What comes between two of them is heard in its order."""
+    channel, _ = on_a_wire()
+    came: list[Any] = []
+    channel.take = came.append
+    channel.hear = came.append
     body = b"".join(parts)
     own = [Basic.Deliver(delivery_tag=1), ContentHeader(body_size=len(body)), *map(ContentBody, parts)]
-    for each in (Basic.ConsumeOk(), *own, Basic.Cancel(), *own):
-        await channel.frames.put((0, each))
-    assert [message.body for message in messages] == [body, body]
-    assert [type(others.get_nowait()[1]) for _ in range(others.qsize())] == [Basic.ConsumeOk, Basic.Cancel]
-    assert not passage.is_closed
+    cancel = Basic.Cancel("consumer")
+    for each in (*own, cancel, *own):
+        await channel.put((0, each))
+    first, told, second = came
+    assert told is cancel
+    assert [first.body, second.body] == [body, body]
 
 
 async def test_nothing_is_sent_on_a_channel_that_the_broker_has_closed() -> None:
-    """From the frame that says so on, which aiormq reads later: RabbitMQ would end the whole connection."""
-    channel, passage = passing([])
-    passage.write(b"before")
-    await channel.frames.put((0, Channel.Close(406, "no", 0, 0)))
-    assert passage.is_closed
+    """But that this has come, at once: RabbitMQ ends the connection for what comes after that, or in its place."""
+    channel, sent = on_a_wire()
+    channel.write(b"before")
+    await channel.put((0, Channels.Close(406, "no", 0, 0)))
+    channel.leave()
     with pytest.raises(RuntimeError, match="closed"):
-        passage.write(b"after")
-    assert channel.written == [b"before"]
-
-
-async def test_nothing_is_sent_on_a_channel_that_is_being_closed() -> None:
-    """From when the close is sent on."""
-    channel, passage = passing([])
-    closing = asyncio.create_task(passage.close())
-    await channel.asked_to_close.wait()
-    assert not channel.is_closed
+        channel.write(b"after")
     with pytest.raises(RuntimeError, match="closed"):
-        passage.write(b"after")
-    closing.cancel()
+        await channel.ask(Basic.Qos())
+    assert sent == [b"before", frame.marshal(Channels.CloseOk(), 1)]
+    assert isinstance(channel.reason, ChannelPreconditionFailed)
+    assert channel.ended.done()
 
 
-async def test_a_channel_is_closed_whose_answer_nobody_awaits() -> None:
-    """By aiormq, or by us where it was given up before it was asked for: else its messages would never be settled."""
-    channel, passage = passing([])
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0):
-            await passage.ask(asyncio.sleep(3600))
+async def test_nothing_is_sent_and_nothing_taken_on_a_channel_that_was_left() -> None:
+    """RabbitMQ gives to others what is still under way, and ends the connection for what would settle it."""
+    channel, sent = on_a_wire()
+    came: list[Any] = []
+    channel.take = came.append
+    channel.leave()
+    channel.leave()
+    for each in (Basic.Deliver(delivery_tag=1), ContentHeader()):
+        await channel.put((0, each))
     with pytest.raises(RuntimeError, match="closed"):
-        passage.write(b"after")
-    await channel.asked_to_close.wait()
+        channel.write(b"after")
+    assert [dict(method)["reply_code"] for _, method in read(b"".join(sent))] == [200]
+    assert came == []
+    assert not channel.ended.done()
+    await channel.put((0, Channels.CloseOk()))
+    await channel.close()
+    assert channel.ended.done()
 
 
-async def test_a_close_that_the_end_of_the_connection_forestalls_is_no_trouble() -> None:
-    """Nobody waits for it, so nobody would take its error, and the event loop would tell of that."""
+async def test_the_number_of_a_channel_is_kept_until_both_closes_are_answered() -> None:
+    """Where ours has crossed with the broker's: the answer to ours would end a new channel of the same number."""
+    channel, sent = on_a_wire()
+    channels = channel.connection.channels
+    channel.leave()
+    del channels[1]  # aiormq, for either of them
+    await channel.put((0, Channels.Close(404, "gone", 0, 0)))
+    assert channels == {1: channel}
+    assert read(sent[-1])[0][1].name == "Channel.CloseOk"
+    del channels[1]
+    await channel.put((0, Channels.CloseOk()))
+    assert channels == {}
+
+
+async def test_an_answer_that_nobody_awaits_is_nobody_else_s() -> None:
+    """Whoever asks next waits until it has come, and gets his own."""
+    channel, sent = on_a_wire()
+    first = asyncio.create_task(channel.ask(Basic.Qos()))
+    await asyncio.sleep(0)
+    first.cancel()
+    second = asyncio.create_task(channel.ask(Confirm.Select()))
+    await asyncio.sleep(0)
+    assert len(sent) == 1
+    await channel.put((0, Basic.QosOk()))
+    while len(sent) == 1:  # noqa: ASYNC110  # nothing else tells
+        await asyncio.sleep(0)
+    own = Confirm.SelectOk()
+    await channel.put((0, own))
+    assert await second is own
+
+
+async def test_the_end_of_the_connection_is_told_to_whoever_asks() -> None:
+    """Also when he asks only then; nobody else hears of it."""
     told: list[Any] = []
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, trouble: told.append(trouble))
-    channel, passage = passing([])
-    asked = asyncio.Event()
-
-    async def close(_: object) -> None:
-        asked.set()
-        raise AMQPConnectionError("gone")
-
-    channel.close = close
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0):
-            await passage.ask(asyncio.sleep(3600))
-    await asked.wait()
-    del passage, channel
+    asyncio.get_running_loop().set_exception_handler(lambda _, trouble: told.append(trouble))
+    channel, _ = on_a_wire()
+    given_up = asyncio.create_task(channel.ask(Basic.Qos()))
+    waiting = asyncio.create_task(channel.ask(Confirm.Select()))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    channel.connection.reason = AMQPConnectionError("gone")
+    channel.connection.gone.set_result(None)
+    await channel.ended
+    with pytest.raises(RuntimeError, match="closed"):
+        await waiting
+    asked, _ = on_a_wire()
+    asking = asyncio.create_task(asked.ask(Basic.Qos()))
+    await asyncio.sleep(0)
+    asked.connection.reason = AMQPConnectionError("gone")
+    asked.connection.gone.set_result(None)
+    with pytest.raises(AMQPConnectionError, match="gone"):
+        await asking
+    del channel, asked, waiting, asking
     gc.collect()
     assert told == []
-
-
-async def test_an_answer_that_comes_another_way_is_told() -> None:
-    """Where a newer aiormq no longer uses what stands in the place of its queue, nothing would ever be confirmed."""
-    channel, passage = passing([])
-    with pytest.raises(ConfigurationError, match=r"aiormq \d.*install aiormq"):
-        await passage.ask(asyncio.sleep(0))
-    await channel.frames.put((0, Basic.QosOk()))
-    await passage.ask(asyncio.sleep(0))
 
 
 async def test_writes_of_one_turn_arrive_in_their_order() -> None:
@@ -186,26 +214,22 @@ async def test_a_wire_that_is_cut_takes_what_is_written_with_it() -> None:
         assert b"2" not in await received
 
 
-def passing(messages: list[DeliveredMessage]) -> tuple[Any, Passage]:
-    """A channel as far as a passage needs one, and its passage, which puts messages into that list."""
-    queue: asyncio.Queue[Any] = asyncio.Queue()
-    written: list[bytes] = []
-    asked_to_close = asyncio.Event()
+def on_a_wire() -> tuple[Any, list[bytes]]:
+    """The channel 1 of a connection as far as a channel needs one, and what is sent on it."""
+    sent: list[bytes] = []
+    channels: dict[int, Any] = {}
 
-    async def close(_: object) -> None:
-        asked_to_close.set()
-        await asyncio.sleep(0)
+    def keep(channel: Channel) -> None:
+        channels[channel.number] = channel
 
-    channel: Any = SimpleNamespace(
-        frames=queue,
-        frames_before=queue,
-        is_closed=False,
-        written=written,
-        close=close,
-        asked_to_close=asked_to_close,
+    connection: Any = SimpleNamespace(
+        wire=SimpleNamespace(write=sent.append),
+        gone=asyncio.get_running_loop().create_future(),
+        channels=channels,
+        join=lambda channel: channels.setdefault(1, channel) and 1,
+        keep=keep,
     )
-    connection: Any = SimpleNamespace(wire=SimpleNamespace(write=written.append))
-    return channel, Passage(connection, channel, messages.append)
+    return Channel(connection), sent
 
 
 @asynccontextmanager

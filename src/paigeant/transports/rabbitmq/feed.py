@@ -7,21 +7,14 @@ import contextlib
 import logging
 import random
 import time
-from collections import deque
 from collections.abc import Callable
 
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.transports.rabbitmq.channel import Channel
 from paigeant.transports.rabbitmq.line import Delivery, Line
-from paigeant.transports.rabbitmq.link import (
-    CLOSE_SECONDS,
-    OPEN_SECONDS,
-    Link,
-    closings,
-    is_cancelled,
-    underlay,
-)
+from paigeant.transports.rabbitmq.link import CLOSE_SECONDS, OPEN_SECONDS, Link, closings, is_cancelled
 from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, Queue, declare
 
 __all__ = ["IDLE_SECONDS", "LONGEST_PAUSE_SECONDS", "PAUSE_SECONDS", "Feed"]
@@ -34,6 +27,9 @@ LONGEST_PAUSE_SECONDS = 2.0
 
 _STARVED_SECONDS = 0.02
 """How long an iteration waits for a message while all that it has fetched is unsettled, before it fetches more."""
+
+_MOST_AHEAD = 65535
+"""What AMQP can count. It takes 0 for any number."""
 
 LOOK_SECONDS = 1.0
 """How often a consumer to which nothing comes looks whether messages wait: then RabbitMQ passes it over."""
@@ -57,10 +53,9 @@ class Feed:
     def __init__(self, link: Link, queue: Queue, prefetch: int, drop: Callable[[Delivery], None]) -> None:
         self._shared = self._link = link
         self._queue = queue
-        self._prefetch = prefetch
+        self._prefetch = min(max(prefetch, 1), _MOST_AHEAD)
         self._drop = drop
         self._line: Line | None = None
-        self._inbox: deque[Delivery] = deque()
         self._news = asyncio.Event()
         self._has_worked = False
         self._is_suspect = False
@@ -80,10 +75,8 @@ class Feed:
                 await self._reopen()
             elif self._link is not self._shared and time.monotonic() > self._apart_until:
                 await self._leave()
-            elif self._inbox:
-                delivery = self._inbox.popleft()
-                line.hand_out(delivery)
-                return delivery
+            elif line.inbox:
+                return line.hand_out()
             else:
                 await self._wait(line)
         return None
@@ -114,16 +107,17 @@ class Feed:
         line.is_ending = True
         if line.watching is not None:
             line.watching.cancel()
-        with contextlib.suppress(*CONNECTION_EXCEPTIONS), closings():
-            async with asyncio.timeout(CLOSE_SECONDS):
-                if line.out:
-                    await line.stop()
-                    while self._inbox:
-                        line.give_back(self._inbox.popleft())
         if line.out:
-            line.channel.closing.add_done_callback(lambda _: self._part(link))
+            try:
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await line.stop()
+                line.give_back()
+            except CONNECTION_EXCEPTIONS:  # else what still comes would never be settled
+                self._lose(line)
+        if line.out:
+            line.channel.ended.add_done_callback(lambda _: self._part(link))
         else:
-            await line.close()
+            await line.channel.close()
             self._part(link)
 
     async def _wait(self, line: Line) -> None:
@@ -136,7 +130,7 @@ class Feed:
                 await self._news.wait()
         except TimeoutError:
             if line.is_starved and line is self._line:
-                with contextlib.suppress(*CONNECTION_EXCEPTIONS), closings():
+                with contextlib.suppress(*CONNECTION_EXCEPTIONS):
                     await line.consume()
 
     async def _reopen(self) -> None:
@@ -217,39 +211,27 @@ class Feed:
                 return
 
     async def _open(self) -> Line:
-        self._inbox.clear()
         connection = await self._link.open()
         await declare(connection, self._queue)
-        opening = connection.channel(publisher_confirms=False)
+        channel = await Channel.open(connection)
+        line = Line(channel, self._queue.name, self._prefetch, self._receive, self._end_of_queue)
+        channel.ended.add_done_callback(lambda _: self._lose(line))
         try:
-            await opening.initialize()
-            channel = await underlay(opening)
-            line = Line(connection, channel, self._queue.name, self._prefetch, self._receive)
-
-            def lost(_: object) -> None:
-                self._lose(line)
-
-            async def cancelled(_: object) -> None:
-                # The queue was deleted, or the node that has it is gone.
-                self._was_deleted = True
-                self._lose(line)
-                self._shared.start(line.close())
-
-            channel.on_consumer_cancel_callbacks.add(cancelled)
-            channel.closing.add_done_callback(lost)
             await line.open()
-            line.watching = self._shared.start(self._watch(line))
         except BaseException:
-            if opening.is_initialized and not opening.is_closed:
-                with contextlib.suppress(*CONNECTION_EXCEPTIONS):
-                    await opening.close()
+            channel.leave()
             raise
+        line.watching = self._shared.start(self._watch(line))
         return line
 
-    def _receive(self, delivery: Delivery) -> None:
+    def _receive(self) -> None:
         self._idle = IDLE_SECONDS
-        self._inbox.append(delivery)
         self._news.set()
+
+    def _end_of_queue(self, line: Line) -> None:
+        """It was deleted, or the node that has it is gone."""
+        self._was_deleted = True
+        self._lose(line)
 
     async def _watch(self, line: Line) -> None:
         """Open the line anew when nothing comes: whether the broker still knows it can't be asked."""
@@ -267,7 +249,6 @@ class Feed:
         self._idle = min(2 * self._idle, LONGEST_IDLE_SECONDS)
         line.watching = None  # this, which `_lose` would cancel
         self._lose(line)
-        await line.close()
 
     async def _is_passed_over(self, line: Line) -> bool:
         """Whether messages wait, though this line has room for them."""
@@ -277,14 +258,15 @@ class Feed:
         return False
 
     def _lose(self, line: Line) -> None:
-        """What came on a channel that is gone will come again: forget it."""
+        """What came on a line that is no more will come again: forget it."""
         line.is_void = True
+        line.channel.leave()
         if line.watching is not None:
             line.watching.cancel()
         for delivery in tuple(line.out):
             self._drop(delivery)
         line.out.clear()
+        line.inbox.clear()
         if self._line is line:
             self._line = None
-            self._inbox.clear()
             self._news.set()

@@ -17,14 +17,16 @@ from paigeant.transports.rabbitmq.queues import Queues
 __all__ = ["packed", "unpacked"]
 
 _REASON, _DETAIL, _TOPIC = "paigeant-reason", "paigeant-detail", "paigeant-topic"
-_DETAIL_CHARACTERS = 4096
+_REASON_BYTES, _DETAIL_BYTES = 256, 2048
+"""What is kept of them. RabbitMQ ends a connection on which properties are longer than a frame may be, of which the
+smallest that it can be set to has 4,096 bytes."""
 
 
 def packed(letter: DeadLetter) -> Outgoing:
     """A letter as it goes into that queue."""
     headers: dict[str, Any] = {
-        _REASON: letter.reason,
-        _DETAIL: letter.detail[:_DETAIL_CHARACTERS],
+        _REASON: _cut(letter.reason, _REASON_BYTES),
+        _DETAIL: _cut(letter.detail, _DETAIL_BYTES),
         _TOPIC: letter.topic,
         ATTEMPTS: letter.attempts,
     }
@@ -50,3 +52,8 @@ def unpacked(delivery: Delivery, queues: Queues, used: Collection[str]) -> DeadL
     attempts = queues.delivery_limit + 1 if queues.delivery_limit is not None else 0
     topic = queues.topic_of(queue, used)
     return DeadLetter.about(message_id, topic, reason, detail, delivery.body, attempts)
+
+
+def _cut(text: str, most_bytes: int) -> str:
+    """As much of it as can be sent."""
+    return text.encode(errors="replace")[:most_bytes].decode(errors="ignore")

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import secrets
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import aiormq
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
-from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+from pamqp.commands import Queue as Queues
+from pamqp.frame import marshal
 
 from paigeant.policy import LARGEST_COUNT
 from paigeant.transports.rabbitmq import frames
+from paigeant.transports.rabbitmq.channel import Channel, Received, Told
 from paigeant.transports.rabbitmq.headers import ATTEMPTS, count
-from paigeant.transports.rabbitmq.link import CLOSE_SECONDS, closings
-from paigeant.transports.rabbitmq.passage import Passage
-from paigeant.transports.rabbitmq.wire import Connection
 
 __all__ = ["Delivery", "Line"]
 
@@ -25,41 +26,42 @@ __all__ = ["Delivery", "Line"]
 class Delivery:
     """A message as it came, on the channel on which alone it can be settled."""
 
-    __slots__ = ("_message", "body", "consumer", "line", "message_id", "tag", "topic")
+    __slots__ = ("_method", "_properties", "body", "consumer", "line", "message_id", "tag", "topic")
 
-    def __init__(self, line: Line, message: DeliveredMessage) -> None:
+    def __init__(self, line: Line, received: Received) -> None:
+        method, self._properties, self.body = received
+        assert isinstance(method, Basic.Deliver), "nothing is sent here that could come back"
         self.line = line
-        self._message = message
-        self.body = message.body
-        self.consumer = message.consumer_tag or ""
-        self.tag = message.delivery_tag or 0
+        self._method = method
+        self.consumer = method.consumer_tag
+        self.tag = method.delivery_tag or 0
         self.message_id = self.topic = ""
 
     @property
     def property_id(self) -> str:
         """The message's id as the envelope says, for a body that doesn't say any."""
-        found = self._message.header.properties.message_id
+        found = self._properties.message_id
         return str(found) if found else f"amqp-{hashlib.sha256(self.body).hexdigest()[:32]}"
 
     @property
     def headers(self) -> dict[str, Any]:
-        return self._message.header.properties.headers or {}
+        return self._properties.headers or {}
 
     @property
     def returns(self) -> int:
         """How often it has come back to this queue; what a classic queue knows is only whether."""
-        return count(self.headers, "x-delivery-count", int(bool(self._message.redelivered)))
+        return count(self.headers, "x-delivery-count", int(bool(self._method.redelivered)))
 
     @property
     def attempts(self) -> int:
         """How often it was delivered, this time included; copies are counted on."""
         return min(count(self.headers, ATTEMPTS) + self.returns + 1, LARGEST_COUNT)
 
-    async def ack(self) -> None:
-        await self.line.settle(self, frames.ack)
+    def ack(self) -> None:
+        self.line.settle(self, frames.ack)
 
-    async def give_back(self) -> None:
-        await self.line.settle(self, frames.give_back)
+    def give_back(self) -> None:
+        self.line.settle(self, frames.give_back)
 
 
 class Line:
@@ -71,24 +73,28 @@ class Line:
 
     def __init__(
         self,
-        connection: Connection,
-        channel: aiormq.Channel,
+        channel: Channel,
         queue: str,
         prefetch: int,
-        receive: Callable[[Delivery], None],
+        news: Callable[[], None],
+        cancelled: Callable[[Line], None],
     ) -> None:
         self.channel = channel
-        self._passage = Passage(connection, channel, self._take)
-        self._receive = receive
         self._queue = queue
         self._prefetch = prefetch
+        self._news = news
+        self._cancelled = cancelled
         self._consumers: dict[str, int] = {}  # and how many of what each has received are out
+        self.inbox: deque[Delivery] = deque()
+        """What was not handed out yet."""
         self.out: set[Delivery] = set()
         self.is_ending = False
         self.received = 0
         self.watching: asyncio.Task[None] | None = None
         self.is_void = False
         """Whether what came on it can't be settled any more."""
+        channel.take = self._take
+        channel.hear = self._hear
 
     @property
     def is_starved(self) -> bool:
@@ -100,64 +106,63 @@ class Line:
         """How many messages RabbitMQ sends, or has sent, before one that is out is settled."""
         return self._prefetch * len(self._consumers) - sum(self._consumers.values())
 
-    def hand_out(self, delivery: Delivery) -> None:
+    def hand_out(self) -> Delivery:
+        delivery = self.inbox.popleft()
         self.out.add(delivery)
         if delivery.consumer in self._consumers:
             self._consumers[delivery.consumer] += 1
+        return delivery
 
     async def open(self) -> None:
         """Receive the first `prefetch` messages."""
-        await self._passage.ask(self.channel.basic_qos(prefetch_count=self._prefetch))
+        await self.channel.ask(Basic.Qos(prefetch_count=self._prefetch))
         await self.consume()
 
     async def consume(self) -> None:
         """Receive `prefetch` messages more ahead."""
-        consuming = await self._passage.ask(self.channel.basic_consume(self._queue, _nothing))
-        self._consumers[str(consuming.consumer_tag)] = 0
+        consumer = secrets.token_hex(8)
+        self._consumers[consumer] = 0
+        await self.channel.ask(Basic.Consume(queue=self._queue, consumer_tag=consumer))
 
     async def stop(self) -> None:
         """Receive nothing more; returns when nothing more can come."""
         while self._consumers:
-            await self._cancel(next(iter(self._consumers)))
-
-    async def _cancel(self, consumer: str) -> None:
-        del self._consumers[consumer]
-        await self._passage.ask(self.channel.basic_cancel(consumer))
+            consumer, _ = self._consumers.popitem()
+            await self.channel.ask(Basic.Cancel(consumer))
 
     async def waiting(self) -> int:
         """How many messages wait in the queue."""
-        declared = await self._passage.ask(self.channel.queue_declare(self._queue, passive=True))
+        declared = await self.channel.ask(Queues.Declare(queue=self._queue, passive=True))
         return declared.message_count or 0
 
-    def give_back(self, delivery: Delivery) -> None:
+    def give_back(self) -> None:
         """Have what was not handed out delivered again."""
-        self._passage.write(frames.give_back(self.channel.number, delivery.tag))
+        while self.inbox:
+            self.channel.write(frames.give_back(self.channel.number, self.inbox.popleft().tag))
 
-    async def settle(self, delivery: Delivery, how: Callable[[int, int], bytes]) -> None:
+    def settle(self, delivery: Delivery, how: Callable[[int, int], bytes]) -> None:
         """Tell the broker, once. On a channel that is gone nothing happens: the message comes again by itself."""
         if delivery not in self.out:
             return  # RabbitMQ closes a channel on which something is settled twice
         self.out.discard(delivery)
-        with contextlib.suppress(*CONNECTION_EXCEPTIONS), closings():
+        with contextlib.suppress(*CONNECTION_EXCEPTIONS):
             if delivery.consumer in self._consumers:
                 self._consumers[delivery.consumer] -= 1
                 if len(self._consumers) > 1 and self._ahead > self._prefetch:
-                    await self._cancel(delivery.consumer)  # first, or RabbitMQ sends another in its place
-            self._passage.write(how(self.channel.number, delivery.tag))
+                    self._end(delivery.consumer)  # first, or RabbitMQ sends another in its place
+            self.channel.write(how(self.channel.number, delivery.tag))
             if self.is_ending and not self.out:
-                await self.close()
+                self.channel.leave()
 
-    async def close(self) -> None:
-        """End it; RabbitMQ gives what is unsettled to others."""
-        with contextlib.suppress(*CONNECTION_EXCEPTIONS):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self._passage.close()
+    def _end(self, consumer: str) -> None:
+        del self._consumers[consumer]
+        self.channel.write(marshal(Basic.Cancel(consumer, nowait=True), self.channel.number))
 
-    def _take(self, message: DeliveredMessage) -> None:
+    def _take(self, received: Received) -> None:
         self.received += 1
-        if not self.is_void:
-            self._receive(Delivery(self, message))
+        self.inbox.append(Delivery(self, received))
+        self._news()
 
-
-async def _nothing(_: DeliveredMessage) -> None:
-    """For aiormq, which is given a consumer and gets no message for it."""
+    def _hear(self, told: Told) -> None:
+        assert isinstance(told, Basic.Cancel), "nothing is sent here that could be confirmed"
+        self._cancelled(self)

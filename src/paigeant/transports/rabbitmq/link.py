@@ -2,19 +2,16 @@
 
 Reconnecting is done here, on plain connections of aio-pika: its robust ones restore what they know after a lost
 connection, but not a consumer that the broker has cancelled, and they don't tell when a delivery has become void.
-Messages are published, consumed and acked on the channels of aiormq underneath.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Generic, TypeVar
 
 import aio_pika
-import aiormq
-from aio_pika.abc import AbstractChannel
 from aio_pika.exceptions import (
     CONNECTION_EXCEPTIONS,
     AuthenticationError,
@@ -24,22 +21,20 @@ from aio_pika.exceptions import (
 from yarl import URL
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.transports.rabbitmq.channel import throwaway
 from paigeant.transports.rabbitmq.headers import tolerate
-from paigeant.transports.rabbitmq.wire import Connection, Wire
+from paigeant.transports.rabbitmq.wire import Closed, Connection, Wire
 from paigeant.urls import check_parameters, check_readable
 
 __all__ = [
     "CLOSE_SECONDS",
     "OPEN_SECONDS",
-    "Closed",
     "Link",
     "Single",
     "closings",
     "is_cancelled",
     "place",
     "read_url",
-    "throwaway",
-    "underlay",
 ]
 
 _HEARTBEAT_SECONDS = 10
@@ -188,16 +183,11 @@ class Link:
         """Break a connection that doesn't answer."""
         self._wire.cut()
 
-    async def is_blocked(self) -> bool:
+    @property
+    def is_blocked(self) -> bool:
         """Whether the broker has said that it takes no messages for now."""
-        if self._connection is None or not self._is_open(self._connection):
-            return False
-        try:
-            async with asyncio.timeout(0):
-                await self._connection.transport.ready()  # type: ignore[union-attr]  # is open
-        except TimeoutError:
-            return True
-        return False
+        connection = self._connection
+        return connection is not None and self._is_open(connection) and connection.is_blocked
 
     async def answers(self) -> bool:
         """Whether the broker answers on the connection that there is."""
@@ -270,31 +260,6 @@ class Link:
         return TransportUnavailable(
             f"RabbitMQ at {where} can't be reached: {what}; start it, or correct transport_url"
         )
-
-
-async def underlay(channel: AbstractChannel) -> aiormq.Channel:
-    """The channel of aiormq beneath an open one of aio-pika."""
-    found = await channel.get_underlay_channel()
-    assert isinstance(found, aiormq.Channel)
-    return found
-
-
-@contextlib.asynccontextmanager
-async def throwaway(connection: aio_pika.Connection) -> AsyncIterator[AbstractChannel]:
-    """A channel for what makes RabbitMQ close it when the answer is no."""
-    channel = connection.channel(publisher_confirms=False)
-    await channel.initialize()
-    try:
-        yield channel
-    finally:
-        if not channel.is_closed:
-            # Also when whoever waits is cancelled: aiormq sends a close that is cut off once more, and for that
-            # RabbitMQ closes the whole connection.
-            await asyncio.shield(channel.close())
-
-
-class Closed(ConnectionError):
-    """What was waited for can't come any more: the connection was closed meanwhile."""
 
 
 @contextlib.contextmanager

@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import secrets
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import aiormq
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS, DeliveryError, PublishError
-from aiormq.abc import DeliveredMessage
-from pamqp.commands import Basic
+from aio_pika.exceptions import DeliveryError
+from pamqp.commands import Basic, Confirm
 
 from paigeant.transports.rabbitmq import frames
+from paigeant.transports.rabbitmq.channel import Channel, Received, Told
 from paigeant.transports.rabbitmq.frames import Outgoing
-from paigeant.transports.rabbitmq.link import Closed, underlay
-from paigeant.transports.rabbitmq.passage import Confirm, Passage
 from paigeant.transports.rabbitmq.queues import NAME_BYTES
 from paigeant.transports.rabbitmq.wire import Connection
 
-__all__ = ["Outlet"]
+__all__ = ["NoRoute", "Outlet"]
+
+
+class NoRoute(Exception):
+    """A message has come back: there is no such queue."""
 
 
 class _Sent(NamedTuple):
@@ -31,27 +32,30 @@ class _Sent(NamedTuple):
 class Outlet:
     """Publishes with confirms on one channel."""
 
-    def __init__(self, connection: Connection, channel: aiormq.Channel) -> None:
-        self._passage = Passage(connection, channel, self._returned, self._confirmed)
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._sent = 0
         self._waiting: dict[int, _Sent] = {}
         """By number, what isn't confirmed, the lowest first."""
         self._numbers: dict[str, int] = {}
         """Of these, by the id of the message."""
-        channel.closing.add_done_callback(self._lose)
+        channel.take = self._returned
+        channel.hear = self._confirmed
+        channel.ended.add_done_callback(self._lose)
 
     @classmethod
     async def open(cls, connection: Connection) -> Outlet:
-        opening = connection.channel(publisher_confirms=False)
-        await opening.initialize()
-        channel = await underlay(opening)
-        outlet = cls(connection, channel)
-        await outlet._passage.ask(channel.confirm_delivery())
-        return outlet
+        channel = await Channel.open(connection)
+        try:
+            await channel.ask(Confirm.Select())
+        except BaseException:
+            channel.leave()
+            raise
+        return cls(channel)
 
     @property
     def is_closed(self) -> bool:
-        return self._passage.is_closed
+        return self._channel.is_closed
 
     @property
     def given_up(self) -> set[int]:
@@ -61,15 +65,15 @@ class Outlet:
     async def publish(self, queue: str, message: Outgoing) -> None:
         """Returns when the broker has confirmed it.
 
-        Raises PublishError where there is no such queue, DeliveryError where it takes no message, and what has closed
+        Raises NoRoute where there is no such queue, DeliveryError where it takes no message, and what has closed
         the channel.
         """
         # What comes back is found by its id: two that are under way need different ones, given up or not.
         if len(message.message_id.encode()) > NAME_BYTES or message.message_id in self._numbers:
             message = message._replace(message_id=secrets.token_hex(16))
-        channel = self._passage.channel
-        most_bytes = channel.connection.connection_tune.frame_max
-        self._passage.write(frames.publishing(channel.number, queue, message, most_bytes=most_bytes))
+        channel = self._channel
+        most_bytes = channel.connection.frame_max
+        channel.write(frames.publishing(channel.number, queue, message, most_bytes=most_bytes))
         self._sent += 1
         self._numbers[message.message_id] = self._sent
         confirm = asyncio.get_running_loop().create_future()
@@ -77,23 +81,26 @@ class Outlet:
         await confirm
 
     async def unblocked(self) -> None:
-        """Returns at once, unless the broker takes no messages now."""
-        await self._passage.channel.connection.ready()
+        """Returns when the broker takes messages, mostly at once. Raises one of CONNECTION_EXCEPTIONS."""
+        await self._channel.connection.unblocked()
 
-    async def close(self) -> None:
-        await self._passage.close()
+    def leave(self) -> None:
+        """Close its channel."""
+        self._channel.leave()
 
-    def _confirmed(self, frame: Confirm) -> None:
+    def _confirmed(self, frame: Told) -> None:
+        assert isinstance(frame, (Basic.Ack, Basic.Nack)), "there are no consumers here"
         last = frame.delivery_tag or 0
         numbers = list(takewhile(last.__ge__, self._waiting)) if frame.multiple else [last]
         for number in numbers:
             self._settle(number, None if isinstance(frame, Basic.Ack) else DeliveryError(None, frame))
 
-    def _returned(self, message: DeliveredMessage) -> None:
+    def _returned(self, message: Received) -> None:
         """What nothing takes comes back, and is confirmed after that."""
-        number = self._numbers.get(message.header.properties.message_id or "")
+        number = self._numbers.get(message.properties.message_id or "")
         if number is not None:
-            self._settle(number, PublishError(message, message.delivery))
+            assert isinstance(message.method, Basic.Return)
+            self._settle(number, NoRoute(f"{message.method.reply_text}: '{message.method.routing_key}'"))
 
     def _settle(self, number: int, error: Exception | None) -> None:
         sent = self._waiting.pop(number, None)
@@ -107,10 +114,7 @@ class Outlet:
         else:
             sent.confirm.set_exception(error)
 
-    def _lose(self, closing: asyncio.Future[Any]) -> None:
+    def _lose(self, _: asyncio.Future[None]) -> None:
         """The channel is gone: what isn't confirmed by now never will be."""
-        reason = None if closing.cancelled() else closing.exception()
-        if not isinstance(reason, CONNECTION_EXCEPTIONS):
-            reason = Closed("the connection was closed")
         for number in tuple(self._waiting):
-            self._settle(number, reason)
+            self._settle(number, self._channel.reason)

@@ -7,10 +7,11 @@ import contextlib
 import re
 import time
 from collections.abc import Collection
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
-from aio_pika.abc import AbstractChannel
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelNotFoundEntity, DeliveryError, PublishError
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelNotFoundEntity, DeliveryError
+from pamqp.commands import Queue as Queues
 
 from paigeant.errors import (
     ConfigurationError,
@@ -18,19 +19,12 @@ from paigeant.errors import (
     TopicUnavailable,
     TransportUnavailable,
 )
+from paigeant.transports.rabbitmq.channel import Channel, throwaway
 from paigeant.transports.rabbitmq.frames import Outgoing
-from paigeant.transports.rabbitmq.link import (
-    OPEN_SECONDS,
-    Closed,
-    Link,
-    Single,
-    closings,
-    place,
-    throwaway,
-)
-from paigeant.transports.rabbitmq.outlet import Outlet
+from paigeant.transports.rabbitmq.link import OPEN_SECONDS, Link, Single, closings, place
+from paigeant.transports.rabbitmq.outlet import NoRoute, Outlet
 from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, Queue, check_rights, declare
-from paigeant.transports.rabbitmq.wire import Connection
+from paigeant.transports.rabbitmq.wire import Closed, Connection
 
 __all__ = ["Publisher"]
 
@@ -42,7 +36,22 @@ _MOST_DECLARING = 50
 _GIVEN_UP_SECONDS = 1.0
 """After this time it tells against a channel that what was given up on it is still unconfirmed."""
 
+_FRESH_SECONDS = 5.0
+_STARTING_SECONDS = 0.2
+"""A quorum queue that two declare at the same moment is there for the second before it takes messages: what it refuses
+so soon is sent to it again a moment later."""
+
+_ALARM = (
+    "it blocks publishers by a memory or disk alarm (see `rabbitmqctl status`); give it room, "
+    "or let workers catch up"
+)
 _WHEN_LOST = "when a queue doesn't recover, delete it (rabbitmqctl delete_queue {}): it is declared anew"
+
+
+class _Declared(NamedTuple):
+    at: float
+    until: float
+    """Until when it is sure that the queue is there."""
 
 
 class Publisher:
@@ -54,8 +63,8 @@ class Publisher:
         self._outlet: Outlet | None = None
         self._confirmed_at = 0.0
         self._single = Single(self._open)
-        self._declared: dict[str, float] = {}
-        """The queues that are there, and until when that is sure, as far as `_connection` knows."""
+        self._declared: dict[str, _Declared] = {}
+        """The queues that are there, as far as `_connection` knows."""
         self._connection: Connection | None = None
         self._declaring: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._places = asyncio.Semaphore(_MOST_DECLARING)
@@ -65,16 +74,24 @@ class Publisher:
     async def open(self, queue: Queue, trial: Queue) -> None:
         """Open it, and see to it that `queue` is there and the user has the rights that `trial` takes.
 
-        Raises TransportUnavailable, ConfigurationError.
+        Raises TransportUnavailable, ConfigurationError, and leaves nothing open then.
         """
-        self._is_closed = False
+        was_closed, self._is_closed = self._is_closed, False
+        try:
+            await self._begin(queue, trial)
+        except BaseException:
+            self._is_closed = was_closed
+            await self._drop()
+            raise
+
+    async def _begin(self, queue: Queue, trial: Queue) -> None:
         try:
             with closings():
                 async with asyncio.timeout(OPEN_SECONDS):
                     if self._outlet is None or self._outlet.is_closed:
                         await self._single.get()
                     await self._declare(queue)
-                    await check_rights(await self._link.open(), trial)
+                    await check_rights(await self._connected(), trial)
         except TopicUnavailable as exc:  # without these two there is nothing that could go on
             raise TransportUnavailable(str(exc)) from exc
         except CONNECTION_EXCEPTIONS as exc:
@@ -82,6 +99,9 @@ class Publisher:
 
     async def close(self) -> None:
         self._is_closed = True
+        await self._drop()
+
+    async def _drop(self) -> None:
         await self._single.cancel()
         self._outlet = None
         await self._link.close()
@@ -106,7 +126,7 @@ class Publisher:
             with closings():
                 outlet = await self._ready(queue)
                 await outlet.publish(queue.name, message)
-        except PublishError as exc:
+        except NoRoute as exc:
             self._declared.pop(queue.name, None)
             # A channel numbers what it sends to a quorum queue. One that is deleted and declared anew confirms what
             # comes on an old channel, and waits for ever for what it takes to have come before.
@@ -116,6 +136,10 @@ class Publisher:
             await asyncio.sleep(DELETED_SECONDS)
             return False
         except DeliveryError as exc:
+            declared = self._declared.get(queue.name)
+            if again and declared is not None and time.monotonic() - declared.at < _FRESH_SECONDS:
+                await asyncio.sleep(_STARTING_SECONDS)
+                return False
             raise TopicUnavailable(
                 f"RabbitMQ at {place(self._link.url)} refuses a message for the queue '{queue.name}'; "
                 "it is full (max-length of a policy), or not enough of its replicas are there; "
@@ -130,7 +154,7 @@ class Publisher:
             raise
         except CONNECTION_EXCEPTIONS as exc:
             _check_size(exc, message.body)
-            if not again or isinstance(exc, Closed) or self._is_closed:  # after `close` none is to be opened
+            if not again or isinstance(exc, Closed):
                 raise self._unavailable(exc) from exc
             return False
         self._confirmed_at = time.monotonic()
@@ -147,7 +171,7 @@ class Publisher:
                         outlet = await self._single.get()
                     # It tells of an alarm only to those who publish, and takes the first message of each connection.
                     for _ in range(2):
-                        with contextlib.suppress(PublishError):
+                        with contextlib.suppress(NoRoute):
                             await outlet.publish(trial.name, Outgoing(trial.name, b""))
         except TimeoutError as exc:
             raise await self._late(began_at, _ROOM_SECONDS) from exc
@@ -166,14 +190,14 @@ class Publisher:
     async def _counts(self, names: Collection[str]) -> list[int]:
         found = []
         async with contextlib.AsyncExitStack() as stack:
-            connection = await self._link.open()
-            channel: AbstractChannel | None = None
+            connection = await self._connected()
+            channel: Channel | None = None
             for name in names:
                 if channel is None:
                     channel = await stack.enter_async_context(throwaway(connection))
                 try:
-                    queue = await channel.declare_queue(name, passive=True)
-                    found.append(queue.declaration_result.message_count or 0)
+                    declared = await channel.ask(Queues.Declare(queue=name, passive=True))
+                    found.append(declared.message_count or 0)
                 except ChannelNotFoundEntity:
                     found.append(0)
                     channel = None  # RabbitMQ has closed it
@@ -201,20 +225,26 @@ class Publisher:
         if not self._is_there(queue):
             async with self._declaring.setdefault(queue.name, asyncio.Lock()), self._places:
                 if not self._is_there(queue):
-                    await declare(await self._link.open(), queue)
+                    await declare(await self._connected(), queue)
                     self._remember(queue)
 
     def _is_there(self, queue: Queue) -> bool:
-        return self._declared.get(queue.name, 0.0) > time.monotonic()
+        declared = self._declared.get(queue.name)
+        return declared is not None and declared.until > time.monotonic()
 
     def _remember(self, queue: Queue) -> None:
         now = time.monotonic()
         # Each hour has wait queues of its own, for each topic and delay: those of a worker's whole life would add up.
-        self._declared = {name: until for name, until in self._declared.items() if until > now}
-        self._declared[queue.name] = now + queue.lasts
+        self._declared = {name: each for name, each in self._declared.items() if each.until > now}
+        self._declared[queue.name] = _Declared(now, now + queue.lasts)
+
+    async def _connected(self) -> Connection:
+        if self._is_closed:  # nobody would close it
+            raise Closed("the transport is closed")
+        return await self._link.open()
 
     async def _open(self) -> Outlet:
-        connection = await self._link.open()
+        connection = await self._connected()
         async with asyncio.timeout(OPEN_SECONDS):
             outlet = await Outlet.open(connection)
         if connection is not self._connection:
@@ -238,18 +268,14 @@ class Publisher:
 
     async def _close_later(self, outlet: Outlet) -> None:
         await asyncio.sleep(self._timeout)
-        with contextlib.suppress(*CONNECTION_EXCEPTIONS):
-            await outlet.close()
+        outlet.leave()
 
     async def _late(
         self, began_at: float, seconds: float, queue: Queue | None = None
     ) -> TransportUnavailable:
         begin = f"RabbitMQ at {place(self._link.url)} has not confirmed a message"
-        if await self._link.is_blocked():
-            return TransportUnavailable(
-                f"{begin} within {seconds:g} s: it blocks publishers by a memory or disk alarm "
-                "(see `rabbitmqctl status`); give it room, or let workers catch up"
-            )
+        if self._link.is_blocked:
+            return TransportUnavailable(f"{begin} within {seconds:g} s: {_ALARM}")
         if queue is not None and await self._link.answers():
             return TopicUnavailable(
                 f"{begin} for the queue '{queue.name}' within {seconds:g} s, but it answers: it is overloaded, or not "
@@ -261,6 +287,8 @@ class Publisher:
 
     def _unavailable(self, exc: BaseException) -> TransportUnavailable:
         what = str(exc) or type(exc).__name__
+        if isinstance(exc, TimeoutError) and self._link.is_blocked:
+            what = _ALARM
         return TransportUnavailable(f"RabbitMQ at {place(self._link.url)} doesn't serve: {what}")
 
 

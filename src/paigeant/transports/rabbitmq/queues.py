@@ -14,13 +14,15 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
-import aio_pika
 from aio_pika.exceptions import ChannelPreconditionFailed
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
+from pamqp.commands import Queue as Methods
 
 from paigeant.clock import Clock
 from paigeant.errors import ConfigurationError, TopicUnavailable
-from paigeant.transports.rabbitmq.link import place, throwaway
+from paigeant.transports.rabbitmq.channel import throwaway
+from paigeant.transports.rabbitmq.link import place
+from paigeant.transports.rabbitmq.wire import Connection
 from paigeant.urls import is_namespace
 
 __all__ = ["DELETED_SECONDS", "NAME_BYTES", "Queue", "Queues", "check_rights", "declare"]
@@ -142,7 +144,7 @@ class Queues:
         return name
 
 
-async def declare(connection: aio_pika.Connection, queue: Queue) -> None:
+async def declare(connection: Connection, queue: Queue) -> None:
     """Make sure that there are this queue and those that it needs.
 
     Raises ConfigurationError when it doesn't fit, TopicUnavailable when there are too many.
@@ -152,22 +154,26 @@ async def declare(connection: aio_pika.Connection, queue: Queue) -> None:
     with _refused(connection, queue):
         # On a channel of its own: RabbitMQ closes it when the queue doesn't fit, with all that is under way on it.
         async with throwaway(connection) as channel:
-            await channel.declare_queue(queue.name, durable=True, arguments=dict(queue.arguments))
+            await channel.ask(
+                Methods.Declare(queue=queue.name, durable=True, arguments=dict(queue.arguments))
+            )
 
 
-async def check_rights(connection: aio_pika.Connection, trial: Queue) -> None:
+async def check_rights(connection: Connection, trial: Queue) -> None:
     """Raises ConfigurationError for a user who may not have queues from which messages go on, as those of topics do.
 
     `trial` is declared for that, and gone at once.
     """
     with _refused(connection, trial):
         async with throwaway(connection) as channel:
-            queue = await channel.declare_queue(trial.name, exclusive=True, arguments=dict(trial.arguments))
-            await queue.delete()
+            await channel.ask(
+                Methods.Declare(queue=trial.name, exclusive=True, arguments=dict(trial.arguments))
+            )
+            await channel.ask(Methods.Delete(queue=trial.name))
 
 
 @contextlib.contextmanager
-def _refused(connection: aio_pika.Connection, queue: Queue) -> Iterator[None]:
+def _refused(connection: Connection, queue: Queue) -> Iterator[None]:
     try:
         yield
     except ChannelPreconditionFailed as exc:

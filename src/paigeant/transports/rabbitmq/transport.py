@@ -78,19 +78,18 @@ class RabbitMQTransport:
         self._bury: Bury | None = None
         self._draining: asyncio.Task[None] | None = None
         self._closings = 0
+        self._is_closed = False
 
     async def connect(self) -> None:
         # What aiormq says of each attempt belongs into a log that somebody has set up, not on the screen.
         for name in ("aiormq", "aio_pika"):
             logging.getLogger(name).addHandler(_SILENT)
-        try:
-            await self._publisher.open(self.queues.dead, self.queues.trial())
-        except BaseException:
-            await self._publisher.close()
-            raise
+        await self._publisher.open(self.queues.dead, self.queues.trial())
+        self._is_closed = False
 
     async def close(self) -> None:
         self._closings += 1  # which ends the subscriptions
+        self._is_closed = True
         draining, self._draining = self._draining, None
         if draining is not None:
             draining.cancel()
@@ -136,6 +135,8 @@ class RabbitMQTransport:
 
     async def subscribe(self, topic: str, *, prefetch: int = 1) -> AsyncIterator[PaigeantMessage]:
         self._used.add(topic)
+        if self._is_closed:  # nobody would close what it opens
+            return
         self._start_draining()
         feed = Feed(self._receiving, self.queues.topic(topic), prefetch, self._drop)
         self._feeds.add(feed)
@@ -163,12 +164,14 @@ class RabbitMQTransport:
                 await self._reject(delivery, DeadLetter.about(*about))
             except Exception as trouble:  # whatever the keeper of dead letters meets, the iteration goes on
                 log.warning("the dead letter %s is not kept yet, it comes again: %s", about[0], trouble)
-                await delivery.give_back()
+                delivery.give_back()
                 await asyncio.sleep(PAUSE_SECONDS)  # it comes at once
             return None
         except BaseException:
-            await delivery.give_back()  # else nobody would ever settle it
+            delivery.give_back()  # else nobody would ever settle it
             raise
+        if delivery.line.is_void:  # lost while it was opened: it comes again
+            return None
         delivery.message_id, delivery.topic = message.message_id, topic
         self._held.setdefault(message.message_id, []).append(delivery)
         return message
@@ -184,10 +187,10 @@ class RabbitMQTransport:
             await self._post(topic, message.message_id, delivery.body, early, headers)
         except TransportUnavailable as exc:
             log.warning("a message of %s that isn't due can't be sent on, it comes again: %s", topic, exc)
-            await delivery.give_back()
+            delivery.give_back()
             await asyncio.sleep(PAUSE_SECONDS)
         else:
-            await delivery.ack()
+            delivery.ack()
         return False
 
     # -- settling
@@ -195,14 +198,14 @@ class RabbitMQTransport:
     async def ack(self, message_id: str) -> None:
         delivery = self._take(message_id)
         if delivery is not None:
-            await delivery.ack()
+            delivery.ack()
 
     async def nack(self, message_id: str, *, delay: float = 0) -> None:
         delivery = self._take(message_id)
         if delivery is None:
             return
         if delay <= 0 and delivery.returns < self.queues.most_returns:
-            await delivery.give_back()
+            delivery.give_back()
             return
         headers = {ATTEMPTS: delivery.attempts}
         try:
@@ -212,9 +215,9 @@ class RabbitMQTransport:
             self._receiving.start(self._give_back_later(delivery, delay))
             raise
         except BaseException:
-            await delivery.give_back()  # too early, but not lost, and in nobody's way
+            delivery.give_back()  # too early, but not lost, and in nobody's way
             raise
-        await delivery.ack()
+        delivery.ack()
 
     @staticmethod
     async def _give_back_later(delivery: Delivery, delay: float) -> None:
@@ -223,7 +226,7 @@ class RabbitMQTransport:
         It would come again hundreds of times in a second, and soon as often as a delivery limit lets it.
         """
         await asyncio.sleep(min(max(delay, PAUSE_SECONDS), LONGEST_PAUSE_SECONDS))
-        await delivery.give_back()
+        delivery.give_back()
 
     async def dead_letter(self, message_id: str, reason: str) -> None:
         delivery = self._take(message_id)
@@ -244,9 +247,9 @@ class RabbitMQTransport:
             self._receiving.start(self._give_back_later(delivery, _REJECTED_SECONDS))
             raise
         except BaseException:
-            await delivery.give_back()
+            delivery.give_back()
             raise
-        await delivery.ack()
+        delivery.ack()
 
     def _take(self, message_id: str) -> Delivery | None:
         """What is held under this id, the one that came first; it isn't any more."""
@@ -294,9 +297,9 @@ class RabbitMQTransport:
         try:
             await self._bury_drained(letters.unpacked(delivery, self.queues, self._used))
         except BaseException:
-            await delivery.give_back()
+            delivery.give_back()
             raise
-        await delivery.ack()
+        delivery.ack()
 
     async def _bury_drained(self, letter: DeadLetter) -> None:
         # Held while the store can't take it: given back to its queue it would come at once, and not for ever.

@@ -1,24 +1,36 @@
-"""The socket of a connection: how it is opened, written to, watched and cut."""
+"""A connection and its socket: how that is opened, written to, watched and cut."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from importlib.metadata import version
 from typing import Any
 
 import aio_pika
+import aiormq
 from aio_pika.abc import ConnectionParameter
-from aio_pika.exceptions import AMQPConnectionError
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AMQPConnectionError, ChannelInvalidStateError
 from aiormq.connection import TransportFactory
 from yarl import URL
 
-__all__ = ["Connection", "Wire"]
+from paigeant.errors import ConfigurationError
+
+__all__ = ["Closed", "Connection", "Wire"]
 
 _PEER_SECONDS = 10
 """After this time a peer that is no longer there is noticed by the kernel, however busy or idle the connection is."""
 
 _MOST_GATHERED_BYTES = 262_144
 """What is more is sent at once: joined and waiting for a peer that doesn't read, all of it would be kept twice."""
+
+
+_MOST_CHANNELS = 65535
+"""Where the broker sets no limit."""
+
+
+class Closed(ConnectionError):
+    """What was waited for can't come any more: the connection was closed meanwhile."""
 
 
 class Wire(TransportFactory):
@@ -54,7 +66,7 @@ class Wire(TransportFactory):
 
 
 class Connection(aio_pika.Connection):
-    """One of aio-pika's, with its wire."""
+    """One of aio-pika's, with its wire and with channels of ours."""
 
     PARAMETERS = (
         *aio_pika.Connection.PARAMETERS,
@@ -64,6 +76,67 @@ class Connection(aio_pika.Connection):
     def __init__(self, url: URL, wire: Wire, name: str) -> None:
         super().__init__(url, client_properties={"connection_name": name}, transport_factory=wire)
         self.wire = wire
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when it has ended."""
+        self.reason: Exception = Closed("the connection was closed")
+        """Why it has ended."""
+
+    async def connect(self, timeout: float | None = None) -> None:
+        await super().connect(timeout)
+        assert self.transport is not None
+        self._client: aiormq.abc.AbstractConnection = self.transport.connection
+        self.frame_max = self._client.connection_tune.frame_max
+        """How many bytes a frame may have; 0 for any number."""
+        self._client.closing.add_done_callback(self._lose)
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether the broker has said that it takes no messages for now."""
+        waiting = self._client.ready()
+        try:
+            waiting.send(None)  # aiormq tells only by letting wait
+        except StopIteration:
+            return False
+        waiting.close()
+        return True
+
+    async def unblocked(self) -> None:
+        """Returns when the broker takes messages, mostly at once. Raises `reason` when it is gone before."""
+        if self.is_blocked:
+            waiting = asyncio.ensure_future(self._client.ready())
+            try:
+                await asyncio.wait([waiting, self.gone], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                waiting.cancel()
+        if self.gone.done():
+            raise self.reason
+
+    def join(self, channel: Any) -> int:
+        """Have what comes on the lowest number that is free put into the `frames` of `channel`; gives the number."""
+        channels = self._client.channels
+        most = self._client.connection_tune.channel_max or _MOST_CHANNELS
+        number = next((each for each in range(1, most + 1) if each not in channels), None)
+        if number is None:
+            raise ChannelInvalidStateError(
+                f"all {most} channels of the connection are in use; raise channel_max of RabbitMQ"
+            )
+        channels[number] = channel
+        return number
+
+    def keep(self, channel: Any) -> None:
+        """Keep the number of `channel` for one more frame that closes it: aiormq has freed it for the first."""
+        self._client.channels[channel.number] = channel
+
+    def _lose(self, closing: asyncio.Future[Any]) -> None:
+        reason = None if closing.cancelled() else closing.exception()
+        if isinstance(reason, CONNECTION_EXCEPTIONS):
+            self.reason = reason
+        elif isinstance(reason, (AttributeError, TypeError)):
+            self.reason = ConfigurationError(
+                f"aiormq {version('aiormq')} hands on what comes in another way than this version of Paigeant knows; "
+                "install aiormq 7.2.4, or a newer Paigeant"
+            )
+        self.gone.set_result(None)
 
 
 class _Writer(asyncio.StreamWriter):
