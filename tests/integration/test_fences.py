@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
 import pytest
 from tests.integration.workers import working
 from tests.kill.sql import rows, write
@@ -116,3 +117,46 @@ async def test_a_claim_that_a_database_has_forgotten_begins_nothing_twice(forget
         attempts.end(1)
         assert (await run.wait(PATIENCE)).output == 1
     assert attempts.begun == [1]
+
+
+async def test_a_worker_that_cannot_renew_its_lease_begins_nothing(postgres_tables: str) -> None:
+    """Nor does it take the next step along: whatever it began now, the next sweep would take away from it again."""
+    activity, attempts = ActivityRegistry(), Attempts()
+
+    @activity.execute()
+    async def first() -> int:
+        return await attempts.attempt(1)
+
+    @activity.execute()
+    async def second() -> int:
+        return await attempts.attempt(2)
+
+    attempts.end(2)
+    settings = Settings(
+        transport_url=postgres_tables,
+        store_url=postgres_tables,
+        lease=1.0,
+        heartbeat=0.2,
+        sweep_interval=500,
+        grace=500,
+    )
+    async with Paigeant(settings, activities=activity, observers=[attempts]) as app:
+        worker = app.worker()
+        async with working(worker):
+            under_way = await app.dispatch(Workflow("w", ["first", "second"]))
+            await attempts.until(lambda: attempts.begun == [1])
+            with psycopg.connect(postgres_tables) as other:
+                other.execute("LOCK TABLE workers")
+                async with asyncio.timeout(PATIENCE):
+                    while not worker.idleness():  # noqa: ASYNC110  # nobody is told
+                        await asyncio.sleep(0.01)
+                new = await app.dispatch(Workflow("v", ["second"]))
+                await attempts.until(lambda: attempts.events.count("delivery.returned") >= 1)
+                attempts.end(1)
+                await attempts.until(lambda: "step.completed" in attempts.events)
+                returned = attempts.events.count("delivery.returned")
+                await attempts.until(lambda: attempts.events.count("delivery.returned") >= returned + 4)
+                assert attempts.begun == [1]
+            results = [await run.wait(PATIENCE) for run in (under_way, new)]
+    assert [result.output for result in results] == [2, 2]
+    assert attempts.begun == [1, 2, 2]
