@@ -16,7 +16,7 @@ from paigeant.store import RunDetail
 DAY = 86400
 RUNS = 6
 TIMES = {
-    "lease": 2.0,
+    "lease": 3.0,
     "heartbeat": 0.2,
     "sweep_interval": 0.1,
     "grace": 1.0,
@@ -43,7 +43,7 @@ def note(ctx, what):
 @activity.execute()
 async def long(ctx: StepContext) -> None:
     note(ctx, "long")
-    await asyncio.sleep(5)  # longer than a lease: only its heartbeat keeps it
+    await asyncio.sleep(7)  # longer than two leases: only its heartbeat keeps it
 
 @activity.compensate("long")
 async def unlong(ctx: StepContext) -> None:
@@ -121,7 +121,7 @@ def test_wrong_clocks_have_no_effect(settings: Settings) -> None:
         (first, _), (second, _) = effects[run_id, "flaky"]
         assert second - first > 0.45  # one second, half of which is left to chance
         [(begun, _)] = effects[run_id, "long"]
-        assert first - begun >= 5 + 2
+        assert first - begun >= 7 + 2
     now = max(row.completed_at or 0.0 for detail in details for row in detail.steps)
     for detail in details:  # all instants are the database's
         for row in detail.steps:
