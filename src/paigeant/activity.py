@@ -91,7 +91,7 @@ class Activity:
     output: TypeAdapter[Any] | None = None
     models: Any = None
     topic: str = ""
-    retries: RetryPolicy | None = None
+    retries: int | RetryPolicy | None = None
     timeout: float | None = None
     concurrency: int | None = None
     strict_fencing: bool = False
@@ -380,7 +380,7 @@ class _Lazy:
             self.built = replace(
                 activity,
                 topic=options.topic or self.name,
-                retries=None if options.retries is None else RetryPolicy.of(options.retries),
+                retries=options.retries,
                 timeout=options.timeout,
                 concurrency=options.concurrency,
                 strict_fencing=options.strict_fencing,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from paigeant.activity import Activity
@@ -73,10 +74,12 @@ class Claim:
         return self.grant.now + time.monotonic() - self.claimed_at
 
     def retry(self, limits: Limits) -> RetryPolicy:
-        """The step's setting over the activity's over the default."""
-        step = self.step
-        own = None if step is None or step.retries is None else RetryPolicy.of(step.retries)
-        return own or self.work.retries or limits.retry
+        """The step's setting over the activity's over the default.
+
+        A number says how often it is tried, and leaves how long to wait in between to what it stands above.
+        """
+        policy, step = _over(limits.retry, self.work.retries), self.step
+        return policy if step is None else _over(policy, step.retries)
 
     def timeout(self, limits: Limits) -> float | None:
         """Seconds for this attempt: by the settings, and never beyond the run's deadline."""
@@ -125,3 +128,14 @@ class Claim:
             "correlation_id": message.correlation_id,
             "worker": worker_id,
         }
+
+
+def _over(policy: RetryPolicy, retries: int | RetryPolicy | None) -> RetryPolicy:
+    if retries is None:
+        return policy
+    return retries if isinstance(retries, RetryPolicy) else _counted(policy, retries)
+
+
+@lru_cache(maxsize=256)  # a process has few of them, and asks at each claim
+def _counted(policy: RetryPolicy, retries: int) -> RetryPolicy:
+    return replace(policy, attempts=retries + 1)

@@ -61,12 +61,22 @@ _UNLIMITED = nullcontext()
 _ASTRAY = RuntimeError("a process that an activity forks off can't wait in the event loop of its parent")
 
 
+_OF_LOGGING = frozenset({"exc_info", "stack_info", "stacklevel", "extra"})
+"""The keywords that logging takes itself."""
+
+
 class _StepLog(logging.LoggerAdapter[logging.Logger]):
-    """What an activity writes to: each record has the ids of its step, in threads that it has begun itself as well."""
+    """What an activity writes to: each record has the ids of its step, in threads that it has begun itself as well.
+
+    Other keywords than logging's own are fields of the line, as with structlog: `log.info("packed", sku="A-1")`.
+    """
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         # Python's own puts the ids in the place of what the activity says besides.
-        kwargs["extra"] = {STEP_IDS: self.extra, **(kwargs.get("extra") or {})}
+        said = {name: kwargs.pop(name) for name in kwargs.keys() - _OF_LOGGING}
+        # Among the ids, where they may have any name: logging refuses `extra` that is called like a part of a record.
+        ids = {**(self.extra or {}), **said} if said else self.extra
+        kwargs["extra"] = {STEP_IDS: ids, **(kwargs.get("extra") or {})}
         return msg, kwargs
 
 

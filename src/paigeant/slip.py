@@ -267,7 +267,7 @@ class RoutingSlip:
     Forward, the next step is the first of `itinerary`. Once `ending` is set the run is being undone: the next undo is
     the last of `compensations`, and `ending` tells what the run is when all is undone. `added` counts the steps that
     revisions put in, `undone` and `not_undone` the undos recorded so far, by step id. `deadline` is the instant by
-    which the last step must be done.
+    which the last step must be done. An itinerary of activities' names is one of `Step`s.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
@@ -289,6 +289,11 @@ class RoutingSlip:
             given = getattr(self, name)
             if type(given) is not tuple:
                 object.__setattr__(self, name, tuple(given))
+        if any(
+            isinstance(entry, str) for entry in self.itinerary
+        ):  # names alone, as a workflow may have them
+            taken = {done.step_id for done in self.executed}
+            object.__setattr__(self, "itinerary", identify(self.itinerary, taken=taken))
 
     def next_step(self) -> Step | None:
         """The step to do next; None when nothing is left or the run is being undone."""
@@ -315,6 +320,7 @@ class RoutingSlip:
 
     def mark_complete(
         self,
+        step: Step | str | None = None,
         *,
         status: StepStatus = StepStatus.COMPLETED,
         compensation: Compensation | None = None,
@@ -323,14 +329,18 @@ class RoutingSlip:
     ) -> RoutingSlip:
         """The slip after its next step was recorded: one step fewer to do, one more done, perhaps one more to undo.
 
-        Raises ValueError when there is no next step.
+        Whoever names that `step` (or its id) is told when it is another one. Raises ValueError for that, and when there
+        is no next step.
         """
-        step = self.next_step()
-        if step is None:
+        due = self.next_step()
+        if due is None:
             raise ValueError("there is no step left to complete")
-        done = Executed(step.id, step.activity, status, stored)
-        if compensation is not None and step.args:
-            compensation = replace(compensation, args=step.args)
+        if step is not None and step not in (due, due.id or due.activity):
+            named = step.id or step.activity if isinstance(step, Step) else step
+            raise ValueError(f"the next step is '{due.id or due.activity}', not '{named}'")
+        done = Executed(due.id or due.activity, due.activity, status, stored)
+        if compensation is not None and due.args:
+            compensation = replace(compensation, args=due.args)
         return evolved(
             self,
             itinerary=self.itinerary[1:] if revision is None else revision.itinerary,

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from paigeant.databases.sqlite import SqliteDatabase
+from paigeant.errors import RunConflict
 from paigeant.lane import Lane
 from paigeant.rows import detail_of
 from paigeant.slip import RunStatus, StepStatus
-from paigeant.store import DeadLetter, Request, RunDetail, StepRecord, Store
+from paigeant.store import DeadLetter, Grant, Recorded, Refused, Request, RunDetail, StepRecord, Store
 from paigeant.stores.memory import MemoryStore
 from paigeant.stores.sql import SqlStore, leases
 from paigeant.testing.conformance import StoreConformance
@@ -45,6 +46,43 @@ class TestSqliteStore(StoreConformance):
         child = await asyncio.create_subprocess_exec(sys.executable, "-c", _CANCEL, url)
         assert await asyncio.wait_for(waiting, 60) is RunStatus.CANCELLED
         assert await child.wait() == 0
+
+    async def test_a_message_goes_out_with_its_result_or_not_at_all(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One transaction: what can't be posted isn't recorded, what is refused or known already sends nothing."""
+        assert isinstance(store, SqlStore)
+        transport = SqliteTransport(store.database)
+        store.publish_with(transport)
+
+        async def waiting() -> dict[str, int]:
+            return {depth.topic: depth.waiting for depth in await transport.topics()}
+
+        assert await store.record_workflow_start(run(), due(), Posting("a", "first", b"{}"))
+        assert not await store.record_workflow_start(run(), due(), Posting("a", "again", b"{}"))
+        with pytest.raises(RunConflict):
+            await store.record_workflow_start(run(input_hash="other"), due(), Posting("a", "other", b"{}"))
+        assert await waiting() == {"a": 1}
+        result = self.ending(due().key, await self.claim(store, due().key), output=b"1", next=due("b"))
+        with monkeypatch.context() as patch:
+
+            def fail(*_: object) -> None:
+                raise OSError("no room for it")
+
+            patch.setattr(transport, "post", fail)
+            with pytest.raises(OSError, match="no room"):
+                await store.record_step_result(result, Posting("b", "lost", b"{}"))
+        [row] = (await store.load_run("r")).steps
+        assert (row.status, row.output) == (StepStatus.RUNNING, None)
+        assert isinstance(await store.record_step_result(result, Posting("b", "next", b"{}")), Recorded)
+        assert await waiting() == {"a": 1, "b": 1}
+        assert isinstance(await store.record_step_result(result, Posting("b", "twice", b"{}")), Recorded)
+        other = self.ending(due().key, Grant(7, 7, 0.0), output=b"2", next=due("b"))
+        assert await store.record_step_result(other, Posting("b", "late", b"{}")) == Refused("recorded")
+        await store.cancel_run("r", "enough")
+        after = self.ending(due("b").key, Grant(1, 1, 0.0), next=due("c"))
+        assert isinstance(await store.record_step_result(after, Posting("c", "after", b"{}")), Refused)
+        assert await waiting() == {"a": 1, "b": 1}
 
     async def test_runs_that_no_sweep_can_end_keep_it_from_no_other(
         self, store: Store, monkeypatch: pytest.MonkeyPatch

@@ -452,6 +452,38 @@ async def test_what_a_step_logs_has_its_ids_in_any_thread() -> None:
     assert (line["workflow_id"], line["step"], line["sku"]) == (run.id, "pack", "A-1")
 
 
+async def test_a_step_may_say_fields_by_keyword() -> None:
+    """As with structlog, whatever they are called; logging's own keywords mean what they do there."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def pack(ctx: StepContext) -> None:
+        ctx.log.info("packing %s", "soon", sku="A-1", name="box", process=7, password="pass1", event="click")
+        try:
+            raise ValueError("no box")
+        except ValueError:
+            ctx.log.exception("failed", sku="A-2", extra={"shelf": 3})
+
+    stream = io.StringIO()
+    configured(stream)
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("one", ["pack"]))
+        await app.drain()
+        assert (await run.wait()).status == "completed"
+    first, second = (line for line in lines(stream) if line.get("logger") == "paigeant.step")
+    assert (first["event"], first["sku"], first["name"], first["process"]) == (
+        "packing soon",
+        "A-1",
+        "box",
+        7,
+    )
+    assert (first["password"], first["event_"]) == ("***", "click")
+    assert (second["event"], second["sku"], second["shelf"]) == ("failed", "A-2", 3)
+    assert second["exception"].endswith("ValueError: no box")
+    for line in (first, second):
+        assert (line["workflow_id"], line["step"], line["attempt"]) == (run.id, "pack", 1)
+
+
 @pytest.fixture
 def with_correlation_ids() -> Iterator[None]:
     """Records that have a `correlation_id` from the beginning, as many applications make them."""

@@ -53,6 +53,32 @@ def test_a_completed_step_moves_to_the_executed() -> None:
     assert slip.executed == ()
 
 
+def test_who_names_the_step_is_told_when_another_one_is_next() -> None:
+    """By the step, or by its id; nothing is taken for done that isn't."""
+    slip = RoutingSlip(itinerary=(Step("pay", id="first"), Step("pay", id="second")))
+    first, second = slip.itinerary
+    assert slip.mark_complete(first) == slip.mark_complete("first") == slip.mark_complete()
+    for other in (second, "second", "pay", Step("ship")):
+        with pytest.raises(ValueError, match="the next step is 'first', not"):
+            slip.mark_complete(other)
+
+
+def test_activity_names_are_steps() -> None:
+    """A slip that is made by hand has what a workflow would have made of the same names."""
+    slip = RoutingSlip(itinerary=["a", Step("b", id="x"), "a"])  # type: ignore[arg-type]
+    assert slip.itinerary == identify(["a", Step("b", id="x"), "a"])
+    assert slip.mark_complete().executed == (Executed("a", "a"),)
+    again = RoutingSlip(itinerary=["a"], executed=(Executed("a", "a"),))  # type: ignore[arg-type]
+    assert [step.id for step in again.itinerary] == ["a_2"]
+
+
+def test_a_step_without_an_id_is_known_by_its_activity() -> None:
+    """Also once it is done."""
+    slip = RoutingSlip(itinerary=(Step("a"), Step("b"))).mark_complete("a")
+    assert slip.executed == (Executed("a", "a"),)
+    assert slip.find("a") == Executed("a", "a")
+
+
 def test_a_revision_replaces_what_is_left() -> None:
     """The itinerary of a revision holds from the next step on, and what it added is counted."""
     slip = RoutingSlip(itinerary=identify(["a", "b"]), added=1)

@@ -91,6 +91,19 @@ class HistoryConformance(StoreBench):
         assert [found.id for found in await store.list_runs()] == ["r4", "r3"]
         assert await store.prune_runs(before=self.clock.now(), limit=3) == 2
 
+    async def test_how_old_a_run_is_counts_from_its_end(self, store: Store) -> None:
+        """One that took a month and has just ended is as young as one that took a second."""
+        key = await self.start(store, "a")
+        grant = await self.claim(store, key)
+        self.clock.advance(100)
+        before = self.clock.now()
+        self.clock.advance(1)
+        await self.record(store, self.ending(key, grant, run=RunStatus.COMPLETED))
+        self.clock.advance(100)
+        assert await store.count_ended(before=before) == 0
+        assert await store.prune_runs(before=before) == 0
+        assert await store.prune_runs(before=self.clock.now()) == 1
+
     async def test_pruning_takes_only_states_that_were_asked_for(self, store: Store) -> None:
         """And never an open run, also when its state is among them."""
         await self.completed(store, "good")
