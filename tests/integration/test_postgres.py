@@ -1229,6 +1229,26 @@ async def test_who_only_works_attends_no_ends(postgres_tables: str) -> None:
     assert not any(attended)
 
 
+async def test_what_ends_in_another_schema_ends_nothing_here(postgres_url: str) -> None:
+    """Of two schemas in a database, each with a run of the same id, one hears nothing of the other."""
+    urls = []
+    for schema in ("one", "two"):
+        asked(postgres_url, f"CREATE SCHEMA {schema}")
+        urls.append(f"{postgres_url}?options=-csearch_path%3D{schema}")
+        make_tables(urls[-1])
+    async with opened(urls[0]) as here, opened(urls[0]) as beside, opened(urls[1]) as there:
+        await claimed(here, "r")
+        other = await claimed(there, "r")
+        waiting = asyncio.create_task(beside.wait_ended("r"))
+        heard: list[frozenset[str]] = []
+        beside.database.on_change(heard.append)
+        await eventually(lambda: frozenset({ENDED}) in heard)
+        await there.record_step_result(other)
+        assert await here.cancel_run("r", "enough") is RunStatus.CANCELLED
+        assert await asyncio.wait_for(waiting, PATIENCE) is RunStatus.CANCELLED
+    assert "ended completed r" not in frozenset().union(*heard)
+
+
 async def test_a_ring_may_be_long(postgres_url: str) -> None:
     """More names than one notification holds are all heard; one that is too long wakes everybody."""
     names = {f"ended completed {number:05}{'x' * 200}" for number in range(500)}

@@ -34,7 +34,7 @@ from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, Sch
 from paigeant.green import elsewhere
 from paigeant.heads import MISJUDGED
 from paigeant.lane import Blocked, Contended, Handler, Lane, Misjudged, Tx, transact
-from paigeant.tables import SCHEMA_VERSION, metadata
+from paigeant.tables import SCHEMA_VERSION, VERSION_TABLE, metadata
 from paigeant.urls import check_parameters, check_readable
 
 __all__ = ["PostgresDatabase"]
@@ -317,10 +317,12 @@ class PostgresDatabase(Database):
             text(
                 "SELECT current_setting('server_version_num')::int, pg_is_in_recovery(), "
                 "current_setting('default_transaction_read_only')::bool, current_setting('server_encoding'), "
-                "pg_backend_pid()"
-            )
+                "pg_backend_pid(), "
+                "(SELECT relnamespace::regnamespace::text FROM pg_class WHERE oid = to_regclass(:one))"
+            ),
+            {"one": VERSION_TABLE},
         ).one()
-        version, is_replica, reads_only, encoding, process = row
+        version, is_replica, reads_only, encoding, process, schema = row
         if process != driver_of(connection).info.backend_pid:  # there is a pooler in between
             check_pooler(self._parameters, self.place)
         if version < _OLDEST_SERVER:
@@ -351,6 +353,7 @@ class PostgresDatabase(Database):
                 f"{self.place} has the tables of migration {found}, this version of Paigeant needs "
                 f"{SCHEMA_VERSION}; `paigeant db upgrade` brings them there"
             )
+        self._bell.schema = schema
         return [None] * len(requests)
 
     @contextlib.contextmanager
