@@ -34,7 +34,7 @@ from tests.services.postgres import give_away
 from tests.services.proxy import Direction, Proxy
 from tests.services.server import temporary_folder
 
-from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, ledger
+from paigeant import ActivityRegistry, Paigeant, Settings, StepContext, Workflow, ledger
 from paigeant.database import ENDED
 from paigeant.databases import postgres
 from paigeant.databases.bell import PostgresBell
@@ -851,6 +851,74 @@ async def test_a_worker_outlasts_tables_that_are_away(
     assert result.output == 1
     assert 'relation "messages" does not exist' in caplog.text
     assert "Traceback" not in caplog.text
+
+
+TROUBLES = {
+    "password": ("ALTER USER app PASSWORD 'another'", "ALTER USER app PASSWORD 'right'"),
+    "login": ("ALTER USER app NOLOGIN", "ALTER USER app LOGIN"),
+    "rights": ("REVOKE ALL ON workflow_runs FROM app", "GRANT ALL ON workflow_runs TO app"),
+    "tables": ("ALTER SCHEMA public RENAME TO away", "ALTER SCHEMA away RENAME TO public"),
+    "room": ("ALTER USER app CONNECTION LIMIT 0", "ALTER USER app CONNECTION LIMIT -1"),
+    "writing": ("ALTER USER app SET default_transaction_read_only = on", "ALTER USER app RESET ALL"),
+}
+"""What an administrator does while workers run, and undoes."""
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        ("password", "doesn't let the user in"),
+        ("login", "doesn't let the user in"),
+        ("rights", "permission denied for table workflow_runs; grant the user what it needs"),
+        ("tables", "doesn't have the tables of this version"),
+        ("room", "has no room for another connection"),
+        ("writing", "only lets itself be read"),
+    ],
+)
+async def test_no_step_suffers_from_what_an_administrator_changes(
+    caplog: pytest.LogCaptureFixture, trouble: str, says: str
+) -> None:
+    """What would be a mistake in the settings at the start is waited out: no attempt fails, no result is lost."""
+    begun, go = asyncio.Event(), asyncio.Event()
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def work(context: StepContext) -> int:
+        begun.set()
+        await go.wait()
+        return int(await context.load_variable("n", 1))
+
+    with PostgresServer(lines=["fsync = off"]) as server:
+        make_tables(server.url)
+        with psycopg.connect(server.url, autocommit=True) as admin:
+            admin.execute("CREATE USER app PASSWORD 'right'")
+            admin.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO app")
+            admin.execute("GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO app")
+            (server.folder / "data" / "pg_hba.conf").write_text(
+                "host all postgres all trust\nhost all all all scram-sha-256\n"
+            )
+            admin.execute("SELECT pg_reload_conf()")
+            url = server.url.replace("postgres@", "app:right@")
+            settings = Settings(transport_url=url, store_url=url)
+
+            def alter(statement: str) -> None:
+                admin.execute(statement.encode())
+                admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
+
+            async with Paigeant(settings, activities=activity) as app, working(app.worker()):
+                run = await app.dispatch(Workflow("w", ["work", "work"]), {})
+                await begun.wait()
+                wrong, right = TROUBLES[trouble]
+                with caplog.at_level(logging.WARNING):
+                    alter(wrong)
+                    go.set()
+                    await eventually(lambda: bool(re.search(f"has to wait: .*{says}", caplog.text)))
+                    alter(right)
+                    result = await run.wait(timeout=PATIENCE)
+                [(attempts,)] = admin.execute("SELECT max(attempt) FROM step_executions").fetchall()
+    assert (result.status, attempts) == (RunStatus.COMPLETED, 1), result.error
+    assert "Traceback" not in caplog.text
+    assert "right@" not in caplog.text
 
 
 async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_tables: str) -> None:

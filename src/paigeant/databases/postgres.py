@@ -30,10 +30,17 @@ from paigeant.database import ENDED, READER, WRITER, Database, current_version, 
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, Transaction, driver_of
 from paigeant.databases.pooler import check_pooler, hands_on
-from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, SchemaMismatch, StoreUnavailable
+from paigeant.errors import (
+    ConfigurationError,
+    InputInvalid,
+    PaigeantError,
+    SchemaMismatch,
+    StoreRefused,
+    StoreUnavailable,
+)
 from paigeant.green import elsewhere
 from paigeant.heads import MISJUDGED
-from paigeant.lane import Blocked, Contended, Handler, Lane, Misjudged, Tx, transact
+from paigeant.lane import Blocked, Contended, Denied, Handler, Lane, Misjudged, Tx, transact
 from paigeant.tables import SCHEMA_VERSION, VERSION_TABLE, metadata
 from paigeant.urls import check_parameters, check_readable
 
@@ -118,6 +125,7 @@ class PostgresDatabase(Database):
         self._opening = _Opening()
         self._bell = PostgresBell(self._parameters, self._heard)
         self._clock = ServerClock()
+        self._has_worked = False
         self._guard = _Guard(self._place, self._ours)
 
     @property
@@ -170,6 +178,7 @@ class PostgresDatabase(Database):
         )
         self._loop = loop
         await self._reader.submit(self._check, None)
+        self._has_worked = True
         self._bell.open()
 
     async def check_rights(self) -> None:
@@ -190,6 +199,7 @@ class PostgresDatabase(Database):
             )
 
     async def _shut(self) -> None:
+        self._has_worked = False
         await self._bell.close()
         with self._beating:
             if self._beater is not None:
@@ -406,7 +416,21 @@ class PostgresDatabase(Database):
             watch.cancel()
 
     def _ours(self, exc: psycopg.Error | DBAPIError) -> Exception:
-        """What an error of the driver means here."""
+        """What an error of the driver means here.
+
+        What a setting or a migration has to mend before a database is opened, its administrator has changed since, and
+        may change back: a password, a right, a table. No step may fail for it, and no result be lost.
+        """
+        ours = self._meaning(exc)
+        if not self._has_worked or not isinstance(ours, (ConfigurationError, SchemaMismatch)):
+            return ours
+        cause = exc.orig if isinstance(exc, DBAPIError) else exc
+        if isinstance(cause, errors.ForeignKeyViolation):  # of what was to be deleted
+            return ours
+        was_connected = isinstance(cause, psycopg.Error) and cause.sqlstate is not None
+        return (Denied if was_connected else StoreRefused)(str(ours))
+
+    def _meaning(self, exc: psycopg.Error | DBAPIError) -> Exception:
         reason = _reason(exc)
         match exc.orig if isinstance(exc, DBAPIError) else exc:
             case errors.SerializationFailure() | errors.DeadlockDetected() | errors.UniqueViolation():
@@ -422,6 +446,11 @@ class PostgresDatabase(Database):
             case errors.UndefinedTable() | errors.UndefinedColumn():
                 return SchemaMismatch(
                     f"{self.place} doesn't have the tables of this version: {reason}; `paigeant db upgrade` makes them"
+                )
+            case errors.ReadOnlySqlTransaction():
+                return StoreUnavailable(
+                    f"{self.place} only lets itself be read: {reason}; expected the primary, with "
+                    "default_transaction_read_only = off"
                 )
             case errors.InsufficientPrivilege():
                 return ConfigurationError(f"{self.place}: {reason}; grant the user what it needs")
@@ -461,6 +490,12 @@ class PostgresDatabase(Database):
             return ConfigurationError(f"the url of {self.place} has a parameter that can't be used: {reason}")
         if "does not exist" in reason and "database" in reason:
             return ConfigurationError(f"{self.place}: {reason}; make it with `createdb`, or name another")
+        for sign in ("too many connections", "too many clients", "connection slots are reserved"):
+            if sign in reason:
+                return StoreUnavailable(
+                    f"{self.place} has no room for another connection: {reason}; each process takes four or five: "
+                    "raise max_connections, or the CONNECTION LIMIT of the user or database, or start fewer"
+                )
         if "role" in reason and "does not exist" in reason:
             return ConfigurationError(f"{self.place}: {reason}; name another user, or make this one")
         reason = re.sub(
