@@ -272,6 +272,9 @@ class PostgresDatabase(Database):
         from paigeant.migrations import upgrade  # here, because it loads Alembic
 
         if current_version(connection) is None:
+            encoding = connection.execute(text("SHOW server_encoding")).scalar_one()
+            if encoding != "UTF8":
+                raise self._writes_otherwise(encoding)
             foreign = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))
             if foreign:
                 raise SchemaMismatch(
@@ -347,9 +350,7 @@ class PostgresDatabase(Database):
                 f"{self.place} only lets itself be read; expected default_transaction_read_only = off"
             )
         if encoding != "UTF8":
-            raise ConfigurationError(
-                f"{self.place} keeps texts as {encoding}; expected a database made with ENCODING 'UTF8'"
-            )
+            raise self._writes_otherwise(encoding)
         found = current_version(connection)
         if found is None:
             raise SchemaMismatch(
@@ -452,6 +453,11 @@ class PostgresDatabase(Database):
                     f"{self.place} only lets itself be read: {reason}; expected the primary, with "
                     "default_transaction_read_only = off"
                 )
+            case errors.InsufficientPrivilege() if "for schema" in reason:
+                return ConfigurationError(
+                    f"{self.place}: {reason}; GRANT the user USAGE on it, and CREATE for `paigeant db upgrade`: since "
+                    "version 15 not everybody may make tables in the schema public"
+                )
             case errors.InsufficientPrivilege():
                 return ConfigurationError(f"{self.place}: {reason}; grant the user what it needs")
             case errors.ForeignKeyViolation():  # our tables have none
@@ -475,6 +481,11 @@ class PostgresDatabase(Database):
                 return self._unavailable(reason)
             case _:
                 return exc
+
+    def _writes_otherwise(self, encoding: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"{self.place} keeps texts as {encoding}; expected a database made with ENCODING 'UTF8'"
+        )
 
     def _unavailable(self, reason: str) -> PaigeantError:
         # Before a connection stands, the server's answer is a text alone.
@@ -507,7 +518,8 @@ class PostgresDatabase(Database):
 
 
 def _reason(exc: psycopg.Error | DBAPIError) -> str:
-    return " ".join(str(exc.orig if isinstance(exc, DBAPIError) else exc).split())
+    said = " ".join(str(exc.orig if isinstance(exc, DBAPIError) else exc).split())
+    return re.sub(r" LINE \d+: .*? \^(?= |$)", "", said)  # the place in a statement of ours
 
 
 class _Opening(threading.local):
@@ -582,6 +594,12 @@ def _read(url: str) -> dict[str, Any]:
 
 
 def _shown(given: dict[str, Any]) -> str:
+    defaults = {  # of the environment
+        option.keyword.decode(): option.val.decode(errors="replace")
+        for option in Conninfo.get_defaults()
+        if option.val
+    }
+    given = {**defaults, **given}
     host = given.get("host") or given.get("hostaddr") or "the local socket"
     port = f":{given['port']}" if given.get("port") else ""
     return f"Postgres database '{given.get('dbname') or given.get('user') or 'postgres'}' at {host}{port}"
