@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -16,7 +17,8 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -406,6 +408,75 @@ async def test_accounts_that_are_not_let_in() -> None:
             with pytest.raises(ConfigurationError, match="doesn't let the user in") as caught:
                 await SqlStore(PostgresDatabase(f"postgresql://{account}@{place}")).connect()
             assert "wrong" not in str(caught.value)
+
+
+GERMAN = {
+    b"password authentication failed for user": b"Passwort-Anmeldung gescheitert: Benutzer",
+    b"is not permitted to log in": b"darf sich nicht anmelden",
+    b"too many connections for role": b"zu viele Verbindungen: Rolle",
+    b"does not exist": b"wo ist sie nur",
+}
+
+
+@contextmanager
+def in_german(server: PostgresServer) -> Iterator[str]:
+    """The url of the server as one that speaks German: what it says is translated on the way, to the same length."""
+
+    def pass_on(client: socket.socket) -> None:
+        with client, socket.create_connection((server.host, server.port)) as link, suppress(OSError):
+            while True:
+                for one, other in ((client, link), (link, client)):
+                    if not select.select([one], [], [], 0.01)[0]:
+                        continue
+                    said = one.recv(65536)
+                    if not said:
+                        return
+                    for english, german in GERMAN.items():
+                        said = said.replace(english, german.ljust(len(english)))
+                    other.sendall(said)
+
+    def meet() -> None:
+        with ThreadPoolExecutor() as threads, suppress(OSError):
+            while True:
+                threads.submit(pass_on, listening.accept()[0])
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        meeting = threading.Thread(target=meet)
+        meeting.start()
+        yield f"postgresql://postgres@127.0.0.1:{listening.getsockname()[1]}/postgres"
+        listening.shutdown(socket.SHUT_RDWR)
+        meeting.join()
+
+
+async def test_a_refusal_is_understood_in_any_language() -> None:
+    """A server speaks the language of its `lc_messages`; what no waiting mends is told at once all the same."""
+    with PostgresServer(lines=["fsync = off"]) as server:
+        with psycopg.connect(server.url, autocommit=True) as admin:
+            admin.execute("CREATE USER someone PASSWORD 'right'")
+            admin.execute("CREATE USER nobody NOLOGIN")
+            admin.execute("CREATE USER many CONNECTION LIMIT 0")
+            (server.folder / "data" / "pg_hba.conf").write_text(
+                "host all someone all scram-sha-256\nhost all all all trust\n"
+            )
+            admin.execute("SELECT pg_reload_conf()")
+        with in_german(server) as url:
+            for wrong, kind, says in (
+                (
+                    url.replace("postgres@", "someone:wrong@"),
+                    ConfigurationError,
+                    "let the user in: .* Passwort-",
+                ),
+                (
+                    url.replace("postgres@", "nobody@"),
+                    ConfigurationError,
+                    "let the user in: .* darf sich nicht",
+                ),
+                (f"{url}_", ConfigurationError, "wo ist sie.* make it with `createdb`"),
+                (url.replace("postgres@", "many@"), StoreUnavailable, "no room .* zu viele Verbindungen"),
+            ):
+                with pytest.raises(kind, match=says) as caught:
+                    await SqlStore(PostgresDatabase(wrong)).connect()
+                assert "wrong" not in str(caught.value)
 
 
 # -- what is set for the database or the user

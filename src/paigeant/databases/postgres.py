@@ -30,6 +30,7 @@ from paigeant.database import ENDED, READER, WRITER, Database, current_version, 
 from paigeant.databases.bell import PostgresBell
 from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, Transaction, driver_of
 from paigeant.databases.pooler import check_pooler, hands_on
+from paigeant.databases.refusal import understood
 from paigeant.errors import (
     ConfigurationError,
     InputInvalid,
@@ -295,7 +296,12 @@ class PostgresDatabase(Database):
 
     def _make_engine(self, *, plain: bool = False) -> Engine:
         def connect() -> Any:
-            driver = GreenConnection.connect(**self._parameters, autocommit=True)
+            try:
+                driver = GreenConnection.connect(**self._parameters, autocommit=True)
+            except psycopg.OperationalError as exc:
+                if self._has_worked:  # it is waited for, whatever the reason
+                    raise
+                raise understood(exc, self._parameters) from exc
             if not plain:
                 self._opening.watch = _watched(driver)
             # What was recorded comes back byte for byte, and is parsed by whoever needs it.
@@ -464,6 +470,8 @@ class PostgresDatabase(Database):
                 return ConfigurationError(
                     f"{self.place}: {reason}; let that constraint be ON DELETE CASCADE or SET NULL, or drop it"
                 )
+            case errors.TooManyConnections():
+                return self._has_no_room(reason)
             case errors.InvalidPassword() | errors.InvalidAuthorizationSpecification():
                 return ConfigurationError(f"{self.place} doesn't let the user in: {reason}")
             case errors.DuplicatePreparedStatement() | errors.InvalidSqlStatementName():
@@ -481,6 +489,12 @@ class PostgresDatabase(Database):
                 return self._unavailable(reason)
             case _:
                 return exc
+
+    def _has_no_room(self, reason: str) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"{self.place} has no room for another connection: {reason}; each process takes four or five: "
+            "raise max_connections, or the CONNECTION LIMIT of the user or database, or start fewer"
+        )
 
     def _writes_otherwise(self, encoding: str) -> ConfigurationError:
         return ConfigurationError(
@@ -503,10 +517,7 @@ class PostgresDatabase(Database):
             return ConfigurationError(f"{self.place}: {reason}; make it with `createdb`, or name another")
         for sign in ("too many connections", "too many clients", "connection slots are reserved"):
             if sign in reason:
-                return StoreUnavailable(
-                    f"{self.place} has no room for another connection: {reason}; each process takes four or five: "
-                    "raise max_connections, or the CONNECTION LIMIT of the user or database, or start fewer"
-                )
+                return self._has_no_room(reason)
         if "role" in reason and "does not exist" in reason:
             return ConfigurationError(f"{self.place}: {reason}; name another user, or make this one")
         reason = re.sub(
