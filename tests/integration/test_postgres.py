@@ -1412,6 +1412,21 @@ async def test_a_bell_that_lost_its_connections_hears_again(postgres_url: str) -
         assert listening.works
 
 
+async def test_a_bell_may_hear_nothing_for_long(altered: Callable[[str], str]) -> None:
+    """The server would end its session over and over, and what is rung for meanwhile isn't heard."""
+    url = altered("idle_session_timeout = '300ms'")
+    sessions = "SELECT array_agg(pid ORDER BY pid) FROM pg_stat_activity WHERE application_name = 'paigeant' "
+    sessions += f"AND datname = '{url.rpartition('/')[2]}'"
+    async with bells(url, 2):
+        before = asked(url, sessions)
+        async with await psycopg.AsyncConnection.connect(url) as idle:  # younger than the bells
+            with pytest.raises(psycopg.OperationalError):
+                async for _ in idle.notifies(timeout=PATIENCE):
+                    pass
+            assert idle.broken
+        assert asked(url, sessions) == before
+
+
 @pytest.mark.parametrize("new_loop", [asyncio.SelectorEventLoop, uvloop.new_event_loop])
 def test_a_lost_bell_leaves_nothing_to_the_loop(
     postgres_url: str, new_loop: Callable[[], asyncio.AbstractEventLoop]

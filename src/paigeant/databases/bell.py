@@ -26,7 +26,7 @@ from psycopg.pq.abc import PGconn
 
 from paigeant.database import ENDED, TOPIC
 
-__all__ = ["PostgresBell"]
+__all__ = ["IDLE_SINCE", "PostgresBell"]
 
 log = logging.getLogger("paigeant.bell")
 
@@ -37,6 +37,9 @@ _LONGEST_BYTES = 7000
 """Below the 8000 bytes that Postgres allows."""
 
 _LONGEST_PAUSE = 2.0
+
+IDLE_SINCE = 140000
+"""The server version that ends sessions which are idle for too long, if it is told to."""
 
 # They write nothing that would have to be kept.
 _RING = "SELECT set_config('synchronous_commit', 'off', true), pg_notify($1, $2)"
@@ -117,6 +120,8 @@ class PostgresBell:
     async def _listen(self, connection: psycopg.AsyncConnection[Any]) -> None:
         connection.add_notify_handler(lambda notify: self._rung(notify.payload))
         listened: set[str] = set()
+        if connection.info.server_version >= IDLE_SINCE:  # nothing may be rung for in hours
+            await connection.execute("SET idle_session_timeout = 0")
         await connection.execute(f"LISTEN {self._common}")
         await self._follow(connection, listened)
         await connection.execute(f"NOTIFY {self._common}")  # its echo shows that rings come through

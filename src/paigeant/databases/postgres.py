@@ -27,7 +27,7 @@ from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock
 from paigeant.database import ENDED, READER, WRITER, Database, current_version, no_unicode, not_open
-from paigeant.databases.bell import PostgresBell
+from paigeant.databases.bell import IDLE_SINCE, PostgresBell
 from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, Transaction, driver_of
 from paigeant.databases.pooler import check_pooler, hands_on
 from paigeant.databases.refusal import understood
@@ -77,9 +77,6 @@ _SESSION = {
 }
 _UNHURRIED = ("statement_timeout", "idle_in_transaction_session_timeout")
 """What may take as long as it needs where tables are made or changed: a migration, and an answer to its question."""
-
-_IDLE_SINCE = 140000
-"""The server version that ends sessions which are idle for too long, if it is told to."""
 
 # What a user may not do with the tables of these names, and with the sequences that give those numbers.
 _LACKING = text("""
@@ -313,7 +310,7 @@ class PostgresDatabase(Database):
             else:
                 driver.prepare_threshold = None  # it would do away with ours along with its own
                 session = dict(_SESSION)
-                if driver.info.server_version >= _IDLE_SINCE:
+                if driver.info.server_version >= IDLE_SINCE:
                     # The next commit would meet a closed connection, and couldn't tell that from one that is cut.
                     session["idle_session_timeout"] = "0"
                 driver.execute("; ".join(f"SET {name} = '{value}'" for name, value in session.items()))
