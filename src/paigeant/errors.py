@@ -40,6 +40,7 @@ __all__ = [
     "SchemaMismatch",
     "ScopeMissing",
     "StoreDamaged",
+    "StoreRefused",
     "StoreUnavailable",
     "TokenExpired",
     "TokenRejected",
@@ -253,6 +254,10 @@ class StoreUnavailable(PaigeantError):
 
 class StoreDamaged(StoreUnavailable):
     """What the store has on its disk can't be read; waiting mends nothing."""
+
+
+class StoreRefused(StoreUnavailable):
+    """The store, used before, now refuses what is asked of it: a password, right or table was changed meanwhile."""
 
 
 class TransportUnavailable(PaigeantError):

@@ -20,12 +20,13 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from greenlet import getcurrent
 from sqlalchemy import Connection, Dialect
 
-from paigeant.errors import StoreUnavailable
+from paigeant.errors import StoreRefused, StoreUnavailable
 from paigeant.green import Green, Hands, TooSlow, elsewhere, pause
 
 __all__ = [
     "Blocked",
     "Contended",
+    "Denied",
     "Driver",
     "Handler",
     "Lane",
@@ -69,6 +70,10 @@ class Misjudged(Contended):
 
 class Blocked(StoreUnavailable):
     """A transaction did nothing: one of its requests takes too long, or too much room, or what another one keeps."""
+
+
+class Denied(Blocked, StoreRefused):
+    """A transaction did nothing: one of its requests may not be done by this user, or on these tables."""
 
 
 class Driver(Protocol):

@@ -21,6 +21,7 @@ from paigeant.errors import (
     MessageInvalid,
     MessageTooLarge,
     PaigeantError,
+    StoreRefused,
     StoreUnavailable,
     TransportUnavailable,
 )
@@ -170,6 +171,8 @@ class TableTransport:
         except asyncio.CancelledError:
             # What is being taken for a subscriber that leaves is for others.
             fetching.add_done_callback(self._return_all)
+            raise
+        except StoreRefused:  # of that the log is to tell
             raise
         except StoreUnavailable:
             await asyncio.sleep(_LOOK_SECONDS * random.uniform(0.5, 1.5))  # locked or full for now: try again

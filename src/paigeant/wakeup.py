@@ -25,16 +25,13 @@ _LONGEST_BYTES = 1024
 class Bell:
     """Rings for every other process that has the same file open. `heard` gets what the others rang for.
 
-    `works` is False where the platform has no such sockets; then nobody hears anything.
+    `works` is False where the platform has no such sockets, or no place for them; then nobody hears anything.
     """
 
     def __init__(self, file: Path, heard: Callable[[frozenset[str]], None]) -> None:
         self._heard = heard
-        user = os.getuid() if hasattr(os, "getuid") else 0
-        # A socket's path may have at most some 100 characters, so the folder can't lie beside the file.
-        name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]
-        self._folder = Path(tempfile.gettempdir()) / f"paigeant-{user}" / name
-        self._path = self._folder / f"{os.getpid()}-{secrets.token_hex(3)}"
+        self._file = file
+        self._folder = self._path = Path()
         self._socket: socket.socket | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._others: list[str] = []
@@ -49,14 +46,15 @@ class Bell:
         """Listen from now on, in the running event loop."""
         if not hasattr(socket, "AF_UNIX"):
             return
-        try:
-            self._folder.parent.mkdir(mode=0o700, exist_ok=True)
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-            listener.setblocking(False)
-            listener.bind(str(self._path))
-        except OSError:
-            return  # no place for sockets: whoever waits looks by itself, more often
+        with contextlib.ExitStack() as undo:
+            try:
+                self._make_folder()
+                listener = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+                listener.setblocking(False)
+                listener.bind(str(self._path))
+            except OSError:
+                return  # no place for sockets: whoever waits looks by itself, more often
+            undo.pop_all()
         self._socket = listener
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(listener, self._receive)
@@ -88,6 +86,18 @@ class Bell:
                     os.unlink(path)  # its process was killed
             except OSError:
                 pass  # its buffer is full of rings that it has yet to hear
+
+    def _make_folder(self) -> None:
+        user = os.getuid()
+        # A socket's path may have at most some 100 characters, so the folder can't lie beside the file.
+        name = hashlib.sha256(os.fsencode(self._file.resolve())).hexdigest()[:16]
+        own = Path(tempfile.gettempdir()) / f"paigeant-{user}"
+        own.mkdir(mode=0o700, exist_ok=True)
+        if own.lstat().st_uid != user:
+            raise PermissionError(f"{own} is another user's, who could hear and ring")
+        self._folder = own / name
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        self._path = self._folder / f"{os.getpid()}-{secrets.token_hex(3)}"
 
     def _listeners(self) -> list[str]:
         try:

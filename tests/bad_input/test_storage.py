@@ -223,6 +223,22 @@ def as_nobody() -> Iterator[None]:
         os.setresuid(0, 0, 0)
 
 
+@pytest.mark.parametrize("command", ["dispatch", "run"])
+@pytest.mark.parametrize(
+    ("leads", "says"),
+    [
+        ("paigeant.db", "paigeant.db is a symbolic link that leads to itself"),
+        ("gone/x.db", "gone of the database"),
+    ],
+)
+def test_a_link_that_leads_nowhere_is_told(leads: str, says: str, command: str) -> None:
+    """Where the file would be is what counts, and not where the link is."""
+    DATABASE.unlink()
+    DATABASE.symlink_to(leads)
+    check(call(*COMMANDS[command]), (says,), 2)
+    DATABASE.unlink()
+
+
 RIGHTS: list[tuple[str, int | None, int, tuple[str, ...]]] = [
     ("a file that may not be written", 0o444, 0o755, ("paigeant.db is read-only", "needs to write to it")),
     ("a file that may not be read", 0o000, 0o755, ("can't read paigeant.db", "Permission denied")),
@@ -263,6 +279,36 @@ def test_what_may_not_be_written_is_told(
     assert not DATABASE.exists() or DATABASE.read_bytes() == before
     DATABASE.write_bytes(before)
     works_on()
+
+
+READ_ONLY = """
+set -e
+mount --make-rprivate /
+mount -t tmpfs none /mnt
+mkdir /mnt/data /mnt/app
+mount -t tmpfs none /mnt/app
+cp handlers.py input.json /mnt/app
+cd /mnt/app
+export PAIGEANT_STORE_URL=sqlite:////mnt/data/x.db PAIGEANT_TRANSPORT_URL=sqlite:////mnt/data/x.db
+mount -o remount,ro /mnt/app
+for folder in /tmp /var/tmp; do mount -t tmpfs -o ro none $folder; done
+"$@" dispatch order input.json --id run-1 --handlers handlers.py
+"$@" run handlers.py --until-idle
+"$@" runs show run-1 --json
+"""
+
+
+def test_where_only_the_folder_of_the_database_can_be_written_all_goes_on() -> None:
+    """As in a container with a read-only root and a volume: without a place for temporary files there is no bell."""
+    # To mount something needs root, as do the hosts of other tests.
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", *PAIGEANT],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert '"status": "completed"' in done.stdout
 
 
 # -- others at the same file

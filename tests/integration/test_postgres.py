@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -16,7 +17,8 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +36,7 @@ from tests.services.postgres import give_away
 from tests.services.proxy import Direction, Proxy
 from tests.services.server import temporary_folder
 
-from paigeant import ActivityRegistry, Paigeant, Settings, Workflow, ledger
+from paigeant import ActivityRegistry, Paigeant, Settings, StepContext, Workflow, ledger
 from paigeant.database import ENDED
 from paigeant.databases import postgres
 from paigeant.databases.bell import PostgresBell
@@ -406,6 +408,75 @@ async def test_accounts_that_are_not_let_in() -> None:
             with pytest.raises(ConfigurationError, match="doesn't let the user in") as caught:
                 await SqlStore(PostgresDatabase(f"postgresql://{account}@{place}")).connect()
             assert "wrong" not in str(caught.value)
+
+
+GERMAN = {
+    b"password authentication failed for user": b"Passwort-Anmeldung gescheitert: Benutzer",
+    b"is not permitted to log in": b"darf sich nicht anmelden",
+    b"too many connections for role": b"zu viele Verbindungen: Rolle",
+    b"does not exist": b"wo ist sie nur",
+}
+
+
+@contextmanager
+def in_german(server: PostgresServer) -> Iterator[str]:
+    """The url of the server as one that speaks German: what it says is translated on the way, to the same length."""
+
+    def pass_on(client: socket.socket) -> None:
+        with client, socket.create_connection((server.host, server.port)) as link, suppress(OSError):
+            while True:
+                for one, other in ((client, link), (link, client)):
+                    if not select.select([one], [], [], 0.01)[0]:
+                        continue
+                    said = one.recv(65536)
+                    if not said:
+                        return
+                    for english, german in GERMAN.items():
+                        said = said.replace(english, german.ljust(len(english)))
+                    other.sendall(said)
+
+    def meet() -> None:
+        with ThreadPoolExecutor() as threads, suppress(OSError):
+            while True:
+                threads.submit(pass_on, listening.accept()[0])
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        meeting = threading.Thread(target=meet)
+        meeting.start()
+        yield f"postgresql://postgres@127.0.0.1:{listening.getsockname()[1]}/postgres"
+        listening.shutdown(socket.SHUT_RDWR)
+        meeting.join()
+
+
+async def test_a_refusal_is_understood_in_any_language() -> None:
+    """A server speaks the language of its `lc_messages`; what no waiting mends is told at once all the same."""
+    with PostgresServer(lines=["fsync = off"]) as server:
+        with psycopg.connect(server.url, autocommit=True) as admin:
+            admin.execute("CREATE USER someone PASSWORD 'right'")
+            admin.execute("CREATE USER nobody NOLOGIN")
+            admin.execute("CREATE USER many CONNECTION LIMIT 0")
+            (server.folder / "data" / "pg_hba.conf").write_text(
+                "host all someone all scram-sha-256\nhost all all all trust\n"
+            )
+            admin.execute("SELECT pg_reload_conf()")
+        with in_german(server) as url:
+            for wrong, kind, says in (
+                (
+                    url.replace("postgres@", "someone:wrong@"),
+                    ConfigurationError,
+                    "let the user in: .* Passwort-",
+                ),
+                (
+                    url.replace("postgres@", "nobody@"),
+                    ConfigurationError,
+                    "let the user in: .* darf sich nicht",
+                ),
+                (f"{url}_", ConfigurationError, "wo ist sie.* make it with `createdb`"),
+                (url.replace("postgres@", "many@"), StoreUnavailable, "no room .* zu viele Verbindungen"),
+            ):
+                with pytest.raises(kind, match=says) as caught:
+                    await SqlStore(PostgresDatabase(wrong)).connect()
+                assert "wrong" not in str(caught.value)
 
 
 # -- what is set for the database or the user
@@ -853,6 +924,74 @@ async def test_a_worker_outlasts_tables_that_are_away(
     assert "Traceback" not in caplog.text
 
 
+TROUBLES = {
+    "password": ("ALTER USER app PASSWORD 'another'", "ALTER USER app PASSWORD 'right'"),
+    "login": ("ALTER USER app NOLOGIN", "ALTER USER app LOGIN"),
+    "rights": ("REVOKE ALL ON workflow_runs FROM app", "GRANT ALL ON workflow_runs TO app"),
+    "tables": ("ALTER SCHEMA public RENAME TO away", "ALTER SCHEMA away RENAME TO public"),
+    "room": ("ALTER USER app CONNECTION LIMIT 0", "ALTER USER app CONNECTION LIMIT -1"),
+    "writing": ("ALTER USER app SET default_transaction_read_only = on", "ALTER USER app RESET ALL"),
+}
+"""What an administrator does while workers run, and undoes."""
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        ("password", "doesn't let the user in"),
+        ("login", "doesn't let the user in"),
+        ("rights", "permission denied for table workflow_runs; grant the user what it needs"),
+        ("tables", "doesn't have the tables of this version"),
+        ("room", "has no room for another connection"),
+        ("writing", "only lets itself be read"),
+    ],
+)
+async def test_no_step_suffers_from_what_an_administrator_changes(
+    caplog: pytest.LogCaptureFixture, trouble: str, says: str
+) -> None:
+    """What would be a mistake in the settings at the start is waited out: no attempt fails, no result is lost."""
+    begun, go = asyncio.Event(), asyncio.Event()
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def work(context: StepContext) -> int:
+        begun.set()
+        await go.wait()
+        return int(await context.load_variable("n", 1))
+
+    with PostgresServer(lines=["fsync = off"]) as server:
+        make_tables(server.url)
+        with psycopg.connect(server.url, autocommit=True) as admin:
+            admin.execute("CREATE USER app PASSWORD 'right'")
+            admin.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO app")
+            admin.execute("GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO app")
+            (server.folder / "data" / "pg_hba.conf").write_text(
+                "host all postgres all trust\nhost all all all scram-sha-256\n"
+            )
+            admin.execute("SELECT pg_reload_conf()")
+            url = server.url.replace("postgres@", "app:right@")
+            settings = Settings(transport_url=url, store_url=url)
+
+            def alter(statement: str) -> None:
+                admin.execute(statement.encode())
+                admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'")
+
+            async with Paigeant(settings, activities=activity) as app, working(app.worker()):
+                run = await app.dispatch(Workflow("w", ["work", "work"]), {})
+                await begun.wait()
+                wrong, right = TROUBLES[trouble]
+                with caplog.at_level(logging.WARNING):
+                    alter(wrong)
+                    go.set()
+                    await eventually(lambda: bool(re.search(f"has to wait: .*{says}", caplog.text)))
+                    alter(right)
+                    result = await run.wait(timeout=PATIENCE)
+                [(attempts,)] = admin.execute("SELECT max(attempt) FROM step_executions").fetchall()
+    assert (result.status, attempts) == (RunStatus.COMPLETED, 1), result.error
+    assert "Traceback" not in caplog.text
+    assert "right@" not in caplog.text
+
+
 async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_tables: str) -> None:
     """Neither its statements nor what was to be written: that are inputs and outputs of runs."""
     value = secrets.token_hex(8)
@@ -1229,6 +1368,26 @@ async def test_who_only_works_attends_no_ends(postgres_tables: str) -> None:
     assert not any(attended)
 
 
+async def test_what_ends_in_another_schema_ends_nothing_here(postgres_url: str) -> None:
+    """Of two schemas in a database, each with a run of the same id, one hears nothing of the other."""
+    urls = []
+    for schema in ("one", "two"):
+        asked(postgres_url, f"CREATE SCHEMA {schema}")
+        urls.append(f"{postgres_url}?options=-csearch_path%3D{schema}")
+        make_tables(urls[-1])
+    async with opened(urls[0]) as here, opened(urls[0]) as beside, opened(urls[1]) as there:
+        await claimed(here, "r")
+        other = await claimed(there, "r")
+        waiting = asyncio.create_task(beside.wait_ended("r"))
+        heard: list[frozenset[str]] = []
+        beside.database.on_change(heard.append)
+        await eventually(lambda: frozenset({ENDED}) in heard)
+        await there.record_step_result(other)
+        assert await here.cancel_run("r", "enough") is RunStatus.CANCELLED
+        assert await asyncio.wait_for(waiting, PATIENCE) is RunStatus.CANCELLED
+    assert "ended completed r" not in frozenset().union(*heard)
+
+
 async def test_a_ring_may_be_long(postgres_url: str) -> None:
     """More names than one notification holds are all heard; one that is too long wakes everybody."""
     names = {f"ended completed {number:05}{'x' * 200}" for number in range(500)}
@@ -1251,6 +1410,21 @@ async def test_a_bell_that_lost_its_connections_hears_again(postgres_url: str) -
         ring(postgres_url, ringing, ["again", "topic a"])
         await eventually(lambda: frozenset({"again"}) in heard and frozenset({"topic a"}) in heard)
         assert listening.works
+
+
+async def test_a_bell_may_hear_nothing_for_long(altered: Callable[[str], str]) -> None:
+    """The server would end its session over and over, and what is rung for meanwhile isn't heard."""
+    url = altered("idle_session_timeout = '300ms'")
+    sessions = "SELECT array_agg(pid ORDER BY pid) FROM pg_stat_activity WHERE application_name = 'paigeant' "
+    sessions += f"AND datname = '{url.rpartition('/')[2]}'"
+    async with bells(url, 2):
+        before = asked(url, sessions)
+        async with await psycopg.AsyncConnection.connect(url) as idle:  # younger than the bells
+            with pytest.raises(psycopg.OperationalError):
+                async for _ in idle.notifies(timeout=PATIENCE):
+                    pass
+            assert idle.broken
+        assert asked(url, sessions) == before
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.SelectorEventLoop, uvloop.new_event_loop])

@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 import re
+import secrets
 import subprocess
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -231,3 +233,43 @@ def test_a_user_who_may_only_read_is_told_and_may_read() -> None:
         refused = command(url, "config", "check")
         assert refused.returncode == 2
         assert "doesn't let the user in" in refused.stdout
+
+
+def test_who_may_make_no_tables_is_told_what_lacks(postgres_url: str) -> None:
+    """Since version 15 the schema public is its owner's alone; where in a statement of ours it failed helps nobody."""
+    user = f"plain_{secrets.token_hex(4)}"
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"CREATE USER {user}".encode())
+        try:
+            done = command(postgres_url.replace("postgres@", f"{user}@"), "db", "upgrade")
+        finally:
+            connection.execute(f"DROP USER {user}".encode())
+    assert done.returncode == 2
+    assert "permission denied for schema public; GRANT the user USAGE on it, and CREATE" in done.stderr
+    assert "LINE" not in done.stderr
+
+
+def test_no_tables_are_made_where_texts_are_no_utf8(postgres_server_url: str) -> None:
+    """Nothing could be kept in them."""
+    name = f"ascii_{secrets.token_hex(4)}"
+    with psycopg.connect(postgres_server_url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' TEMPLATE template0".encode())
+        try:
+            done = command(f"{postgres_server_url.rpartition('/')[0]}/{name}", "db", "upgrade")
+        finally:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+    assert done.returncode == 2
+    assert "keeps texts as SQL_ASCII; expected a database made with ENCODING 'UTF8'" in done.stderr
+
+
+def test_a_database_that_only_the_environment_names_is_named(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What libpq takes from its variables is told as if it stood in the URL."""
+    parts = urlsplit(postgres_url)
+    monkeypatch.setenv("PGHOST", str(parts.hostname))
+    monkeypatch.setenv("PGPORT", str(parts.port))
+    monkeypatch.setenv("PGUSER", "postgres")
+    monkeypatch.setenv("PGDATABASE", parts.path[1:])
+    done = command("postgresql://", "runs", "list")
+    assert f"database '{parts.path[1:]}' at {parts.hostname}:{parts.port} has no tables" in done.stderr

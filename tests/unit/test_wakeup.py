@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -139,6 +140,27 @@ async def test_without_a_place_for_sockets_it_says_so(tmp_path: Path, monkeypatc
     assert not bell.works
     bell.ring(["a"])
     bell.close()
+
+
+async def test_a_folder_of_another_user_is_not_listened_in(tmp_path: Path, monkeypatch) -> None:
+    """Who made it in the common folder of all users could hear which runs end, and say so of others."""
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    (tmp_path / f"paigeant-{os.getuid()}").mkdir()
+    os.chown(tmp_path / f"paigeant-{os.getuid()}", 65534, 65534)  # needs root, as the tests of hosts do
+    bell = Bell(tmp_path / "x.db", lambda names: None)
+    bell.open()
+    assert not bell.works
+
+
+async def test_a_path_too_long_for_sockets_leaves_nothing_open(tmp_path: Path, monkeypatch) -> None:
+    """As under a TMPDIR deep in other folders; what is left open is warned of, which is an error here."""
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(deep))
+    bell = Bell(tmp_path / "x.db", lambda names: None)
+    bell.open()
+    gc.collect()
+    assert not bell.works
 
 
 async def test_without_unix_sockets_it_says_so(tmp_path: Path, monkeypatch) -> None:

@@ -246,4 +246,4 @@ def _missing(url: str) -> bool:
         path = database_path(url)
     except ConfigurationError:
         return False
-    return not path.exists() and os.access(path.parent, os.W_OK)
+    return not path.exists() and os.access(os.path.dirname(os.path.realpath(path)), os.W_OK)

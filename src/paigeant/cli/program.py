@@ -19,6 +19,7 @@ from paigeant.errors import (
     AuthorityUnavailable,
     PaigeantError,
     RunTimeout,
+    StoreRefused,
     StoreUnavailable,
     TransportUnavailable,
 )
@@ -38,6 +39,8 @@ _GROUPS = ("runs", "requests", "variables", "topics", "dead-letters", "db", "con
 def exit_code(error: PaigeantError) -> int:
     """1: the run failed, or isn't done; 2: wrong use or configuration; 3: a server or database can't be reached."""
     match error:
+        case StoreRefused() | TransportUnavailable(__cause__=StoreRefused()):
+            return WRONG_USE
         case StoreUnavailable() | TransportUnavailable() | AuthorityUnavailable():
             return UNREACHABLE
         case RunTimeout():

@@ -1,7 +1,8 @@
 """A bell between the processes that share a Postgres database, by LISTEN and NOTIFY. It listens on its own connection.
 
 What is rung for often and concerns few has a channel for itself: messages of a topic wake none but those who serve it,
-the ends of runs none but those who wait for some.
+the ends of runs none but those who wait for some. Channels are those of a database: each schema with tables of Paigeant
+has its own, for the same ids may stand for other runs there.
 
 A ring that is lost only costs time, since whoever waits for one also looks by itself now and then. A pooler that shares
 connections between transactions swallows them all; that is noticed, and whoever waits looks more often.
@@ -25,16 +26,20 @@ from psycopg.pq.abc import PGconn
 
 from paigeant.database import ENDED, TOPIC
 
-__all__ = ["PostgresBell"]
+__all__ = ["IDLE_SINCE", "PostgresBell"]
 
 log = logging.getLogger("paigeant.bell")
 
 _CHANNEL = "paigeant"
+_USUAL_SCHEMA = "public"
 _ANYTHING = "*"
 _LONGEST_BYTES = 7000
 """Below the 8000 bytes that Postgres allows."""
 
 _LONGEST_PAUSE = 2.0
+
+IDLE_SINCE = 140000
+"""The server version that ends sessions which are idle for too long, if it is told to."""
 
 # They write nothing that would have to be kept.
 _RING = "SELECT set_config('synchronous_commit', 'off', true), pg_notify($1, $2)"
@@ -47,7 +52,8 @@ _RING_SEVERAL = (
 class PostgresBell:
     """Rings for every other process on the database. `heard` gets what the others rang for.
 
-    `works` is False until a ring has come through, and while the connection is lost.
+    `works` is False until a ring has come through, and while the connection is lost. `schema` is that of the tables,
+    to be said before it is opened.
     """
 
     def __init__(self, parameters: Mapping[str, Any], heard: Callable[[frozenset[str]], None]) -> None:
@@ -57,6 +63,7 @@ class PostgresBell:
         self._listening: asyncio.Task[None] | None = None
         self._attended: Counter[str] = Counter()
         self._changed = asyncio.Event()
+        self.schema = _USUAL_SCHEMA
         self.works = False
 
     def open(self) -> None:
@@ -82,7 +89,7 @@ class PostgresBell:
             return []
         channels: dict[str, list[str]] = {}
         for name in names:
-            channels.setdefault(_channel(name), []).append(name)
+            channels.setdefault(self._channel(name), []).append(name)
         rings = [
             (channel, f"{self._name}\n{payload}")
             for channel, own in channels.items()
@@ -113,9 +120,11 @@ class PostgresBell:
     async def _listen(self, connection: psycopg.AsyncConnection[Any]) -> None:
         connection.add_notify_handler(lambda notify: self._rung(notify.payload))
         listened: set[str] = set()
-        await connection.execute(f"LISTEN {_CHANNEL}")
+        if connection.info.server_version >= IDLE_SINCE:  # nothing may be rung for in hours
+            await connection.execute("SET idle_session_timeout = 0")
+        await connection.execute(f"LISTEN {self._common}")
         await self._follow(connection, listened)
-        await connection.execute(f"NOTIFY {_CHANNEL}")  # its echo shows that rings come through
+        await connection.execute(f"NOTIFY {self._common}")  # its echo shows that rings come through
         self._heard(frozenset({_ANYTHING}))  # what was rung for before is not known
         while True:
             await self._until_changed(connection)
@@ -127,7 +136,7 @@ class PostgresBell:
         attended = set(self._attended)
         new, old = attended - listened, listened - attended
         for verb, names in (("LISTEN", new), ("UNLISTEN", old)):
-            for channel in {_channel(name) for name in names}:
+            for channel in {self._channel(name) for name in names}:
                 await connection.execute(f"{verb} {channel}")
         listened |= new
         listened -= old
@@ -167,14 +176,19 @@ class PostgresBell:
         if names and name != self._name:
             self._heard(frozenset(names.split("\n")))
 
+    @property
+    def _common(self) -> str:
+        return _CHANNEL if self.schema == _USUAL_SCHEMA else f"{_CHANNEL}_{_digest(self.schema)}"
 
-def _channel(name: str) -> str:
-    if name.startswith(ENDED):
-        return f"{_CHANNEL}_ended"
-    if not name.startswith(TOPIC):
-        return _CHANNEL
-    # A channel's name is an identifier of at most 63 bytes.
-    return f"{_CHANNEL}_{hashlib.sha256(name.encode()).hexdigest()[:24]}"
+    def _channel(self, name: str) -> str:
+        if name.startswith(ENDED):
+            return f"{self._common}_ended"
+        return f"{self._common}_{_digest(name)}" if name.startswith(TOPIC) else self._common
+
+
+def _digest(name: str) -> str:
+    """Two of them fit into the name of a channel, an identifier of at most 63 bytes."""
+    return hashlib.sha256(name.encode()).hexdigest()[:24]
 
 
 def _payloads(names: Iterable[str]) -> list[str]:

@@ -27,14 +27,22 @@ from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock
 from paigeant.database import ENDED, READER, WRITER, Database, current_version, no_unicode, not_open
-from paigeant.databases.bell import PostgresBell
+from paigeant.databases.bell import IDLE_SINCE, PostgresBell
 from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, Transaction, driver_of
 from paigeant.databases.pooler import check_pooler, hands_on
-from paigeant.errors import ConfigurationError, InputInvalid, PaigeantError, SchemaMismatch, StoreUnavailable
+from paigeant.databases.refusal import understood
+from paigeant.errors import (
+    ConfigurationError,
+    InputInvalid,
+    PaigeantError,
+    SchemaMismatch,
+    StoreRefused,
+    StoreUnavailable,
+)
 from paigeant.green import elsewhere
 from paigeant.heads import MISJUDGED
-from paigeant.lane import Blocked, Contended, Handler, Lane, Misjudged, Tx, transact
-from paigeant.tables import SCHEMA_VERSION, metadata
+from paigeant.lane import Blocked, Contended, Denied, Handler, Lane, Misjudged, Tx, transact
+from paigeant.tables import SCHEMA_VERSION, VERSION_TABLE, metadata
 from paigeant.urls import check_parameters, check_readable
 
 __all__ = ["PostgresDatabase"]
@@ -69,9 +77,6 @@ _SESSION = {
 }
 _UNHURRIED = ("statement_timeout", "idle_in_transaction_session_timeout")
 """What may take as long as it needs where tables are made or changed: a migration, and an answer to its question."""
-
-_IDLE_SINCE = 140000
-"""The server version that ends sessions which are idle for too long, if it is told to."""
 
 # What a user may not do with the tables of these names, and with the sequences that give those numbers.
 _LACKING = text("""
@@ -118,6 +123,7 @@ class PostgresDatabase(Database):
         self._opening = _Opening()
         self._bell = PostgresBell(self._parameters, self._heard)
         self._clock = ServerClock()
+        self._has_worked = False
         self._guard = _Guard(self._place, self._ours)
 
     @property
@@ -170,6 +176,7 @@ class PostgresDatabase(Database):
         )
         self._loop = loop
         await self._reader.submit(self._check, None)
+        self._has_worked = True
         self._bell.open()
 
     async def check_rights(self) -> None:
@@ -190,6 +197,7 @@ class PostgresDatabase(Database):
             )
 
     async def _shut(self) -> None:
+        self._has_worked = False
         await self._bell.close()
         with self._beating:
             if self._beater is not None:
@@ -262,6 +270,9 @@ class PostgresDatabase(Database):
         from paigeant.migrations import upgrade  # here, because it loads Alembic
 
         if current_version(connection) is None:
+            encoding = connection.execute(text("SHOW server_encoding")).scalar_one()
+            if encoding != "UTF8":
+                raise self._writes_otherwise(encoding)
             foreign = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))
             if foreign:
                 raise SchemaMismatch(
@@ -282,7 +293,12 @@ class PostgresDatabase(Database):
 
     def _make_engine(self, *, plain: bool = False) -> Engine:
         def connect() -> Any:
-            driver = GreenConnection.connect(**self._parameters, autocommit=True)
+            try:
+                driver = GreenConnection.connect(**self._parameters, autocommit=True)
+            except psycopg.OperationalError as exc:
+                if self._has_worked:  # it is waited for, whatever the reason
+                    raise
+                raise understood(exc, self._parameters) from exc
             if not plain:
                 self._opening.watch = _watched(driver)
             # What was recorded comes back byte for byte, and is parsed by whoever needs it.
@@ -294,7 +310,7 @@ class PostgresDatabase(Database):
             else:
                 driver.prepare_threshold = None  # it would do away with ours along with its own
                 session = dict(_SESSION)
-                if driver.info.server_version >= _IDLE_SINCE:
+                if driver.info.server_version >= IDLE_SINCE:
                     # The next commit would meet a closed connection, and couldn't tell that from one that is cut.
                     session["idle_session_timeout"] = "0"
                 driver.execute("; ".join(f"SET {name} = '{value}'" for name, value in session.items()))
@@ -317,10 +333,12 @@ class PostgresDatabase(Database):
             text(
                 "SELECT current_setting('server_version_num')::int, pg_is_in_recovery(), "
                 "current_setting('default_transaction_read_only')::bool, current_setting('server_encoding'), "
-                "pg_backend_pid()"
-            )
+                "pg_backend_pid(), "
+                "(SELECT relnamespace::regnamespace::text FROM pg_class WHERE oid = to_regclass(:one))"
+            ),
+            {"one": VERSION_TABLE},
         ).one()
-        version, is_replica, reads_only, encoding, process = row
+        version, is_replica, reads_only, encoding, process, schema = row
         if process != driver_of(connection).info.backend_pid:  # there is a pooler in between
             check_pooler(self._parameters, self.place)
         if version < _OLDEST_SERVER:
@@ -335,9 +353,7 @@ class PostgresDatabase(Database):
                 f"{self.place} only lets itself be read; expected default_transaction_read_only = off"
             )
         if encoding != "UTF8":
-            raise ConfigurationError(
-                f"{self.place} keeps texts as {encoding}; expected a database made with ENCODING 'UTF8'"
-            )
+            raise self._writes_otherwise(encoding)
         found = current_version(connection)
         if found is None:
             raise SchemaMismatch(
@@ -351,6 +367,7 @@ class PostgresDatabase(Database):
                 f"{self.place} has the tables of migration {found}, this version of Paigeant needs "
                 f"{SCHEMA_VERSION}; `paigeant db upgrade` brings them there"
             )
+        self._bell.schema = schema
         return [None] * len(requests)
 
     @contextlib.contextmanager
@@ -403,7 +420,21 @@ class PostgresDatabase(Database):
             watch.cancel()
 
     def _ours(self, exc: psycopg.Error | DBAPIError) -> Exception:
-        """What an error of the driver means here."""
+        """What an error of the driver means here.
+
+        What a setting or a migration has to mend before a database is opened, its administrator has changed since, and
+        may change back: a password, a right, a table. No step may fail for it, and no result be lost.
+        """
+        ours = self._meaning(exc)
+        if not self._has_worked or not isinstance(ours, (ConfigurationError, SchemaMismatch)):
+            return ours
+        cause = exc.orig if isinstance(exc, DBAPIError) else exc
+        if isinstance(cause, errors.ForeignKeyViolation):  # of what was to be deleted
+            return ours
+        was_connected = isinstance(cause, psycopg.Error) and cause.sqlstate is not None
+        return (Denied if was_connected else StoreRefused)(str(ours))
+
+    def _meaning(self, exc: psycopg.Error | DBAPIError) -> Exception:
         reason = _reason(exc)
         match exc.orig if isinstance(exc, DBAPIError) else exc:
             case errors.SerializationFailure() | errors.DeadlockDetected() | errors.UniqueViolation():
@@ -420,12 +451,24 @@ class PostgresDatabase(Database):
                 return SchemaMismatch(
                     f"{self.place} doesn't have the tables of this version: {reason}; `paigeant db upgrade` makes them"
                 )
+            case errors.ReadOnlySqlTransaction():
+                return StoreUnavailable(
+                    f"{self.place} only lets itself be read: {reason}; expected the primary, with "
+                    "default_transaction_read_only = off"
+                )
+            case errors.InsufficientPrivilege() if "for schema" in reason:
+                return ConfigurationError(
+                    f"{self.place}: {reason}; GRANT the user USAGE on it, and CREATE for `paigeant db upgrade`: since "
+                    "version 15 not everybody may make tables in the schema public"
+                )
             case errors.InsufficientPrivilege():
                 return ConfigurationError(f"{self.place}: {reason}; grant the user what it needs")
             case errors.ForeignKeyViolation():  # our tables have none
                 return ConfigurationError(
                     f"{self.place}: {reason}; let that constraint be ON DELETE CASCADE or SET NULL, or drop it"
                 )
+            case errors.TooManyConnections():
+                return self._has_no_room(reason)
             case errors.InvalidPassword() | errors.InvalidAuthorizationSpecification():
                 return ConfigurationError(f"{self.place} doesn't let the user in: {reason}")
             case errors.DuplicatePreparedStatement() | errors.InvalidSqlStatementName():
@@ -444,6 +487,17 @@ class PostgresDatabase(Database):
             case _:
                 return exc
 
+    def _has_no_room(self, reason: str) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"{self.place} has no room for another connection: {reason}; each process takes four or five: "
+            "raise max_connections, or the CONNECTION LIMIT of the user or database, or start fewer"
+        )
+
+    def _writes_otherwise(self, encoding: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"{self.place} keeps texts as {encoding}; expected a database made with ENCODING 'UTF8'"
+        )
+
     def _unavailable(self, reason: str) -> PaigeantError:
         # Before a connection stands, the server's answer is a text alone.
         for sign in (
@@ -458,6 +512,9 @@ class PostgresDatabase(Database):
             return ConfigurationError(f"the url of {self.place} has a parameter that can't be used: {reason}")
         if "does not exist" in reason and "database" in reason:
             return ConfigurationError(f"{self.place}: {reason}; make it with `createdb`, or name another")
+        for sign in ("too many connections", "too many clients", "connection slots are reserved"):
+            if sign in reason:
+                return self._has_no_room(reason)
         if "role" in reason and "does not exist" in reason:
             return ConfigurationError(f"{self.place}: {reason}; name another user, or make this one")
         reason = re.sub(
@@ -469,7 +526,8 @@ class PostgresDatabase(Database):
 
 
 def _reason(exc: psycopg.Error | DBAPIError) -> str:
-    return " ".join(str(exc.orig if isinstance(exc, DBAPIError) else exc).split())
+    said = " ".join(str(exc.orig if isinstance(exc, DBAPIError) else exc).split())
+    return re.sub(r" LINE \d+: .*? \^(?= |$)", "", said)  # the place in a statement of ours
 
 
 class _Opening(threading.local):
@@ -544,6 +602,12 @@ def _read(url: str) -> dict[str, Any]:
 
 
 def _shown(given: dict[str, Any]) -> str:
+    defaults = {  # of the environment
+        option.keyword.decode(): option.val.decode(errors="replace")
+        for option in Conninfo.get_defaults()
+        if option.val
+    }
+    given = {**defaults, **given}
     host = given.get("host") or given.get("hostaddr") or "the local socket"
     port = f":{given['port']}" if given.get("port") else ""
     return f"Postgres database '{given.get('dbname') or given.get('user') or 'postgres'}' at {host}{port}"

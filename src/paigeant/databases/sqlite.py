@@ -348,7 +348,11 @@ def driver_of(connection: Connection) -> sqlite3.Connection:
 
 
 def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> Engine:
-    folder = path.parent
+    try:
+        # Where SQLite follows a symbolic link to, and has its log.
+        folder = (path.resolve() if path.is_symlink() else path).parent
+    except RuntimeError as exc:
+        raise ConfigurationError(f"{path} is a symbolic link that leads to itself; remove it") from exc
     if not folder.is_dir():
         raise ConfigurationError(
             f"the folder {folder} of the database {path.name} doesn't exist; make it first"
