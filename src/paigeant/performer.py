@@ -105,6 +105,7 @@ class _Apart:
         run, process = contextvars.copy_context().run, os.getpid()
         resume: Callable[..., Any] = self._work.send
         given: Any = None
+        asked: Any = None
         while True:
             try:
                 asked = run(resume, given)
@@ -114,10 +115,9 @@ class _Apart:
                 return end.value
             except BaseException as exc:
                 host.end_fork(process, exc)
-                if isinstance(
-                    exc, GeneratorExit
-                ):  # by itself: it must not pass for the end of the task around it
-                    raise RuntimeError("it raised GeneratorExit") from exc
+                asked = None  # the future that was waited for: it has the error as well
+                if isinstance(exc, GeneratorExit):  # it must not pass for the end of the task around it
+                    raise RuntimeError("it raised GeneratorExit by itself") from exc
                 raise
             finally:
                 given = None  # an error that this frame kept would keep the frame
@@ -248,10 +248,8 @@ class Performer:
         except GeneratorExit:
             raise  # this coroutine is being closed, and may not wait for anything any more
         except BaseException as exc:  # whatever a user's code raises is the outcome of the step
-            # A tool's is told as an error.
-            interrupt = exc.__cause__ if isinstance(exc, RuntimeError) else exc
-            if isinstance(interrupt, KeyboardInterrupt) and self._is_stopping():
-                raise interrupt from None  # Ctrl-C for the second time, while the activity was computing
+            if self._is_stopping() and _is_interrupt(exc):
+                raise KeyboardInterrupt from None  # Ctrl-C for the second time, while the activity was computing
             error = exc
         finally:
             CURRENT.reset(token)
@@ -259,9 +257,13 @@ class Performer:
         if parking.is_parked and not time.is_over():
             attempt.outcome = Parked(parking.waits_for, parking.until)
             return attempt
-        if self._is_stopping() and _is_cancelled():
-            raise asyncio.CancelledError from error  # a library may put it in words of its own
-        attempt.outcome = await self._failed(context, claim, error, ids)
+        try:
+            if self._is_stopping() and _is_cancelled():
+                raise asyncio.CancelledError from error  # a library may put it in words of its own
+            attempt.outcome = await self._failed(context, claim, error, ids)
+        finally:
+            # This frame is part of its traceback: in a circle they would keep all that the activity had in its hands.
+            del error
         return attempt
 
     async def _outcome(self, context: StepContext, claim: Claim, attempt: Attempt, time: _Time) -> Outcome:
@@ -428,6 +430,11 @@ def _replays() -> AbstractContextManager[None]:
     from paigeant.agents.durability import replay_scope
 
     return replay_scope()
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether it is of Ctrl-C. That of an agent's tool is told as an error."""
+    return isinstance(error.__cause__ if isinstance(error, RuntimeError) else error, KeyboardInterrupt)
 
 
 async def _given_up(context: StepContext, error: BaseException) -> str:

@@ -75,6 +75,10 @@ class Unit:
     beside: bool = False
     """It goes on beside others like it, none of which relies on what another one has done."""
 
+    def late(self) -> TimeoutError:
+        """The error of a try that took longer than `timeout`."""
+        return TimeoutError(f"{self.label} took longer than {self.timeout:g} s")
+
 
 @dataclass(frozen=True, slots=True)
 class Done:
@@ -391,14 +395,13 @@ class Place:
                     async with limit:
                         return await produce()
             except Exception as exc:
-                error: Exception = exc
-                if limit is not None and limit.expired() and isinstance(exc, TimeoutError):
-                    error = TimeoutError(f"{unit.label} took longer than {unit.timeout:g} s")
-                delay = None if unit.at_most_once else unit.delay(number, error)
+                # No name for the error: this frame is part of its traceback, and would keep it in a circle.
+                is_late = limit is not None and limit.expired() and isinstance(exc, TimeoutError)
+                delay = None if unit.at_most_once else unit.delay(number, unit.late() if is_late else exc)
                 if delay is None:
-                    if error is exc:
-                        raise
-                    raise error from exc
+                    if is_late:
+                        raise unit.late() from exc
+                    raise
             await asyncio.sleep(delay)
         raise AssertionError("unreachable")
 

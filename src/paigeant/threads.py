@@ -50,6 +50,9 @@ class Threads:
                     thread.shutdown(wait=False, cancel_futures=True)
                 else:
                     self._idle.append(thread)
+                del (
+                    doing
+                )  # it has the error, whose traceback has this frame: a circle with all that the function had
 
     def close(self) -> None:
         """End the threads that are idle; the others end with what they do."""

@@ -293,6 +293,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         finally:
             PROGRESS.reset(token)
             CALL.reset(call)
+            progress.error = None  # this frame is part of its traceback: a circle with all that a tool had
 
     async def wrap_tool_execute(
         self,

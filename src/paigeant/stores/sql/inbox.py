@@ -95,7 +95,7 @@ def waiting_for(tx: Tx, workflow_id: str, name: str) -> list[StepKey]:
 def grant(
     tx: Tx, workflow_id: str, headers: Mapping[str, str] | None, sender: str, *, grace: float
 ) -> tuple[list[StepKey], Changes]:
-    """The steps that a fresh grant wakes, and what changes with it. Raises InvalidTransition; see `interventions.grant`."""
+    """The steps that a fresh grant wakes, and what changes with it. Raises InvalidTransition, see `interventions`."""
     waiting, changes = waiting_for(tx, workflow_id, GRANT_SIGNAL), Changes()
     interventions.grant(workflow_id, waiting, headers, changes, now=tx.now, grace=grace)
     if headers is not None:
