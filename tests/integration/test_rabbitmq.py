@@ -34,7 +34,7 @@ from paigeant.transports.rabbitmq.channel import Channel
 from paigeant.transports.rabbitmq.frames import Outgoing
 from paigeant.transports.rabbitmq.line import Line
 from paigeant.transports.rabbitmq.queues import declare
-from paigeant.transports.rabbitmq.wire import Connection
+from paigeant.transports.rabbitmq.wire import Closed, Connection
 
 RECOVERY = 10.0
 """Seconds after which all must go on, once the broker is there again. On an idle machine it is one or two."""
@@ -618,6 +618,21 @@ async def test_what_was_given_up_comes_back_for_nobody(rabbitmq_url: str) -> Non
         assert outlet is not None
         await give_up(outlet.publish("nowhere", Outgoing("m", b"")))
         await outlet.publish(transport.queues.topic("work").name, Outgoing("m", b""))
+
+
+async def test_a_message_that_goes_nowhere_is_not_confirmed_on_a_channel_that_was_left(
+    rabbitmq_url: str,
+) -> None:
+    """Its return and its confirm are on their way then: one isn't heard without the other."""
+    async with opened(rabbitmq_url) as transport:
+        outlet = transport._publisher._outlet
+        assert outlet is not None
+        publishing = asyncio.create_task(outlet.publish("nowhere", Outgoing("m", b"")))
+        await asyncio.sleep(0)
+        outlet.leave()
+        async with asyncio.timeout(RECOVERY):
+            with pytest.raises(Closed):
+                await publishing
 
 
 async def test_a_message_that_goes_nowhere_is_an_error(

@@ -115,7 +115,8 @@ class Channel:
         elif isinstance(frame, (Basic.Deliver, Basic.Return)):
             self._method = frame
         elif isinstance(frame, Told):
-            self.hear(frame)
+            if not self.is_closed:
+                self.hear(frame)
         elif isinstance(frame, Channels.Close):
             self._agree(frame)
         elif isinstance(frame, Channels.CloseOk):
@@ -138,7 +139,7 @@ class Channel:
         # Its buffer is given, not a copy of it: a large body isn't there twice.
         received = Received(method, self._header.properties, self._body.getvalue())
         self._method, self._body = None, BytesIO()
-        if not self.is_closed:
+        if not self.is_closed:  # as in `put`: what has come back would else be confirmed, its return unheard
             self.take(received)
 
     def _agree(self, close: Channels.Close) -> None:
