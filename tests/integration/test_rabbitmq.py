@@ -14,11 +14,14 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aio_pika
 import aiormq
 import pytest
+from aio_pika.exceptions import ChannelInvalidStateError, ChannelNotFoundEntity
 from pamqp.commands import Basic
+from pamqp.commands import Queue as Queues
 from tests.integration.workers import working
 from tests.services import RabbitServer, free_port
 from tests.services.proxy import Proxy
@@ -33,6 +36,7 @@ from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publi
 from paigeant.transports.rabbitmq.channel import Channel
 from paigeant.transports.rabbitmq.frames import Outgoing
 from paigeant.transports.rabbitmq.line import Line
+from paigeant.transports.rabbitmq.link import Link, read_url
 from paigeant.transports.rabbitmq.queues import declare
 from paigeant.transports.rabbitmq.wire import Closed, Connection
 
@@ -574,6 +578,34 @@ async def test_who_waits_for_room_hears_of_the_end_of_the_connection() -> None:
             assert {type(each) for each in failed} == {TransportUnavailable}
             await asyncio.to_thread(server.start)
             await publish_until_taken(transport, "last")
+
+
+async def test_who_waits_on_a_channel_that_is_left_hears_that(rabbitmq_url: str) -> None:
+    """At once, though the broker is too busy to agree: for one that never answers another channel is opened."""
+    parts = urlsplit(rabbitmq_url)
+    with Proxy(parts.hostname or "", parts.port or 5672) as proxy:
+        async with channel_over(proxy.url(rabbitmq_url)) as channel:
+            proxy.blackhole("to_client")
+            asking = [asyncio.ensure_future(channel.ask(Basic.Qos())) for _ in range(2)]
+            await asyncio.sleep(0)
+            channel.leave()
+            async with asyncio.timeout(RECOVERY):
+                heard = await asyncio.gather(*asking, return_exceptions=True)
+            assert [type(each) for each in heard] == [Closed, ChannelInvalidStateError]
+            assert not channel.ended.done()
+            proxy.resume()
+            await channel.close()
+            assert channel.ended.done()
+
+
+async def test_who_asks_on_a_channel_that_the_broker_has_closed_hears_why(rabbitmq_url: str) -> None:
+    """Whoever's question it was closed for, and also who asks only then."""
+    async with channel_over(rabbitmq_url) as channel:
+        questions = (Queues.Declare(queue="no such queue", passive=True), Basic.Qos())
+        heard = await asyncio.gather(*map(channel.ask, questions), return_exceptions=True)
+        assert [type(each) for each in heard] == [ChannelNotFoundEntity] * 2
+        with pytest.raises(ChannelNotFoundEntity, match="no such queue"):
+            await channel.ask(Basic.Qos())
 
 
 async def test_wait_queues_that_are_over_are_forgotten(
@@ -1396,6 +1428,16 @@ class Graveyard:
             while len(self.letters) < count:
                 self._came.clear()
                 await self._came.wait()
+
+
+@contextlib.asynccontextmanager
+async def channel_over(url: str) -> AsyncIterator[Channel]:
+    """A channel on a connection of its own."""
+    link = Link(read_url(url)[0], "testing")
+    try:
+        yield await Channel.open(await link.open())
+    finally:
+        await link.close()
 
 
 async def failing(*_: object) -> PaigeantMessage:

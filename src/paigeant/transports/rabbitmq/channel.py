@@ -78,7 +78,9 @@ class Channel:
         return channel
 
     def write(self, frames: bytes) -> None:
-        """Send whole frames. Raises one of CONNECTION_EXCEPTIONS where they can't go."""
+        """Send whole frames. Raises why they can't go, mostly one of CONNECTION_EXCEPTIONS."""
+        if self.ended.done():
+            raise self.reason.with_traceback(None)  # it may be raised often
         if self.is_closed:
             raise ChannelInvalidStateError(f"the channel {self.number} is closed")
         self.connection.wire.write(frames)
@@ -101,6 +103,8 @@ class Channel:
             with contextlib.suppress(*CONNECTION_EXCEPTIONS):  # where they can't go it has ended
                 self.write(marshal(Channels.Close(200, "", 0, 0), self.number))
             self.is_closed = True
+            # It isn't answered any more, and what the broker is busy with may keep it from agreeing for long.
+            self._give_up(Closed("the channel was closed"))
 
     async def close(self) -> None:
         """Close it; returns when the broker has agreed, or doesn't say so for long."""
@@ -143,9 +147,8 @@ class Channel:
             self.take(received)
 
     def _agree(self, close: Channels.Close) -> None:
-        if (
-            self.is_closed
-        ):  # the two have crossed: an answer to ours is to come, and the next of this number isn't it
+        if self.is_closed:
+            # The two have crossed: an answer to ours is to come, and the next of this number isn't it.
             self.connection.keep(self)
         self.is_closed = True
         with contextlib.suppress(*CONNECTION_EXCEPTIONS):
@@ -162,6 +165,10 @@ class Channel:
         self.reason = reason
         self.connection.gone.remove_done_callback(self._lose)
         self.ended.set_result(None)
+        self._give_up(reason)
+
+    def _give_up(self, reason: Exception) -> None:
+        """Have nobody wait for an answer."""
         self._is_answered.set()
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(reason)
