@@ -298,6 +298,7 @@ async def test_a_frozen_broker_ends_nobody_s_task(server: RabbitServer) -> None:
             finally:
                 server.thaw()
             assert [type(result) for result in results] == [TransportUnavailable] * 2
+            assert "no heartbeat" in str(results[0])
             async with asyncio.timeout(30):
                 seen.append((await following).message_id)
                 while set(seen) != {"m-0", "m-1", "m-2"}:
