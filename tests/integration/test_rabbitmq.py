@@ -20,6 +20,7 @@ import aio_pika
 import aiormq
 import pytest
 from aio_pika.exceptions import ChannelInvalidStateError, ChannelNotFoundEntity
+from pamqp import frame
 from pamqp.commands import Basic
 from pamqp.commands import Queue as Queues
 from tests.integration.workers import working
@@ -35,7 +36,6 @@ from paigeant.testing.conformance.transports import message
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publisher, queues
 from paigeant.transports.rabbitmq.channel import Channel
 from paigeant.transports.rabbitmq.frames import Outgoing
-from paigeant.transports.rabbitmq.line import Line
 from paigeant.transports.rabbitmq.link import Link, read_url
 from paigeant.transports.rabbitmq.queues import declare
 from paigeant.transports.rabbitmq.wire import Closed, Connection
@@ -204,11 +204,12 @@ async def test_an_iteration_that_ends_while_it_asks_for_more_disturbs_no_other(
 ) -> None:
     """The answer passes unheard, and what was handed out before is settled as ever: it doesn't come again."""
     asked = asyncio.Event()
-    consume = Line.consume
+    write = Channel.write
 
-    async def consuming(line: Line) -> None:
-        asked.set()
-        await consume(line)
+    def writing(channel: Channel, sent: bytes) -> None:
+        write(channel, sent)
+        if isinstance(frame.unmarshal(sent)[2], Basic.Consume):
+            asked.set()
 
     with Proxy(server.host, server.port) as proxy:
         async with opened(proxy.url(server.url)) as transport:
@@ -217,13 +218,14 @@ async def test_an_iteration_that_ends_while_it_asks_for_more_disturbs_no_other(
             holding = transport.subscribe("work")
             await anext(holding)
             connections = proxy.connections
-            monkeypatch.setattr(Line, "consume", consuming)
+            (line,) = {each.line for each in transport._held["first"]}
+            monkeypatch.setattr(Channel, "write", writing)
             following = asyncio.ensure_future(anext(holding))
             proxy.blackhole("to_client")
             await asked.wait()
-            await asyncio.sleep(0.05)
             following.cancel()
-            await asyncio.sleep(0.05)
+            while not line.is_ending:  # noqa: ASYNC110  # nothing else tells
+                await asyncio.sleep(0)
             await transport.ack("first")
             proxy.resume()
             await asyncio.wait([following])
@@ -356,14 +358,17 @@ async def test_a_prefetch_that_amqp_has_no_number_for_is_a_near_one(rabbitmq_url
             assert (await anext(messages)).message_id == "second"
 
 
-async def test_a_queue_deleted_under_its_consumer_is_made_anew(rabbitmq_url: str) -> None:
-    """The broker cancels the consumer; the same iteration goes on with a new queue."""
+async def test_a_queue_deleted_under_its_consumer_is_made_anew(
+    rabbitmq_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The broker cancels the consumer; the same iteration goes on with a new queue, and the log says why."""
     async with opened(rabbitmq_url) as transport:
         listener = Listener(transport)
         for turn in range(3):
             await transport.publish("work", message(f"m-{turn}"))
             await listener.until(f"m-{turn}")  # within seconds, even if the broker has forgotten the consumer
             await delete(rabbitmq_url, transport.queues.topic("work").name)
+        assert f"'{transport.queues.topic('work').name}' was deleted" in caplog.text
 
 
 async def test_a_consumer_that_the_broker_has_forgotten_is_noticed(rabbitmq_url: str) -> None:
@@ -845,8 +850,11 @@ async def test_a_broker_that_takes_no_more_queues_is_waited_for(server: RabbitSe
         await other.until("third")
 
 
-async def test_a_channel_closed_for_a_slow_consumer_is_opened_again(server: RabbitServer) -> None:
-    """After consumer_timeout the message comes again in the same iteration, and its late ack is harmless."""
+async def test_a_channel_closed_for_a_slow_consumer_is_opened_again(
+    server: RabbitServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After consumer_timeout the message comes again in the same iteration, and its late ack is harmless. The log says
+    why that was."""
     async with opened(server.url) as transport:
         messages = transport.subscribe("work", prefetch=2)
         await transport.publish("work", message("slow"))
@@ -865,6 +873,7 @@ async def test_a_channel_closed_for_a_slow_consumer_is_opened_again(server: Rabb
                 came.append((await anext(messages)).message_id)
             await transport.ack("last")
         await messages.aclose()  # type: ignore[attr-defined]
+        assert "delivery acknowledgement on channel" in caplog.text
 
 
 async def test_a_message_whose_consumers_die_becomes_a_dead_letter(rabbitmq_url: str) -> None:
