@@ -34,7 +34,7 @@ from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publisher, queues
-from paigeant.transports.rabbitmq.channel import Channel
+from paigeant.transports.rabbitmq.channel import Channel, throwaway
 from paigeant.transports.rabbitmq.frames import Outgoing
 from paigeant.transports.rabbitmq.link import Link, read_url
 from paigeant.transports.rabbitmq.queues import declare
@@ -602,6 +602,29 @@ async def test_who_waits_on_a_channel_that_is_left_hears_that(rabbitmq_url: str)
             proxy.resume()
             await channel.close()
             assert channel.ended.done()
+
+
+async def test_channels_that_both_close_at_the_same_moment_give_their_numbers_free(rabbitmq_url: str) -> None:
+    """Of some that are given up just when RabbitMQ refuses what was asked. It ends a channel when its close is agreed
+    to, and would then now and then lose the answer to ours, without which the number stays taken."""
+    link = Link(read_url(rabbitmq_url)[0], "testing")
+    connection = await link.open()
+
+    async def give_up_often() -> None:
+        for turn in range(150):
+            async with throwaway(connection) as channel:
+                with contextlib.suppress(TimeoutError, ChannelNotFoundEntity):
+                    async with asyncio.timeout(turn % 10 / 1000):
+                        await channel.ask(Queues.Declare(queue="no such queue", passive=True))
+
+    try:
+        await asyncio.gather(*(give_up_often() for _ in range(30)))
+        async with asyncio.timeout(RECOVERY):
+            while connection._client.channels:  # noqa: ASYNC110  # nothing else tells
+                await asyncio.sleep(0.01)
+        assert not connection.gone.done()
+    finally:
+        await link.close()
 
 
 async def test_who_asks_on_a_channel_that_the_broker_has_closed_hears_why(rabbitmq_url: str) -> None:

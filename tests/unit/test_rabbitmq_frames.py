@@ -127,10 +127,11 @@ async def test_the_number_of_a_channel_is_kept_until_both_closes_are_answered() 
     del channels[1]  # aiormq, for either of them
     await channel.put((0, Channels.Close(404, "gone", 0, 0)))
     assert channels == {1: channel}
-    assert read(sent[-1])[0][1].name == "Channel.CloseOk"
+    assert len(sent) == 1, "else the broker may lose its own answer"
     del channels[1]
     await channel.put((0, Channels.CloseOk()))
     assert channels == {}
+    assert read(sent[-1])[0][1].name == "Channel.CloseOk"
 
 
 async def test_an_answer_that_nobody_awaits_is_nobody_else_s() -> None:

@@ -64,6 +64,7 @@ class Channel:
         self._header: ContentHeader | None = None
         self._body = BytesIO()
         self._missing = 0
+        self._is_crossed = False
         connection.gone.add_done_callback(self._lose)
 
     @classmethod
@@ -122,8 +123,10 @@ class Channel:
             if not self.is_closed:
                 self.hear(frame)
         elif isinstance(frame, Channels.Close):
-            self._agree(frame)
+            self._lose_to(frame)
         elif isinstance(frame, Channels.CloseOk):
+            if self._is_crossed:
+                self._agree()
             self._end(Closed("the channel was closed"))
         else:
             self._is_answered.set()
@@ -146,14 +149,21 @@ class Channel:
         if not self.is_closed:  # as in `put`: what has come back would else be confirmed, its return unheard
             self.take(received)
 
-    def _agree(self, close: Channels.Close) -> None:
+    def _lose_to(self, close: Channels.Close) -> None:
         if self.is_closed:
-            # The two have crossed: an answer to ours is to come, and the next of this number isn't it.
+            # It has crossed with ours, to which an answer is to come: the next channel of this number must not get it.
+            # Agreed to before that, RabbitMQ would end the channel, and now and then its answer with it.
             self.connection.keep(self)
-        self.is_closed = True
+            self._is_crossed = True
+        else:
+            self.is_closed = True
+            self._agree()
+        self._end(exception_by_code(close))
+
+    def _agree(self) -> None:
+        """Tell the broker that its close has come: from now on its number is free."""
         with contextlib.suppress(*CONNECTION_EXCEPTIONS):
             self.connection.wire.write(marshal(Channels.CloseOk(), self.number))
-        self._end(exception_by_code(close))
 
     def _lose(self, _: asyncio.Future[None]) -> None:
         self._end(self.connection.reason)
