@@ -11,6 +11,7 @@ import secrets
 import shutil
 import subprocess
 import time
+import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -563,6 +564,24 @@ async def test_a_broker_that_is_asked_all_the_time_takes_no_memory(rabbitmq_url:
 
         before = await kept(20)
         assert await kept(200) - before < 200
+
+
+async def test_a_channel_that_was_left_is_forgotten_without_the_garbage_collector(rabbitmq_url: str) -> None:
+    """A sweep has one for each time it asks what waits."""
+    link = Link(read_url(rabbitmq_url)[0], "testing")
+    gc.disable()
+    try:
+        connection = await link.open()
+        async with throwaway(connection) as channel:
+            await channel.ask(Basic.Qos())
+        await channel.close()
+        left = weakref.ref(channel)
+        del channel
+        await Channel.open(connection)  # until the next frame the reader has the channel of the one before
+        assert left() is None
+    finally:
+        gc.enable()
+        await link.close()
 
 
 async def test_who_waits_for_room_hears_of_the_end_of_the_connection() -> None:

@@ -50,7 +50,6 @@ class Channel:
         self.number = connection.join(self)
         self.take: Callable[[Received], None] = _pass_over
         self.hear: Callable[[Told], None] = _pass_over
-        self.frames = self  # where aiormq puts what comes, by `put`
         self.is_closed = False
         """Whether nothing may be sent any more: the broker ends the whole connection for what comes after a close."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -77,6 +76,11 @@ class Channel:
             channel.leave()
             raise
         return channel
+
+    @property
+    def frames(self) -> Channel:
+        """Where aiormq puts what comes, by `put`."""
+        return self  # kept in an attribute it would hold itself, until the garbage collector comes by
 
     def write(self, frames: bytes) -> None:
         """Send whole frames. Raises why they can't go, mostly one of CONNECTION_EXCEPTIONS."""
