@@ -11,14 +11,19 @@ import secrets
 import shutil
 import subprocess
 import time
+import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aio_pika
 import aiormq
 import pytest
+from aio_pika.exceptions import ChannelInvalidStateError, ChannelNotFoundEntity
+from pamqp import frame
 from pamqp.commands import Basic
+from pamqp.commands import Queue as Queues
 from tests.integration.workers import working
 from tests.services import RabbitServer, free_port
 from tests.services.proxy import Proxy
@@ -30,11 +35,11 @@ from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publisher, queues
-from paigeant.transports.rabbitmq.channel import Channel
+from paigeant.transports.rabbitmq.channel import Channel, throwaway
 from paigeant.transports.rabbitmq.frames import Outgoing
-from paigeant.transports.rabbitmq.line import Line
+from paigeant.transports.rabbitmq.link import Link, read_url
 from paigeant.transports.rabbitmq.queues import declare
-from paigeant.transports.rabbitmq.wire import Connection
+from paigeant.transports.rabbitmq.wire import Closed, Connection
 
 RECOVERY = 10.0
 """Seconds after which all must go on, once the broker is there again. On an idle machine it is one or two."""
@@ -200,11 +205,12 @@ async def test_an_iteration_that_ends_while_it_asks_for_more_disturbs_no_other(
 ) -> None:
     """The answer passes unheard, and what was handed out before is settled as ever: it doesn't come again."""
     asked = asyncio.Event()
-    consume = Line.consume
+    write = Channel.write
 
-    async def consuming(line: Line) -> None:
-        asked.set()
-        await consume(line)
+    def writing(channel: Channel, sent: bytes) -> None:
+        write(channel, sent)
+        if isinstance(frame.unmarshal(sent)[2], Basic.Consume):
+            asked.set()
 
     with Proxy(server.host, server.port) as proxy:
         async with opened(proxy.url(server.url)) as transport:
@@ -213,13 +219,14 @@ async def test_an_iteration_that_ends_while_it_asks_for_more_disturbs_no_other(
             holding = transport.subscribe("work")
             await anext(holding)
             connections = proxy.connections
-            monkeypatch.setattr(Line, "consume", consuming)
+            (line,) = {each.line for each in transport._held["first"]}
+            monkeypatch.setattr(Channel, "write", writing)
             following = asyncio.ensure_future(anext(holding))
             proxy.blackhole("to_client")
             await asked.wait()
-            await asyncio.sleep(0.05)
             following.cancel()
-            await asyncio.sleep(0.05)
+            while not line.is_ending:  # noqa: ASYNC110  # nothing else tells
+                await asyncio.sleep(0)
             await transport.ack("first")
             proxy.resume()
             await asyncio.wait([following])
@@ -294,6 +301,7 @@ async def test_a_frozen_broker_ends_nobody_s_task(server: RabbitServer) -> None:
             finally:
                 server.thaw()
             assert [type(result) for result in results] == [TransportUnavailable] * 2
+            assert "no heartbeat" in str(results[0])
             async with asyncio.timeout(30):
                 seen.append((await following).message_id)
                 while set(seen) != {"m-0", "m-1", "m-2"}:
@@ -351,14 +359,17 @@ async def test_a_prefetch_that_amqp_has_no_number_for_is_a_near_one(rabbitmq_url
             assert (await anext(messages)).message_id == "second"
 
 
-async def test_a_queue_deleted_under_its_consumer_is_made_anew(rabbitmq_url: str) -> None:
-    """The broker cancels the consumer; the same iteration goes on with a new queue."""
+async def test_a_queue_deleted_under_its_consumer_is_made_anew(
+    rabbitmq_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The broker cancels the consumer; the same iteration goes on with a new queue, and the log says why."""
     async with opened(rabbitmq_url) as transport:
         listener = Listener(transport)
         for turn in range(3):
             await transport.publish("work", message(f"m-{turn}"))
             await listener.until(f"m-{turn}")  # within seconds, even if the broker has forgotten the consumer
             await delete(rabbitmq_url, transport.queues.topic("work").name)
+        assert f"'{transport.queues.topic('work').name}' was deleted" in caplog.text
 
 
 async def test_a_consumer_that_the_broker_has_forgotten_is_noticed(rabbitmq_url: str) -> None:
@@ -555,6 +566,24 @@ async def test_a_broker_that_is_asked_all_the_time_takes_no_memory(rabbitmq_url:
         assert await kept(200) - before < 200
 
 
+async def test_a_channel_that_was_left_is_forgotten_without_the_garbage_collector(rabbitmq_url: str) -> None:
+    """A sweep has one for each time it asks what waits."""
+    link = Link(read_url(rabbitmq_url)[0], "testing")
+    gc.disable()
+    try:
+        connection = await link.open()
+        async with throwaway(connection) as channel:
+            await channel.ask(Basic.Qos())
+        await channel.close()
+        left = weakref.ref(channel)
+        del channel
+        await Channel.open(connection)  # until the next frame the reader has the channel of the one before
+        assert left() is None
+    finally:
+        gc.enable()
+        await link.close()
+
+
 async def test_who_waits_for_room_hears_of_the_end_of_the_connection() -> None:
     """A broker that dies while an alarm stops publishers never says that it is over."""
     with RabbitServer() as server:
@@ -574,6 +603,57 @@ async def test_who_waits_for_room_hears_of_the_end_of_the_connection() -> None:
             assert {type(each) for each in failed} == {TransportUnavailable}
             await asyncio.to_thread(server.start)
             await publish_until_taken(transport, "last")
+
+
+async def test_who_waits_on_a_channel_that_is_left_hears_that(rabbitmq_url: str) -> None:
+    """At once, though the broker is too busy to agree: for one that never answers another channel is opened."""
+    parts = urlsplit(rabbitmq_url)
+    with Proxy(parts.hostname or "", parts.port or 5672) as proxy:
+        async with channel_over(proxy.url(rabbitmq_url)) as channel:
+            proxy.blackhole("to_client")
+            asking = [asyncio.ensure_future(channel.ask(Basic.Qos())) for _ in range(2)]
+            await asyncio.sleep(0)
+            channel.leave()
+            async with asyncio.timeout(RECOVERY):
+                heard = await asyncio.gather(*asking, return_exceptions=True)
+            assert [type(each) for each in heard] == [Closed, ChannelInvalidStateError]
+            assert not channel.ended.done()
+            proxy.resume()
+            await channel.close()
+            assert channel.ended.done()
+
+
+async def test_channels_that_both_close_at_the_same_moment_give_their_numbers_free(rabbitmq_url: str) -> None:
+    """Of some that are given up just when RabbitMQ refuses what was asked. It ends a channel when its close is agreed
+    to, and would then now and then lose the answer to ours, without which the number stays taken."""
+    link = Link(read_url(rabbitmq_url)[0], "testing")
+    connection = await link.open()
+
+    async def give_up_often() -> None:
+        for turn in range(150):
+            async with throwaway(connection) as channel:
+                with contextlib.suppress(TimeoutError, ChannelNotFoundEntity):
+                    async with asyncio.timeout(turn % 10 / 1000):
+                        await channel.ask(Queues.Declare(queue="no such queue", passive=True))
+
+    try:
+        await asyncio.gather(*(give_up_often() for _ in range(30)))
+        async with asyncio.timeout(RECOVERY):
+            while connection._client.channels:  # noqa: ASYNC110  # nothing else tells
+                await asyncio.sleep(0.01)
+        assert not connection.gone.done()
+    finally:
+        await link.close()
+
+
+async def test_who_asks_on_a_channel_that_the_broker_has_closed_hears_why(rabbitmq_url: str) -> None:
+    """Whoever's question it was closed for, and also who asks only then."""
+    async with channel_over(rabbitmq_url) as channel:
+        questions = (Queues.Declare(queue="no such queue", passive=True), Basic.Qos())
+        heard = await asyncio.gather(*map(channel.ask, questions), return_exceptions=True)
+        assert [type(each) for each in heard] == [ChannelNotFoundEntity] * 2
+        with pytest.raises(ChannelNotFoundEntity, match="no such queue"):
+            await channel.ask(Basic.Qos())
 
 
 async def test_wait_queues_that_are_over_are_forgotten(
@@ -618,6 +698,21 @@ async def test_what_was_given_up_comes_back_for_nobody(rabbitmq_url: str) -> Non
         assert outlet is not None
         await give_up(outlet.publish("nowhere", Outgoing("m", b"")))
         await outlet.publish(transport.queues.topic("work").name, Outgoing("m", b""))
+
+
+async def test_a_message_that_goes_nowhere_is_not_confirmed_on_a_channel_that_was_left(
+    rabbitmq_url: str,
+) -> None:
+    """Its return and its confirm are on their way then: one isn't heard without the other."""
+    async with opened(rabbitmq_url) as transport:
+        outlet = transport._publisher._outlet
+        assert outlet is not None
+        publishing = asyncio.create_task(outlet.publish("nowhere", Outgoing("m", b"")))
+        await asyncio.sleep(0)
+        outlet.leave()
+        async with asyncio.timeout(RECOVERY):
+            with pytest.raises(Closed):
+                await publishing
 
 
 async def test_a_message_that_goes_nowhere_is_an_error(
@@ -797,8 +892,11 @@ async def test_a_broker_that_takes_no_more_queues_is_waited_for(server: RabbitSe
         await other.until("third")
 
 
-async def test_a_channel_closed_for_a_slow_consumer_is_opened_again(server: RabbitServer) -> None:
-    """After consumer_timeout the message comes again in the same iteration, and its late ack is harmless."""
+async def test_a_channel_closed_for_a_slow_consumer_is_opened_again(
+    server: RabbitServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After consumer_timeout the message comes again in the same iteration, and its late ack is harmless. The log says
+    why that was."""
     async with opened(server.url) as transport:
         messages = transport.subscribe("work", prefetch=2)
         await transport.publish("work", message("slow"))
@@ -817,6 +915,7 @@ async def test_a_channel_closed_for_a_slow_consumer_is_opened_again(server: Rabb
                 came.append((await anext(messages)).message_id)
             await transport.ack("last")
         await messages.aclose()  # type: ignore[attr-defined]
+        assert "delivery acknowledgement on channel" in caplog.text
 
 
 async def test_a_message_whose_consumers_die_becomes_a_dead_letter(rabbitmq_url: str) -> None:
@@ -1381,6 +1480,16 @@ class Graveyard:
             while len(self.letters) < count:
                 self._came.clear()
                 await self._came.wait()
+
+
+@contextlib.asynccontextmanager
+async def channel_over(url: str) -> AsyncIterator[Channel]:
+    """A channel on a connection of its own."""
+    link = Link(read_url(url)[0], "testing")
+    try:
+        yield await Channel.open(await link.open())
+    finally:
+        await link.close()
 
 
 async def failing(*_: object) -> PaigeantMessage:

@@ -91,9 +91,9 @@ async def test_nothing_is_sent_on_a_channel_that_the_broker_has_closed() -> None
     channel.write(b"before")
     await channel.put((0, Channels.Close(406, "no", 0, 0)))
     channel.leave()
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(ChannelPreconditionFailed, match="no"):
         channel.write(b"after")
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(ChannelPreconditionFailed, match="no"):
         await channel.ask(Basic.Qos())
     assert sent == [b"before", frame.marshal(Channels.CloseOk(), 1)]
     assert isinstance(channel.reason, ChannelPreconditionFailed)
@@ -127,10 +127,11 @@ async def test_the_number_of_a_channel_is_kept_until_both_closes_are_answered() 
     del channels[1]  # aiormq, for either of them
     await channel.put((0, Channels.Close(404, "gone", 0, 0)))
     assert channels == {1: channel}
-    assert read(sent[-1])[0][1].name == "Channel.CloseOk"
+    assert len(sent) == 1, "else the broker may lose its own answer"
     del channels[1]
     await channel.put((0, Channels.CloseOk()))
     assert channels == {}
+    assert read(sent[-1])[0][1].name == "Channel.CloseOk"
 
 
 async def test_an_answer_that_nobody_awaits_is_nobody_else_s() -> None:
@@ -162,7 +163,7 @@ async def test_the_end_of_the_connection_is_told_to_whoever_asks() -> None:
     channel.connection.reason = AMQPConnectionError("gone")
     channel.connection.gone.set_result(None)
     await channel.ended
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises(AMQPConnectionError, match="gone"):
         await waiting
     asked, _ = on_a_wire()
     asking = asyncio.create_task(asked.ask(Basic.Qos()))

@@ -50,7 +50,6 @@ class Channel:
         self.number = connection.join(self)
         self.take: Callable[[Received], None] = _pass_over
         self.hear: Callable[[Told], None] = _pass_over
-        self.frames = self  # where aiormq puts what comes, by `put`
         self.is_closed = False
         """Whether nothing may be sent any more: the broker ends the whole connection for what comes after a close."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -64,6 +63,7 @@ class Channel:
         self._header: ContentHeader | None = None
         self._body = BytesIO()
         self._missing = 0
+        self._is_crossed = False
         connection.gone.add_done_callback(self._lose)
 
     @classmethod
@@ -77,8 +77,15 @@ class Channel:
             raise
         return channel
 
+    @property
+    def frames(self) -> Channel:
+        """Where aiormq puts what comes, by `put`."""
+        return self  # kept in an attribute it would hold itself, until the garbage collector comes by
+
     def write(self, frames: bytes) -> None:
-        """Send whole frames. Raises one of CONNECTION_EXCEPTIONS where they can't go."""
+        """Send whole frames. Raises why they can't go, mostly one of CONNECTION_EXCEPTIONS."""
+        if self.ended.done():
+            raise self.reason.with_traceback(None)  # it may be raised often
         if self.is_closed:
             raise ChannelInvalidStateError(f"the channel {self.number} is closed")
         self.connection.wire.write(frames)
@@ -101,6 +108,8 @@ class Channel:
             with contextlib.suppress(*CONNECTION_EXCEPTIONS):  # where they can't go it has ended
                 self.write(marshal(Channels.Close(200, "", 0, 0), self.number))
             self.is_closed = True
+            # It isn't answered any more, and what the broker is busy with may keep it from agreeing for long.
+            self._give_up(Closed("the channel was closed"))
 
     async def close(self) -> None:
         """Close it; returns when the broker has agreed, or doesn't say so for long."""
@@ -115,10 +124,13 @@ class Channel:
         elif isinstance(frame, (Basic.Deliver, Basic.Return)):
             self._method = frame
         elif isinstance(frame, Told):
-            self.hear(frame)
+            if not self.is_closed:
+                self.hear(frame)
         elif isinstance(frame, Channels.Close):
-            self._agree(frame)
+            self._lose_to(frame)
         elif isinstance(frame, Channels.CloseOk):
+            if self._is_crossed:
+                self._agree()
             self._end(Closed("the channel was closed"))
         else:
             self._is_answered.set()
@@ -138,18 +150,24 @@ class Channel:
         # Its buffer is given, not a copy of it: a large body isn't there twice.
         received = Received(method, self._header.properties, self._body.getvalue())
         self._method, self._body = None, BytesIO()
-        if not self.is_closed:
+        if not self.is_closed:  # as in `put`: what has come back would else be confirmed, its return unheard
             self.take(received)
 
-    def _agree(self, close: Channels.Close) -> None:
-        if (
-            self.is_closed
-        ):  # the two have crossed: an answer to ours is to come, and the next of this number isn't it
+    def _lose_to(self, close: Channels.Close) -> None:
+        if self.is_closed:
+            # It has crossed with ours, to which an answer is to come: the next channel of this number must not get it.
+            # Agreed to before that, RabbitMQ would end the channel, and now and then its answer with it.
             self.connection.keep(self)
-        self.is_closed = True
+            self._is_crossed = True
+        else:
+            self.is_closed = True
+            self._agree()
+        self._end(exception_by_code(close))
+
+    def _agree(self) -> None:
+        """Tell the broker that its close has come: from now on its number is free."""
         with contextlib.suppress(*CONNECTION_EXCEPTIONS):
             self.connection.wire.write(marshal(Channels.CloseOk(), self.number))
-        self._end(exception_by_code(close))
 
     def _lose(self, _: asyncio.Future[None]) -> None:
         self._end(self.connection.reason)
@@ -161,6 +179,10 @@ class Channel:
         self.reason = reason
         self.connection.gone.remove_done_callback(self._lose)
         self.ended.set_result(None)
+        self._give_up(reason)
+
+    def _give_up(self, reason: Exception) -> None:
+        """Have nobody wait for an answer."""
         self._is_answered.set()
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(reason)

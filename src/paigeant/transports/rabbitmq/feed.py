@@ -215,7 +215,7 @@ class Feed:
         await declare(connection, self._queue)
         channel = await Channel.open(connection)
         line = Line(channel, self._queue.name, self._prefetch, self._receive, self._end_of_queue)
-        channel.ended.add_done_callback(lambda _: self._lose(line))
+        channel.ended.add_done_callback(lambda _: self._end_of_line(line))
         try:
             await line.open()
         except BaseException:
@@ -228,8 +228,19 @@ class Feed:
         self._idle = IDLE_SECONDS
         self._news.set()
 
+    def _end_of_line(self, line: Line) -> None:
+        """The broker has closed it, or agreed to that, or the connection is gone."""
+        if line is self._line and not line.channel.connection.gone.done():
+            log.warning(
+                "RabbitMQ has closed the channel of '%s', receiving anew: %s",
+                self._queue.name,
+                line.channel.reason,
+            )
+        self._lose(line)
+
     def _end_of_queue(self, line: Line) -> None:
         """It was deleted, or the node that has it is gone."""
+        log.warning("'%s' was deleted, or its node is gone: receiving anew", self._queue.name)
         self._was_deleted = True
         self._lose(line)
 

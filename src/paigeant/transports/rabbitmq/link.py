@@ -198,7 +198,7 @@ class Link:
     async def _look(self) -> bool:
         if self._connection is None:  # perhaps by `close`, after which none is to be opened
             return False
-        with contextlib.suppress(*CONNECTION_EXCEPTIONS), closings():
+        with contextlib.suppress(*CONNECTION_EXCEPTIONS):
             async with asyncio.timeout(_ANSWER_SECONDS), throwaway(self._connection):
                 return True
         return False
@@ -264,7 +264,7 @@ class Link:
 
 @contextlib.contextmanager
 def closings() -> Iterator[None]:
-    """Raises Closed where aiormq cancels whoever waits on what is being closed, here or for a broker that is frozen.
+    """Raises Closed where what is waited for is cancelled, and we are not: as a `Single` is when its link is closed.
 
     A task would take that for its own cancel, and end without a word.
     """
@@ -272,11 +272,6 @@ def closings() -> Iterator[None]:
         yield
     except asyncio.CancelledError as exc:
         if is_cancelled():
-            raise
-        raise Closed("the connection was closed") from exc
-    except Exception as exc:
-        # This very type is what it raises when somebody closes it without a reason.
-        if type(exc) is not Exception:
             raise
         raise Closed("the connection was closed") from exc
 

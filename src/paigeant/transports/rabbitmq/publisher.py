@@ -213,9 +213,8 @@ class Publisher:
                 raise TransportUnavailable(str(exc)) from exc
         try:
             await self._declare(queue)
-        except (
-            ConfigurationError
-        ) as exc:  # of this queue alone: what goes to others must not wait for its mending
+        except ConfigurationError as exc:
+            # Of this queue alone: what goes to others must not wait for its mending.
             raise TopicUnavailable(str(exc)) from exc
         # Waits while an alarm blocks publishers: what isn't sent isn't doubled.
         await outlet.unblocked()

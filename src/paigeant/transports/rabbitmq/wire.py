@@ -24,7 +24,6 @@ _PEER_SECONDS = 10
 _MOST_GATHERED_BYTES = 262_144
 """What is more is sent at once: joined and waiting for a peer that doesn't read, all of it would be kept twice."""
 
-
 _MOST_CHANNELS = 65535
 """Where the broker sets no limit."""
 
@@ -136,6 +135,10 @@ class Connection(aio_pika.Connection):
                 f"aiormq {version('aiormq')} hands on what comes in another way than this version of Paigeant knows; "
                 "install aiormq 7.2.4, or a newer Paigeant"
             )
+        elif not self.close_called:
+            # aiormq has no words for it: an end of the stream between two frames, or else it has cancelled its reader.
+            what = "the broker has ended it" if reason is None else "no heartbeat has come for long"
+            self.reason = AMQPConnectionError(f"the connection is lost: {what}")
         self.gone.set_result(None)
 
 
