@@ -138,6 +138,11 @@ class Journal:
                     return given_up.held
         return ""
 
+    def leave(self) -> None:
+        """The attempt is over."""
+        self.parking.leave()
+        self._given_up.clear()  # their errors have tracebacks, in whose frames this journal is
+
     async def save(self, unit: str, value: bytes) -> bytes:
         """Record a unit, durably; gives the record that stands, which may be another worker's.
 

@@ -51,6 +51,7 @@ class Parking:
     def leave(self) -> None:
         """The attempt is over. What it has left running would do the same as the next one, or what is being undone."""
         self._is_over = True
+        self._unsettle()
         self._end_waits()
 
     def working(self, what: object) -> Working:
@@ -84,11 +85,11 @@ class Parking:
         try:
             await over
         except Parked:
-            if (task := asyncio.current_task()) is not None:
-                task.add_done_callback(_retrieved)
+            _look_later()
             raise
         finally:
-            del self._waits[over]
+            # It has the error, whose traceback has this frame: in a circle they would keep all that the attempt had.
+            del self._waits[over], over
 
     def _changed(self) -> None:
         if self._loop is not None:
@@ -96,12 +97,17 @@ class Parking:
                 self._loop.call_soon_threadsafe(self._settle)
 
     def _settle(self) -> None:
-        if self._settling is not None:
-            self._settling.cancel()
+        self._unsettle()
         assert self._loop is not None, "there is a wait"
         self._settling = self._loop.call_later(_SETTLE_SECONDS, self._park)
 
+    def _unsettle(self) -> None:
+        if self._settling is not None:
+            self._settling.cancel()
+        self._settling = None  # it knows what it is to call: in a circle the two would keep the whole attempt
+
     def _park(self) -> None:
+        self._unsettle()
         waits = list(self._waits.values())
         if not waits or not self._working.issubset(frozenset().union(*(wait.around for wait in waits))):
             return
@@ -130,6 +136,12 @@ class Working:
 
     def __exit__(self, *_: object) -> None:
         self._parking.end(self._what)
+
+
+def _look_later() -> None:
+    """See to it that somebody looks at how this task ends, in which one of perhaps several waits has ended."""
+    if (task := asyncio.current_task()) is not None:
+        task.add_done_callback(_retrieved)
 
 
 def _retrieved(task: asyncio.Task[object]) -> None:

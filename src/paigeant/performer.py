@@ -226,7 +226,7 @@ class Performer:
         try:
             return await self._perform_in(context, claim, attempt, ids)
         finally:
-            context._place.journal.parking.leave()
+            context._place.journal.leave()
 
     async def _perform_in(
         self, context: StepContext, claim: Claim, attempt: Attempt, ids: Mapping[str, Any]
@@ -253,11 +253,11 @@ class Performer:
             error = exc
         finally:
             CURRENT.reset(token)
-        parking = context._place.journal.parking
-        if parking.is_parked and not time.is_over():
-            attempt.outcome = Parked(parking.waits_for, parking.until)
-            return attempt
         try:
+            parking = context._place.journal.parking
+            if parking.is_parked and not time.is_over():
+                attempt.outcome = Parked(parking.waits_for, parking.until)
+                return attempt
             if self._is_stopping() and _is_cancelled():
                 raise asyncio.CancelledError from error  # a library may put it in words of its own
             attempt.outcome = await self._failed(context, claim, error, ids)

@@ -13,6 +13,7 @@ from pydantic_ai import Agent, ModelRetry
 from pydantic_ai.models.test import TestModel
 
 from paigeant import ActivityRegistry, StepContext, Workflow
+from paigeant.claim import Claim
 from paigeant.slip import RunStatus
 from paigeant.testing import MemoryApp
 
@@ -62,6 +63,21 @@ class Failing:
             await ctx.once("work", work)
 
         @activity.execute
+        async def waits(ctx: StepContext) -> str:
+            large = self.large()
+            await ctx.wait_for("go")
+            return repr(large)
+
+        @activity.execute
+        async def waits_in_a_unit(ctx: StepContext) -> str:
+            async def work() -> str:
+                large = self.large()
+                await ctx.ask("which?")
+                return repr(large)
+
+            return str(await ctx.once("work", work))
+
+        @activity.execute
         async def is_undone() -> None: ...
 
         @activity.compensate("is_undone")
@@ -91,6 +107,11 @@ class Failing:
         return large
 
 
+def claims() -> list[Claim]:
+    """The claims that are still there, with their messages and so with all that their runs have."""
+    return [each for each in gc.get_objects() if isinstance(each, Claim)]
+
+
 @pytest.fixture
 def _no_other_hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is in a circle stays, and no log of the tests keeps an error."""
@@ -118,3 +139,18 @@ async def test_a_failed_attempt_keeps_nothing(name: str) -> None:
         assert (await run.wait(5)).status in (RunStatus.FAILED, RunStatus.COMPENSATION_FAILED)
     assert failing.made
     assert not failing.had
+    assert not claims()
+
+
+@pytest.mark.usefixtures("_no_other_hold")
+@pytest.mark.parametrize("name", ["waits", "waits_in_a_unit"])
+async def test_an_attempt_that_waits_keeps_nothing(name: str) -> None:
+    """Ten thousand may wait: the worker forgets what each had in its hands."""
+    failing = Failing()
+    async with MemoryApp(failing.activity) as app:
+        run = await app.dispatch(Workflow("w", [name]))
+        await app.drain()
+        assert await run.status() is RunStatus.WAITING
+        assert failing.made
+        assert not failing.had
+        assert not claims()

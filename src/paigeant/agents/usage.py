@@ -33,6 +33,7 @@ class Counting:
 
     def __exit__(self, *_: object) -> None:
         _COUNTING.reset(self._token)
+        del self._token  # it knows the context in which this was set
 
     def add(self, unit: str, used: Usage) -> None:
         """A unit of that name, done or replayed, used so much itself."""
@@ -72,6 +73,7 @@ class Part:
 
     def __exit__(self, *_: object) -> None:
         _PART.reset(self._token)
+        del self._token
 
     def rest(self) -> Usage:
         """What was used here that no unit tells of: by agents without an engine, in tools that aren't recorded."""
