@@ -32,6 +32,7 @@ __all__ = [
     "OPEN",
     "Changes",
     "Head",
+    "Patch",
     "adopted",
     "claim",
     "foreseen_for_claim",

@@ -448,6 +448,15 @@ def in_german(server: PostgresServer) -> Iterator[str]:
         meeting.join()
 
 
+def ask_for_passwords(server: PostgresServer, admin: psycopg.Connection[Any]) -> None:
+    """Have the server let in by a password alone who has one."""
+    having = admin.execute("SELECT rolname FROM pg_authid WHERE rolpassword IS NOT NULL").fetchall()
+    rules = [f"host all {name} all scram-sha-256" for (name,) in having]
+    rules.append("host all all all trust")
+    (server.folder / "data" / "pg_hba.conf").write_text("\n".join(rules) + "\n")
+    admin.execute("SELECT pg_reload_conf()")
+
+
 async def test_a_refusal_is_understood_in_any_language() -> None:
     """A server speaks the language of its `lc_messages`; what no waiting mends is told at once all the same."""
     with PostgresServer(lines=["fsync = off"]) as server:
@@ -455,10 +464,7 @@ async def test_a_refusal_is_understood_in_any_language() -> None:
             admin.execute("CREATE USER someone PASSWORD 'right'")
             admin.execute("CREATE USER nobody NOLOGIN")
             admin.execute("CREATE USER many CONNECTION LIMIT 0")
-            (server.folder / "data" / "pg_hba.conf").write_text(
-                "host all someone all scram-sha-256\nhost all all all trust\n"
-            )
-            admin.execute("SELECT pg_reload_conf()")
+            ask_for_passwords(server, admin)
         with in_german(server) as url:
             for wrong, kind, says in (
                 (
@@ -965,10 +971,7 @@ async def test_no_step_suffers_from_what_an_administrator_changes(
             admin.execute("CREATE USER app PASSWORD 'right'")
             admin.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO app")
             admin.execute("GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO app")
-            (server.folder / "data" / "pg_hba.conf").write_text(
-                "host all postgres all trust\nhost all all all scram-sha-256\n"
-            )
-            admin.execute("SELECT pg_reload_conf()")
+            ask_for_passwords(server, admin)
             url = server.url.replace("postgres@", "app:right@")
             settings = Settings(transport_url=url, store_url=url)
 
