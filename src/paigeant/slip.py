@@ -289,9 +289,8 @@ class RoutingSlip:
             given = getattr(self, name)
             if type(given) is not tuple:
                 object.__setattr__(self, name, tuple(given))
-        if any(
-            isinstance(entry, str) for entry in self.itinerary
-        ):  # names alone, as a workflow may have them
+        # Names alone, as a workflow may have them.
+        if any(isinstance(entry, str) for entry in self.itinerary):
             taken = {done.step_id for done in self.executed}
             object.__setattr__(self, "itinerary", identify(self.itinerary, taken=taken))
 
@@ -398,9 +397,8 @@ def identify(
     entries = [Step(entry) if isinstance(entry, str) else entry for entry in steps]
     for entry in entries:
         if not isinstance(entry, Step):
-            called = getattr(entry, "__name__", None) or getattr(
-                entry, "name", None
-            )  # a function, or an agent
+            # Of a function, or of an agent.
+            called = getattr(entry, "__name__", None) or getattr(entry, "name", None)
             hint = f"; write the name of its activity: {called!r}" if isinstance(called, str) else ""
             raise InvalidDefinition(
                 f"an itinerary holds activity names and Steps, found {entry!r} of type {type(entry).__name__}{hint}"
