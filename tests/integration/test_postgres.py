@@ -995,6 +995,18 @@ async def test_no_step_suffers_from_what_an_administrator_changes(
     assert "right@" not in caplog.text
 
 
+async def test_a_connection_that_was_given_up_is_closed_without_a_word(
+    caplog: pytest.LogCaptureFixture, postgres_tables: str
+) -> None:
+    async with opened(postgres_tables) as store:
+        with psycopg.connect(postgres_tables, autocommit=True) as admin:
+            name = admin.info.dbname
+            admin.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'.encode())
+        with pytest.raises(StoreUnavailable, match="only lets itself be read"):
+            store.beat(WorkerRecord("w", "h", "p"), lease=1.0, running=())
+    assert not caplog.records
+
+
 async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_tables: str) -> None:
     """Neither its statements nor what was to be written: that are inputs and outputs of runs."""
     value = secrets.token_hex(8)

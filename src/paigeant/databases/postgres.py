@@ -201,7 +201,7 @@ class PostgresDatabase(Database):
         await self._bell.close()
         with self._beating:
             if self._beater is not None:
-                self._beater.close()
+                self._closed(self._beater)
                 self._beater = None
         if self._engine is not None:
             self._engine.dispose()
@@ -320,6 +320,7 @@ class PostgresDatabase(Database):
             "postgresql+psycopg://",
             creator=connect,
             poolclass=NullPool,
+            pool_reset_on_return=None,  # a connection that is given back is closed, and may be lost already
             paramstyle="format",
             use_native_hstore=False,  # it would be looked for at the first connection
             hide_parameters=True,  # what runs are made of stands in no error
