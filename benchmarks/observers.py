@@ -1,4 +1,8 @@
-"""What watching costs: steps a second with nothing, with logs, with traces, with metrics, and with all three."""
+"""What watching costs: steps a second with nothing, with logs, with traces, with metrics, and with all three.
+
+Lines of logs go nowhere, and spans to a collector that forgets them. First on one SQLite file, where client and worker
+are one process; then in the speed benchmark on servers, where one worker process serves all topics.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,10 @@ from typing import Any
 
 from benchmarks.bench import Bench
 from benchmarks.chain import activity, chain, one_run
+from benchmarks.collector import collector
 from benchmarks.report import Figure, of
+from benchmarks.servers import LOCALLY, Watched, worked
+from benchmarks.services import TRANSPORTS, services
 from benchmarks.workload import STEPS, WARM_UP, Order, all_at_once
 from paigeant import Paigeant, Settings, loops
 from paigeant.observer import Observer
@@ -25,16 +32,23 @@ __all__ = ["KINDS", "measure", "run"]
 KINDS = {"nothing": (), "logs": ("logs",), "traces": ("traces",), "metrics": ("metrics",)} | {
     "all three": ("logs", "traces", "metrics")
 }
+_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 _IN_FLIGHT = 200
 _LEAST = 85.0
 """Percent of the throughput that logs, traces and metrics together have to leave."""
 
 
 def run(bench: Bench) -> list[Figure]:
-    """Steps a second of one process on one SQLite file, each kind in turn; what is left of the throughput without."""
+    """Steps a second, each kind in turn, and what is left of the throughput without."""
+    with collector() as url:
+        return [*_in_one_process(bench, url), *_on_servers(bench, url)]
+
+
+def _in_one_process(bench: Bench, url: str) -> list[Figure]:
     with bench.file("x") as place:
         rounds = bench.fresh(
             "benchmarks.observers",
+            settings={_ENDPOINT: url},
             folder=str(place.parent),
             runs=bench.many(1500, 40),
             rounds=bench.many(5, 1),
@@ -51,9 +65,50 @@ def run(bench: Bench) -> list[Figure]:
     return figures
 
 
+def _on_servers(bench: Bench, url: str) -> list[Figure]:
+    """Here the worker is `paigeant run` with all three, as a user would have it."""
+    watched = Watched(
+        {_ENDPOINT: url, "PAIGEANT_TRACES": "true", "PAIGEANT_LOG_FORMAT": "json"}, ["--metrics-port", "0"]
+    )
+    transports = TRANSPORTS[:1] if bench.quick else TRANSPORTS
+    found: dict[str, list[tuple[float, float]]] = {transport: [] for transport in transports}
+    with services(bench) as started:
+
+        def steps(transport: str, watched: Watched | None) -> float:
+            with started.store() as store:
+                on = started.transport(transport, store)
+                amounts: dict[str, Any] = {"runs": bench.many(LOCALLY.runs, 40), "alone": 0}
+                return float(
+                    worked(
+                        bench, store, on, LOCALLY, watched=watched, in_flight=bench.many(500, 40), **amounts
+                    )["steps"]
+                )
+
+        for number in range(bench.many(5, 1)):
+            for transport, rounds in found.items():
+                if number % 2:
+                    with_all = steps(transport, watched)
+                    rounds.append((steps(transport, None), with_all))
+                else:
+                    rounds.append((steps(transport, None), steps(transport, watched)))
+    figures = []
+    for transport, rounds in found.items():
+        figures += [
+            of(f"{transport}, continued locally: nothing", [each[0] for each in rounds], "steps/s"),
+            of(f"{transport}, continued locally: all three", [each[1] for each in rounds], "steps/s"),
+            of(
+                f"{transport}, continued locally: of the throughput",
+                [100 * watched / nothing for nothing, watched in rounds],
+                "%",
+                least=_LEAST,
+            ),
+        ]
+    return figures
+
+
 @contextmanager
 def _watching(names: Sequence[str]) -> Iterator[list[Observer]]:
-    """The observers of these names, as `paigeant run` has them; what they write goes nowhere."""
+    """The observers of these names, as `paigeant run` has them."""
     found: list[Observer] = []
     ends: list[Callable[[], object]] = []
     try:
@@ -66,19 +121,14 @@ def _watching(names: Sequence[str]) -> Iterator[list[Observer]]:
                     ends.append(stream.close)
                     found.append(LogObserver(stream=stream))
                 case "traces":
-                    from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-                    from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+                    from opentelemetry.sdk.trace import TracerProvider
 
-                    from paigeant.observers.otlp import QuickProvider, RedactedSpans, SpanQueue, WholeTraces
+                    from paigeant.observers.otlp import QuickProvider, to_collector
                     from paigeant.observers.otlp.spans import OwnIds
                     from paigeant.observers.traces import TraceObserver
 
-                    class Dropping(SpanExporter):
-                        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-                            return SpanExportResult.SUCCESS
-
                     provider = TracerProvider(shutdown_on_exit=False, id_generator=OwnIds())
-                    processor = SpanQueue(WholeTraces(RedactedSpans(Dropping())))
+                    processor = to_collector(provider.resource)
                     provider.add_span_processor(processor)
                     ends.append(provider.shutdown)
                     found.append(TraceObserver(QuickProvider(provider, processor)))

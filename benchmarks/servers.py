@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.bench import ROOT, Bench, environment
@@ -19,7 +19,18 @@ from benchmarks.latency import p95
 from benchmarks.report import Figure, of
 from benchmarks.services import TRANSPORTS, Services, services
 
-__all__ = ["CROSSING", "LOCALLY", "TOGETHER", "Layout", "Round", "measured", "run", "worked", "workers"]
+__all__ = [
+    "CROSSING",
+    "LOCALLY",
+    "TOGETHER",
+    "Layout",
+    "Round",
+    "Watched",
+    "measured",
+    "run",
+    "worked",
+    "workers",
+]
 
 
 class Layout(NamedTuple):
@@ -44,6 +55,13 @@ _MOST: dict[str, dict[str, float]] = {
     LOCALLY.name: dict.fromkeys(TRANSPORTS, 5),
     CROSSING.name: {"postgres": 10, "redis": 10, "rabbitmq": 15},
 }
+
+
+class Watched(NamedTuple):
+    """What has worker processes tell what they do: variables of their environment, and options."""
+
+    settings: Mapping[str, str]
+    options: Sequence[str]
 
 
 class Round(NamedTuple):
@@ -80,7 +98,7 @@ def measured(
 ) -> Round:
     """One round, on new databases: many runs at once, then runs one by one, 300 unless told otherwise."""
     runs, alone = bench.many(layout.runs, 40), alone or bench.many(300, 10)
-    parts = [{"runs": runs, "alone": alone, "in_flight": 40}]
+    parts: list[dict[str, Any]] = [{"runs": runs, "alone": alone, "in_flight": 40}]
     if not bench.quick:
         parts = [{"runs": runs, "alone": 0, "in_flight": 500}, {"runs": 0, "alone": alone, "in_flight": 1}]
     found: dict[str, Any] = {}
@@ -91,9 +109,17 @@ def measured(
     return Round(found["steps"], statistics.median(found["ms"]), p95(found["ms"]))
 
 
-def worked(bench: Bench, store: str, transport: str, layout: Layout, **amounts: Any) -> dict[str, Any]:
+def worked(
+    bench: Bench,
+    store: str,
+    transport: str,
+    layout: Layout,
+    *,
+    watched: Watched | None = None,
+    **amounts: Any,
+) -> dict[str, Any]:
     """What `benchmarks.chain` measures with these amounts."""
-    with workers(store, transport, layout.topics):
+    with workers(store, transport, layout.topics, watched):
         found: dict[str, Any] = bench.fresh(
             "benchmarks.chain", store=store, transport=transport, works=not layout.topics, **amounts
         )
@@ -101,12 +127,14 @@ def worked(bench: Bench, store: str, transport: str, layout: Layout, **amounts: 
 
 
 @contextlib.contextmanager
-def workers(store: str, transport: str, topics: Sequence[str | None]) -> Iterator[None]:
+def workers(
+    store: str, transport: str, topics: Sequence[str | None], watched: Watched | None = None
+) -> Iterator[None]:
     """A worker process for each of the topics, all of them for None; stopped at the end, and checked."""
-    settings = environment(
-        PAIGEANT_STORE_URL=store, PAIGEANT_TRANSPORT_URL=transport, PAIGEANT_LOG_LEVEL="warning"
-    )
+    servers = {"PAIGEANT_STORE_URL": store, "PAIGEANT_TRANSPORT_URL": transport}
+    settings = environment(**servers, **(watched.settings if watched else {"PAIGEANT_LOG_LEVEL": "warning"}))
     command = [sys.executable, "-m", "paigeant.cli", "run", "benchmarks.chain", "--concurrency", "500"]
+    command += watched.options if watched else ()
     with contextlib.ExitStack() as stack:
         processes = []
         for own in topics:

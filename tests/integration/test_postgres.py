@@ -998,6 +998,7 @@ async def test_no_step_suffers_from_what_an_administrator_changes(
 async def test_a_connection_that_was_given_up_is_closed_without_a_word(
     caplog: pytest.LogCaptureFixture, postgres_tables: str
 ) -> None:
+    """As the heartbeat's is that has met a database which only lets itself be read."""
     async with opened(postgres_tables) as store:
         with psycopg.connect(postgres_tables, autocommit=True) as admin:
             name = admin.info.dbname

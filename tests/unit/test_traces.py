@@ -774,7 +774,7 @@ def test_a_setting_that_is_none_is_told_of(
         caplog.clear()
         exporter = Kept()
         tracer, spans = queue(monkeypatch, exporter, max_queue_size=many, schedule_delay=never)
-        assert (spans._most, spans._delay) == (2048, 5.0)
+        assert (spans._most, spans._delay) == (8192, 5.0)
         tracer.start_span("sent").end()
         spans.shutdown()
         assert exporter.names == ["sent"]

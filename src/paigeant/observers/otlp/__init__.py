@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from opentelemetry import metrics, trace
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
@@ -20,6 +19,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 from paigeant.observers.otlp.exporters import RedactedSpans, SpanQueue, WholeTraces
 from paigeant.observers.otlp.spans import OwnIds, QuickProvider
+from paigeant.observers.otlp.written import Sender
 from paigeant.redaction import Redactor
 
 __all__ = ["QuickProvider", "RedactedSpans", "SpanQueue", "WholeTraces", "send_metrics", "send_traces"]
@@ -37,15 +37,25 @@ def send_traces(
         return trace.get_tracer_provider(), lambda: None
     if _is_off("OTEL_TRACES_EXPORTER"):
         return trace.NoOpTracerProvider(), lambda: None
-    provider = TracerProvider(
-        resource=resource or resource_of_process(), shutdown_on_exit=False, id_generator=OwnIds()
-    )
+    resource = resource or resource_of_process()
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False, id_generator=OwnIds())
     is_told = any(f"OTEL_EXPORTER_OTLP_{which}TIMEOUT" in os.environ for which in ("", "TRACES_"))
-    exporter = OTLPSpanExporter(timeout=None if is_told else patience)
-    processor = SpanQueue(WholeTraces(RedactedSpans(exporter, redactor)))
+    processor = to_collector(provider.resource, None if is_told else patience, redactor)
     provider.add_span_processor(processor)
     trace.set_tracer_provider(provider)
     return QuickProvider(provider, processor), provider.shutdown
+
+
+def to_collector(
+    resource: Resource, timeout: float | None = None, redactor: Redactor | None = None
+) -> SpanQueue:
+    """Where spans of a process of this resource go to be sent to the collector that the environment names.
+
+    `timeout` is in seconds, for each batch; None is what the environment says.
+    """
+    sender = Sender(resource, timeout=timeout)
+    redacted = RedactedSpans(sender, redactor)
+    return SpanQueue(WholeTraces(redacted), redacted.write if sender.takes_written else None)
 
 
 def send_metrics(resource: Resource | None = None) -> Callable[[], None]:

@@ -1,4 +1,7 @@
-"""Ended spans on their way to an exporter: gathered, whole, and without what is secret."""
+"""Ended spans on their way to an exporter: gathered, whole, and without what is secret.
+
+What is `Written` is all of that from the beginning.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
+from typing import Any, cast
 
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY, attach, detach, set_value
 from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor
@@ -19,6 +24,7 @@ from opentelemetry.util.types import AnyValue, Attributes
 from paigeant.codec import storable
 from paigeant.host import at_fork
 from paigeant.observers.otlp.spans import QuickSpan
+from paigeant.observers.otlp.written import Written, written
 from paigeant.redaction import Redactor, is_secret
 
 __all__ = ["RedactedSpans", "SpanQueue", "WholeTraces"]
@@ -26,6 +32,8 @@ __all__ = ["RedactedSpans", "SpanQueue", "WholeTraces"]
 log = logging.getLogger("paigeant.traces")
 
 _MOST_HELD = 10_000
+
+Ended = ReadableSpan | Written
 
 
 class WholeTraces(SpanExporter):
@@ -38,7 +46,7 @@ class WholeTraces(SpanExporter):
     """
 
     def __init__(self, exporter: SpanExporter) -> None:
-        self._exporter = exporter
+        self._exporter: Any = exporter
         self._held: dict[int, list[ReadableSpan]] = {}
         self._waiting = 0
         self._gone: dict[int, None] = {}
@@ -50,19 +58,19 @@ class WholeTraces(SpanExporter):
         self._held.clear()
         self._waiting = 0
 
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+    def export(self, spans: Sequence[Ended]) -> SpanExportResult:
         """Hand on what is whole."""
-        ready: list[ReadableSpan] = []
+        ready: list[Ended] = []
         gone = self._gone
         for span in spans:
-            above = span.parent
+            above = None if isinstance(span, Written) else span.parent
             if above is None or above.is_remote or above.span_id in gone:
                 if self._held:
                     self._release(span, ready)
                 else:  # as it is where no activity makes spans
                     ready.append(span)
                     gone[_id_of(span)] = None
-            else:
+            elif not isinstance(span, Written):
                 self._held.setdefault(above.span_id, []).append(span)
                 self._waiting += 1
         while self._waiting > _MOST_HELD:
@@ -77,7 +85,7 @@ class WholeTraces(SpanExporter):
             self._last = self._exporter.export(ready)
         return self._last if ready else SpanExportResult.SUCCESS
 
-    def _release(self, span: ReadableSpan, ready: list[ReadableSpan]) -> None:
+    def _release(self, span: Ended, ready: list[Ended]) -> None:
         ready.append(span)
         own = _id_of(span)
         self._gone[own] = None
@@ -101,11 +109,11 @@ class WholeTraces(SpanExporter):
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Hand on what the exporter itself keeps; what waits for its parent goes on waiting."""
-        return self._exporter.force_flush(timeout_millis)
+        return bool(self._exporter.force_flush(timeout_millis))
 
 
-def _id_of(span: ReadableSpan) -> int:
-    if isinstance(span, QuickSpan):
+def _id_of(span: Ended) -> int:
+    if isinstance(span, (Written, QuickSpan)):
         return span.id
     return span.context.span_id if span.context is not None else 0
 
@@ -118,15 +126,18 @@ class RedactedSpans(SpanExporter):
     """
 
     def __init__(self, exporter: SpanExporter, redactor: Redactor | None = None) -> None:
-        self._exporter = exporter
+        self._exporter: Any = exporter
         self._redactor = redactor or Redactor()
         self._changes_name = lru_cache(maxsize=1024)(self._changes)
 
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+    def export(self, spans: Sequence[Ended]) -> SpanExportResult:
         """Hand them on."""
-        return self._exporter.export(
-            [self._shown(span) if self._is_changed(span) else span for span in spans]
-        )
+        result: SpanExportResult = self._exporter.export([self._looked_at(span) for span in spans])
+        return result
+
+    def write(self, span: QuickSpan) -> Written | None:
+        """The span as it is handed on, if it can be written already; None where it has to be looked at."""
+        return written(span) if span.is_as_made and not self._changes_name(span.name) else None
 
     def shutdown(self) -> None:
         """Nothing is kept here."""
@@ -134,7 +145,10 @@ class RedactedSpans(SpanExporter):
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Hand on what the exporter itself keeps."""
-        return self._exporter.force_flush(timeout_millis)
+        return bool(self._exporter.force_flush(timeout_millis))
+
+    def _looked_at(self, span: Ended) -> Ended:
+        return span if isinstance(span, Written) or not self._is_changed(span) else self._shown(span)
 
     def _shown(self, span: ReadableSpan) -> ReadableSpan:
         text, status = self._text, span.status
@@ -216,14 +230,22 @@ class SpanQueue(SpanProcessor):
 
     What the library's BatchSpanProcessor is, under the same `OTEL_BSP_*` variables, for a sixth of what that costs the
     one who ends a span. While the exporter can't keep up, spans beyond the bound are lost, and a warning says how many.
+    `write` gives what a span is exported as that can be written already when it ends; None where it is the span.
     """
 
-    def __init__(self, exporter: SpanExporter) -> None:
-        self._exporter = exporter
-        self._most = _setting("OTEL_BSP_MAX_QUEUE_SIZE", 2048)
+    def __init__(
+        self, exporter: SpanExporter, write: Callable[[QuickSpan], Written | None] | None = None
+    ) -> None:
+        self._exporter: Any = exporter
+        self._write = write
+        self._most = _setting("OTEL_BSP_MAX_QUEUE_SIZE", 8192)
         self._batch = min(_setting("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512), self._most)
+        # Each time it is woken this thread may drive the one that works from its processor, and so from what that has
+        # at hand: seldom, then, and to several batches.
+        self._many = max(self._batch, self._most // 4)
         self._delay = _setting("OTEL_BSP_SCHEDULE_DELAY", 5000) / 1000
-        self._spans: deque[ReadableSpan] = deque()
+        self._spans: deque[Ended] = deque()
+        self._unwritten: deque[QuickSpan] = deque()
         self.lost = self._told = 0
         """Spans that were lost in all, and how many of them were told of."""
         self._begin()
@@ -232,6 +254,7 @@ class SpanQueue(SpanProcessor):
     def _begin(self) -> None:
         """Start anew, in this process: one that was forked off has no thread, and its parent's spans aren't its own."""
         self._spans.clear()
+        self._unwritten.clear()
         self._exporting = threading.Lock()
         self._enough = threading.Event()
         self._closed = False
@@ -240,21 +263,32 @@ class SpanQueue(SpanProcessor):
 
     def on_end(self, span: ReadableSpan) -> None:
         """Take a span; never waits."""
-        if not isinstance(span, QuickSpan) and not (span.context and span.context.trace_flags.sampled):
+        is_ours = isinstance(span, QuickSpan)
+        if not is_ours and not (span.context and span.context.trace_flags.sampled):
             return
-        spans = self._spans
-        waiting = len(spans)
+        waiting = len(self._spans) + len(self._unwritten)
         if waiting >= self._most or self._closed:
             self.lost += 1
             return
-        spans.append(span)
-        if waiting + 1 >= self._batch and not self._enough.is_set():
+        if is_ours and self._write is not None:
+            self._unwritten.append(cast(QuickSpan, span))
+            if len(self._unwritten) >= _TOGETHER:
+                self._write_all(self._write)
+        else:
+            self._spans.append(span)
+        if waiting + 1 >= self._many and not self._enough.is_set():
             self._enough.set()
+
+    def _write_all(self, write: Callable[[QuickSpan], Written | None]) -> None:
+        with suppress(IndexError):  # another thread writes the last one
+            while self._unwritten:
+                span = self._unwritten.popleft()
+                self._spans.append(write(span) or span)
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Export all that has ended; whether the exporter has handed on what it keeps."""
         self._export(least=1)
-        return self._exporter.force_flush(timeout_millis)
+        return bool(self._exporter.force_flush(timeout_millis))
 
     def shutdown(self) -> None:
         """Export all that has ended, and take no more."""
@@ -274,6 +308,8 @@ class SpanQueue(SpanProcessor):
     def _export(self, *, least: int) -> None:
         """Export for as long as so many are there."""
         with self._exporting:
+            if self._write is not None:
+                self._write_all(self._write)
             while len(self._spans) >= least:
                 batch = [self._spans.popleft() for _ in range(min(len(self._spans), self._batch))]
                 if self._exported(batch):
@@ -288,7 +324,7 @@ class SpanQueue(SpanProcessor):
                 self._told += lost
                 log.warning("%d spans were lost; expected an exporter that keeps up", lost)
 
-    def _exported(self, batch: list[ReadableSpan]) -> bool:
+    def _exported(self, batch: list[Ended]) -> bool:
         token = attach(set_value(_SUPPRESS_INSTRUMENTATION_KEY, True))  # no spans of the sending
         try:
             return self._exporter.export(batch) is not SpanExportResult.FAILURE
@@ -298,6 +334,9 @@ class SpanQueue(SpanProcessor):
         finally:
             detach(token)
 
+
+_TOGETHER = 64
+"""Spans that are written one after the other: each by itself takes four times as long, between all that a step does."""
 
 _LAST_SECONDS = 30.0
 """How long the end waits for an exporter that takes what there is."""

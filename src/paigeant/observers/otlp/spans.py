@@ -153,6 +153,7 @@ class QuickSpan(trace.Span, ReadableSpan):
     is_as_made = True
     # What most spans have in common is here and not in each of them. All of this is what ReadableSpan() would set.
     _instrumentation_info = None
+    _instrumentation_scope: InstrumentationScope
     _end_time: int | None = None
     _status = Status(StatusCode.UNSET)
     _events: Sequence[Event] = ()
