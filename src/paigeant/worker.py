@@ -46,6 +46,9 @@ _MOST_FAILURES = 3
 
 _FAILURES_KEPT = 1000
 _FAILURE_PAUSE = 1.0
+_UNSERVED_SECONDS = 5.0
+"""How long a topic is said not to be received from after that has failed: until long after it was tried again."""
+
 _IDLE_LOOK_SECONDS = 0.05
 _CANCEL_SECONDS = 5.0
 """How long a shutdown waits for steps that it has cancelled."""
@@ -135,6 +138,8 @@ class ActivityWorker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._failures: dict[str, int] = {}
         """How often messages, by their ids, could not be handled."""
+        self._unserved: dict[str, tuple[float, str]] = {}
+        """When, by the steady clock, and why a topic could not be received from, until it can be again."""
         self._wanted = asyncio.Event()
         self._stopped = asyncio.Event()
         self._began = False
@@ -201,9 +206,14 @@ class ActivityWorker:
             return ["the worker hasn't begun yet"]
         if self._wanted.is_set():
             return ["the worker stops"]
-        return (
-            [] if self.heartbeat.holds() else ["the worker's lease is over: the store wasn't reached in time"]
-        )
+        if not self.heartbeat.holds():
+            return ["the worker's lease is over: the store wasn't reached in time"]
+        now = time.monotonic()
+        return [
+            f"nothing is received from {topic}: {why}"
+            for topic, (at, why) in list(self._unserved.items())
+            if now - at < _UNSERVED_SECONDS
+        ]
 
     # -- taking
 
@@ -215,11 +225,14 @@ class ActivityWorker:
                     self.transport.subscribe(topic, prefetch=prefetch)
                 ) as messages:  # type: ignore[type-var]  # an async generator in every adapter
                     async for message in messages:
+                        self._unserved.pop(topic, None)
                         await self._take(message)
             except PaigeantError as exc:
                 log.warning("can't receive from %s, will try again: %s", topic, exc)
-            except Exception:  # whatever ends a subscription, the topic must not be left unserved
+                self._unserved[topic] = time.monotonic(), str(exc)
+            except Exception as exc:  # whatever ends a subscription, the topic must not be left unserved
                 log.exception("the subscription to %s has ended, will try again", topic)
+                self._unserved[topic] = time.monotonic(), type(exc).__name__
             await asyncio.sleep(random.uniform(0.5, 1.5))
 
     async def _take(self, message: PaigeantMessage) -> None:

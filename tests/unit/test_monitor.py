@@ -11,12 +11,15 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from paigeant import ActivityRegistry, monitor
-from paigeant.errors import ConfigurationError
+from paigeant import ActivityRegistry, Workflow, monitor
+from paigeant import worker as worker_module
+from paigeant.errors import ConfigurationError, TransportUnavailable
+from paigeant.message import PaigeantMessage
 from paigeant.monitor import Monitor, _of_store
 from paigeant.observers.metrics import MetricsObserver
 from paigeant.store import WorkerRecord
 from paigeant.testing import MemoryApp
+from paigeant.worker import ActivityWorker
 
 LEASE = 10.0
 
@@ -37,6 +40,45 @@ async def test_the_lease_that_ended_first_counts(beaten: tuple[float, ...], expe
         assert (await _of_store(app.store)).expired_lease == pytest.approx(expected)
 
 
+async def until(worker: ActivityWorker, idleness: list[str]) -> None:
+    """Wait until this is why a worker takes no messages: nobody is told."""
+    async with asyncio.timeout(10):
+        while worker.idleness() != idleness:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_a_worker_is_not_ready_while_one_of_its_topics_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others may be served well, and the store and the transport answer."""
+    monkeypatch.setattr(worker_module, "_UNSERVED_SECONDS", 2.0)
+    registry = ActivityRegistry()
+
+    @registry.execute(topic="secret")
+    async def work() -> int:
+        return 1
+
+    async with MemoryApp(registry) as app:
+        worker = app.worker()
+        subscribe = app.transport.subscribe
+
+        async def refused(topic: str, *, prefetch: int = 1) -> AsyncIterator[PaigeantMessage]:
+            if topic == "secret":
+                raise TransportUnavailable("may not be read by this user")
+            async for message in subscribe(topic, prefetch=prefetch):
+                yield message
+
+        monkeypatch.setattr(app.transport, "subscribe", refused)
+        working = asyncio.create_task(worker.run())
+        told = ["nothing is received from secret: may not be read by this user"]
+        await until(worker, told)
+        monkeypatch.setattr(app.transport, "subscribe", subscribe)
+        await until(worker, [])
+        assert (await (await app.dispatch(Workflow("w", ["work"]))).wait()).output == 1
+        await worker.stop()
+        await working
+
+
 @contextlib.asynccontextmanager
 async def served(host: str = "127.0.0.1", metrics: MetricsObserver | None = None) -> AsyncIterator[int]:
     """The port of a worker that has begun."""
@@ -49,8 +91,7 @@ async def served(host: str = "127.0.0.1", metrics: MetricsObserver | None = None
         worker = app.worker()
         working = asyncio.create_task(worker.run())
         async with Monitor(worker, metrics or MetricsObserver(), host=host, port=0) as one:
-            while worker.idleness():  # noqa: ASYNC110  # nobody is told when it begins
-                await asyncio.sleep(0.01)
+            await until(worker, [])
             assert one.port is not None
             yield one.port
         await worker.stop()
