@@ -25,6 +25,7 @@ from paigeant import codec
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep, RequestDenied, WaitTimeout
 from paigeant.journal import Journal
 from paigeant.store import Request, RequestKind
+from paigeant.texts import of_error
 
 __all__ = ["Done", "Place", "Stages", "Unit", "current_place", "effect_key", "readable"]
 
@@ -338,9 +339,9 @@ class Place:
                     except InvalidDefinition:
                         raise  # it can't work, whoever lets it try again
                     except Exception as exc:
-                        trouble = f"it failed: {type(exc).__name__}: {exc}"
+                        trouble = f"it failed: {of_error(exc, self.journal.secrets)}"
                         # Kept: whoever decides, or reads of the decision later, wants to know.
-                        await self.journal.save(f"{begun}!failed", codec.dump(codec.storable(trouble)))
+                        await self.journal.save(f"{begun}!failed", codec.dump(trouble))
                     else:
                         return Done(await self.journal.save(name, value), executed=True)
             await self._decide(name, unit.label, begun, trouble)

@@ -856,6 +856,32 @@ async def test_a_conversation_with_a_token_is_refused(authority: Authority, cloc
         assert "eyJ" not in str(await app.store.load_units(StepKey("r", "clerk")))
 
 
+async def test_what_may_be_done_once_at_most_fails_with_a_token(
+    authority: Authority, clock: ManualClock
+) -> None:
+    """The person who decides reads how it failed, without the token that it was called with."""
+    registry = ActivityRegistry()
+    agent = Agent(TestModel(), name="clerk", deps_type=StepContext)
+
+    @agent.tool(metadata={"paigeant": {"at_most_once": True}})
+    async def mail(ctx: RunContext[StepContext]) -> str:
+        token = await ctx.deps.token(audience=MAIL, scopes=["mail.send"])
+        raise ConnectionError(f"no answer to {token.reveal()}")
+
+    def deps(context: StepContext) -> StepContext:
+        return context
+
+    registry.agent(agent, prompt="Go", scopes=["mail.send"], deps=deps)
+    async with MemoryApp(registry, clock=clock, retries=0, **settings_of(authority)) as app:
+        run = await app.dispatch(
+            flow("clerk"), on_behalf_of=authority.token("ann", "mail.send"), workflow_id="r"
+        )
+        await app.drain()
+        [request] = await run.requests()
+        assert b"it failed: ConnectionError: no answer to ***" in request.asked
+        assert "eyJ" not in str(await app.store.load_units(StepKey("r", "clerk")))
+
+
 async def test_a_token_never_enters_a_database(authority: Authority, office: Office) -> None:
     """Where messages are rows, a token is refused at dispatch and in a grant, and left out of a message on its way."""
     authority.now = time.time
