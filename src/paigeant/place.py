@@ -31,6 +31,7 @@ __all__ = ["Done", "Place", "Stages", "Unit", "current_place", "effect_key", "re
 
 _LONGEST_NAME = 300
 _DIGEST_LENGTH = 32
+_COUNTED = re.compile(r"#[0-9]+\Z")
 _BEHIND = "!behind"
 _SHORT_SECONDS = 1.0
 """What is over so soon isn't worth leaving the step for."""
@@ -151,7 +152,9 @@ class Place:
 
     def spelled(self, what: str, number: int = 1) -> str:
         """The name of the so manieth unit that is `what`."""
-        name = what if number == 1 else f"{what}#{number}"
+        # What ends like a counted one is counted from the first on: it would be the second of another.
+        is_plain = number == 1 and not (what[-1].isdigit() and _COUNTED.search(what))
+        name = what if is_plain else f"{what}#{number}"
         if self.within:
             name = f"{_digest(self.within)}/{name}"
         return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 40]}~{_digest(name)}"

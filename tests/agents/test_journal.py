@@ -122,6 +122,18 @@ async def test_a_unit_that_is_recorded_hides_what_was_done_within() -> None:
     assert (await step.attempt(work), said) == ([b"1", b"2"], ["1", "2"])
 
 
+async def test_a_name_that_looks_counted_is_kept_apart() -> None:
+    """Whoever numbers names by hand isn't given the record of a name that was counted on, nor the other way round."""
+    step = Step()
+
+    async def work() -> list[Any]:
+        names = ("u#2", "u", "u", "u#2", "u#2#1", "u#", "#2")
+        return [(await do(name, b"%d" % value)).value for value, name in enumerate(names)]
+
+    assert await step.attempt(work) == [b"%d" % value for value in range(7)]
+    assert len(set(step.units)) == 7
+
+
 async def test_a_name_of_any_length_is_kept_apart() -> None:
     """Very long names are cut where a store's index would not hold them, and stay different."""
     step = Step()
