@@ -84,9 +84,6 @@ class Parking:
         self._changed()
         try:
             await over
-        except Parked:
-            _look_later()
-            raise
         finally:
             # It has the error, whose traceback has this frame: in a circle they would keep all that the attempt had.
             del self._waits[over], over
@@ -117,9 +114,15 @@ class Parking:
         self._end_waits()
 
     def _end_waits(self) -> None:
+        if self._loop is None or not self._waits:
+            return
         for over in self._waits:
             if not over.done():
                 over.set_exception(Parked())
+        # A wait may be several tasks deep, and nobody may await any of them but one.
+        for task in asyncio.all_tasks(self._loop):
+            task.remove_done_callback(_retrieved)  # many attempts are left in the lifetime of a worker's own
+            task.add_done_callback(_retrieved)
 
 
 class Working:
@@ -138,13 +141,8 @@ class Working:
         self._parking.end(self._what)
 
 
-def _look_later() -> None:
-    """See to it that somebody looks at how this task ends, in which one of perhaps several waits has ended."""
-    if (task := asyncio.current_task()) is not None:
-        task.add_done_callback(_retrieved)
-
-
 def _retrieved(task: asyncio.Task[object]) -> None:
-    """Look at how a task ended: one of several waits that nobody awaits any more is no error that was overlooked."""
-    if not task.cancelled():
+    """Look at how a task ended if that is by leaving a wait: nobody awaiting it is no error that was overlooked."""
+    error = getattr(task, "_exception", None)  # whoever asks for it has looked at it, whatever it is
+    if isinstance(error, Parked) or (isinstance(error, BaseExceptionGroup) and error.subgroup(Parked)):
         task.exception()

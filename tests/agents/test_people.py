@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -113,6 +114,33 @@ async def test_all_calls_of_an_answer_are_asked_at_once() -> None:
         result = await run.wait(PATIENCE)
     assert result.output == "[('c1', 'paid 1'), ('c2', 'too much'), ('c3', 'paid 30')]", result.error
     assert sorted(euros for euros, _ in paid) == [1, 30]
+
+
+async def test_agents_that_are_awaited_one_by_one_are_left_without_a_word() -> None:
+    """The tasks of an agent's run have tasks of their own, in which it waits; of none is said that nobody looked."""
+    said: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+    model, _ = scripted(called("pay", "c1"), tell)
+    agent = Agent(model, name="banker", capabilities=[PaigeantDurability()])
+
+    @agent.tool_plain(requires_approval=True)
+    async def pay() -> str:
+        return "paid"
+
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def both() -> list[str]:
+        tasks = [asyncio.create_task(agent.run("Pay.")) for _ in range(2)]
+        return [(await task).output for task in tasks]
+
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["both"]))
+        for request in await asked(app, run, 2):
+            await app.approve(request.id)
+        assert (await run.wait(PATIENCE)).output == ["[('c1', 'paid')]"] * 2
+    gc.collect()
+    assert said == []
 
 
 async def test_nobody_answers_in_time() -> None:
