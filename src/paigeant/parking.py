@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from contextvars import Context
 from typing import NamedTuple
 
 __all__ = ["Parked", "Parking"]
@@ -119,10 +120,12 @@ class Parking:
         for over in self._waits:
             if not over.done():
                 over.set_exception(Parked())
-        # A wait may be several tasks deep, and nobody may await any of them but one.
+        # A wait may be several tasks deep, and nobody may await any of them but one. Each task would keep the context
+        # of here, and with it all that the attempt has, for as long as it goes on.
+        nowhere = Context()
         for task in asyncio.all_tasks(self._loop):
             task.remove_done_callback(_retrieved)  # many attempts are left in the lifetime of a worker's own
-            task.add_done_callback(_retrieved)
+            task.add_done_callback(_retrieved, context=nowhere)
 
 
 class Working:
