@@ -395,9 +395,12 @@ class Place:
                 inner = self._inner(name, again=self.again or number > 1, is_once=unit.at_most_once)
                 with inner.entered():
                     if limit is None:
-                        return await produce()
-                    async with limit:
-                        return await produce()
+                        value = await produce()
+                    else:
+                        async with limit:
+                            value = await produce()
+                self.journal.parking.check_done(name)
+                return value
             except Exception as exc:
                 # No name for the error: this frame is part of its traceback, and would keep it in a circle.
                 is_late = limit is not None and limit.expired() and isinstance(exc, TimeoutError)

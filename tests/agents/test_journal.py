@@ -542,6 +542,66 @@ async def test_an_activity_that_catches_its_leaving_is_left_all_the_same() -> No
         assert (await run.wait(5)).output == [1, 2]
 
 
+async def test_a_unit_that_catches_its_leaving_is_not_done() -> None:
+    """What it makes of waits that are not over is recorded no more than what an activity makes of them."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def both(context: StepContext) -> Any:
+        async def wait() -> list[Any]:
+            waits = (context.wait_for("one"), context.wait_for("two"))
+            found = await asyncio.gather(*waits, return_exceptions=True)
+            return [value for value in found if not isinstance(value, BaseException)]
+
+        return await context.once("wait", wait)
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["both"]))
+        await app.drain()
+        assert await run.status() is RunStatus.WAITING
+        await run.signal("one", 1)
+        await run.signal("two", 2)
+        await app.drain()
+        assert (await run.wait(5)).output == [1, 2]
+
+
+async def test_a_unit_of_an_attempt_that_is_over_is_not_done_without_its_parts() -> None:
+    """One that goes on beside a failure is recorded, unless it catches that it may begin nothing more."""
+    activity = ActivityRegistry()
+    over = asyncio.Event()
+    others: list[asyncio.Task[Any]] = []
+    did: list[str] = []
+
+    @activity.execute(retries=1)
+    async def both(context: StepContext) -> list[Any]:
+        async def whole() -> str:
+            await over.wait()
+            did.append("whole")
+            return "whole"
+
+        async def parts() -> list[Any]:
+            await over.wait()
+            found = await asyncio.gather(context.once("part", lambda: 1), return_exceptions=True)
+            return [value for value in found if not isinstance(value, BaseException)]
+
+        if context.attempt == 1:
+            others.extend(
+                asyncio.create_task(work)
+                for work in (context.once("whole", whole), context.once("parts", parts))
+            )
+            await asyncio.sleep(0)
+            raise ConnectionError
+        over.set()
+        await asyncio.gather(*others, return_exceptions=True)
+        return [await context.once("whole", whole), await context.once("parts", parts)]
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["both"]))
+        await app.drain()
+        assert (await run.wait(5)).output == ["whole", [1]]
+    assert did == ["whole"]
+
+
 async def test_waits_of_which_only_the_first_is_awaited_are_no_errors() -> None:
     """`asyncio.wait` hands nobody the end of a wait: leaving it says nothing of errors that were never retrieved."""
     said: list[Any] = []

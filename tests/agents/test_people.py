@@ -143,6 +143,34 @@ async def test_agents_that_are_awaited_one_by_one_are_left_without_a_word() -> N
     assert said == []
 
 
+async def test_agents_within_a_tool_that_catches_all_they_raise_ask() -> None:
+    """The model isn't told that they were left as if that were what came of them."""
+    model, _ = scripted(called("pay", "c1"), tell)
+    agent = Agent(model, name="banker", capabilities=[PaigeantDurability()])
+    model, requests = scripted(called("both", "c1"), tell)
+    boss = Agent(model, name="boss")
+
+    @agent.tool_plain(requires_approval=True)
+    async def pay() -> str:
+        return "paid"
+
+    @boss.tool_plain
+    async def both() -> list[str]:
+        ends = await asyncio.gather(agent.run("Pay."), agent.run("Pay."), return_exceptions=True)
+        return [repr(end) if isinstance(end, BaseException) else end.output for end in ends]
+
+    activity = ActivityRegistry()
+    activity.agent(boss, prompt="Pay.")
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["boss"]))
+        for request in await asked(app, run, 2):
+            await app.approve(request.id)
+        result = await run.wait(PATIENCE)
+    paid = "[('c1', 'paid')]"
+    assert result.output == str([("c1", [paid, paid])]), result.error
+    assert requests == [0, 1]
+
+
 async def test_nobody_answers_in_time() -> None:
     """The call counts as denied, and the model is told why."""
     activity, paid, _ = banker([called("pay", "c1", euros=9)], tell, ask_timeout=0.3)
