@@ -227,7 +227,7 @@ def test_a_conversation_goes_on_from_process_to_process(
 
 
 def deleter(seen: list[list[ModelMessage]] | None = None) -> Agent[Any, Any]:
-    """An agent that wants to delete two files and ask for a third, and says what came of it: its model has `seen` that."""
+    """An agent that wants to delete two files and ask for a third, whose model has `seen` what came of it."""
 
     def done(messages: list[ModelMessage]) -> str:
         if seen is not None:
