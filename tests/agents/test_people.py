@@ -292,6 +292,26 @@ async def test_calls_that_are_approved_and_then_deferred_are_asked_again() -> No
     assert len({key for _, key in shipped}) == 3
 
 
+@pytest.mark.parametrize("inline", [False, True])
+async def test_what_a_tool_tells_of_a_call_has_to_be_json(inline: bool) -> None:
+    """No further attempt could ask somebody with anything else, whether the tool's calls are recorded or not."""
+    model, requests = scripted(called("pay", "c1"), tell)
+    agent = Agent(model, name="banker")
+
+    @agent.tool_plain(metadata={"paigeant": {"inline": inline}})
+    async def pay() -> str:
+        raise ApprovalRequired(metadata={"account": object()})
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Pay.", retries=5)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["banker"]))
+        result = await run.wait(PATIENCE)
+        [step] = (await run.detail()).steps
+    assert "OutputInvalid: what a model or a tool gave can't be recorded as JSON" in (result.error or "")
+    assert (step.attempt, requests) == (1, [0])
+
+
 async def test_a_tool_that_is_never_content_with_an_approval_fails_its_step() -> None:
     """What it does wrong is said; it isn't asked for over and over."""
     model, _ = scripted(called("pay", "c1"), tell)
