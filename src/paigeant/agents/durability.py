@@ -211,9 +211,10 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
     def for_agent(self, agent: AbstractAgent[AgentDepsT, Any]) -> AbstractCapability[AgentDepsT]:
         # One that is handed to each run of an agent is bound for each run: to the same again, mostly.
         parts = (agent, agent.name, agent.model, agent.root_capability, *agent.toolsets)
-        if self._binding is None or not _are_same(self._binding[0], parts):
-            self._binding = (parts, super().for_agent(agent))
-        return self._binding[1]
+        binding = self._binding  # another thread may put that of another agent in its place at any time
+        if binding is None or not _are_same(binding[0], parts):
+            binding = self._binding = (parts, super().for_agent(agent))
+        return binding[1]
 
     def get_ordering(self) -> CapabilityOrdering:
         return self._ordering
