@@ -3,19 +3,24 @@
 An attempt may do several things at once, of which some wait for an answer, a signal or an hour while others work. It
 is parked once all that it does is wait: each wait then ends with `Parked`, which no activity should catch. What works
 is known by its units: code that is in none is left beside a wait, and goes on at most until its next unit. So does
-what an attempt that has ended in any other way has left running.
+what an attempt that has ended in any other way has left running. A unit that was left is not done, whatever code in it
+that catches `Parked` makes of that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from contextvars import Context, ContextVar
 from typing import NamedTuple
 
 __all__ = ["Parked", "Parking"]
 
 _SETTLE_SECONDS = 0.02
 """How long nothing but waiting must have gone on: what begins right after a wait may have something to ask as well."""
+
+_UNITS: ContextVar[tuple[str, ...]] = ContextVar("paigeant.units", default=())
+"""The units within which the code is that runs now."""
 
 
 class Parked(BaseException):
@@ -40,12 +45,19 @@ class Parking:
         """The instant at which it ends at the latest; None when there is none."""
         self._waits: dict[asyncio.Future[None], _Wait] = {}
         self._working: set[object] = set()
+        self._left: set[str] = set()
         self._settling: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def check(self) -> None:
         """Raise Parked once the attempt is parked or over: what still runs of it begins nothing more."""
         if self.is_parked or self._is_over:
+            self._left.update(_UNITS.get())
+            raise Parked
+
+    def check_done(self, unit: str) -> None:
+        """Raise Parked if a wait in this unit was left, or something that it had still to begin."""
+        if unit in self._left:
             raise Parked
 
     def leave(self) -> None:
@@ -85,7 +97,7 @@ class Parking:
         try:
             await over
         except Parked:
-            _look_later()
+            self._left.update(_UNITS.get())
             raise
         finally:
             # It has the error, whose traceback has this frame: in a circle they would keep all that the attempt had.
@@ -117,15 +129,23 @@ class Parking:
         self._end_waits()
 
     def _end_waits(self) -> None:
+        if self._loop is None or not self._waits:
+            return
         for over in self._waits:
             if not over.done():
                 over.set_exception(Parked())
+        # A wait may be several tasks deep, and nobody may await any of them but one. Each task would keep the context
+        # of here, and with it all that the attempt has, for as long as it goes on.
+        nowhere = Context()
+        for task in asyncio.all_tasks(self._loop):
+            task.remove_done_callback(_retrieved)  # many attempts are left in the lifetime of a worker's own
+            task.add_done_callback(_retrieved, context=nowhere)
 
 
 class Working:
     """The block of `Parking.working`; a generator would cost each unit several times as much."""
 
-    __slots__ = ("_parking", "_what")
+    __slots__ = ("_parking", "_token", "_what")
 
     def __init__(self, parking: Parking, what: object) -> None:
         self._parking = parking
@@ -133,18 +153,17 @@ class Working:
 
     def __enter__(self) -> None:
         self._parking.begin(self._what)
+        if isinstance(self._what, str):
+            self._token = _UNITS.set((*_UNITS.get(), self._what))
 
     def __exit__(self, *_: object) -> None:
+        if isinstance(self._what, str):
+            _UNITS.reset(self._token)
         self._parking.end(self._what)
 
 
-def _look_later() -> None:
-    """See to it that somebody looks at how this task ends, in which one of perhaps several waits has ended."""
-    if (task := asyncio.current_task()) is not None:
-        task.add_done_callback(_retrieved)
-
-
 def _retrieved(task: asyncio.Task[object]) -> None:
-    """Look at how a task ended: one of several waits that nobody awaits any more is no error that was overlooked."""
-    if not task.cancelled():
+    """Look at how a task ended if that is by leaving a wait: nobody awaiting it is no error that was overlooked."""
+    error = getattr(task, "_exception", None)  # whoever asks for it has looked at it, whatever it is
+    if isinstance(error, Parked) or (isinstance(error, BaseExceptionGroup) and error.subgroup(Parked)):
         task.exception()

@@ -33,12 +33,12 @@ from paigeant.identity import MANDATE, Mandate
 from paigeant.observer import CURRENT, STEP_IDS
 from paigeant.parking import Parked as Left
 from paigeant.patience import PatientValues, patiently
-from paigeant.redaction import redacted
 from paigeant.reporter import Reporter
 from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
 from paigeant.secret import OBO_TOKEN, SecretToken, masked, refuse_tokens
 from paigeant.slip import Compensation, Phase, Step, StepStatus
 from paigeant.store import Request, Store
+from paigeant.texts import of_error
 from paigeant.threads import Threads
 
 if TYPE_CHECKING:
@@ -48,10 +48,6 @@ __all__ = ["Attempt", "Performer"]
 
 log = logging.getLogger("paigeant.performer")
 step_log = logging.getLogger("paigeant.step")
-
-_ERROR_CHARACTERS = 4000
-_MOST_WITHIN = 5
-"""So many errors of a group are told, and so many groups within each other."""
 
 _LONGEST_ASKED = 86_400.0
 """For a day at most an attempt waits because somebody asks for it: the longest limits are those of a day."""
@@ -300,7 +296,7 @@ class Performer:
         secrets = () if context._acting is None else tuple(context._acting.secrets)
         if not isinstance(error, ActivityRejected):
             _log_failure(error, ids, secrets)  # they are no longer those of the current step
-        text = f"{_text(error, secrets)}; {final}" if final else _text(error, secrets)
+        text = f"{of_error(error, secrets)}; {final}" if final else of_error(error, secrets)
         retry = claim.retry(self.limits)
         return Failed(text, claim.grant.attempt, retry, permanent, self._chance(), _asked_for(error))
 
@@ -315,7 +311,7 @@ class Performer:
         except StoreUnavailable:
             raise
         except Exception as exc:  # OutcomeUnknown, or what nobody foresaw: the step has to end
-            lost = f"{_text(exc)}; {lost}"
+            lost = f"{of_error(exc)}; {lost}"
         return Failed(lost, claim.grant.attempt, claim.retry(self.limits), permanent=True)
 
     def _namespace(self, claim: Claim) -> Namespace:
@@ -502,24 +498,3 @@ def _from_the_activity(error: BaseException) -> TracebackType | None:
 
 def _package(of: TracebackType) -> str:
     return str(of.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
-
-
-def _text(error: BaseException, secrets: Sequence[SecretToken] = ()) -> str:
-    text = masked(_said(error), secrets)
-    # Hidden before it is cut: half a token is no longer known as one. A text of megabytes isn't searched through.
-    text = redacted(text[: 4 * _ERROR_CHARACTERS])
-    text = text if len(text) <= _ERROR_CHARACTERS else f"{text[:_ERROR_CHARACTERS]}..."
-    return codec.storable(text)
-
-
-def _said(error: BaseException, depth: int = 0) -> str:
-    try:
-        said = str(error)
-    except BaseException:  # the user's code again, as `traceback` knows it
-        said = "(its text can't be had)"
-    text = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    if isinstance(error, BaseExceptionGroup) and depth < _MOST_WITHIN:
-        # By itself a group only says how many there are, and not what went wrong.
-        within = "; ".join(_said(each, depth + 1) for each in error.exceptions[:_MOST_WITHIN])
-        text = f"{text}: {within}"
-    return text

@@ -25,11 +25,13 @@ from paigeant import codec
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep, RequestDenied, WaitTimeout
 from paigeant.journal import Journal
 from paigeant.store import Request, RequestKind
+from paigeant.texts import of_error
 
 __all__ = ["Done", "Place", "Stages", "Unit", "current_place", "effect_key", "readable"]
 
 _LONGEST_NAME = 300
 _DIGEST_LENGTH = 32
+_COUNTED = re.compile(r"#[0-9]+\Z")
 _BEHIND = "!behind"
 _SHORT_SECONDS = 1.0
 """What is over so soon isn't worth leaving the step for."""
@@ -150,7 +152,9 @@ class Place:
 
     def spelled(self, what: str, number: int = 1) -> str:
         """The name of the so manieth unit that is `what`."""
-        name = what if number == 1 else f"{what}#{number}"
+        # What ends like a counted one is counted from the first on: it would be the second of another.
+        is_plain = number == 1 and not (what[-1].isdigit() and _COUNTED.search(what))
+        name = what if is_plain else f"{what}#{number}"
         if self.within:
             name = f"{_digest(self.within)}/{name}"
         return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 40]}~{_digest(name)}"
@@ -338,9 +342,9 @@ class Place:
                     except InvalidDefinition:
                         raise  # it can't work, whoever lets it try again
                     except Exception as exc:
-                        trouble = f"it failed: {type(exc).__name__}: {exc}"
+                        trouble = f"it failed: {of_error(exc, self.journal.secrets)}"
                         # Kept: whoever decides, or reads of the decision later, wants to know.
-                        await self.journal.save(f"{begun}!failed", codec.dump(codec.storable(trouble)))
+                        await self.journal.save(f"{begun}!failed", codec.dump(trouble))
                     else:
                         return Done(await self.journal.save(name, value), executed=True)
             await self._decide(name, unit.label, begun, trouble)
@@ -391,9 +395,12 @@ class Place:
                 inner = self._inner(name, again=self.again or number > 1, is_once=unit.at_most_once)
                 with inner.entered():
                     if limit is None:
-                        return await produce()
-                    async with limit:
-                        return await produce()
+                        value = await produce()
+                    else:
+                        async with limit:
+                            value = await produce()
+                self.journal.parking.check_done(name)
+                return value
             except Exception as exc:
                 # No name for the error: this frame is part of its traceback, and would keep it in a circle.
                 is_late = limit is not None and limit.expired() and isinstance(exc, TimeoutError)

@@ -12,10 +12,12 @@ import pytest
 from pydantic_ai import (
     Agent,
     BinaryContent,
+    BinaryImage,
     DeferredToolRequests,
     DeferredToolResults,
     ModelMessage,
     ModelResponse,
+    ModelRetry,
     RunContext,
     TextPart,
     ToolDenied,
@@ -23,7 +25,7 @@ from pydantic_ai import (
 )
 from pydantic_ai.capabilities import ProcessHistory
 from pydantic_ai.exceptions import CallDeferred
-from pydantic_ai.messages import ModelRequest
+from pydantic_ai.messages import ModelRequest, UserPromptPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.usage import UsageLimits
 from pydantic_core import from_json
@@ -224,10 +226,12 @@ def test_a_conversation_goes_on_from_process_to_process(
 # -- tool calls that wait for an answer
 
 
-def deleter() -> Agent[Any, Any]:
-    """An agent that wants to delete two files and ask for a third, and says what came of it."""
+def deleter(seen: list[list[ModelMessage]] | None = None) -> Agent[Any, Any]:
+    """An agent that wants to delete two files and ask for a third, whose model has `seen` what came of it."""
 
     def done(messages: list[ModelMessage]) -> str:
+        if seen is not None:
+            seen.append(messages)
         return " ".join(f"{call}={value}" for call, value in sorted(returned(messages).items()))
 
     calls = [called("delete", "c1", path="a"), called("delete", "c2", path="b"), called("find", "c3")]
@@ -249,11 +253,12 @@ async def decided(
     results: DeferredToolResults | None,
     *,
     steps: tuple[Any, ...] = ("deleter", "decide", "finish"),
+    seen: list[list[ModelMessage]] | None = None,
     **more: Any,
 ) -> RunResult:
     """How a run ended in which `decide` answers the tool calls of `deleter` for `finish`."""
     activity = ActivityRegistry()
-    agent = deleter()
+    agent = deleter(seen)
     activity.agent(agent, prompt="Clean up")
 
     @activity.execute()
@@ -278,6 +283,31 @@ async def test_a_later_step_answers_the_tool_calls_of_an_earlier_one() -> None:
     result = await decided(ANSWERS)
     assert result.status is RunStatus.COMPLETED, result.error
     assert result.output == "c1=deleted a c2=keep it c3={'at': 'home'}"
+
+
+IMAGE = BinaryImage(b"\x00\xff", media_type="image/png", identifier="cat")
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (ToolReturn("a cat", content=["see", IMAGE]), "a cat"),
+        (ToolReturn(IMAGE), IMAGE),
+        (IMAGE, IMAGE),
+        ({"kind": "binary", "of": [IMAGE, 1.0]}, {"kind": "binary", "of": [IMAGE, 1.0]}),
+        (ModelRetry("look again"), "look again"),
+    ],
+)
+async def test_an_answer_may_have_a_file_in_it(found: Any, told: Any) -> None:
+    """It is there for the model as if the answer hadn't travelled, and not as the text of its bytes."""
+    calls = DeferredToolResults(approvals={"c1": True, "c2": False}, calls={"c3": found})
+    seen: list[list[ModelMessage]] = []
+    result = await decided(calls, seen=seen)
+    assert result.status is RunStatus.COMPLETED, result.error
+    [messages] = seen
+    assert returned(messages)["c3"] == told
+    extra = [part.content for part in messages[-1].parts if isinstance(part, UserPromptPart)]
+    assert extra == ([found.content] if isinstance(found, ToolReturn) and found.content else [])
 
 
 @pytest.mark.parametrize(

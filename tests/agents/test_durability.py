@@ -139,6 +139,21 @@ async def test_an_agent_that_is_handed_the_engine_for_a_run_records_the_same_uni
     assert len(handed.units) == 3
 
 
+def test_an_engine_that_threads_hand_to_several_agents_is_bound_to_the_one_that_asks() -> None:
+    """Threads may hand one engine to runs of different agents, and be interrupted anywhere."""
+    one, other = (Agent[Any, Any](TestModel(), name=name) for name in ("one", "other"))
+
+    class Interrupted(PaigeantDurability[Any]):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "_binding" and value is not None and value[0][0] is one:
+                self.for_agent(other)  # as another thread does it, at the worst of all moments
+
+    bound = Interrupted().for_agent(one)
+    assert isinstance(bound, PaigeantDurability)
+    assert bound.name == "one"
+
+
 async def test_outside_of_a_step_the_engine_does_nothing() -> None:
     """An agent that carries it runs as if it didn't: ids are random, tools are called, runtime toolsets are taken."""
     model, requests = scripted(called("add", "c1"), both_answers)

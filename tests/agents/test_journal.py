@@ -122,6 +122,18 @@ async def test_a_unit_that_is_recorded_hides_what_was_done_within() -> None:
     assert (await step.attempt(work), said) == ([b"1", b"2"], ["1", "2"])
 
 
+async def test_a_name_that_looks_counted_is_kept_apart() -> None:
+    """Whoever numbers names by hand isn't given the record of a name that was counted on, nor the other way round."""
+    step = Step()
+
+    async def work() -> list[Any]:
+        names = ("u#2", "u", "u", "u#2", "u#2#1", "u#", "#2")
+        return [(await do(name, b"%d" % value)).value for value, name in enumerate(names)]
+
+    assert await step.attempt(work) == [b"%d" % value for value in range(7)]
+    assert len(set(step.units)) == 7
+
+
 async def test_a_name_of_any_length_is_kept_apart() -> None:
     """Very long names are cut where a store's index would not hold them, and stay different."""
     step = Step()
@@ -528,6 +540,66 @@ async def test_an_activity_that_catches_its_leaving_is_left_all_the_same() -> No
         await run.signal("two", 2)
         await app.drain()
         assert (await run.wait(5)).output == [1, 2]
+
+
+async def test_a_unit_that_catches_its_leaving_is_not_done() -> None:
+    """What it makes of waits that are not over is recorded no more than what an activity makes of them."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0)
+    async def both(context: StepContext) -> Any:
+        async def wait() -> list[Any]:
+            waits = (context.wait_for("one"), context.wait_for("two"))
+            found = await asyncio.gather(*waits, return_exceptions=True)
+            return [value for value in found if not isinstance(value, BaseException)]
+
+        return await context.once("wait", wait)
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["both"]))
+        await app.drain()
+        assert await run.status() is RunStatus.WAITING
+        await run.signal("one", 1)
+        await run.signal("two", 2)
+        await app.drain()
+        assert (await run.wait(5)).output == [1, 2]
+
+
+async def test_a_unit_of_an_attempt_that_is_over_is_not_done_without_its_parts() -> None:
+    """One that goes on beside a failure is recorded, unless it catches that it may begin nothing more."""
+    activity = ActivityRegistry()
+    over = asyncio.Event()
+    others: list[asyncio.Task[Any]] = []
+    did: list[str] = []
+
+    @activity.execute(retries=1)
+    async def both(context: StepContext) -> list[Any]:
+        async def whole() -> str:
+            await over.wait()
+            did.append("whole")
+            return "whole"
+
+        async def parts() -> list[Any]:
+            await over.wait()
+            found = await asyncio.gather(context.once("part", lambda: 1), return_exceptions=True)
+            return [value for value in found if not isinstance(value, BaseException)]
+
+        if context.attempt == 1:
+            others.extend(
+                asyncio.create_task(work)
+                for work in (context.once("whole", whole), context.once("parts", parts))
+            )
+            await asyncio.sleep(0)
+            raise ConnectionError
+        over.set()
+        await asyncio.gather(*others, return_exceptions=True)
+        return [await context.once("whole", whole), await context.once("parts", parts)]
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["both"]))
+        await app.drain()
+        assert (await run.wait(5)).output == ["whole", [1]]
+    assert did == ["whole"]
 
 
 async def test_waits_of_which_only_the_first_is_awaited_are_no_errors() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -113,6 +114,61 @@ async def test_all_calls_of_an_answer_are_asked_at_once() -> None:
         result = await run.wait(PATIENCE)
     assert result.output == "[('c1', 'paid 1'), ('c2', 'too much'), ('c3', 'paid 30')]", result.error
     assert sorted(euros for euros, _ in paid) == [1, 30]
+
+
+async def test_agents_that_are_awaited_one_by_one_are_left_without_a_word() -> None:
+    """The tasks of an agent's run have tasks of their own, in which it waits; of none is said that nobody looked."""
+    said: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+    model, _ = scripted(called("pay", "c1"), tell)
+    agent = Agent(model, name="banker", capabilities=[PaigeantDurability()])
+
+    @agent.tool_plain(requires_approval=True)
+    async def pay() -> str:
+        return "paid"
+
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def both() -> list[str]:
+        tasks = [asyncio.create_task(agent.run("Pay.")) for _ in range(2)]
+        return [(await task).output for task in tasks]
+
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["both"]))
+        for request in await asked(app, run, 2):
+            await app.approve(request.id)
+        assert (await run.wait(PATIENCE)).output == ["[('c1', 'paid')]"] * 2
+    gc.collect()
+    assert said == []
+
+
+async def test_agents_within_a_tool_that_catches_all_they_raise_ask() -> None:
+    """The model isn't told that they were left as if that were what came of them."""
+    model, _ = scripted(called("pay", "c1"), tell)
+    agent = Agent(model, name="banker", capabilities=[PaigeantDurability()])
+    model, requests = scripted(called("both", "c1"), tell)
+    boss = Agent(model, name="boss")
+
+    @agent.tool_plain(requires_approval=True)
+    async def pay() -> str:
+        return "paid"
+
+    @boss.tool_plain
+    async def both() -> list[str]:
+        ends = await asyncio.gather(agent.run("Pay."), agent.run("Pay."), return_exceptions=True)
+        return [repr(end) if isinstance(end, BaseException) else end.output for end in ends]
+
+    activity = ActivityRegistry()
+    activity.agent(boss, prompt="Pay.")
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["boss"]))
+        for request in await asked(app, run, 2):
+            await app.approve(request.id)
+        result = await run.wait(PATIENCE)
+    paid = "[('c1', 'paid')]"
+    assert result.output == str([("c1", [paid, paid])]), result.error
+    assert requests == [0, 1]
 
 
 async def test_nobody_answers_in_time() -> None:
@@ -234,6 +290,26 @@ async def test_calls_that_are_approved_and_then_deferred_are_asked_again() -> No
     assert requests == [0, 1]
     assert sorted(item for item, _ in shipped) == ["2", "3", "one"]
     assert len({key for _, key in shipped}) == 3
+
+
+@pytest.mark.parametrize("inline", [False, True])
+async def test_what_a_tool_tells_of_a_call_has_to_be_json(inline: bool) -> None:
+    """No further attempt could ask somebody with anything else, whether the tool's calls are recorded or not."""
+    model, requests = scripted(called("pay", "c1"), tell)
+    agent = Agent(model, name="banker")
+
+    @agent.tool_plain(metadata={"paigeant": {"inline": inline}})
+    async def pay() -> str:
+        raise ApprovalRequired(metadata={"account": object()})
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="Pay.", retries=5)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["banker"]))
+        result = await run.wait(PATIENCE)
+        [step] = (await run.detail()).steps
+    assert "OutputInvalid: what a model or a tool gave can't be recorded as JSON" in (result.error or "")
+    assert (step.attempt, requests) == (1, [0])
 
 
 async def test_a_tool_that_is_never_content_with_an_approval_fails_its_step() -> None:

@@ -19,7 +19,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart, ToolCallPart
-from pydantic_ai.capabilities import Hooks, Instrumentation
+from pydantic_ai.capabilities import AbstractCapability, Hooks, Instrumentation
 from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.instrumented import InstrumentationSettings, InstrumentedModel
@@ -28,7 +28,7 @@ from pydantic_ai.toolsets import DynamicToolset, FunctionToolset
 from pydantic_core import from_json
 from tests.agents.steps import Crash, Step, called, prompt_of, returned, scripted
 
-from paigeant import ActivityRegistry, Paigeant, RunStatus, StepContext, Workflow
+from paigeant import ActivityRegistry, ItineraryPolicy, Paigeant, RunStatus, StepContext, Workflow
 from paigeant.agents import PaigeantDurability, effect_key
 from paigeant.errors import InvalidDefinition
 from paigeant.parking import Parked
@@ -91,6 +91,38 @@ async def test_an_agent_that_is_a_step_is_recorded_by_itself() -> None:
         'writer__function_toolset__<agent>.call_tool:look(writer:1,1,"c1")',
         "writer__model.request(writer:1,2)",
     ]
+
+
+class Clock(AbstractCapability[Any]):
+    """A capability that makes its toolset whenever it is asked for it."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.told = told
+
+    def get_toolset(self) -> FunctionToolset[Any]:
+        toolset = FunctionToolset[Any](id="clock")
+
+        @toolset.tool_plain
+        def tell() -> str:
+            self.told.append(effect_key())
+            return "noon"
+
+        return toolset
+
+
+@pytest.mark.parametrize("carries", [False, True])
+async def test_a_capability_may_make_its_toolset_anew_each_time(carries: bool) -> None:
+    """What comes with a run, an engine or the tools of `may_add`, has the library ask each capability once more."""
+    told: list[str] = []
+    model, _ = scripted(called("tell", "c1"), lambda messages: str(returned(messages)["c1"]))
+    engines = [PaigeantDurability[Any]()] if carries else []
+    agent = Agent(model, name="teller", capabilities=[Clock(told), *engines])
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="When?", may_add=ItineraryPolicy(allowed=["teller"]) if carries else None)
+    detail, units = await carried_out(activity, "teller")
+    assert (detail.steps[0].output, detail.steps[0].error) == (b'"noon"', None)
+    assert 'teller__function_toolset__clock.call_tool:tell(teller:1,1,"c1")' in units
+    assert len(told) == 1
 
 
 async def test_an_engine_of_the_agent_s_own_is_kept() -> None:

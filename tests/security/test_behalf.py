@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 from joserfc.jwk import ECKey
+from pydantic_ai import Agent, RunContext
+from pydantic_ai.models.test import TestModel
 from tests.integration.workers import working
 from tests.security.authority import Authority
 
@@ -46,6 +48,7 @@ from paigeant.keys import Key, KeyRing
 from paigeant.observer import Event
 from paigeant.secret import OBO_TOKEN
 from paigeant.slip import Phase, StepStatus
+from paigeant.store import StepKey
 from paigeant.testing import ManualClock, MemoryApp
 
 MAIL = "https://mail.example"
@@ -817,9 +820,6 @@ async def test_what_isn_t_set_is_named(
 
 async def test_an_agent_with_scopes(authority: Authority, clock: ManualClock) -> None:
     """An agent's step is begun only with a token that has its scopes."""
-    from pydantic_ai import Agent
-    from pydantic_ai.models.test import TestModel
-
     registry = ActivityRegistry()
     agent = Agent(TestModel(custom_output_text="done"), name="clerk")
     registry.agent(agent, prompt="Go", scopes=["mail.read"])
@@ -828,6 +828,58 @@ async def test_an_agent_with_scopes(authority: Authority, clock: ManualClock) ->
             run = await app.dispatch(flow("clerk"), on_behalf_of=authority.token("ann", scope))
             await app.drain()
             assert (await run.wait()).status is status
+
+
+async def test_a_conversation_with_a_token_is_refused(authority: Authority, clock: ManualClock) -> None:
+    """Nor is a token kept in the messages of an agent, for a step that may continue them."""
+    registry = ActivityRegistry()
+    agent = Agent(TestModel(custom_output_text="done"), name="clerk", deps_type=StepContext)
+
+    @agent.tool(metadata={"paigeant": {"inline": True}})
+    async def show(ctx: RunContext[StepContext]) -> str:
+        return (await ctx.deps.token(audience=MAIL, scopes=["mail.send"])).reveal()
+
+    def deps(context: StepContext) -> StepContext:
+        return context
+
+    registry.agent(agent, prompt="Go", scopes=["mail.send"], deps=deps)
+
+    @registry.execute()
+    async def after() -> None: ...
+
+    async with MemoryApp(registry, clock=clock, retries=0, **settings_of(authority)) as app:
+        run = await app.dispatch(
+            flow("clerk", "after"), on_behalf_of=authority.token("ann", "mail.send"), workflow_id="r"
+        )
+        await app.drain()
+        assert "OutputInvalid: the conversation holds a token" in str((await run.wait()).error)
+        assert "eyJ" not in str(await app.store.load_units(StepKey("r", "clerk")))
+
+
+async def test_what_may_be_done_once_at_most_fails_with_a_token(
+    authority: Authority, clock: ManualClock
+) -> None:
+    """The person who decides reads how it failed, without the token that it was called with."""
+    registry = ActivityRegistry()
+    agent = Agent(TestModel(), name="clerk", deps_type=StepContext)
+
+    @agent.tool(metadata={"paigeant": {"at_most_once": True}})
+    async def mail(ctx: RunContext[StepContext]) -> str:
+        token = await ctx.deps.token(audience=MAIL, scopes=["mail.send"])
+        raise ConnectionError(f"no answer to {token.reveal()}")
+
+    def deps(context: StepContext) -> StepContext:
+        return context
+
+    registry.agent(agent, prompt="Go", scopes=["mail.send"], deps=deps)
+    async with MemoryApp(registry, clock=clock, retries=0, **settings_of(authority)) as app:
+        run = await app.dispatch(
+            flow("clerk"), on_behalf_of=authority.token("ann", "mail.send"), workflow_id="r"
+        )
+        await app.drain()
+        [request] = await run.requests()
+        assert b"it failed: ConnectionError: no answer to ***" in request.asked
+        assert "eyJ" not in str(await app.store.load_units(StepKey("r", "clerk")))
 
 
 async def test_a_token_never_enters_a_database(authority: Authority, office: Office) -> None:

@@ -19,10 +19,10 @@ import inspect
 import types
 import typing
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Annotated, Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_ai import DeferredToolResults, UsageLimits
 from pydantic_ai.agent import AbstractAgent
 from pydantic_ai.capabilities import AbstractCapability
@@ -30,6 +30,8 @@ from pydantic_ai.capabilities.abstract import leaf_capabilities
 from pydantic_ai.conversation import Conversation
 from pydantic_ai.durable_exec import BaseDurabilityCapability
 from pydantic_ai.exceptions import UnexpectedModelBehavior, UsageLimitExceeded, UserError
+from pydantic_ai.messages import ToolReturnContent
+from pydantic_ai.tools import DeferredToolCallResult
 
 from paigeant import codec
 from paigeant.activity import Activity, ActivityRegistry, Parameter, read_parameters
@@ -50,7 +52,21 @@ __all__ = ["agent_activity", "check_agent"]
 
 AnyAgent = AbstractAgent[Any, Any]
 
-_RESULTS = TypeAdapter(DeferredToolResults)
+_RESULT: TypeAdapter[Any] = TypeAdapter(
+    Annotated[DeferredToolCallResult | ToolReturnContent, Field(union_mode="left_to_right")]
+)
+
+
+def _with_files(results: DeferredToolResults) -> DeferredToolResults:
+    # The library reads what has a file in it, an image perhaps, as JSON like any other: the model would get its text.
+    calls = {
+        call: _RESULT.validate_python(result) if isinstance(result, (dict, list)) else result
+        for call, result in results.calls.items()
+    }
+    return replace(results, calls=calls)
+
+
+_RESULTS = TypeAdapter(Annotated[DeferredToolResults, AfterValidator(_with_files)])
 _UNIONS = (typing.Union, types.UnionType)
 
 

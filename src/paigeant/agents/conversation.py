@@ -30,6 +30,7 @@ from paigeant import codec
 from paigeant.agents.operations import not_json
 from paigeant.context import StepContext
 from paigeant.errors import ArgumentError, UnitUnreadable
+from paigeant.secret import refuse_tokens
 from paigeant.slip import Phase, StepStatus
 from paigeant.store import StepKey
 
@@ -83,6 +84,7 @@ async def keep(
         written = _RECORD.dump_json(record)
     except PydanticSerializationError as exc:  # of a tool whose calls aren't recorded
         raise not_json(exc) from exc
+    refuse_tokens("the conversation", written, context._place.journal.secrets)
     await context._store.save_unit(context._key, _unit_of(text), written)
 
 

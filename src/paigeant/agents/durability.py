@@ -30,7 +30,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
-from collections.abc import AsyncIterable, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncIterable, Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
@@ -66,6 +66,7 @@ from pydantic_ai.durable_exec import (
     conversation_id_from_run_id,
     replay_scope,
 )
+from pydantic_ai.durable_exec._base import construction_toolsets
 from pydantic_ai.durable_exec._operation_backend import _IN_DURABLE_UNIT
 from pydantic_ai.durable_exec._toolset import DurableMCPToolset
 from pydantic_ai.exceptions import (
@@ -97,6 +98,7 @@ from pydantic_ai.toolsets import (
     ToolsetTool,
     WrapperToolset,
 )
+from pydantic_ai.toolsets._capability_owned import CapabilityOwnedToolset
 
 from paigeant import place as places
 from paigeant.agents.mcp import Reconnecting
@@ -209,9 +211,10 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
     def for_agent(self, agent: AbstractAgent[AgentDepsT, Any]) -> AbstractCapability[AgentDepsT]:
         # One that is handed to each run of an agent is bound for each run: to the same again, mostly.
         parts = (agent, agent.name, agent.model, agent.root_capability, *agent.toolsets)
-        if self._binding is None or not _are_same(self._binding[0], parts):
-            self._binding = (parts, super().for_agent(agent))
-        return self._binding[1]
+        binding = self._binding  # another thread may put that of another agent in its place at any time
+        if binding is None or not _are_same(binding[0], parts):
+            binding = self._binding = (parts, super().for_agent(agent))
+        return binding[1]
 
     def get_ordering(self) -> CapabilityOrdering:
         return self._ordering
@@ -413,6 +416,16 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         built.wrapped = ts
         return built
 
+    def get_wrapper_toolset(self, toolset: AbstractToolset[AgentDepsT]) -> AbstractToolset[AgentDepsT] | None:
+        if self.in_durable_context and self.agent is not None:
+            # Where a run brings a capability along, as this is one mostly, the library asks those of the agent once
+            # more for their toolsets, and one may make its own anew each time.
+            made = _owned(construction_toolsets(self.agent))
+            own = {id(leaf): made[owner] for owner, leaf in _owned([toolset]).items() if owner in made}
+            if any(id(leaf) != known for known, leaf in own.items()):
+                toolset = toolset.visit_and_replace(lambda leaf: own.get(id(leaf), leaf))
+        return super().get_wrapper_toolset(toolset)
+
     def _reject_runtime_toolsets(self, toolset: AbstractToolset[AgentDepsT]) -> None:
         if self.in_durable_context:
             toolset.apply(self._reject_unknown)
@@ -595,6 +608,19 @@ def _defined(name: str, tool: Tool[Any], toolset: FunctionToolset[Any]) -> ToolD
     """As much of a tool's definition as its options depend on."""
     timeout = toolset.timeout if tool.timeout is None else tool.timeout
     return ToolDefinition(name=name, metadata=tool.metadata, timeout=timeout)
+
+
+def _owned(toolsets: Iterable[AbstractToolset[Any]]) -> dict[tuple[int, str | None], AbstractToolset[Any]]:
+    """The toolsets that capabilities give, by the identity of the capability and their own id."""
+    given: list[CapabilityOwnedToolset[Any]] = []
+    found: dict[tuple[int, str | None], AbstractToolset[Any]] = {}
+    for toolset in toolsets:
+        toolset.apply(lambda part: given.append(part) if isinstance(part, CapabilityOwnedToolset) else None)
+    for one in given:
+        leaves: list[AbstractToolset[Any]] = []
+        one.wrapped.apply(leaves.append)
+        found.update({(id(one.capability), leaf.id): leaf for leaf in leaves})
+    return found
 
 
 def _told_mode() -> str:

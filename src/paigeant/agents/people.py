@@ -26,9 +26,17 @@ from pydantic_ai.durable_exec import record_durable_unit
 from pydantic_ai.exceptions import ToolFailed
 from pydantic_ai.external_events import ExternalEventError, ExternalEventWaiter
 from pydantic_ai.messages import ToolCallPart
-from pydantic_core import from_json, to_json
+from pydantic_core import PydanticSerializationError, from_json, to_json
 
-from paigeant.agents.operations import CALL, PROGRESS, line, place_of_run, recorded_name, run_in_name
+from paigeant.agents.operations import (
+    CALL,
+    PROGRESS,
+    line,
+    not_json,
+    place_of_run,
+    recorded_name,
+    run_in_name,
+)
 from paigeant.codec import storable
 from paigeant.errors import InputInvalid, OutsideStep, RequestDenied, WaitTimeout
 from paigeant.place import Place, Unit
@@ -42,7 +50,10 @@ _RESULTS_NAME = DeferredToolResults.__name__
 
 def _json(value: object) -> bytes:
     # A model may put numbers into arguments that JSON lacks, and not every database takes them.
-    return to_json(value, inf_nan_mode="strings")
+    try:
+        return to_json(value, inf_nan_mode="strings")
+    except PydanticSerializationError as exc:  # metadata of a tool whose calls aren't recorded
+        raise not_json(exc) from exc
 
 
 def asks_itself(agent: AbstractAgent[Any, Any] | None, ctx: RunContext[Any]) -> bool:
