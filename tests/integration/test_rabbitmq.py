@@ -388,6 +388,28 @@ async def test_a_consumer_that_the_broker_has_forgotten_is_noticed(rabbitmq_url:
                     await listener.until(f"m-{turn}")
 
 
+async def test_what_was_fetched_stays_with_an_iteration_that_takes_its_time(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given back whenever nothing comes for long, each would come again as often as the delivery limit lets it."""
+    monkeypatch.setattr(feed, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(feed, "LOOK_SECONDS", 0.01)
+    async with opened(rabbitmq_url, delivery_limit=2) as transport:
+        sent = [f"m-{number}" for number in range(6)]
+        for message_id in sent:
+            await transport.publish("work", message(message_id))
+        messages = transport.subscribe("work", prefetch=len(sent))
+        async with contextlib.aclosing(messages), asyncio.timeout(RECOVERY):  # type: ignore[type-var]  # a generator
+            seen = []
+            for _ in sent:
+                seen.append((await anext(messages)).message_id)
+                (held,) = transport._held[seen[-1]]
+                assert held.returns == 0
+                await transport.ack(seen[-1])
+                await asyncio.sleep(0.3)  # what it is busy with
+        assert seen == sent
+
+
 async def test_a_queue_without_a_leader_disturbs_no_other(caplog: pytest.LogCaptureFixture) -> None:
     """RabbitMQ ends the connection of whoever consumes from it. What others hold doesn't come again each time."""
     with RabbitServer() as server:  # no consumer timeout: a message is held for long

@@ -250,7 +250,7 @@ class Feed:
         while quiet < self._idle:
             pause = LOOK_SECONDS * random.uniform(0.75, 1.25)
             await asyncio.sleep(pause)
-            if line.received != before or line.out:
+            if line.received != before or line.out or line.inbox:  # or nothing more was asked for
                 before, quiet = line.received, 0.0
                 continue
             quiet += pause
