@@ -22,8 +22,10 @@ import aiormq
 import pytest
 from aio_pika.exceptions import ChannelInvalidStateError, ChannelNotFoundEntity
 from pamqp import frame
+from pamqp.body import ContentBody
 from pamqp.commands import Basic
 from pamqp.commands import Queue as Queues
+from pamqp.header import ContentHeader
 from tests.integration.workers import working
 from tests.services import RabbitServer, free_port
 from tests.services.proxy import Proxy
@@ -1087,6 +1089,33 @@ async def test_properties_that_nobody_can_read_hold_nothing_up(rabbitmq_url: str
         await graveyard.until(1)
         assert listener.seen == ["first", "last"]
         assert graveyard.letters[0].body == b"nonsense"
+
+
+async def test_a_routing_key_that_nobody_can_read_holds_nothing_up(rabbitmq_url: str) -> None:
+    """A header has RabbitMQ send a message to further queues, whatever it was addressed to."""
+    graveyard = Graveyard()
+
+    class Unreadable(Basic.Publish):
+        def marshal(self) -> bytes:
+            return b"\x00\x00" + b"\x00" + b"\x03\xff\xfe\xfd" + b"\x00"
+
+    async with opened(rabbitmq_url) as transport:
+        transport.bury_with(graveyard.bury)
+        await transport.publish("work", message("first"))
+        listener = Listener(transport)
+        await listener.until("first")
+        connection = transport._receiving._connection
+        header = ContentHeader(body_size=8, properties=Basic.Properties())
+        header.properties.headers = {"CC": [transport.queues.topic("work").name]}
+        async with channel_over(rabbitmq_url) as channel:
+            for each in (Unreadable(), header, ContentBody(b"nonsense")):
+                channel.write(frame.marshal(each, channel.number))
+            await channel.ask(Basic.Qos())
+        await graveyard.until(1)
+        assert graveyard.letters[0].body == b"nonsense"
+        await transport.publish("work", message("last"))
+        await listener.until("last")
+        assert transport._receiving._connection is connection
 
 
 async def test_a_letter_that_is_not_kept_comes_again(rabbitmq_url: str) -> None:

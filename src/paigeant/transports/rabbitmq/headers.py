@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from pamqp.base import Frame
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
@@ -54,13 +56,15 @@ _PLAIN_BYTES = 12
 """What stands in front of the properties: the class, the weight and the size of the body."""
 
 _unmarshal = ContentHeader.unmarshal
+_unmarshal_deliver = Basic.Deliver.unmarshal
 
 
 def tolerate() -> None:
-    """Have pamqp take properties that it can't read for none, in this process.
+    """Have pamqp take properties, and addresses, that it can't read for none, in this process.
 
     Else a text that isn't UTF-8 in them, or a timestamp behind all dates, ends the connection on which it comes, and
-    that on which it comes again: whatever waits behind it never comes.
+    that on which it comes again: whatever waits behind it never comes. A message has any address where a header (CC)
+    has RabbitMQ send it to further queues.
     """
 
     def unmarshal(self: ContentHeader, data: bytes) -> None:
@@ -71,4 +75,9 @@ def tolerate() -> None:
                 raise
             self.properties = Basic.Properties()
 
+    def unmarshal_deliver(self: Frame, data: bytes) -> None:
+        with contextlib.suppress(UnicodeDecodeError):  # exchange and routing key are the last that is read
+            _unmarshal_deliver(self, data)
+
     ContentHeader.unmarshal = unmarshal  # type: ignore[method-assign]
+    Basic.Deliver.unmarshal = unmarshal_deliver  # type: ignore[method-assign]
