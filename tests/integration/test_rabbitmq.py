@@ -608,6 +608,20 @@ async def test_a_channel_that_was_left_is_forgotten_without_the_garbage_collecto
         await link.close()
 
 
+async def test_who_publishes_at_the_moment_the_connection_ends_is_served(rabbitmq_url: str) -> None:
+    """It is over before its channels have heard of that."""
+    parts = urlsplit(rabbitmq_url)
+    with Proxy(parts.hostname or "", parts.port or 5672) as proxy:
+        async with opened(proxy.url(rabbitmq_url)) as transport:
+            await transport.publish("work", message("first"))
+            connection = transport._publisher._connection
+            assert connection is not None
+            proxy.cut()
+            while not connection.gone.done():  # noqa: ASYNC110  # a moment later it would be too late
+                await asyncio.sleep(0)
+            await transport.publish("work", message("second"))
+
+
 async def test_who_waits_for_room_hears_of_the_end_of_the_connection() -> None:
     """A broker that dies while an alarm stops publishers never says that it is over."""
     with RabbitServer() as server:
