@@ -40,6 +40,7 @@ from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publi
 from paigeant.transports.rabbitmq.channel import Channel, throwaway
 from paigeant.transports.rabbitmq.frames import Outgoing
 from paigeant.transports.rabbitmq.link import Link, read_url
+from paigeant.transports.rabbitmq.outlet import Outlet
 from paigeant.transports.rabbitmq.queues import declare
 from paigeant.transports.rabbitmq.wire import Closed, Connection
 
@@ -1381,6 +1382,25 @@ async def test_an_aiormq_that_works_in_another_way_is_told(
     with pytest.raises(ConfigurationError, match="install aiormq"):
         await transport.connect()
     await transport.close()
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("a word"), TypeError("a word"), ZeroDivisionError("a word")]
+)
+async def test_an_error_of_our_own_is_told_as_what_it_is(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """No other aiormq would mend it, and no heartbeat was missed."""
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Outlet, "_confirmed", fails)
+    async with opened(rabbitmq_url) as transport:
+        with pytest.raises(TransportUnavailable, match=f"{type(error).__name__}.*a word"):
+            await transport.publish("work", message("first"))
+        monkeypatch.undo()
+        await transport.publish("work", message("second"))
 
 
 async def test_wrong_passwords_are_told(server: RabbitServer) -> None:
