@@ -1415,6 +1415,16 @@ async def test_wrong_passwords_are_told(server: RabbitServer) -> None:
     await transport.close()
 
 
+async def test_a_way_to_log_in_that_the_broker_lacks_is_told(rabbitmq_url: str) -> None:
+    """connect() doesn't take it for a wrong password."""
+    transport = RabbitMQTransport(f"{rabbitmq_url}?auth=external")
+    with pytest.raises(
+        ConfigurationError, match=r"by EXTERNAL, but by .*PLAIN.*; correct the parameter auth"
+    ):
+        await transport.connect()
+    await transport.close()
+
+
 async def test_a_wrong_virtual_host_is_told(rabbitmq_url: str) -> None:
     """connect() names the virtual host and how to make it."""
     transport = RabbitMQTransport(f"{rabbitmq_url}nowhere")
@@ -1476,7 +1486,8 @@ async def test_a_queue_of_another_type_is_told(rabbitmq_url: str) -> None:
 
 
 async def test_tls_is_verified(tmp_path: Path) -> None:
-    """amqps works with the authority that the URL names, and with no other; a missing file is told."""
+    """amqps works with the authority that the URL names, and with no other; a file that is missing, or isn't what it
+    should be, is told."""
     make_certificate(tmp_path)
     port = free_port()
     lines = [
@@ -1505,6 +1516,12 @@ async def test_tls_is_verified(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="cafile"):
             await mistaken.connect()
         await mistaken.close()
+        (tmp_path / "words.pem").write_text("words")
+        for wrong in (f"cafile={tmp_path}/words.pem", f"cafile={tmp_path}", f"certfile={tmp_path}/cert.pem"):
+            unreadable = RabbitMQTransport(f"{url}?{wrong}")
+            with pytest.raises(ConfigurationError, match=r"can't be read: .*; correct cafile"):
+                await unreadable.connect()
+            await unreadable.close()
         careless = RabbitMQTransport(f"{url}?no_verify_ssl=1")
         await careless.connect()
         await careless.close()

@@ -42,7 +42,12 @@ class Wire(TransportFactory):
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
         certificates = kwargs.pop("ssl_context_provider")
-        context = await certificates.get_context() if url.scheme == "amqps" else None
+        try:
+            context = await certificates.get_context() if url.scheme == "amqps" else None
+        except OSError as exc:  # errors of ssl are among them
+            raise ConfigurationError(
+                f"a certificate that transport_url names can't be read: {exc}; correct cafile, certfile and keyfile"
+            ) from exc
         reader = asyncio.StreamReader(loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         try:
