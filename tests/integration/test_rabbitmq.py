@@ -39,6 +39,7 @@ from paigeant.testing.conformance.transports import message
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publisher, queues
 from paigeant.transports.rabbitmq.channel import Channel, throwaway
 from paigeant.transports.rabbitmq.frames import Outgoing
+from paigeant.transports.rabbitmq.line import Line
 from paigeant.transports.rabbitmq.link import Link, read_url
 from paigeant.transports.rabbitmq.outlet import Outlet
 from paigeant.transports.rabbitmq.queues import declare
@@ -451,6 +452,28 @@ async def test_more_topics_than_a_connection_may_have_channels_are_received_from
                 await publish_until_taken(transport, "m", topic)
                 await listener.until("m")
             assert transport._receiving._connection is connection
+
+
+async def test_a_connection_that_ends_whenever_a_message_comes_is_not_opened_without_a_pause(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its other topics hold comes again each time, and RabbitMQ 4 drops what has come back 20 times."""
+    ended: list[float] = []
+
+    def fails(*_: object) -> None:
+        ended.append(time.monotonic())
+        raise ZeroDivisionError
+
+    async with opened(rabbitmq_url) as transport:
+        monkeypatch.setattr(Line, "_take", fails)
+        await transport.publish("work", message("m"))
+        listener = Listener(transport)
+        async with asyncio.timeout(30):
+            while len(ended) < 8:  # noqa: ASYNC110  # nothing else tells
+                await asyncio.sleep(0.01)
+        monkeypatch.undo()
+        await listener.until("m")
+        assert ended[7] - ended[0] > 1.0
 
 
 async def test_a_blip_gives_no_topic_a_connection_of_its_own(

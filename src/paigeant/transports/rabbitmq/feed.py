@@ -62,6 +62,7 @@ class Feed:
         """Whether the shared connection has ended while the queue was opened over it: then it may be the cause."""
         self._was_deleted = False
         self._idle = IDLE_SECONDS
+        self._pause = PAUSE_SECONDS
         self._apart_until = 0.0
         self._is_over = False
 
@@ -134,10 +135,10 @@ class Feed:
                     await line.consume()
 
     async def _reopen(self) -> None:
-        pause = PAUSE_SECONDS
         self._is_suspect = False
         self._join()
         while not self._is_over and self._line is None and not is_cancelled():
+            pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE_SECONDS)
             if self._has_worked:
                 await self._rest(pause / 4, pause)
                 if self._was_deleted:
@@ -154,7 +155,6 @@ class Feed:
             await self._choose_link(trouble)
             if not self._has_worked:
                 await self._rest(pause / 4, pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     async def _try_to_open(self) -> Exception | None:
         """Open a line; gives what has kept it from being opened. Raises ConfigurationError before it first works."""
@@ -250,6 +250,7 @@ class Feed:
         while quiet < self._idle:
             pause = LOOK_SECONDS * random.uniform(0.75, 1.25)
             await asyncio.sleep(pause)
+            self._pause = PAUSE_SECONDS  # it has lasted: nothing that came has ended it
             if line.received != before or line.out or line.inbox:  # or nothing more was asked for
                 before, quiet = line.received, 0.0
                 continue
