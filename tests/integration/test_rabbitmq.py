@@ -414,6 +414,23 @@ async def test_what_was_fetched_stays_with_an_iteration_that_takes_its_time(
         assert seen == sent
 
 
+async def test_what_was_acked_just_before_an_iteration_ends_does_not_come_again(rabbitmq_url: str) -> None:
+    """RabbitMQ hands a quorum queue 32 acks of a channel, and the others when these are written down: not any more when
+    the channel is closed in that moment."""
+    async with opened(rabbitmq_url) as transport:
+        sent = [f"m-{number}" for number in range(200)]
+        await asyncio.gather(*(transport.publish("work", message(message_id)) for message_id in sent))
+        messages = transport.subscribe("work", prefetch=len(sent))
+        async with contextlib.aclosing(messages), asyncio.timeout(RECOVERY):  # type: ignore[type-var]  # a generator
+            seen = [(await anext(messages)).message_id for _ in sent]
+            for message_id in seen:
+                await transport.ack(message_id)
+        await transport.publish("work", message("last"))
+        listener = Listener(transport)
+        await listener.until("last")
+        assert listener.seen == ["last"]
+
+
 async def test_a_queue_without_a_leader_disturbs_no_other(caplog: pytest.LogCaptureFixture) -> None:
     """RabbitMQ ends the connection of whoever consumes from it. What others hold doesn't come again each time."""
     with RabbitServer() as server:  # no consumer timeout: a message is held for long

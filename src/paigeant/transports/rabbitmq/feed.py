@@ -108,18 +108,20 @@ class Feed:
         line.is_ending = True
         if line.watching is not None:
             line.watching.cancel()
-        if line.out:
-            try:
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    await line.stop()
-                line.give_back()
-            except CONNECTION_EXCEPTIONS:  # else what still comes would never be settled
-                self._lose(line)
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                # Also where nothing is out: a quorum queue agrees when it has written down what was acked before, of
+                # which RabbitMQ would forget a part with the channel.
+                await line.stop()
+            line.give_back()
+        except CONNECTION_EXCEPTIONS:  # else what still comes would never be settled
+            self._lose(line)
         if line.out:
             line.channel.ended.add_done_callback(lambda _: self._part(link))
-        else:
+            return
+        if not line.is_void:  # else the broker may never agree to that either
             await line.channel.close()
-            self._part(link)
+        self._part(link)
 
     async def _wait(self, line: Line) -> None:
         self._news.clear()
