@@ -15,7 +15,7 @@ import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import aio_pika
 import aiormq
@@ -723,6 +723,22 @@ async def test_channels_that_both_close_at_the_same_moment_give_their_numbers_fr
         assert not connection.gone.done()
     finally:
         await link.close()
+
+
+async def test_a_reason_that_is_cut_within_a_letter_ends_no_connection(server: RabbitServer) -> None:
+    """RabbitMQ names the queue that isn't there and the virtual host, and keeps 252 bytes of that."""
+    vhost = "\u00fc" * 40
+    await asyncio.to_thread(server.ctl, "add_vhost", vhost)
+    await asyncio.to_thread(server.ctl, "set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
+    async with opened(server.url + quote(vhost), "test") as transport:
+        await transport.publish("work", message("m"))
+        connection = transport._publisher._connection
+        depths = await transport.topics(["t" * 160, "t" * 161])
+        assert [depth.topic for depth in depths] == ["work"]
+        assert transport._publisher._connection is connection
+        assert connection is not None
+        assert not connection.gone.done()
+    await asyncio.to_thread(server.ctl, "delete_vhost", vhost)
 
 
 async def test_who_asks_on_a_channel_that_the_broker_has_closed_hears_why(rabbitmq_url: str) -> None:
