@@ -257,6 +257,7 @@ def test_wait_queues_hold_at_least_as_long() -> None:
         ("amqp://host/?heartbeat=65535", "whole number of seconds"),
         ("amqp://host/?heartbaet=5", "did you mean 'heartbeat'"),
         ("amqps://host/?no_verify_ssl=false", "no_verify_ssl of transport_url is 1 or 0"),
+        ("amqp://host/?auth=amqplain", "auth of transport_url is plain or external"),
         ("amqp://", "expected amqp://"),
         ("amqp://host:many/", "expected amqp://"),
     ],

@@ -15,15 +15,17 @@ import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import aio_pika
 import aiormq
 import pytest
 from aio_pika.exceptions import ChannelInvalidStateError, ChannelNotFoundEntity
 from pamqp import frame
+from pamqp.body import ContentBody
 from pamqp.commands import Basic
 from pamqp.commands import Queue as Queues
+from pamqp.header import ContentHeader
 from tests.integration.workers import working
 from tests.services import RabbitServer, free_port
 from tests.services.proxy import Proxy
@@ -37,7 +39,9 @@ from paigeant.testing.conformance.transports import message
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publisher, queues
 from paigeant.transports.rabbitmq.channel import Channel, throwaway
 from paigeant.transports.rabbitmq.frames import Outgoing
+from paigeant.transports.rabbitmq.line import Line
 from paigeant.transports.rabbitmq.link import Link, read_url
+from paigeant.transports.rabbitmq.outlet import Outlet
 from paigeant.transports.rabbitmq.queues import declare
 from paigeant.transports.rabbitmq.wire import Closed, Connection
 
@@ -388,6 +392,45 @@ async def test_a_consumer_that_the_broker_has_forgotten_is_noticed(rabbitmq_url:
                     await listener.until(f"m-{turn}")
 
 
+async def test_what_was_fetched_stays_with_an_iteration_that_takes_its_time(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given back whenever nothing comes for long, each would come again as often as the delivery limit lets it."""
+    monkeypatch.setattr(feed, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(feed, "LOOK_SECONDS", 0.01)
+    async with opened(rabbitmq_url, delivery_limit=2) as transport:
+        sent = [f"m-{number}" for number in range(6)]
+        for message_id in sent:
+            await transport.publish("work", message(message_id))
+        messages = transport.subscribe("work", prefetch=len(sent))
+        async with contextlib.aclosing(messages), asyncio.timeout(RECOVERY):  # type: ignore[type-var]  # a generator
+            seen = []
+            for _ in sent:
+                seen.append((await anext(messages)).message_id)
+                (held,) = transport._held[seen[-1]]
+                assert held.returns == 0
+                await transport.ack(seen[-1])
+                await asyncio.sleep(0.3)  # what it is busy with
+        assert seen == sent
+
+
+async def test_what_was_acked_just_before_an_iteration_ends_does_not_come_again(rabbitmq_url: str) -> None:
+    """RabbitMQ hands a quorum queue 32 acks of a channel, and the others when these are written down: not any more when
+    the channel is closed in that moment."""
+    async with opened(rabbitmq_url) as transport:
+        sent = [f"m-{number}" for number in range(200)]
+        await asyncio.gather(*(transport.publish("work", message(message_id)) for message_id in sent))
+        messages = transport.subscribe("work", prefetch=len(sent))
+        async with contextlib.aclosing(messages), asyncio.timeout(RECOVERY):  # type: ignore[type-var]  # a generator
+            seen = [(await anext(messages)).message_id for _ in sent]
+            for message_id in seen:
+                await transport.ack(message_id)
+        await transport.publish("work", message("last"))
+        listener = Listener(transport)
+        await listener.until("last")
+        assert listener.seen == ["last"]
+
+
 async def test_a_queue_without_a_leader_disturbs_no_other(caplog: pytest.LogCaptureFixture) -> None:
     """RabbitMQ ends the connection of whoever consumes from it. What others hold doesn't come again each time."""
     with RabbitServer() as server:  # no consumer timeout: a message is held for long
@@ -426,6 +469,28 @@ async def test_more_topics_than_a_connection_may_have_channels_are_received_from
                 await publish_until_taken(transport, "m", topic)
                 await listener.until("m")
             assert transport._receiving._connection is connection
+
+
+async def test_a_connection_that_ends_whenever_a_message_comes_is_not_opened_without_a_pause(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its other topics hold comes again each time, and RabbitMQ 4 drops what has come back 20 times."""
+    ended: list[float] = []
+
+    def fails(*_: object) -> None:
+        ended.append(time.monotonic())
+        raise ZeroDivisionError
+
+    async with opened(rabbitmq_url) as transport:
+        monkeypatch.setattr(Line, "_take", fails)
+        await transport.publish("work", message("m"))
+        listener = Listener(transport)
+        async with asyncio.timeout(30):
+            while len(ended) < 8:  # noqa: ASYNC110  # nothing else tells
+                await asyncio.sleep(0.01)
+        monkeypatch.undo()
+        await listener.until("m")
+        assert ended[7] - ended[0] > 1.0
 
 
 async def test_a_blip_gives_no_topic_a_connection_of_its_own(
@@ -584,6 +649,20 @@ async def test_a_channel_that_was_left_is_forgotten_without_the_garbage_collecto
         await link.close()
 
 
+async def test_who_publishes_at_the_moment_the_connection_ends_is_served(rabbitmq_url: str) -> None:
+    """It is over before its channels have heard of that."""
+    parts = urlsplit(rabbitmq_url)
+    with Proxy(parts.hostname or "", parts.port or 5672) as proxy:
+        async with opened(proxy.url(rabbitmq_url)) as transport:
+            await transport.publish("work", message("first"))
+            connection = transport._publisher._connection
+            assert connection is not None
+            proxy.cut()
+            while not connection.gone.done():  # noqa: ASYNC110  # a moment later it would be too late
+                await asyncio.sleep(0)
+            await transport.publish("work", message("second"))
+
+
 async def test_who_waits_for_room_hears_of_the_end_of_the_connection() -> None:
     """A broker that dies while an alarm stops publishers never says that it is over."""
     with RabbitServer() as server:
@@ -644,6 +723,22 @@ async def test_channels_that_both_close_at_the_same_moment_give_their_numbers_fr
         assert not connection.gone.done()
     finally:
         await link.close()
+
+
+async def test_a_reason_that_is_cut_within_a_letter_ends_no_connection(server: RabbitServer) -> None:
+    """RabbitMQ names the queue that isn't there and the virtual host, and keeps 252 bytes of that."""
+    vhost = "\u00fc" * 40
+    await asyncio.to_thread(server.ctl, "add_vhost", vhost)
+    await asyncio.to_thread(server.ctl, "set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
+    async with opened(server.url + quote(vhost), "test") as transport:
+        await transport.publish("work", message("m"))
+        connection = transport._publisher._connection
+        depths = await transport.topics(["t" * 160, "t" * 161])
+        assert [depth.topic for depth in depths] == ["work"]
+        assert transport._publisher._connection is connection
+        assert connection is not None
+        assert not connection.gone.done()
+    await asyncio.to_thread(server.ctl, "delete_vhost", vhost)
 
 
 async def test_who_asks_on_a_channel_that_the_broker_has_closed_hears_why(rabbitmq_url: str) -> None:
@@ -959,9 +1054,11 @@ async def test_what_is_returned_on_purpose_does_not_reach_the_limit(rabbitmq_url
         assert await take(transport) == "m"
 
 
-async def test_an_alarm_stops_publishers_only(server: RabbitServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the broker takes no messages a publish ends in time and says why, and consumers go on."""
+async def test_an_alarm_stops_publishers_only(server: RabbitServer) -> None:
+    """While the broker takes no messages a publish ends in time and says why, consumers go on, and who asks what waits
+    is told."""
     async with opened(server.url) as transport:
+        await transport.publish("other", message("m"))
         for number in range(3):
             await transport.publish("work", message(f"m-{number}"))
         await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.000001")
@@ -975,16 +1072,15 @@ async def test_an_alarm_stops_publishers_only(server: RabbitServer, monkeypatch:
             async with opened(server.url) as other:
                 with pytest.raises(TransportUnavailable, match=r"memory or disk alarm .*; give it room"):
                     await other.check_room()
-            monkeypatch.setattr(publisher, "OPEN_SECONDS", 0.5)
-            with pytest.raises(TransportUnavailable, match="memory or disk alarm"):
-                await transport.topics()
+            [depth] = await transport.topics()
+            assert (depth.topic, depth.waiting) == ("other", 1)
+            assert not transport._publisher._link._apart
         finally:
             await asyncio.to_thread(server.ctl, "set_vm_memory_high_watermark", "0.6")
-        monkeypatch.undo()
         await publish_until_taken(transport, "after")
         await listener.until("after")
         await transport.check_room()
-        assert [depth.topic for depth in await transport.topics()] == []
+        assert [depth.topic for depth in await transport.topics()] == ["other"]
 
 
 # -- what others have written
@@ -1065,6 +1161,33 @@ async def test_properties_that_nobody_can_read_hold_nothing_up(rabbitmq_url: str
         await graveyard.until(1)
         assert listener.seen == ["first", "last"]
         assert graveyard.letters[0].body == b"nonsense"
+
+
+async def test_a_routing_key_that_nobody_can_read_holds_nothing_up(rabbitmq_url: str) -> None:
+    """A header has RabbitMQ send a message to further queues, whatever it was addressed to."""
+    graveyard = Graveyard()
+
+    class Unreadable(Basic.Publish):
+        def marshal(self) -> bytes:
+            return b"\x00\x00" + b"\x00" + b"\x03\xff\xfe\xfd" + b"\x00"
+
+    async with opened(rabbitmq_url) as transport:
+        transport.bury_with(graveyard.bury)
+        await transport.publish("work", message("first"))
+        listener = Listener(transport)
+        await listener.until("first")
+        connection = transport._receiving._connection
+        header = ContentHeader(body_size=8, properties=Basic.Properties())
+        header.properties.headers = {"CC": [transport.queues.topic("work").name]}
+        async with channel_over(rabbitmq_url) as channel:
+            for each in (Unreadable(), header, ContentBody(b"nonsense")):
+                channel.write(frame.marshal(each, channel.number))
+            await channel.ask(Basic.Qos())
+        await graveyard.until(1)
+        assert graveyard.letters[0].body == b"nonsense"
+        await transport.publish("work", message("last"))
+        await listener.until("last")
+        assert transport._receiving._connection is connection
 
 
 async def test_a_letter_that_is_not_kept_comes_again(rabbitmq_url: str) -> None:
@@ -1318,6 +1441,25 @@ async def test_an_aiormq_that_works_in_another_way_is_told(
     await transport.close()
 
 
+@pytest.mark.parametrize(
+    "error", [AttributeError("a word"), TypeError("a word"), ZeroDivisionError("a word")]
+)
+async def test_an_error_of_our_own_is_told_as_what_it_is(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """No other aiormq would mend it, and no heartbeat was missed."""
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Outlet, "_confirmed", fails)
+    async with opened(rabbitmq_url) as transport:
+        with pytest.raises(TransportUnavailable, match=f"{type(error).__name__}.*a word"):
+            await transport.publish("work", message("first"))
+        monkeypatch.undo()
+        await transport.publish("work", message("second"))
+
+
 async def test_wrong_passwords_are_told(server: RabbitServer) -> None:
     """connect() says whom the broker refuses, and shows no password."""
     transport = RabbitMQTransport(f"amqp://guest:secret-word@127.0.0.1:{server.port}/")
@@ -1326,6 +1468,16 @@ async def test_wrong_passwords_are_told(server: RabbitServer) -> None:
     ) as caught:
         await transport.connect()
     assert "secret-word" not in str(caught.value)
+    await transport.close()
+
+
+async def test_a_way_to_log_in_that_the_broker_lacks_is_told(rabbitmq_url: str) -> None:
+    """connect() doesn't take it for a wrong password."""
+    transport = RabbitMQTransport(f"{rabbitmq_url}?auth=external")
+    with pytest.raises(
+        ConfigurationError, match=r"by EXTERNAL, but by .*PLAIN.*; correct the parameter auth"
+    ):
+        await transport.connect()
     await transport.close()
 
 
@@ -1390,7 +1542,8 @@ async def test_a_queue_of_another_type_is_told(rabbitmq_url: str) -> None:
 
 
 async def test_tls_is_verified(tmp_path: Path) -> None:
-    """amqps works with the authority that the URL names, and with no other; a missing file is told."""
+    """amqps works with the authority that the URL names, and with no other; a file that is missing, or isn't what it
+    should be, is told."""
     make_certificate(tmp_path)
     port = free_port()
     lines = [
@@ -1419,6 +1572,12 @@ async def test_tls_is_verified(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="cafile"):
             await mistaken.connect()
         await mistaken.close()
+        (tmp_path / "words.pem").write_text("words")
+        for wrong in (f"cafile={tmp_path}/words.pem", f"cafile={tmp_path}", f"certfile={tmp_path}/cert.pem"):
+            unreadable = RabbitMQTransport(f"{url}?{wrong}")
+            with pytest.raises(ConfigurationError, match=r"can't be read: .*; correct cafile"):
+                await unreadable.connect()
+            await unreadable.close()
         careless = RabbitMQTransport(f"{url}?no_verify_ssl=1")
         await careless.connect()
         await careless.close()

@@ -62,6 +62,7 @@ class Feed:
         """Whether the shared connection has ended while the queue was opened over it: then it may be the cause."""
         self._was_deleted = False
         self._idle = IDLE_SECONDS
+        self._pause = PAUSE_SECONDS
         self._apart_until = 0.0
         self._is_over = False
 
@@ -107,18 +108,20 @@ class Feed:
         line.is_ending = True
         if line.watching is not None:
             line.watching.cancel()
-        if line.out:
-            try:
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    await line.stop()
-                line.give_back()
-            except CONNECTION_EXCEPTIONS:  # else what still comes would never be settled
-                self._lose(line)
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                # Also where nothing is out: a quorum queue agrees when it has written down what was acked before, of
+                # which RabbitMQ would forget a part with the channel.
+                await line.stop()
+            line.give_back()
+        except CONNECTION_EXCEPTIONS:  # else what still comes would never be settled
+            self._lose(line)
         if line.out:
             line.channel.ended.add_done_callback(lambda _: self._part(link))
-        else:
+            return
+        if not line.is_void:  # else the broker may never agree to that either
             await line.channel.close()
-            self._part(link)
+        self._part(link)
 
     async def _wait(self, line: Line) -> None:
         self._news.clear()
@@ -134,10 +137,10 @@ class Feed:
                     await line.consume()
 
     async def _reopen(self) -> None:
-        pause = PAUSE_SECONDS
         self._is_suspect = False
         self._join()
         while not self._is_over and self._line is None and not is_cancelled():
+            pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE_SECONDS)
             if self._has_worked:
                 await self._rest(pause / 4, pause)
                 if self._was_deleted:
@@ -154,7 +157,6 @@ class Feed:
             await self._choose_link(trouble)
             if not self._has_worked:
                 await self._rest(pause / 4, pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     async def _try_to_open(self) -> Exception | None:
         """Open a line; gives what has kept it from being opened. Raises ConfigurationError before it first works."""
@@ -250,7 +252,8 @@ class Feed:
         while quiet < self._idle:
             pause = LOOK_SECONDS * random.uniform(0.75, 1.25)
             await asyncio.sleep(pause)
-            if line.received != before or line.out:
+            self._pause = PAUSE_SECONDS  # it has lasted: nothing that came has ended it
+            if line.received != before or line.out or line.inbox:  # or nothing more was asked for
                 before, quiet = line.received, 0.0
                 continue
             quiet += pause

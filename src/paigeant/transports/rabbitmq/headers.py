@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from pamqp.base import Frame
 from pamqp.commands import Basic
+from pamqp.commands import Channel as Channels
 from pamqp.header import ContentHeader
 
 from paigeant.policy import is_count
@@ -54,13 +57,15 @@ _PLAIN_BYTES = 12
 """What stands in front of the properties: the class, the weight and the size of the body."""
 
 _unmarshal = ContentHeader.unmarshal
+_unmarshal_method = Frame.unmarshal
 
 
 def tolerate() -> None:
-    """Have pamqp take properties that it can't read for none, in this process.
+    """Have pamqp take properties, and addresses, that it can't read for none, in this process.
 
     Else a text that isn't UTF-8 in them, or a timestamp behind all dates, ends the connection on which it comes, and
-    that on which it comes again: whatever waits behind it never comes.
+    that on which it comes again: whatever waits behind it never comes. A message has any address where a header (CC)
+    has RabbitMQ send it to further queues. And RabbitMQ cuts a long reason for closing a channel at any byte.
     """
 
     def unmarshal(self: ContentHeader, data: bytes) -> None:
@@ -71,4 +76,18 @@ def tolerate() -> None:
                 raise
             self.properties = Basic.Properties()
 
+    def unmarshal_deliver(self: Frame, data: bytes) -> None:
+        with contextlib.suppress(UnicodeDecodeError):  # exchange and routing key are the last that is read
+            _unmarshal_method(self, data)
+
+    def unmarshal_close(self: Channels.Close, data: bytes) -> None:
+        try:
+            _unmarshal_method(self, data)
+        except UnicodeDecodeError:
+            self.reply_text = data[3 : 3 + data[2]].decode(
+                errors="ignore"
+            )  # behind the code and its own length
+
     ContentHeader.unmarshal = unmarshal  # type: ignore[method-assign]
+    Basic.Deliver.unmarshal = unmarshal_deliver  # type: ignore[method-assign]
+    Channels.Close.unmarshal = unmarshal_close  # type: ignore[method-assign, assignment]

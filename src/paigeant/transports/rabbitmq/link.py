@@ -101,6 +101,8 @@ def read_url(url: str) -> tuple[URL, dict[str, str]]:
     if query.get("no_verify_ssl", "0") not in ("0", "1"):
         # For aiormq each word but 0 is a yes, `false` as well.
         raise ConfigurationError("the parameter no_verify_ssl of transport_url is 1 or 0")
+    if query.get("auth", "plain").lower() not in ("plain", "external"):
+        raise ConfigurationError("the parameter auth of transport_url is plain or external")
     return parsed.with_query(query), told
 
 
@@ -236,7 +238,13 @@ class Link:
 
     def _failure(self, exc: BaseException) -> TransportUnavailable | ConfigurationError:
         where, user = place(self.url), self.url.user or "guest"
-        if isinstance(exc, (ProbableAuthenticationError, AuthenticationError)):
+        if isinstance(exc, AuthenticationError):
+            asked = self.url.query.get("auth", "plain").upper()
+            return ConfigurationError(
+                f"RabbitMQ at {where} lets nobody log in by {asked}, but by {exc.args[0]}; correct the parameter auth "
+                "of transport_url, or auth_mechanisms of RabbitMQ"
+            )
+        if isinstance(exc, ProbableAuthenticationError):
             return ConfigurationError(
                 f"RabbitMQ at {where} refuses the user '{user}' or its password; correct transport_url, "
                 "and mind that 'guest' may only connect from the broker's own host"
@@ -248,10 +256,6 @@ class Link:
                 f"of transport_url, or create it (rabbitmqctl add_vhost {vhost}) and permit it "
                 f"(rabbitmqctl set_permissions -p {vhost} {user} '.*' '.*' '.*'), or raise its limit of connections "
                 "(rabbitmqctl list_vhost_limits)"
-            )
-        if isinstance(exc, FileNotFoundError):
-            return ConfigurationError(
-                "a certificate that transport_url names isn't there; correct cafile, certfile and keyfile"
             )
         if isinstance(exc, TimeoutError):
             what = f"no answer within {_CONNECT_SECONDS:g} s"

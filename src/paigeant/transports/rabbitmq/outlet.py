@@ -55,7 +55,8 @@ class Outlet:
 
     @property
     def is_closed(self) -> bool:
-        return self._channel.is_closed
+        # Of the end of the connection its channels hear in the next turn of the event loop.
+        return self._channel.is_closed or self._channel.connection.gone.done()
 
     @property
     def given_up(self) -> set[int]:

@@ -191,6 +191,10 @@ class Publisher:
         found = []
         async with contextlib.AsyncExitStack() as stack:
             connection = await self._connected()
+            if connection.is_blocked:  # RabbitMQ reads nothing from it before the alarm is over
+                apart = self._link.apart()
+                stack.push_async_callback(self._link.part, apart)
+                connection = await apart.open()
             channel: Channel | None = None
             for name in names:
                 if channel is None:

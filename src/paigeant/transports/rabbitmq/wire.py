@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import traceback
 from importlib.metadata import version
 from typing import Any
 
@@ -41,7 +42,12 @@ class Wire(TransportFactory):
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         loop = asyncio.get_running_loop()
         certificates = kwargs.pop("ssl_context_provider")
-        context = await certificates.get_context() if url.scheme == "amqps" else None
+        try:
+            context = await certificates.get_context() if url.scheme == "amqps" else None
+        except OSError as exc:  # errors of ssl are among them
+            raise ConfigurationError(
+                f"a certificate that transport_url names can't be read: {exc}; correct cafile, certfile and keyfile"
+            ) from exc
         reader = asyncio.StreamReader(loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         try:
@@ -108,7 +114,7 @@ class Connection(aio_pika.Connection):
             finally:
                 waiting.cancel()
         if self.gone.done():
-            raise self.reason
+            raise self.reason.with_traceback(None)  # it may be raised often
 
     def join(self, channel: Any) -> int:
         """Have what comes on the lowest number that is free put into the `frames` of `channel`; gives the number."""
@@ -130,14 +136,19 @@ class Connection(aio_pika.Connection):
         reason = None if closing.cancelled() else closing.exception()
         if isinstance(reason, CONNECTION_EXCEPTIONS):
             self.reason = reason
-        elif isinstance(reason, (AttributeError, TypeError)):
+        elif isinstance(reason, (AttributeError, TypeError)) and _raiser(reason).startswith("aiormq."):
             self.reason = ConfigurationError(
                 f"aiormq {version('aiormq')} hands on what comes in another way than this version of Paigeant knows; "
                 "install aiormq 7.2.4, or a newer Paigeant"
             )
         elif not self.close_called:
             # aiormq has no words for it: an end of the stream between two frames, or else it has cancelled its reader.
-            what = "the broker has ended it" if reason is None else "no heartbeat has come for long"
+            if reason is None:
+                what = "the broker has ended it"
+            elif isinstance(reason, asyncio.CancelledError):
+                what = "no heartbeat has come for long"
+            else:  # of ours, in what takes a frame that came
+                what = f"{type(reason).__name__}: {reason}"
             self.reason = AMQPConnectionError(f"the connection is lost: {what}")
         self.gone.set_result(None)
 
@@ -179,6 +190,12 @@ class _Writer(asyncio.StreamWriter):
         gathered, self._gathered, self._gathered_bytes = self._gathered, None, 0
         if gathered and not self.is_closing():  # what is lost here is told by the end of the connection
             super().write(b"".join(gathered))
+
+
+def _raiser(error: BaseException) -> str:
+    """The module in which it was raised."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"])
 
 
 def _watch_peer(wire: socket.socket | None) -> None:
