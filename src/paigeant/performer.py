@@ -29,6 +29,7 @@ from paigeant.errors import (
     PaigeantError,
     StoreUnavailable,
 )
+from paigeant.failure import failure_text
 from paigeant.identity import MANDATE, Mandate
 from paigeant.observer import CURRENT, STEP_IDS
 from paigeant.parking import Parked as Left
@@ -38,7 +39,6 @@ from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
 from paigeant.secret import OBO_TOKEN, SecretToken, masked, refuse_tokens
 from paigeant.slip import Compensation, Phase, Step, StepStatus
 from paigeant.store import Request, Store
-from paigeant.texts import of_error
 from paigeant.threads import Threads
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ class Performer:
         secrets = () if context._acting is None else tuple(context._acting.secrets)
         if not isinstance(error, ActivityRejected):
             _log_failure(error, ids, secrets)  # they are no longer those of the current step
-        text = f"{of_error(error, secrets)}; {final}" if final else of_error(error, secrets)
+        text = f"{failure_text(error, secrets)}; {final}" if final else failure_text(error, secrets)
         retry = claim.retry(self.limits)
         return Failed(text, claim.grant.attempt, retry, permanent, self._chance(), _asked_for(error))
 
@@ -311,7 +311,7 @@ class Performer:
         except StoreUnavailable:
             raise
         except Exception as exc:  # OutcomeUnknown, or what nobody foresaw: the step has to end
-            lost = f"{of_error(exc)}; {lost}"
+            lost = f"{failure_text(exc)}; {lost}"
         return Failed(lost, claim.grant.attempt, claim.retry(self.limits), permanent=True)
 
     def _namespace(self, claim: Claim) -> Namespace:

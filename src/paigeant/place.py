@@ -23,9 +23,9 @@ from pydantic_core import from_json, to_json
 
 from paigeant import codec
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep, RequestDenied, WaitTimeout
+from paigeant.failure import failure_text
 from paigeant.journal import Journal
 from paigeant.store import Request, RequestKind
-from paigeant.texts import of_error
 
 __all__ = ["Done", "Place", "Stages", "Unit", "current_place", "effect_key", "readable"]
 
@@ -342,7 +342,7 @@ class Place:
                     except InvalidDefinition:
                         raise  # it can't work, whoever lets it try again
                     except Exception as exc:
-                        trouble = f"it failed: {of_error(exc, self.journal.secrets)}"
+                        trouble = f"it failed: {failure_text(exc, self.journal.secrets)}"
                         # Kept: whoever decides, or reads of the decision later, wants to know.
                         await self.journal.save(f"{begun}!failed", codec.dump(trouble))
                     else:

@@ -1003,8 +1003,11 @@ async def test_a_connection_that_was_given_up_is_closed_without_a_word(
         with psycopg.connect(postgres_tables, autocommit=True) as admin:
             name = admin.info.dbname
             admin.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'.encode())
-        with pytest.raises(StoreUnavailable, match="only lets itself be read"):
-            store.beat(WorkerRecord("w", "h", "p"), lease=1.0, running=())
+            try:
+                with pytest.raises(StoreUnavailable, match="only lets itself be read"):
+                    store.beat(WorkerRecord("w", "h", "p"), lease=1.0, running=())
+            finally:  # other tests have this database after this one
+                admin.execute(f'ALTER DATABASE "{name}" RESET default_transaction_read_only'.encode())
     assert not caplog.records
 
 
