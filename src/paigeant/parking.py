@@ -163,7 +163,8 @@ class Working:
 
 
 def _retrieved(task: asyncio.Task[object]) -> None:
-    """Look at how a task ended if that is by leaving a wait: nobody awaiting it is no error that was overlooked."""
+    """Look at how a task ended if that is by leaving waits: nobody awaiting it is no error that was overlooked."""
     error = getattr(task, "_exception", None)  # whoever asks for it has looked at it, whatever it is
-    if isinstance(error, Parked) or (isinstance(error, BaseExceptionGroup) and error.subgroup(Parked)):
+    others = error.split(Parked)[1] if isinstance(error, BaseExceptionGroup) else None
+    if others is None and isinstance(error, Parked | BaseExceptionGroup):
         task.exception()

@@ -14,7 +14,7 @@ from tests.agents.steps import Crash, Step
 
 from paigeant import ActivityRegistry, RunStatus, StepContext, Workflow, codec
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep
-from paigeant.parking import Parked
+from paigeant.parking import Parked, Parking
 from paigeant.place import Done, Place, Unit, current_place, effect_key, readable
 from paigeant.testing import ManualClock, MemoryApp
 
@@ -624,6 +624,28 @@ async def test_waits_of_which_only_the_first_is_awaited_are_no_errors() -> None:
         assert (await run.wait(5)).output == "go"
     gc.collect()
     assert said == []
+
+
+async def test_an_error_beside_a_wait_that_is_left_is_told() -> None:
+    """It is one that was overlooked, whatever else has ended with it."""
+    said: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context["exception"]))
+    parking = Parking()
+
+    async def both() -> None:
+        try:
+            await parking.wait(("go",), None)
+        except Parked as left:
+            raise BaseExceptionGroup("both", [left, ValueError("a word")]) from None
+
+    task = asyncio.create_task(both())
+    await asyncio.sleep(0)
+    parking.leave()
+    await asyncio.wait([task])
+    del task
+    gc.collect()
+    [error] = said
+    assert error.subgroup(ValueError)
 
 
 async def test_nothing_waits_inside_of_what_may_be_done_once_at_most() -> None:
