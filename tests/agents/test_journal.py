@@ -648,6 +648,30 @@ async def test_an_error_beside_a_wait_that_is_left_is_told() -> None:
     assert error.subgroup(ValueError)
 
 
+async def test_attempts_that_are_left_at_once_have_the_tasks_gone_through_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There are as many tasks as attempts at least: two thousand took two seconds and a half for that."""
+    looks: list[object] = []
+    all_tasks = asyncio.all_tasks
+
+    def counted(loop: asyncio.AbstractEventLoop) -> set[asyncio.Task[Any]]:
+        looks.append(loop)
+        return all_tasks(loop)
+
+    parkings = [Parking() for _ in range(20)]
+    for _ in range(2):  # turns
+        waits = [asyncio.create_task(parking.wait(("go",), None)) for parking in parkings]
+        await asyncio.sleep(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio, "all_tasks", counted)
+            for parking in parkings:
+                parking._end_waits()
+            ends = await asyncio.gather(*waits, return_exceptions=True)
+        assert [type(end) for end in ends] == [Parked] * 20
+    assert len(looks) == 2
+
+
 async def test_nothing_waits_inside_of_what_may_be_done_once_at_most() -> None:
     """Behind the wait it would have to be begun again: that is said at once, and to nobody as a question."""
 
