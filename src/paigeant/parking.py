@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 from contextvars import Context, ContextVar
 from typing import NamedTuple
+from weakref import WeakSet
 
 __all__ = ["Parked", "Parking"]
 
@@ -131,15 +132,13 @@ class Parking:
     def _end_waits(self) -> None:
         if self._loop is None or not self._waits:
             return
+        if self._loop not in _LOOKING:
+            # Not in the context of here: each task would keep all that the attempt has, for as long as it goes on.
+            self._loop.call_soon(_look, self._loop, context=Context())
+            _LOOKING.add(self._loop)
         for over in self._waits:
             if not over.done():
                 over.set_exception(Parked())
-        # A wait may be several tasks deep, and nobody may await any of them but one. Each task would keep the context
-        # of here, and with it all that the attempt has, for as long as it goes on.
-        nowhere = Context()
-        for task in asyncio.all_tasks(self._loop):
-            task.remove_done_callback(_retrieved)  # many attempts are left in the lifetime of a worker's own
-            task.add_done_callback(_retrieved, context=nowhere)
 
 
 class Working:
@@ -162,8 +161,24 @@ class Working:
         self._parking.end(self._what)
 
 
+_LOOKING: WeakSet[asyncio.AbstractEventLoop] = WeakSet()
+"""The loops that go through their tasks in this turn: once, however many attempts are left in it."""
+
+
+def _look(loop: asyncio.AbstractEventLoop) -> None:
+    """See to it that somebody looks at how each task ends, before any of them goes on.
+
+    A wait may be several tasks deep, and nobody may await any of them but one.
+    """
+    _LOOKING.discard(loop)
+    for task in asyncio.all_tasks(loop):
+        task.remove_done_callback(_retrieved)  # many attempts are left in the lifetime of a worker's own
+        task.add_done_callback(_retrieved)
+
+
 def _retrieved(task: asyncio.Task[object]) -> None:
-    """Look at how a task ended if that is by leaving a wait: nobody awaiting it is no error that was overlooked."""
+    """Look at how a task ended if that is by leaving waits: nobody awaiting it is no error that was overlooked."""
     error = getattr(task, "_exception", None)  # whoever asks for it has looked at it, whatever it is
-    if isinstance(error, Parked) or (isinstance(error, BaseExceptionGroup) and error.subgroup(Parked)):
+    others = error.split(Parked)[1] if isinstance(error, BaseExceptionGroup) else None
+    if others is None and isinstance(error, Parked | BaseExceptionGroup):
         task.exception()

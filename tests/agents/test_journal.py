@@ -14,7 +14,7 @@ from tests.agents.steps import Crash, Step
 
 from paigeant import ActivityRegistry, RunStatus, StepContext, Workflow, codec
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep
-from paigeant.parking import Parked
+from paigeant.parking import Parked, Parking
 from paigeant.place import Done, Place, Unit, current_place, effect_key, readable
 from paigeant.testing import ManualClock, MemoryApp
 
@@ -624,6 +624,52 @@ async def test_waits_of_which_only_the_first_is_awaited_are_no_errors() -> None:
         assert (await run.wait(5)).output == "go"
     gc.collect()
     assert said == []
+
+
+async def test_an_error_beside_a_wait_that_is_left_is_told() -> None:
+    """It is one that was overlooked, whatever else has ended with it."""
+    said: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context["exception"]))
+    parking = Parking()
+
+    async def both() -> None:
+        try:
+            await parking.wait(("go",), None)
+        except Parked as left:
+            raise BaseExceptionGroup("both", [left, ValueError("a word")]) from None
+
+    task = asyncio.create_task(both())
+    await asyncio.sleep(0)
+    parking.leave()
+    await asyncio.wait([task])
+    del task
+    gc.collect()
+    [error] = said
+    assert error.subgroup(ValueError)
+
+
+async def test_attempts_that_are_left_at_once_have_the_tasks_gone_through_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There are as many tasks as attempts at least: two thousand took two seconds and a half for that."""
+    looks: list[object] = []
+    all_tasks = asyncio.all_tasks
+
+    def counted(loop: asyncio.AbstractEventLoop) -> set[asyncio.Task[Any]]:
+        looks.append(loop)
+        return all_tasks(loop)
+
+    parkings = [Parking() for _ in range(20)]
+    for _ in range(2):  # turns
+        waits = [asyncio.create_task(parking.wait(("go",), None)) for parking in parkings]
+        await asyncio.sleep(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio, "all_tasks", counted)
+            for parking in parkings:
+                parking._end_waits()
+            ends = await asyncio.gather(*waits, return_exceptions=True)
+        assert [type(end) for end in ends] == [Parked] * 20
+    assert len(looks) == 2
 
 
 async def test_nothing_waits_inside_of_what_may_be_done_once_at_most() -> None:

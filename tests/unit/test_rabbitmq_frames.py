@@ -34,6 +34,19 @@ def read(data: bytes) -> list[tuple[int, Any]]:
     return found
 
 
+def test_an_address_that_is_no_text_is_an_empty_one() -> None:
+    """pamqp is changed for the whole process: others in it, too, rely on a text."""
+    found = Basic.Deliver()
+    found.unmarshal(b"\x01c" + (5).to_bytes(8) + b"\x01" + b"\x00" + b"\x03\xff\xfe\xfd")
+    assert dict(found) == {
+        "consumer_tag": "c",
+        "delivery_tag": 5,
+        "redelivered": True,
+        "exchange": "",
+        "routing_key": "",
+    }
+
+
 @pytest.mark.parametrize("headers", [None, {"paigeant-attempts": 3, "paigeant-topic": "pay"}])
 def test_a_message_is_published_as_pamqp_reads_it(headers: dict[str, Any] | None) -> None:
     """Persistent and mandatory, with its id and its headers."""

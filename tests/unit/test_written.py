@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -155,6 +155,23 @@ def test_a_name_with_a_secret_is_sent_with_stars(collector: Collector) -> None:
     tracer_to(queue).start_span("step https://user:hunter2@host", remote(CALLER), attributes={}).end()
     queue.shutdown()
     assert [span.name for span in collector.spans] == ["step https://user:***@host"]
+
+
+@pytest.mark.parametrize(
+    "misuse", [lambda span: span.end(1.5), lambda span: span.end(-1), lambda span: span.set_status("well")]
+)
+def test_a_span_that_nobody_can_write_keeps_no_other_from_being_sent(
+    misuse: Callable[[Any], object], collector: Collector
+) -> None:
+    """An activity may do anything with that of its step: the thread that sends doesn't end by it."""
+    queue = to_collector(RESOURCE)
+    for number in range(3):
+        span = tracer_to(queue).start_span("step pack", remote(CALLER), attributes={"number": number})
+        if number == 1:
+            misuse(span)
+        span.end()
+    queue.shutdown()
+    assert [span.attributes["number"] for span in collector.spans] == [0, 2]
 
 
 def test_spans_that_a_collector_refuses_are_lost_and_told_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,15 @@ from paigeant.observers.otlp.spans import OwnIds, QuickProvider
 from paigeant.observers.otlp.written import Sender
 from paigeant.redaction import Redactor
 
-__all__ = ["QuickProvider", "RedactedSpans", "SpanQueue", "WholeTraces", "send_metrics", "send_traces"]
+__all__ = [
+    "QuickProvider",
+    "RedactedSpans",
+    "SpanQueue",
+    "WholeTraces",
+    "send_metrics",
+    "send_traces",
+    "to_collector",
+]
 
 
 def send_traces(

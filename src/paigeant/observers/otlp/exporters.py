@@ -137,7 +137,8 @@ class RedactedSpans(SpanExporter):
 
     def write(self, span: QuickSpan) -> Written | None:
         """The span as it is handed on, if it can be written already; None where it has to be looked at."""
-        return written(span) if span.is_as_made and not self._changes_name(span.name) else None
+        found = written(span)
+        return None if found is None or self._changes_name(span.name) else found
 
     def shutdown(self) -> None:
         """Nothing is kept here."""

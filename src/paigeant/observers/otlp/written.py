@@ -55,7 +55,8 @@ def written(span: QuickSpan) -> Written | None:
             *map(_attribute, attributes, attributes.values()),
         )
         return Written(span.id, scope, _field(b"\x12", b"".join(parts)))
-    except (TypeError, ValueError):  # half of a surrogate pair, or a value of another kind
+    # Half of a surrogate pair, a value of another kind; or an activity gave its span a name or an end that is none.
+    except Exception:
         span.is_as_made = False  # it is looked at closely on its way
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -76,18 +75,19 @@ def tolerate() -> None:
                 raise
             self.properties = Basic.Properties()
 
-    def unmarshal_deliver(self: Frame, data: bytes) -> None:
-        with contextlib.suppress(UnicodeDecodeError):  # exchange and routing key are the last that is read
+    def unmarshal_deliver(self: Basic.Deliver, data: bytes) -> None:
+        try:
             _unmarshal_method(self, data)
+        except UnicodeDecodeError:  # exchange and routing key are the last that is read
+            self.routing_key = ""
 
     def unmarshal_close(self: Channels.Close, data: bytes) -> None:
         try:
             _unmarshal_method(self, data)
         except UnicodeDecodeError:
-            self.reply_text = data[3 : 3 + data[2]].decode(
-                errors="ignore"
-            )  # behind the code and its own length
+            # Behind the code, and its own length.
+            self.reply_text = data[3 : 3 + data[2]].decode(errors="ignore")
 
     ContentHeader.unmarshal = unmarshal  # type: ignore[method-assign]
-    Basic.Deliver.unmarshal = unmarshal_deliver  # type: ignore[method-assign]
+    Basic.Deliver.unmarshal = unmarshal_deliver  # type: ignore[method-assign, assignment]
     Channels.Close.unmarshal = unmarshal_close  # type: ignore[method-assign, assignment]
