@@ -185,6 +185,12 @@ def test_what_is_said_of_a_dead_letter_is_short() -> None:
     assert len(letter.detail) < 5000
 
 
+def test_no_part_of_a_token_is_left_where_it_is_cut() -> None:
+    """Half a token is not known as one any more, so it is hidden before."""
+    letter = DeadLetter.about("m", "topic", "odd", f"{'y' * (4000 - len(TEXT) // 2)} {TEXT}", b"", 1)
+    assert "eyJ" not in letter.detail
+
+
 def test_a_body_full_of_beginnings_of_tokens_takes_no_time() -> None:
     """Anybody can send one, and it is looked through before anything else is known of it."""
     began = time.process_time()
