@@ -620,6 +620,13 @@ async def test_what_dispatch_refuses(app: MemoryApp, authority: Authority) -> No
         await app.dispatch(flow("read"), on_behalf_of=authority.token("ann", audience="https://other"))
     with pytest.raises(InputInvalid, match="on_behalf_of= says for whom"):
         await app.dispatch(flow("read"), headers={MANDATE: "{}"})
+    token = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2lnbmF0dXJl"
+    with pytest.raises(InputInvalid, match="a header holds a token"):
+        await app.dispatch(flow("read"), headers={"authorization": f"Bearer {token}"})
+    with pytest.raises(InputInvalid, match="a correlation id holds a token"):
+        await app.dispatch(flow("read"), correlation_id=token)
+    with pytest.raises(InputInvalid, match="a run's id holds a token"):
+        await app.dispatch(flow("read"), workflow_id=token)
     with pytest.raises(InputInvalid, match="a token or a GrantHandle"):
         await app.dispatch(flow("read"), on_behalf_of=7)  # type: ignore[arg-type]
 
@@ -737,13 +744,6 @@ async def test_a_token_as_an_output_is_refused(authority: Authority, clock: Manu
         token = await context.token(audience=MAIL, scopes=["mail.send"])
         context.append(Step("whole", args={"a": token.reveal()}))
 
-    async with MemoryApp(registry, clock=clock, **settings_of(authority)) as app:
-        for name in ("whole", "text", "variable", "unit", "question", "asked", "step", "condition", "raw"):
-            run = await app.dispatch(flow(name), on_behalf_of=authority.token("ann", "mail.send"))
-            await app.drain()
-            assert "OutputInvalid" in str((await run.wait()).error), name
-            assert "eyJ" not in str(await run.detail())
-            assert "eyJ" not in str(await app.store.load_units((await run.detail()).steps[0].key))
     @registry.execute(scopes=["mail.send"], retries=0)
     async def condition(context: StepContext) -> None:
         token = await context.token(audience=MAIL, scopes=["mail.send"])
@@ -759,16 +759,16 @@ async def test_a_token_as_an_output_is_refused(authority: Authority, clock: Manu
         token = await context.token(audience=MAIL, scopes=["mail.send"])
         await context.ask(f"Is {token.reveal()} good?")
 
+    async with MemoryApp(registry, clock=clock, **settings_of(authority)) as app:
+        for name in ("whole", "text", "variable", "unit", "question", "asked", "step", "condition", "raw"):
+            run = await app.dispatch(flow(name), on_behalf_of=authority.token("ann", "mail.send"))
+            await app.drain()
+            assert "OutputInvalid" in str((await run.wait()).error), name
+            assert "eyJ" not in str(await run.detail())
+            assert "eyJ" not in str(await app.store.load_units((await run.detail()).steps[0].key))
             assert not await run.requests(only_open=False)
 
 
-async def test_a_compensation_is_the_service_itself(
-    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock
-) -> None:
-    """It needs nobody's token, and gets one of the service's own."""
-    run = await app.dispatch(flow("note", "fail"), on_behalf_of=authority.token("ann", "mail.read"))
-    await app.drain()
-    assert (await run.wait()).status is RunStatus.COMPENSATED
 class Opaque:
     """Exchanges for tokens that only their receiver can read, of few letters as some servers have them."""
 
@@ -821,6 +821,13 @@ async def test_the_reason_of_a_cancel_is_kept_like_an_error(app: MemoryApp, watc
     assert "hush" not in repr(watcher.events)
 
 
+async def test_a_compensation_is_the_service_itself(
+    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock
+) -> None:
+    """It needs nobody's token, and gets one of the service's own."""
+    run = await app.dispatch(flow("note", "fail"), on_behalf_of=authority.token("ann", "mail.read"))
+    await app.drain()
+    assert (await run.wait()).status is RunStatus.COMPENSATED
     found = check_claims(read_token(office.tokens[0]), audience=MAIL, now=clock.now())
     assert (found.subject, found.scopes) == ("desk", ("note.undo",))
 
