@@ -33,3 +33,9 @@ def test_an_error_does_nothing_to_a_terminal(capsys: pytest.CaptureFixture[str])
 def test_a_text_of_others_keeps_its_lines() -> None:
     """And nothing else that a terminal would obey."""
     assert console.harmless("one\ntwo \x1b[2J") == "one\ntwo \\x1b[2J"
+
+
+def test_a_note_with_a_name_of_others_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """An id may look like a tag: one that isn't open ended the command, and a link led elsewhere."""
+    console.note("run 'a[/b]' of '[link=http://evil.example]b\x9b[/link]'", markup=False, style="dim")
+    assert "run 'a[/b]' of '[link=http://evil.example]b\\u009b[/link]'" in capsys.readouterr().err

@@ -83,9 +83,9 @@ def line(found: Any) -> None:
     result(json.dumps(found))
 
 
-def note(text: str, *, markup: bool = True) -> None:
-    """Tell the user something that is no result. `markup`: whether it holds rich's tags."""
-    errors().print(text, markup=markup, soft_wrap=True)
+def note(text: str, *, markup: bool = True, style: str | None = None) -> None:
+    """Tell the user something that is no result. `markup`: whether it holds rich's tags, and nothing of others."""
+    errors().print(text if markup else harmless(text), markup=markup, style=style, soft_wrap=True)
 
 
 def warn(text: str) -> None:
