@@ -24,7 +24,7 @@ from paigeant.forwarder import Forwarder
 from paigeant.identity import MANDATE, GrantHandle, Mandate
 from paigeant.message import MessageId, decode
 from paigeant.observer import Event, EventName, Observers
-from paigeant.redaction import quoted
+from paigeant.redaction import quoted, redacted
 from paigeant.reporter import about_run
 from paigeant.secret import SecretToken
 from paigeant.slip import RUN_ENDED, Phase, RunStatus, is_text
@@ -50,7 +50,8 @@ class Control:
         self.behalf = behalf or Behalf()
 
     async def cancel(self, workflow_id: str, reason: str = "cancelled") -> RunStatus:
-        """Turn the run round, see `Store.cancel_run`."""
+        """Turn the run round, see `Store.cancel_run`. The reason becomes its error, so it is kept as errors are."""
+        reason = codec.storable(redacted(reason))
         status = await self.store.cancel_run(workflow_id, reason)
         # Where there is nothing to undo, it has ended with that.
         name: EventName = "run.cancelled" if status in RUN_ENDED else "run.cancelling"

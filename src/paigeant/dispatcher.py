@@ -34,7 +34,7 @@ from paigeant.identity import MANDATE, GrantHandle, Mandate
 from paigeant.message import PaigeantMessage
 from paigeant.observer import NOTHING_AROUND, Around, Event, Observers, Work
 from paigeant.redaction import quoted, secrets_in, without
-from paigeant.secret import OBO_TOKEN, SecretToken
+from paigeant.secret import OBO_TOKEN, SecretToken, holds_token
 from paigeant.slip import RoutingSlip, RunStatus, Step, is_text
 from paigeant.store import NextStep, RunRecord, Store
 from paigeant.transport import Posting
@@ -337,6 +337,7 @@ def _run_id(workflow_id: str | None, now: float) -> str:
         raise InputInvalid(f"a run's id is a text of 1 to 200 characters, found {quoted(workflow_id)}")
     if " " in workflow_id or not is_text(workflow_id):
         raise InputInvalid(f"a run's id has no blanks and no control characters, found {workflow_id!r}")
+    _refuse_token("a run's id", workflow_id)
     return workflow_id
 
 
@@ -346,6 +347,7 @@ def _check_texts(correlation_id: object, headers: object) -> None:
         raise InputInvalid(
             f"a correlation id is a text without control characters, found {quoted(correlation_id)}"
         )
+    _refuse_token("a correlation id", correlation_id or "")
     if headers is None:
         return
     if not isinstance(headers, Mapping):
@@ -360,6 +362,16 @@ def _check_texts(correlation_id: object, headers: object) -> None:
             raise InputInvalid(
                 f"headers are texts without control characters, found {quoted(name)}: {quoted(type(value).__name__)}"
             )
+        for text in (name, value):
+            _refuse_token("a header", text)
+
+
+def _refuse_token(what: str, text: str) -> None:
+    """Raise InputInvalid for a token: what names a run or tells of it is in its row, its messages and its lines."""
+    if holds_token(text):
+        raise InputInvalid(
+            f"{what} holds a token, which would be recorded; on_behalf_of= says for whom it acts"
+        )
 
 
 def _new_id(now: float) -> str:

@@ -22,7 +22,7 @@ from paigeant.errors import (
     MessageInvalid,
     TokenRejected,
 )
-from paigeant.https import MOST_SECONDS, Reply, check_url, request
+from paigeant.https import MOST_SECONDS, Reply, check_url, place_of, request
 from paigeant.identity import said_by, scopes_in
 from paigeant.secret import SecretToken
 
@@ -150,6 +150,8 @@ class TokenEndpoint:
 
     def __init__(self, url: str, client: ClientAuthentication, *, seconds: float = MOST_SECONDS) -> None:
         self.url = check_url(url, "the URL of a token endpoint")
+        self.place = place_of(url)
+        """What errors call it."""
         self.client = client
         self.seconds = seconds
 
@@ -159,14 +161,14 @@ class TokenEndpoint:
         headers = {} if authorization is None else {"authorization": authorization}
         reply = await request(self.url, form={**form, **fields}, headers=headers, seconds=self.seconds)
         if reply.status >= 500 or reply.status in (408, 429):
-            raise AuthorityUnavailable(self.url, f"it answered with status {reply.status}")
+            raise AuthorityUnavailable(self.place, f"it answered with status {reply.status}")
         if reply.status != 200:
             code = _code(reply)
-            refused = f"{self.url} refused with {code or f'status {reply.status}'}"
+            refused = f"{self.place} refused with {code or f'status {reply.status}'}"
             raise (GrantInvalid if code == "invalid_grant" else ExchangeRefused)(refused)
         issued = _issued(reply)
         if issued is None:
-            raise AuthorityUnavailable(self.url, "its answer is no bearer token")
+            raise AuthorityUnavailable(self.place, "its answer is no bearer token")
         return issued
 
     async def narrowed(self, form: Form, scopes: tuple[str, ...], audience: str | None) -> SecretToken:
@@ -175,14 +177,14 @@ class TokenEndpoint:
         given = set(issued.scopes or ())
         claims = said_by(issued.token)
         if claims is not None:
-            given |= _scopes(self.url, claims)
+            given |= _scopes(self.place, claims)
             aud = claims.get("aud")
             if audience is not None and audience not in (aud if isinstance(aud, list) else [aud]):
-                raise ExchangeRefused(f"{self.url} gave a token for another audience than '{audience}'")
+                raise ExchangeRefused(f"{self.place} gave a token for another audience than '{audience}'")
         more = sorted(given - set(scopes))
         if more:
             raise ExchangeRefused(
-                f"{self.url} gave a token that can do more than was asked for: {', '.join(more)[:200]}"
+                f"{self.place} gave a token that can do more than was asked for: {', '.join(more)[:200]}"
             )
         return issued.token
 
@@ -309,8 +311,8 @@ def _object(reply: Reply) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _scopes(url: str, claims: Mapping[str, Any]) -> set[str]:
+def _scopes(place: str, claims: Mapping[str, Any]) -> set[str]:
     try:
         return set(scopes_in(claims))
     except TokenRejected as exc:  # it says nothing of the person's token, which was good
-        raise ExchangeRefused(f"{url} gave a token whose scopes can't be read") from exc
+        raise ExchangeRefused(f"{place} gave a token whose scopes can't be read") from exc

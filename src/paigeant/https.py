@@ -15,7 +15,7 @@ from paigeant.secret import SecretToken
 
 Form = Mapping[str, str | SecretToken]
 
-__all__ = ["MOST_BYTES", "MOST_SECONDS", "Reply", "check_url", "request"]
+__all__ = ["MOST_BYTES", "MOST_SECONDS", "Reply", "check_url", "place_of", "request"]
 
 MOST_BYTES = 64 * 1024
 MOST_SECONDS = 5.0
@@ -50,6 +50,11 @@ def check_url(url: str, what: str) -> str:
             f"{what} is an https:// URL (http:// only on this host), found {parts.scheme}://{host or ''}"
         )
     return url
+
+
+def place_of(url: str) -> str:
+    """A URL as errors have it: without its query, in which some servers want a key."""
+    return _named(urlsplit(url))
 
 
 async def request(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from paigeant import codec, condition, host
+from paigeant import codec, condition, folding, host
 from paigeant.activity import MISSING, Activity
 from paigeant.arguments import Namespace, resolve
 from paigeant.behalf import Acting, Behalf
@@ -468,9 +468,11 @@ def _check_tokenless(context: StepContext, output: bytes, secrets: Sequence[Secr
         return
     refuse_tokens("the output", output, secrets)
     for name, value in context._variables.items():
+        refuse_tokens("the name of a variable", name.encode(), secrets)
         refuse_tokens(f"variable '{name}'", value, secrets)
-    for step in context._draft or ():
-        refuse_tokens(f"args of step '{step.id}'", codec.dump(dict(step.args)), secrets)
+    revision = context._revision()
+    if revision is not None:
+        refuse_tokens("the itinerary that the step leaves", folding.pack_revision(revision), secrets)
 
 
 def _log_failure(error: BaseException, ids: Mapping[str, Any], secrets: Sequence[SecretToken]) -> None:

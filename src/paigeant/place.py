@@ -25,6 +25,7 @@ from paigeant import codec
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep, RequestDenied, WaitTimeout
 from paigeant.failure import failure_text
 from paigeant.journal import Journal
+from paigeant.secret import refuse_tokens
 from paigeant.store import Request, RequestKind
 
 __all__ = ["Done", "Place", "Stages", "Unit", "current_place", "effect_key", "readable"]
@@ -151,7 +152,11 @@ class Place:
         return self.spelled(what, self.count(what))
 
     def spelled(self, what: str, number: int = 1) -> str:
-        """The name of the so manieth unit that is `what`."""
+        """The name of the so manieth unit that is `what`. Raises OutputInvalid for one that holds a token."""
+        if self.journal.secrets:
+            # Looked through before it is cut, and before anything is recorded under it.
+            written = what.encode(errors="replace")
+            refuse_tokens("the name of a unit, a signal or a question", written, self.journal.secrets)
         # What ends like a counted one is counted from the first on: it would be the second of another.
         is_plain = number == 1 and not (what[-1].isdigit() and _COUNTED.search(what))
         name = what if is_plain else f"{what}#{number}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import hmac
+import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, Self
+from urllib.parse import quote
 
 from paigeant.errors import OutputInvalid
 
@@ -93,7 +95,7 @@ class SecretToken:
 
 def refuse_tokens(what: str, text: bytes, secrets: Iterable[SecretToken]) -> None:
     """Raise OutputInvalid for a `text` that is to be recorded and has one of these tokens in it."""
-    if any(secret.reveal().encode() in text for secret in secrets):
+    if any(form.encode(errors="replace") in text for secret in secrets for form in _forms(secret)):
         raise OutputInvalid(f"{what} holds a token, which may not be recorded; leave it out")
 
 
@@ -105,8 +107,35 @@ def holds_token(text: str) -> bool:
 def masked(text: str, secrets: Iterable[SecretToken] = ()) -> str:
     """`text` with stars for these tokens, and for whatever else looks like a signed one."""
     for secret in secrets:
-        text = text.replace(secret.reveal(), MASK)
+        for form in _forms(secret):
+            text = text.replace(form, MASK)
     return TOKEN.sub(_stars, text) if _BEGIN.search(text) else text
+
+
+_SHORTEST_CODE = 8
+"""Fewer characters of base64 may stand in any text."""
+
+
+def _forms(secret: SecretToken) -> Iterator[str]:
+    """How a token may stand in a text: as it is, as JSON or a URL writes it, and in base64, as bytes become JSON.
+
+    What is refused is looked for in the same forms as what is masked: else a masked error could not be recorded.
+    """
+    text = secret.reveal()
+    if not text:
+        return
+    yield text
+    raw = text.encode(errors="replace")
+    for written in (json.dumps(text, ensure_ascii=False)[1:-1], quote(raw, safe="")):
+        if written != text:
+            yield written
+    for before in range(3):
+        # Three bytes are four characters. Those that also tell of the bytes around it are left out.
+        coded = base64.b64encode(bytes(before) + raw).decode()
+        coded = coded[-(-before * 4 // 3) : (before + len(raw)) * 4 // 3]
+        if len(coded) >= _SHORTEST_CODE:
+            yield coded
+            yield coded.replace("+", "-").replace("/", "_")
 
 
 def _stars(found: re.Match[str]) -> str:

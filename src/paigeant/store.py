@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 from paigeant.envelope import HEAD_BYTES, without_token
 from paigeant.message import MessageId
 from paigeant.policy import LARGEST_COUNT
-from paigeant.secret import masked_body
+from paigeant.secret import masked, masked_body
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.transport import BODY_KEPT_BYTES, Posting, Transport
 from paigeant.values import value
@@ -255,7 +255,7 @@ class DeadLetter:
             _kept_id(message_id),
             topic,
             _cut(reason.partition(": ")[0]),
-            _cut(detail),
+            _cut(masked(detail)),  # half a token is no longer known as one
             masked_body(without_token(body[: BODY_KEPT_BYTES + HEAD_BYTES]))[:BODY_KEPT_BYTES],
             min(max(attempts, 0), LARGEST_COUNT),
             workflow_id=None if known is None else known.workflow_id,

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.integration.processes import call
 from tests.integration.workers import working
 
 from paigeant import ActivityRegistry, NonRetryableError, Paigeant, Settings, Workflow
@@ -64,6 +65,16 @@ async def buried(app: Paigeant, *, body: bytes | None = None, id: str | None = N
 
 def _message(message_id: str) -> PaigeantMessage:
     return PaigeantMessage(message_id, "r", RoutingSlip())
+
+
+async def test_a_letter_does_nothing_to_a_terminal() -> None:
+    """Whoever may write to a broker chooses its bytes, and an operator looks at them."""
+    async with Paigeant(Settings()) as app:
+        letter = DeadLetter.about("m", "a", "not_json", "not_json: x", b"one\n\x1b]0;owned\x07 \xc2\x9b2J", 1)
+        await app.store.bury(letter)
+    done = await asyncio.to_thread(call, "dead-letters", "show", "m")
+    assert "one\n\\x1b]0;owned\\x07 \\u009b2J" in done.stdout
+    assert not set(done.stdout) & set("\x1b\x07\x9b")
 
 
 @pytest.mark.parametrize("transport", [HERE, THERE], ids=["in the store's database", "elsewhere"])

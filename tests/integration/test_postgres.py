@@ -894,6 +894,23 @@ async def test_a_column_whose_type_is_changed_meanwhile_is_read(postgres_url: st
         assert (await store.load_run("after")).run.status is RunStatus.COMPLETED
 
 
+async def test_a_row_that_a_constraint_refuses_is_quoted_nowhere(postgres_tables: str) -> None:
+    """The server tells all that is in it: the input of a run, and what is known of the person for whom it acts."""
+    asked(postgres_tables, "ALTER TABLE workflow_runs ADD CONSTRAINT mine CHECK (workflow <> 'evil')")
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def look(password: str) -> None: ...
+
+    given = {"password": "hush-4111"}
+    settings = Settings(transport_url="memory://", store_url=postgres_tables)
+    async with Paigeant(settings, activities=activity) as app:
+        with pytest.raises(ConfigurationError, match='constraint "mine"; let that constraint') as caught:
+            await app.dispatch(Workflow("evil", ["look"]), given)
+        await app.dispatch(Workflow("good", ["look"]), given)
+    assert "hush" not in "".join(traceback.format_exception(caught.value))
+
+
 async def test_a_run_that_is_gone_is_waited_for_no_longer(postgres_tables: str) -> None:
     """As after an older state of the database was restored: nobody would ever tell of its end."""
     async with opened(postgres_tables) as store:

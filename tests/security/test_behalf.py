@@ -6,6 +6,7 @@ import asyncio
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -619,6 +620,13 @@ async def test_what_dispatch_refuses(app: MemoryApp, authority: Authority) -> No
         await app.dispatch(flow("read"), on_behalf_of=authority.token("ann", audience="https://other"))
     with pytest.raises(InputInvalid, match="on_behalf_of= says for whom"):
         await app.dispatch(flow("read"), headers={MANDATE: "{}"})
+    token = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2lnbmF0dXJl"
+    with pytest.raises(InputInvalid, match="a header holds a token"):
+        await app.dispatch(flow("read"), headers={"authorization": f"Bearer {token}"})
+    with pytest.raises(InputInvalid, match="a correlation id holds a token"):
+        await app.dispatch(flow("read"), correlation_id=token)
+    with pytest.raises(InputInvalid, match="a run's id holds a token"):
+        await app.dispatch(flow("read"), workflow_id=token)
     with pytest.raises(InputInvalid, match="a token or a GrantHandle"):
         await app.dispatch(flow("read"), on_behalf_of=7)  # type: ignore[arg-type]
 
@@ -736,14 +744,81 @@ async def test_a_token_as_an_output_is_refused(authority: Authority, clock: Manu
         token = await context.token(audience=MAIL, scopes=["mail.send"])
         context.append(Step("whole", args={"a": token.reveal()}))
 
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def condition(context: StepContext) -> None:
+        token = await context.token(audience=MAIL, scopes=["mail.send"])
+        context.append(Step("whole", when=f"sent == '{token.reveal()}'"))
+
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def raw(context: StepContext) -> bytes:
+        token = await context.token(audience=MAIL, scopes=["mail.send"])
+        return f"GET / HTTP/1.1\r\nAuthorization: Bearer {token.reveal()}\r\n".encode()
+
+    @registry.execute(scopes=["mail.send"], retries=0)
+    async def asked(context: StepContext) -> None:
+        token = await context.token(audience=MAIL, scopes=["mail.send"])
+        await context.ask(f"Is {token.reveal()} good?")
+
     async with MemoryApp(registry, clock=clock, **settings_of(authority)) as app:
-        for name in ("whole", "text", "variable", "unit", "question", "step"):
+        for name in ("whole", "text", "variable", "unit", "question", "asked", "step", "condition", "raw"):
             run = await app.dispatch(flow(name), on_behalf_of=authority.token("ann", "mail.send"))
             await app.drain()
             assert "OutputInvalid" in str((await run.wait()).error), name
             assert "eyJ" not in str(await run.detail())
             assert "eyJ" not in str(await app.store.load_units((await run.detail()).steps[0].key))
             assert not await run.requests(only_open=False)
+
+
+class Opaque:
+    """Exchanges for tokens that only their receiver can read, of few letters as some servers have them."""
+
+    TEXT = "at/9q+Zk3vR=="
+
+    async def exchange(self, subject: SecretToken, *, audience: str, scopes: tuple[str, ...]) -> SecretToken:
+        """The same for all."""
+        return SecretToken(self.TEXT)
+
+
+async def test_a_token_as_a_name_is_refused(authority: Authority, clock: ManualClock) -> None:
+    """One may be so short that it fits into a name, under which other things are recorded."""
+    registry = ActivityRegistry()
+
+    async def named(how: str, context: StepContext) -> None:
+        token = (await context.token(audience=MAIL, scopes=["mail.send"])).reveal()
+        match how:
+            case "variable":
+                await context.save_variable(f"for {token}", 1)
+            case "unit":
+                await context.once(token, str)
+            case "signal":
+                await context.wait_for(token, timeout=5.0)
+            case "step":
+                context.append(Step("named", id=f"named-{token}", args={"how": "none"}))
+            case "question":
+                await context.ask(f"Is {token} good?")
+
+    registry.execute(scopes=["mail.send"], retries=0)(named)
+    app = MemoryApp(registry, clock=clock, **settings_of(authority))
+    app.behalf = replace(app.behalf, exchanger=Opaque())
+    async with app:
+        for how in ("variable", "unit", "signal", "step", "question"):
+            run = await app.dispatch(
+                flow("named"), {"how": how}, on_behalf_of=authority.token("ann", "mail.send")
+            )
+            await app.drain()
+            assert "OutputInvalid" in str((await run.wait()).error), how
+            units = await app.store.load_units((await run.detail()).steps[0].key)
+            assert "9q+Zk3vR" not in f"{await run.detail()}{units}"
+            assert not await run.requests(only_open=False)
+
+
+async def test_the_reason_of_a_cancel_is_kept_like_an_error(app: MemoryApp, watcher: Watcher) -> None:
+    """It is often the text of one, and becomes the run's."""
+    run = await app.dispatch(Workflow("w", [WaitFor("word", id="wait")]), workflow_id="r")
+    await app.drain()
+    await run.cancel("401 for Bearer eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2ln, password=hush\0")
+    assert (await run.detail()).run.error == "401 for Bearer ***, password=***"
+    assert "hush" not in repr(watcher.events)
 
 
 async def test_a_compensation_is_the_service_itself(

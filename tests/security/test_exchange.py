@@ -81,6 +81,18 @@ async def test_trouble_that_doesn_t_pass(authority: Authority, endpoint: TokenEn
         await OwnTokens(endpoint).own_token(audience=HERE, scopes=("a",))
 
 
+@pytest.mark.parametrize("status", [200, 400, 503])
+async def test_a_key_in_a_url_is_in_no_error(
+    authority: Authority, endpoint: TokenEndpoint, status: int
+) -> None:
+    """Some servers want one in the query, and errors are recorded."""
+    authority.status, authority.body = status, b"[]"
+    endpoint = TokenEndpoint(f"{authority.token_url}?code=hush-4111", endpoint.client)
+    with pytest.raises(PaigeantError, match=authority.token_url) as caught:
+        await OwnTokens(endpoint).own_token(audience=HERE, scopes=("a",))
+    assert "hush" not in str(caught.value)
+
+
 async def test_a_server_that_is_slow(authority: Authority, endpoint: TokenEndpoint) -> None:
     """It is left after the time that it has, which is worth another attempt."""
     authority.release.clear()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import json
 import pickle
 import time
 import traceback
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,8 @@ import pytest
 from pydantic_core import PydanticSerializationError, to_json
 
 from paigeant import SecretToken, codec
-from paigeant.secret import masked, masked_body
+from paigeant.errors import OutputInvalid
+from paigeant.secret import masked, masked_body, refuse_tokens
 from paigeant.store import DeadLetter
 
 TEXT = "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJhbm4ifQ.c2lnbmF0dXJl"
@@ -109,6 +112,36 @@ def test_texts_are_masked(text: str, expected: str) -> None:
     assert masked(text, [SecretToken("opaque-1234")]) == expected
 
 
+FORMS: list[Callable[[str], str]] = [
+    str,
+    json.dumps,
+    lambda text: urllib.parse.quote(text, safe=""),
+    lambda text: base64.b64encode(text.encode()).decode(),
+    lambda text: base64.b64encode(f"Basic {text}: yes".encode()).decode(),
+    lambda text: base64.b64encode(f"a{text}".encode()).decode(),
+    lambda text: codec.dump({"a": f"at {text}".encode()}).decode(),
+]
+
+
+@pytest.mark.parametrize("text", [TEXT, 'odd"one\\of~~+many/kinds?>='], ids=["signed", "opaque"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_token_is_known_in_each_form(form: Callable[[str], str], text: str) -> None:
+    """As JSON, a URL or base64 has it, at any place: what is refused is masked as well, so that errors can be kept."""
+    written = f"it said {form(text)}, and no more"
+    with pytest.raises(OutputInvalid, match="what is kept holds a token"):
+        refuse_tokens("what is kept", written.encode(), [SecretToken(text)])
+    shown = masked(written, [SecretToken(text)])
+    assert "***" in shown
+    refuse_tokens("what is shown", shown.encode(), [SecretToken(text)])
+
+
+@pytest.mark.parametrize("text", ["", "a", "ab1"])
+def test_a_short_token_is_in_few_texts(text: str) -> None:
+    """No text is refused for a token of nothing, and none for what a short one's base64 has in common with others."""
+    refuse_tokens("what is kept", b"YWE YTE= TEXT", [SecretToken(text)])
+    assert masked("YWE YTE= TEXT", [SecretToken(text)]) == "YWE YTE= TEXT"
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -150,6 +183,12 @@ def test_what_is_said_of_a_dead_letter_is_short() -> None:
     letter = DeadLetter.about("m", "topic", "x" * 900_000, "y" * 900_000, b"", 1)
     assert len(letter.reason) < 5000
     assert len(letter.detail) < 5000
+
+
+def test_no_part_of_a_token_is_left_where_it_is_cut() -> None:
+    """Half a token is not known as one any more, so it is hidden before."""
+    letter = DeadLetter.about("m", "topic", "odd", f"{'y' * (4000 - len(TEXT) // 2)} {TEXT}", b"", 1)
+    assert "eyJ" not in letter.detail
 
 
 def test_a_body_full_of_beginnings_of_tokens_takes_no_time() -> None:

@@ -862,3 +862,13 @@ print(*told)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ([] if when == "without" else ["attached", "detached"])
+
+
+def test_a_traceparent_that_is_none_is_not_kept() -> None:
+    """Who writes a message chooses how long it is, and what is known of others is kept in memory."""
+    spans, before = Spans(), remote.cache_info().currsize
+    for number in range(3):
+        with spans.observer.around(Work("do", "r", "w", "s", "a", traceparent=f"{CALLER}{number}" * 100)):
+            pass
+    assert remote.cache_info().currsize == before
+    assert [span.parent for span in spans.all] == [None] * 3

@@ -22,6 +22,7 @@ __all__ = [
     "error",
     "errors",
     "facts",
+    "harmless",
     "instant",
     "local",
     "note",
@@ -67,9 +68,14 @@ def result(text: str) -> None:
 
 
 def value(found: Any) -> None:
-    """Write the result as JSON."""
+    """Write the result as JSON. What a terminal would obey in it is written out, which means the same."""
     plain = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    result(json.dumps(found, indent=2, ensure_ascii=not plain))
+    result(harmless(json.dumps(found, indent=2, ensure_ascii=not plain)))
+
+
+def harmless(text: str) -> str:
+    """A text of several lines that others have written, with whatever else a terminal would obey written out."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def line(found: Any) -> None:
@@ -77,9 +83,9 @@ def line(found: Any) -> None:
     result(json.dumps(found))
 
 
-def note(text: str, *, markup: bool = True) -> None:
-    """Tell the user something that is no result. `markup`: whether it holds rich's tags."""
-    errors().print(text, markup=markup, soft_wrap=True)
+def note(text: str, *, markup: bool = True, style: str | None = None) -> None:
+    """Tell the user something that is no result. `markup`: whether it holds rich's tags, and nothing of others."""
+    errors().print(text if markup else harmless(text), markup=markup, style=style, soft_wrap=True)
 
 
 def warn(text: str) -> None:
@@ -95,7 +101,8 @@ def error(text: str) -> None:
 def _labelled(label: str, style: str, text: str) -> None:
     from rich.text import Text
 
-    text = scrubbed(text)  # whoever wrote it: what a library says may have a URL in it
+    # Whoever wrote it: what a library says may have a URL in it, and the name of a dead letter what its sender likes.
+    text = harmless(scrubbed(text))
     errors().print(Text.assemble((f"{label}: ", f"bold {style}"), text), soft_wrap=True)
 
 

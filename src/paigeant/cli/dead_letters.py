@@ -98,7 +98,7 @@ def show(id: LetterId, json: AsJson = False) -> None:
         return
     found = {name: value for name, value in _summary(letter).items() if value is not None}
     console.out().print(console.facts({name: console.plain(str(value)) for name, value in found.items()}))
-    console.result("\n" + letter.body.decode(errors="backslashreplace"))
+    console.result("\n" + console.harmless(letter.body.decode(errors="backslashreplace")))
     if len(letter.body) >= BODY_KEPT_BYTES:
         console.note(f"the first {BODY_KEPT_BYTES} bytes of it; no more is kept")
 

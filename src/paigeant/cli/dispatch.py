@@ -248,7 +248,11 @@ async def _dispatch(
             if not wait:
                 console.value({"id": run.id}) if as_json else console.result(run.id)
                 if session.is_interactive():
-                    console.note(f"[dim]dispatched; `paigeant runs show {run.id}` tells where it is[/]")
+                    console.note(
+                        f"dispatched; `paigeant runs show {run.id}` tells where it is",
+                        markup=False,
+                        style="dim",
+                    )
                 return 0
             return await _wait(app, run, timeout, as_json)
 

@@ -147,4 +147,8 @@ def _settle(
     else:
         console.result(f"{request.id} {waiting.outcome(request)}")
         if session.is_interactive():
-            console.note(f"[dim]`paigeant runs show {request.workflow_id}` tells where its run is[/]")
+            console.note(
+                f"`paigeant runs show {request.workflow_id}` tells where its run is",
+                markup=False,
+                style="dim",
+            )

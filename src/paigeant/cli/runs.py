@@ -107,7 +107,9 @@ def show(
             detail.run.status in (RunStatus.FAILED, RunStatus.COMPENSATION_FAILED)
             and session.is_interactive()
         ):
-            console.note(f"\n[dim]`paigeant runs retry {id}` takes it up where it stopped[/]")
+            console.note(
+                f"\n`paigeant runs retry {id}` takes it up where it stopped", markup=False, style="dim"
+            )
 
     session.wait_for(command())
 

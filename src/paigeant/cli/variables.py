@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -44,7 +45,8 @@ def get(id: RunId, key: Key, json: AsJson = False) -> None:
     if key not in found:
         raise InputInvalid(f"run '{id}' has no variable '{key}'; {nearest(key, found)}")
     if isinstance(found[key], str) and not json:
-        console.result(found[key])
+        text = found[key]  # whoever pipes it somewhere wants all of it; a terminal might obey it
+        console.result(console.harmless(text) if sys.stdout.isatty() else text)
     else:
         console.value(found[key])
 

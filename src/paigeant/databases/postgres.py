@@ -406,7 +406,7 @@ class PostgresDatabase(Database):
             ours = self._ours(exc)
             if ours is exc:
                 raise
-            raise ours from exc
+            raise ours from _tellable(exc)
         except BaseException:
             driver.abandon()
             raise
@@ -430,7 +430,7 @@ class PostgresDatabase(Database):
         if not self._has_worked or not isinstance(ours, (ConfigurationError, SchemaMismatch)):
             return ours
         cause = exc.orig if isinstance(exc, DBAPIError) else exc
-        if isinstance(cause, errors.ForeignKeyViolation):  # of what was to be deleted
+        if isinstance(cause, psycopg.IntegrityError):  # of these rows, or what was to be deleted
             return ours
         was_connected = isinstance(cause, psycopg.Error) and cause.sqlstate is not None
         return (Denied if was_connected else StoreRefused)(str(ours))
@@ -467,6 +467,10 @@ class PostgresDatabase(Database):
             case errors.ForeignKeyViolation():  # our tables have none
                 return ConfigurationError(
                     f"{self.place}: {reason}; let that constraint be ON DELETE CASCADE or SET NULL, or drop it"
+                )
+            case psycopg.IntegrityError():  # nor such a rule
+                return ConfigurationError(
+                    f"{self.place}: {reason}; let that constraint take all that runs are made of, or drop it"
                 )
             case errors.TooManyConnections():
                 return self._has_no_room(reason)
@@ -526,9 +530,22 @@ class PostgresDatabase(Database):
         )
 
 
+_ROW = re.compile(r" (?:DETAIL: Failing row contains|CONTEXT: ).*")
+"""Where the server quotes a row that it refuses, and so what runs are made of."""
+
+
+def _said(exc: psycopg.Error | DBAPIError) -> str:
+    return " ".join(str(exc.orig if isinstance(exc, DBAPIError) else exc).split())
+
+
 def _reason(exc: psycopg.Error | DBAPIError) -> str:
-    said = " ".join(str(exc.orig if isinstance(exc, DBAPIError) else exc).split())
+    said = _ROW.sub("", _said(exc))
     return re.sub(r" LINE \d+: .*? \^(?= |$)", "", said)  # the place in a statement of ours
+
+
+def _tellable(exc: psycopg.Error | DBAPIError) -> Exception | None:
+    """What an error of ours is raised from; None for one with a row in it, which a traceback would show."""
+    return None if _ROW.search(_said(exc)) else exc
 
 
 class _Opening(threading.local):
@@ -559,7 +576,7 @@ class _Guard:
         if isinstance(exc, UnicodeEncodeError):
             raise no_unicode(self._place) from exc
         if isinstance(exc, (psycopg.Error, DBAPIError)) and (ours := self._ours(exc)) is not exc:
-            raise ours from exc
+            raise ours from _tellable(exc)
 
 
 def _watched(driver: psycopg.Connection[Any]) -> threading.Timer:

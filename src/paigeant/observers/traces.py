@@ -181,6 +181,10 @@ def _of_dispatch(work: Work) -> dict[str, Any]:
 (_CURRENT_SPAN,) = trace.set_span_in_context(trace.INVALID_SPAN, context.Context())
 
 
+_PARENT = 55
+"""Characters of a traceparent of the version that travels."""
+
+
 class Remote(context.Context):
     """The context of a span of another process, or of another time, with `above` at hand, what that is known by."""
 
@@ -188,7 +192,10 @@ class Remote(context.Context):
 
 
 def _above(told: Work | Event) -> Remote | None:
-    # One argument is found faster than two, and most runs have no more. Who writes a message chooses how much that is.
+    # One argument is found faster than two, and most runs have no more. Who writes a message chooses how much that is,
+    # and what it came to is kept for a while.
+    if len(told.traceparent) != _PARENT:
+        return None
     if told.tracestate and len(told.tracestate) <= MOST_STATE:
         return remote(told.traceparent, told.tracestate)
     return remote(told.traceparent)

@@ -121,7 +121,10 @@ def text_of(event: Event, redactor: Redactor) -> str:
     )
     # Others choose these, and their lines are kept for a while.
     is_short = (
-        len(run) <= _ID_CHARACTERS and len(trace) <= _ID_CHARACTERS and len(correlation) <= _ID_CHARACTERS
+        len(run) <= _ID_CHARACTERS
+        and len(workflow) <= _ID_CHARACTERS
+        and len(trace) <= _ID_CHARACTERS
+        and len(correlation) <= _ID_CHARACTERS
     )
     if attempt and step and trace and is_short:
         before, behind = _of_run(run, workflow, trace, correlation, worker)
