@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from paigeant import codec
 from paigeant.annotations import check_models, has_models, typed
@@ -110,6 +111,11 @@ class Activity:
             return names
         undo = self.compensation.takes()
         return None if undo is None else names | (undo - {"output"})  # which an undo is given in any case
+
+    def check_done(self, value: Any) -> None:
+        """Raise OutputInvalid for a value that has still to be run: then what the activity is for isn't done yet."""
+        if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
+            self.dump(value)
 
     def dump(self, value: Any) -> bytes:
         """What the activity returned, as JSON in the way its annotation wants. Raises OutputInvalid."""
@@ -453,6 +459,12 @@ def read_parameters(name: str, function: Callable[..., Any]) -> tuple[tuple[Para
             raise InvalidDefinition(
                 f"activity '{name}' has the parameter {parameter}; arguments are given by name, "
                 "so * and positional-only parameters can't be"
+            )
+        if isinstance(parameter.default, FieldInfo):
+            raise InvalidDefinition(
+                f"parameter '{parameter.name}' of activity '{name}' has a Field(...) as its default, which checks "
+                "nothing here and would be given to the function; put it into the annotation, and the default itself "
+                f"behind that: {parameter.name}: Annotated[int, Field(ge=1)] = 3"
             )
         annotation = hints.get(parameter.name, Any)
         is_context = _is_context(annotation)

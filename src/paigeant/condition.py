@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -63,9 +63,12 @@ def names(expression: str) -> list[str]:
     return _compiled(expression).variables()
 
 
-def evaluate(expression: str, payload: Mapping[str, Any]) -> bool:
+def evaluate(
+    expression: str, payload: Mapping[str, Any], *, besides: Callable[[], Iterable[str]] = tuple
+) -> bool:
     """Whether `expression` holds for `payload`.
 
+    `besides` gives names that there are as well: who asks for one that isn't there is told of them.
     Raises InvalidCondition when it names what isn't there, can't be computed, or gives no truth value.
     """
     program = _compiled(expression)
@@ -80,7 +83,7 @@ def evaluate(expression: str, payload: Mapping[str, Any]) -> bool:
         # What a comprehension names (`i` of `items.all(i, ...)`) isn't there either, and need not be.
         missing = [name for name in program.variables() if name not in payload and _lacks(exc, name)]
         if missing:
-            there = ", ".join(sorted(payload)) or "nothing"
+            there = ", ".join(sorted({*payload, *besides()})) or "nothing"
             raise InvalidCondition(f"when={expression!r} names '{missing[0]}'; there is {there}") from exc
         told, cause = _about(payload, str(exc), exc)
         reason = " ".join(told.split())  # a pattern's errors are told in several lines

@@ -41,7 +41,7 @@ from paigeant.observer import Observers
 from paigeant.patience import patiently
 from paigeant.performer import Attempt, Performer
 from paigeant.reporter import Reporter
-from paigeant.routing import Failed, Finish, Forward, Move, Park, Retry, Succeeded, Undo, route
+from paigeant.routing import Failed, Finish, Move, Park, Retry, Succeeded, Undo, route
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.store import ClaimRequest, Grant, NextStep, Recorded, Refused, StepKey, StepResult, Store
 from paigeant.threads import Threads
@@ -361,9 +361,11 @@ class Executor:
         if isinstance(move, Finish):
             return None
         payload = message.payload
-        if isinstance(move, Forward) and move.status is StepStatus.COMPLETED and attempt.output is not None:
-            stored = move.slip.executed[-1].stored
-            outputs = {} if stored else {claim.key.step: from_json(attempt.output)}
+        if isinstance(attempt.outcome, Succeeded):
+            outputs = {}
+            if attempt.output is not None and not move.slip.executed[-1].stored:
+                outputs[claim.key.step] = from_json(attempt.output)
+            # An undo may leave some as well, for the undos that come after it.
             variables = {} if attempt.context is None else attempt.context._variables
             # Whose outputs stand in the payload under their ids: a variable of such a name stays behind them.
             taken = [

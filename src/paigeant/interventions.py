@@ -180,7 +180,6 @@ def resume(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int
         "error": None,
         "completed_at": None,
     }
-    reopened: Patch = {"error": None, "completed_at": None}
     if run.status is RunStatus.FAILED:
         failed = [row for row in detail.steps if row.status is StepStatus.FAILED]
         if not failed:
@@ -190,7 +189,16 @@ def resume(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int
         changes.renewed.append(failed[-1].key)
         # The deadline has had its say; an operator who retries wants the run done.
         changes.runs.append(
-            (run.id, {**reopened, "status": RunStatus.RUNNING, "ending": None, "deadline": None})
+            (
+                run.id,
+                {
+                    "status": RunStatus.RUNNING,
+                    "ending": None,
+                    "error": None,
+                    "deadline": None,
+                    "completed_at": None,
+                },
+            )
         )
         return RunStatus.RUNNING
     if run.status is RunStatus.COMPENSATION_FAILED:
@@ -213,7 +221,8 @@ def resume(detail: RunDetail, changes: Changes, *, now: float, inline_bytes: int
         last = max(row.seq for row in detail.steps)
         epoch = next_life(max(row.epoch for row in detail.steps))
         changes.added.append(_ready_undo(run.id, undo, seq=last + 1, now=now, epoch=epoch))
-        changes.runs.append((run.id, {**reopened, "status": RunStatus.COMPENSATING}))
+        # It is undone for the same reason as before, which its error goes on telling.
+        changes.runs.append((run.id, {"status": RunStatus.COMPENSATING, "completed_at": None}))
         return RunStatus.COMPENSATING
     hint = "dispatch it again under another id" if run.status in RUN_ENDED else "it is still open"
     raise InvalidTransition(

@@ -38,7 +38,7 @@ from paigeant.reporter import Reporter
 from paigeant.routing import Failed, Outcome, Parked, Skipped, Succeeded
 from paigeant.secret import OBO_TOKEN, SecretToken, masked, refuse_tokens
 from paigeant.slip import Compensation, Phase, Step, StepStatus
-from paigeant.store import Request, Store
+from paigeant.store import Request, StepKey, Store
 from paigeant.threads import Threads
 
 if TYPE_CHECKING:
@@ -256,7 +256,10 @@ class Performer:
                 return attempt
             if self._is_stopping() and _is_cancelled():
                 raise asyncio.CancelledError from error  # a library may put it in words of its own
-            attempt.outcome = await self._failed(context, claim, error, ids)
+            # Who is cut off may put that in words of its own, as `except*` does.
+            is_cut_off = time.is_over() and not isinstance(error, TimeoutError)
+            late = time.text() if is_cut_off else ""
+            attempt.outcome = await self._failed(context, claim, error, ids, late)
         finally:
             # This frame is part of its traceback: in a circle they would keep all that the activity had in its hands.
             del error
@@ -282,27 +285,32 @@ class Performer:
         parking = context._place.journal.parking
         if parking.is_parked:  # the activity has caught it, but what it waits for isn't there
             return Parked(parking.waits_for, parking.until)
-        output = work.dump(value)
+        output = b""
+        if step is None:  # what an undo gives is recorded nowhere
+            work.check_done(value)
+        else:
+            output = work.dump(value)
         if acting is not None:
             _check_tokenless(context, output, acting.secrets)
-        attempt.output = output
+        attempt.output = output or None
         return self._succeeded(claim, context, output)
 
     async def _failed(
-        self, context: StepContext, claim: Claim, error: BaseException, ids: Mapping[str, Any]
+        self, context: StepContext, claim: Claim, error: BaseException, ids: Mapping[str, Any], late: str
     ) -> Failed:
         final = await _given_up(context, error)
-        permanent = bool(final) or isinstance(error, (NonRetryableError, InvalidDefinition))
+        permanent = bool(final) or _is_final(error)
         secrets = () if context._acting is None else tuple(context._acting.secrets)
         if not isinstance(error, ActivityRejected):
             _log_failure(error, ids, secrets)  # they are no longer those of the current step
-        text = f"{failure_text(error, secrets)}; {final}" if final else failure_text(error, secrets)
+        text = "; ".join(filter(None, (failure_text(error, secrets), late, final)))
         retry = claim.retry(self.limits)
         return Failed(text, claim.grant.attempt, retry, permanent, self._chance(), _asked_for(error))
 
     async def _lost(self, claim: Claim, context: StepContext) -> Outcome:
         """What becomes of a step whose attempts are used up: it fails, or waits for who decides on lost outcomes."""
-        lost = f"WorkerLost: {claim.grant.attempt} attempts began and none came back; their workers died"
+        # Those before it may have failed by themselves, and told so.
+        lost = f"WorkerLost: attempt {claim.grant.attempt} was the last one, and didn't come back: its worker died"
         parking = context._place.journal.parking
         try:
             await context._place.decide_lost()
@@ -320,12 +328,14 @@ class Performer:
 
     async def _is_wanted(self, when: str, claim: Claim) -> bool:
         message = claim.message
-        values = await self._namespace(claim).view(condition.names(when))
+        namespace = self._namespace(claim)
+        values = await namespace.view(condition.names(when))
         done = message.routing_slip.executed
         # Else nobody could ask what a step gave that a condition of its own may have skipped.
         skipped = {entry.step_id: None for entry in done if entry.status is StepStatus.SKIPPED}
         try:
-            return condition.evaluate(when, {**skipped, **message.payload, **values})
+            known = {**skipped, **message.payload, **values}
+            return condition.evaluate(when, known, besides=namespace.names)
         except PaigeantError as exc:
             raise ActivityRejected(str(exc)) from exc
 
@@ -346,7 +356,6 @@ class Performer:
     def _context(self, claim: Claim, ids: Mapping[str, Any]) -> StepContext:
         message = claim.message
         key = claim.key
-        undo = "" if key.phase is Phase.DO else ":undo"
         context = StepContext(
             workflow_id=key.workflow_id,
             workflow=message.workflow,
@@ -355,7 +364,7 @@ class Performer:
             attempt=claim.grant.attempt,
             trace_id=message.trace_id,
             correlation_id=message.correlation_id,
-            idempotency_key=f"{key.workflow_id}:{key.step}{undo}",
+            idempotency_key=_effect_key(key),
             deadline=deadline_of(message.routing_slip),
             identity=None,
             log=_StepLog(step_log, ids),
@@ -410,6 +419,12 @@ class Performer:
         return Succeeded(context._revision(), compensation, len(output) > self.limits.inline_bytes)
 
 
+def _effect_key(key: StepKey) -> str:
+    """The key of a step's effects, or of its undo's: no other step of the run has it, whatever the two are called."""
+    step = key.step.replace("%", "%25").replace(":", "%3A")
+    return f"{key.workflow_id}:{step}{'' if key.phase is Phase.DO else ':undo'}"
+
+
 def _counting() -> Counting | None:
     """Counts what agents use; None where nothing has loaded their library."""
     if "pydantic_ai" not in sys.modules:
@@ -439,6 +454,18 @@ async def _given_up(context: StepContext, error: BaseException) -> str:
         return await context._place.journal.failed(error)
     except StoreUnavailable:
         return ""  # the next attempt gives up in the same way, and says so again
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether no further attempt can help. In a group one such error is enough: it would come again."""
+    ahead = [error]
+    while ahead:
+        found = ahead.pop()
+        if isinstance(found, (NonRetryableError, InvalidDefinition)):
+            return True
+        if isinstance(found, BaseExceptionGroup):
+            ahead.extend(found.exceptions)
+    return False
 
 
 def _asked_for(error: BaseException) -> float:

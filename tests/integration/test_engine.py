@@ -44,7 +44,8 @@ from paigeant.errors import (
     UnknownWorkflow,
 )
 from paigeant.observer import Around, Event, Work
-from paigeant.slip import Phase
+from paigeant.slip import Phase, StepStatus
+from paigeant.store import ClaimRequest, Grant, StepKey, StepResult
 from paigeant.testing import ManualClock
 
 PATIENCE = 30.0
@@ -278,12 +279,14 @@ async def test_a_condition_that_can_t_be_computed_fails_the_step(settings: Setti
     """At its first attempt, with an error that names what is missing."""
     activity = ActivityRegistry()
     activity.execute(name="a")(lambda: 1)
+    activity.execute(name="large")(lambda: "x" * 1000)
+    settings = settings.model_copy(update={"inline_bytes": 100})
     async with working(settings, activity) as app:
-        run = await app.dispatch(Workflow("w", [Step("a", when="nothing > 1")]), {"n": 1})
+        run = await app.dispatch(Workflow("w", ["large", Step("a", when="nothing > 1")]), {"n": 1})
         result = await run.wait(PATIENCE)
-        assert await attempts(run) == {"a": 1}
+        assert await attempts(run) == {"large": 1, "a": 1}
     assert result.status == "failed"
-    assert "names 'nothing'; there is n" in str(result.error)
+    assert "names 'nothing'; there is large, n" in str(result.error)
 
 
 # -- failing
@@ -347,7 +350,11 @@ async def test_the_last_failure_fails_the_run(settings: Settings) -> None:
     [
         NonRetryableError("no use"),
         ArgumentError("wrong"),
+        ExceptionGroup(
+            "of tasks", [ValueError("passes"), ExceptionGroup("in it", [NonRetryableError("no")])]
+        ),
     ],
+    ids=["said", "found", "in a group"],
 )
 async def test_some_failures_are_not_tried_again(settings: Settings, raised: Exception) -> None:
     """What no further attempt can help with fails the step at once."""
@@ -459,6 +466,24 @@ async def test_a_timeout_says_how_long_it_was(settings: Settings) -> None:
     async with working(settings, activity) as app:
         result = await (await app.dispatch(Workflow("w", ["slow"]))).wait(PATIENCE)
     assert result.error == "slow: TimeoutError: the attempt took longer than 0.01 s"
+
+
+async def test_a_timeout_is_told_also_where_the_activity_makes_another_error_of_it(
+    settings: Settings,
+) -> None:
+    """As task groups within `except*` do, and clients that tell a broken connection."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=0, timeout=0.05)
+    async def late() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as exc:
+            raise ConnectionError("broken") from exc
+
+    async with working(settings, activity) as app:
+        result = await (await app.dispatch(Workflow("w", ["late"]))).wait(PATIENCE)
+    assert result.error == "late: ConnectionError: broken; the attempt took longer than 0.05 s"
 
 
 async def test_a_timeout_of_the_activity_s_own_is_its_own(settings: Settings) -> None:
@@ -717,6 +742,34 @@ async def test_an_undo_is_retried_by_its_own_settings(settings: Settings) -> Non
     assert tried == [(1, "r:a:undo"), (2, "r:a:undo"), (3, "r:a:undo")]
 
 
+@pytest.mark.parametrize("gives", ["what is no JSON", "a coroutine", "a generator"])
+async def test_what_an_undo_gives_goes_nowhere(settings: Settings, gives: str) -> None:
+    """So it may be anything, as the answer of a client; but for what has still to be run: nothing is undone yet."""
+    activity = ActivityRegistry()
+
+    activity.execute(name="a")(lambda: 1)
+
+    async def later() -> None: ...
+
+    @activity.compensate("a", retries=0)
+    async def undo() -> Any:
+        return {"a coroutine": later, "a generator": lambda: (each for each in [1])}.get(gives, object)()
+
+    @activity.execute(retries=0)
+    async def fail() -> None:
+        raise RuntimeError("no")
+
+    async with working(settings, activity) as app:
+        run = await app.dispatch(Workflow("w", ["a", "fail"]))
+        status = (await run.wait(PATIENCE)).status
+        error = (await run.detail()).steps[-1].error or ""
+    if gives == "what is no JSON":
+        assert (status, error) == ("compensated", "")
+    else:
+        assert status == "compensation_failed"
+        assert error.startswith("OutputInvalid: activity 'a' returned")
+
+
 @pytest.mark.parametrize("revise", ["insert", "append", "replace", "terminate"])
 async def test_an_undo_can_revise_nothing(settings: Settings, revise: str) -> None:
     """A run that is undone does nothing more: an undo that adds steps fails, since they would never be done."""
@@ -754,7 +807,10 @@ async def test_an_undo_that_fails_for_good(settings: Settings, rule: Any, undone
         assert [step for step, _ in shop.undone] == undone
         shop.stuck.clear()
         assert await run.retry() == "compensating"
-        assert (await run.wait(PATIENCE)).status == "compensated"
+        result = await run.wait(PATIENCE)
+    assert result.status == "compensated"
+    assert result.error is not None, "it was undone for the same reason as before"
+    assert result.error.startswith("fail: ")
     assert [step for step, _ in shop.undone] == ["c", "a", "b"] if rule == "continue" else ["c", "b", "a"]
 
 
@@ -966,6 +1022,32 @@ async def test_a_step_is_done_once_also_where_no_message_can_follow(
     assert done == ["first", "second"]
 
 
+async def test_a_step_is_told_to_be_lost_for_its_last_attempt(settings: Settings) -> None:
+    """Those before it may have failed by themselves: nobody is to look for workers that all died."""
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=1)
+    async def work() -> None:
+        raise AssertionError("there is no attempt left")
+
+    key = StepKey("r", "work")
+    async with Paigeant(settings, activities=activity) as app:
+        run = await app.dispatch(Workflow("w", ["work"]), workflow_id="r")
+        first = await app.store.claim_step(ClaimRequest(key, "lost", 2))
+        assert isinstance(first, Grant)
+        failed = StepResult(key, "lost", first.epoch, first.attempt, StepStatus.READY, error="ValueError: no")
+        await app.store.record_step_result(failed)
+        await app.store.claim_step(ClaimRequest(key, "lost", 2))
+        worker = app.worker()
+        working = asyncio.create_task(worker.run())
+        result = await run.wait(PATIENCE)
+        await worker.stop()
+        await working
+    assert (
+        result.error == "work: WorkerLost: attempt 2 was the last one, and didn't come back: its worker died"
+    )
+
+
 # -- variables, units, keys
 
 
@@ -988,6 +1070,35 @@ async def test_variables_reach_later_steps(settings: Settings) -> None:
             PATIENCE
         )
     assert result.output == ["red", "output", "red", 0]
+
+
+@pytest.mark.parametrize("local_steps", [1, 50], ids=["by message", "at once"])
+async def test_variables_of_an_undo_reach_later_undos(settings: Settings, local_steps: int) -> None:
+    """Like those of a step: as arguments and through the context; those of an attempt that fails don't."""
+    activity = ActivityRegistry()
+    seen: list[Any] = []
+
+    activity.execute(name="pay")(lambda: 1)
+    activity.execute(name="ship")(lambda: 2)
+
+    @activity.compensate("ship", retries=AT_ONCE)
+    async def take_back(ctx: StepContext) -> None:
+        await ctx.save_variable("refund", ctx.attempt)
+        if ctx.attempt == 1:
+            raise RuntimeError("not yet")
+
+    @activity.compensate("pay")
+    async def pay_back(output: int, refund: int, ctx: StepContext) -> None:
+        seen.extend([output, refund, await ctx.load_variable("refund")])
+
+    @activity.execute(retries=0)
+    async def fail() -> None:
+        raise RuntimeError("no")
+
+    settings = settings.model_copy(update={"local_steps": local_steps})
+    async with working(settings, activity) as app:
+        result = await (await app.dispatch(Workflow("w", ["pay", "ship", "fail"]))).wait(PATIENCE)
+    assert (result.status, seen) == ("compensated", [1, 2, 2])
 
 
 async def test_a_plain_function_may_ask_its_context_in_an_event_loop_of_its_own(settings: Settings) -> None:
@@ -1032,6 +1143,31 @@ async def test_once_is_done_once_over_all_attempts(settings: Settings) -> None:
     async with working(settings, activity) as app:
         result = await (await app.dispatch(Workflow("w", ["pay"]), workflow_id="r")).wait(PATIENCE)
     assert (result.output, charged, keys) == ("receipt 1", ["5"], {"r:pay"})
+
+
+async def test_no_two_steps_of_a_run_have_one_key(settings: Settings) -> None:
+    """Also where one is called like the undo of another: whoever is asked for both would take them for one."""
+    activity = ActivityRegistry()
+    keys: list[str] = []
+
+    @activity.execute(name="pay")
+    async def pay(ctx: StepContext) -> None:
+        keys.append(ctx.idempotency_key)
+
+    @activity.compensate("pay")
+    async def pay_back(ctx: StepContext) -> None:
+        keys.append(ctx.idempotency_key)
+
+    @activity.execute(retries=0)
+    async def fail() -> None:
+        raise RuntimeError("no")
+
+    names = ["pay", "pay:undo", "pay%3Aundo"]
+    workflow = Workflow("w", [*(Step("pay", id=name) for name in names), "fail"])
+    async with working(settings, activity) as app:
+        await (await app.dispatch(workflow, workflow_id="r")).wait(PATIENCE)
+    assert keys[0] == "r:pay"
+    assert len(set(keys)) == len(keys) == 2 * len(names)
 
 
 async def test_the_context_tells_where_it_is(settings: Settings) -> None:

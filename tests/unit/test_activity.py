@@ -182,6 +182,10 @@ def opaque(a: Opaque) -> None:
     """Takes what JSON can't give."""
 
 
+def by_field(a: int = Field(default=3, ge=1)) -> None:
+    """Has a default as a model's field has one."""
+
+
 def opaque_output() -> Opaque:
     """Gives what JSON can't hold."""
     return Opaque()
@@ -195,6 +199,7 @@ def opaque_output() -> Opaque:
         (unreadable, "'unreadable' can't be read.*Nowhere"),
         (int, "no signature found.*write a function that calls it"),
         (opaque, "parameter 'a' of activity 'opaque'"),
+        (by_field, r"parameter 'a' of activity 'by_field' has a Field\(...\) as its default.*Annotated"),
         (opaque_output, "return annotation of activity 'opaque_output'"),
     ],
 )
