@@ -1,4 +1,4 @@
-"""What is recorded of an error."""
+"""What is recorded of an error, and whether it is one after which nothing is tried again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from paigeant.codec import storable
 from paigeant.redaction import redacted
 from paigeant.secret import SecretToken, masked
 
-__all__ = ["failure_text"]
+__all__ = ["failure_text", "is_among"]
 
 _ERROR_CHARACTERS = 4000
 _MOST_WITHIN = 5
@@ -35,3 +35,15 @@ def _said(error: BaseException, depth: int = 0) -> str:
         within = "; ".join(_said(each, depth + 1) for each in error.exceptions[:_MOST_WITHIN])
         text = f"{text}: {within}"
     return text
+
+
+def is_among(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
+    """Whether it is one of these kinds, or a group that holds one: what a task group raises is a group."""
+    ahead = [error]
+    while ahead:
+        found = ahead.pop()
+        if isinstance(found, kinds):
+            return True
+        if isinstance(found, BaseExceptionGroup):
+            ahead.extend(found.exceptions)
+    return False

@@ -29,7 +29,7 @@ from paigeant.errors import (
     PaigeantError,
     StoreUnavailable,
 )
-from paigeant.failure import failure_text
+from paigeant.failure import failure_text, is_among
 from paigeant.identity import MANDATE, Mandate
 from paigeant.observer import CURRENT, STEP_IDS
 from paigeant.parking import Parked as Left
@@ -299,7 +299,7 @@ class Performer:
         self, context: StepContext, claim: Claim, error: BaseException, ids: Mapping[str, Any], late: str
     ) -> Failed:
         final = await _given_up(context, error)
-        permanent = bool(final) or _is_final(error)
+        permanent = bool(final) or is_among(error, (NonRetryableError, InvalidDefinition))
         secrets = () if context._acting is None else tuple(context._acting.secrets)
         if not isinstance(error, ActivityRejected):
             _log_failure(error, ids, secrets)  # they are no longer those of the current step
@@ -454,18 +454,6 @@ async def _given_up(context: StepContext, error: BaseException) -> str:
         return await context._place.journal.failed(error)
     except StoreUnavailable:
         return ""  # the next attempt gives up in the same way, and says so again
-
-
-def _is_final(error: BaseException) -> bool:
-    """Whether no further attempt can help. In a group one such error is enough: it would come again."""
-    ahead = [error]
-    while ahead:
-        found = ahead.pop()
-        if isinstance(found, (NonRetryableError, InvalidDefinition)):
-            return True
-        if isinstance(found, BaseExceptionGroup):
-            ahead.extend(found.exceptions)
-    return False
 
 
 def _asked_for(error: BaseException) -> float:

@@ -78,7 +78,7 @@ from tests.agents.steps import (
     without_moments,
 )
 
-from paigeant import ActivityRegistry, RetryPolicy, Workflow
+from paigeant import ActivityRegistry, NonRetryableError, RetryPolicy, Workflow
 from paigeant.agents import PaigeantDurability, effect_key, operations
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutputInvalid, StoreUnavailable, UnitUnreadable
 from paigeant.parking import Parked
@@ -1267,6 +1267,23 @@ async def test_rule_13_tools_are_not_tried_again_unless_they_say_so() -> None:
     agent = durable(model)
     agent.tool_plain(metadata={"paigeant": {"retries": RetryPolicy(attempts=3, base=0.0)}})(look)
     assert (await Step().attempt(lambda: agent.run("go"))).output == "c1=there"
+
+
+async def test_rule_13_a_tool_is_not_tried_again_where_that_can_not_help() -> None:
+    """An error may say so itself, also within the group that a task group raises."""
+    for error in (NonRetryableError("declined"), ExceptionGroup("tasks", [NonRetryableError("declined")])):
+        model, _ = scripted(called("pay", "c1"), "done")
+        agent = durable(model)
+        paid: list[int] = []
+
+        @agent.tool_plain(metadata={"paigeant": {"retries": RetryPolicy(attempts=3, base=0.0)}})
+        def pay() -> None:
+            paid.append(1)  # noqa: B023  # it is called within this turn of the loop
+            raise error  # noqa: B023
+
+        with pytest.raises(type(error)):
+            await Step().attempt(partial(agent.run, "go"))
+        assert len(paid) == 1
 
 
 async def test_rule_13_a_tool_s_timeout_is_for_each_try() -> None:

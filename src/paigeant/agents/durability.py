@@ -120,6 +120,7 @@ from paigeant.agents.people import Outside, asks_itself, decisions, outcome
 from paigeant.agents.usage import put_price
 from paigeant.clock import as_datetime
 from paigeant.errors import InvalidDefinition, NonRetryableError
+from paigeant.failure import is_among
 from paigeant.parking import Parked
 from paigeant.place import Stages, Unit, current_place
 from paigeant.retry import RetryPolicy
@@ -659,7 +660,7 @@ def _never(*_: object) -> None:
 
 def _retrying(policy: RetryPolicy) -> Callable[[int, Exception], float | None]:
     def delay(number: int, error: Exception) -> float | None:
-        if number >= policy.attempts or isinstance(error, _FINAL):
+        if number >= policy.attempts or is_among(error, _FINAL):
             return None
         return policy.next_delay(number, chance=0.0)
 
