@@ -158,7 +158,7 @@ class Place:
             written = what.encode(errors="replace")
             refuse_tokens("the name of a unit, a signal or a question", written, self.journal.secrets)
         # What ends like a counted one is counted from the first on: it would be the second of another.
-        is_plain = number == 1 and not (what[-1].isdigit() and _COUNTED.search(what))
+        is_plain = number == 1 and not _COUNTED.search(what)
         name = what if is_plain else f"{what}#{number}"
         if self.within:
             name = f"{_digest(self.within)}/{name}"

@@ -523,6 +523,18 @@ async def test_what_a_failed_attempt_has_left_running_begins_no_unit() -> None:
     assert did == ["unbooked"]
 
 
+async def waits_for_both(activity: ActivityRegistry) -> None:
+    """Its activity `both` gives what the signals `one` and `two` say, once these are there."""
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", ["both"]))
+        await app.drain()
+        assert await run.status() is RunStatus.WAITING
+        await run.signal("one", 1)
+        await run.signal("two", 2)
+        await app.drain()
+        assert (await run.wait(5)).output == [1, 2]
+
+
 async def test_an_activity_that_catches_its_leaving_is_left_all_the_same() -> None:
     """What it makes of waits that are not over is no result."""
     activity = ActivityRegistry()
@@ -532,14 +544,7 @@ async def test_an_activity_that_catches_its_leaving_is_left_all_the_same() -> No
         found = await asyncio.gather(context.wait_for("one"), context.wait_for("two"), return_exceptions=True)
         return [value for value in found if not isinstance(value, BaseException)]
 
-    async with MemoryApp(activity) as app:
-        run = await app.dispatch(Workflow("w", ["both"]))
-        await app.drain()
-        assert await run.status() is RunStatus.WAITING
-        await run.signal("one", 1)
-        await run.signal("two", 2)
-        await app.drain()
-        assert (await run.wait(5)).output == [1, 2]
+    await waits_for_both(activity)
 
 
 async def test_a_unit_that_catches_its_leaving_is_not_done() -> None:
@@ -555,14 +560,7 @@ async def test_a_unit_that_catches_its_leaving_is_not_done() -> None:
 
         return await context.once("wait", wait)
 
-    async with MemoryApp(activity) as app:
-        run = await app.dispatch(Workflow("w", ["both"]))
-        await app.drain()
-        assert await run.status() is RunStatus.WAITING
-        await run.signal("one", 1)
-        await run.signal("two", 2)
-        await app.drain()
-        assert (await run.wait(5)).output == [1, 2]
+    await waits_for_both(activity)
 
 
 async def test_a_unit_of_an_attempt_that_is_over_is_not_done_without_its_parts() -> None:
