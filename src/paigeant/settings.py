@@ -297,6 +297,22 @@ class Settings(BaseSettings):
             [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
         )
 
+    @field_validator("workflows", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        # A list of them, as code may have it: each says what it is called.
+        if not isinstance(value, list):
+            return value
+        named: dict[str, Any] = {}
+        for fields in value:
+            name = fields.get("name") if isinstance(fields, Mapping) else None
+            if not isinstance(name, str):
+                raise ValueError(f"each workflow of a list has a `name`, found {fields!r}")
+            if name in named:
+                raise ValueError(f"workflow '{name}' occurs twice")
+            named[name] = fields
+        return named
+
     @field_validator("workflows")
     @classmethod
     def _are_workflows(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -490,9 +506,11 @@ def workflow_from(name: str, fields: Any) -> Workflow:
         raise ConfigurationError(
             f"workflow '{name}' is a list of steps or a mapping with `steps`, found {fields!r}"
         )
-    known = ("steps", "deadline", "policy", "on_compensation_failure", "description")
+    known = ("name", "steps", "deadline", "policy", "on_compensation_failure", "description")
     _check_keys(fields, known, f"workflow '{name}' has")
     values = dict(fields)
+    if values.pop("name", name) != name:
+        raise ConfigurationError(f"workflow '{name}' has the name {fields['name']!r}; expected one of them")
     steps = values.get("steps") or ()
     values["steps"] = [_step_from(name, step) for step in steps] if isinstance(steps, list) else steps
     if values.get("policy") is not None:

@@ -267,7 +267,7 @@ class RoutingSlip:
     Forward, the next step is the first of `itinerary`. Once `ending` is set the run is being undone: the next undo is
     the last of `compensations`, and `ending` tells what the run is when all is undone. `added` counts the steps that
     revisions put in, `undone` and `not_undone` the undos recorded so far, by step id. `deadline` is the instant by
-    which the last step must be done. An itinerary of activities' names is one of `Step`s.
+    which the last step must be done. An itinerary of activities' names is one of `Step`s, and each has an id.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = {"extra": "forbid"}
@@ -289,8 +289,8 @@ class RoutingSlip:
             given = getattr(self, name)
             if type(given) is not tuple:
                 object.__setattr__(self, name, tuple(given))
-        # Names alone, as a workflow may have them.
-        if any(isinstance(entry, str) for entry in self.itinerary):
+        # Names alone, as a workflow may have them, and steps that nobody has named yet.
+        if not all(isinstance(entry, Step) and entry.id for entry in self.itinerary):
             taken = {done.step_id for done in self.executed}
             object.__setattr__(self, "itinerary", identify(self.itinerary, taken=taken))
 
@@ -334,10 +334,10 @@ class RoutingSlip:
         due = self.next_step()
         if due is None:
             raise ValueError("there is no step left to complete")
-        if step is not None and step not in (due, due.id or due.activity):
+        if step is not None and step not in (due, due.id, replace(due, id="")):
             named = step.id or step.activity if isinstance(step, Step) else step
-            raise ValueError(f"the next step is '{due.id or due.activity}', not '{named}'")
-        done = Executed(due.id or due.activity, due.activity, status, stored)
+            raise ValueError(f"the next step is '{due.id}', not '{named}'")
+        done = Executed(due.id, due.activity, status, stored)
         if compensation is not None and due.args:
             compensation = replace(compensation, args=due.args)
         return evolved(

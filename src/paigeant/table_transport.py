@@ -16,6 +16,7 @@ from sqlalchemy import Update, bindparam, case, delete, func, literal_column, nu
 
 from paigeant import host
 from paigeant.database import TOPIC, Database
+from paigeant.databases import open_database
 from paigeant.envelope import HEAD_BYTES, Envelope, PlainEnvelope
 from paigeant.errors import (
     MessageInvalid,
@@ -66,10 +67,13 @@ class _Fetched(NamedTuple):
 
 
 class TableTransport:
-    """Moves messages through the `messages` table of a database that several processes may have open."""
+    """Moves messages through the `messages` table of a database that several processes may have open.
 
-    def __init__(self, database: Database, *, envelope: Envelope | None = None) -> None:
-        self.database = database
+    `database` is one to share with a store, or the URL of one to have for itself.
+    """
+
+    def __init__(self, database: Database | str, *, envelope: Envelope | None = None) -> None:
+        self.database = open_database(database) if isinstance(database, str) else database
         self.envelope = envelope or PlainEnvelope()
         # Names this process, so that others can tell when it is gone, and this transport within it.
         self._holder = host.named_holder(secrets.token_hex(4))

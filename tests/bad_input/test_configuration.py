@@ -50,7 +50,7 @@ CASES = [
     file("not yes or no", "strict: perhaps\n", "strict", "valid boolean", "'perhaps'"),
     file("not one of the words", "log_format: xml\n", "log_format", "'auto', 'console' or 'json'", "'xml'"),
     file("a number for handlers", "handlers: 5\n", "handlers", "5"),
-    file("a list for workflows", "workflows: [pay]\n", "workflows", "dictionary", "['pay']"),
+    file("names in a list of workflows", "workflows: [pay]\n", "workflows", "`name`", "'pay'"),
     file("heartbeat as long as the lease", "heartbeat: 30\nlease: 30\n", "heartbeat=30", "lease=30"),
     file("a lease without time", "lease: 0\n", "lease", "greater than 0"),
     file("a lease that isn't a number", "lease: .nan\n", "lease"),

@@ -123,11 +123,10 @@ asyncio.run(main())
 
 _HOLDER = """
 import asyncio, sys
-from paigeant.databases.postgres import PostgresDatabase
 from paigeant.transports.postgres import PostgresTransport
 
 async def main():
-    transport = PostgresTransport(PostgresDatabase(sys.argv[1]))
+    transport = PostgresTransport(sys.argv[1])
     await transport.connect()
     print("waiting", flush=True)
     async for received in transport.subscribe("work"):

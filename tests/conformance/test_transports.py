@@ -61,8 +61,8 @@ class TestSqliteTransport(TransportConformance):
         assert await taking == ["m"]
 
     async def test_what_a_database_out_of_reach_is_asked_is_out_of_reach(self, tmp_path: Path) -> None:
-        """Whoever only knows transports is told so in their words."""
-        lone = SqliteTransport(SqliteDatabase(f"sqlite:///{tmp_path}/q.db"))
+        """Whoever only knows transports is told so in their words. One that shares no database is made of its URL."""
+        lone = SqliteTransport(f"sqlite:///{tmp_path}/q.db")
         for ask in (
             lone.topics(),
             lone.publish("work", message("m")),

@@ -12,6 +12,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -747,6 +748,26 @@ def test_topics_tell_what_waits() -> None:
     assert 0 <= topic["oldest_ready"] < 60
     assert 0 <= topic["oldest"] < 60
     assert "reserve" in paigeant("topics", "list").stdout
+
+
+def test_a_broker_is_asked_although_there_is_no_store_yet(
+    monkeypatch: pytest.MonkeyPatch, redis_url: str
+) -> None:
+    """Where nobody has made the file of the store, messages may wait all the same; and one that is away is told."""
+    monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", redis_url)
+    monkeypatch.setenv("PAIGEANT_NAMESPACE", f"n-{uuid.uuid4().hex}")
+
+    async def publish() -> None:
+        async with Paigeant(Settings(store_url="memory://")) as app:
+            message = PaigeantMessage("m-1", "r", RoutingSlip(itinerary=(Step("reserve"),)))
+            await app.transport.publish("reserve", message)
+
+    asyncio.run(publish())
+    (topic,) = as_json("topics", "list")
+    assert (topic["topic"], topic["waiting"]) == ("reserve", 1)
+    monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", "redis://localhost:1")
+    assert "localhost:1 can't be reached" in refused("topics", "list", code=3)
+    assert not Path("paigeant.db").exists()
 
 
 def test_a_topic_is_told_of_although_its_message_is_lost() -> None:

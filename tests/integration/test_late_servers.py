@@ -144,6 +144,21 @@ def test_waiting_may_be_bounded(
     assert ("worker.waiting" in done.stderr) == (seconds > 0)
 
 
+@pytest.mark.parametrize("args", [("run", "--until-idle"), ("run", "--until-idle", "--processes", "2")])
+@pytest.mark.parametrize("setting", ["store_url", "transport_url"])
+def test_one_that_is_to_end_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], setting: str
+) -> None:
+    """With --until-idle somebody waits for the worker: it ends with 3 at once, unless `start_timeout` says more."""
+    told(monkeypatch, **{setting: "postgresql://localhost:1/x"})
+    done = call(*args)
+    assert (done.returncode, "worker.waiting" in done.stderr) == (3, False), done.stderr
+    assert "error: can't use Postgres database 'x' at localhost:1" in done.stderr
+    told(monkeypatch, start_timeout=1)
+    done = call(*args)
+    assert (done.returncode, "worker.waiting" in done.stderr) == (3, True), done.stderr
+
+
 @pytest.mark.parametrize("args", [("run",), ("run", "--processes", "2")])
 @pytest.mark.parametrize("wrong", ["password", "database", "schema", "scheme"])
 def test_what_waiting_can_not_mend_ends_it_at_once(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paigeant import RetryPolicy, Settings, Step
+from paigeant import RetryPolicy, Settings, Step, Workflow
 from paigeant.errors import ConfigurationError
 from paigeant.identity import Issuer
 from paigeant.keys import Key, KeyRing
@@ -97,6 +97,15 @@ def test_workflows_in_the_file_are_those_of_code() -> None:
     assert full.steps[2] == Step("c", id="c", retries=RetryPolicy(attempts=4, base=60))
 
 
+def test_workflows_may_be_a_list_in_which_each_has_its_name() -> None:
+    """The name is one of the fields that a workflow has in code; under its name it may be said again."""
+    file("workflows:\n  - {name: a, steps: [x], deadline: 60}\n  - {name: b, steps: [x, y]}\n")
+    listed = Settings().defined_workflows()
+    assert listed == {"a": Workflow("a", ["x"], deadline=60), "b": Workflow("b", ["x", "y"])}
+    file("workflows:\n  a: {name: a, steps: [x], deadline: 60}\n  b: [x, y]\n")
+    assert Settings().defined_workflows() == listed
+
+
 def test_what_is_merged_may_be_changed() -> None:
     """A mapping may take over another one and say some of its keys anew: none of them stands twice."""
     file(
@@ -144,6 +153,10 @@ def test_what_is_merged_may_be_changed() -> None:
         ("store_url: mysql://x", "found 'mysql://...', expected a URL"),
         ("1: 2", "paigeant.yaml has an unknown key '1'"),
         ("workflows: {w: 5}", "workflow 'w' is a list of steps or a mapping with `steps`, found 5"),
+        ("workflows: {w: {name: v, steps: [a]}}", "workflow 'w' has the name 'v'; expected one of them"),
+        ("workflows: [{steps: [a]}]", "each workflow of a list has a `name`, found {'steps': ['a']}"),
+        ("workflows: [[a, b]]", "each workflow of a list has a `name`, found ['a', 'b']"),
+        ("workflows: [{name: w, steps: [a]}, {name: w}]", "workflow 'w' occurs twice"),
         ("workflows: {w: {stps: []}}", "workflow 'w' has an unknown key 'stps'; did you mean 'steps'?"),
         ("workflows: {w: [{activty: a}]}", "a step of workflow 'w' is an activity's name or a mapping"),
         ("workflows: {w: [{activity: a, timeut: 1}]}", "unknown key 'timeut'; did you mean 'timeout'?"),
@@ -187,7 +200,7 @@ def test_what_is_merged_may_be_changed() -> None:
         ("workflows: {w: [[a]]}", "a step of workflow 'w' is an activity's name or a mapping"),
         ("namespace: a.b", "found 'a.b', expected up to 100 letters, digits and -_"),
         ("handlers: 5", "handlers: Input should be a valid tuple, found 5"),
-        ("workflows: [a]", "workflows: Input should be a valid dictionary"),
+        ("workflows: a", "workflows: Input should be a valid dictionary"),
     ],
 )
 def test_a_file_that_cannot_be_is_refused(text: str, said: str) -> None:

@@ -73,10 +73,13 @@ def test_activity_names_are_steps() -> None:
 
 
 def test_a_step_without_an_id_is_known_by_its_activity() -> None:
-    """Also once it is done."""
-    slip = RoutingSlip(itinerary=(Step("a"), Step("b"))).mark_complete("a")
+    """Also once it is done, and where another step has that id already."""
+    plan = RoutingSlip(itinerary=(Step("a"), Step("b"), Step("a")))
+    slip = plan.mark_complete("a")
+    assert slip == plan.mark_complete(Step("a"))
     assert slip.executed == (Executed("a", "a"),)
     assert slip.find("a") == Executed("a", "a")
+    assert [step.id for step in slip.itinerary] == ["b", "a_2"]
 
 
 def test_a_revision_replaces_what_is_left() -> None:

@@ -87,7 +87,8 @@ def run(
 
     Ctrl-C or SIGTERM lets running steps finish, then ends the worker.
     A second time ends it at once; what it was doing is free for other workers.
-    While its database or broker is away it waits for it, by default without end (setting start_timeout).
+    While its database or broker is away it waits for it, by default without end, or not at all with --until-idle
+    (setting start_timeout).
     """
     settings = session.read_settings(
         concurrency=concurrency,
@@ -96,6 +97,8 @@ def run(
         handlers=tuple(handlers or ()) or None,
         metrics_port=metrics_port,
     )
+    if until_idle and settings.start_timeout is None:  # somebody waits for it to end
+        settings = settings.model_copy(update={"start_timeout": 0.0})
     loaded = _loaded(settings)
     wanted = _wanted(topics)
     as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())

@@ -85,11 +85,13 @@ def application(
     if not sends:  # it needs no key either
         nowhere = {"transport_url": "memory://", "routes": {}, "signing": "off"}
         settings = settings.model_copy(update=nowhere)
-    if not makes and (missing := _missing_file(settings)) is not None:
+    if not makes and (missing := _missing_file(settings.store_url)) is not None:
         console.note(
             f"there is no {missing} here yet; `paigeant run` or `paigeant dispatch` makes it", markup=False
         )
-        nowhere = {"store_url": "memory://", "transport_url": "memory://", "log_sql": "off"}
+        nowhere = {"store_url": "memory://", "log_sql": "off"}
+        if _missing_file(settings.transport_url) is not None:  # a broker is asked all the same
+            nowhere["transport_url"] = "memory://"
         settings = settings.model_copy(update=nowhere)
     if handlers is not None:
         more = {**more, "activities": handlers.activities, "workflows": handlers.workflows}
@@ -105,12 +107,12 @@ def check_shared(name: str, url: str) -> None:
         )
 
 
-def _missing_file(settings: Settings) -> Path | None:
-    if not settings.store_url.startswith("sqlite:"):
+def _missing_file(url: str) -> Path | None:
+    if not url.startswith("sqlite:"):
         return None
     from paigeant.databases.sqlite import database_path
 
-    path = database_path(settings.store_url)
+    path = database_path(url)
     return path if path.parent.is_dir() and not path.exists() else None
 
 
