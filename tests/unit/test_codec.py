@@ -222,7 +222,7 @@ class Basket(BaseModel):
 
 
 def test_a_model_that_forbids_more_is_given_what_it_computes_itself() -> None:
-    """It stands in the record, for conditions. Wherever the model is, it reads that, and nothing else that it forbids."""
+    """It is in the record, for conditions. Wherever the model is, it reads that, and nothing else that it forbids."""
     adapter = TypeAdapter(Basket)
     made = Basket(
         lines=[Line(price=2), Line(price=3, pieces=2)], gift=Line(price=1), others={"a": Line(price=7)}
