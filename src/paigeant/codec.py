@@ -5,6 +5,7 @@ Floats that JSON can't write (nan, inf) become the texts that pydantic reads bac
 
 from __future__ import annotations
 
+import contextlib
 import json
 import marshal
 import math
@@ -13,8 +14,8 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-from pydantic import TypeAdapter
-from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails, PydanticSerializationError, from_json, to_json, to_jsonable_python
 
 from paigeant.errors import MessageInvalid
 
@@ -114,9 +115,49 @@ def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
 def read_as(adapter: TypeAdapter[Any], value: Any) -> Any:
     """A JSON value (see `plain`) as a declared type wants it. Raises pydantic's ValidationError, and JsonInvalid.
 
-    Fields are found by their aliases, as others write them, and by their names, as `dump` and `dump_as` do.
+    Fields are found by their aliases, as others write them, and by their names, as `dump` and `dump_as` do. What a
+    model computes itself may be there as well, even where it forbids fields that it doesn't know.
     """
-    return adapter.validator.validate_json(dump(value), by_alias=True, by_name=True)
+    text = dump(value)
+    try:
+        return adapter.validator.validate_json(text, by_alias=True, by_name=True)
+    except ValidationError as exc:
+        # Recorded, it is there for conditions, and whoever reads a model that forbids more would meet its own.
+        computed = [found["loc"] for found in exc.errors(include_url=False) if _is_computed(found, adapter)]
+        if not computed:
+            raise
+    found = from_json(text)
+    for place in computed:
+        _take_out(found, place)
+    return adapter.validator.validate_json(dump(found), by_alias=True, by_name=True)
+
+
+def _is_computed(error: ErrorDetails, adapter: TypeAdapter[Any]) -> bool:
+    """Whether it is of a field that is too much, and that a model of this type computes itself."""
+    return error["type"] == "extra_forbidden" and error["loc"][-1] in _computed(adapter.core_schema)
+
+
+def _computed(schema: object) -> set[str]:
+    """The names of the fields that models of this schema compute."""
+    found, left = set(), [schema]
+    while left:
+        match left.pop():
+            case {"type": "computed-field", "property_name": str(name)}:
+                found.add(name)
+            case dict() as part:
+                left += part.values()
+            case list() | tuple() as parts:
+                left += parts
+    return found
+
+
+def _take_out(value: Any, place: tuple[int | str, ...]) -> None:
+    """Take what is at a place out of a JSON value. Some parts of an error's place name types, and lead nowhere."""
+    for part in place[:-1]:
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            value = value[part]
+    if isinstance(value, dict):
+        value.pop(place[-1], None)
 
 
 def dump_sorted(value: Any) -> bytes:

@@ -726,18 +726,25 @@ async def test_channels_that_both_close_at_the_same_moment_give_their_numbers_fr
 
 
 async def test_a_reason_that_is_cut_within_a_letter_ends_no_connection(server: RabbitServer) -> None:
-    """RabbitMQ names the queue that isn't there and the virtual host, and keeps 252 bytes of that."""
+    """RabbitMQ names the queue that isn't there and the virtual host, and keeps 252 bytes of that.
+
+    4.0 fails at it, and ends the connection by itself: the next one is as good.
+    """
     vhost = "\u00fc" * 40
     await asyncio.to_thread(server.ctl, "add_vhost", vhost)
     await asyncio.to_thread(server.ctl, "set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
+    fails = not (await asyncio.to_thread(server.ctl, "version")).startswith("3.")
     async with opened(server.url + quote(vhost), "test") as transport:
         await transport.publish("work", message("m"))
         connection = transport._publisher._connection
-        depths = await transport.topics(["t" * 160, "t" * 161])
-        assert [depth.topic for depth in depths] == ["work"]
-        assert transport._publisher._connection is connection
         assert connection is not None
-        assert not connection.gone.done()
+        with (
+            pytest.raises(TransportUnavailable, match="INTERNAL_ERROR") if fails else contextlib.nullcontext()
+        ):
+            depths = await transport.topics(["t" * 160, "t" * 161])
+            assert [depth.topic for depth in depths] == ["work"]
+        assert connection.gone.done() == fails
+        assert [depth.topic for depth in await transport.topics(["t"])] == ["work"]
     await asyncio.to_thread(server.ctl, "delete_vhost", vhost)
 
 

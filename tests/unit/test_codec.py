@@ -17,7 +17,7 @@ from uuid import UUID
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, computed_field
 
 from paigeant import codec
 from paigeant.codec import LARGEST_BYTES, MAX_DEPTH, JsonInvalid, dump, dump_as, parse_strict, plain, read_as
@@ -201,6 +201,38 @@ def test_a_model_that_says_so_has_any_bytes() -> None:
     adapter, made = TypeAdapter(Binary), Binary(content=b"\x89PNG\xff")
     for written in (dump(made), dump_as(adapter, made), dump({"content": made.content})):
         assert read_as(adapter, json.loads(written)) == made
+
+
+class Line(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    price: int
+    pieces: int = 1
+
+    @computed_field  # type: ignore[prop-decorator]  # as pydantic documents it
+    @property
+    def total(self) -> int:
+        return self.price * self.pieces
+
+
+class Basket(BaseModel):
+    lines: list[Line]
+    gift: str | Line = ""
+    others: dict[str, Line] = {}
+
+
+def test_a_model_that_forbids_more_is_given_what_it_computes_itself() -> None:
+    """It is in the record, for conditions. Wherever the model is, it reads that, and nothing else that it forbids."""
+    adapter = TypeAdapter(Basket)
+    made = Basket(
+        lines=[Line(price=2), Line(price=3, pieces=2)], gift=Line(price=1), others={"a": Line(price=7)}
+    )
+    written = json.loads(dump_as(adapter, made))
+    assert [line["total"] for line in written["lines"]] == [2, 6]
+    assert read_as(adapter, written) == read_as(adapter, made) == made
+    written["lines"][1]["piece"] = 3
+    with pytest.raises(ValidationError, match=r"1 validation error[^$]*lines\.1\.piece"):
+        read_as(adapter, written)
 
 
 def test_the_deepest_value_is_allowed() -> None:

@@ -268,7 +268,8 @@ local lacking = {}
 local function try(command, ...)
   local answer = redis.pcall(command, ...)
   local trouble = type(answer) == 'table' and answer.err or ''
-  for _, refused in ipairs({'NOPERM', "can't run this command", 'Unknown Redis command'}) do
+  -- The second is what Redis up to 7.0 says, the third what later ones do.
+  for _, refused in ipairs({'NOPERM', "can't run this command", 'no permissions to run', 'Unknown Redis command'}) do
     if string.find(trouble, refused, 1, true) then
       table.insert(lacking, command)
       return

@@ -26,9 +26,10 @@ from paigeant.transports.redis.place import Place, one_line
 
 __all__ = ["FAILURES", "LOST", "TROUBLE", "explained", "no_memory", "refusal", "told"]
 
-LOST = (Disconnected, OSError, RuntimeError, AttributeError)
-"""What a lost connection raises. A write on one that is closed is a RuntimeError of uvloop's, and an AttributeError of
-asyncio's in Python 3.12 and 3.13.0 to 3.13.5 (github.com/python/cpython/issues/136234); redis-py passes both on."""
+LOST = (Disconnected, OSError, RuntimeError, AttributeError, TypeError)
+"""What a lost connection raises. A write on one that is closed is a RuntimeError of uvloop's, and an AttributeError or
+TypeError of asyncio's in Python 3.12 and 3.13.0 to 3.13.5 (github.com/python/cpython/issues/136234); redis-py passes
+them on."""
 
 TROUBLE = (RedisError, RedisClusterException, *LOST)
 """What redis-py raises."""
