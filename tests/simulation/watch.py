@@ -51,6 +51,8 @@ class Watch:
         """Steps that were taken from a worker, as they were before, with the operation that took them."""
         self.went_back: dict[StepKey, int] = {}
         """How often each step went from running to ready."""
+        self._spent: dict[StepKey, int] = {}
+        """The attempts of each step that failed or were lost."""
 
     def look(self, store: Any, operation: str) -> None:
         """Raise Violation unless all that `operation` changed is allowed."""
@@ -126,8 +128,11 @@ class Watch:
         operation: str,
     ) -> None:
         by_operator = operation == "retry_run"
+        if old is None or by_operator:
+            self._spent.pop(row.key, None)
         if row.status is not StepStatus.SKIPPED:
             need(row.attempt <= self._attempts(row.key), "I9 attempts of", row.key, row.attempt)
+            need(row.attempt >= self._spent.get(row.key, 0), "I9 attempts that ran are forgotten", row.key)
         if old is None:
             need(row.status in OPEN, "I2 a new row with a result", row)
             return
@@ -158,6 +163,8 @@ class Watch:
             self.went_back[row.key] = self.went_back.get(row.key, 0) + 1
             if operation != "record_step_result":
                 self.freed.append((old, operation))
+            if row.status is StepStatus.READY and operation not in ("release_steps", "sign_off"):
+                self._spent[row.key] = old.attempt
 
 
 def _cursor(run: RunRecord, rows: Rows) -> None:
