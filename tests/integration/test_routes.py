@@ -203,6 +203,24 @@ async def test_a_broker_out_of_reach_is_asked_seldom(hangs: bool) -> None:
     assert broken.closed == 1
 
 
+async def test_one_alone_waits_for_a_broker_that_may_be_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that publish to one that still hangs the others fail at once: a worker goes on with its own steps."""
+    monkeypatch.setattr("paigeant.transports.routed._FIRST_PAUSE", 1e-6)
+    broken = Broken()
+    broken.hangs = True
+    routed = RoutedTransport(MemoryTransport(), {"p.*": Route("that broker", broken, patience=0.05)})
+    with pytest.raises(TransportUnavailable):
+        await routed.publish("p.a", message("first"))
+    for asked in (2, 3):
+        publishing = (routed.publish("p.a", message(str(n))) for n in range(50))
+        failed = Counter(map(str, await asyncio.gather(*publishing, return_exceptions=True)))
+        assert failed == {
+            "that broker is out of reach: no answer within 0.05 s": 1,
+            "that broker is out of reach, and is just asked again": 49,
+        }
+        assert broken.asked == asked
+
+
 async def test_what_fails_together_is_one_failure() -> None:
     """A broker that was away for a moment, with many publishes to it under way, is asked again a second later."""
     with RedisServer() as server:
