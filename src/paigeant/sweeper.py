@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import random
+import time
 from collections.abc import Callable, Collection
 from itertools import islice
 
@@ -53,6 +54,8 @@ class Sweeper:
         """Topics that had a message for each step that waits when last looked at, and how many these were."""
         self._look_at = 0.0
         self._spares_until = 0.0
+        self._ahead = math.inf
+        """By how much the store's clock was ahead of this process's steady one when last looked at."""
 
     async def run(self) -> None:
         """Sweep for ever, about every `interval` seconds. A sweep that fails is logged; the next one tries again."""
@@ -144,11 +147,15 @@ class Sweeper:
         """Workers that keep their steps though their lease be over: this one, whose next beat renews it.
 
         Where its own is over, what made it late (its host was suspended, or a clock was set) may have made all of
-        them late: for as long as a lease then, they all have the time to beat.
+        them late: for as long as a lease then, they all have the time to beat. Its own beat may have come before this
+        sweep, and no other's: so the clocks tell as well.
         """
         now = await self.store.now()
-        if any(worker.id == self.worker.id and worker.lease_until <= now for worker in known):
+        ahead = now - time.monotonic()
+        is_late = any(worker.id == self.worker.id and worker.lease_until <= now for worker in known)
+        if is_late or ahead - self._ahead > self.lease / 2:
             self._spares_until = now + self.lease
+        self._ahead = ahead
         return {worker.id for worker in known} if now < self._spares_until else {self.worker.id}
 
     def _gone(self, known: Collection[WorkerRecord]) -> list[str]:

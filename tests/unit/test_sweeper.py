@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from types import SimpleNamespace
+
+import pytest
 
 from paigeant.activity import ActivityRegistry
 from paigeant.dispatcher import Dispatcher
@@ -147,8 +150,16 @@ async def _taken(broker: Broker) -> list[str]:
     return []
 
 
-async def test_whoever_was_late_itself_gives_all_others_time_to_beat(clock: ManualClock) -> None:
-    """A host that was suspended, or a clock that was set: all leases are over, and nobody has died."""
+@pytest.mark.parametrize("beats", [False, True], ids=["", "beaten"])
+async def test_whoever_was_late_itself_gives_all_others_time_to_beat(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch, beats: bool
+) -> None:
+    """A host that was suspended, or a clock that was set: all leases are over, and nobody has died.
+
+    So also where its own beat comes before its sweep.
+    """
+    steady = ManualClock()
+    monkeypatch.setattr("paigeant.sweeper.time", SimpleNamespace(monotonic=steady.now))
     store, broker = MemoryStore(clock=clock, grace=GRACE), MemoryTransport(clock=clock)
     await store.connect()
     await broker.connect()
@@ -164,11 +175,12 @@ async def test_whoever_was_late_itself_gives_all_others_time_to_beat(clock: Manu
     )
     for worker in (me, other):
         store.beat(worker, lease=30.0, running=())
+    assert (await sweeper.sweep()).lost == ()
     clock.advance(7200)
-    assert (await sweeper.sweep()).lost == ()
-    store.beat(me, lease=30.0, running=())
-    clock.advance(29)
-    assert (await sweeper.sweep()).lost == ()
-    store.beat(me, lease=30.0, running=())
-    clock.advance(1)
-    assert (await sweeper.sweep()).lost == ("other",)
+    if beats:
+        store.beat(me, lease=30.0, running=())
+    for seconds, lost in ((0, ()), (29, ()), (1, ("other",))):
+        clock.advance(seconds)
+        steady.advance(seconds)
+        assert (await sweeper.sweep()).lost == lost
+        store.beat(me, lease=30.0, running=())
