@@ -150,13 +150,13 @@ class Sweeper:
         them late: for as long as a lease then, they all have the time to beat. Its own beat may have come before this
         sweep, and no other's: so the clocks tell as well.
         """
-        now = await self.store.now()
-        ahead = now - time.monotonic()
+        now, steady = await self.store.now(), time.monotonic()
+        ahead = now - steady
         is_late = any(worker.id == self.worker.id and worker.lease_until <= now for worker in known)
         if is_late or ahead - self._ahead > self.lease / 2:
-            self._spares_until = now + self.lease
+            self._spares_until = steady + self.lease  # also where the clock is soon set right again
         self._ahead = ahead
-        return {worker.id for worker in known} if now < self._spares_until else {self.worker.id}
+        return {worker.id for worker in known} if steady < self._spares_until else {self.worker.id}
 
     def _gone(self, known: Collection[WorkerRecord]) -> list[str]:
         """Workers of this host whose process has ended: no need to wait for their lease."""
