@@ -136,14 +136,12 @@ class RoutedTransport:
         await self.own.connect()
 
     async def close(self) -> None:
-        try:
-            for route in {route for route in self.routes.values() if route is not None}:
-                with contextlib.suppress(
-                    PaigeantError
-                ):  # its trouble; all the others are to be closed as well
-                    await route.close()
-        finally:
-            await self.own.close()
+        # What one's own holds is for others at once, and no broker that hangs keeps another one waiting.
+        routes = {route for route in self.routes.values() if route is not None}
+        closing = [self.own.close(), *(_closed(route) for route in routes)]
+        for trouble in await asyncio.gather(*closing, return_exceptions=True):
+            if trouble is not None:
+                raise trouble
 
     async def publish(self, topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
         route = self.route(topic)
@@ -197,6 +195,11 @@ class RoutedTransport:
 
     def bury_with(self, bury: Bury) -> None:
         self.own.bury_with(bury)
+
+
+async def _closed(route: Route) -> None:
+    with contextlib.suppress(PaigeantError):  # its trouble, and nobody's here
+        await route.close()
 
 
 def _added(one: TopicDepth | None, other: TopicDepth) -> TopicDepth:
