@@ -56,6 +56,10 @@ class Watch:
 
     def look(self, store: Any, operation: str) -> None:
         """Raise Violation unless all that `operation` changed is allowed."""
+        for run_id in self._runs.keys() - store._runs.keys():
+            pruned = operation == "prune_runs" and self._runs[run_id].status in RUN_ENDED
+            need(pruned, "I1 a run is gone", run_id, "by", operation)
+            self._forget(run_id)
         for run_id, run in store._runs.items():
             rows: Rows = store._steps[run_id]
             before = self._rows.get(run_id)
@@ -79,6 +83,14 @@ class Watch:
             }
             missed = there.intersection(json.loads(row.waits_for))
             need(not missed, "I18 waits for what has come", row.key, missed, "after", operation)
+
+    def _forget(self, run_id: str) -> None:
+        """Another run may have its id later."""
+        del self._runs[run_id], self._rows[run_id]
+        for counts in (self._spent, self.went_back):
+            for key in [key for key in counts if key.workflow_id == run_id]:
+                del counts[key]
+        self.retried.discard(run_id)
 
     def _changed(self, store: Any, run: RunRecord, rows: Rows, before: Rows, operation: str) -> None:
         old_run = self._runs.get(run.id, run)
