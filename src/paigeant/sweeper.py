@@ -55,7 +55,7 @@ class Sweeper:
         self._look_at = 0.0
         self._spares_until = 0.0
         self._ahead = math.inf
-        """By how much the store's clock was ahead of this process's steady one when last looked at."""
+        """By how much the store's clock was, at most, ahead of this process's steady one when last looked at."""
 
     async def run(self) -> None:
         """Sweep for ever, about every `interval` seconds. A sweep that fails is logged; the next one tries again."""
@@ -150,12 +150,12 @@ class Sweeper:
         them late: for as long as a lease then, they all have the time to beat. Its own beat may have come before this
         sweep, and no other's: so the clocks tell as well.
         """
+        asked = time.monotonic()
         now, steady = await self.store.now(), time.monotonic()
-        ahead = now - steady
         is_late = any(worker.id == self.worker.id and worker.lease_until <= now for worker in known)
-        if is_late or ahead - self._ahead > self.lease / 2:
+        if is_late or now - steady - self._ahead > self.lease / 2:
             self._spares_until = steady + self.lease  # also where the clock is soon set right again
-        self._ahead = ahead
+        self._ahead = now - asked
         return {worker.id for worker in known} if steady < self._spares_until else {self.worker.id}
 
     def _gone(self, known: Collection[WorkerRecord]) -> list[str]:
