@@ -52,7 +52,7 @@ class Sweeper:
         self._empty: list[str] = []
         self._covered: dict[str, int] = {}
         """Topics that had a message for each step that waits when last looked at, and how many these were."""
-        self._look_at = 0.0
+        self._looked_at, self._pause = -math.inf, 0.0
         self._spares_until = 0.0
         self._ahead = math.inf
         """By how much the store's clock was, at most, ahead of this process's steady one when last looked at."""
@@ -106,9 +106,9 @@ class Sweeper:
         step waits, the later that is. Looked at once in a grace time.
         """
         now = await self.store.now()
-        if now < self._look_at:
+        if abs(now - self._looked_at) < self._pause:  # a clock that was set back mustn't keep it from looking
             return []
-        self._look_at = now + self.store.grace * (0.75 + 0.5 * self._chance())
+        self._looked_at, self._pause = now, self.store.grace * (0.75 + 0.5 * self._chance())
         self._covered = {}
         waiting = {
             topic.topic: topic.ready + topic.later

@@ -88,8 +88,13 @@ async def test_what_a_broker_missed_is_sent_once_it_is_back(clock: ManualClock) 
     assert broker.tried == 0
 
 
-async def test_what_a_wiped_broker_has_lost_is_sent_before_its_time(clock: ManualClock) -> None:
-    """A step that waits for long is sent again two graces after its topic was emptied, not after its own age again."""
+@pytest.mark.parametrize("back", [0.0, 86400.0])
+async def test_what_a_wiped_broker_has_lost_is_sent_before_its_time(back: float) -> None:
+    """A step that waits for long is sent again two graces after its topic was emptied, not after its own age again.
+
+    So also where the clock was set back before.
+    """
+    clock = Hand()
     store, broker = MemoryStore(clock=clock, grace=GRACE), Broker(clock=clock)
     forwarder = Forwarder(store, broker, ActivityRegistry())
     sweeper = Sweeper(
@@ -100,18 +105,20 @@ async def test_what_a_wiped_broker_has_lost_is_sent_before_its_time(clock: Manua
         interval=1.0,
         chance=lambda: 0.0,
     )
+    await sweeper.sweep()
+    clock.instant -= back
     await Dispatcher(store, forwarder, ActivityRegistry()).dispatch(Workflow("order", ["paid"]), {})
     for _ in range(8):  # sent after 10, 20, 40 and 80 s, and next after 160
-        clock.advance(GRACE)
+        clock.instant += GRACE
         await sweeper.sweep()
     broker.tried = 0
-    clock.advance(GRACE)
+    clock.instant += GRACE
     await sweeper.sweep()
     assert broker.tried == 0  # the message is there
     for message_id in await _taken(broker):
         await broker.ack(message_id)
     for _ in range(2):
-        clock.advance(GRACE)
+        clock.instant += GRACE
         await sweeper.sweep()
     assert await broker.depths() == {"paid": 1}
 
