@@ -148,6 +148,7 @@ def claim(head: Head | None, request: ClaimRequest, changes: Changes, *, now: fl
                 # foreseen, that is seen to with the row (`rows.patch_rows`).
                 "started_at": max(now, head.created_at),
                 **({"waits_for": None} if head.status is StepStatus.WAITING else {}),
+                **({"wake_at": NEVER} if exhausted else {}),  # for `release`: this claim has counted nothing
             },
         )
     )
@@ -326,7 +327,10 @@ def wake(key: StepKey, changes: Changes, *, now: float, grace: float = 0.0) -> N
 def release(
     head: Head | None, worker: str, epoch: int, changes: Changes, *, now: float, grace: float
 ) -> bool:
-    """Give a claimed step back unharmed: the attempt that a shutdown cut short doesn't count."""
+    """Give a claimed step back unharmed: the attempt that a shutdown cut short doesn't count.
+
+    One that was claimed only to be recorded as lost keeps its attempts: they did run.
+    """
     if head is None or (head.worker, head.epoch, head.status) != (worker, epoch, StepStatus.RUNNING):
         return False
     changes.steps.append(
@@ -335,7 +339,7 @@ def release(
             {
                 "status": StepStatus.READY,
                 "worker": None,
-                "attempt": max(head.attempt - 1, 0),
+                "attempt": head.attempt if head.wake_at == NEVER else max(head.attempt - 1, 0),
                 "not_before": now,
                 "wake_at": now + grace,
             },

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import random
+import time
 from collections.abc import Callable, Collection
 from itertools import islice
 
@@ -51,8 +52,10 @@ class Sweeper:
         self._empty: list[str] = []
         self._covered: dict[str, int] = {}
         """Topics that had a message for each step that waits when last looked at, and how many these were."""
-        self._look_at = 0.0
+        self._looked_at, self._pause = -math.inf, 0.0
         self._spares_until = 0.0
+        self._ahead = math.inf
+        """By how much the store's clock was, at most, ahead of this process's steady one when last looked at."""
 
     async def run(self) -> None:
         """Sweep for ever, about every `interval` seconds. A sweep that fails is logged; the next one tries again."""
@@ -103,9 +106,9 @@ class Sweeper:
         step waits, the later that is. Looked at once in a grace time.
         """
         now = await self.store.now()
-        if now < self._look_at:
+        if abs(now - self._looked_at) < self._pause:  # a clock that was set back mustn't keep it from looking
             return []
-        self._look_at = now + self.store.grace * (0.75 + 0.5 * self._chance())
+        self._looked_at, self._pause = now, self.store.grace * (0.75 + 0.5 * self._chance())
         self._covered = {}
         waiting = {
             topic.topic: topic.ready + topic.later
@@ -144,12 +147,16 @@ class Sweeper:
         """Workers that keep their steps though their lease be over: this one, whose next beat renews it.
 
         Where its own is over, what made it late (its host was suspended, or a clock was set) may have made all of
-        them late: for as long as a lease then, they all have the time to beat.
+        them late: for as long as a lease then, they all have the time to beat. Its own beat may have come before this
+        sweep, and no other's: so the clocks tell as well.
         """
-        now = await self.store.now()
-        if any(worker.id == self.worker.id and worker.lease_until <= now for worker in known):
-            self._spares_until = now + self.lease
-        return {worker.id for worker in known} if now < self._spares_until else {self.worker.id}
+        asked = time.monotonic()
+        now, steady = await self.store.now(), time.monotonic()
+        is_late = any(worker.id == self.worker.id and worker.lease_until <= now for worker in known)
+        if is_late or now - steady - self._ahead > self.lease / 2:
+            self._spares_until = steady + self.lease  # also where the clock is soon set right again
+        self._ahead = now - asked
+        return {worker.id for worker in known} if steady < self._spares_until else {self.worker.id}
 
     def _gone(self, known: Collection[WorkerRecord]) -> list[str]:
         """Workers of this host whose process has ended: no need to wait for their lease."""

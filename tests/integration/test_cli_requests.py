@@ -272,6 +272,36 @@ def test_a_run_that_sleeps_shows_until_when() -> None:
     assert datetime.fromisoformat(step["wakes_at"]) > datetime.now().astimezone()
 
 
+def test_a_step_that_nobody_takes_shows_which_worker_it_waits_for() -> None:
+    """Also an undo whose code is gone: its run stays `compensating` until a worker has that again."""
+    code = """
+from paigeant import ActivityRegistry, Workflow
+activity = ActivityRegistry()
+
+@activity.execute(topic="cards")
+async def charge() -> None: ...
+
+@activity.compensate("charge")
+async def refund() -> None: ...
+
+@activity.execute()
+async def ship() -> None: ...
+
+w = Workflow("w", ["charge", "ship"])
+"""
+    Path("code.py").write_text(code)
+    paigeant("dispatch", "w", "-", "--handlers", "code.py", "--id", "o-1", input="{}")
+    said = paigeant("runs", "show", "o-1").stdout
+    assert re.search(r"waits for +a worker in topic 'cards' that has activity 'charge', for \d+ s", said)
+    paigeant("run", "code.py", "--topics", "cards", "--until-idle")
+    paigeant("runs", "cancel", "o-1")
+    said = " ".join(paigeant("runs", "show", "o-1").stdout.split())
+    assert "compensating" in said
+    assert "waits for a worker in topic 'cards' that has the compensation of 'charge', for " in said
+    paigeant("run", "code.py", "--until-idle")
+    assert "waits for" not in paigeant("runs", "show", "o-1").stdout
+
+
 def test_a_worker_does_not_warn_of_steps_that_wait() -> None:
     """It can do them all."""
     assert "warning" not in paigeant("run", "handlers.py", "--until-idle", "--strict").stderr

@@ -203,6 +203,53 @@ async def test_a_broker_out_of_reach_is_asked_seldom(hangs: bool) -> None:
     assert broken.closed == 1
 
 
+async def test_one_alone_waits_for_a_broker_that_may_be_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that publish to one that still hangs the others fail at once: a worker goes on with its own steps."""
+    monkeypatch.setattr("paigeant.transports.routed._FIRST_PAUSE", 1e-6)
+    broken = Broken()
+    broken.hangs = True
+    routed = RoutedTransport(MemoryTransport(), {"p.*": Route("that broker", broken, patience=0.05)})
+    with pytest.raises(TransportUnavailable):
+        await routed.publish("p.a", message("first"))
+    for asked in (2, 3):
+        publishing = (routed.publish("p.a", message(str(n))) for n in range(50))
+        failed = Counter(map(str, await asyncio.gather(*publishing, return_exceptions=True)))
+        assert failed == {
+            "that broker is out of reach: no answer within 0.05 s": 1,
+            "that broker is out of reach, and is just asked again": 49,
+        }
+        assert broken.asked == asked
+
+
+class Reluctant(MemoryTransport):
+    """Is long in closing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closing, self.may_end = asyncio.Event(), asyncio.Event()
+
+    async def close(self) -> None:
+        self.closing.set()
+        await self.may_end.wait()
+        await super().close()
+
+
+async def test_a_broker_that_is_long_in_closing_keeps_none_waiting() -> None:
+    """What one's own transport holds is given back at once, and the other brokers are closed meanwhile."""
+    brokers = [Reluctant() for _ in range(3)]
+    own, *others = brokers
+    routed = RoutedTransport(own, {f"{n}.*": Route(str(n), other) for n, other in enumerate(others)})
+    for topic in ("0.a", "1.a"):
+        await routed.publish(topic, message(topic))
+    closing = asyncio.create_task(routed.close())
+    async with asyncio.timeout(10):
+        for broker in brokers:
+            await broker.closing.wait()
+    for broker in brokers:
+        broker.may_end.set()
+    await closing
+
+
 async def test_what_fails_together_is_one_failure() -> None:
     """A broker that was away for a moment, with many publishes to it under way, is asked again a second later."""
     with RedisServer() as server:

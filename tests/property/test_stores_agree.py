@@ -332,6 +332,14 @@ class StoresAgree(RuleBasedStateMachine):
         if self.letters:
             self.deliver(number, worker)
 
+    @rule(limit=st.integers(1, 3))
+    def prune(self, limit: int) -> None:
+        """Runs that have ended are deleted. Workers and messages still know of them, also when an id is used again."""
+        self.both("prune_runs", lambda store: store.prune_runs(before=self.clock.now() + 1000.0, limit=limit))
+        there = {run.id for run in self.done(self.stores[0].list_runs())}
+        self.known = [run for run in self.known if run in there]
+        self.settled = {claim for claim in self.settled if claim[0].workflow_id in self.known}
+
     def _resent(self, run: str) -> None:
         self.letters.extend(self.both("open_steps", lambda store: store.open_steps(run)))
 

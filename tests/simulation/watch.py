@@ -51,9 +51,15 @@ class Watch:
         """Steps that were taken from a worker, as they were before, with the operation that took them."""
         self.went_back: dict[StepKey, int] = {}
         """How often each step went from running to ready."""
+        self._spent: dict[StepKey, int] = {}
+        """The attempts of each step that failed or were lost."""
 
     def look(self, store: Any, operation: str) -> None:
         """Raise Violation unless all that `operation` changed is allowed."""
+        for run_id in self._runs.keys() - store._runs.keys():
+            pruned = operation == "prune_runs" and self._runs[run_id].status in RUN_ENDED
+            need(pruned, "I1 a run is gone", run_id, "by", operation)
+            self._forget(run_id)
         for run_id, run in store._runs.items():
             rows: Rows = store._steps[run_id]
             before = self._rows.get(run_id)
@@ -77,6 +83,14 @@ class Watch:
             }
             missed = there.intersection(json.loads(row.waits_for))
             need(not missed, "I18 waits for what has come", row.key, missed, "after", operation)
+
+    def _forget(self, run_id: str) -> None:
+        """Another run may have its id later."""
+        del self._runs[run_id], self._rows[run_id]
+        for counts in (self._spent, self.went_back):
+            for key in [key for key in counts if key.workflow_id == run_id]:
+                del counts[key]
+        self.retried.discard(run_id)
 
     def _changed(self, store: Any, run: RunRecord, rows: Rows, before: Rows, operation: str) -> None:
         old_run = self._runs.get(run.id, run)
@@ -126,8 +140,11 @@ class Watch:
         operation: str,
     ) -> None:
         by_operator = operation == "retry_run"
+        if old is None or by_operator:
+            self._spent.pop(row.key, None)
         if row.status is not StepStatus.SKIPPED:
             need(row.attempt <= self._attempts(row.key), "I9 attempts of", row.key, row.attempt)
+            need(row.attempt >= self._spent.get(row.key, 0), "I9 attempts that ran are forgotten", row.key)
         if old is None:
             need(row.status in OPEN, "I2 a new row with a result", row)
             return
@@ -158,6 +175,8 @@ class Watch:
             self.went_back[row.key] = self.went_back.get(row.key, 0) + 1
             if operation != "record_step_result":
                 self.freed.append((old, operation))
+            if row.status is StepStatus.READY and operation not in ("release_steps", "sign_off"):
+                self._spent[row.key] = old.attempt
 
 
 def _cursor(run: RunRecord, rows: Rows) -> None:

@@ -840,6 +840,7 @@ def virtual(world: World) -> Iterator[None]:
             mock.patch("paigeant.executor.time", clock),
             mock.patch("paigeant.heartbeat.time", clock),
             mock.patch("paigeant.patience.time", clock),
+            mock.patch("paigeant.sweeper.time", clock),
             mock.patch("paigeant.worker.random", chance),
             mock.patch("paigeant.worker.secrets", names),
             mock.patch("paigeant.worker.time", clock),

@@ -240,6 +240,31 @@ def test_a_run_that_failed_before_its_first_step_can_t_be_retried() -> None:
         interventions.resume(failed, Changes(), now=0.0, inline_bytes=INLINE)
 
 
+@given(st.integers(1, 3), st.lists(st.sampled_from(["fail", "lose", "release", "sign off"]), max_size=12))
+def test_an_attempt_that_ran_counts_whatever_follows(attempts: int, ends: list[str]) -> None:
+    """Failed and lost ones count and no other, also where what would record that all are used up is given back."""
+    store = CheckedStore(clock=ManualClock())
+    run = RunRecord("r", "w", RunStatus.PENDING, b"{}", "h", b"{}", "c", "t")
+    key = StepKey("r", "s")
+    now(store.record_workflow_start(run, NextStep(key, "s", "t")))
+    spent = 0
+    for end in ends:
+        grant = now(store.claim_step(ClaimRequest(key, "me", attempts)))
+        exhausted = spent == attempts
+        assert (grant.attempt, grant.exhausted) == (spent + (not exhausted), exhausted)
+        if end == "release":
+            now(store.release_steps("me", [(key, grant.epoch)]))
+        elif end == "sign off":
+            now(store.sign_off("me"))
+        else:
+            spent = grant.attempt
+            if end == "lose":
+                now(store.sweep())
+            else:
+                result = StepResult(key, "me", grant.epoch, grant.attempt, StepStatus.READY)
+                now(store.record_step_result(result))
+
+
 @given(
     due_at=st.floats(0, 1e6),
     graces=st.lists(st.floats(1.0, 40.0), min_size=1, max_size=8),

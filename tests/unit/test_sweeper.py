@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from types import SimpleNamespace
+
+import pytest
 
 from paigeant.activity import ActivityRegistry
 from paigeant.dispatcher import Dispatcher
@@ -19,6 +22,15 @@ from paigeant.transports.memory import MemoryTransport
 from paigeant.workflow import Workflow
 
 GRACE = 10.0
+
+
+class Hand:
+    """A clock that is set by hand, also back."""
+
+    instant = 1_800_000_000.0
+
+    def now(self) -> float:
+        return self.instant
 
 
 class Broker(MemoryTransport):
@@ -76,8 +88,13 @@ async def test_what_a_broker_missed_is_sent_once_it_is_back(clock: ManualClock) 
     assert broker.tried == 0
 
 
-async def test_what_a_wiped_broker_has_lost_is_sent_before_its_time(clock: ManualClock) -> None:
-    """A step that waits for long is sent again two graces after its topic was emptied, not after its own age again."""
+@pytest.mark.parametrize("back", [0.0, 86400.0])
+async def test_what_a_wiped_broker_has_lost_is_sent_before_its_time(back: float) -> None:
+    """A step that waits for long is sent again two graces after its topic was emptied, not after its own age again.
+
+    So also where the clock was set back before.
+    """
+    clock = Hand()
     store, broker = MemoryStore(clock=clock, grace=GRACE), Broker(clock=clock)
     forwarder = Forwarder(store, broker, ActivityRegistry())
     sweeper = Sweeper(
@@ -88,18 +105,20 @@ async def test_what_a_wiped_broker_has_lost_is_sent_before_its_time(clock: Manua
         interval=1.0,
         chance=lambda: 0.0,
     )
+    await sweeper.sweep()
+    clock.instant -= back
     await Dispatcher(store, forwarder, ActivityRegistry()).dispatch(Workflow("order", ["paid"]), {})
     for _ in range(8):  # sent after 10, 20, 40 and 80 s, and next after 160
-        clock.advance(GRACE)
+        clock.instant += GRACE
         await sweeper.sweep()
     broker.tried = 0
-    clock.advance(GRACE)
+    clock.instant += GRACE
     await sweeper.sweep()
     assert broker.tried == 0  # the message is there
     for message_id in await _taken(broker):
         await broker.ack(message_id)
     for _ in range(2):
-        clock.advance(GRACE)
+        clock.instant += GRACE
         await sweeper.sweep()
     assert await broker.depths() == {"paid": 1}
 
@@ -147,9 +166,18 @@ async def _taken(broker: Broker) -> list[str]:
     return []
 
 
-async def test_whoever_was_late_itself_gives_all_others_time_to_beat(clock: ManualClock) -> None:
-    """A host that was suspended, or a clock that was set: all leases are over, and nobody has died."""
-    store, broker = MemoryStore(clock=clock, grace=GRACE), MemoryTransport(clock=clock)
+@pytest.mark.parametrize("back", [False, True], ids=["", "set back"])
+@pytest.mark.parametrize("beats", [False, True], ids=["", "beaten"])
+async def test_whoever_was_late_itself_gives_all_others_time_to_beat(
+    monkeypatch: pytest.MonkeyPatch, beats: bool, back: bool
+) -> None:
+    """A host that was suspended, or a clock that was set: all leases are over, and nobody has died.
+
+    So also where its own beat comes before its sweep; and for no longer where the clock is set right again.
+    """
+    clock, steady = Hand(), Hand()
+    monkeypatch.setattr("paigeant.sweeper.time", SimpleNamespace(monotonic=steady.now))
+    store, broker = MemoryStore(clock=clock, grace=GRACE), MemoryTransport()
     await store.connect()
     await broker.connect()
     registry = ActivityRegistry()
@@ -164,11 +192,15 @@ async def test_whoever_was_late_itself_gives_all_others_time_to_beat(clock: Manu
     )
     for worker in (me, other):
         store.beat(worker, lease=30.0, running=())
-    clock.advance(7200)
     assert (await sweeper.sweep()).lost == ()
-    store.beat(me, lease=30.0, running=())
-    clock.advance(29)
-    assert (await sweeper.sweep()).lost == ()
-    store.beat(me, lease=30.0, running=())
-    clock.advance(1)
-    assert (await sweeper.sweep()).lost == ("other",)
+    clock.instant += 7200
+    if beats:
+        store.beat(me, lease=30.0, running=())
+    for seconds, lost in ((0, ()), (29, ()), (1, ("other",))):
+        clock.instant += seconds
+        steady.instant += seconds
+        assert (await sweeper.sweep()).lost == lost
+        store.beat(me, lease=30.0, running=())
+        if back and seconds == 29:
+            clock.instant -= 7200
+            store.beat(other, lease=1.0, running=())

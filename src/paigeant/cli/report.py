@@ -120,7 +120,7 @@ def as_tables(
     if run.error:
         found["error"] = console.plain(run.error, "red")
     for row in detail.steps:
-        if (waits := waiting.waiting(row, requests)) and not detail.run.completed_at:
+        if (waits := waiting.waiting(row, requests, now=now)) and not detail.run.completed_at:
             found["waits for"] = console.plain(waits)
     parts: list[RenderableType] = [console.facts(found), Text()]
     rows = [*(_row(row, now) for row in detail.steps), *_to_come(detail)]

@@ -10,7 +10,7 @@ from pydantic_core import from_json
 from paigeant import ledger
 from paigeant.cli import console
 from paigeant.identity import GRANT_SIGNAL
-from paigeant.slip import StepStatus
+from paigeant.slip import Phase, StepStatus
 from paigeant.store import REQUEST_SIGNAL, Request, Signal, StepRecord
 
 if TYPE_CHECKING:
@@ -150,8 +150,18 @@ def wakes_at(row: StepRecord) -> float | None:
     return row.wake_at if row.status is StepStatus.WAITING and row.wake_at < ledger.NEVER else None
 
 
-def waiting(row: StepRecord, requests: Iterable[Request]) -> str:
-    """What a step waits for, in words; empty for one that doesn't wait."""
+def waiting(row: StepRecord, requests: Iterable[Request], *, now: float) -> str:
+    """What a step waits for, in words; empty for one that doesn't wait.
+
+    One that is ready waits for its time, and then for a worker: which one can do it, an operator who looks for it is
+    told, since of a worker without the code nothing but its log tells.
+    """
+    if row.status is StepStatus.READY:
+        if row.due_at > now:
+            return f"until {console.local(row.due_at)}"
+        code = "the compensation of" if row.phase is Phase.UNDO else "activity"
+        since = _roughly(now - row.due_at)
+        return f"a worker in topic '{row.topic}' that has {code} '{row.activity}', for {since} so far"
     if row.status is not StepStatus.WAITING:
         return ""
     asked = {request.signal: request.name for request in requests}

@@ -2,7 +2,8 @@
 
 A slip may so travel over several brokers. Each worker receives from its own transport alone, and the other broker is
 opened when something is first published there. While it is out of reach, publishing fails at once: the step stays
-ready, the sweeper tries again, and nothing else waits for it. Where it refuses one topic alone, its others go on.
+ready, the sweeper tries again, and nothing else waits for it. Whether it is back one publish finds out, for all others.
+Where it refuses one topic alone, its others go on.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Route:
         self.transport = transport
         self._patience = patience
         self._opening = asyncio.Lock()
-        self._is_open = self._was_tried = False
+        self._is_open = self._was_tried = self._is_tried_again = False
         self._pause = 0.0
         self._failed_at = self._closed_until = 0.0
 
@@ -57,6 +58,18 @@ class Route:
         left = self._closed_until - began_at
         if left > 0:
             raise TransportUnavailable(f"{self.name} is out of reach, and asked again in {left:.0f} s")
+        if not self._pause:
+            return await self._try(work, began_at)
+        # One that still hangs must have one waiting for it, not each worker's every place.
+        if self._is_tried_again:
+            raise TransportUnavailable(f"{self.name} is out of reach, and is just asked again")
+        self._is_tried_again = True
+        try:
+            return await self._try(work, began_at)
+        finally:
+            self._is_tried_again = False
+
+    async def _try(self, work: Callable[[Transport], Awaitable[Any]], began_at: float) -> Any:
         try:
             # One that neither answers nor refuses must not hold up what goes elsewhere.
             async with asyncio.timeout(self._patience):
@@ -123,14 +136,12 @@ class RoutedTransport:
         await self.own.connect()
 
     async def close(self) -> None:
-        try:
-            for route in {route for route in self.routes.values() if route is not None}:
-                with contextlib.suppress(
-                    PaigeantError
-                ):  # its trouble; all the others are to be closed as well
-                    await route.close()
-        finally:
-            await self.own.close()
+        # What one's own holds is for others at once, and no broker that hangs keeps another one waiting.
+        routes = {route for route in self.routes.values() if route is not None}
+        closing = [self.own.close(), *(_closed(route) for route in routes)]
+        for trouble in await asyncio.gather(*closing, return_exceptions=True):
+            if trouble is not None:
+                raise trouble
 
     async def publish(self, topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
         route = self.route(topic)
@@ -184,6 +195,11 @@ class RoutedTransport:
 
     def bury_with(self, bury: Bury) -> None:
         self.own.bury_with(bury)
+
+
+async def _closed(route: Route) -> None:
+    with contextlib.suppress(PaigeantError):  # its trouble, and nobody's here
+        await route.close()
 
 
 def _added(one: TopicDepth | None, other: TopicDepth) -> TopicDepth:
