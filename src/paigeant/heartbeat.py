@@ -114,19 +114,21 @@ class Heartbeat:
     def _beat_once(self, running: Steps) -> None:
         # What is the worker's in the store but not on its list has been forgotten, unless the answer to its claim is
         # still on the way: so not by two beats in quick succession, nor before the loop has answered a question
-        # asked since.
+        # asked since. Nor was what it has done and recorded meanwhile, so it is asked for once more.
         now = time.monotonic()
-        forgotten = {
+        missing = {
             step
             for step, seen in self._unlisted.items()
             if now - seen >= self.interval / 2 and self._heard > seen and step not in running
         }
-        lost, unlisted = self.store.beat(self.worker, lease=self.lease, running=running, forgotten=forgotten)
+        lost, unlisted = self.store.beat(self.worker, lease=self.lease, running=running)
         self._until = now + self.lease
+        forgotten = (missing & unlisted).difference(self._running())
+        if forgotten:
+            self.store.beat(self.worker, lease=self.lease, running=running, forgotten=forgotten)
+            log.warning("gave back %d steps that this worker had claimed and forgotten", len(forgotten))
         now = time.monotonic()
         self._unlisted = {step: self._unlisted.get(step, now) for step in unlisted - forgotten}
-        if forgotten:
-            log.warning("gave back %d steps that this worker had claimed and forgotten", len(forgotten))
         if lost:
             self._call(self._lose, lost)
 
