@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import random
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -270,8 +271,15 @@ class SqliteDatabase(Database):
         if self._commits % 16 or self._file is None:
             return
         with contextlib.suppress(OSError, sqlite3.Error):
-            if os.path.getsize(f"{self._file[0]}-wal") > _CHECKPOINT_BYTES:
+            log = f"{self._file[0]}-wal"
+            if os.path.getsize(log) > min(_CHECKPOINT_BYTES, _room(log)):
                 elsewhere(partial(_checkpoint, driver_of(connection)))
+
+
+def _room(log: str) -> int:
+    """How large the log may become on its disk: on a full one it couldn't be put into the file, which has to grow."""
+    disk = shutil.disk_usage(log)
+    return disk.free if disk.total else _CHECKPOINT_BYTES  # some say nothing of their size
 
 
 class _Synced:
