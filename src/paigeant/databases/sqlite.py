@@ -375,6 +375,12 @@ def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> 
         raise ConfigurationError(
             f"the folder {folder.resolve()} of {path.name} is read-only; SQLite has to write files beside the database"
         )
+    for helper in (f"{path.resolve()}-wal", f"{path.resolve()}-shm"):
+        if os.path.exists(helper) and not os.access(helper, os.R_OK | os.W_OK):
+            raise ConfigurationError(
+                f"{helper}, which belongs to {path.name}, is of another user and can't be read and written to; "
+                "have all processes that use the database run as one user"
+            )
     engine = create_engine(
         URL.create("sqlite", database=str(path)),
         poolclass=NullPool,
