@@ -45,7 +45,7 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._wake = threading.Event()
-        self._answered = 0.0
+        self._asked: float | None = None
         self._heard = 0.0
         self._until = 0.0
         self._unlisted: dict[tuple[StepKey, int], float] = {}
@@ -53,7 +53,6 @@ class Heartbeat:
     async def start(self) -> None:
         """Sign on: once this returns, the worker has a lease."""
         self._loop = asyncio.get_running_loop()
-        self._answered = time.monotonic()
         await asyncio.to_thread(self._beat_once, frozenset())
         self._thread = threading.Thread(target=self._run, name="paigeant-heartbeat", daemon=True)
         self._thread.start()
@@ -79,7 +78,8 @@ class Heartbeat:
     def troubles(self) -> list[str]:
         """Why the process had better be ended: its event loop hangs, or nothing beats any more. Any thread may ask."""
         found = []
-        silent = time.monotonic() - self._answered
+        self._ask_loop()  # the thread may be waiting for a store that is away, and ask nobody meanwhile
+        silent = self._silence()
         if self._thread is None or not self._thread.is_alive():
             has_begun = self._thread is not None or self._stop.is_set()
             found.append("the heartbeat has ended" if has_begun else "the heartbeat hasn't begun yet")
@@ -100,7 +100,7 @@ class Heartbeat:
             try:
                 if not self._ask_loop():
                     return  # nobody is left to do what is kept by it
-                silent = time.monotonic() - self._answered
+                silent = self._silence()
                 if silent > self.lease:
                     log.error("the event loop has been blocked for %.0f s: the lease is not renewed", silent)
                     continue
@@ -114,25 +114,35 @@ class Heartbeat:
     def _beat_once(self, running: Steps) -> None:
         # What is the worker's in the store but not on its list has been forgotten, unless the answer to its claim is
         # still on the way: so not by two beats in quick succession, nor before the loop has answered a question
-        # asked since.
+        # asked since. Nor was what it has done and recorded meanwhile, so it is asked for once more.
         now = time.monotonic()
-        forgotten = {
+        missing = {
             step
             for step, seen in self._unlisted.items()
             if now - seen >= self.interval / 2 and self._heard > seen and step not in running
         }
-        lost, unlisted = self.store.beat(self.worker, lease=self.lease, running=running, forgotten=forgotten)
+        lost, unlisted = self.store.beat(self.worker, lease=self.lease, running=running)
         self._until = now + self.lease
+        forgotten = (missing & unlisted).difference(self._running())
+        if forgotten:
+            self.store.beat(self.worker, lease=self.lease, running=running, forgotten=forgotten)
+            log.warning("gave back %d steps that this worker had claimed and forgotten", len(forgotten))
         now = time.monotonic()
         self._unlisted = {step: self._unlisted.get(step, now) for step in unlisted - forgotten}
-        if forgotten:
-            log.warning("gave back %d steps that this worker had claimed and forgotten", len(forgotten))
         if lost:
             self._call(self._lose, lost)
 
     def _ask_loop(self) -> bool:
         """Have the loop answer; False where it is closed, as by a Ctrl-C that nothing has stopped."""
-        return self._call(self._answer, time.monotonic())
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+        return self._call(self._answer, now)
+
+    def _silence(self) -> float:
+        """For how many seconds the loop has owed an answer. Nobody has asked it while a beat took its time."""
+        asked = self._asked
+        return 0.0 if asked is None else time.monotonic() - asked
 
     def _call(self, call: Callable[[Any], object], given: Any) -> bool:
         try:
@@ -143,5 +153,5 @@ class Heartbeat:
         return True
 
     def _answer(self, asked: float) -> None:
-        self._answered = time.monotonic()
+        self._asked = None
         self._heard = asked

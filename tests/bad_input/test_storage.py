@@ -281,6 +281,22 @@ def test_what_may_not_be_written_is_told(
     works_on()
 
 
+@pytest.mark.parametrize("helper", ["paigeant.db-wal", "paigeant.db-shm"])
+@pytest.mark.parametrize("command", ["dispatch", "run"])
+def test_a_log_of_another_user_is_told(command: str, helper: str, folder: Path) -> None:
+    """Who may write to the file may not be let at what another user's process has beside it, also after a crash."""
+    folder.chmod(0o777)
+    DATABASE.chmod(0o666)
+    with closing(sqlite3.connect(DATABASE)) as other:
+        other.execute("SELECT * FROM workflow_runs").fetchall()
+        for name in ("paigeant.db-wal", "paigeant.db-shm"):
+            Path(name).chmod(0o444 if name == helper else 0o666)
+        with as_nobody():
+            result = call(*COMMANDS[command])
+        check(result, (f"{helper}, which belongs to paigeant.db, is of another user", "run as one user"), 2)
+    works_on()
+
+
 READ_ONLY = """
 set -e
 mount --make-rprivate /

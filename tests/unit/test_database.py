@@ -389,10 +389,17 @@ async def test_a_commit_is_heard_by_its_own_process(database: SqliteDatabase) ->
     assert heard == [frozenset({"topic a"})]
 
 
-async def test_the_log_stays_bounded(database: SqliteDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However much is written, the write-ahead log is put into the file now and then."""
+@pytest.mark.parametrize("small", ["bound", "disk"])
+async def test_the_log_stays_bounded(
+    database: SqliteDatabase, monkeypatch: pytest.MonkeyPatch, small: str
+) -> None:
+    """However much is written, the write-ahead log is put into the file now and then, before it fills the disk."""
     limit = 256 * 1024
-    monkeypatch.setattr(module, "_CHECKPOINT_BYTES", limit)
+    if small == "bound":
+        monkeypatch.setattr(module, "_CHECKPOINT_BYTES", limit)
+    else:
+        disk = shutil.disk_usage(database.path)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: disk._replace(free=limit))
     log = f"{database.path}-wal"
     largest = 0
     for n in range(100):

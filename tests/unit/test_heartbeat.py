@@ -3,28 +3,108 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+from typing import Any
 
 import pytest
 
+from paigeant.activity import ActivityRegistry
+from paigeant.dispatcher import Dispatcher
+from paigeant.forwarder import Forwarder
 from paigeant.heartbeat import Heartbeat
-from paigeant.store import WorkerRecord
+from paigeant.store import ClaimRequest, Grant, StepKey, Store, WorkerRecord
 from paigeant.stores.memory import MemoryStore
+from paigeant.transports.memory import MemoryTransport
+from paigeant.workflow import Workflow
+
+
+def heartbeat_of(store: Store, *, lease: float = 30.0) -> Heartbeat:
+    """That of a worker which has nothing on its list."""
+    worker = WorkerRecord("w", "host", "1@1")
+    return Heartbeat(store, worker, lease=lease, interval=0.01, running=list, lose=lambda _: None)
 
 
 def test_it_ends_with_its_event_loop(caplog: pytest.LogCaptureFixture) -> None:
     """Of a worker that nobody has stopped nothing goes on, and nothing is said of it."""
-    heartbeat = Heartbeat(
-        MemoryStore(),
-        WorkerRecord("w", "host", "1@1"),
-        lease=30.0,
-        interval=0.01,
-        running=list,
-        lose=lambda _: None,
-    )
+    heartbeat = heartbeat_of(MemoryStore())
     asyncio.run(heartbeat.start())
     until = time.monotonic() + 30.0
     while heartbeat.troubles() != ["the heartbeat has ended"]:
         assert time.monotonic() < until
         time.sleep(0.005)
     assert caplog.text == ""
+
+
+class SlowStore(MemoryStore):
+    """From the one of this number on, beats take until they are let go: its database is away."""
+
+    def __init__(self, number: int = 2) -> None:
+        super().__init__()
+        self.number = number
+        self.asked, self.answers = threading.Event(), threading.Event()
+        self.beats = 0
+
+    def beat(self, *args: Any, **options: Any) -> tuple[set[Any], set[Any]]:
+        """Wait, and beat."""
+        self.beats += 1
+        if self.beats >= self.number:
+            self.asked.set()
+            assert self.answers.wait(30.0)
+        return super().beat(*args, **options)
+
+
+async def test_a_beat_that_takes_long_is_not_laid_to_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    """While a store is away for longer than a lease, a worker is alive, and beats as soon as it is back."""
+    store = SlowStore()
+    heartbeat = heartbeat_of(store, lease=0.2)
+    await heartbeat.start()
+    assert await asyncio.to_thread(store.asked.wait, 30.0)
+    until = time.monotonic() + 0.3
+    while time.monotonic() < until:
+        assert heartbeat.troubles() == []
+        await asyncio.sleep(0.01)
+    store.answers.set()
+    async with asyncio.timeout(30.0):
+        while store.beats < 4:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    await heartbeat.stop()
+    assert "event loop" not in caplog.text
+
+
+async def test_a_loop_that_hangs_while_the_store_is_away_is_told() -> None:
+    """Whoever asks for troubles has the loop asked."""
+    store = SlowStore()
+    heartbeat = heartbeat_of(store, lease=0.2)
+    await heartbeat.start()
+    assert await asyncio.to_thread(store.asked.wait, 30.0)
+    heartbeat.troubles()
+    time.sleep(0.3)  # noqa: ASYNC251
+    [trouble] = heartbeat.troubles()
+    assert trouble.startswith("the event loop hasn't answered for ")
+    store.answers.set()
+    await heartbeat.stop()
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+async def test_only_what_is_held_still_was_forgotten(forgets: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a step that was claimed in the moment of a beat, and isn't its worker's at the next, nothing is said."""
+    store, transport, registry = SlowStore(3), MemoryTransport(), ActivityRegistry()
+    await store.connect()
+    await transport.connect()
+    forwarder = Forwarder(store, transport, registry)
+    await Dispatcher(store, forwarder, registry).dispatch(Workflow("one", ["work"]), {}, workflow_id="r")
+    key = StepKey("r", "work")
+    assert isinstance(await store.claim_step(ClaimRequest(key, "w", 3)), Grant)
+    heartbeat = heartbeat_of(store)
+    await heartbeat.start()
+    assert await asyncio.to_thread(store.asked.wait, 30.0)
+    if not forgets:
+        assert await store.release_steps("w", [(key, 1)]) == [key]
+    store.answers.set()
+    async with asyncio.timeout(30.0):
+        while store.beats < 6 or (forgets and not caplog.text):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    await heartbeat.stop()
+    assert ("claimed and forgotten" in caplog.text) is forgets
+    assert isinstance(await store.claim_step(ClaimRequest(key, "other", 3)), Grant)

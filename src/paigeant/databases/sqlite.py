@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import random
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -270,8 +271,15 @@ class SqliteDatabase(Database):
         if self._commits % 16 or self._file is None:
             return
         with contextlib.suppress(OSError, sqlite3.Error):
-            if os.path.getsize(f"{self._file[0]}-wal") > _CHECKPOINT_BYTES:
+            log = f"{self._file[0]}-wal"
+            if os.path.getsize(log) > min(_CHECKPOINT_BYTES, _room(log)):
                 elsewhere(partial(_checkpoint, driver_of(connection)))
+
+
+def _room(log: str) -> int:
+    """How large the log may become on its disk: on a full one it couldn't be put into the file, which has to grow."""
+    disk = shutil.disk_usage(log)
+    return disk.free if disk.total else _CHECKPOINT_BYTES  # some say nothing of their size
 
 
 class _Synced:
@@ -367,6 +375,12 @@ def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> 
         raise ConfigurationError(
             f"the folder {folder.resolve()} of {path.name} is read-only; SQLite has to write files beside the database"
         )
+    for helper in (f"{path.resolve()}-wal", f"{path.resolve()}-shm"):
+        if os.path.exists(helper) and not os.access(helper, os.R_OK | os.W_OK):
+            raise ConfigurationError(
+                f"{helper}, which belongs to {path.name}, is of another user and can't be read and written to; "
+                "have all processes that use the database run as one user"
+            )
     engine = create_engine(
         URL.create("sqlite", database=str(path)),
         poolclass=NullPool,

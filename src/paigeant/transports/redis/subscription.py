@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Awaitable, Iterable
 from typing import Any, NamedTuple
 
+from redis.exceptions import AskError
+
 from paigeant import host
 from paigeant.transports.redis.hands import Hands, Held
 from paigeant.transports.redis.lookout import Lookout
@@ -25,6 +27,9 @@ log = logging.getLogger("paigeant.transports.redis")
 
 _QUICK_SECONDS, _SLOW_SECONDS = 0.05, 2.0
 """The first and the longest pause before a broken connection is opened again."""
+
+_AT_ONCE = 3
+"""How often what is easily mended is tried again without a pause."""
 
 _FETCH_BYTES = 16 * 1024 * 1024
 _FIRST_COUNT = 1
@@ -201,9 +206,11 @@ class Subscription:
             except FAILURES as trouble:
                 exc = trouble
             else:
-                if self._failures <= 3:
+                if self._failures <= _AT_ONCE:
                     return
         await self._drop_reader()
+        if isinstance(exc, AskError) and self._failures <= _AT_ONCE:
+            return  # the keys are moved to another node of the cluster, which the next try looks for
         why = explained(exc, self._streams.place)
         if why not in self._told:
             log.warning("can't receive from %s, will try again: %s", self.topic, why)

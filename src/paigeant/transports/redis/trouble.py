@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from redis.asyncio.sentinel import MasterNotFoundError
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
     AuthenticationWrongNumberOfArgsError,
     AuthorizationError,
@@ -113,6 +114,8 @@ def explained(exc: BaseException, place: Place) -> str:
             )
         case ResponseError() if text.startswith("MISCONF"):
             return f"redis at {where} can't write to its disk and takes no messages: see its log ({text})"
+        case AskError():
+            return f"redis at {where} moves these keys to {exc.host}:{exc.port}: they are looked for there"
         case ResponseError():
             return f"redis at {where} refuses: {text}"
         case TimedOut() | TimeoutError():
