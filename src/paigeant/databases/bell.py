@@ -26,7 +26,7 @@ from psycopg.pq.abc import PGconn
 
 from paigeant.database import ENDED, TOPIC
 
-__all__ = ["IDLE_SINCE", "PostgresBell"]
+__all__ = ["PostgresBell", "limits"]
 
 log = logging.getLogger("paigeant.bell")
 
@@ -38,8 +38,7 @@ _LONGEST_BYTES = 7000
 
 _LONGEST_PAUSE = 2.0
 
-IDLE_SINCE = 140000
-"""The server version that ends sessions which are idle for too long, if it is told to."""
+_LIMITED_SINCE = {"idle_session_timeout": 140000, "transaction_timeout": 170000}
 
 # They write nothing that would have to be kept.
 _RING = "SELECT set_config('synchronous_commit', 'off', true), pg_notify($1, $2)"
@@ -47,6 +46,11 @@ _RING_SEVERAL = (
     "SELECT set_config('synchronous_commit', 'off', true), count(pg_notify(ring ->> 0, ring ->> 1)) "
     "FROM json_array_elements(CAST($1 AS JSON)) AS ring"
 )
+
+
+def limits(server_version: int) -> list[str]:
+    """The settings by which a server of this version may end sessions and transactions that are as they should be."""
+    return [name for name, since in _LIMITED_SINCE.items() if server_version >= since]
 
 
 class PostgresBell:
@@ -120,8 +124,8 @@ class PostgresBell:
     async def _listen(self, connection: psycopg.AsyncConnection[Any]) -> None:
         connection.add_notify_handler(lambda notify: self._rung(notify.payload))
         listened: set[str] = set()
-        if connection.info.server_version >= IDLE_SINCE:  # nothing may be rung for in hours
-            await connection.execute("SET idle_session_timeout = 0")
+        for name in limits(connection.info.server_version):  # nothing may be rung for in hours
+            await connection.execute(f"SET {name} = 0")
         await connection.execute(f"LISTEN {self._common}")
         await self._follow(connection, listened)
         await connection.execute(f"NOTIFY {self._common}")  # its echo shows that rings come through

@@ -27,7 +27,7 @@ from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock
 from paigeant.database import ENDED, READER, WRITER, Database, current_version, no_unicode, not_open
-from paigeant.databases.bell import IDLE_SINCE, PostgresBell
+from paigeant.databases.bell import PostgresBell, limits
 from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, Transaction, driver_of
 from paigeant.databases.pooler import check_pooler, hands_on
 from paigeant.databases.refusal import understood
@@ -304,16 +304,14 @@ class PostgresDatabase(Database):
             # What was recorded comes back byte for byte, and is parsed by whoever needs it.
             for kind in ("json", "jsonb"):
                 driver.adapters.register_loader(kind, TextLoader)
+            # The next commit would meet a closed connection, and couldn't tell that from one that is cut.
+            session = dict.fromkeys(limits(driver.info.server_version), "0")
+            session |= dict.fromkeys(_UNHURRIED, "0") if plain else _SESSION
+            driver.execute("; ".join(f"SET {name} = '{value}'" for name, value in session.items()))
             if plain:
-                driver.execute("; ".join(f"SET {name} = 0" for name in _UNHURRIED))
                 driver.autocommit = False
             else:
                 driver.prepare_threshold = None  # it would do away with ours along with its own
-                session = dict(_SESSION)
-                if driver.info.server_version >= IDLE_SINCE:
-                    # The next commit would meet a closed connection, and couldn't tell that from one that is cut.
-                    session["idle_session_timeout"] = "0"
-                driver.execute("; ".join(f"SET {name} = '{value}'" for name, value in session.items()))
             return driver
 
         return create_engine(
