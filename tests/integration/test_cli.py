@@ -221,6 +221,14 @@ def test_waiting_without_a_worker_is_warned_of() -> None:
     assert "no worker is running on this store" in paigeant(*args, input=json.dumps(GOOD), code=1).stderr
 
 
+def test_input_may_be_left_out() -> None:
+    """A workflow that needs no input is dispatched by its name alone; one that does is told what is missing."""
+    Path("more.py").write_text('from paigeant import Workflow\nnothing = Workflow("nothing")\n')
+    paigeant("dispatch", "nothing", "--handlers", "more.py", "--id", "n-1")
+    assert as_json("runs", "show", "n-1")["input"] == {}
+    assert "needs 'card', which isn't there" in refused("dispatch", "pay", "--handlers", "handlers.py")
+
+
 def test_input_comes_from_a_file() -> None:
     """INPUT.json is the name of a file."""
     Path("input.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
