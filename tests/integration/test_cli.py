@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import importlib.util
 import json
 import logging
 import re
@@ -1101,6 +1102,28 @@ def test_a_missing_library_is_named_with_what_installs_it(
     monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", url.replace("host", "localhost"))
     assert how_to_install(extra) in checked(2)["transport"][1]
     assert how_to_install(extra) in refused("dispatch", "pay", "-", "--handlers", "handlers.py", input="{}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "library", "extra"),
+    [
+        ("traces", "true", "opentelemetry.sdk", "otel"),
+        ("otel_metrics", "true", "opentelemetry.sdk", "otel"),
+        ("metrics_port", "0", "prometheus_client", "metrics"),
+    ],
+)
+def test_config_check_names_what_traces_and_metrics_lack(
+    setting: str, value: str, library: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker with these settings wouldn't start without their extras; checking says so as well."""
+    monkeypatch.setenv(f"PAIGEANT_{setting.upper()}", value)
+    assert checked(0)[setting] == (True, f"{library} is installed")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: find_spec(name) if name != library else None
+    )
+    ok, said = checked(2)[setting]
+    assert (ok, how_to_install(extra) in said) == (False, True)
 
 
 def test_an_unknown_setting_is_refused_by_every_command() -> None:
