@@ -415,6 +415,7 @@ def test_a_worker_without_activities_is_refused() -> None:
         (["run", "handlers.py", "--concurrency", "0"], "Invalid value for '--concurrency'"),
         (["run", "handlers.py", "--processes", "0"], "Invalid value for '--processes'"),
         (["run", "handlers.py", "--topics", ","], "--topics names no topic"),
+        (["run", "show", "o-1"], "did you mean `paigeant runs show`?"),
         (["rn"], "No such command 'rn'. Did you mean 'run', 'runs'?; see `paigeant --help`"),
         (["runs", "lst"], "No such command 'lst'"),
         (["runs", "show"], "Missing argument 'ID'; see `paigeant runs show --help`"),
