@@ -182,7 +182,7 @@ class ActivityRegistry:
         """
         if callable(name):  # written without brackets
             return self.execute()(name)
-        if name is not None:  # what is neither, such as a classmethod without brackets, would be lost without a word
+        if name is not None:  # what is neither, such as a classmethod, would be lost without a word
             check_name("the name of an activity", name)
         called = name
 
