@@ -182,6 +182,8 @@ class ActivityRegistry:
         """
         if callable(name):  # written without brackets
             return self.execute()(name)
+        if name is not None:  # what is neither, such as a classmethod, would be lost without a word
+            check_name("the name of an activity", name)
         called = name
 
         def register(function: Function) -> Function:

@@ -186,7 +186,8 @@ class Settings(BaseSettings):
         try:
             super().__init__(**values)
         except ValidationError as exc:
-            raise ConfigurationError(_explain(exc)) from None  # its text has the values, such as a URL
+            # Its text has the values, such as a URL.
+            raise ConfigurationError(_explain(exc, given=values)) from None
         except SettingsError as exc:
             raise ConfigurationError(_explain_variable(exc)) from None
 
@@ -569,9 +570,11 @@ def _check_environment(known: Mapping[str, Any]) -> None:
                 )
 
 
-def _explain(exc: ValidationError) -> str:
+def _explain(exc: ValidationError, given: Mapping[str, Any]) -> str:
     first = exc.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"]) or "settings"
+    if first["loc"] and (setting := str(first["loc"][0])) not in given:
+        place = f"in {_source(setting)}, {place}"
     if first["type"] == "value_error":  # one of ours, which says what was found
         return f"{place}: {first['msg'].removeprefix('Value error, ')}"
     # Whatever stands where a secret belongs may be one, however it is wrong.
@@ -581,6 +584,12 @@ def _explain(exc: ValidationError) -> str:
         else _scrubbed(first["input"])
     )
     return f"{place}: {first['msg']}, found {found}"
+
+
+def _source(setting: str) -> str:
+    """Where the value of a setting stands that nobody gave to the constructor."""
+    variable = f"{_PREFIX}{setting.upper()}"
+    return "the environment" if any(name.upper() == variable for name in os.environ) else CONFIG_FILE
 
 
 def _explain_variable(exc: SettingsError) -> str:

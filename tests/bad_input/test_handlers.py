@@ -161,6 +161,11 @@ CASES = [
     ),
     defines("no function", "activity.execute()(5)\n", "an activity is a function, found 5"),
     defines(
+        "a classmethod without brackets",
+        "class Shop:\n    @activity.execute\n    @classmethod\n    def sell(cls): ...\n",
+        "the name of an activity is a non-empty text, found <classmethod",
+    ),
+    defines(
         "a function without a name",
         "activity.execute()(lambda: 1)\n",
         "a function without a name",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import importlib.util
 import json
 import logging
 import re
@@ -222,6 +223,14 @@ def test_waiting_without_a_worker_is_warned_of() -> None:
     assert "no worker is running on this store" in paigeant(*args, input=json.dumps(GOOD), code=1).stderr
 
 
+def test_input_may_be_left_out() -> None:
+    """A workflow that needs no input is dispatched by its name alone; one that does is told what is missing."""
+    Path("more.py").write_text('from paigeant import Workflow\nnothing = Workflow("nothing")\n')
+    paigeant("dispatch", "nothing", "--handlers", "more.py", "--id", "n-1")
+    assert as_json("runs", "show", "n-1")["input"] == {}
+    assert "needs 'card', which isn't there" in refused("dispatch", "pay", "--handlers", "handlers.py")
+
+
 def test_input_comes_from_a_file() -> None:
     """INPUT.json is the name of a file."""
     Path("input.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
@@ -407,6 +416,7 @@ def test_a_worker_without_activities_is_refused() -> None:
         (["run", "handlers.py", "--concurrency", "0"], "Invalid value for '--concurrency'"),
         (["run", "handlers.py", "--processes", "0"], "Invalid value for '--processes'"),
         (["run", "handlers.py", "--topics", ","], "--topics names no topic"),
+        (["run", "show", "o-1"], "did you mean `paigeant runs show`?"),
         (["rn"], "No such command 'rn'. Did you mean 'run', 'runs'?; see `paigeant --help`"),
         (["runs", "lst"], "No such command 'lst'"),
         (["runs", "show"], "Missing argument 'ID'; see `paigeant runs show --help`"),
@@ -1114,6 +1124,28 @@ def test_a_missing_library_is_named_with_what_installs_it(
     monkeypatch.setenv("PAIGEANT_TRANSPORT_URL", url.replace("host", "localhost"))
     assert how_to_install(extra) in checked(2)["transport"][1]
     assert how_to_install(extra) in refused("dispatch", "pay", "-", "--handlers", "handlers.py", input="{}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "library", "extra"),
+    [
+        ("traces", "true", "opentelemetry.sdk", "otel"),
+        ("otel_metrics", "true", "opentelemetry.sdk", "otel"),
+        ("metrics_port", "0", "prometheus_client", "metrics"),
+    ],
+)
+def test_config_check_names_what_traces_and_metrics_lack(
+    setting: str, value: str, library: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker with these settings wouldn't start without their extras; checking says so as well."""
+    monkeypatch.setenv(f"PAIGEANT_{setting.upper()}", value)
+    assert checked(0)[setting] == (True, f"{library} is installed")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: find_spec(name) if name != library else None
+    )
+    ok, said = checked(2)[setting]
+    assert (ok, how_to_install(extra) in said) == (False, True)
 
 
 def test_an_unknown_setting_is_refused_by_every_command() -> None:

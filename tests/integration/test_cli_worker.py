@@ -356,15 +356,34 @@ def test_a_process_without_standard_streams_works(closed: str) -> None:
     assert shown("r")["status"] == "completed"
 
 
-def test_a_reader_that_goes_away_is_no_trouble() -> None:
-    """`paigeant runs list | head -1`: no traceback when nobody reads on."""
+@pytest.mark.parametrize("command", ["runs list --json", "config show"])
+def test_a_reader_that_goes_away_is_no_trouble(command: str) -> None:
+    """`paigeant runs list | head -1`: no traceback when nobody reads on, and no failure of a run."""
     read, write = os.pipe()
     os.close(read)
     result = subprocess.run(
-        [*PAIGEANT, "runs", "list", "--json"], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+        [*PAIGEANT, *command.split()], stdout=write, stderr=subprocess.PIPE, text=True, check=False
     )
     os.close(write)
     assert (result.returncode, "Traceback" in result.stderr) == (141, False)
+
+
+def test_a_reader_of_messages_that_goes_away_changes_nothing() -> None:
+    """`paigeant runs list 2> >(head -0)`: the results are there, and the exit code says how it went."""
+    read, write = os.pipe()
+    os.close(read)
+    listed, shown = (
+        subprocess.run(
+            [*PAIGEANT, "runs", *command.split()],
+            stdout=subprocess.PIPE,
+            stderr=write,
+            text=True,
+            check=False,
+        )
+        for command in ("list --json", "show none")
+    )
+    os.close(write)
+    assert (listed.returncode, listed.stdout, shown.returncode) == (0, "[]\n", 2)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])

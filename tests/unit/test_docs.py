@@ -444,14 +444,16 @@ def test_unit_file_can_be_read(fence: Fence) -> None:
 
 
 def test_every_command_is_listed() -> None:
-    """The reference has each command, with all of its options and arguments."""
+    """The reference has each command, with all of its options and arguments, in brackets those that may be left out."""
     listed = {}
     for row in rows(section("reference.md", "Commands", alone=True)):
         listed[row[0]] = set(re.findall(r"--?[a-z][a-z-]*", row[1]))
     real = {}
     for typed, command in commands().items():
         arguments = [
-            parameter.metavar for parameter in command.params if parameter.param_type_name == "argument"
+            parameter.metavar if parameter.required else f"[{parameter.metavar}]"
+            for parameter in command.params
+            if parameter.param_type_name == "argument"
         ]
         real[" ".join([typed, *arguments])] = options_of(command)
     assert listed == real

@@ -142,7 +142,7 @@ def test_what_is_merged_may_be_changed() -> None:
         ("workflows: {w: [{activity: a, retries: {attempts: 0}}]}", "a RetryPolicy needs attempts from 1"),
         ("- a\n- b", "paigeant.yaml holds a list; expected `key: value` lines"),
         ("just text", "paigeant.yaml holds a str"),
-        ("concurrency: many", "concurrency: Input should be a valid integer"),
+        ("concurrency: many", "in paigeant.yaml, concurrency: Input should be a valid integer"),
         ("concurrency: 0", "concurrency: Input should be greater than or equal to 1, found 0"),
         ("lease: -1", "lease: Input should be greater than 0"),
         ("log_level: loud", "log_level: Input should be 'debug', 'info', 'warning' or 'error', found 'loud'"),
@@ -236,10 +236,15 @@ def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_variable_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A value in the environment is checked like one in the file."""
+    """A value in the environment is checked like one in the file, and said to stand there; it may hide that one."""
+    Path("paigeant.yaml").write_text("concurrency: 5\n")
     monkeypatch.setenv("PAIGEANT_CONCURRENCY", "many")
-    with pytest.raises(ConfigurationError, match="concurrency: Input should be a valid integer"):
+    with pytest.raises(
+        ConfigurationError, match=r"^in the environment, concurrency: Input should be a valid int"
+    ):
         Settings()
+    with pytest.raises(ConfigurationError, match=r"^concurrency: Input should be greater than or equal to 1"):
+        Settings(concurrency=0)
 
 
 def test_metrics_are_served_at_all_addresses_only_where_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,7 @@ def check(json: AsJson = False) -> None:
         _signing(settings),
         *_key_set(settings),
         *_people(settings),
+        *_sight(settings),
     ]
     if json:
         console.value(
@@ -196,6 +197,23 @@ def _people(settings: Settings) -> list[Finding]:
         findings.append(Finding("client", who if lacks is None else str(lacks), lacks))
     for name, keys in {} if behalf.verifier is None else behalf.verifier.keys.items():
         findings.append(_published(f"issuer {name}", keys))
+    return findings
+
+
+def _sight(settings: Settings) -> list[Finding]:
+    """Whether the libraries are there that traces and metrics need, where they are on."""
+    from paigeant.cli.sight import NEEDS, need
+
+    findings = []
+    for setting, (module, _) in NEEDS.items():
+        value = getattr(settings, setting)
+        if value is None or value is False:  # 0 is a port
+            continue
+        try:
+            need(setting)
+            findings.append(Finding(setting, f"{module} is installed"))
+        except ConfigurationError as exc:
+            findings.append(Finding(setting, str(exc), exc))
     return findings
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
@@ -48,7 +50,16 @@ def _console(stream: TextIO) -> Console:
     console = Console(file=stream, highlight=False)
     if not console.is_terminal:
         console = Console(file=stream, highlight=False, width=_WIDE)
+    # By itself it would end the process with 1, as if a run had failed.
+    console.on_broken_pipe = functools.partial(_reader_gone, stream)  # type: ignore[method-assign]
     return console
+
+
+def _reader_gone(stream: TextIO) -> None:
+    """Without a reader of the results there is no more to do; messages that nobody reads stop nothing."""
+    if stream is sys.stdout:
+        raise BrokenPipeError
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def out() -> Console:

@@ -51,7 +51,7 @@ def current(json: AsJson = False) -> None:
 @app.command(epilog=session.examples("paigeant db upgrade"))
 def upgrade(
     revision: Annotated[
-        str, typer.Argument(help="How far; default: the newest.", metavar="[REVISION]")
+        str, typer.Argument(help="How far; default: the newest.", metavar="REVISION")
     ] = "head",
     json: AsJson = False,
 ) -> None:
@@ -84,7 +84,7 @@ def downgrade(
     revision: Annotated[
         str,
         typer.Argument(
-            help="How far; -1 is one migration back, base is before the first.", metavar="[REVISION]"
+            help="How far; -1 is one migration back, base is before the first.", metavar="REVISION"
         ),
     ] = "-1",
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask before anything is deleted.")] = False,

@@ -52,13 +52,13 @@ def register(app: typer.Typer) -> None:
 def dispatch(
     workflow: Annotated[str, typer.Argument(help="The workflow's name.", metavar="WORKFLOW")],
     input: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="A file with the input as a JSON object; - reads it from standard input.",
+            help="A file with the input as a JSON object; - reads it from standard input. Without it the input is {}.",
             metavar="INPUT.json|-",
             autocompletion=session.complete("*.json"),
         ),
-    ],
+    ] = None,
     handlers: Annotated[
         list[str] | None,
         typer.Option(
@@ -106,7 +106,7 @@ def dispatch(
         bool, typer.Option("--strict", help="Refuse a workflow with activities that no handler defines.")
     ] = False,
 ) -> None:
-    """Start a run of WORKFLOW with the input in INPUT.json, and print its id."""
+    """Start a run of WORKFLOW with the input in INPUT.json, if it needs any, and print its id."""
     if timeout is not None and not wait:
         raise ConfigurationError("--timeout says how long to wait; it needs --wait")
     limit = None if deadline is None else session.duration(deadline, "--deadline")
@@ -115,7 +115,7 @@ def dispatch(
         raise ConfigurationError("standard input is one text: INPUT and --on-behalf-of can't both be -")
     given = None if on_behalf_of is None else read_given(on_behalf_of)
     settings = session.read_settings(strict=strict or None)
-    payload = read_input(input, settings.max_message_bytes)
+    payload = {} if input is None else read_input(input, settings.max_message_bytes)
     loaded = session.handlers_of(settings, handlers or ())
     _check_known(workflow, settings, loaded)
 

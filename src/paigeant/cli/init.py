@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
 
 def init(
     folder: Annotated[
-        Path, typer.Argument(help="Where; it is made if it isn't there.", metavar="[DIR]")
+        Path, typer.Argument(help="Where; it is made if it isn't there.", metavar="DIR")
     ] = Path(),
     with_services: Annotated[
         bool,

@@ -16,13 +16,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.main import get_group
 
 from paigeant import loops
 from paigeant.cli import console, session
 from paigeant.cli.opening import open_unless
 from paigeant.cli.sight import observing
 from paigeant.cli.stops import stop_signals
-from paigeant.errors import ConfigurationError, PaigeantError, UnknownActivity
+from paigeant.errors import ConfigurationError, HandlerError, PaigeantError, UnknownActivity
 from paigeant.threads import THREAD_NAME
 
 if TYPE_CHECKING:
@@ -167,7 +168,15 @@ def _loaded(settings: Settings) -> Handlers:
             "no handlers are named; give a file or module (`paigeant run handlers.py`), "
             "or `handlers:` in paigeant.yaml; `paigeant init` makes an example of both"
         )
-    loaded = session.handlers_of(settings, ())
+    try:
+        loaded = session.handlers_of(settings, ())
+    except HandlerError as exc:
+        from paigeant.cli import runs
+
+        first = settings.handlers[0]
+        if first in get_group(runs.app).commands:
+            raise HandlerError(f"{exc}; did you mean `paigeant runs {first}`?") from exc
+        raise
     if not loaded.activities:
         raise ConfigurationError(
             f"{', '.join(loaded.names)} defines no activity, so that a worker has nothing to do; "

@@ -152,7 +152,7 @@ def retry(id: RunId, json: AsJson = False) -> None:
 def signal(
     id: RunId,
     name: Annotated[str, typer.Argument(help="The signal's name.", metavar="NAME")],
-    value: Annotated[str, typer.Argument(help="Its value as JSON.", metavar="[VALUE]")] = "null",
+    value: Annotated[str, typer.Argument(help="Its value as JSON.", metavar="VALUE")] = "null",
     by: Annotated[
         str | None, typer.Option(help="Who sends it; default: the user at this terminal.", metavar="NAME")
     ] = None,

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from paigeant.settings import Settings
     from paigeant.worker import ActivityWorker
 
-__all__ = ["Sight", "observing"]
+__all__ = ["NEEDS", "Sight", "need", "observing"]
+
+NEEDS = {
+    "traces": ("opentelemetry.sdk", "otel"),
+    "otel_metrics": ("opentelemetry.sdk", "otel"),
+    "metrics_port": ("prometheus_client", "metrics"),
+}
+"""Settings with the module that each needs once it is on, and the extra that brings it."""
 
 
 @dataclass(slots=True)
@@ -72,7 +79,7 @@ def observing(settings: Settings, handlers: Handlers | None, *, works: bool = Tr
     spans = None
     try:
         if settings.traces:
-            _need("opentelemetry.sdk", "traces", "otel")
+            need("traces")
             from paigeant.observers.traces import TraceObserver
             from paigeant.redaction import Redactor
 
@@ -91,9 +98,9 @@ def observing(settings: Settings, handlers: Handlers | None, *, works: bool = Tr
             if spans is not None:
                 sight.metrics.show("paigeant_spans_lost_total", count=partial(getattr, spans, "lost"))
         if works and settings.metrics_port is not None:
-            _need("prometheus_client", "metrics_port", "metrics")
+            need("metrics_port")
         if works and settings.otel_metrics and sight.metrics is not None:
-            _need("opentelemetry.sdk", "otel_metrics", "otel")
+            need("otel_metrics")
             from opentelemetry.metrics import get_meter
 
             with _set_up("otel_metrics"):
@@ -148,7 +155,9 @@ def _set_up(setting: str) -> Iterator[None]:
         ) from exc
 
 
-def _need(module: str, setting: str, extra: str) -> None:
+def need(setting: str) -> None:
+    """Raise ConfigurationError, with what installs it, unless the module is there that `setting` needs."""
+    module, extra = NEEDS[setting]
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # not even the package that it is in
