@@ -37,7 +37,7 @@ POINTS = [
 RUNS = [10 * number + 3 for number in range(len(POINTS))]
 """One for each point: all fail at their end and are undone (`roles.steps_of`)."""
 
-TIMES = {"lease": 0.6, "heartbeat": 0.1, "sweep_interval": 0.1, "grace": 0.3}
+TIMES: dict[str, Any] = {"lease": 0.6, "heartbeat": 0.1, "sweep_interval": 0.1, "grace": 0.3}
 
 
 @pytest.mark.slow
