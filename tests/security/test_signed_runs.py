@@ -8,6 +8,7 @@ import contextlib
 import gc
 import hmac
 import json
+import resource
 import secrets
 import sqlite3
 import sys
@@ -49,6 +50,7 @@ from paigeant.slip import RunStatus
 from paigeant.testing import ManualClock
 from paigeant.transport import BODY_KEPT_BYTES
 from paigeant.transports import open_transport
+from paigeant.transports.memory import MemoryTransport
 
 PATIENCE = 60.0
 RING, TRUST = Path("paigeant-keys.json"), Path("trust.json")
@@ -140,15 +142,17 @@ class Seen:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self._told: Counter[str] = Counter()
         self._changed = asyncio.Event()
 
     def observe(self, event: Event) -> None:
         self.events.append(event)
+        self._told[event.name] += 1
         self._changed.set()
 
     def count(self, name: str) -> int:
         """How often `name` was told."""
-        return sum(event.name == name for event in self.events)
+        return self._told[name]
 
     async def wait_for(self, name: str, count: int) -> None:
         """Wait until `name` was told so often."""
@@ -255,6 +259,10 @@ def badly_written(own: Key, body: bytes) -> dict[str, tuple[bytes, str]]:
         "NaN": (body.replace(sum, b'"sum":NaN'), "not_a_number"),
         "infinity": (body.replace(sum, b'"sum":-Infinity'), "not_a_number"),
         "1e400": (body.replace(sum, b'"sum":1e400'), "number_out_of_range"),
+        "2^64": (
+            body.replace(b'"routing_slip":{', b'"routing_slip":{"added":18446744073709551616,'),
+            "number_out_of_range",
+        ),
         "digits": (body.replace(sum, b'"sum":' + b"9" * 5000), "number_out_of_range"),
         "surrogate": (body.replace(sum, b'"sum":"\\ud800"'), "lone_surrogate"),
         "not UTF-8": (body.replace(sum, b'"sum":"\xff"'), "not_utf8"),
@@ -318,6 +326,41 @@ async def test_what_is_forged_is_kept_with_its_reason_and_never_runs(
     assert max(len(letter.body) for letter in letters) <= BODY_KEPT_BYTES
     told = Counter(event.more["reason"] for event in seen.events if event.name == "delivery.rejected")
     assert told == Counter(reason for _, reason in cases.values())
+
+
+@pytest.mark.slow
+async def test_a_message_with_any_bit_flipped_never_runs(ring: KeyRing) -> None:
+    """Each bit of each byte: 0 executions, a dead letter with the reason of that place for each, and memory is flat."""
+    calls: list[Any] = []
+    seen = Seen()
+    good = sealing(ring.active).seal(message(), "pay")
+    head = good.index(b"\n")
+    async with serving(
+        required(transport_url="memory://", store_url="memory://"), paying(calls), seen
+    ) as app:
+        assert isinstance(app.transport, MemoryTransport)
+        before = resident_bytes()
+        for bit in range(len(good) * 8):
+            changed = bytearray(good)
+            changed[bit // 8] ^= 1 << bit % 8
+            app.transport.put("pay", f"{bit}/pay/do/0", bytes(changed))
+        await seen.wait_for("delivery.rejected", len(good) * 8)
+        grown = resident_bytes() - before
+        letters = await app.store.list_dead_letters(limit=len(good) * 8)
+    assert calls == []
+    reasons = {int(letter.id.partition("/")[0]): letter.reason for letter in letters}
+    assert reasons.keys() == set(range(len(good) * 8))
+    assert {reason for bit, reason in reasons.items() if bit // 8 > head} == {"bad_signature"}
+    assert {reason for bit, reason in reasons.items() if bit // 8 == head} == {"bad_frame"}
+    assert {reason for bit, reason in reasons.items() if bit // 8 < head} == {
+        *("bad_frame", "bad_header", "bad_signature", "unknown_key", "unsigned")
+    }
+    assert grown < 32 * 1024 * 1024  # the letters
+
+
+def resident_bytes() -> int:
+    """What this process has in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 async def test_a_replay_after_the_end_is_a_duplicate(places: dict[str, str], ring: KeyRing) -> None:
