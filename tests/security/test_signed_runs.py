@@ -24,6 +24,7 @@ from urllib.parse import unquote
 
 import pytest
 from joserfc.jwk import OKPKey
+from tests.chaos.sizes import full, short
 from tests.security.authority import Authority
 from tests.security.conftest import STORE
 from tests.services import free_port
@@ -138,15 +139,17 @@ async def put(places: dict[str, str], wires: dict[str, bytes], topic: str = "pay
 
 
 class Seen:
-    """An observer that lets a test wait for what it is told."""
+    """An observer that lets a test wait for what it is told; it keeps the events unless they would be too many."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool = True) -> None:
         self.events: list[Event] = []
+        self._keeps = keeps
         self._told: Counter[str] = Counter()
         self._changed = asyncio.Event()
 
     def observe(self, event: Event) -> None:
-        self.events.append(event)
+        if self._keeps:
+            self.events.append(event)
         self._told[event.name] += 1
         self._changed.set()
 
@@ -379,6 +382,33 @@ async def test_a_replay_after_the_end_is_a_duplicate(places: dict[str, str], rin
         assert await run.detail() == before
         assert await app.store.list_dead_letters() == []
     assert calls == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [short(2_000), full(100_000)])
+async def test_a_flood_of_replays_starts_nothing(redis_url: str, ring: KeyRing, count: int) -> None:
+    """Each copy of a message whose run has ended is a duplicate; memory is flat, and who comes behind is served."""
+    calls: list[Any] = []
+    seen = Seen(keeps=False)
+    workflow = Workflow("order", ["pay"])
+    settings = required(transport_url=redis_url, namespace=f"replays-{secrets.token_hex(4)}")
+    raw = Raw()
+    replaying = open_transport(redis_url, envelope=raw, namespace=settings.namespace)
+    async with contextlib.AsyncExitStack() as stack:
+        app = await stack.enter_async_context(serving(settings, paying(calls), seen))
+        await replaying.connect()
+        stack.push_async_callback(replaying.close)
+        await (await app.dispatch(workflow, {"sum": 1}, workflow_id="r")).wait(PATIENCE)
+        raw.wire = app.forwarder.envelope.seal(message(payload={"sum": 1}), "pay")
+        before = resident_bytes()
+        for _ in range(0, count, 500):
+            await asyncio.gather(*(replaying.publish("pay", message()) for _ in range(500)))
+        last = await app.dispatch(workflow, {"sum": 2})
+        assert (await last.wait(count / 50)).status is RunStatus.COMPLETED
+        await seen.wait_for("delivery.duplicate", count)
+        assert resident_bytes() - before < 32 * 1024 * 1024
+        assert await app.store.list_dead_letters() == []
+    assert calls == [1, 2]
 
 
 async def test_every_kind_of_run_ends_when_signatures_are_required(ring: KeyRing) -> None:
