@@ -60,7 +60,7 @@ async def test_a_slow_worker_is_not_flooded(place: Place, tmp_path: Path, runs: 
             async with asyncio.timeout(60):
                 while not begun.exists():  # noqa: ASYNC110  # another process makes it
                     await asyncio.sleep(0.05)
-            depths = []
+            depths, done = [], 0
             until = time.monotonic() + seconds
             while time.monotonic() < until:
                 await asyncio.sleep(0.5)

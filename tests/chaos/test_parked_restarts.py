@@ -11,7 +11,7 @@ from tests.chaos.places import Place
 from tests.integration.processes import Command
 from tests.kill.roles import TIMES
 
-from paigeant import Paigeant, Run, RunStatus, Settings, Sleep, WaitFor, Workflow
+from paigeant import Paigeant, Run, RunStatus, Settings, Sleep, Step, WaitFor, Workflow
 
 HANDLERS = """
 from pathlib import Path
@@ -43,7 +43,7 @@ def close(ctx: StepContext) -> str:
     note(f"closed {ctx.workflow_id}")
     return ctx.workflow_id
 """
-FLOWS = {"person": "banker", "signal": WaitFor("go"), "time": Sleep(3.0)}
+FLOWS: dict[str, str | Step] = {"person": "banker", "signal": WaitFor("go"), "time": Sleep(3.0)}
 PATIENCE = 60.0
 
 
