@@ -15,7 +15,8 @@ from paigeant.errors import PaigeantError
 from paigeant.forwarder import Forwarder
 from paigeant.observer import Event, Observers
 from paigeant.reporter import about_run
-from paigeant.store import StepKey, Store, Swept, WorkerRecord
+from paigeant.store import OpenTopic, StepKey, Store, Swept, WorkerRecord
+from paigeant.transport import TopicDepth
 
 __all__ = ["Sweeper"]
 
@@ -51,7 +52,7 @@ class Sweeper:
         self._unsent: dict[StepKey, str] = {}
         self._empty: list[str] = []
         self._covered: dict[str, int] = {}
-        """Topics that had a message for each step that waits when last looked at, and how many these were."""
+        """Topics that had a message for each waiting step when last looked at, and how many have to wait for that."""
         self._looked_at, self._pause = -math.inf, 0.0
         self._spares_until = 0.0
         self._ahead = math.inf
@@ -111,7 +112,7 @@ class Sweeper:
         self._looked_at, self._pause = now, self.store.grace * (0.75 + 0.5 * self._chance())
         self._covered = {}
         waiting = {
-            topic.topic: topic.ready + topic.later
+            topic.topic: topic
             for topic in await self.store.open_topics()
             if topic.oldest is not None and topic.oldest > self.store.grace
         }
@@ -123,9 +124,9 @@ class Sweeper:
             log.warning("can't tell which topics are empty: %s", exc)
             return []
         self._covered = {
-            topic: steps
-            for topic, steps in waiting.items()
-            if topic in depths and depths[topic].waiting >= steps
+            name: enough
+            for name, topic in waiting.items()
+            if name in depths and (enough := _enough(topic, depths[name])) <= depths[name].waiting
         }
         return [
             topic
@@ -167,3 +168,11 @@ class Sweeper:
             and worker.id != self.worker.id
             and host.is_gone(worker.process)
         ]
+
+
+def _enough(topic: OpenTopic, depth: TopicDepth) -> int:
+    """How many messages wait where each step of a topic has one, there or in the hands of a worker.
+
+    Who does steps has fetched about as many more: a broker that doesn't tell those would else always seem to lack some.
+    """
+    return max(topic.ready + topic.later - max(depth.taken, topic.running), 1)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -405,3 +406,63 @@ def test_the_module_is_the_program() -> None:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith(
         "paigeant 0."
     )
+
+
+POISON = """
+import ctypes, os, resource, signal
+from paigeant import ActivityRegistry, StepContext
+activity = ActivityRegistry()
+
+@activity.execute()
+async def reserve() -> str:
+    return "reserved"
+
+@activity.compensate("reserve")
+async def release(ctx: StepContext, output: str) -> None:
+    ctx.log.info("released")
+
+@activity.execute(retries=1)
+async def die(ctx: StepContext, how: str) -> str:
+    ctx.log.info("dying", how=how)
+    match how:
+        case "exit":
+            os._exit(7)
+        case "segfault":
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            ctypes.string_at(0)
+        case "killed":  # as when the system has no memory left
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "memory":
+            bytearray(1 << 60)
+    return "alive"
+"""
+DEATHS = {"exit": "exit code 7", "segfault": "SIGSEGV", "killed": "SIGKILL"}
+
+
+@pytest.mark.slow
+async def test_what_kills_its_process_is_undone_after_all_its_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it does: it has two attempts, no other step loses one by that, and the parent of the workers lives on."""
+    (tmp_path / "handlers.py").write_text(POISON)
+    short = {"lease": 2, "heartbeat": 0.2, "sweep_interval": 0.1, "retry_base": 0, "concurrency": 1}
+    for name, value in short.items():
+        monkeypatch.setenv(f"PAIGEANT_{name.upper()}", str(value))
+    hows = [*DEATHS, "memory", "no", "nothing"]
+    workflow = Workflow("w", ["reserve", "die"])
+    async with Paigeant() as app:
+        with Command("run", "--processes", "2") as parent:
+            runs = [await app.dispatch(workflow, {"how": how}, workflow_id=how) for how in hows]
+            results = {run.id: await run.wait(60) for run in runs}
+            details = [await run.detail() for run in runs]
+            parent.signal(signal.SIGTERM)
+            assert await asyncio.to_thread(parent.end) == 0
+    told = [json.loads(line) for line in parent.said if line.startswith("{")]
+    assert {id: str(result.status) for id, result in results.items()} == {
+        how: "completed" if how.startswith("no") else "compensated" for how in hows
+    }
+    died = Counter(line["how"] for line in told if line["event"] == "process.ended")
+    assert died == dict.fromkeys(DEATHS.values(), 2)
+    attempts = Counter(line["workflow_id"] for line in told if line["event"] == "dying")
+    assert attempts == {how: 1 if how.startswith("no") else 2 for how in hows}
+    assert {step.attempt for detail in details for step in detail.steps if step.key.step == "reserve"} == {1}

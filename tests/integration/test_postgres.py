@@ -568,7 +568,8 @@ async def test_no_limit_of_the_server_ends_a_session(altered: Callable[[str], st
         "SELECT name, setting FROM pg_settings WHERE name IN ('idle_session_timeout', 'transaction_timeout')"
     )
     async with opened(url) as store:
-        found = dict(await store.database.ask(lambda connection: connection.execute(limits).tuples().all()))
+        rows = await store.database.ask(lambda connection: connection.execute(limits).all())
+    found = {row.name: row.setting for row in rows}
     assert "idle_session_timeout" in found
     assert set(found.values()) == {"0"}
 
@@ -1425,6 +1426,34 @@ async def test_what_ends_in_another_schema_ends_nothing_here(postgres_url: str) 
         assert await here.cancel_run("r", "enough") is RunStatus.CANCELLED
         assert await asyncio.wait_for(waiting, PATIENCE) is RunStatus.CANCELLED
     assert "ended completed r" not in frozenset().union(*heard)
+
+
+async def test_no_transaction_that_changes_rows_rings() -> None:
+    """By the server's own log: a NOTIFY has the commits of all wait for one another, so it is in none that matters."""
+    activity = ActivityRegistry()
+    activity.execute(name="first", topic="one")(lambda: 1)
+    activity.execute(name="second", topic="two")(lambda: 2)
+    with PostgresServer(lines=["log_statement = 'all'", "log_line_prefix = 'at %p/%v: '"]) as server:
+        make_tables(server.url)
+        settings = Settings(transport_url=server.url, store_url=server.url, local_steps=1)
+        async with (
+            Paigeant(settings, activities=activity) as there,
+            Paigeant(settings, activities=activity) as app,
+            working(there.worker(topics=["one"])),
+            working(app.worker(topics=["two"])),
+        ):
+            runs = [await app.dispatch(Workflow("w", ["first", "second"])) for _ in range(5)]
+            for each in runs:
+                await each.wait(PATIENCE)
+        said = server.log.read_text()
+    statements: dict[str, str] = {}
+    for place, statement in re.findall(r"^at (\S+): LOG: (.*?)(?=^at )", said, re.MULTILINE | re.DOTALL):
+        statements[place] = statements.get(place, "") + statement
+    changed = [texts for texts in statements.values() if re.search("INSERT INTO|UPDATE|DELETE FROM", texts)]
+    rung = [texts for texts in statements.values() if "pg_notify" in texts]
+    assert len(changed) > len(runs)
+    assert len(rung) > len(runs)
+    assert not [texts for texts in changed if "pg_notify" in texts]
 
 
 async def test_a_ring_may_be_long(postgres_url: str) -> None:

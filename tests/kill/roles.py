@@ -17,6 +17,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from tests.kill.mortal import Point, die_at
 from tests.kill.sql import rows
 
 from paigeant.activity import ActivityRegistry
@@ -166,6 +167,7 @@ async def _worker(settings: Settings, options: dict[str, Any]) -> None:
     _slow = tuple(options.get("slow", _slow))
     app = Paigeant(settings, activities=activity, observers=[Loser()])
     async with app:
+        _die_at_points(app, options)
         worker = app.worker(concurrency=options.get("concurrency", 20))
         stopping: list[asyncio.Task[None]] = []
         asyncio.get_running_loop().add_signal_handler(
@@ -178,11 +180,18 @@ async def _worker(settings: Settings, options: dict[str, Any]) -> None:
 async def _dispatcher(settings: Settings, options: dict[str, Any]) -> None:
     """Dispatch those of the runs that aren't there yet; with `flight` so that at most this many are open at once."""
     async with Paigeant(settings, activities=activity) as app:
+        _die_at_points(app, options)
         waits = "flight" in options
         # One that was killed has a successor, which takes over what is open: dispatching it again changes nothing.
         done = "SELECT id FROM workflow_runs" + (" WHERE completed_at IS NOT NULL" if waits else "")
         there = {run for (run,) in rows(settings.store_url, done)}
-        missing = iter([n for n in range(options.get("begin", 0), options["runs"]) if f"r{n}" not in there])
+        missing = iter(
+            [
+                n
+                for n in range(options.get("begin", 0), options["runs"], options.get("stride", 1))
+                if f"r{n}" not in there
+            ]
+        )
         first = options.get("first")
 
         async def lane() -> None:
@@ -192,6 +201,11 @@ async def _dispatcher(settings: Settings, options: dict[str, Any]) -> None:
                     await _patiently(lambda number=number: app.run(f"r{number}").wait())  # type: ignore[misc]
 
         await asyncio.gather(*(lane() for _ in range(options.get("flight", 200))))
+
+
+def _die_at_points(app: Paigeant, options: dict[str, Any]) -> None:
+    points = {run: Point(*point) for run, point in options.get("points", {}).items()}
+    die_at(app, points, Path(options.get("folder", ".")))
 
 
 async def _patiently(what: Callable[[], Coroutine[Any, Any, Any]]) -> None:

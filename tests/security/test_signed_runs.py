@@ -8,6 +8,7 @@ import contextlib
 import gc
 import hmac
 import json
+import resource
 import secrets
 import sqlite3
 import sys
@@ -23,6 +24,7 @@ from urllib.parse import unquote
 
 import pytest
 from joserfc.jwk import OKPKey
+from tests.chaos.sizes import full, short
 from tests.security.authority import Authority
 from tests.security.conftest import STORE
 from tests.services import free_port
@@ -49,6 +51,7 @@ from paigeant.slip import RunStatus
 from paigeant.testing import ManualClock
 from paigeant.transport import BODY_KEPT_BYTES
 from paigeant.transports import open_transport
+from paigeant.transports.memory import MemoryTransport
 
 PATIENCE = 60.0
 RING, TRUST = Path("paigeant-keys.json"), Path("trust.json")
@@ -136,19 +139,23 @@ async def put(places: dict[str, str], wires: dict[str, bytes], topic: str = "pay
 
 
 class Seen:
-    """An observer that lets a test wait for what it is told."""
+    """An observer that lets a test wait for what it is told; it keeps the events unless they would be too many."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, keeps: bool = True) -> None:
         self.events: list[Event] = []
+        self._keeps = keeps
+        self._told: Counter[str] = Counter()
         self._changed = asyncio.Event()
 
     def observe(self, event: Event) -> None:
-        self.events.append(event)
+        if self._keeps:
+            self.events.append(event)
+        self._told[event.name] += 1
         self._changed.set()
 
     def count(self, name: str) -> int:
         """How often `name` was told."""
-        return sum(event.name == name for event in self.events)
+        return self._told[name]
 
     async def wait_for(self, name: str, count: int) -> None:
         """Wait until `name` was told so often."""
@@ -255,6 +262,10 @@ def badly_written(own: Key, body: bytes) -> dict[str, tuple[bytes, str]]:
         "NaN": (body.replace(sum, b'"sum":NaN'), "not_a_number"),
         "infinity": (body.replace(sum, b'"sum":-Infinity'), "not_a_number"),
         "1e400": (body.replace(sum, b'"sum":1e400'), "number_out_of_range"),
+        "2^64": (
+            body.replace(b'"routing_slip":{', b'"routing_slip":{"added":18446744073709551616,'),
+            "number_out_of_range",
+        ),
         "digits": (body.replace(sum, b'"sum":' + b"9" * 5000), "number_out_of_range"),
         "surrogate": (body.replace(sum, b'"sum":"\\ud800"'), "lone_surrogate"),
         "not UTF-8": (body.replace(sum, b'"sum":"\xff"'), "not_utf8"),
@@ -320,6 +331,41 @@ async def test_what_is_forged_is_kept_with_its_reason_and_never_runs(
     assert told == Counter(reason for _, reason in cases.values())
 
 
+@pytest.mark.slow
+async def test_a_message_with_any_bit_flipped_never_runs(ring: KeyRing) -> None:
+    """Each bit of each byte: 0 executions, a dead letter with the reason of that place for each, and memory is flat."""
+    calls: list[Any] = []
+    seen = Seen()
+    good = sealing(ring.active).seal(message(), "pay")
+    head = good.index(b"\n")
+    async with serving(
+        required(transport_url="memory://", store_url="memory://"), paying(calls), seen
+    ) as app:
+        assert isinstance(app.transport, MemoryTransport)
+        before = resident_bytes()
+        for bit in range(len(good) * 8):
+            changed = bytearray(good)
+            changed[bit // 8] ^= 1 << bit % 8
+            app.transport.put("pay", f"{bit}/pay/do/0", bytes(changed))
+        await seen.wait_for("delivery.rejected", len(good) * 8)
+        grown = resident_bytes() - before
+        letters = await app.store.list_dead_letters(limit=len(good) * 8)
+    assert calls == []
+    reasons = {int(letter.id.partition("/")[0]): letter.reason for letter in letters}
+    assert reasons.keys() == set(range(len(good) * 8))
+    assert {reason for bit, reason in reasons.items() if bit // 8 > head} == {"bad_signature"}
+    assert {reason for bit, reason in reasons.items() if bit // 8 == head} == {"bad_frame"}
+    assert {reason for bit, reason in reasons.items() if bit // 8 < head} == {
+        *("bad_frame", "bad_header", "bad_signature", "unknown_key", "unsigned")
+    }
+    assert grown < 32 * 1024 * 1024  # the letters
+
+
+def resident_bytes() -> int:
+    """What this process has in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 async def test_a_replay_after_the_end_is_a_duplicate(places: dict[str, str], ring: KeyRing) -> None:
     """The very bytes that started a run change nothing once it has ended: one duplicate is counted, nothing else."""
     calls: list[Any] = []
@@ -336,6 +382,33 @@ async def test_a_replay_after_the_end_is_a_duplicate(places: dict[str, str], rin
         assert await run.detail() == before
         assert await app.store.list_dead_letters() == []
     assert calls == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [short(2_000), full(100_000)])
+async def test_a_flood_of_replays_starts_nothing(redis_url: str, ring: KeyRing, count: int) -> None:
+    """Each copy of a message whose run has ended is a duplicate; memory is flat, and who comes behind is served."""
+    calls: list[Any] = []
+    seen = Seen(keeps=False)
+    workflow = Workflow("order", ["pay"])
+    settings = required(transport_url=redis_url, namespace=f"replays-{secrets.token_hex(4)}")
+    raw = Raw()
+    replaying = open_transport(redis_url, envelope=raw, namespace=settings.namespace)
+    async with contextlib.AsyncExitStack() as stack:
+        app = await stack.enter_async_context(serving(settings, paying(calls), seen))
+        await replaying.connect()
+        stack.push_async_callback(replaying.close)
+        await (await app.dispatch(workflow, {"sum": 1}, workflow_id="r")).wait(PATIENCE)
+        raw.wire = app.forwarder.envelope.seal(message(payload={"sum": 1}), "pay")
+        before = resident_bytes()
+        for _ in range(0, count, 500):
+            await asyncio.gather(*(replaying.publish("pay", message()) for _ in range(500)))
+        last = await app.dispatch(workflow, {"sum": 2})
+        assert (await last.wait(count / 50)).status is RunStatus.COMPLETED
+        await seen.wait_for("delivery.duplicate", count)
+        assert resident_bytes() - before < 32 * 1024 * 1024
+        assert await app.store.list_dead_letters() == []
+    assert calls == [1, 2]
 
 
 async def test_every_kind_of_run_ends_when_signatures_are_required(ring: KeyRing) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from paigeant.dispatcher import Dispatcher
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.forwarder import Forwarder
 from paigeant.message import PaigeantMessage
-from paigeant.store import ClaimRequest, StepKey, WorkerRecord
+from paigeant.store import ClaimRequest, Grant, StepKey, WorkerRecord
 from paigeant.stores.memory import MemoryStore
 from paigeant.sweeper import Sweeper
 from paigeant.testing import ManualClock
@@ -39,6 +40,10 @@ class Broker(MemoryTransport):
     away: frozenset[str] = frozenset()
     tried = 0
     refuses = False
+    ahead = 0
+    """So many messages of each topic has somebody fetched whose steps aren't claimed yet."""
+    tells = True
+    """Whether it tells of them."""
 
     async def publish(self, topic: str, message: PaigeantMessage, *, delay: float = 0) -> None:
         self.tried += 1
@@ -49,7 +54,10 @@ class Broker(MemoryTransport):
     async def topics(self, known: Collection[str] = ()) -> list[TopicDepth]:
         if self.refuses:
             raise ConfigurationError("it doesn't let the user look")
-        return await super().topics(known)
+        return [
+            replace(each, waiting=each.waiting - self.ahead, taken=self.ahead if self.tells else 0)
+            for each in await super().topics(known)
+        ]
 
     async def depths(self) -> dict[str, int]:
         return {each.topic: each.waiting for each in await self.topics()}
@@ -140,6 +148,30 @@ async def test_a_broker_that_was_wiped_just_now_is_found_out(clock: ManualClock)
     clock.advance(GRACE)
     await sweeper.sweep()
     assert await broker.depths() == {"paid": 1}
+
+
+@pytest.mark.parametrize("tells", [True, False])
+async def test_what_is_fetched_ahead_is_not_taken_for_lost(clock: ManualClock, tells: bool) -> None:
+    """Who does steps of a topic has messages of others in hand: its long queue is sent as seldom as an idle one."""
+    store, broker = MemoryStore(clock=clock, grace=GRACE), Broker(clock=clock)
+    forwarder = Forwarder(store, broker, ActivityRegistry())
+    sweeper = Sweeper(store, forwarder, worker=WorkerRecord("me", "host", "1"), topics=("a",), interval=1.0)
+    dispatcher = Dispatcher(store, forwarder, ActivityRegistry())
+    for number in range(4):
+        await dispatcher.dispatch(Workflow("order", ["paid"]), {}, workflow_id=f"r{number}")
+    broker.ahead, broker.tells = 1, tells
+    done = StepKey("r0", "paid")
+    claim = await store.claim_step(ClaimRequest(done, "other", 3))
+    assert isinstance(claim, Grant)
+    other = WorkerRecord("other", "another host", "1")
+    await asyncio.to_thread(store.beat, other, lease=1e9, running=[(done, claim.epoch)])
+    await broker.ack((await _taken(broker))[0])
+    for graces in range(2000):
+        if graces == 64:
+            broker.tried = 0
+        clock.advance(GRACE)
+        await sweeper.sweep()
+    assert 3 * 5 <= broker.tried <= 2 * 3 * 5  # at one look or two of each doubling
 
 
 async def test_leases_are_freed_though_the_broker_can_t_be_asked(clock: ManualClock) -> None:
