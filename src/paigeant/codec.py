@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails, PydanticSerializationError, from_json, to_json, to_jsonable_python
+from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
 
 from paigeant.errors import MessageInvalid
 
@@ -112,6 +112,10 @@ def dump_as(adapter: TypeAdapter[Any], value: Any) -> bytes:
         raise JsonInvalid(_reason(exc)) from exc
 
 
+_FORBIDDEN = ("extra_forbidden", "unexpected_keyword_argument")
+"""The errors of a field that a model doesn't know, and that a dataclass doesn't."""
+
+
 def read_as(adapter: TypeAdapter[Any], value: Any) -> Any:
     """A JSON value (see `plain`) as a declared type wants it. Raises pydantic's ValidationError, and JsonInvalid.
 
@@ -123,18 +127,16 @@ def read_as(adapter: TypeAdapter[Any], value: Any) -> Any:
         return adapter.validator.validate_json(text, by_alias=True, by_name=True)
     except ValidationError as exc:
         # Recorded, it is there for conditions, and whoever reads a model that forbids more would meet its own.
-        computed = [found["loc"] for found in exc.errors(include_url=False) if _is_computed(found, adapter)]
+        wrong = exc.errors(include_url=False, include_input=False)
+        extra = [error["loc"] for error in wrong if error["type"] in _FORBIDDEN]
+        known = _computed(adapter.core_schema) if extra else set()  # once: anybody may send a flood of fields
+        computed = [place for place in extra if place[-1] in known]
         if not computed:
             raise
     found = from_json(text)
     for place in computed:
         _take_out(found, place)
     return adapter.validator.validate_json(dump(found), by_alias=True, by_name=True)
-
-
-def _is_computed(error: ErrorDetails, adapter: TypeAdapter[Any]) -> bool:
-    """Whether it is of a field that is too much, and that a model of this type computes itself."""
-    return error["type"] == "extra_forbidden" and error["loc"][-1] in _computed(adapter.core_schema)
 
 
 def _computed(schema: object) -> set[str]:
