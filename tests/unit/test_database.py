@@ -704,6 +704,24 @@ async def test_an_empty_file_becomes_a_database(tmp_path: Path) -> None:
     assert path.stat().st_size > 0
 
 
+async def test_a_log_that_has_just_gone_is_no_other_users(
+    database: SqliteDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who closes a file last deletes its log, also in the moment in which somebody else looks at it."""
+    await database.close()
+    log = Path(f"{database.path}-wal")
+    log.touch()
+
+    def look(path: str, mode: int) -> bool:
+        if path == str(log):
+            log.unlink(missing_ok=True)
+        return access(path, mode)
+
+    access = os.access
+    monkeypatch.setattr(os, "access", look)
+    await database.connect()
+
+
 async def test_a_folder_is_no_database(tmp_path: Path) -> None:
     """Nor is a file in a folder that doesn't exist."""
     await refused(tmp_path, ConfigurationError, "is a folder")

@@ -376,7 +376,7 @@ def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> 
             f"the folder {folder.resolve()} of {path.name} is read-only; SQLite has to write files beside the database"
         )
     for helper in (f"{path.resolve()}-wal", f"{path.resolve()}-shm"):
-        if os.path.exists(helper) and not os.access(helper, os.R_OK | os.W_OK):
+        if _is_withheld(helper):
             raise ConfigurationError(
                 f"{helper}, which belongs to {path.name}, is of another user and can't be read and written to; "
                 "have all processes that use the database run as one user"
@@ -402,6 +402,12 @@ def _engine(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -> 
         connection.execute(f"PRAGMA busy_timeout={int(_BUSY_SECONDS * 1000) if reads_only else 0}")
 
     return engine
+
+
+def _is_withheld(helper: str) -> bool:
+    """Whether it is there, and this user can't read and write it."""
+    # Once more: who closes the database last deletes it, and one that has just gone can't be read, either.
+    return os.path.exists(helper) and not os.access(helper, os.R_OK | os.W_OK) and os.path.exists(helper)
 
 
 def _patiently(driver: sqlite3.Connection, statement: str, seconds: float) -> None:
