@@ -77,15 +77,13 @@ class Heartbeat:
 
     def troubles(self) -> list[str]:
         """Why the process had better be ended: its event loop hangs, or nothing beats any more. Any thread may ask."""
-        found = []
+        thread = self._thread
+        if thread is None or not thread.is_alive():
+            has_begun = thread is not None or self._stop.is_set()
+            return ["the heartbeat has ended" if has_begun else "the heartbeat hasn't begun yet"]
         self._ask_loop()  # the thread may be waiting for a store that is away, and ask nobody meanwhile
         silent = self._silence()
-        if self._thread is None or not self._thread.is_alive():
-            has_begun = self._thread is not None or self._stop.is_set()
-            found.append("the heartbeat has ended" if has_begun else "the heartbeat hasn't begun yet")
-        elif silent > self.lease:
-            found.append(f"the event loop hasn't answered for {silent:.0f} s")
-        return found
+        return [f"the event loop hasn't answered for {silent:.0f} s"] if silent > self.lease else []
 
     def soon(self) -> None:
         """Beat at once: a run was cancelled, perhaps one that this worker works on."""

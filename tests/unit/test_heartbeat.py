@@ -36,6 +36,17 @@ def test_it_ends_with_its_event_loop(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.text == ""
 
 
+async def test_what_was_asked_before_it_began_is_no_silence() -> None:
+    """A worker that has waited for its servers for longer than a lease is told alive as soon as they are there."""
+    heartbeat = heartbeat_of(MemoryStore(), lease=0.2)
+    assert heartbeat.troubles() == ["the heartbeat hasn't begun yet"]
+    await asyncio.sleep(0.3)
+    await heartbeat.start()
+    assert heartbeat.troubles() == []
+    await heartbeat.stop()
+    assert heartbeat.troubles() == ["the heartbeat has ended"]
+
+
 class SlowStore(MemoryStore):
     """From the one of this number on, beats take until they are let go: its database is away."""
 
