@@ -42,7 +42,7 @@ from paigeant.urls import (
 from paigeant.waits import Sleep, WaitFor
 from paigeant.workflow import Workflow
 
-__all__ = ["CONFIG_FILE", "Settings"]
+__all__ = ["CONFIG_FILE", "Settings", "is_in_environment"]
 
 CONFIG_FILE = "paigeant.yaml"
 _PREFIX = "PAIGEANT_"
@@ -588,8 +588,13 @@ def _explain(exc: ValidationError, given: Mapping[str, Any]) -> str:
 
 def _source(setting: str) -> str:
     """Where the value of a setting stands that nobody gave to the constructor."""
+    return "the environment" if is_in_environment(setting) else CONFIG_FILE
+
+
+def is_in_environment(setting: str) -> bool:
+    """Whether a variable says what the setting is, in whichever case it is written."""
     variable = f"{_PREFIX}{setting.upper()}"
-    return "the environment" if any(name.upper() == variable for name in os.environ) else CONFIG_FILE
+    return any(name.upper() == variable for name in os.environ)
 
 
 def _explain_variable(exc: SettingsError) -> str:

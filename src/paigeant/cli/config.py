@@ -43,7 +43,7 @@ def show(json: AsJson = False) -> None:
         [
             console.plain(name),
             console.plain(console.shown(value, 80).strip('"')),
-            console.plain(_source(settings, name), "dim" if _source(settings, name) == "default" else ""),
+            console.plain(source := _source(name), "dim" if source == "default" else ""),
             console.plain(type(settings).model_fields[name].description, "dim"),
         ]
         for name, value in shown.items()
@@ -93,10 +93,10 @@ def check(json: AsJson = False) -> None:
         raise typer.Exit(3 if unreachable else 2)
 
 
-def _source(settings: Settings, name: str) -> str:
-    from paigeant.settings import CONFIG_FILE, check_file
+def _source(name: str) -> str:
+    from paigeant.settings import CONFIG_FILE, check_file, is_in_environment
 
-    if any(variable.upper() == f"PAIGEANT_{name.upper()}" for variable in os.environ):
+    if is_in_environment(name):
         return "environment"
     path = Path(CONFIG_FILE)
     return CONFIG_FILE if path.is_file() and name in check_file(path) else "default"
