@@ -709,7 +709,7 @@ async def test_a_log_that_has_just_gone_is_no_other_users(
 ) -> None:
     """Who closes a file last deletes its log, also in the moment in which somebody else looks at it."""
     await database.close()
-    log = Path(f"{database.path}-wal")
+    log = database.path.with_name("x.db-wal")
     log.touch()
 
     def look(path: str, mode: int) -> bool:
