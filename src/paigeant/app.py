@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import weakref
@@ -161,12 +162,13 @@ class Paigeant:
             await self._close()
 
     async def _close(self) -> None:
-        await self.transport.close()
-        if self._logs is not None:
+        async with contextlib.AsyncExitStack() as end:  # whatever becomes of those before, each of them
+            end.push_async_callback(self.store.close)
+            if self._logs is not None:
+                end.push_async_callback(asyncio.to_thread, self._logs.stop)
             if self.log_handler is not None:
-                _OWN_LOG.removeHandler(self.log_handler)
-            await asyncio.to_thread(self._logs.stop)
-        await self.store.close()
+                end.callback(_OWN_LOG.removeHandler, self.log_handler)
+            await self.transport.close()
 
     async def dispatch(
         self,

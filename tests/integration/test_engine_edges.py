@@ -29,7 +29,7 @@ from paigeant import (
     executor,
     worker,
 )
-from paigeant.errors import ConfigurationError, RunTimeout, StoreUnavailable
+from paigeant.errors import ConfigurationError, RunTimeout, StoreUnavailable, TransportUnavailable
 from paigeant.observer import Event
 from paigeant.stores.memory import MemoryStore
 from paigeant.stores.sql import SqlStore
@@ -529,6 +529,26 @@ async def test_who_leaves_an_application_stops_its_workers(tmp_path: Path, fails
     async with Paigeant(settings) as app:
         [row] = (await app.run(run.id).detail()).steps
     assert (row.status, row.attempt) == (("ready", 0) if fails else ("completed", 1))
+
+
+@pytest.mark.parametrize("error", [TransportUnavailable("gone"), asyncio.CancelledError()])
+async def test_a_transport_that_can_t_be_closed_leaves_no_store_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Nobody else would close its connections."""
+
+    async def close() -> None:
+        raise error
+
+    urls = [f"sqlite:///{tmp_path / name}.db" for name in ("store", "transport")]
+    app = Paigeant(Settings(store_url=urls[0], transport_url=urls[1]))
+    with pytest.raises(type(error)):
+        async with app:
+            monkeypatch.setattr(app.transport, "close", close)
+    with pytest.raises(StoreUnavailable, match="is not open"):
+        await app.run("r").status()
+    monkeypatch.undo()
+    await app.transport.close()
 
 
 async def test_a_worker_that_is_cancelled_twice_has_ended(tmp_path: Path) -> None:
