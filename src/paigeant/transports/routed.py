@@ -172,19 +172,21 @@ class RoutedTransport:
 
     async def topics(self, known: Collection[str] = ()) -> list[TopicDepth]:
         found = {depth.topic: depth for depth in await self.own.topics(known)}
-        for route in {route for route in self.routes.values() if route is not None}:
-            theirs = [topic for topic in known if self.route(topic) is route]
-            try:
-                depths: list[TopicDepth] = await route.do(
-                    lambda transport, theirs=theirs: transport.topics(theirs)  # type: ignore[misc]
-                )
-            except TransportUnavailable as exc:
-                log.warning("what waits there isn't counted: %s", exc)
-                continue
+        routes = {route for route in self.routes.values() if route is not None}
+        for depths in await asyncio.gather(*(self._waiting(route, known) for route in routes)):
             for depth in depths:
-                if self.route(depth.topic) is route:  # others use that broker too
-                    found[depth.topic] = _added(found.get(depth.topic), depth)
+                found[depth.topic] = _added(found.get(depth.topic), depth)
         return [found[topic] for topic in sorted(found)]
+
+    async def _waiting(self, route: Route, known: Collection[str]) -> list[TopicDepth]:
+        """What waits in the topics of a route; nothing where its broker can't be asked."""
+        theirs = [topic for topic in known if self.route(topic) is route]
+        try:
+            depths = await route.do(lambda transport: transport.topics(theirs))
+        except TransportUnavailable as exc:
+            log.warning("what waits there isn't counted: %s", exc)
+            return []
+        return [depth for depth in depths if self.route(depth.topic) is route]  # others use that broker too
 
     def joins(self, store: Store) -> bool:
         return self.own.joins(store)
