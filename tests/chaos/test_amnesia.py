@@ -25,7 +25,8 @@ def test_a_transport_forgets_everything(
     """500 runs are in flight, each step crossing the transport, when it forgets all: they all end nevertheless.
 
     Neither work as a whole nor any single run rests for longer than lease + sweep + 5 s, a run beyond the time to send
-    as many messages and to wait for its turn behind them: a first round without a fault tells how long that is.
+    as many messages and to wait for its turn behind them: a first round without a fault tells how long that is. There
+    one came after the other; here each has half of the processors.
     """
     pauses, waits, seconds = [], [], []
     late: dict[str, float] = {}
@@ -51,7 +52,7 @@ def test_a_transport_forgets_everything(
             assert in_flight >= 500
             pauses.append(longest_pause(nursery.store, forgot))
             waits += recoveries(nursery, [forgot])
-            late |= stragglers(nursery, [forgot], within=BOUND + usual)
+            late |= stragglers(nursery, [forgot], within=BOUND + 2 * usual)
             nursery.stop(signal.SIGTERM)
         repeats = audit(nursery, runs=range((times + 1) * RUNS))
     say(

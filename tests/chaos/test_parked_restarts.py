@@ -59,6 +59,7 @@ async def test_runs_that_wait_outlast_everything(place: Place, tmp_path: Path) -
         with Command("run", "handlers.py", environment=told):
             for name, step in FLOWS.items():
                 await until_parked(await app.dispatch(Workflow("w", [step, "close"]), workflow_id=name))
+            await asyncio.sleep(place.settled)
     for server in {id(each): each for each in (place.broker, place.store)}.values():
         await asyncio.to_thread(server.kill)
         await asyncio.to_thread(server.start)
