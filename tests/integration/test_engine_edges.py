@@ -309,7 +309,7 @@ async def test_the_time_of_an_attempt_begins_with_its_function(
         begun.set()
         assert go.wait(PATIENCE)
 
-    @activity.execute(timeout=0.05, retries=0)
+    @activity.execute(timeout=0.5, retries=0)
     def second() -> str:
         return "done"
 
@@ -318,7 +318,7 @@ async def test_the_time_of_an_attempt_begins_with_its_function(
         assert await asyncio.to_thread(begun.wait, PATIENCE)
         runs.append(await app.dispatch(Workflow("w", ["second"])))
         with pytest.raises(RunTimeout):
-            await runs[1].wait(0.5)
+            await runs[1].wait(1.0)
         go.set()
         results = [await run.wait(PATIENCE) for run in runs]
     assert [(result.status, result.error) for result in results] == [("completed", None)] * 2

@@ -20,11 +20,12 @@ MEBIBYTE = 1024 * 1024
 LARGE = 50 * MEBIBYTE
 COUNT = 8
 
-GROWS = {"sqlite": 300, "postgres": 60, "redis": 200, "rabbitmq": 150}
+GROWS = {"sqlite": 300, "postgres": 60, "redis": 200, "rabbitmq": 40}
 """How much more memory a worker may ever take for them, in MiB; together they have 400.
 
 Postgres sends the beginning of such a body alone. SQLite does, too, but copies the row, within this process, to say who
-holds it. Redis and RabbitMQ send what there is, one or two at a time, and it is copied out of what was received.
+holds it. Redis sends what there is, one or two at a time, and it is copied out of what was received. RabbitMQ sends as
+many at the same time as were asked for, in small frames, of which no more than the beginning is kept.
 """
 
 HANDLERS = """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from collections.abc import AsyncIterator, Callable
 from io import BytesIO
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ class Received(NamedTuple):
     method: Basic.Deliver | Basic.Return
     properties: Basic.Properties
     body: bytes
+    """Its beginning, where it is longer than the channel `keeps`."""
+    body_bytes: int
 
 
 Told = Basic.Ack | Basic.Nack | Basic.Cancel
@@ -50,6 +53,8 @@ class Channel:
         self.number = connection.join(self)
         self.take: Callable[[Received], None] = _pass_over
         self.hear: Callable[[Told], None] = _pass_over
+        self.keeps = sys.maxsize
+        """How many bytes of a body are kept: whoever can send may send many large ones at the same time."""
         self.is_closed = False
         """Whether nothing may be sent any more: the broker ends the whole connection for what comes after a close."""
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -142,13 +147,14 @@ class Channel:
         if isinstance(frame, ContentHeader):
             self._header, self._missing = frame, frame.body_size
         else:
-            self._body.write(frame.value)
+            self._body.write(frame.value[: max(self.keeps - self._body.tell(), 0)])
             self._missing -= len(frame.value)
         if self._missing > 0:
             return
         assert self._header is not None
         # Its buffer is given, not a copy of it: a large body isn't there twice.
-        received = Received(method, self._header.properties, self._body.getvalue())
+        header = self._header
+        received = Received(method, header.properties, self._body.getvalue(), header.body_size)
         self._method, self._body = None, BytesIO()
         if not self.is_closed:  # as in `put`: what has come back would else be confirmed, its return unheard
             self.take(received)

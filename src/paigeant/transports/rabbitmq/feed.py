@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import sys
 import time
 from collections.abc import Callable
 
@@ -48,13 +49,24 @@ class Feed:
     All feeds share the connection of `link`, but those of queues that can't be received from: for one whose leader is
     away RabbitMQ ends the whole connection, or never answers, and what the others hold comes to them again each time.
     Such a feed has a connection of its own until its queue has worked for a while.
+
+    `keeps`: how many bytes of a body a delivery has at the most, the first ones.
     """
 
-    def __init__(self, link: Link, queue: Queue, prefetch: int, drop: Callable[[Delivery], None]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        queue: Queue,
+        prefetch: int,
+        drop: Callable[[Delivery], None],
+        *,
+        keeps: int = sys.maxsize,
+    ) -> None:
         self._shared = self._link = link
         self._queue = queue
         self._prefetch = min(max(prefetch, 1), _MOST_AHEAD)
         self._drop = drop
+        self._keeps = keeps
         self._line: Line | None = None
         self._news = asyncio.Event()
         self._has_worked = False
@@ -216,6 +228,7 @@ class Feed:
         connection = await self._link.open()
         await declare(connection, self._queue)
         channel = await Channel.open(connection)
+        channel.keeps = self._keeps
         line = Line(channel, self._queue.name, self._prefetch, self._receive, self._end_of_queue)
         channel.ended.add_done_callback(lambda _: self._end_of_line(line))
         try:

@@ -26,10 +26,20 @@ __all__ = ["Delivery", "Line"]
 class Delivery:
     """A message as it came, on the channel on which alone it can be settled."""
 
-    __slots__ = ("_method", "_properties", "body", "consumer", "line", "message_id", "tag", "topic")
+    __slots__ = (
+        "_method",
+        "_properties",
+        "body",
+        "body_bytes",
+        "consumer",
+        "line",
+        "message_id",
+        "tag",
+        "topic",
+    )
 
     def __init__(self, line: Line, received: Received) -> None:
-        method, self._properties, self.body = received
+        method, self._properties, self.body, self.body_bytes = received
         assert isinstance(method, Basic.Deliver), "nothing is sent here that could come back"
         self.line = line
         self._method = method
@@ -40,8 +50,11 @@ class Delivery:
     @property
     def property_id(self) -> str:
         """The message's id as the envelope says, for a body that doesn't say any."""
-        found = self._properties.message_id
-        return str(found) if found else f"amqp-{hashlib.sha256(self.body).hexdigest()[:32]}"
+        if found := self._properties.message_id:
+            return str(found)
+        digest = hashlib.sha256(self.body)
+        digest.update(b"%d" % self.body_bytes)  # of two long ones the beginnings may be the same
+        return f"amqp-{digest.hexdigest()[:32]}"
 
     @property
     def headers(self) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any, Literal
 
 from paigeant.clock import Clock, SystemClock, is_duration
-from paigeant.envelope import Envelope, PlainEnvelope
-from paigeant.errors import ConfigurationError, MessageInvalid, TransportUnavailable
+from paigeant.envelope import HEAD_BYTES, Envelope, PlainEnvelope
+from paigeant.errors import ConfigurationError, MessageInvalid, MessageTooLarge, TransportUnavailable
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter, Store
-from paigeant.transport import Bury, TopicDepth
+from paigeant.transport import BODY_KEPT_BYTES, Bury, TopicDepth
 from paigeant.transports.rabbitmq import letters
 from paigeant.transports.rabbitmq.feed import LONGEST_PAUSE_SECONDS, PAUSE_SECONDS, Feed
 from paigeant.transports.rabbitmq.frames import Outgoing
@@ -138,7 +138,9 @@ class RabbitMQTransport:
         if self._is_closed:  # nobody would close what it opens
             return
         self._start_draining()
-        feed = Feed(self._receiving, self.queues.topic(topic), prefetch, self._drop)
+        # No more than what would be refused as too large, and what is kept of that.
+        keeps = max(self.envelope.limit_bytes, BODY_KEPT_BYTES) + HEAD_BYTES
+        feed = Feed(self._receiving, self.queues.topic(topic), prefetch, self._drop, keeps=keeps)
         self._feeds.add(feed)
         closings = self._closings
         try:
@@ -155,6 +157,8 @@ class RabbitMQTransport:
 
     async def _opened(self, topic: str, delivery: Delivery) -> PaigeantMessage | None:
         try:
+            if delivery.body_bytes > len(delivery.body):
+                raise MessageTooLarge(delivery.body_bytes, self.envelope.limit_bytes)
             message = await self.envelope.open(topic, delivery.body)
             if not await self._is_due(topic, message, delivery):
                 return None
