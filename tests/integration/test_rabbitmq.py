@@ -36,6 +36,7 @@ from paigeant.errors import ConfigurationError, MessageTooLarge, TopicUnavailabl
 from paigeant.message import PaigeantMessage
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
+from paigeant.transport import BODY_KEPT_BYTES
 from paigeant.transports.rabbitmq import RabbitMQTransport, feed, letters, publisher, queues
 from paigeant.transports.rabbitmq.channel import Channel, throwaway
 from paigeant.transports.rabbitmq.frames import Outgoing
@@ -1168,6 +1169,35 @@ async def test_properties_that_nobody_can_read_hold_nothing_up(rabbitmq_url: str
         await graveyard.until(1)
         assert listener.seen == ["first", "last"]
         assert graveyard.letters[0].body == b"nonsense"
+
+
+async def test_of_long_bodies_the_beginning_is_kept_and_the_length(rabbitmq_url: str) -> None:
+    """By both each is known that says no id of its own: none is lost for another that begins alike."""
+    graveyard = Graveyard()
+
+    class Nameless(Basic.Properties):
+        """Of a message without any: aiormq gives each an id."""
+
+        def marshal(self) -> bytes:
+            return bytes(2)
+
+    async with opened(rabbitmq_url, envelope=PlainEnvelope(1_000)) as transport:
+        transport.bury_with(graveyard.bury)
+        await transport.publish("work", message("first"))
+        queue = transport.queues.topic("work").name
+        connection = await aiormq.connect(rabbitmq_url)
+        channel = await connection.channel()
+        for length in (100_000, 100_001):
+            await channel.basic_publish(b"[" * length, routing_key=queue, properties=Nameless())
+        await connection.close()
+        await transport.publish("work", message("last"))
+        await Listener(transport).until("last")
+        await graveyard.until(2)
+    assert [letter.reason for letter in graveyard.letters] == ["too_large"] * 2
+    assert [letter.body for letter in graveyard.letters] == [b"[" * BODY_KEPT_BYTES] * 2
+    for letter, told in zip(graveyard.letters, ("100,000", "100,001"), strict=True):
+        assert f"has {told} bytes" in letter.detail
+    assert len({letter.id for letter in graveyard.letters}) == 2
 
 
 async def test_a_routing_key_that_nobody_can_read_holds_nothing_up(rabbitmq_url: str) -> None:

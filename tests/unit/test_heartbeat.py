@@ -90,7 +90,7 @@ async def test_a_loop_that_hangs_while_the_store_is_away_is_told() -> None:
     await heartbeat.start()
     assert await asyncio.to_thread(store.asked.wait, 30.0)
     heartbeat.troubles()
-    time.sleep(0.3)  # noqa: ASYNC251
+    time.sleep(0.3)  # noqa: ASYNC251  # the loop hangs, for longer than a lease
     [trouble] = heartbeat.troubles()
     assert trouble.startswith("the event loop hasn't answered for ")
     store.answers.set()

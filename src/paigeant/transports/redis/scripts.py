@@ -268,7 +268,7 @@ local lacking = {}
 local function try(command, ...)
   local answer = redis.pcall(command, ...)
   local trouble = type(answer) == 'table' and answer.err or ''
-  -- The second is what Redis up to 7.0 says, the third what later ones do.
+  -- The second is what Redis 7.0 says, the third what 8.0 does.
   for _, refused in ipairs({'NOPERM', "can't run this command", 'no permissions to run', 'Unknown Redis command'}) do
     if string.find(trouble, refused, 1, true) then
       table.insert(lacking, command)
