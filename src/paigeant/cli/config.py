@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -39,11 +39,12 @@ def show(json: AsJson = False) -> None:
     if json:
         console.value(shown)
         return
+    sources = _sources(shown)
     rows = [
         [
             console.plain(name),
             console.plain(console.shown(value, 80).strip('"')),
-            console.plain(source := _source(name), "dim" if source == "default" else ""),
+            console.plain(sources[name], "dim" if sources[name] == "default" else ""),
             console.plain(type(settings).model_fields[name].description, "dim"),
         ]
         for name, value in shown.items()
@@ -93,13 +94,16 @@ def check(json: AsJson = False) -> None:
         raise typer.Exit(3 if unreachable else 2)
 
 
-def _source(name: str) -> str:
+def _sources(names: Iterable[str]) -> dict[str, str]:
+    """Where each setting comes from."""
     from paigeant.settings import CONFIG_FILE, check_file, is_in_environment
 
-    if is_in_environment(name):
-        return "environment"
     path = Path(CONFIG_FILE)
-    return CONFIG_FILE if path.is_file() and name in check_file(path) else "default"
+    written = check_file(path) if path.is_file() else {}
+    return {
+        name: "environment" if is_in_environment(name) else CONFIG_FILE if name in written else "default"
+        for name in names
+    }
 
 
 def _handlers(settings: Settings) -> Finding:
