@@ -25,6 +25,7 @@ class NoRoute(Exception):
 
 class _Sent(NamedTuple):
     message_id: str
+    queue: str
     confirm: asyncio.Future[None]
     """Cancelled where nobody waits for it any more."""
 
@@ -59,9 +60,14 @@ class Outlet:
         return self._channel.is_closed or self._channel.connection.gone.done()
 
     @property
-    def given_up(self) -> set[int]:
-        """The numbers of what isn't confirmed and nobody waits for any more."""
-        return {number for number, sent in self._waiting.items() if sent.confirm.cancelled()}
+    def oldest(self) -> int | None:
+        """The number of what isn't confirmed for the longest time, whether or not somebody still waits for that."""
+        return next(iter(self._waiting), None)
+
+    def awaits(self, number: int) -> str | None:
+        """The queue that was sent the message of this number and hasn't confirmed it; None when it has."""
+        sent = self._waiting.get(number)
+        return None if sent is None else sent.queue
 
     async def publish(self, queue: str, message: Outgoing) -> None:
         """Returns when the broker has confirmed it.
@@ -78,7 +84,7 @@ class Outlet:
         self._sent += 1
         self._numbers[message.message_id] = self._sent
         confirm = asyncio.get_running_loop().create_future()
-        self._waiting[self._sent] = _Sent(message.message_id, confirm)
+        self._waiting[self._sent] = _Sent(message.message_id, queue, confirm)
         await confirm
 
     async def unblocked(self) -> None:

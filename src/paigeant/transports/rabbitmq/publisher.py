@@ -21,8 +21,9 @@ from paigeant.errors import (
 )
 from paigeant.transports.rabbitmq.channel import Channel, throwaway
 from paigeant.transports.rabbitmq.frames import Outgoing
-from paigeant.transports.rabbitmq.link import OPEN_SECONDS, Link, Single, closings, place
+from paigeant.transports.rabbitmq.link import OPEN_SECONDS, Link, closings, place
 from paigeant.transports.rabbitmq.outlet import NoRoute, Outlet
+from paigeant.transports.rabbitmq.outlets import Outlets
 from paigeant.transports.rabbitmq.queues import DELETED_SECONDS, Queue, check_rights, declare
 from paigeant.transports.rabbitmq.wire import Closed, Connection
 
@@ -32,9 +33,6 @@ _ROOM_SECONDS = 5.0
 
 _MOST_DECLARING = 50
 """So many queues are declared at the same time: each takes a channel, of which a connection may have some 2,000."""
-
-_GIVEN_UP_SECONDS = 1.0
-"""After this time it tells against a channel that what was given up on it is still unconfirmed."""
 
 _FRESH_SECONDS = 5.0
 _STARTING_SECONDS = 0.2
@@ -60,15 +58,13 @@ class Publisher:
     def __init__(self, link: Link, timeout: float) -> None:
         self._link = link
         self._timeout = timeout
-        self._outlet: Outlet | None = None
+        self._outlets = Outlets(link, self._open, timeout)
         self._confirmed_at = 0.0
-        self._single = Single(self._open)
         self._declared: dict[str, _Declared] = {}
         """The queues that are there, as far as `_connection` knows."""
         self._connection: Connection | None = None
         self._declaring: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._places = asyncio.Semaphore(_MOST_DECLARING)
-        self._doubting: asyncio.Task[None] | None = None
         self._is_closed = False
 
     async def open(self, queue: Queue, trial: Queue) -> None:
@@ -88,8 +84,7 @@ class Publisher:
         try:
             with closings():
                 async with asyncio.timeout(OPEN_SECONDS):
-                    if self._outlet is None or self._outlet.is_closed:
-                        await self._single.get()
+                    await self._outlets.common()
                     await self._declare(queue)
                     await check_rights(await self._connected(), trial)
         except TopicUnavailable as exc:  # without these two there is nothing that could go on
@@ -102,8 +97,7 @@ class Publisher:
         await self._drop()
 
     async def _drop(self) -> None:
-        await self._single.cancel()
-        self._outlet = None
+        await self._outlets.drop()
         await self._link.close()
 
     async def send(self, queue: Queue, message: Outgoing) -> None:
@@ -125,12 +119,13 @@ class Publisher:
         try:
             with closings():
                 outlet = await self._ready(queue)
+                self._outlets.watch()
                 await outlet.publish(queue.name, message)
         except NoRoute as exc:
             self._declared.pop(queue.name, None)
             # A channel numbers what it sends to a quorum queue. One that is deleted and declared anew confirms what
             # comes on an old channel, and waits for ever for what it takes to have come before.
-            self._retire(outlet)
+            self._outlets.retire(outlet)
             if not again:
                 raise self._unavailable(exc) from exc
             await asyncio.sleep(DELETED_SECONDS)
@@ -146,11 +141,8 @@ class Publisher:
                 f"{_WHEN_LOST.format(queue.name)}"
             ) from exc
         except asyncio.CancelledError:
-            # Its queue may never confirm. What is sent to one of those fills the channel, until nothing else gets by.
-            if limit.expired():
-                self._retire(outlet)
-            elif outlet is not None and (self._doubting is None or self._doubting.done()):
-                self._doubting = self._link.start(self._doubt(outlet))
+            if limit.expired():  # it may be waiting for ever for what a queue that was deleted has taken
+                self._outlets.retire(outlet)
             raise
         except CONNECTION_EXCEPTIONS as exc:
             _check_size(exc, message.body)
@@ -158,6 +150,7 @@ class Publisher:
                 raise self._unavailable(exc) from exc
             return False
         self._confirmed_at = time.monotonic()
+        self._outlets.confirmed(queue.name, outlet)
         return True
 
     async def check_room(self, trial: Queue) -> None:
@@ -166,9 +159,7 @@ class Publisher:
         try:
             with closings():
                 async with asyncio.timeout(_ROOM_SECONDS):
-                    outlet = self._outlet
-                    if outlet is None or outlet.is_closed:
-                        outlet = await self._single.get()
+                    outlet = await self._outlets.common()
                     # It tells of an alarm only to those who publish, and takes the first message of each connection.
                     for _ in range(2):
                         with contextlib.suppress(NoRoute):
@@ -209,12 +200,10 @@ class Publisher:
 
     async def _ready(self, queue: Queue) -> Outlet:
         """Where to publish, with `queue` declared and the broker willing to take messages."""
-        outlet = self._outlet
-        if outlet is None or outlet.is_closed:
-            try:
-                outlet = await self._single.get()
-            except ConfigurationError as exc:  # it has worked before: perhaps the broker is still starting
-                raise TransportUnavailable(str(exc)) from exc
+        try:
+            outlet = await self._outlets.of(queue.name)
+        except ConfigurationError as exc:  # it has worked before: perhaps the broker is still starting
+            raise TransportUnavailable(str(exc)) from exc
         try:
             await self._declare(queue)
         except ConfigurationError as exc:
@@ -253,25 +242,7 @@ class Publisher:
         if connection is not self._connection:
             self._declared.clear()  # by now it may be another broker, or an emptied one
             self._connection = connection
-        self._outlet = outlet
         return outlet
-
-    def _retire(self, outlet: Outlet | None) -> None:
-        """Send nothing more on its channel, and close that when nobody waits for a confirm on it."""
-        if outlet is not None and outlet is self._outlet:
-            self._outlet = None
-            self._link.start(self._close_later(outlet))
-
-    async def _doubt(self, outlet: Outlet) -> None:
-        """Retire it when its queues don't confirm what callers have given up, which says little by itself."""
-        given_up = outlet.given_up
-        await asyncio.sleep(_GIVEN_UP_SECONDS)
-        if given_up & outlet.given_up:
-            self._retire(outlet)
-
-    async def _close_later(self, outlet: Outlet) -> None:
-        await asyncio.sleep(self._timeout)
-        outlet.leave()
 
     async def _late(
         self, began_at: float, seconds: float, queue: Queue | None = None
