@@ -20,7 +20,7 @@ from tests.integration.collector import Collector
 
 from paigeant.observers.otlp import QuickProvider, to_collector
 from paigeant.observers.otlp.spans import QuickSpan
-from paigeant.observers.otlp.written import Sender, Written, written
+from paigeant.observers.otlp.written import Sender, Written, together, written
 from paigeant.observers.traces import Remote, remote
 
 RESOURCE = Resource({"service.name": "shop", "service.instance.id": "ä"})
@@ -75,8 +75,7 @@ def test_a_span_is_written_as_the_library_writes_it(
     found = written(spans.spans[0])
     assert found is not None
     [as_library] = encode_spans(spans.spans).resource_spans[0].scope_spans[0].spans
-    assert list(ScopeSpans.FromString(found.data).spans) == [as_library]
-    assert found.id == int.from_bytes(as_library.span_id)
+    assert list(ScopeSpans.FromString(found).spans) == [as_library]
 
 
 def test_a_span_of_which_more_is_said_is_left_to_the_library() -> None:
@@ -122,8 +121,7 @@ def test_what_is_sent_is_what_the_library_sends(collector: Collector) -> None:
     spans = [ended(remote(CALLER), {"paigeant.step": f"{number}"}) for number in range(200)]
     OTLPSpanExporter().export(spans)
     as_library, collector.spans = collector.spans, []
-    ready = [written(span) or span for span in spans[:150]]
-    Sender(RESOURCE).export([*spans[150:], *ready])
+    Sender(RESOURCE).export([*spans[150:], *together(spans[:100]), *together(spans[100:150])])
     assert collector.spans == as_library
     assert {span.service for span in collector.spans} == {"shop"}
 
@@ -147,6 +145,43 @@ def test_a_queue_writes_what_it_can_and_sends_it_all(collector: Collector) -> No
     assert {span.parent for span in collector.spans if span.name == "chat"} < {span.span_id for span in steps}
     assert b"hunter2" not in collector.bytes
     assert queue.lost == 0
+
+
+def test_what_begins_under_a_step_that_has_ended_waits_for_nothing(collector: Collector) -> None:
+    """As what an activity has left behind may do: of its step nobody had asked, and it may have been sent."""
+    queue = to_collector(RESOURCE)
+    provider = TracerProvider(resource=RESOURCE)
+    provider.add_span_processor(queue)
+    step = QuickProvider(provider, queue).get_tracer("paigeant").start_span("step pack", remote(CALLER))
+    step.end()
+    queue.force_flush()
+    provider.get_tracer("left behind").start_span("chat", trace.set_span_in_context(step)).end()
+    queue.force_flush()
+    [sent, late] = collector.spans
+    assert (sent.name, late.name, late.parent) == ("step pack", "chat", sent.span_id)
+    queue.shutdown()
+
+
+def test_batches_are_no_larger_than_the_environment_says(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of what is written nor of what isn't, nor of both."""
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "50")
+    sizes: list[int] = []
+    export = Sender.export
+
+    def look(self: Sender, spans: Any) -> Any:
+        sizes.append(sum(each.many if isinstance(each, Written) else 1 for each in spans))
+        return export(self, spans)
+
+    monkeypatch.setattr(Sender, "export", look)
+    queue = to_collector(RESOURCE)
+    for number in range(220):
+        name = "step https://user:hunter2@host" if number % 3 == 0 else "step pack"
+        tracer_to(queue).start_span(name, remote(CALLER), attributes={}).end()
+    queue.shutdown()
+    assert max(sizes) <= 50
+    assert sum(sizes) == len(collector.spans) == 220
 
 
 def test_a_name_with_a_secret_is_sent_with_stars(collector: Collector) -> None:

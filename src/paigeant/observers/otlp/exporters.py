@@ -24,7 +24,7 @@ from opentelemetry.util.types import AnyValue, Attributes
 from paigeant.codec import storable
 from paigeant.host import at_fork
 from paigeant.observers.otlp.spans import QuickSpan
-from paigeant.observers.otlp.written import Written, written
+from paigeant.observers.otlp.written import Written, together
 from paigeant.redaction import Redactor, is_secret
 
 __all__ = ["RedactedSpans", "SpanQueue", "WholeTraces"]
@@ -63,14 +63,15 @@ class WholeTraces(SpanExporter):
         ready: list[Ended] = []
         gone = self._gone
         for span in spans:
-            above = None if isinstance(span, Written) else span.parent
+            if isinstance(span, Written):
+                ready.append(span)
+                for each in span.above:
+                    self._go(each, ready)
+                continue
+            above = span.parent
             if above is None or above.is_remote or above.span_id in gone:
-                if self._held:
-                    self._release(span, ready)
-                else:  # as it is where no activity makes spans
-                    ready.append(span)
-                    gone[_id_of(span)] = None
-            elif not isinstance(span, Written):
+                self._release(span, ready)
+            else:
                 self._held.setdefault(above.span_id, []).append(span)
                 self._waiting += 1
         while self._waiting > _MOST_HELD:
@@ -85,12 +86,15 @@ class WholeTraces(SpanExporter):
             self._last = self._exporter.export(ready)
         return self._last if ready else SpanExportResult.SUCCESS
 
-    def _release(self, span: Ended, ready: list[Ended]) -> None:
+    def _release(self, span: ReadableSpan, ready: list[Ended]) -> None:
         ready.append(span)
-        own = _id_of(span)
-        self._gone[own] = None
-        if own in self._held:
-            below = self._held.pop(own)
+        self._go(_id_of(span), ready)
+
+    def _go(self, id: int, ready: list[Ended]) -> None:
+        """The span of this id goes out: what has waited for it follows."""
+        self._gone[id] = None
+        if id in self._held:
+            below = self._held.pop(id)
             self._waiting -= len(below)
             for each in below:
                 self._release(each, ready)
@@ -112,8 +116,8 @@ class WholeTraces(SpanExporter):
         return bool(self._exporter.force_flush(timeout_millis))
 
 
-def _id_of(span: Ended) -> int:
-    if isinstance(span, (Written, QuickSpan)):
+def _id_of(span: ReadableSpan) -> int:
+    if isinstance(span, QuickSpan):
         return span.id
     return span.context.span_id if span.context is not None else 0
 
@@ -135,10 +139,9 @@ class RedactedSpans(SpanExporter):
         result: SpanExportResult = self._exporter.export([self._looked_at(span) for span in spans])
         return result
 
-    def write(self, span: QuickSpan) -> Written | None:
-        """The span as it is handed on, if it can be written already; None where it has to be looked at."""
-        found = written(span)
-        return None if found is None or self._changes_name(span.name) else found
+    def write(self, spans: Sequence[QuickSpan]) -> Sequence[Ended]:
+        """The spans as they are handed on: what needn't be looked at is written already."""
+        return together(spans, self._changes_name)
 
     def shutdown(self) -> None:
         """Nothing is kept here."""
@@ -231,21 +234,23 @@ class SpanQueue(SpanProcessor):
 
     What the library's BatchSpanProcessor is, under the same `OTEL_BSP_*` variables, for a sixth of what that costs the
     one who ends a span. While the exporter can't keep up, spans beyond the bound are lost, and a warning says how many.
-    `write` gives what a span is exported as that can be written already when it ends; None where it is the span.
+    `write` gives what spans of ours are exported as, which is asked when so many of them have ended.
     """
 
     def __init__(
-        self, exporter: SpanExporter, write: Callable[[QuickSpan], Written | None] | None = None
+        self, exporter: SpanExporter, write: Callable[[Sequence[QuickSpan]], Sequence[Ended]] | None = None
     ) -> None:
         self._exporter: Any = exporter
         self._write = write
         self._most = _setting("OTEL_BSP_MAX_QUEUE_SIZE", 8192)
         self._batch = min(_setting("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512), self._most)
+        self._together = min(_TOGETHER, self._batch)
         # Each time it is woken this thread may drive the one that works from its processor, and so from what that has
         # at hand: seldom, then, and to several batches.
         self._many = max(self._batch, self._most // 4)
         self._delay = _setting("OTEL_BSP_SCHEDULE_DELAY", 5000) / 1000
-        self._spans: deque[Ended] = deque()
+        self._written: deque[Written] = deque()
+        self._spans: deque[ReadableSpan] = deque()
         self._unwritten: deque[QuickSpan] = deque()
         self.lost = self._told = 0
         """Spans that were lost in all, and how many of them were told of."""
@@ -254,8 +259,8 @@ class SpanQueue(SpanProcessor):
 
     def _begin(self) -> None:
         """Start anew, in this process: one that was forked off has no thread, and its parent's spans aren't its own."""
-        self._spans.clear()
-        self._unwritten.clear()
+        for waiting in (self._written, self._spans, self._unwritten):
+            waiting.clear()
         self._exporting = threading.Lock()
         self._enough = threading.Event()
         self._closed = False
@@ -267,24 +272,30 @@ class SpanQueue(SpanProcessor):
         is_ours = isinstance(span, QuickSpan)
         if not is_ours and not (span.context and span.context.trace_flags.sampled):
             return
-        waiting = len(self._spans) + len(self._unwritten)
+        waiting = len(self._spans) + len(self._unwritten) + self._together * len(self._written)
         if waiting >= self._most or self._closed:
             self.lost += 1
             return
         if is_ours and self._write is not None:
             self._unwritten.append(cast(QuickSpan, span))
-            if len(self._unwritten) >= _TOGETHER:
+            if len(self._unwritten) >= self._together:
                 self._write_all(self._write)
         else:
             self._spans.append(span)
         if waiting + 1 >= self._many and not self._enough.is_set():
             self._enough.set()
 
-    def _write_all(self, write: Callable[[QuickSpan], Written | None]) -> None:
-        with suppress(IndexError):  # another thread writes the last one
-            while self._unwritten:
-                span = self._unwritten.popleft()
-                self._spans.append(write(span) or span)
+    def _write_all(self, write: Callable[[Sequence[QuickSpan]], Sequence[Ended]]) -> None:
+        while self._unwritten:
+            spans: list[QuickSpan] = []
+            with suppress(IndexError):  # another thread writes the last one
+                while len(spans) < self._together:
+                    spans.append(self._unwritten.popleft())
+            for each in write(spans) if spans else ():
+                if isinstance(each, Written):
+                    self._written.append(each)
+                else:
+                    self._spans.append(each)
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Export all that has ended; whether the exporter has handed on what it keeps."""
@@ -311,19 +322,33 @@ class SpanQueue(SpanProcessor):
         with self._exporting:
             if self._write is not None:
                 self._write_all(self._write)
-            while len(self._spans) >= least:
-                batch = [self._spans.popleft() for _ in range(min(len(self._spans), self._batch))]
+            while True:
+                count, batch = self._taken(least)
+                if not batch:
+                    break
                 if self._exported(batch):
                     continue
-                self.lost += len(batch)
-                if (
-                    self._closed
-                ):  # the process is to end, and each try may take as long as the exporter is patient
-                    self.lost += len(self._spans)
-                    self._spans.clear()
+                self.lost += count
+                if self._closed:
+                    # The process is to end, and each try may take as long as the exporter is patient.
+                    while batch:
+                        count, batch = self._taken(1)
+                        self.lost += count
             if lost := self.lost - self._told:
                 self._told += lost
                 log.warning("%d spans were lost; expected an exporter that keeps up", lost)
+
+    def _taken(self, least: int) -> tuple[int, list[Ended]]:
+        """A batch, and how many spans that is; an empty one where there are fewer than `least`."""
+        count, batch = 0, list[Ended]()
+        if len(self._spans) + sum(each.many for each in tuple(self._written)) >= least:
+            while self._written and count + self._written[0].many <= self._batch:
+                batch.append(self._written.popleft())
+                count += cast(Written, batch[-1]).many
+            while self._spans and count < self._batch:
+                batch.append(self._spans.popleft())
+                count += 1
+        return count, batch
 
     def _exported(self, batch: list[Ended]) -> bool:
         token = attach(set_value(_SUPPRESS_INSTRUMENTATION_KEY, True))  # no spans of the sending

@@ -188,7 +188,8 @@ class QuickSpan(trace.Span, ReadableSpan):
             assert self._parent is not None
             trace_id, _, _, flags, state, _ = self._parent
             kept = _SAMPLED_RANDOM if flags & TraceFlags.RANDOM_TRACE_ID else _SAMPLED
-            self._own = SpanContext(trace_id, self.id, False, kept, state)
+            # What hangs under it from now on, where it has ended, needn't wait for it.
+            self._own = SpanContext(trace_id, self.id, self._end_time is not None, kept, state)
         return self._own
 
     def get_span_context(self) -> SpanContext:

@@ -9,7 +9,7 @@ The messages are those of opentelemetry/proto/trace/v1/trace.proto, in which no 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,25 +24,47 @@ from opentelemetry.util.types import AnyValue
 
 from paigeant.observers.otlp.spans import QuickSpan
 
-__all__ = ["Sender", "Written", "written"]
+__all__ = ["Sender", "Written", "together", "written"]
 
 
 class Written(NamedTuple):
-    """A span that has ended and hangs under none of this process: as a field of the `ScopeSpans` of its scope."""
+    """`many` spans that have ended and hang under none of this process, as fields of the `ScopeSpans` of their scope.
 
-    id: int
+    `above` has the ids of those of which somebody has asked: under no other can a span of this process hang.
+    """
+
+    many: int
+    above: tuple[int, ...]
     scope: InstrumentationScope
     data: bytes
 
 
-def written(span: QuickSpan) -> Written | None:
+def together(
+    spans: Sequence[QuickSpan], is_left: Callable[[str], bool] = lambda name: False
+) -> list[Written | QuickSpan]:
+    """These spans, with what can be written in one; those whose name `is_left` are not."""
+    data, above, left = [], [], []
+    for span in spans:
+        found = None if is_left(span._name) else written(span)
+        if found is None:
+            left.append(span)
+        else:
+            data.append(found)
+            if span._own is not None:
+                above.append(span.id)
+    if not data:
+        return [*left]
+    return [Written(len(data), tuple(above), spans[0]._instrumentation_scope, b"".join(data)), *left]
+
+
+def written(span: QuickSpan) -> bytes | None:
     """The span; None where it isn't one of a run or a step as they mostly are, and is left to the library."""
     above = span._parent
     if not span.is_as_made or not (above is None or above.is_remote):
         return None
     own = span.get_span_context() if above is None else above
     # Not by its properties: each is a call.
-    attributes, status, scope = span._attributes, span._status, span._instrumentation_scope
+    attributes, status = span._attributes, span._status
     try:
         parts = (
             _new(own.trace_id) if above is None else _under(own.trace_id, own.span_id),
@@ -54,7 +76,7 @@ def written(span: QuickSpan) -> Written | None:
             _state(own.trace_state) if own.trace_state else b"",
             *map(_attribute, attributes, attributes.values()),
         )
-        return Written(span.id, scope, _field(b"\x12", b"".join(parts)))
+        return _field(b"\x12", b"".join(parts))
     # Half of a surrogate pair, a value of another kind; or an activity gave its span a name or an end that is none.
     except Exception:
         span.is_as_made = False  # it is looked at closely on its way
