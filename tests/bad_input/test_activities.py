@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tests.bad_input.bench import HANDLERS, INPUT, OTHER, PAIGEANT, call, check, complaints, done, put, rows
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Step, Workflow
 from paigeant.errors import PaigeantError
@@ -494,7 +495,11 @@ def test_a_function_that_never_ends_is_given_up() -> None:
     put({"bad.py": f'{HANDLERS}{code}wrong = Workflow("wrong", ["bad"])\n'})
     done("dispatch", "wrong", "-", "--handlers", "bad.py", "--id", "wrong", input="{}")
     worker = subprocess.run(
-        [*PAIGEANT, "run", "bad.py", "--until-idle"], capture_output=True, text=True, check=False, timeout=60
+        [*PAIGEANT, "run", "bad.py", "--until-idle"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
     )
     assert worker.returncode == 0, worker.stderr
     shown = done("runs", "show", "wrong")

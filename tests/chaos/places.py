@@ -38,12 +38,9 @@ class Place:
     broker: Server
 
     @property
-    def settled(self) -> float:
-        """Seconds that its queues have to be there before the broker may be killed.
-
-        RabbitMQ 3.10.8 forgets half of a quorum queue that it made less than half a second ago; see `RabbitServer`.
-        """
-        return 1.5 if self.name == "rabbitmq" else 0.0
+    def settle(self) -> Callable[[], None] | None:
+        """What has to be done once its queues are there, before the broker may be killed; see `RabbitServer`."""
+        return self.broker.write_down if isinstance(self.broker, RabbitServer) else None
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def test_a_node_of_a_cluster_is_killed(tmp_path: Path, servers: Servers, runs: i
                     local=False,
                     stop=balanced.kill,
                     start=balanced.lead_on,
-                    settled=1.5,
+                    settle=cluster.write_down,
                 )
             repeats = audit(nursery, runs=range(runs))
             waits, usual = recoveries(nursery, healed), usual_wait(nursery, first)

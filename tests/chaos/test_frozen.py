@@ -17,7 +17,6 @@ from tests.kill.roles import TIMES, length
 from tests.kill.scenes import stop_a_worker_for_longer_than_its_lease
 
 
-@pytest.mark.timeout(300)
 def test_a_worker_that_was_stopped_changes_nothing_afterwards(place: Place, tmp_path: Path) -> None:
     """A worker is stopped for longer than its lease and goes on when another has done its steps: no row changes."""
     with Nursery(tmp_path, **place.settings) as nursery:

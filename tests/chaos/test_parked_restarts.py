@@ -10,6 +10,7 @@ import pytest
 from tests.chaos.places import Place
 from tests.integration.processes import Command
 from tests.kill.roles import TIMES
+from tests.patience import PATIENCE
 
 from paigeant import Paigeant, Run, RunStatus, Settings, Sleep, Step, WaitFor, Workflow
 
@@ -44,11 +45,9 @@ def close(ctx: StepContext) -> str:
     return ctx.workflow_id
 """
 FLOWS: dict[str, str | Step] = {"person": "banker", "signal": WaitFor("go"), "time": Sleep(3.0)}
-PATIENCE = 60.0
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 async def test_runs_that_wait_outlast_everything(place: Place, tmp_path: Path) -> None:
     """For a person, for a signal, for a time: meanwhile all processes and servers are killed and started again."""
     (tmp_path / "handlers.py").write_text(HANDLERS)
@@ -59,7 +58,8 @@ async def test_runs_that_wait_outlast_everything(place: Place, tmp_path: Path) -
         with Command("run", "handlers.py", environment=told):
             for name, step in FLOWS.items():
                 await until_parked(await app.dispatch(Workflow("w", [step, "close"]), workflow_id=name))
-            await asyncio.sleep(place.settled)
+            if place.settle is not None:
+                await asyncio.to_thread(place.settle)
     for server in {id(each): each for each in (place.broker, place.store)}.values():
         await asyncio.to_thread(server.kill)
         await asyncio.to_thread(server.start)

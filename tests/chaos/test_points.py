@@ -41,7 +41,6 @@ TIMES: dict[str, Any] = {"lease": 0.6, "heartbeat": 0.1, "sweep_interval": 0.1, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_process_may_die_at_any_point(place: Place, tmp_path: Path) -> None:
     """At each point a process is killed, once: the run that it was about is done and undone all the same, each once.
 

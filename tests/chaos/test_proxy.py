@@ -23,6 +23,7 @@ from tests.chaos.places import NAMES, Place, Servers, open_place
 from tests.chaos.sizes import full, say, short
 from tests.kill.audit import audit
 from tests.kill.roles import Loser, execute, keep_diary, steps_of
+from tests.patience import PATIENCE
 from tests.services.proxy import Direction, Proxy
 
 from paigeant.activity import ActivityRegistry
@@ -131,7 +132,7 @@ class Lane:
             except StoreUnavailable:  # whoever isn't sure tries again
                 await asyncio.sleep(0.05)
         self._measure_for("publish")
-        result = await self.near.run(run_id).wait(timeout=60.0)
+        result = await self.near.run(run_id).wait(timeout=PATIENCE)
         ended = time.monotonic()
         assert result.status is RunStatus.COMPENSATED
         if fault is None:

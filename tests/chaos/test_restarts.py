@@ -40,7 +40,7 @@ def restart_all_the_time(
     local: bool,
     stop: Callable[[], None],
     start: Callable[[], None],
-    settled: float = 0.0,
+    settle: Callable[[], None] | None = None,
     pause: float = 0.02,
 ) -> tuple[float, list[float]]:
     """Have runs done while `stop` and `start` are called again and again.
@@ -54,10 +54,10 @@ def restart_all_the_time(
     settings = {} if local else {"local_steps": 1}
     for _ in range(WORKERS):
         nursery.start("worker", pause=pause, settings=settings)
-    if settled:  # the first runs have all queues made
+    if settle is not None:  # the first runs have all queues made
         nursery.start("dispatcher", runs=10, flight=10)
         nursery.until(lambda: "dispatcher" not in nursery.alive.values())
-        time.sleep(settled)
+        settle()
     nursery.start("dispatcher", runs=runs, flight=FLIGHT)
     stopped: list[float] = []
     healed: list[float] = []
@@ -102,7 +102,7 @@ def test_the_broker_is_killed_and_started_again(
             local=False,
             stop=place.broker.kill,
             start=place.broker.start,
-            settled=place.settled,
+            settle=place.settle,
         )
     repeats = audit(nursery, runs=range(runs))
     waits, usual = recoveries(nursery, healed), usual_wait(nursery, first)

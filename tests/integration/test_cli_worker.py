@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from tests.integration.processes import PAIGEANT, Command, call, call_afresh, shown
+from tests.patience import PATIENCE
 
 from paigeant import Paigeant, Workflow
 from paigeant.cli.processes import _Supervisor, pause_before
@@ -453,7 +454,7 @@ async def test_what_kills_its_process_is_undone_after_all_its_attempts(
     async with Paigeant() as app:
         with Command("run", "--processes", "2") as parent:
             runs = [await app.dispatch(workflow, {"how": how}, workflow_id=how) for how in hows]
-            results = {run.id: await run.wait(60) for run in runs}
+            results = {run.id: await run.wait(PATIENCE) for run in runs}
             details = [await run.detail() for run in runs]
             parent.signal(signal.SIGTERM)
             assert await asyncio.to_thread(parent.end) == 0

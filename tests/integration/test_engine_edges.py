@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 
 from paigeant import (
     ActivityRegistry,
@@ -34,8 +35,6 @@ from paigeant.observer import Event
 from paigeant.stores.memory import MemoryStore
 from paigeant.stores.sql import SqlStore
 from paigeant.testing import ManualClock, MemoryApp
-
-PATIENCE = 30.0
 
 WORKER = """
 import asyncio, sys
@@ -290,7 +289,7 @@ async def test_a_message_that_waits_for_its_bound_is_given_back(settings: Settin
         go.set()
         second = app.worker()
         working = asyncio.create_task(second.run())
-        results = await asyncio.gather(*(run.wait(10) for run in runs))
+        results = await asyncio.gather(*(run.wait(PATIENCE) for run in runs))
         await second.stop()
         await working
     assert {result.output for result in results} == {"done"}

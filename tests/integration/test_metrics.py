@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.integration.processes import Command
+from tests.patience import PATIENCE
 from tests.services import free_port
 
 from paigeant import Paigeant, Settings, Workflow
@@ -64,7 +65,7 @@ def _project(monkeypatch: pytest.MonkeyPatch) -> None:
 def get(port: int, path: str) -> tuple[int, str]:
     """The status and the text that a worker answers with."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=20) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

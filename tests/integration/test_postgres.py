@@ -30,6 +30,7 @@ import uvloop
 from sqlalchemy import text
 from tests.integration.postgres_tables import database_with_tables, make_tables
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 from tests.services import PostgresServer, free_port
 from tests.services.certificates import CertificateAuthority
 from tests.services.postgres import give_away
@@ -64,7 +65,6 @@ from paigeant.table_transport import _Fetch
 from paigeant.testing.conformance.bench import due, run
 from paigeant.transports.postgres import PostgresTransport
 
-PATIENCE = 30.0
 ROOT = Path(__file__).parents[2]
 
 
@@ -1224,14 +1224,13 @@ async def test_silence_while_connecting_is_given_up(
     proxy, url = proxied
     proxy.cut_after("to_client", passed, ending="blackhole", each=True)
     with pytest.raises(StoreUnavailable):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await SqlStore(PostgresDatabase(url)).connect()
 
 
 # -- servers
 
 
-@pytest.mark.timeout(180)
 async def test_a_server_that_crashes_under_load_loses_nothing() -> None:
     """Runs that were begun before, during and after three crashes of the server all end, each step recorded once."""
     activity = ActivityRegistry()
@@ -1265,7 +1264,7 @@ async def test_a_server_that_crashes_under_load_loses_nothing() -> None:
                 await eventually(lambda: len(runs) >= 40 * (crash + 1))  # noqa: B023
                 await asyncio.to_thread(server.restart, "immediate")
             await dispatching
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE):
                 results = [await settled(each.wait) for each in runs]
             await worker.stop(grace=PATIENCE)
             await working
@@ -1640,6 +1639,6 @@ async def test_steps_whose_claims_a_crash_of_the_server_undoes_are_done_once() -
             await asyncio.to_thread(server.stop, "immediate")
             await asyncio.to_thread(server.start)
             go.set()
-            results = await asyncio.gather(*(run.wait(60) for run in begun))
+            results = await asyncio.gather(*(run.wait(PATIENCE) for run in begun))
     assert [result.output for result in results] == list(runs)
     assert sorted(done) == list(runs)

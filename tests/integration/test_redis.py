@@ -22,6 +22,7 @@ import pytest_asyncio
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from tests.integration.redis_servers import redis_cluster, redis_sentinels, redis_tls
+from tests.patience import PATIENCE
 from tests.services import RedisServer, free_port
 from tests.services.proxy import Proxy
 
@@ -35,7 +36,6 @@ from paigeant.transports.redis import RedisStreamTransport
 
 pytestmark = pytest.mark.asyncio
 
-_PATIENCE = 30.0
 GROUP = "workers"
 
 Open = Callable[..., Awaitable[RedisStreamTransport]]
@@ -97,7 +97,7 @@ class Listening:
             self._news.set()
 
     async def wait_for(self, *ids: str) -> None:
-        async with asyncio.timeout(_PATIENCE):
+        async with asyncio.timeout(PATIENCE):
             while not set(ids) <= set(self.came):
                 self._news.clear()
                 await self._news.wait()
@@ -106,20 +106,20 @@ class Listening:
 async def take(transport: RedisStreamTransport, count: int = 1, topic: str = "work") -> list[str]:
     """The ids of the next `count` messages, not acked."""
     messages = transport.subscribe(topic, prefetch=count)
-    async with asyncio.timeout(_PATIENCE), contextlib.aclosing(messages) as each:  # type: ignore[type-var]  # a generator
+    async with asyncio.timeout(PATIENCE), contextlib.aclosing(messages) as each:  # type: ignore[type-var]  # a generator
         return [(await anext(each)).message_id for _ in range(count)]
 
 
 async def until(holds: Callable[[], Awaitable[object]]) -> None:
     """Return once `holds` gives something true."""
-    async with asyncio.timeout(_PATIENCE):
+    async with asyncio.timeout(PATIENCE):
         while not await holds():  # noqa: ASYNC110  # a server has to be asked
             await asyncio.sleep(0.01)
 
 
 async def publish_until_taken(transport: RedisStreamTransport, sent: PaigeantMessage) -> None:
     """Publish as a worker's sweeper does: again, until the server takes it."""
-    async with asyncio.timeout(_PATIENCE):
+    async with asyncio.timeout(PATIENCE):
         while True:
             try:
                 return await transport.publish("work", sent)
@@ -504,7 +504,7 @@ async def test_a_killed_process_gives_back_its_messages(
         sys.executable, "-c", _HOLDER, server.url, stdout=asyncio.subprocess.PIPE
     )
     assert child.stdout is not None
-    assert await asyncio.wait_for(child.stdout.readline(), 60) == b"m\n"
+    assert await asyncio.wait_for(child.stdout.readline(), PATIENCE) == b"m\n"
     [dead] = await consumers(client, transport)
     os.kill(child.pid, signal.SIGKILL)
     await child.wait()
@@ -687,7 +687,7 @@ async def test_delays_are_kept_to_the_point(server: RedisServer, client: Redis, 
     for message_id, delay in delays.items():
         sent[message_id] = time.monotonic()
         await publisher.publish("work", message(message_id), delay=delay)
-    await asyncio.wait_for(done.wait(), _PATIENCE)
+    await asyncio.wait_for(done.wait(), PATIENCE)
     listening.cancel()
     await asyncio.gather(listening, return_exceptions=True)
     late = {message_id: came[message_id] - sent[message_id] - delays[message_id] for message_id in delays}
@@ -834,7 +834,7 @@ async def test_an_odd_time_hides_no_topic(redis_url: str, opened: Open, told: st
     for _ in range(2):
         odd, work = await transport.topics(["odd"])
         assert (odd.topic, odd.waiting, work.topic, work.waiting) == ("odd", 1, "work", 1)
-        assert odd.oldest == pytest.approx(0, abs=_PATIENCE)
+        assert odd.oldest == pytest.approx(0, abs=PATIENCE)
         assert await take(transport, topic="odd") == ["m"]
         await transport.nack("m", delay=0.01)
 
@@ -1177,7 +1177,7 @@ async def test_names_on_a_node_that_is_away_keep_no_message(opened: Open) -> Non
             name for name in map(str, range(100)) if cluster.primary(transport.stream_key(name)) is not away
         )
         await asyncio.to_thread(away.kill)
-        async with Listening(transport, topic) as listening, asyncio.timeout(_PATIENCE):
+        async with Listening(transport, topic) as listening, asyncio.timeout(PATIENCE):
             await transport.publish(topic, message("m"))
             await listening.wait_for("m")
 

@@ -17,6 +17,7 @@ import aio_pika
 import psycopg
 import pytest
 import redis
+from tests.patience import PATIENCE
 from tests.services import (
     PostgresServer,
     RabbitServer,
@@ -45,7 +46,7 @@ async def take(url: str, queue: str) -> bytes:
     async with await aio_pika.connect(url) as connection:
         channel = await connection.channel()
         found = await channel.declare_queue(queue, durable=True, arguments={"x-queue-type": "quorum"})
-        async with found.iterator(timeout=30) as messages:
+        async with found.iterator(timeout=PATIENCE) as messages:
             async for message in messages:
                 async with message.process():
                     return message.body

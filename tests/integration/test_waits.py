@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 
 from paigeant import (
     ActivityRegistry,
@@ -28,8 +29,6 @@ from paigeant.identity import GRANT_SIGNAL
 from paigeant.slip import StepStatus
 from paigeant.store import Request
 from paigeant.testing import MemoryApp
-
-PATIENCE = 30.0
 
 
 @pytest.fixture(params=["memory://", "sqlite:///p.db", "postgres"], ids=["memory", "sqlite", "postgres"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.integration.processes import Command
+from tests.patience import PATIENCE
 
 from paigeant import Paigeant, RunResult, RunStatus, Settings, Sleep, Workflow
 from paigeant.store import RunDetail
@@ -81,7 +82,7 @@ async def done(settings: Settings) -> tuple[list[RunResult], list[RunDetail]]:
             await app.dispatch(workflow, {"doomed": number % 3 == 0}, workflow_id=f"r{number}")
             for number in range(RUNS)
         ]
-        return [await run.wait(60) for run in runs], [await run.detail() for run in runs]
+        return [await run.wait(PATIENCE) for run in runs], [await run.detail() for run in runs]
 
 
 def test_wrong_clocks_have_no_effect(settings: Settings) -> None:

@@ -18,6 +18,7 @@ from typing import Any, cast
 import pytest
 import uvloop
 from greenlet import getcurrent
+from tests.patience import PATIENCE
 
 from paigeant import green, loops
 from paigeant.green import Inlet, TooSlow, caught_up, elsewhere, is_green, pause, until_ready
@@ -25,7 +26,6 @@ from paigeant.lane import Driver, Lane, Tx
 from paigeant.loops import EventLoop
 
 LOOPS: list[EventLoop] = ["asyncio", "uvloop"]
-PATIENCE = 10.0
 
 
 class Closing:

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+from tests.patience import PATIENCE
 
 from paigeant.activity import ActivityRegistry
 from paigeant.dispatcher import Dispatcher
@@ -29,7 +30,7 @@ def test_it_ends_with_its_event_loop(caplog: pytest.LogCaptureFixture) -> None:
     """Of a worker that nobody has stopped nothing goes on, and nothing is said of it."""
     heartbeat = heartbeat_of(MemoryStore())
     asyncio.run(heartbeat.start())
-    until = time.monotonic() + 30.0
+    until = time.monotonic() + PATIENCE
     while heartbeat.troubles() != ["the heartbeat has ended"]:
         assert time.monotonic() < until
         time.sleep(0.005)
@@ -61,7 +62,7 @@ class SlowStore(MemoryStore):
         self.beats += 1
         if self.beats >= self.number:
             self.asked.set()
-            assert self.answers.wait(30.0)
+            assert self.answers.wait(PATIENCE)
         return super().beat(*args, **options)
 
 
@@ -76,7 +77,7 @@ async def test_a_beat_that_takes_long_is_not_laid_to_the_loop(caplog: pytest.Log
         assert heartbeat.troubles() == []
         await asyncio.sleep(0.01)
     store.answers.set()
-    async with asyncio.timeout(30.0):
+    async with asyncio.timeout(PATIENCE):
         while store.beats < 4:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
     await heartbeat.stop()
@@ -113,7 +114,7 @@ async def test_only_what_is_held_still_was_forgotten(forgets: bool, caplog: pyte
     if not forgets:
         assert await store.release_steps("w", [(key, 1)]) == [key]
     store.answers.set()
-    async with asyncio.timeout(30.0):
+    async with asyncio.timeout(PATIENCE):
         while store.beats < 6 or (forgets and not caplog.text):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
     await heartbeat.stop()

@@ -8,10 +8,10 @@ import threading
 from contextvars import ContextVar
 
 import pytest
+from tests.patience import PATIENCE
 
 from paigeant.threads import Threads
 
-PATIENCE = 30.0
 HERE: ContextVar[str] = ContextVar("here", default="nowhere")
 
 
