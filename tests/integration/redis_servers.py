@@ -18,7 +18,10 @@ from tests.services.programs import program
 
 __all__ = ["Cluster", "Sentinels", "redis_cluster", "redis_sentinels", "redis_tls", "wait_until"]
 
-_NODE = ["cluster-enabled yes", "cluster-node-timeout 1000"]
+_NODE = [
+    "cluster-enabled yes",
+    "cluster-node-timeout 3000",
+]  # on a busy machine one may be silent for a while
 _LAST_PORT = 22_000  # of a node: 10,000 above begin the ports of outgoing connections
 
 
@@ -187,7 +190,7 @@ def redis_sentinels() -> Iterator[Sentinels]:
         watch = [
             f"sentinel monitor main {first.host} {first.port} 1",
             f"sentinel auth-pass main {password}",
-            "sentinel down-after-milliseconds main 500",
+            "sentinel down-after-milliseconds main 2000",
             "sentinel failover-timeout main 5000",
         ]
         sentinel = stack.enter_context(_SentinelServer(lines=watch))

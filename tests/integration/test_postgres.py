@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -994,7 +993,7 @@ async def test_no_step_suffers_from_what_an_administrator_changes(
             admin.execute("GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO app")
             ask_for_passwords(server, admin)
             url = server.url.replace("postgres@", "app:right@")
-            settings = Settings(transport_url=url, store_url=url)
+            settings = Settings(transport_url=url, store_url=url, lease=1000)
 
             def alter(statement: str) -> None:
                 admin.execute(statement.encode())
@@ -1132,7 +1131,7 @@ def proxied(postgres_server_url: str) -> Iterator[tuple[Proxy, str]]:
     with database_with_tables(postgres_server_url) as url:
         parts = psycopg.conninfo.conninfo_to_dict(url)
         with Proxy(str(parts["host"]), int(parts["port"] or 5432)) as proxy:
-            yield proxy, f"{proxy.url(url)}?connect_timeout=2"
+            yield proxy, f"{proxy.url(url)}?connect_timeout=5"
 
 
 @pytest.mark.parametrize(("direction", "step"), [("to_server", 61), ("to_client", 23)])
@@ -1199,17 +1198,16 @@ async def settled(ask: Callable[[], Awaitable[Any]]) -> Any:
 
 async def test_silence_is_given_up(proxied: tuple[Proxy, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A server from which nothing comes any more is unavailable within a limit, and used again when it is back."""
-    monkeypatch.setattr(postgres, "_STUCK_SECONDS", 0.5)
+    monkeypatch.setattr(postgres, "_STUCK_SECONDS", 2.0)
     proxy, url = proxied
     async with opened(url) as store:
         result = await claimed(store, "r")
         proxy.blackhole()
-        began = time.monotonic()
-        with pytest.raises(StoreUnavailable):
-            await store.record_step_result(result)
-        with pytest.raises(StoreUnavailable):
-            await store.run_status("r")
-        assert time.monotonic() - began < 15
+        async with asyncio.timeout(PATIENCE):
+            with pytest.raises(StoreUnavailable):
+                await store.record_step_result(result)
+            with pytest.raises(StoreUnavailable):
+                await store.run_status("r")
         proxy.resume()
         assert await settled(lambda: store.record_step_result(result)) == Recorded()
         assert await store.run_status("r") is RunStatus.COMPLETED
