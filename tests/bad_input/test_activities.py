@@ -471,8 +471,8 @@ def test_a_step_that_nobody_knows_waits_and_nothing_else_does() -> None:
 
 def test_an_activity_that_blocks_the_loop_loses_nothing() -> None:
     """A worker whose loop stands still for longer than its lease says so; the run is completed, by it or another."""
-    code = "import time\n@activity.execute()\nasync def bad() -> None:\n    time.sleep(1)\n"
-    settings = "lease: 0.5\nheartbeat: 0.1\nsweep_interval: 0.1\n"
+    code = "import time\n@activity.execute()\nasync def bad() -> None:\n    time.sleep(3)\n"
+    settings = "lease: 1.5\nheartbeat: 0.1\nsweep_interval: 0.1\n"
     # What it had claimed besides counts as an attempt of a worker that was lost, so there has to be a second one.
     handlers = HANDLERS.replace("retries=0", "retries=3")
     put({"bad.py": f'{handlers}{code}wrong = Workflow("wrong", ["bad"])\n', "paigeant.yaml": settings})

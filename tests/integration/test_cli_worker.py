@@ -59,7 +59,7 @@ def end() -> int:
     child = os.fork()
     if not child:
         os.write(tell, b".")
-        time.sleep(5)  # it is ended before, or the test fails by its exit code
+        time.sleep(60)  # it is ended before, or the test fails by its exit code
         os._exit(0)
     os.read(ready, 1)
     os.kill(child, signal.SIGTERM)
@@ -446,7 +446,7 @@ async def test_what_kills_its_process_is_undone_after_all_its_attempts(
 ) -> None:
     """However it does: it has two attempts, no other step loses one by that, and the parent of the workers lives on."""
     (tmp_path / "handlers.py").write_text(POISON)
-    short = {"lease": 2, "heartbeat": 0.2, "sweep_interval": 0.1, "retry_base": 0, "concurrency": 1}
+    short = {"lease": 20, "heartbeat": 0.2, "sweep_interval": 0.1, "retry_base": 0, "concurrency": 1}
     for name, value in short.items():
         monkeypatch.setenv(f"PAIGEANT_{name.upper()}", str(value))
     hows = [*DEATHS, "memory", "no", "nothing"]

@@ -308,7 +308,7 @@ async def test_the_time_of_an_attempt_begins_with_its_function(
         begun.set()
         assert go.wait(PATIENCE)
 
-    @activity.execute(timeout=0.5, retries=0)
+    @activity.execute(timeout=1.5, retries=0)
     def second() -> str:
         return "done"
 
@@ -317,7 +317,7 @@ async def test_the_time_of_an_attempt_begins_with_its_function(
         assert await asyncio.to_thread(begun.wait, PATIENCE)
         runs.append(await app.dispatch(Workflow("w", ["second"])))
         with pytest.raises(RunTimeout):
-            await runs[1].wait(1.0)
+            await runs[1].wait(2.0)
         go.set()
         results = [await run.wait(PATIENCE) for run in runs]
     assert [(result.status, result.error) for result in results] == [("completed", None)] * 2
@@ -331,7 +331,7 @@ async def test_functions_that_never_return_keep_no_other_from_being_done(setting
     def stuck() -> None:
         go.wait(PATIENCE)
 
-    @activity.execute(retries=0, timeout=5)
+    @activity.execute(retries=0, timeout=PATIENCE)
     def fine() -> str:
         return "done"
 

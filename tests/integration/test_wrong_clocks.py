@@ -17,7 +17,7 @@ from paigeant.store import RunDetail
 DAY = 86400
 RUNS = 6
 TIMES = {
-    "lease": 3.0,
+    "lease": 5.0,
     "heartbeat": 0.2,
     "sweep_interval": 0.1,
     "grace": 1.0,
@@ -44,7 +44,7 @@ def note(ctx, what):
 @activity.execute()
 async def long(ctx: StepContext) -> None:
     note(ctx, "long")
-    await asyncio.sleep(7)  # longer than two leases: only its heartbeat keeps it
+    await asyncio.sleep(7)  # longer than a lease: only its heartbeat keeps it
 
 @activity.compensate("long")
 async def unlong(ctx: StepContext) -> None:
