@@ -58,7 +58,7 @@ Sample = tuple[str, frozenset[tuple[str, str]]]
 def _project(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("handlers.py").write_text(HANDLERS)
     Path("paigeant.yaml").write_text(
-        "handlers: handlers.py\nretry_base: 0\nlease: 0.8\nheartbeat: 0.1\nsweep_interval: 0.1\nmetrics_port: 0\n"
+        "handlers: handlers.py\nretry_base: 0\nlease: 30\nheartbeat: 0.1\nsweep_interval: 0.1\nmetrics_port: 0\n"
     )
 
 
@@ -166,7 +166,7 @@ def test_the_metrics_of_a_worker_are_what_its_runs_did() -> None:
 def test_a_worker_that_hangs_says_so() -> None:
     """An event loop that is blocked for longer than the lease is no life; once it goes on, all is well again."""
     asyncio.run(_dispatch_hang())
-    with Command("run") as worker:
+    with Command("run", environment={"PAIGEANT_LEASE": "1.5"}) as worker:
         port = worker.until("monitor.serving")["port"]
         worker.until("hanging")
         until(lambda: get(port, "/live")[0] == 503)
