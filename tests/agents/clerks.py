@@ -18,6 +18,7 @@ from typing import Any
 from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart, ToolCallPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from tests.agents.steps import called, returned
+from tests.patience import PATIENCE
 
 from paigeant.activity import ActivityRegistry
 from paigeant.agents import PaigeantDurability, effect_key
@@ -61,7 +62,7 @@ def activities(folder: Path) -> ActivityRegistry:
     async def effect(tool: str) -> None:
         await _pause()
         key = effect_key()
-        with closing(sqlite3.connect(folder / _FILE, timeout=30, isolation_level=None)) as file:
+        with closing(sqlite3.connect(folder / _FILE, timeout=PATIENCE, isolation_level=None)) as file:
             file.execute("INSERT INTO effects VALUES (?, ?, ?)", (key.split(":")[0], tool, key))
         await _pause()
 

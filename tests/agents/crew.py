@@ -30,6 +30,7 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 from tests.agents.chat_server import Answer, ChatServer
 from tests.agents.sums_server import Nursery
+from tests.patience import PATIENCE
 
 from paigeant.activity import ActivityRegistry
 from paigeant.agents import PaigeantDurability, effect_key
@@ -130,7 +131,7 @@ async def work(
         await app.dispatch(WORKFLOW, {"city": "Ghent"}, workflow_id=run)
         worker = app.worker()
         working = asyncio.create_task(worker.run())
-        await app.run(run).wait(timeout=60)
+        await app.run(run).wait(timeout=PATIENCE)
         await worker.stop()
         await working
 

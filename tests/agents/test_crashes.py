@@ -20,7 +20,7 @@ from paigeant.app import Paigeant
 from paigeant.slip import RunStatus
 from paigeant.store import StepKey
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def told(messages: list[dict[str, Any]]) -> Answer:

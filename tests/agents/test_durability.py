@@ -77,6 +77,7 @@ from tests.agents.steps import (
     scripted,
     without_moments,
 )
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, NonRetryableError, RetryPolicy, Workflow
 from paigeant.agents import PaigeantDurability, effect_key, operations
@@ -899,7 +900,7 @@ async def test_runs_of_one_id_have_answers_of_their_own(together: bool) -> None:
         return await asyncio.gather(*map(run, prompts)) if together else [await run(one) for one in prompts]
 
     step = Step()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         assert (await step.resumed(work))[0] == ["one", "two"]
     assert len(step.units) == 2
     assert together or requests == [0, 0]
@@ -1648,7 +1649,7 @@ async def test_what_a_provider_works_on_is_there_for_the_next_attempt(how: str) 
     else:
         model.held = asyncio.Event()
         attempt = asyncio.create_task(step.attempt(lambda: agent.run("go")))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await model.held.wait()
         attempt.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic_core import from_json
 from tests.agents.steps import Crash, Step
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, RunStatus, StepContext, Workflow, codec
 from paigeant.errors import InvalidDefinition, OutcomeUnknown, OutsideStep
@@ -381,7 +382,7 @@ async def test_a_short_sleep_isn_t_left_for_another_wait() -> None:
     async with MemoryApp(activity) as app:
         run = await app.dispatch(Workflow("w", ["race"]))
         await app.drain()
-        assert (await run.wait(5)).output == "nap"
+        assert (await run.wait(PATIENCE)).output == "nap"
 
 
 async def test_a_step_isn_t_left_between_two_tries_nor_before_a_record_is_made() -> None:
@@ -516,7 +517,7 @@ async def test_what_a_failed_attempt_has_left_running_begins_no_unit() -> None:
     async with MemoryApp(activity) as app:
         run = await app.dispatch(Workflow("w", ["book", "both"]))
         await app.drain()
-        assert (await run.wait(5)).status is RunStatus.COMPENSATED
+        assert (await run.wait(PATIENCE)).status is RunStatus.COMPENSATED
         over.set()
         ends = await asyncio.gather(*others, return_exceptions=True)
     assert [type(end) for end in ends] == [Parked] * 4
@@ -532,7 +533,7 @@ async def waits_for_both(activity: ActivityRegistry) -> None:
         await run.signal("one", 1)
         await run.signal("two", 2)
         await app.drain()
-        assert (await run.wait(5)).output == [1, 2]
+        assert (await run.wait(PATIENCE)).output == [1, 2]
 
 
 async def test_an_activity_that_catches_its_leaving_is_left_all_the_same() -> None:
@@ -596,7 +597,7 @@ async def test_a_unit_of_an_attempt_that_is_over_is_not_done_without_its_parts()
     async with MemoryApp(activity) as app:
         run = await app.dispatch(Workflow("w", ["both"]))
         await app.drain()
-        assert (await run.wait(5)).output == ["whole", [1]]
+        assert (await run.wait(PATIENCE)).output == ["whole", [1]]
     assert did == ["whole"]
 
 
@@ -619,7 +620,7 @@ async def test_waits_of_which_only_the_first_is_awaited_are_no_errors() -> None:
         await app.drain(advance=False)
         await run.signal("go", 1)
         await app.drain(advance=False)
-        assert (await run.wait(5)).output == "go"
+        assert (await run.wait(PATIENCE)).output == "go"
     gc.collect()
     assert said == []
 

@@ -16,6 +16,7 @@ from pydantic_ai import Agent, ModelMessage, ModelResponse, TextPart
 from pydantic_ai.mcp import MCPToolset
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from tests.agents.steps import Step, called, prompt_of, returned
+from tests.patience import PATIENCE
 from tests.services.server import free_port
 
 from paigeant import ActivityRegistry, Workflow
@@ -48,7 +49,7 @@ async def over_stdio(calls: Path, **options: Any) -> AsyncIterator[MCPToolset[An
     """The toolset of a server that is begun when it is needed, and ends with the block."""
     transport = StdioTransport(sys.executable, [str(SERVER), str(calls)])
     try:
-        yield MCPToolset(transport, id="mortal", init_timeout=60, **options)
+        yield MCPToolset(transport, id="mortal", init_timeout=PATIENCE, **options)
     finally:
         await transport.close()
 

@@ -26,6 +26,7 @@ from pydantic_ai.messages import ToolCallPart
 from pydantic_core import from_json, to_json
 from tests.agents.steps import called, returned, scripted
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 from typing_extensions import TypeAliasType
 
 from paigeant import ActivityRegistry, Paigeant, Run, RunStatus, Settings, StepContext, Workflow
@@ -33,7 +34,6 @@ from paigeant.agents import PaigeantDurability, effect_key
 from paigeant.errors import InputInvalid, InvalidTransition
 from paigeant.store import ClaimRequest, Request, StepKey
 
-PATIENCE = 30.0
 SETTINGS = Settings(sweep_interval=0.2)
 
 

@@ -31,6 +31,7 @@ from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
 from pydantic_core import core_schema
 from tests.agents.steps import called, prompt_of, returned, scripted
+from tests.patience import PATIENCE
 from typing_extensions import TypeAliasType
 
 import paigeant
@@ -49,8 +50,6 @@ from paigeant.agents.plans import MAX_ARGUMENT_BYTES, MAX_ARGUMENT_DEPTH, hands_
 from paigeant.errors import InvalidDefinition
 from paigeant.observer import Event, Observer
 from paigeant.store import RunDetail
-
-PATIENCE = 60.0
 
 
 class Letter(BaseModel):

@@ -27,6 +27,7 @@ from pydantic_ai.models.test import TestModel
 from pydantic_ai.toolsets import DynamicToolset, FunctionToolset
 from pydantic_core import from_json
 from tests.agents.steps import Crash, Step, called, prompt_of, returned, scripted
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, ItineraryPolicy, Paigeant, RunStatus, StepContext, Workflow
 from paigeant.agents import PaigeantDurability, effect_key
@@ -518,7 +519,7 @@ async def test_an_agent_that_a_failed_attempt_has_left_running_calls_nothing(inl
     async with MemoryApp(activity) as app:
         run = await app.dispatch(Workflow("w", ["leave"]))
         await app.drain()
-        assert (await run.wait(5)).status is RunStatus.FAILED
+        assert (await run.wait(PATIENCE)).status is RunStatus.FAILED
         over.set()
         with pytest.raises(Parked):
             await left[0]
@@ -548,7 +549,7 @@ async def test_a_thread_that_a_timeout_has_left_running_asks_no_model() -> None:
     async with MemoryApp(activity) as app:
         run = await app.dispatch(Workflow("w", ["write"]))
         await app.drain()
-        assert (await run.wait(5)).status is RunStatus.FAILED
+        assert (await run.wait(PATIENCE)).status is RunStatus.FAILED
         over.set()
         await asyncio.to_thread(ended.wait)
     assert asked == []

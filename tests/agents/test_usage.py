@@ -22,6 +22,7 @@ from pydantic_core import from_json
 from rich.console import Console
 from tests.agents.steps import called, prompt_of, returned
 from tests.integration.processes import call, shown
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, Paigeant, RunResult, Settings, StepContext, Workflow
 from paigeant.agents import PaigeantDurability
@@ -379,7 +380,7 @@ async def test_a_step_whose_workers_died_is_counted() -> None:
         await app.store.save_unit(key, "one__model.request(one:1,1)", record)
         worker = app.worker()
         working = asyncio.create_task(worker.run())
-        result = await run.wait(timeout=30)
+        result = await run.wait(timeout=PATIENCE)
         await worker.stop()
         await working
         assert "WorkerLost" in (result.error or "")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tests.bad_input.bench import HANDLERS, INPUT, OTHER, PAIGEANT, call, check, complaints, done, put, rows
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Step, Workflow
 from paigeant.errors import PaigeantError
@@ -470,8 +471,8 @@ def test_a_step_that_nobody_knows_waits_and_nothing_else_does() -> None:
 
 def test_an_activity_that_blocks_the_loop_loses_nothing() -> None:
     """A worker whose loop stands still for longer than its lease says so; the run is completed, by it or another."""
-    code = "import time\n@activity.execute()\nasync def bad() -> None:\n    time.sleep(1)\n"
-    settings = "lease: 0.5\nheartbeat: 0.1\nsweep_interval: 0.1\n"
+    code = "import time\n@activity.execute()\nasync def bad() -> None:\n    time.sleep(3)\n"
+    settings = "lease: 1.5\nheartbeat: 0.1\nsweep_interval: 0.1\n"
     # What it had claimed besides counts as an attempt of a worker that was lost, so there has to be a second one.
     handlers = HANDLERS.replace("retries=0", "retries=3")
     put({"bad.py": f'{handlers}{code}wrong = Workflow("wrong", ["bad"])\n', "paigeant.yaml": settings})
@@ -494,7 +495,11 @@ def test_a_function_that_never_ends_is_given_up() -> None:
     put({"bad.py": f'{HANDLERS}{code}wrong = Workflow("wrong", ["bad"])\n'})
     done("dispatch", "wrong", "-", "--handlers", "bad.py", "--id", "wrong", input="{}")
     worker = subprocess.run(
-        [*PAIGEANT, "run", "bad.py", "--until-idle"], capture_output=True, text=True, check=False, timeout=60
+        [*PAIGEANT, "run", "bad.py", "--until-idle"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
     )
     assert worker.returncode == 0, worker.stderr
     shown = done("runs", "show", "wrong")

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from tests.bad_input.bench import HANDLERS, INPUT, PAIGEANT, call, check, done
+from tests.patience import PATIENCE
 
 from paigeant import Paigeant, PaigeantMessage, RoutingSlip, Settings, Step, Workflow
 from paigeant.message import encode
@@ -203,12 +204,12 @@ class System:
         """Write a row into its table of messages, as anybody can who can write to the file."""
         row = (topic, message_id, body, 0.0, 0.0, 0.0, 0)
         columns = "topic, message_id, body, due_at, held_until, created_at, deliveries"
-        with closing(sqlite3.connect(self.folder / "paigeant.db", timeout=60)) as database, database:
+        with closing(sqlite3.connect(self.folder / "paigeant.db", timeout=PATIENCE)) as database, database:
             database.execute(f"INSERT INTO messages ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def waiting(self, message_id: str) -> int:
         """How many messages of this id are there."""
-        with closing(sqlite3.connect(self.folder / "paigeant.db", timeout=60)) as database:
+        with closing(sqlite3.connect(self.folder / "paigeant.db", timeout=PATIENCE)) as database:
             count = database.execute("SELECT count(*) FROM messages WHERE message_id = ?", (message_id,))
             found: int = count.fetchone()[0]
         return found
@@ -226,7 +227,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
         worker = subprocess.Popen(command, cwd=folder, stderr=stderr, stdin=subprocess.DEVNULL, env=env)
     yield System(folder, worker, log)
     worker.terminate()
-    assert worker.wait(60) == 0
+    assert worker.wait(PATIENCE) == 0
 
 
 async def works(system: System, run_id: str) -> None:
@@ -234,7 +235,7 @@ async def works(system: System, run_id: str) -> None:
     order = Workflow("order", ["reserve", "ship"])
     async with Paigeant(system.settings, workflows=[order]) as app:
         run = await app.dispatch("order", INPUT, workflow_id=run_id)
-        assert (await run.wait(60)).output == "shipped A-1"
+        assert (await run.wait(PATIENCE)).output == "shipped A-1"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy
 from tests.bad_input.bench import HANDLERS, INPUT, OTHER, PAIGEANT, call, check, done, put, works_on
+from tests.patience import PATIENCE
 
 import paigeant.databases.sqlite
 from paigeant import ActivityRegistry, Paigeant, Settings, Step, Workflow
@@ -393,7 +394,7 @@ class Worker:
 
     def until(self, holds: Callable[[], object]) -> None:
         """Wait until something holds; the worker has to live meanwhile."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE
         while not holds():
             assert self.process.poll() is None, self.log()
             assert time.monotonic() < until, self.log()
@@ -406,7 +407,7 @@ class Worker:
     def stop(self) -> None:
         """Stop it as an operator does. It ends well."""
         self.process.terminate()
-        assert self.process.wait(60) == 0, self.log()
+        assert self.process.wait(PATIENCE) == 0, self.log()
 
 
 def can_mount() -> bool:
@@ -578,7 +579,7 @@ class Told(logging.Handler):
 
     async def of(self, word: str) -> None:
         """Wait until it is told."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             await self._found[word].wait()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from tests.chaos.pace import Pace
 from tests.chaos.places import NAMES, Place, Servers, open_place
 
 
@@ -14,6 +15,12 @@ def servers() -> Iterator[Servers]:
     servers = Servers()
     yield servers
     servers.close()
+
+
+@pytest.fixture
+def pace() -> Pace:
+    """How slow the machine is at the time of the test."""
+    return Pace()
 
 
 @pytest.fixture(params=NAMES)

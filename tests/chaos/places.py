@@ -14,17 +14,20 @@ from typing import Any
 
 import aio_pika
 import redis
-from tests.kill.roles import activity
+from tests.chaos.pace import Pace
+from tests.kill.roles import TIMES, activity
 from tests.kill.sql import make_tables, write
 from tests.services import PostgresServer, RabbitServer, RedisServer, Server
 
-__all__ = ["AMNESIAS", "BOUND", "NAMES", "Place", "Servers", "open_place"]
+__all__ = ["AMNESIAS", "NAMES", "Place", "Servers", "bound", "open_place"]
 
 NAMES = ("joined", "postgres", "redis", "rabbitmq")
 """The transports: a table in the store's own database, one in a database of another server, and the two brokers."""
 
-BOUND = 2.0 + 0.2 + 5.0
-"""Seconds after a fault within which everything goes on: lease + sweep + 5 (`roles.TIMES`)."""
+
+def bound(pace: Pace) -> float:
+    """Seconds after a fault within which everything goes on: lease + sweep + 5, these as long as this machine takes."""
+    return TIMES["lease"] + TIMES["sweep_interval"] + pace.seconds(5.0)
 
 
 @dataclass
@@ -38,12 +41,9 @@ class Place:
     broker: Server
 
     @property
-    def settled(self) -> float:
-        """Seconds that its queues have to be there before the broker may be killed.
-
-        RabbitMQ 3.10.8 forgets half of a quorum queue that it made less than half a second ago; see `RabbitServer`.
-        """
-        return 1.5 if self.name == "rabbitmq" else 0.0
+    def settle(self) -> Callable[[], None] | None:
+        """What has to be done once its queues are there, before the broker may be killed; see `RabbitServer`."""
+        return self.broker.write_down if isinstance(self.broker, RabbitServer) else None
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ __all__ = ["full", "say", "short"]
 
 def short(*sizes: Any) -> Any:
     """What a test does each time."""
-    return pytest.param(*sizes, id="short", marks=pytest.mark.timeout(300))
+    return pytest.param(*sizes, id="short")
 
 
 def full(*sizes: Any) -> Any:

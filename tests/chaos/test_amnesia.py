@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.chaos.places import AMNESIAS, BOUND, Servers, open_place
+from tests.chaos.pace import Pace
+from tests.chaos.places import AMNESIAS, Servers, bound, open_place
 from tests.chaos.sizes import full, say, short
 from tests.kill.audit import audit, longest_pause, open_runs, recoveries, stragglers
 from tests.kill.loop import WORKERS, records_of
@@ -20,7 +21,7 @@ RUNS = 600
 @pytest.mark.parametrize(("name", "how"), AMNESIAS)
 @pytest.mark.parametrize("times", [short(1), full(10)])
 def test_a_transport_forgets_everything(
-    servers: Servers, tmp_path: Path, name: str, how: str, times: int
+    servers: Servers, pace: Pace, tmp_path: Path, name: str, how: str, times: int
 ) -> None:
     """500 runs are in flight, each step crossing the transport, when it forgets all: they all end nevertheless.
 
@@ -46,13 +47,14 @@ def test_a_transport_forgets_everything(
             nursery.until(lambda amount=amount: length(tmp_path) > amount)  # type: ignore[misc]
             forget()
             forgot = time.time()
+            pace.look()
             in_flight = open_runs(nursery.store)
             nursery.until_ended()
             seconds.append(time.time() - forgot)
             assert in_flight >= 500
             pauses.append(longest_pause(nursery.store, forgot))
             waits += recoveries(nursery, [forgot])
-            late |= stragglers(nursery, [forgot], within=BOUND + 2 * usual)
+            late |= stragglers(nursery, [forgot], within=bound(pace) + 2 * usual)
             nursery.stop(signal.SIGTERM)
         repeats = audit(nursery, runs=range((times + 1) * RUNS))
     say(
@@ -60,7 +62,7 @@ def test_a_transport_forgets_everything(
         f"each run went on after {', '.join(f'{wait:.1f}' for wait in waits)} s, usual {usual:.1f} s; "
         f"all ended after {', '.join(f'{each:.1f}' for each in seconds)} s; {repeats} repeats"
     )
-    assert max(pauses) < BOUND
+    assert max(pauses) < bound(pace)
     assert late == {}
 
 

@@ -8,7 +8,8 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.chaos.places import BOUND, Servers
+from tests.chaos.pace import Pace
+from tests.chaos.places import Servers, bound
 from tests.chaos.sizes import full, say
 from tests.chaos.test_restarts import restart_all_the_time
 from tests.kill.audit import audit, recoveries, stragglers, usual_wait
@@ -41,7 +42,9 @@ class Balanced:
 
 
 @pytest.mark.parametrize(("runs", "kills"), [full(4_000, 6)])
-def test_a_node_of_a_cluster_is_killed(tmp_path: Path, servers: Servers, runs: int, kills: int) -> None:
+def test_a_node_of_a_cluster_is_killed(
+    tmp_path: Path, servers: Servers, pace: Pace, runs: int, kills: int
+) -> None:
     """Its queues elect other leaders; within lease + sweep + 5 s all goes on, once each."""
     began = time.monotonic()
     with RabbitCluster() as cluster, servers.store.database() as store:
@@ -57,7 +60,7 @@ def test_a_node_of_a_cluster_is_killed(tmp_path: Path, servers: Servers, runs: i
                     local=False,
                     stop=balanced.kill,
                     start=balanced.lead_on,
-                    settled=1.5,
+                    settle=cluster.write_down,
                 )
             repeats = audit(nursery, runs=range(runs))
             waits, usual = recoveries(nursery, healed), usual_wait(nursery, first)
@@ -66,5 +69,5 @@ def test_a_node_of_a_cluster_is_killed(tmp_path: Path, servers: Servers, runs: i
                 f"cluster: {kills} nodes killed in {time.monotonic() - began:.1f} s and {runs} runs; "
                 f"{repeats} repeats; recovered within {recovered} s, usual {usual:.1f} s"
             )
-            assert stragglers(nursery, healed, within=BOUND + usual) == {}
+            assert stragglers(nursery, healed, within=bound(pace) + usual) == {}
             assert repeats == 0

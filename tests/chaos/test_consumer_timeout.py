@@ -31,7 +31,6 @@ def place(servers: Servers) -> Iterator[Place]:
         yield Place("rabbitmq", store, broker.url, servers.store, broker)
 
 
-@pytest.mark.timeout(300)
 def test_a_step_may_take_longer_than_the_broker_waits(place: Place, tmp_path: Path) -> None:
     """Steps of three times the broker's patience are executed once, and it sees no consumer that is too slow."""
     with Nursery(tmp_path, **place.settings) as nursery:
@@ -45,7 +44,6 @@ def test_a_step_may_take_longer_than_the_broker_waits(place: Place, tmp_path: Pa
     assert "delivery acknowledgement" not in place.broker.log.read_text()
 
 
-@pytest.mark.timeout(300)
 def test_what_waits_behind_a_long_step_is_done_once_too(place: Place, tmp_path: Path) -> None:
     """Messages that a worker has fetched ahead of a long step outlast the broker's patience: nothing is done twice."""
     with Nursery(tmp_path, **place.settings) as nursery:

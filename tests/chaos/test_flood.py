@@ -12,6 +12,7 @@ from tests.chaos.places import Place
 from tests.chaos.sizes import full, say, short
 from tests.integration.processes import PAIGEANT, Command
 from tests.kill.roles import TIMES
+from tests.patience import PATIENCE
 
 from paigeant import Paigeant, Settings, Workflow
 
@@ -57,7 +58,7 @@ async def test_a_slow_worker_is_not_flooded(place: Place, tmp_path: Path, runs: 
         dispatched = time.monotonic() - began
         environment = {**told, "PAIGEANT_LOG_LEVEL": "warning"}
         with Command("run", "handlers.py", program=PAIGEANT, environment=environment) as worker:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE):
                 while not begun.exists():  # noqa: ASYNC110  # another process makes it
                     await asyncio.sleep(0.05)
             depths, done = [], 0

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.chaos.places import BOUND, Place
+from tests.chaos.pace import Pace
+from tests.chaos.places import Place, bound
 from tests.chaos.sizes import full, say
 from tests.kill.audit import audit, open_runs, recoveries, stragglers, usual_wait
 from tests.kill.loop import WORKERS, records_of
@@ -17,7 +18,6 @@ from tests.kill.roles import TIMES, length
 from tests.kill.scenes import stop_a_worker_for_longer_than_its_lease
 
 
-@pytest.mark.timeout(300)
 def test_a_worker_that_was_stopped_changes_nothing_afterwards(place: Place, tmp_path: Path) -> None:
     """A worker is stopped for longer than its lease and goes on when another has done its steps: no row changes."""
     with Nursery(tmp_path, **place.settings) as nursery:
@@ -25,7 +25,9 @@ def test_a_worker_that_was_stopped_changes_nothing_afterwards(place: Place, tmp_
 
 
 @pytest.mark.parametrize(("runs", "stops"), [full(4_000, 20)])
-def test_workers_are_stopped_again_and_again(place: Place, tmp_path: Path, runs: int, stops: int) -> None:
+def test_workers_are_stopped_again_and_again(
+    place: Place, pace: Pace, tmp_path: Path, runs: int, stops: int
+) -> None:
     """Under load one worker after the other is stopped for longer than its lease, at any moment, and goes on.
 
     All ends right, one result a step; while one is stopped, its runs go on within lease + sweep + 5 s.
@@ -52,4 +54,4 @@ def test_workers_are_stopped_again_and_again(place: Place, tmp_path: Path, runs:
     repeats = audit(nursery, runs=range(runs))
     waits, usual = recoveries(nursery, stopped), usual_wait(nursery, stopped[0])
     say(f"{place.name}: {stops} stops, {repeats} repeats; recovered within {max(waits):.1f} s")
-    assert stragglers(nursery, stopped, within=BOUND + usual) == {}
+    assert stragglers(nursery, stopped, within=bound(pace) + usual) == {}

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.chaos.places import BOUND, NAMES, Servers, open_place
+from tests.chaos.pace import Pace
+from tests.chaos.places import NAMES, Servers, bound, open_place
 from tests.chaos.sizes import full, say, short
 from tests.kill.audit import audit, open_runs, recoveries, usual_wait
 from tests.kill.loop import records_of
 from tests.kill.nursery import ASKING, Nursery
 from tests.kill.roles import length
 from tests.kill.sql import rows
+from tests.patience import PATIENCE
 from tests.services.hosts import Network
 
 OVER_THE_NETWORK: dict[str, Any] = {"signing": "off", "allow_plaintext": True}
@@ -40,7 +42,7 @@ def reachable(network: Network) -> Iterator[Servers]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("runs", "seconds"), [short(150, 4.0), full(4_000, 30.0)])
 def test_a_host_is_cut_off(
-    network: Network, reachable: Servers, tmp_path: Path, name: str, runs: int, seconds: float
+    network: Network, reachable: Servers, pace: Pace, tmp_path: Path, name: str, runs: int, seconds: float
 ) -> None:
     """One host is cut off from all servers for longer than a lease: the other does its steps, and none is lost.
 
@@ -71,7 +73,7 @@ def test_a_host_is_cut_off(
         # It is given work until it takes part again.
         extra = runs
         while rows(b.store, mine) == [(0,)]:
-            assert time.time() < healed + 60.0, f"the worker that was cut off does nothing: {a.stacks}"
+            assert time.time() < healed + PATIENCE, f"the worker that was cut off does nothing: {a.stacks}"
             b.until(lambda: "dispatcher" not in b.alive.values())
             extra += 20
             b.start("dispatcher", runs=extra, flight=40)
@@ -87,5 +89,5 @@ def test_a_host_is_cut_off(
         f"{name}: {seconds:.0f} s cut off, {extra} runs, {repeats} repeats; the other host went on within "
         f"{waits[0]:.1f} s, this one {first - healed:.1f} s after the cable was back"
     )
-    assert waits[0] < BOUND + usual
-    assert first - healed < BOUND + usual
+    assert waits[0] < bound(pace) + usual
+    assert first - healed < bound(pace) + usual

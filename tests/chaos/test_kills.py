@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.chaos.places import BOUND, Place
+from tests.chaos.pace import Pace
+from tests.chaos.places import Place, bound
 from tests.chaos.sizes import full, say, short
 from tests.kill.audit import audit, longest_pause, recoveries, stragglers, usual_wait
 from tests.kill.loop import kill_all_the_time, records_of
@@ -26,7 +27,7 @@ def worker(chance: random.Random) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("runs", "kills"), [short(300, 15), full(10_000, 300)])
 def test_nothing_is_lost_or_done_twice_when_processes_are_killed(
-    place: Place, tmp_path: Path, runs: int, kills: int
+    place: Place, pace: Pace, tmp_path: Path, runs: int, kills: int
 ) -> None:
     """While runs pass, a worker or the dispatcher is killed again and again: all end right, one result a step.
 
@@ -49,6 +50,6 @@ def test_nothing_is_lost_or_done_twice_when_processes_are_killed(
     assert len(killed.pids) >= kills
     assert repeats <= len(killed.pids) * CONCURRENCY
     assert rows(nursery.store, "SELECT count(*) FROM workflow_runs") == [(runs,)]
-    within = BOUND + usual_wait(nursery, killed.at[0])
+    within = bound(pace) + usual_wait(nursery, killed.at[0])
     assert pause < within
     assert stragglers(nursery, killed.at, within=within, killed=killed.pids) == {}

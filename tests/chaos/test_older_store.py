@@ -66,7 +66,6 @@ def dispatch(nursery: Nursery, begin: int, end: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "joined"])
 def test_what_an_older_store_has_goes_on(servers: Servers, tmp_path: Path, name: str) -> None:
     """Its runs end, each step with one result, done again where that was lost; what it doesn't know is dropped."""

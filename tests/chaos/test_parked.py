@@ -27,7 +27,7 @@ TIMES = {"lease": 3.0, "heartbeat": 0.5, "sweep_interval": 0.2, "grace": 2.0}
 SLACK_BYTES = 8 * 1024 * 1024
 """What memory may differ by without any run: a garbage collection earlier or later."""
 BYTES_PER_RUN = 400
-PATIENCE = 900.0
+LONGEST = 900.0
 
 HANDLERS = """
 from paigeant import ActivityRegistry, StepContext
@@ -91,7 +91,7 @@ async def count(url: str, query: str) -> int:
 
 async def until_all(url: str, query: str, wanted: int) -> None:
     """Wait until a query gives this number."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(LONGEST):
         while await count(url, query) != wanted:  # noqa: ASYNC110  # other processes do it
             await asyncio.sleep(0.1)
 
@@ -198,7 +198,7 @@ class Crew:
     async def kill_one(self) -> None:
         """Kill one as soon as the other one works, so that there is always somebody to kill at work."""
         victim = self._workers.pop(0)
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(LONGEST):
             while not await count(self._url, _WORKERS):  # noqa: ASYNC110  # other processes' affair
                 await asyncio.sleep(0.02)
         await asyncio.sleep(self._chance.uniform(0.0, 0.2))  # whatever it is at then

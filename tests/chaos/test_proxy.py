@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pytest
+from tests.chaos.pace import Pace
 from tests.chaos.places import NAMES, Place, Servers, open_place
 from tests.chaos.sizes import full, say, short
 from tests.kill.audit import audit
 from tests.kill.roles import Loser, execute, keep_diary, steps_of
+from tests.patience import PATIENCE
 from tests.services.proxy import Direction, Proxy
 
 from paigeant.activity import ActivityRegistry
@@ -38,7 +40,6 @@ What = Literal["publish", "commit"]
 How = Literal["cut", "delay", "blackhole"]
 
 TIMES = {"lease": 1.0, "heartbeat": 0.2, "sweep_interval": 0.25, "grace": 0.5}
-BOUND = TIMES["lease"] + TIMES["sweep_interval"] + 5.0
 SILENCE: dict[How, float] = {"cut": 0.0, "delay": 0.1, "blackhole": TIMES["lease"] * 1.25}
 """For how many seconds nothing passes, from the byte on."""
 
@@ -131,7 +132,7 @@ class Lane:
             except StoreUnavailable:  # whoever isn't sure tries again
                 await asyncio.sleep(0.05)
         self._measure_for("publish")
-        result = await self.near.run(run_id).wait(timeout=60.0)
+        result = await self.near.run(run_id).wait(timeout=PATIENCE)
         ended = time.monotonic()
         assert result.status is RunStatus.COMPENSATED
         if fault is None:
@@ -209,7 +210,7 @@ def by_kind(faults: Iterable[Fault]) -> list[list[Fault]]:
 @pytest.mark.parametrize("what", ["publish", "commit"])
 @pytest.mark.parametrize(("sample", "count"), [short(4, 8), full(None, 16)])
 async def test_the_connection_fails_at_each_byte(
-    servers: Servers, tmp_path: Path, name: str, what: What, sample: int | None, count: int
+    servers: Servers, pace: Pace, tmp_path: Path, name: str, what: What, sample: int | None, count: int
 ) -> None:
     """Cut, held up, or silent for longer than the lease: each run is done and undone, once unless a lease was lost."""
     keep_diary(tmp_path)
@@ -259,4 +260,4 @@ async def test_the_connection_fails_at_each_byte(
     )
     unexplained = {key: times for key, times in executed.items() if times > 1 + lost[key[:2]]}
     assert not unexplained
-    assert waits[slowest] < BOUND
+    assert waits[slowest] < TIMES["lease"] + TIMES["sweep_interval"] + pace.seconds(5.0)

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.chaos.places import BOUND, Place
+from tests.chaos.pace import Pace
+from tests.chaos.places import Place, bound
 from tests.chaos.sizes import full, say, short
 from tests.kill.audit import audit, open_runs, recoveries, stragglers, usual_wait
 from tests.kill.loop import WORKERS, records_of
 from tests.kill.nursery import ASKING, Nursery
 from tests.kill.roles import length
 from tests.kill.sql import rows
+from tests.patience import PATIENCE
 
 FLIGHT = 60
 """Runs that are open at once: load, and not so much that waiting for one's turn passes for an outage."""
@@ -40,7 +42,7 @@ def restart_all_the_time(
     local: bool,
     stop: Callable[[], None],
     start: Callable[[], None],
-    settled: float = 0.0,
+    settle: Callable[[], None] | None = None,
     pause: float = 0.02,
 ) -> tuple[float, list[float]]:
     """Have runs done while `stop` and `start` are called again and again.
@@ -54,10 +56,10 @@ def restart_all_the_time(
     settings = {} if local else {"local_steps": 1}
     for _ in range(WORKERS):
         nursery.start("worker", pause=pause, settings=settings)
-    if settled:  # the first runs have all queues made
+    if settle is not None:  # the first runs have all queues made
         nursery.start("dispatcher", runs=10, flight=10)
         nursery.until(lambda: "dispatcher" not in nursery.alive.values())
-        time.sleep(settled)
+        settle()
     nursery.start("dispatcher", runs=runs, flight=FLIGHT)
     stopped: list[float] = []
     healed: list[float] = []
@@ -75,7 +77,7 @@ def restart_all_the_time(
         try:
             nursery.until(
                 lambda query=query: rows(nursery.store, query) == [(0,)],  # type: ignore[misc]
-                seconds=60,
+                seconds=PATIENCE,
                 pause=ASKING,
             )
         except AssertionError as error:
@@ -90,7 +92,7 @@ def restart_all_the_time(
 
 @pytest.mark.parametrize(("runs", "restarts"), [short(150, 1), full(2_000, 10)])
 def test_the_broker_is_killed_and_started_again(
-    place: Place, tmp_path: Path, runs: int, restarts: int
+    place: Place, pace: Pace, tmp_path: Path, runs: int, restarts: int
 ) -> None:
     """SIGKILL to the broker under load, each step crossing it: within lease + sweep + 5 s all goes on, once each."""
     began = time.monotonic()
@@ -102,7 +104,7 @@ def test_the_broker_is_killed_and_started_again(
             local=False,
             stop=place.broker.kill,
             start=place.broker.start,
-            settled=place.settled,
+            settle=place.settle,
         )
     repeats = audit(nursery, runs=range(runs))
     waits, usual = recoveries(nursery, healed), usual_wait(nursery, first)
@@ -110,14 +112,14 @@ def test_the_broker_is_killed_and_started_again(
         f"{place.name}: broker killed {restarts} times in {time.monotonic() - began:.1f} s and {runs} runs; "
         f"{repeats} repeats; recovered within {', '.join(f'{wait:.1f}' for wait in waits)} s, usual {usual:.1f} s"
     )
-    assert stragglers(nursery, healed, within=BOUND + usual) == {}
+    assert stragglers(nursery, healed, within=bound(pace) + usual) == {}
     if place.name != "joined":
         assert repeats == 0
 
 
 @pytest.mark.parametrize(("runs", "restarts", "pause"), [short(150, 1, 0.02), full(6_000, 10, 0.1)])
 def test_postgres_is_stopped_at_once(
-    place: Place, tmp_path: Path, runs: int, restarts: int, pause: float
+    place: Place, pace: Pace, tmp_path: Path, runs: int, restarts: int, pause: float
 ) -> None:
     """`immediate` stops of the store under load: within lease + sweep + 5 s all goes on, and results stay single.
 
@@ -140,4 +142,4 @@ def test_postgres_is_stopped_at_once(
         f"{place.name}: Postgres stopped {restarts} times in {time.monotonic() - began:.1f} s and {runs} runs; "
         f"{repeats} repeats; recovered within {', '.join(f'{wait:.1f}' for wait in waits)} s, usual {usual:.1f} s"
     )
-    assert stragglers(nursery, healed, within=BOUND + usual) == {}
+    assert stragglers(nursery, healed, within=bound(pace) + usual) == {}

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from tests.integration.postgres_tables import database_with_tables, empty
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 from tests.services import new_database
 from tests.services.pgbouncer import PgBouncer
 
@@ -64,7 +65,7 @@ async def test_runs_pass_through_pgbouncer(postgres_store_url: str, pooler: PgBo
     settings = Settings(store_url=url, transport_url=url, local_steps=1)
     async with Paigeant(settings, activities=activity) as app, working(app.worker()):
         runs = [await app.dispatch(Workflow("w", ["one", "two"])) for _ in range(50)]
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             assert {(await run.wait()).output for run in runs} == {"one two"}
         assert {await run.status() for run in runs} == {RunStatus.COMPLETED}
 

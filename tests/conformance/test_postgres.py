@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.integration.postgres_tables import database_with_tables, empty
+from tests.patience import PATIENCE
 
 from paigeant.databases.postgres import PostgresDatabase
 from paigeant.envelope import PlainEnvelope
@@ -50,7 +51,7 @@ class TestPostgresStore(StoreConformance):
         waiting = asyncio.create_task(store.wait_ended("r"))
         await asyncio.sleep(0)
         child = await asyncio.create_subprocess_exec(sys.executable, "-c", _CANCEL, self.url)
-        assert await asyncio.wait_for(waiting, 60) is RunStatus.CANCELLED
+        assert await asyncio.wait_for(waiting, PATIENCE) is RunStatus.CANCELLED
         assert await child.wait() == 0
 
 
@@ -77,9 +78,9 @@ class TestPostgresTransport(TransportConformance):
             sys.executable, "-c", _HOLDER, self.url, stdout=asyncio.subprocess.PIPE
         )
         assert child.stdout is not None
-        assert await asyncio.wait_for(child.stdout.readline(), 60) == b"waiting\n"
+        assert await asyncio.wait_for(child.stdout.readline(), PATIENCE) == b"waiting\n"
         await transport.publish("work", message("m"))
-        assert await asyncio.wait_for(child.stdout.readline(), 60) == b"m\n"
+        assert await asyncio.wait_for(child.stdout.readline(), PATIENCE) == b"m\n"
         os.kill(child.pid, signal.SIGKILL)
         await child.wait()
         self.clock.advance(3e9)  # the child has taken it by the server's clock, which is ahead of ours

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 import aio_pika
 import pytest
 import pytest_asyncio
+from tests.patience import PATIENCE
 
 from paigeant.clock import Clock
 from paigeant.envelope import PlainEnvelope
@@ -209,7 +210,7 @@ class TestQuorumQueues(TransportConformance):
         assert [letter.id for letter in self.letters] == ["b"]
 
     async def until_letters(self, count: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while len(self.letters) < count:
                 self.letter_came.clear()
                 await self.letter_came.wait()

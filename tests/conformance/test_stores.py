@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tests.patience import PATIENCE
 
 from paigeant.databases.sqlite import SqliteDatabase
 from paigeant.errors import RunConflict
@@ -44,7 +45,7 @@ class TestSqliteStore(StoreConformance):
         await asyncio.sleep(0)
         url = f"sqlite:///{self.place}/s.db"
         child = await asyncio.create_subprocess_exec(sys.executable, "-c", _CANCEL, url)
-        assert await asyncio.wait_for(waiting, 60) is RunStatus.CANCELLED
+        assert await asyncio.wait_for(waiting, PATIENCE) is RunStatus.CANCELLED
         assert await child.wait() == 0
 
     async def test_a_message_goes_out_with_its_result_or_not_at_all(

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.patience import PATIENCE
 
 from paigeant.databases.sqlite import SqliteDatabase
 from paigeant.envelope import PlainEnvelope
@@ -53,7 +54,7 @@ class TestSqliteTransport(TransportConformance):
             stdout=asyncio.subprocess.PIPE,
         )
         assert child.stdout is not None
-        assert await asyncio.wait_for(child.stdout.readline(), 60) == b"m\n"
+        assert await asyncio.wait_for(child.stdout.readline(), PATIENCE) == b"m\n"
         taking = asyncio.create_task(self.take(transport))
         assert not taking.done()
         os.kill(child.pid, signal.SIGKILL)
@@ -130,7 +131,7 @@ async def test_memory_dead_letters_are_kept_without_a_store() -> None:
     transport = MemoryTransport()
     transport.put("work", "b", b"nonsense")
     await transport.publish("work", message("m"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         async for received in transport.subscribe("work"):
             assert received.message_id == "m"
             break
@@ -142,7 +143,7 @@ async def test_the_memory_transport_delivers_on_time_by_a_real_clock(delay: floa
     """With the host's clock a delayed message comes by itself."""
     transport = MemoryTransport()
     await transport.publish("work", message("m"), delay=delay)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         async for received in transport.subscribe("work"):
             assert received.message_id == "m"
             break

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tests.patience import PATIENCE
 from tests.property.attempts import ATTEMPTS, INLINE, Held, attempted
 
 from paigeant import folding, heads, ledger
@@ -45,8 +46,8 @@ TASKS = 8
 TOGETHER = 3
 """On so many runs all fall at once; when one has ended, on the next."""
 
-LIMIT_SECONDS = FINISH_SECONDS = 15.0
-"""Many times what is needed for the runs, and to end what was begun."""
+LIMIT_SECONDS = FINISH_SECONDS = PATIENCE
+"""For the runs, and to end what was begun."""
 
 STEPS = ("s0", "s1", "s2")
 SUCCEEDED = (StepStatus.COMPLETED, StepStatus.SKIPPED, StepStatus.COMPENSATED)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 
 from paigeant import (
     ActivityRegistry,
@@ -45,7 +46,7 @@ class Seen:
         """Until so many of this name were seen."""
         while len(self.named(name)) < count:
             self.changed.clear()
-            await asyncio.wait_for(self.changed.wait(), 20)
+            await asyncio.wait_for(self.changed.wait(), PATIENCE)
 
 
 def settings(store: str, **more: Any) -> Settings:
@@ -101,9 +102,9 @@ async def test_a_run_goes_on_in_the_store_that_adopts_it(activity: ActivityRegis
         run = await theirs.dispatch(
             flow, {"sku": "A-1"}, workflow_id="r", correlation_id="c", headers={"x": "y"}
         )
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await seen.wait("run.completed")
-        result = await ours.run("r").wait(20)
+        result = await ours.run("r").wait(PATIENCE)
         assert result.outputs == {
             "order": {"sku": "A-1", "big": 12345678901234567890},
             "ship": "A-1 from B-7",
@@ -190,7 +191,9 @@ async def test_a_message_that_comes_often_is_adopted_and_done_once(activity: Act
             await ours.transport.publish("order", sent.evolve(message_id=f"again-{number}"))
         async with working(ours.worker()), working(also.worker()):
             await seen.wait("delivery.duplicate", 20)
-            assert (await (await ours.dispatch(flow, {"sku": "A-1"}, workflow_id="r")).wait(20)).error is None
+            assert (
+                await (await ours.dispatch(flow, {"sku": "A-1"}, workflow_id="r")).wait(PATIENCE)
+            ).error is None
         assert len(seen.named("run.adopted")) == 1
         assert len(seen.named("step.completed")) == 3
 

@@ -15,6 +15,7 @@ import aio_pika
 import pytest
 from tests.integration.workers import working
 from tests.kill.sql import make_tables
+from tests.patience import PATIENCE
 from tests.services import new_database
 
 from paigeant import ActivityRegistry, NonRetryableError, Paigeant, Settings, Workflow
@@ -60,7 +61,7 @@ class Work:
 
     async def until(self, name: str, count: int = 1) -> None:
         """Until so many events of this name were seen."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             while sum(event.name == name for event in self.events) < count:
                 self.changed.clear()
                 await self.changed.wait()
@@ -127,7 +128,7 @@ async def test_a_run_of_another_store_is_adopted(systems: Systems, fails: bool) 
             await theirs_did.until("step.completed")
         async with working(here.worker()):
             await ours_did.until("run.compensated" if fails else "run.completed")
-        result = await here.run("r").wait(30)
+        result = await here.run("r").wait(PATIENCE)
         other = await run.detail()
     assert result.status is (RunStatus.COMPENSATED if fails else RunStatus.COMPLETED)
     assert theirs_did.done == {"order": 1}
@@ -158,7 +159,7 @@ async def test_a_dead_letter_that_is_requeued_has_one_effect(systems: Systems) -
     settings = systems.settings(systems.ours, grace=1000)
     async with Paigeant(settings, activities=work.registry(), observers=[work]) as app:
         run = await app.dispatch(flow, {"sku": "A-1"}, workflow_id="r")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             async for message in app.transport.subscribe(
                 "order"
             ):  # as a worker that can't do anything with it
@@ -171,7 +172,7 @@ async def test_a_dead_letter_that_is_requeued_has_one_effect(systems: Systems) -
             assert await app.control.requeue(letter) == "r"
         assert await app.store.list_dead_letters() == []
         async with working(app.worker()):
-            assert (await run.wait(30)).status is RunStatus.COMPLETED
+            assert (await run.wait(PATIENCE)).status is RunStatus.COMPLETED
             with pytest.raises(InputInvalid, match="doesn't wait any more"):
                 await app.control.requeue(letter)
     assert work.done == {"order": 1, "ship": 1, "bill": 1}
@@ -205,14 +206,14 @@ async def test_a_step_whose_message_is_returned_stays_ready(
         run = await app.dispatch(flow, {"sku": "A-1"}, workflow_id="r")
         async with working(app.worker(topics=["order", "bill"])):  # who serves a topic declares its queue
             await work.until("step.completed")
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE):
                 await returned.wait()
             rows = {row.step: row for row in (await run.detail()).steps}
             assert (rows["ship"].status, rows["ship"].attempt) == (StepStatus.READY, 0)
             assert work.done == {"order": 1}
             monkeypatch.undo()
             async with working(app.worker(topics=["ship"])):
-                assert (await run.wait(60)).output == "A-1 shipped and billed"
+                assert (await run.wait(PATIENCE)).output == "A-1 shipped and billed"
     assert work.done == {"order": 1, "ship": 1, "bill": 1}
 
 
@@ -236,7 +237,7 @@ async def test_steps_that_nobody_does_fill_no_broker(systems: Systems, clock: Ma
 
         before = await wait(1500)
         assert before <= 5 * 20
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             taken = 0
             async for message in app.transport.subscribe("order", prefetch=10):
                 await app.transport.ack(message.message_id)

@@ -17,6 +17,7 @@ from rich.console import Console
 from tests.integration.test_cli import _process_as_it_was, as_json, paigeant, refused
 from tests.integration.test_waits import parked
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 
 from paigeant import Paigeant, Settings, Sleep, Workflow
 from paigeant.cli import console, session
@@ -321,7 +322,7 @@ def test_a_run_starts_later(at: str) -> None:
     assert as_json("runs", "show", "o-1")["status"] == "pending"
     with contextlib.closing(sqlite3.connect("paigeant.db")) as rows:
         [(not_before,)] = rows.execute("select not_before from step_executions").fetchall()
-    assert not_before == pytest.approx(due.timestamp(), abs=10)
+    assert not_before == pytest.approx(due.timestamp(), abs=PATIENCE)
 
 
 def test_a_deadline_is_kept_with_the_run() -> None:
@@ -329,7 +330,7 @@ def test_a_deadline_is_kept_with_the_run() -> None:
     started("paint", "o-1", "--start-at", "in 0s", "--deadline", "90m")
     run = as_json("runs", "show", "o-1")
     left = datetime.fromisoformat(run["deadline"]) - datetime.fromisoformat(run["created_at"])
-    assert left.total_seconds() == pytest.approx(5400, abs=5)
+    assert left.total_seconds() == pytest.approx(5400, abs=PATIENCE)
 
 
 @pytest.mark.parametrize(

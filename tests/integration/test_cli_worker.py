@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from tests.integration.processes import PAIGEANT, Command, call, call_afresh, shown
+from tests.patience import PATIENCE
 
 from paigeant import Paigeant, Workflow
 from paigeant.cli.processes import _Supervisor, pause_before
@@ -58,7 +59,7 @@ def end() -> int:
     child = os.fork()
     if not child:
         os.write(tell, b".")
-        time.sleep(5)  # it is ended before, or the test fails by its exit code
+        time.sleep(60)  # it is ended before, or the test fails by its exit code
         os._exit(0)
     os.read(ready, 1)
     os.kill(child, signal.SIGTERM)
@@ -445,7 +446,7 @@ async def test_what_kills_its_process_is_undone_after_all_its_attempts(
 ) -> None:
     """However it does: it has two attempts, no other step loses one by that, and the parent of the workers lives on."""
     (tmp_path / "handlers.py").write_text(POISON)
-    short = {"lease": 2, "heartbeat": 0.2, "sweep_interval": 0.1, "retry_base": 0, "concurrency": 1}
+    short = {"lease": 20, "heartbeat": 0.2, "sweep_interval": 0.1, "retry_base": 0, "concurrency": 1}
     for name, value in short.items():
         monkeypatch.setenv(f"PAIGEANT_{name.upper()}", str(value))
     hows = [*DEATHS, "memory", "no", "nothing"]
@@ -453,7 +454,7 @@ async def test_what_kills_its_process_is_undone_after_all_its_attempts(
     async with Paigeant() as app:
         with Command("run", "--processes", "2") as parent:
             runs = [await app.dispatch(workflow, {"how": how}, workflow_id=how) for how in hows]
-            results = {run.id: await run.wait(60) for run in runs}
+            results = {run.id: await run.wait(PATIENCE) for run in runs}
             details = [await run.detail() for run in runs]
             parent.signal(signal.SIGTERM)
             assert await asyncio.to_thread(parent.end) == 0

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.integration.processes import call
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, NonRetryableError, Paigeant, Settings, Workflow
 from paigeant.errors import InputInvalid, RunNotFound, TransportUnavailable
@@ -92,13 +93,13 @@ async def test_a_letter_is_requeued_whatever_its_body_is(body: bytes | None, tra
         run = await app.dispatch(Work.flow, {"text": "x" * 100_000}, workflow_id="r")
         letter = await buried(app, body=body)
         assert len(letter.body) <= BODY_KEPT_BYTES
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             async for message in app.transport.subscribe("partner.a"):  # lost
                 await app.transport.ack(message.message_id)
                 break
         async with working(app.worker()):
             assert await app.control.requeue(letter) == "r"
-            assert (await run.wait(20)).status is RunStatus.COMPLETED
+            assert (await run.wait(PATIENCE)).status is RunStatus.COMPLETED
         assert work.done == ["a", "b"]
         assert await app.store.list_dead_letters() == []
 
@@ -113,13 +114,13 @@ async def test_a_letter_of_a_routed_topic_goes_to_its_broker() -> None:
         Paigeant(there, activities=work.activity) as partner,
     ):
         run = await app.dispatch(Work.flow, workflow_id="r")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             async for message in partner.transport.subscribe("partner.a"):  # lost
                 await partner.transport.ack(message.message_id)
                 break
         await app.control.requeue(await buried(app, body=b"cut"))
         async with working(app.worker(topics=["b"])), working(partner.worker(topics=["partner.a"])):
-            assert (await run.wait(20)).status is RunStatus.COMPLETED
+            assert (await run.wait(PATIENCE)).status is RunStatus.COMPLETED
         assert work.done == ["a", "b"]
 
 
@@ -204,7 +205,7 @@ async def test_an_undo_is_requeued_like_a_step() -> None:
         run = await app.dispatch(Work.flow, workflow_id="r")
         await app.worker(topics=["partner.a"]).run(until_idle=True)
         await run.cancel()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             async for message in app.transport.subscribe("partner.a"):  # lost
                 await app.transport.ack(message.message_id)
                 break

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 
 from paigeant import (
     ActivityRegistry,
@@ -27,7 +28,6 @@ from paigeant.observer import Event
 COPIES = 20
 RUNS = 12
 WORKERS = 3
-PATIENCE = 60.0
 
 
 class World:

@@ -17,6 +17,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
+from tests.patience import PATIENCE
 
 from paigeant import (
     ActivityRegistry,
@@ -48,7 +49,6 @@ from paigeant.slip import Phase, StepStatus
 from paigeant.store import ClaimRequest, Grant, StepKey, StepResult
 from paigeant.testing import ManualClock
 
-PATIENCE = 30.0
 AT_ONCE = RetryPolicy(attempts=3, base=0)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 
 from paigeant import (
     ActivityRegistry,
@@ -34,8 +35,6 @@ from paigeant.observer import Event
 from paigeant.stores.memory import MemoryStore
 from paigeant.stores.sql import SqlStore
 from paigeant.testing import ManualClock, MemoryApp
-
-PATIENCE = 30.0
 
 WORKER = """
 import asyncio, sys
@@ -290,7 +289,7 @@ async def test_a_message_that_waits_for_its_bound_is_given_back(settings: Settin
         go.set()
         second = app.worker()
         working = asyncio.create_task(second.run())
-        results = await asyncio.gather(*(run.wait(10) for run in runs))
+        results = await asyncio.gather(*(run.wait(PATIENCE) for run in runs))
         await second.stop()
         await working
     assert {result.output for result in results} == {"done"}
@@ -309,7 +308,7 @@ async def test_the_time_of_an_attempt_begins_with_its_function(
         begun.set()
         assert go.wait(PATIENCE)
 
-    @activity.execute(timeout=0.5, retries=0)
+    @activity.execute(timeout=1.5, retries=0)
     def second() -> str:
         return "done"
 
@@ -318,7 +317,7 @@ async def test_the_time_of_an_attempt_begins_with_its_function(
         assert await asyncio.to_thread(begun.wait, PATIENCE)
         runs.append(await app.dispatch(Workflow("w", ["second"])))
         with pytest.raises(RunTimeout):
-            await runs[1].wait(1.0)
+            await runs[1].wait(2.0)
         go.set()
         results = [await run.wait(PATIENCE) for run in runs]
     assert [(result.status, result.error) for result in results] == [("completed", None)] * 2
@@ -332,7 +331,7 @@ async def test_functions_that_never_return_keep_no_other_from_being_done(setting
     def stuck() -> None:
         go.wait(PATIENCE)
 
-    @activity.execute(retries=0, timeout=5)
+    @activity.execute(retries=0, timeout=PATIENCE)
     def fine() -> str:
         return "done"
 

@@ -10,11 +10,10 @@ import psycopg
 import pytest
 from tests.integration.workers import working
 from tests.kill.sql import rows, write
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, Paigeant, Settings, StepContext, Workflow
 from paigeant.observer import Event
-
-PATIENCE = 30.0
 
 
 class Attempts:

@@ -65,7 +65,6 @@ def _fill(url: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["postgres", "sqlite"])
 async def test_a_long_history_is_listed_at_once(
     request: pytest.FixtureRequest, tmp_path: Path, kind: str, record_property: Any

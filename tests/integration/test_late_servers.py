@@ -125,7 +125,7 @@ def test_a_signal_ends_one_that_waits(
 
 
 @pytest.mark.parametrize("args", [("run",), ("run", "--processes", "2")])
-@pytest.mark.parametrize("seconds", [0, 1])
+@pytest.mark.parametrize("seconds", [0, 3])
 def test_waiting_may_be_bounded(
     postgres_store_url: str, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], seconds: int
 ) -> None:
@@ -154,7 +154,7 @@ def test_one_that_is_to_end_does_not_wait(
     done = call(*args)
     assert (done.returncode, "worker.waiting" in done.stderr) == (3, False), done.stderr
     assert "error: can't use Postgres database 'x' at localhost:1" in done.stderr
-    told(monkeypatch, start_timeout=1)
+    told(monkeypatch, start_timeout=3)
     done = call(*args)
     assert (done.returncode, "worker.waiting" in done.stderr) == (3, True), done.stderr
 

@@ -20,6 +20,7 @@ import psycopg
 import pytest
 from tests.integration.processes import Command, call
 from tests.integration.test_cli import _process_as_it_was, paigeant, refused
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, Paigeant, Settings, StepContext, Workflow
 from paigeant.databases import open_database
@@ -108,7 +109,6 @@ def story(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_lines_of_three_workers_tell_the_story_of_a_run_in_order(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,7 +356,7 @@ async def test_no_step_waits_for_lines_that_cannot_be_written(url: str) -> None:
             statuses = [await app.run(f"r{number}").status() for number in range(20)]
             assert set(statuses) == {RunStatus.COMPLETED}
         await app.dispatch(share, {"by": 2}, workflow_id="last")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             while not await app.logs("last"):  # noqa: ASYNC110  # other than by reading nobody hears of lines
                 await asyncio.sleep(0.02)
         done = [line for line in await app.logs() if line.event == "run.completed"]
@@ -389,7 +389,7 @@ async def test_lines_that_the_end_does_not_wait_for_are_told(
     monkeypatch.setattr(sql, "_CLOSE_SECONDS", 0.1)
     goes_on = threading.Event()
     database = open_database("sqlite:///unopened.db")
-    monkeypatch.setattr(database, "write_beside", lambda *_: goes_on.wait(10))
+    monkeypatch.setattr(database, "write_beside", lambda *_: goes_on.wait(PATIENCE))
     monkeypatch.setattr(database, "close_beside", lambda: None)
     sink = SqlLog(database, level="info")
     for number in range(3):
@@ -459,7 +459,7 @@ def test_what_the_garbage_collector_finds_may_be_told_while_a_line_is_taken(
     monkeypatch.setattr(database, "instant", collect_at_the_worst_moment)
     thread = threading.Thread(target=sink.write, args=(logging.INFO, {"event": "told"}), daemon=True)
     thread.start()
-    thread.join(30)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     assert [line.event for line in sink._lines] == ["found", "told"]
     assert sink._bytes == sum(sql._weight(line.fields) for line in sink._lines)

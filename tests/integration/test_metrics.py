@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.integration.processes import Command
+from tests.patience import PATIENCE
 from tests.services import free_port
 
 from paigeant import Paigeant, Settings, Workflow
@@ -57,14 +58,14 @@ Sample = tuple[str, frozenset[tuple[str, str]]]
 def _project(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("handlers.py").write_text(HANDLERS)
     Path("paigeant.yaml").write_text(
-        "handlers: handlers.py\nretry_base: 0\nlease: 0.8\nheartbeat: 0.1\nsweep_interval: 0.1\nmetrics_port: 0\n"
+        "handlers: handlers.py\nretry_base: 0\nlease: 30\nheartbeat: 0.1\nsweep_interval: 0.1\nmetrics_port: 0\n"
     )
 
 
 def get(port: int, path: str) -> tuple[int, str]:
     """The status and the text that a worker answers with."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=20) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -165,7 +166,7 @@ def test_the_metrics_of_a_worker_are_what_its_runs_did() -> None:
 def test_a_worker_that_hangs_says_so() -> None:
     """An event loop that is blocked for longer than the lease is no life; once it goes on, all is well again."""
     asyncio.run(_dispatch_hang())
-    with Command("run") as worker:
+    with Command("run", environment={"PAIGEANT_LEASE": "1.5"}) as worker:
         port = worker.until("monitor.serving")["port"]
         worker.until("hanging")
         until(lambda: get(port, "/live")[0] == 503)

@@ -77,7 +77,7 @@ def written(store: str, transport: str) -> Settings:
     lines = [f"{name}: {value}\n" for name, value in told.items()]
     Path("paigeant.yaml").write_text(
         "".join(lines)
-        + "handlers: handlers.py\nlease: 2\nheartbeat: 0.2\nsweep_interval: 3600\ngrace: 3600\nretry_base: 0\n"
+        + "handlers: handlers.py\nlease: 5\nheartbeat: 0.2\nsweep_interval: 3600\ngrace: 3600\nretry_base: 0\n"
     )
     return Settings()
 

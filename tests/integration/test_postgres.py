@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ import uvloop
 from sqlalchemy import text
 from tests.integration.postgres_tables import database_with_tables, make_tables
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 from tests.services import PostgresServer, free_port
 from tests.services.certificates import CertificateAuthority
 from tests.services.postgres import give_away
@@ -64,7 +64,6 @@ from paigeant.table_transport import _Fetch
 from paigeant.testing.conformance.bench import due, run
 from paigeant.transports.postgres import PostgresTransport
 
-PATIENCE = 30.0
 ROOT = Path(__file__).parents[2]
 
 
@@ -994,7 +993,7 @@ async def test_no_step_suffers_from_what_an_administrator_changes(
             admin.execute("GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO app")
             ask_for_passwords(server, admin)
             url = server.url.replace("postgres@", "app:right@")
-            settings = Settings(transport_url=url, store_url=url)
+            settings = Settings(transport_url=url, store_url=url, lease=1000)
 
             def alter(statement: str) -> None:
                 admin.execute(statement.encode())
@@ -1132,7 +1131,7 @@ def proxied(postgres_server_url: str) -> Iterator[tuple[Proxy, str]]:
     with database_with_tables(postgres_server_url) as url:
         parts = psycopg.conninfo.conninfo_to_dict(url)
         with Proxy(str(parts["host"]), int(parts["port"] or 5432)) as proxy:
-            yield proxy, f"{proxy.url(url)}?connect_timeout=2"
+            yield proxy, f"{proxy.url(url)}?connect_timeout=5"
 
 
 @pytest.mark.parametrize(("direction", "step"), [("to_server", 61), ("to_client", 23)])
@@ -1199,17 +1198,16 @@ async def settled(ask: Callable[[], Awaitable[Any]]) -> Any:
 
 async def test_silence_is_given_up(proxied: tuple[Proxy, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A server from which nothing comes any more is unavailable within a limit, and used again when it is back."""
-    monkeypatch.setattr(postgres, "_STUCK_SECONDS", 0.5)
+    monkeypatch.setattr(postgres, "_STUCK_SECONDS", 2.0)
     proxy, url = proxied
     async with opened(url) as store:
         result = await claimed(store, "r")
         proxy.blackhole()
-        began = time.monotonic()
-        with pytest.raises(StoreUnavailable):
-            await store.record_step_result(result)
-        with pytest.raises(StoreUnavailable):
-            await store.run_status("r")
-        assert time.monotonic() - began < 15
+        async with asyncio.timeout(PATIENCE):
+            with pytest.raises(StoreUnavailable):
+                await store.record_step_result(result)
+            with pytest.raises(StoreUnavailable):
+                await store.run_status("r")
         proxy.resume()
         assert await settled(lambda: store.record_step_result(result)) == Recorded()
         assert await store.run_status("r") is RunStatus.COMPLETED
@@ -1224,14 +1222,13 @@ async def test_silence_while_connecting_is_given_up(
     proxy, url = proxied
     proxy.cut_after("to_client", passed, ending="blackhole", each=True)
     with pytest.raises(StoreUnavailable):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             await SqlStore(PostgresDatabase(url)).connect()
 
 
 # -- servers
 
 
-@pytest.mark.timeout(180)
 async def test_a_server_that_crashes_under_load_loses_nothing() -> None:
     """Runs that were begun before, during and after three crashes of the server all end, each step recorded once."""
     activity = ActivityRegistry()
@@ -1265,7 +1262,7 @@ async def test_a_server_that_crashes_under_load_loses_nothing() -> None:
                 await eventually(lambda: len(runs) >= 40 * (crash + 1))  # noqa: B023
                 await asyncio.to_thread(server.restart, "immediate")
             await dispatching
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE):
                 results = [await settled(each.wait) for each in runs]
             await worker.stop(grace=PATIENCE)
             await working
@@ -1640,6 +1637,6 @@ async def test_steps_whose_claims_a_crash_of_the_server_undoes_are_done_once() -
             await asyncio.to_thread(server.stop, "immediate")
             await asyncio.to_thread(server.start)
             go.set()
-            results = await asyncio.gather(*(run.wait(60) for run in begun))
+            results = await asyncio.gather(*(run.wait(PATIENCE) for run in begun))
     assert [result.output for result in results] == list(runs)
     assert sorted(done) == list(runs)

@@ -22,6 +22,7 @@ import pytest_asyncio
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from tests.integration.redis_servers import redis_cluster, redis_sentinels, redis_tls
+from tests.patience import PATIENCE
 from tests.services import RedisServer, free_port
 from tests.services.proxy import Proxy
 
@@ -31,11 +32,10 @@ from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.message import PaigeantMessage, encode
 from paigeant.store import DeadLetter
 from paigeant.testing.conformance.transports import message
-from paigeant.transports.redis import RedisStreamTransport
+from paigeant.transports.redis import RedisStreamTransport, lookout, reader
 
 pytestmark = pytest.mark.asyncio
 
-_PATIENCE = 30.0
 GROUP = "workers"
 
 Open = Callable[..., Awaitable[RedisStreamTransport]]
@@ -97,7 +97,7 @@ class Listening:
             self._news.set()
 
     async def wait_for(self, *ids: str) -> None:
-        async with asyncio.timeout(_PATIENCE):
+        async with asyncio.timeout(PATIENCE):
             while not set(ids) <= set(self.came):
                 self._news.clear()
                 await self._news.wait()
@@ -106,20 +106,20 @@ class Listening:
 async def take(transport: RedisStreamTransport, count: int = 1, topic: str = "work") -> list[str]:
     """The ids of the next `count` messages, not acked."""
     messages = transport.subscribe(topic, prefetch=count)
-    async with asyncio.timeout(_PATIENCE), contextlib.aclosing(messages) as each:  # type: ignore[type-var]  # a generator
+    async with asyncio.timeout(PATIENCE), contextlib.aclosing(messages) as each:  # type: ignore[type-var]  # a generator
         return [(await anext(each)).message_id for _ in range(count)]
 
 
 async def until(holds: Callable[[], Awaitable[object]]) -> None:
     """Return once `holds` gives something true."""
-    async with asyncio.timeout(_PATIENCE):
+    async with asyncio.timeout(PATIENCE):
         while not await holds():  # noqa: ASYNC110  # a server has to be asked
             await asyncio.sleep(0.01)
 
 
 async def publish_until_taken(transport: RedisStreamTransport, sent: PaigeantMessage) -> None:
     """Publish as a worker's sweeper does: again, until the server takes it."""
-    async with asyncio.timeout(_PATIENCE):
+    async with asyncio.timeout(PATIENCE):
         while True:
             try:
                 return await transport.publish("work", sent)
@@ -233,7 +233,7 @@ async def test_nothing_is_lost_while_connections_are_cut(
 async def test_what_was_given_to_a_lost_read_comes_again(server: RedisServer, opened: Open) -> None:
     """The server has handed a message over, its answer is swallowed: after the reconnection it comes again at once."""
     with Proxy(server.host, server.port) as proxy:
-        transport = await opened(f"{proxy.url(server.url)}?socket_timeout=0.3", hold=3600.0)
+        transport = await opened(proxy.url(server.url), hold=3600.0)
         other = await opened(server.url)
         async with Listening(transport) as listening:
             await transport.publish("work", message("before"))
@@ -244,9 +244,7 @@ async def test_what_was_given_to_a_lost_read_comes_again(server: RedisServer, op
             await until(lambda: _is_taken(other))
             proxy.cut()
             proxy.resume()
-            began = time.monotonic()
             await listening.wait_for("m")
-            assert time.monotonic() - began < 1.5
 
 
 async def test_a_connection_that_was_reset_while_idle_is_opened_again_on_uvloop(server: RedisServer) -> None:
@@ -310,16 +308,15 @@ async def _count_readers(client: Redis, count: int) -> bool:
 
 async def test_a_frozen_server_is_told_of_and_waited_for(server: RedisServer, opened: Open) -> None:
     """A server that doesn't answer is an error for who publishes, in bounded time; later the iterator goes on."""
-    transport = await opened(f"{server.url}?socket_timeout=0.5")
+    transport = await opened(f"{server.url}?socket_timeout=2")
     async with Listening(transport) as listening:
         await transport.publish("work", message("before"))
         await listening.wait_for("before")
         server.freeze()
         try:
-            began = time.monotonic()
-            with pytest.raises(TransportUnavailable, match="doesn't answer"):
-                await transport.publish("work", message("m"))
-            assert time.monotonic() - began < 5.0
+            async with asyncio.timeout(PATIENCE):
+                with pytest.raises(TransportUnavailable, match="doesn't answer"):
+                    await transport.publish("work", message("m"))
         finally:
             server.thaw()
         await publish_until_taken(transport, message("after"))
@@ -333,17 +330,19 @@ async def test_a_server_that_loads_is_waited_for(server: RedisServer, client: Re
         await transport.publish("work", message("before"))
         await listening.wait_for("before")
         pipe = client.pipeline(transaction=False)
-        for n in range(6_000):
+        for n in range(60_000):
             pipe.set(f"filler-{n}", "x")
         await pipe.execute()
         await asyncio.to_thread(server.kill)
         with (server.folder / "redis.conf").open("a") as file:
-            file.write("key-load-delay 800\n")  # 5 s: the machine may be busy
+            file.write("key-load-delay 800\n")  # most of a minute; it answers after each thousand keys
         starting = threading.Thread(target=server.start)
         starting.start()
         try:
             await until(lambda: _says_loading(server.url))
         finally:
+            async with Redis(host=server.host, port=server.port) as hurrying:
+                await hurrying.config_set("key-load-delay", 0)
             await asyncio.to_thread(starting.join)
         await publish_until_taken(transport, message("after"))
         await listening.wait_for("after")
@@ -364,7 +363,7 @@ async def test_a_frozen_server_holds_up_a_sweep_once(
 ) -> None:
     """And not for each topic to which steps go. What wasn't tried comes first the next time."""
     monkeypatch.setattr("paigeant.forwarder._AWAY_SECONDS", 0.1)
-    url = f"{server.url}?socket_timeout=0.2"
+    url = f"{server.url}?socket_timeout=1"
     async with Paigeant(Settings(transport_url=url, store_url="memory://", signing="off")) as app:
         for topic in "abc":
             await app.dispatch(Workflow("w", [topic]), {}, workflow_id=topic)
@@ -504,7 +503,7 @@ async def test_a_killed_process_gives_back_its_messages(
         sys.executable, "-c", _HOLDER, server.url, stdout=asyncio.subprocess.PIPE
     )
     assert child.stdout is not None
-    assert await asyncio.wait_for(child.stdout.readline(), 60) == b"m\n"
+    assert await asyncio.wait_for(child.stdout.readline(), PATIENCE) == b"m\n"
     [dead] = await consumers(client, transport)
     os.kill(child.pid, signal.SIGKILL)
     await child.wait()
@@ -540,9 +539,9 @@ async def test_a_lost_host_gives_back_its_messages_after_the_hold(
     await transport.publish("work", message("m"))
     await transport.publish("work", message("n"))
     await client.xgroup_create(stream, GROUP, id="0")
+    began = time.monotonic()
     assert await client.xreadgroup(GROUP, "elsewhere|1@1|x|0", {stream: ">"}, count=2)
     assert await client.xreadgroup(GROUP, "silent|1@1|x|0", {stream: ">"}, count=2) == []
-    began = time.monotonic()
     async with Listening(transport, prefetch=1) as listening:
         await listening.wait_for("m", "n")
         assert time.monotonic() - began > 0.1
@@ -652,6 +651,14 @@ async def test_what_was_acked_before_the_end_does_not_come_again(server: RedisSe
 # --- what is promised of messages
 
 
+@pytest.fixture
+def _told_or_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No subscriber looks by itself for as long as a test may last: what comes, comes because it is told of it."""
+    monkeypatch.setattr(reader, "BLOCK_SECONDS", 3600.0)
+    monkeypatch.setattr(lookout, "LOOK_SECONDS", 3600.0)
+
+
+@pytest.mark.usefixtures("_told_or_never")
 async def test_a_return_is_delivered_at_once(server: RedisServer, client: Redis, opened: Open) -> None:
     """nack wakes a blocked subscriber: it need not wait for the hold, nor for its next look."""
     one = await opened(server.url, hold=3600.0)
@@ -660,14 +667,14 @@ async def test_a_return_is_delivered_at_once(server: RedisServer, client: Redis,
     assert await take(one) == ["m"]
     taking = asyncio.create_task(take(other))
     await blocked(client)
-    began = time.monotonic()
     await one.nack("m")
     assert await taking == ["m"]
-    assert time.monotonic() - began < 0.5
 
 
+@pytest.mark.usefixtures("_told_or_never")
 async def test_delays_are_kept_to_the_point(server: RedisServer, client: Redis, opened: Open) -> None:
-    """A message published with a short delay while subscribers are blocked comes then: never early, little late."""
+    """A message published with a short delay while subscribers are blocked comes then: never early, and not only when
+    they look the next time."""
     publisher = await opened(server.url)
     subscriber = await opened(server.url)
     came: dict[str, float] = {}
@@ -687,14 +694,10 @@ async def test_delays_are_kept_to_the_point(server: RedisServer, client: Redis, 
     for message_id, delay in delays.items():
         sent[message_id] = time.monotonic()
         await publisher.publish("work", message(message_id), delay=delay)
-    await asyncio.wait_for(done.wait(), _PATIENCE)
+    await asyncio.wait_for(done.wait(), PATIENCE)
     listening.cancel()
     await asyncio.gather(listening, return_exceptions=True)
-    late = {message_id: came[message_id] - sent[message_id] - delays[message_id] for message_id in delays}
-    assert min(late.values()) >= 0.0
-    # Without a bell it would be up to a second, by the server's own timer up to 0.1 s and more.
-    assert sorted(late.values())[len(late) // 2] < 0.05
-    assert max(late.values()) < 0.5
+    assert all(came[message_id] - sent[message_id] >= delays[message_id] for message_id in delays)
 
 
 async def test_a_bell_is_no_message(server: RedisServer, client: Redis, opened: Open) -> None:
@@ -834,7 +837,7 @@ async def test_an_odd_time_hides_no_topic(redis_url: str, opened: Open, told: st
     for _ in range(2):
         odd, work = await transport.topics(["odd"])
         assert (odd.topic, odd.waiting, work.topic, work.waiting) == ("odd", 1, "work", 1)
-        assert odd.oldest == pytest.approx(0, abs=_PATIENCE)
+        assert odd.oldest == pytest.approx(0, abs=PATIENCE)
         assert await take(transport, topic="odd") == ["m"]
         await transport.nack("m", delay=0.01)
 
@@ -1177,7 +1180,7 @@ async def test_names_on_a_node_that_is_away_keep_no_message(opened: Open) -> Non
             name for name in map(str, range(100)) if cluster.primary(transport.stream_key(name)) is not away
         )
         await asyncio.to_thread(away.kill)
-        async with Listening(transport, topic) as listening, asyncio.timeout(_PATIENCE):
+        async with Listening(transport, topic) as listening, asyncio.timeout(PATIENCE):
             await transport.publish(topic, message("m"))
             await listening.wait_for("m")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.patience import PATIENCE
 
 from paigeant import (
     ActivityRegistry,
@@ -32,8 +33,6 @@ from paigeant.slip import RunStatus
 from paigeant.store import ClaimRequest, Grant, Refused
 from paigeant.testing import ManualClock
 from paigeant.waiters import Waiters, ended
-
-PATIENCE = 30.0
 
 
 @pytest.fixture(params=["memory://", "sqlite:///p.db"], ids=["memory", "sqlite"])
@@ -419,7 +418,7 @@ async def test_an_itinerary_that_no_message_can_carry_fails_the_step_once(tmp_pa
     async with Paigeant(Settings(transport_url=url, store_url=url)) as app:
         worker = app.worker(registry)
         working = asyncio.create_task(worker.run())
-        result = await (await app.dispatch(Workflow("planned", ["plan"]))).wait(timeout=10)
+        result = await (await app.dispatch(Workflow("planned", ["plan"]))).wait(timeout=PATIENCE)
         await worker.stop()
         await working
     assert (result.status, began) == ("failed", [1])

@@ -15,6 +15,7 @@ import aio_pika
 import pytest
 from redis.asyncio import Redis
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 from tests.services import RedisServer
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
@@ -68,9 +69,9 @@ async def test_a_run_goes_to_and_fro_between_two_brokers() -> None:
         ]
         bad = await partner.dispatch(Workflow("w", steps), {"fail": True})
         for run in good:
-            result = await run.wait(30)
+            result = await run.wait(PATIENCE)
             assert (result.status, result.error) == (RunStatus.COMPLETED, None)
-        assert (await bad.wait(30)).status is RunStatus.COMPENSATED
+        assert (await bad.wait(PATIENCE)).status is RunStatus.COMPENSATED
         rows = [row for run in good for row in (await run.detail()).steps]
         assert Counter(row.topic for row in rows) == {"our.count": 60, "partner.double": 60}
         assert {row.attempt for row in rows} == {1}
@@ -113,7 +114,7 @@ async def test_a_run_goes_over_real_brokers(
         async with working(app.worker(ours)), working(partner.worker(theirs)):
             runs = [await app.dispatch(Workflow("w", ["count", "double"] * 3)) for _ in range(20)]
             for run in runs:
-                assert (await run.wait(60)).outputs["double_3"] == 2
+                assert (await run.wait(PATIENCE)).outputs["double_3"] == 2
         waiting = await app.dispatch(Workflow("v", ["double"]), {"count": 1})
         [topic] = await app.transport.topics(["partner.double", "our.count"])
         assert (topic.topic, topic.waiting) == ("partner.double", 1)
@@ -154,7 +155,7 @@ async def test_a_partner_out_of_reach_holds_nobody_up(caplog: pytest.LogCaptureF
         with caplog.at_level(logging.WARNING, "paigeant"):
             waits = await app.dispatch(Workflow("w", ["theirs", "mine"]))
             async with working(app.worker(activity, topics=["mine"])):
-                assert (await (await app.dispatch(Workflow("v", ["mine"]))).wait(20)).output == "mine"
+                assert (await (await app.dispatch(Workflow("v", ["mine"]))).wait(PATIENCE)).output == "mine"
                 assert await waits.status() is RunStatus.PENDING
                 [topic] = await app.store.open_topics()
                 assert (topic.topic, topic.ready) == ("partner.theirs", 1)
@@ -165,7 +166,7 @@ async def test_a_partner_out_of_reach_holds_nobody_up(caplog: pytest.LogCaptureF
                     Paigeant(partner, activities=activity) as other,
                     working(other.worker(topics=["partner.theirs"])),
                 ):
-                    assert (await waits.wait(60)).outputs == {"theirs": "theirs", "mine": "mine"}
+                    assert (await waits.wait(PATIENCE)).outputs == {"theirs": "theirs", "mine": "mine"}
 
 
 class Broken(MemoryTransport):
@@ -242,7 +243,7 @@ async def test_a_broker_that_is_long_in_closing_keeps_none_waiting() -> None:
     for topic in ("0.a", "1.a"):
         await routed.publish(topic, message(topic))
     closing = asyncio.create_task(routed.close())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         for broker in brokers:
             await broker.closing.wait()
     for broker in brokers:
@@ -263,7 +264,7 @@ async def test_what_fails_together_is_one_failure() -> None:
         failed = await asyncio.gather(*under_way, return_exceptions=True)
         assert {type(each) for each in failed} == {TransportUnavailable}
         await asyncio.to_thread(server.start)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 with contextlib.suppress(TransportUnavailable):
                     await routed.publish("p.a", message("after"))

@@ -12,6 +12,7 @@ from typing import IO, Self
 
 import psycopg
 import pytest
+from tests.patience import PATIENCE
 from tests.services import PostgresServer, RabbitServer, RedisServer, guard
 from tests.services.hosts import Host, Network
 from tests.services.server import wait_for_end
@@ -121,7 +122,7 @@ def test_a_killed_process_of_a_host_is_the_one_that_was_started(network: Network
         while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\n":
             pass
         process.send_signal(signal.SIGKILL)
-        assert process.wait(10) == -signal.SIGKILL
+        assert process.wait(PATIENCE) == -signal.SIGKILL
 
 
 def test_a_killed_test_leaves_no_host() -> None:

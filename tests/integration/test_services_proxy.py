@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 import redis
+from tests.patience import PATIENCE
 from tests.services import PostgresServer, RedisServer, free_port
 from tests.services.proxy import Direction, Proxy
 
@@ -43,7 +44,7 @@ def proxy(server: RedisServer) -> Iterator[Proxy]:
 
 def connect(proxy: Proxy) -> socket.socket:
     """A connection through the proxy, which has passed both ways."""
-    one = socket.create_connection((proxy.host, proxy.port), timeout=10)
+    one = socket.create_connection((proxy.host, proxy.port), timeout=PATIENCE)
     assert ask(one, PING) == PONG
     return one
 
@@ -156,7 +157,7 @@ def test_refuse(proxy: Proxy) -> None:
         proxy.refuse()
         assert rest(one) == (b"", "reset")
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((proxy.host, proxy.port), timeout=10)
+            socket.create_connection((proxy.host, proxy.port), timeout=PATIENCE)
     proxy.resume()
     with connect(proxy):
         pass
@@ -169,7 +170,7 @@ def test_a_server_that_is_down_resets() -> None:
 
 
 def _connect_and_read(proxy: Proxy) -> bytes:
-    with socket.create_connection((proxy.host, proxy.port), timeout=10) as one:
+    with socket.create_connection((proxy.host, proxy.port), timeout=PATIENCE) as one:
         return one.recv(1)
 
 
@@ -257,14 +258,14 @@ def test_a_cut_that_is_forgotten_before_its_bytes_have_arrived_is_none() -> None
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)  # most of it has to wait on its way
         with (
             Proxy(*listener.getsockname()) as proxy,
-            socket.create_connection((proxy.host, proxy.port), timeout=10) as one,
+            socket.create_connection((proxy.host, proxy.port), timeout=PATIENCE) as one,
         ):
             theirs, _ = listener.accept()
             with theirs:
                 theirs.settimeout(10)
                 proxy.cut_after("to_server", len(sent), ending="blackhole")
                 one.sendall(sent)
-                until = time.monotonic() + 10
+                until = time.monotonic() + PATIENCE
                 while proxy.passed["to_server"] < len(sent):
                     assert time.monotonic() < until
                 proxy.resume()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.integration.processes import Command
+from tests.patience import PATIENCE
 
 from paigeant import Paigeant, RunResult, RunStatus, Settings, Sleep, Workflow
 from paigeant.store import RunDetail
@@ -16,7 +17,7 @@ from paigeant.store import RunDetail
 DAY = 86400
 RUNS = 6
 TIMES = {
-    "lease": 3.0,
+    "lease": 5.0,
     "heartbeat": 0.2,
     "sweep_interval": 0.1,
     "grace": 1.0,
@@ -43,7 +44,7 @@ def note(ctx, what):
 @activity.execute()
 async def long(ctx: StepContext) -> None:
     note(ctx, "long")
-    await asyncio.sleep(7)  # longer than two leases: only its heartbeat keeps it
+    await asyncio.sleep(7)  # longer than a lease: only its heartbeat keeps it
 
 @activity.compensate("long")
 async def unlong(ctx: StepContext) -> None:
@@ -81,7 +82,7 @@ async def done(settings: Settings) -> tuple[list[RunResult], list[RunDetail]]:
             await app.dispatch(workflow, {"doomed": number % 3 == 0}, workflow_id=f"r{number}")
             for number in range(RUNS)
         ]
-        return [await run.wait(60) for run in runs], [await run.detail() for run in runs]
+        return [await run.wait(PATIENCE) for run in runs], [await run.detail() for run in runs]
 
 
 def test_wrong_clocks_have_no_effect(settings: Settings) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from tests.kill.audit import executions_of, open_runs
 from tests.kill.nursery import Nursery
 from tests.kill.roles import length
+from tests.patience import PATIENCE
 
 __all__ = ["Killed", "kill_all_the_time", "records_of"]
 
@@ -69,7 +70,7 @@ def kill_all_the_time(
                 at.append(time.time())
             next_at += interval * chance.uniform(0.5, 1.4)
         ended = dispatched and done >= records and not open_runs(nursery.store)
-        nursery.stalls(done, seconds=120.0)
+        nursery.stalls(done, seconds=2 * PATIENCE)
         # From one kill to the next it takes a tenth of a second or more, and looking takes time from the workers.
         time.sleep(0.005)
     return Killed(killed, time.monotonic() - began, at)

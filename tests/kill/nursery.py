@@ -144,7 +144,7 @@ class Nursery:
             self.ask_for_stacks()
             raise AssertionError(f"nothing has happened for {seconds:.0f} s; where all are: {self.stacks}")
 
-    def until(self, done: Callable[[], object], *, seconds: float = 240.0, pause: float = 0.005) -> None:
+    def until(self, done: Callable[[], object], *, seconds: float = 600.0, pause: float = 0.005) -> None:
         """Look again and again until it is done. Raises AssertionError after so many seconds.
 
         `pause`: seconds between two looks.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from tests.patience import PATIENCE
 
 from paigeant.databases import open_database
 
@@ -17,7 +18,7 @@ __all__ = ["make_tables", "rows", "sqlite_file", "write"]
 def rows(url: str, query: str) -> list[Any]:
     """What the database says."""
     if url.startswith("sqlite:"):
-        with contextlib.closing(sqlite3.connect(sqlite_file(url), timeout=30.0)) as connection:
+        with contextlib.closing(sqlite3.connect(sqlite_file(url), timeout=PATIENCE)) as connection:
             return connection.execute(query).fetchall()
     with psycopg.connect(url, autocommit=True) as server:
         return server.execute(query.encode()).fetchall()
@@ -26,7 +27,7 @@ def rows(url: str, query: str) -> list[Any]:
 def write(url: str, statement: str) -> None:
     """Change it behind the product's back."""
     if url.startswith("sqlite:"):
-        with contextlib.closing(sqlite3.connect(sqlite_file(url), timeout=30.0)) as connection:
+        with contextlib.closing(sqlite3.connect(sqlite_file(url), timeout=PATIENCE)) as connection:
             connection.execute(statement)
             connection.commit()
     else:

@@ -8,12 +8,12 @@ import signal
 import sqlite3
 from pathlib import Path
 
-import pytest
 from tests.kill.audit import audit, begun, open_runs
 from tests.kill.nursery import ASKING, Nursery
 from tests.kill.roles import BEGAN, diary, length
 from tests.kill.scenes import has, stop_a_worker_for_longer_than_its_lease
 from tests.kill.sql import rows, sqlite_file, write
+from tests.patience import PATIENCE
 
 from paigeant.activity import ActivityRegistry
 from paigeant.app import Paigeant
@@ -22,8 +22,6 @@ from paigeant.observer import Event
 from paigeant.settings import Settings
 from paigeant.slip import Step
 from paigeant.workflow import Workflow
-
-pytestmark = pytest.mark.timeout(300)
 
 
 def freeze(nursery: Nursery, pid: int) -> None:
@@ -126,7 +124,7 @@ async def test_a_claim_that_a_crash_undid_is_taken_up_and_not_doubled(tmp_path: 
         worker = app.worker()
         working = asyncio.create_task(worker.run())
         run = await app.dispatch(Workflow("crash", ["work", Step("work", id="more")]))
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             await has_begun.wait()
             write(
                 url,

@@ -22,6 +22,7 @@ from pydantic_ai import Agent, ModelMessage, ModelResponse, TextPart, ToolCallPa
 from pydantic_ai.messages import ModelResponsePart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from tests.chaos.sizes import full, say, short
+from tests.patience import PATIENCE
 from tests.simulation.mutants import mutated
 from tests.simulation.watch import Watch, judge_end
 
@@ -222,7 +223,7 @@ class World:
                     await run.signal(signal, "late")
                 await app.drain()
             judge_end(app.store)
-            result = await run.wait(5)
+            result = await run.wait(PATIENCE)
         if self.found:
             raise self.found[0]
         retries = len(self.ended) - 1

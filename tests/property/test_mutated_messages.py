@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.patience import PATIENCE
 from tests.security.test_signed_runs import Raw
 
 from paigeant import ActivityRegistry, ItineraryPolicy, Paigeant, PaigeantMessage, RoutingSlip, Settings, Step
@@ -194,7 +195,7 @@ async def test_a_worker_minds_no_changed_message(
         worker = app.worker()
         working = asyncio.create_task(worker.run())
         run = await app.dispatch(Workflow("good", ["pay"]), {"n": 5}, workflow_id="good")
-        assert (await run.wait(60)).output == 5
+        assert (await run.wait(PATIENCE)).output == 5
         await worker.stop()
         await working
         await transport.close()

@@ -12,6 +12,7 @@ from hypothesis import Phase, given, settings
 from pydantic_ai import Agent, ModelMessage, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.messages import ModelResponsePart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, ItineraryPolicy, RetryPolicy, Step, StepContext, Workflow
 from paigeant.testing import MemoryApp
@@ -81,7 +82,7 @@ class Planners:
         async with MemoryApp(self.activity) as app:
             run = await app.dispatch(workflow, {})
             await app.drain()
-            result = await run.wait(5)
+            result = await run.wait(PATIENCE)
             assert result.status == "completed", result.error
             rows = (await run.detail()).steps
         assert len({row.key.step for row in rows}) == len(rows)

@@ -468,14 +468,16 @@ def _settings(examples: int) -> settings:
     )
 
 
-TestStoresAgree = pytest.mark.timeout(400)(StoresAgree.TestCase)  # a minute or two where nothing else is done
+TestStoresAgree = pytest.mark.timeout(1800)(
+    StoresAgree.TestCase
+)  # a minute or two where nothing else is done
 TestStoresAgree.__doc__ = (
     "Whatever happens in whatever order, both stores say and hold the same, and I1 to I19 hold."
 )
 TestStoresAgree.settings = _settings(EXAMPLES)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1800)
 class TestPostgresAgrees(PostgresAgrees.TestCase):  # type: ignore[valid-type,misc]  # made by Hypothesis
     """Whatever happens in whatever order, Postgres says and holds the same as the memory store."""
 

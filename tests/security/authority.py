@@ -20,6 +20,7 @@ from urllib.parse import parse_qsl, unquote_plus, urlsplit
 
 from joserfc import jwt
 from joserfc.jwk import ECKey, Key, import_key
+from tests.patience import PATIENCE
 from tests.services.http import HttpServer, Incoming
 
 __all__ = ["Asked", "Authority", "Kept"]
@@ -257,7 +258,7 @@ class Authority(HttpServer):
         with self._lock:
             self._asked.append(Asked(path, form))
         self.entered.set()
-        self.release.wait(60)
+        self.release.wait(PATIENCE)
         if self.status is not None:
             request.reply(self.status, b'{"error": "server_error"}')
         elif self.redirect is not None and not path.startswith("/moved"):

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from tests.integration.processes import Command, call
-from tests.security.test_signed_runs import PATIENCE, TRUST, paying, required, ring, serving, trusted
+from tests.patience import PATIENCE
+from tests.security.test_signed_runs import TRUST, paying, required, ring, serving, trusted
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
 from paigeant.errors import ConfigurationError

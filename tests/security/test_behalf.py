@@ -16,6 +16,7 @@ from joserfc.jwk import ECKey
 from pydantic_ai import Agent, RunContext
 from pydantic_ai.models.test import TestModel
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 from tests.security.authority import Authority
 
 from paigeant import (
@@ -970,4 +971,4 @@ async def test_a_token_never_enters_a_database(authority: Authority, office: Off
         message = PaigeantMessage("m", "r", RoutingSlip(), headers={"obo_token": "secret"})
         assert app.forwarder.letter(message, "read", epoch=0).message.headers == {}
         async with working(app.worker()):
-            assert (await run.wait(30)).output == ["ann", ["mail.read"], 1]
+            assert (await run.wait(PATIENCE)).output == ["ann", ["mail.read"], 1]

@@ -23,6 +23,7 @@ from tests.integration.collector import Collector
 from tests.integration.processes import call
 from tests.integration.test_waits import parked
 from tests.integration.workers import working
+from tests.patience import PATIENCE
 from tests.security.authority import Authority
 from tests.security.test_behalf import MAIL, Watcher, flow, settings_of
 
@@ -46,7 +47,6 @@ from paigeant.observers.traces import TraceObserver
 registry = ActivityRegistry()
 TOKENS: list[str] = []
 TRACERS: list[trace.Tracer] = []
-PATIENCE = 30.0
 
 
 @registry.execute(scopes=["mail.send"], retries=0)

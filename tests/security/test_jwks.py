@@ -8,6 +8,7 @@ import tracemalloc
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from tests.patience import PATIENCE
 from tests.security.authority import Authority
 
 from paigeant import jwks
@@ -79,7 +80,7 @@ async def test_who_lacks_a_key_waits_for_the_answer(
     authority.release.clear()
     authority.entered.clear()
     waiting = [asyncio.create_task(keys.find(str(new))) for _ in range(2)]
-    await asyncio.to_thread(authority.entered.wait, 10)
+    await asyncio.to_thread(authority.entered.wait, PATIENCE)
     assert await keys.find(old) is not None
     authority.release.set()
     assert all(await asyncio.gather(*waiting))
@@ -155,7 +156,7 @@ async def test_a_fetch_that_is_cut_off_counts_for_nothing(authority: Authority, 
     """Whoever asks next after one that was cancelled asks the server."""
     authority.release.clear()
     first = asyncio.create_task(keys.find(kid(authority)))
-    await asyncio.to_thread(authority.entered.wait, 10)
+    await asyncio.to_thread(authority.entered.wait, PATIENCE)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first

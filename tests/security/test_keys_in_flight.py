@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 from tests.integration.processes import Command, call
-from tests.security.test_signed_runs import PATIENCE
+from tests.patience import PATIENCE
 
 from paigeant import Paigeant, Run, Settings, Workflow
 from paigeant.keyfiles import _LOOK_SECONDS

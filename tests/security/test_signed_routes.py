@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.patience import PATIENCE
 from tests.security.test_signed_runs import (
-    PATIENCE,
     TRUST,
     Seen,
     message,

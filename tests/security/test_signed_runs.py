@@ -25,6 +25,7 @@ from urllib.parse import unquote
 import pytest
 from joserfc.jwk import OKPKey
 from tests.chaos.sizes import full, short
+from tests.patience import PATIENCE
 from tests.security.authority import Authority
 from tests.security.conftest import STORE
 from tests.services import free_port
@@ -53,7 +54,6 @@ from paigeant.transport import BODY_KEPT_BYTES
 from paigeant.transports import open_transport
 from paigeant.transports.memory import MemoryTransport
 
-PATIENCE = 60.0
 RING, TRUST = Path("paigeant-keys.json"), Path("trust.json")
 FAST: dict[str, Any] = {"sweep_interval": 0.05, "grace": 0.5, "retry_base": 0.0, "deployment": "shop"}
 

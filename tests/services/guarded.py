@@ -12,12 +12,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests.patience import PATIENCE
 from tests.services import guard
 
 __all__ = ["Guarded", "NotStarted"]
-
-
-_FREEZE_SECONDS = 10.0
 
 
 class NotStarted(Exception):
@@ -111,11 +109,11 @@ class Guarded:
 
     def freeze(self) -> None:
         """SIGSTOP to all of its processes; when this returns none of them does anything any more."""
-        until = time.monotonic() + _FREEZE_SECONDS
+        until = time.monotonic() + PATIENCE
         self.send_signal_to_all(signal.SIGSTOP)
         while not all(
             map(guard.is_stopped, guard.descendants(self.guard_pid))
         ):  # each thread stops when it next runs
             if time.monotonic() > until:
-                raise TimeoutError(f"process {self.pid} has not stopped within {_FREEZE_SECONDS:.0f} s")
+                raise TimeoutError(f"process {self.pid} has not stopped within {PATIENCE:.0f} s")
             time.sleep(0.001)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from tests.patience import PATIENCE
 from tests.services.guarded import Guarded
 from tests.services.server import temporary_folder
 
@@ -134,7 +135,7 @@ class Host:
         return subprocess.Popen([*self.inside, *command], **options)
 
     def run(
-        self, command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 30.0
+        self, command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = PATIENCE
     ) -> subprocess.CompletedProcess[str]:
         """What a command on this host gave, once it has ended, well or not. Raises subprocess.TimeoutExpired."""
         return subprocess.run(

@@ -72,7 +72,7 @@ class PgBouncer(Server):
 
     def _is_ready(self) -> bool:
         try:
-            psycopg.connect(self.url, connect_timeout=5).close()
+            psycopg.connect(self.url, connect_timeout=30).close()
         except psycopg.OperationalError:
             return False
         return True

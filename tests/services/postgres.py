@@ -87,7 +87,7 @@ class PostgresServer(Server):
 
     def _is_ready(self) -> bool:
         try:
-            psycopg.connect(self.url, connect_timeout=5).close()
+            psycopg.connect(self.url, connect_timeout=30).close()
         except psycopg.OperationalError:
             return False
         return True

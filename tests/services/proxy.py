@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit, urlunsplit
 
+from tests.patience import PATIENCE
 from tests.services.server import free_port
 
 __all__ = ["Direction", "Ending", "Proxy"]
@@ -127,7 +128,7 @@ class Proxy:
 
         self._tell(set_rule())
 
-    def wait_for_cut(self, timeout: float = 30.0) -> None:
+    def wait_for_cut(self, timeout: float = PATIENCE) -> None:
         """Return when the cut that `cut_after` asked for has happened. Raises TimeoutError."""
         if not self._cut.wait(timeout):
             raise TimeoutError(f"no cut after {timeout:.0f} s; so far passed: {self.passed}")
@@ -161,7 +162,7 @@ class Proxy:
         self.close()
 
     def _tell(self, what: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(what, self._loop).result(timeout=30.0)
+        asyncio.run_coroutine_threadsafe(what, self._loop).result(timeout=PATIENCE)
 
     # --- in its own thread ---
 

@@ -33,7 +33,7 @@ class RabbitServer(Server):
 
     3.10.8 forgets half of a quorum queue that it has declared less than a second before a kill: the queue is listed
     afterwards, but never elects its leader, so that consuming and publishing hang or are refused, until it is deleted
-    (which takes 5 seconds) and declared again. Where that isn't the point of a test, kill it when the queues are older.
+    (which takes 5 seconds) and declared again. Where that isn't the point of a test, it calls `write_down` before.
     """
 
     name = "rabbitmq"
@@ -77,6 +77,10 @@ class RabbitServer(Server):
             raise ServerFailed(f"rabbitmqctl {' '.join(args)}: {done.stderr or done.stdout}")
         return done.stdout
 
+    def write_down(self) -> None:
+        """Have it write to the disk which quorum queues there are, which otherwise it does in its own time."""
+        self.ctl("eval", "[dets:sync(Table) || Table <- dets:all()].")
+
     def _prepare(self) -> None:
         lines = [f"listeners.tcp.1 = {self.host}:{self.port}", "loopback_users = none", *self.lines]
         (self.folder / "rabbitmq.conf").write_text("\n".join(lines) + "\n")
@@ -110,7 +114,7 @@ class RabbitServer(Server):
 
     def _is_ready(self) -> bool:
         # The listeners are opened last, when the virtual host and its queues are there.
-        with socket.create_connection((self.host, self.port), timeout=5.0) as one:
+        with socket.create_connection((self.host, self.port), timeout=30.0) as one:
             one.sendall(GREETING)
             return (
                 re.match(rb"\x01\x00\x00", one.recv(7)) is not None
@@ -133,7 +137,7 @@ class Epmd(Server):
         return [shutil.which("epmd") or "epmd", "-address", self.host, "-port", str(self.port)]
 
     def _is_ready(self) -> bool:
-        with socket.create_connection((self.host, self.port), timeout=5.0):
+        with socket.create_connection((self.host, self.port), timeout=30.0):
             return True
 
 
@@ -170,3 +174,8 @@ class RabbitCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def write_down(self) -> None:
+        """Have each node write to the disk which quorum queues there are."""
+        for node in self.nodes:
+            node.write_down()

@@ -54,6 +54,6 @@ class RedisServer(Server):
         return [str(program("redis-server")), str(self.folder / "redis.conf")]
 
     def _is_ready(self) -> bool:
-        with socket.create_connection((self.host, self.port), timeout=1.0) as one:
+        with socket.create_connection((self.host, self.port), timeout=30.0) as one:
             one.sendall(b"PING\r\n")  # while it loads its file the answer is -LOADING
             return one.recv(100).startswith((b"+PONG", b"-NOAUTH"))

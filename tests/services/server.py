@@ -16,15 +16,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
+from tests.patience import PATIENCE
 from tests.services import guard
 from tests.services.guarded import Guarded, NotStarted
 
 __all__ = ["Server", "ServerFailed", "free_port", "temporary_folder", "wait_for_end"]
 
-START_LIMIT = 90.0
+START_LIMIT = 2 * PATIENCE
 """Seconds until a server that isn't ready has failed: many times what one needs, for machines that are busy."""
 
-STOP_LIMIT = 60.0
+STOP_LIMIT = PATIENCE
 
 # Below the ports that systems give to outgoing connections (Linux: from 32768): one of those could take the port of a
 # server while that is stopped.

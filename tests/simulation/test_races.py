@@ -6,6 +6,8 @@ import asyncio
 import threading
 from typing import Any
 
+from tests.patience import PATIENCE
+
 from paigeant.activity import ActivityRegistry
 from paigeant.dispatcher import Dispatcher
 from paigeant.forwarder import Forwarder
@@ -120,7 +122,7 @@ async def test_a_bound_is_not_waited_for_in_a_place() -> None:
     for number in range(30):
         steps = [Step("only_one", id="a"), Step("first", id="b"), Step("only_one", id="c")]
         await scene.dispatcher.dispatch(Workflow("w", steps[number % 2 :]), {}, workflow_id=f"r{number}")
-    await asyncio.wait_for(scene.worker(concurrency=1).run(until_idle=True), 30)
+    await asyncio.wait_for(scene.worker(concurrency=1).run(until_idle=True), PATIENCE)
     assert {run.status for run in await scene.store.list_runs()} == {RunStatus.COMPLETED}
 
 
@@ -137,6 +139,6 @@ async def test_a_step_whose_record_breaks_is_not_kept() -> None:
 
     scene.store.record_step_result = breaks_once  # type: ignore[method-assign]
     worker = scene.worker(heartbeat=0.02, sweep_interval=0.05)
-    await asyncio.wait_for(worker.run(until_idle=True), 30)
+    await asyncio.wait_for(worker.run(until_idle=True), PATIENCE)
     assert await scene.store.run_status(run_id) is RunStatus.COMPLETED
     assert scene.executed == ["first", "first"]

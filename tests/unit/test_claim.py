@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, RetryPolicy, RunStatus, Step, StepContext, Workflow
 from paigeant.testing import MemoryApp
@@ -39,7 +40,7 @@ async def test_a_number_of_retries_leaves_the_waits_to_what_it_stands_above(
         began = app.clock.now()
         run = await app.dispatch(Workflow("w", [Step("fail", retries=step)]))
         await app.drain()
-        assert (await run.wait(5)).status is RunStatus.FAILED
+        assert (await run.wait(PATIENCE)).status is RunStatus.FAILED
         assert begun == list(range(1, attempts + 1))
         assert app.clock.now() - began == pytest.approx(waited)
 
@@ -65,6 +66,6 @@ async def test_an_undo_is_tried_as_its_own_settings_say() -> None:
         began = app.clock.now()
         run = await app.dispatch(Workflow("w", ["reserve", "fail"]))
         await app.drain()
-        assert (await run.wait(5)).status is RunStatus.COMPENSATION_FAILED
+        assert (await run.wait(PATIENCE)).status is RunStatus.COMPENSATION_FAILED
         assert begun == [1, 2]
         assert app.clock.now() - began == pytest.approx(7)

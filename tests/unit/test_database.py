@@ -21,6 +21,7 @@ from typing import Any, cast
 import pytest
 import pytest_asyncio
 from sqlalchemy import text
+from tests.patience import PATIENCE
 
 from paigeant.databases import sqlite as module
 from paigeant.databases.sqlite import SqliteDatabase, database_path
@@ -265,7 +266,7 @@ async def test_a_lazy_request_comes_soon(database: SqliteDatabase) -> None:
         return add(tx, requests)
 
     database.write_lazily(note, 1)
-    await asyncio.wait_for(done.wait(), 20)
+    await asyncio.wait_for(done.wait(), PATIENCE)
 
 
 async def test_a_lazy_request_is_not_forgotten_behind_a_slow_commit(database: SqliteDatabase) -> None:
@@ -280,7 +281,7 @@ async def test_a_lazy_request_is_not_forgotten_behind_a_slow_commit(database: Sq
     go = await held(database)
     database.write_lazily(note, 1)
     loop.call_later(0.1, go.set)  # later than the lazy request's own time
-    await asyncio.wait_for(done.wait(), 20)
+    await asyncio.wait_for(done.wait(), PATIENCE)
 
 
 async def test_closing_does_what_was_asked_for(tmp_path: Path) -> None:
@@ -330,7 +331,7 @@ async def test_whoever_waits_for_a_run_in_another_event_loop_is_told_so(tmp_path
         await store.wait_ended("other")  # from now on what is started here is known to be open
     await store.record_workflow_start(run("r"), due())
     with pytest.raises(PaigeantError, match=r"x\.db was opened in another event loop"):
-        await asyncio.to_thread(lambda: asyncio.run(asyncio.wait_for(store.wait_ended("r"), 5.0)))
+        await asyncio.to_thread(lambda: asyncio.run(asyncio.wait_for(store.wait_ended("r"), PATIENCE)))
     await store.close()
 
 
@@ -350,7 +351,7 @@ async def test_a_reader_sees_one_state_beside_the_writer(database: SqliteDatabas
     """A read doesn't wait for a transaction that is under way, and sees what was committed before."""
     await database.write(add, 1)
     go = await held(database)
-    assert await asyncio.wait_for(numbers(database), 20) == [1]
+    assert await asyncio.wait_for(numbers(database), PATIENCE) == [1]
     go.set()
 
 

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 
 import pytest
 import yaml
+from tests.patience import PATIENCE
 from typer.main import get_command
 
 import paigeant
@@ -250,7 +251,7 @@ async def test_python_runs(
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "snippet"}
     for block in blocks:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             await run_block(block, names)
 
 

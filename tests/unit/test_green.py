@@ -18,6 +18,7 @@ from typing import Any, cast
 import pytest
 import uvloop
 from greenlet import getcurrent
+from tests.patience import PATIENCE
 
 from paigeant import green, loops
 from paigeant.green import Inlet, TooSlow, caught_up, elsewhere, is_green, pause, until_ready
@@ -25,7 +26,6 @@ from paigeant.lane import Driver, Lane, Tx
 from paigeant.loops import EventLoop
 
 LOOPS: list[EventLoop] = ["asyncio", "uvloop"]
-PATIENCE = 10.0
 
 
 class Closing:
@@ -297,8 +297,9 @@ def test_an_inlet_stays_with_the_loop_between_two_transactions(run: Run) -> None
                 assert await reading == word
                 assert inlet.wire == ours.fileno()
             theirs.sendall(b"unasked")
-            await asyncio.sleep(0.01)
-            assert inlet.wire is None, "the loop is told over and over"
+            async with asyncio.timeout(PATIENCE):
+                while inlet.wire is not None:  # noqa: ASYNC110  # else the loop is told over and over
+                    await asyncio.sleep(0)
             assert await place.lane.submit(one(read), None) == b"unasked"
             await place.lane.submit(one(inlet.leave), None)
             assert inlet.wire is None
@@ -403,12 +404,11 @@ def test_it_sleeps_without_keeping_the_loop(run: Run) -> None:
     """A transaction that waits before its next try lets the loop go on."""
 
     async def test(place: Place) -> None:
-        slept = place.lane.submit(one(lambda: pause(0.05)), None)
-        turns = 0
-        while not slept.done():
-            await asyncio.sleep(0.001)
-            turns += 1
-        assert turns > 3
+        slept = place.lane.submit(one(lambda: pause(1.0)), None)
+        for _ in range(4):
+            await asyncio.sleep(0)
+            assert not slept.done()
+        await slept
 
     run(test)
 

@@ -22,6 +22,7 @@ from typing import Any, cast, get_args
 
 import pytest
 import structlog
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, StepContext, Workflow
 from paigeant.errors import ConfigurationError
@@ -814,7 +815,7 @@ asyncio.run(main())
 """
     path = tmp_path / "log.json"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True, timeout=PATIENCE
     )
     for said in (done.stderr, path.read_text()):
         events = [json.loads(line)["event"] for line in said.splitlines() if line.startswith("{")]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from tests.patience import PATIENCE
 
 from paigeant import loops
 
@@ -40,7 +41,7 @@ def test_errors_and_interrupts_come_out() -> None:
         "try:\n    loops.run(main())\nexcept KeyboardInterrupt:\n    print('interrupted')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True
     )
     assert done.stdout == "interrupted\n"
 
@@ -74,7 +75,7 @@ def test_what_comes_out_later_comes_out_once(caplog: pytest.LogCaptureFixture) -
         sys.exit(3)
 
     async def main() -> None:
-        await asyncio.wait({asyncio.create_task(leave())}, timeout=60)
+        await asyncio.wait({asyncio.create_task(leave())}, timeout=PATIENCE)
         raise LookupError("gone")
 
     with pytest.raises(LookupError, match="gone"):
@@ -89,6 +90,6 @@ def test_the_command_line_does_not_load_it_to_say_what_it_can() -> None:
         "try:\n    main()\nexcept SystemExit:\n    print('uvloop' in sys.modules)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True
     )
     assert done.stdout.splitlines()[-1] == "False"

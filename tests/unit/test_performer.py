@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 from pydantic_ai import Agent, ModelRetry
 from pydantic_ai.models.test import TestModel
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, Run, StepContext, Workflow
 from paigeant.claim import Claim
@@ -139,7 +140,7 @@ async def test_a_failed_attempt_keeps_nothing(name: str) -> None:
     async with MemoryApp(failing.activity, retries=1, retry_base=1.0) as app:
         run = await app.dispatch(Workflow("w", [name, "fails"]))
         await app.drain()
-        assert (await run.wait(5)).status in (RunStatus.FAILED, RunStatus.COMPENSATION_FAILED)
+        assert (await run.wait(PATIENCE)).status in (RunStatus.FAILED, RunStatus.COMPENSATION_FAILED)
     assert failing.made
     assert not failing.had
     assert not claims(run)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from tests.patience import PATIENCE
 
 from paigeant.activity import ActivityRegistry
 from paigeant.dispatcher import Dispatcher
@@ -192,7 +193,7 @@ async def test_leases_are_freed_though_the_broker_can_t_be_asked(clock: ManualCl
 
 
 async def _taken(broker: Broker) -> list[str]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         async for message in broker.subscribe("paid"):
             return [message.message_id]
     return []

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from tests.patience import PATIENCE
 
 import paigeant.testing
 from paigeant import (
@@ -93,7 +94,7 @@ async def test_a_moved_clock_needs_no_drain() -> None:
         run = await app.dispatch(Workflow("pay", ["charge"]))
         await app.drain(advance=False)
         app.clock.advance(3600)
-        assert (await run.wait(timeout=10)).output == "paid"
+        assert (await run.wait(timeout=PATIENCE)).output == "paid"
 
 
 async def test_a_deadline_passes_when_the_clock_moves_beyond_it() -> None:
@@ -103,7 +104,7 @@ async def test_a_deadline_passes_when_the_clock_moves_beyond_it() -> None:
         run = await app.dispatch(Workflow("pay", ["charge"], deadline=86400))
         await app.drain(advance=False)
         app.clock.advance(86400)
-        result = await run.wait(timeout=10)
+        result = await run.wait(timeout=PATIENCE)
     assert result.status == "failed"
     assert "DeadlineExceeded" in str(result.error)
 

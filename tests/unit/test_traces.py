@@ -26,6 +26,7 @@ from opentelemetry.sdk.trace.sampling import (
     Sampler,
     TraceIdRatioBased,
 )
+from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, StepContext, WaitFor, Workflow
 from paigeant.observer import Event, Observers, Work
@@ -623,7 +624,7 @@ class Gate(Kept):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         self.has_begun.set()
-        assert self.may_go.wait(10)
+        assert self.may_go.wait(PATIENCE)
         if self.fails:
             raise RuntimeError
         return super().export(spans)
@@ -659,7 +660,7 @@ def test_spans_are_exported_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     exporter = Gate()
     tracer, spans = queue(monkeypatch, exporter, schedule_delay="10")
     tracer.start_span("one").end()
-    assert exporter.has_begun.wait(10)
+    assert exporter.has_begun.wait(PATIENCE)
     spans.shutdown()
     assert exporter.names == ["one"]
 
@@ -672,7 +673,7 @@ def test_spans_beyond_the_bound_are_lost_and_counted(
     exporter.may_go.clear()
     tracer, spans = queue(monkeypatch, exporter, max_queue_size="5", max_export_batch_size="1")
     tracer.start_span("first").end()
-    assert exporter.has_begun.wait(10)
+    assert exporter.has_begun.wait(PATIENCE)
     for number in range(8):
         tracer.start_span(f"{number}").end()
     assert spans.lost == 3

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest_asyncio
+from tests.patience import PATIENCE
 
 from paigeant.wakeup import Bell
 
@@ -43,7 +44,7 @@ class Ear:
         self.bell.open()
 
     async def heard(self) -> frozenset[str]:
-        return await asyncio.wait_for(self.names.get(), 20)
+        return await asyncio.wait_for(self.names.get(), PATIENCE)
 
 
 @pytest_asyncio.fixture
