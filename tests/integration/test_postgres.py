@@ -38,10 +38,10 @@ from tests.services.server import temporary_folder
 
 from paigeant import ActivityRegistry, Paigeant, Settings, StepContext, Workflow, ledger
 from paigeant.database import ENDED
-from paigeant.databases import postgres
-from paigeant.databases.bell import PostgresBell
-from paigeant.databases.pipeline import Pipeline, ServerClock
 from paigeant.databases.postgres import PostgresDatabase
+from paigeant.databases.postgres import database as postgres
+from paigeant.databases.postgres.bell import PostgresBell
+from paigeant.databases.postgres.pipeline import Pipeline, ServerClock
 from paigeant.errors import ConfigurationError, RunConflict, RunNotFound, SchemaMismatch, StoreUnavailable
 from paigeant.green import elsewhere
 from paigeant.heads import foreseen_heads
@@ -1056,7 +1056,7 @@ async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_table
 _STOPPED = """
 import asyncio, os, signal, sys, time
 from paigeant import heads, rows
-from paigeant.databases import postgres
+from paigeant.databases.postgres import database as postgres
 from paigeant.stores.sql import SqlStore
 from paigeant.table_transport import _Fetch
 from paigeant.errors import StoreUnavailable

@@ -27,10 +27,16 @@ from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock
 from paigeant.database import ENDED, READER, WRITER, Database, current_version, no_unicode, not_open
-from paigeant.databases.bell import PostgresBell, limits
-from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, Transaction, driver_of
-from paigeant.databases.pooler import check_pooler, hands_on
-from paigeant.databases.refusal import understood
+from paigeant.databases.postgres.bell import PostgresBell, limits
+from paigeant.databases.postgres.pipeline import (
+    GreenConnection,
+    Pipeline,
+    ServerClock,
+    Transaction,
+    driver_of,
+)
+from paigeant.databases.postgres.pooler import check_pooler, hands_on
+from paigeant.databases.postgres.refusal import understood
 from paigeant.errors import (
     ConfigurationError,
     InputInvalid,
