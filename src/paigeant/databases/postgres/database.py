@@ -27,7 +27,7 @@ from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock
 from paigeant.database import ENDED, READER, WRITER, Database, current_version, no_unicode, not_open
-from paigeant.databases.postgres.bell import PostgresBell, limits
+from paigeant.databases.postgres.bell import PostgresBell
 from paigeant.databases.postgres.pipeline import (
     GreenConnection,
     Pipeline,
@@ -37,6 +37,7 @@ from paigeant.databases.postgres.pipeline import (
 )
 from paigeant.databases.postgres.pooler import check_pooler, hands_on
 from paigeant.databases.postgres.refusal import understood
+from paigeant.databases.postgres.session import settings_of
 from paigeant.errors import (
     ConfigurationError,
     InputInvalid,
@@ -61,28 +62,6 @@ _UNUSABLE = re.compile(r"invalid \w+ value|invalid port number|certificate file 
 """What libpq says, before or without asking a server, of a parameter's value."""
 
 _OLDEST_SERVER = 120000
-
-_SESSION = {
-    # A process that stops in the middle of a transaction must not keep others from its rows for longer.
-    "idle_in_transaction_session_timeout": "3s",
-    "lock_timeout": "4s",
-    "statement_timeout": "12s",
-    # Whoever has waited for a lock has to see what was done under it: a signal that its step didn't see wakes nobody.
-    "default_transaction_isolation": "read committed",
-    # All digits of a time: a listing goes on behind the last one it has shown.
-    "extra_float_digits": "1",
-    # Nor must a host that is gone. Between statements of a pipeline the server counts no time, it only reads.
-    "tcp_keepalives_idle": "10",
-    "tcp_keepalives_interval": "5",
-    "tcp_keepalives_count": "3",
-    # Every statement has an index to go by. Plans are made while tables are small, and kept when they no longer are.
-    "enable_seqscan": "off",
-    "enable_hashjoin": "off",
-    "enable_mergejoin": "off",
-    "jit": "off",
-}
-_UNHURRIED = ("statement_timeout", "idle_in_transaction_session_timeout")
-"""What may take as long as it needs where tables are made or changed: a migration, and an answer to its question."""
 
 # What a user may not do with the tables of these names, and with the sequences that give those numbers.
 _LACKING = text("""
@@ -310,9 +289,7 @@ class PostgresDatabase(Database):
             # What was recorded comes back byte for byte, and is parsed by whoever needs it.
             for kind in ("json", "jsonb"):
                 driver.adapters.register_loader(kind, TextLoader)
-            # The next commit would meet a closed connection, and couldn't tell that from one that is cut.
-            session = dict.fromkeys(limits(driver.info.server_version), "0")
-            session |= dict.fromkeys(_UNHURRIED, "0") if plain else _SESSION
+            session = settings_of(driver.info.server_version, plain=plain)
             driver.execute("; ".join(f"SET {name} = '{value}'" for name, value in session.items()))
             if plain:
                 driver.autocommit = False
