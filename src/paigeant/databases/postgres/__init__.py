@@ -1,8 +1,8 @@
 """Postgres as a database of Paigeant's.
 
-`database` keeps the contract. Its transactions go through the `pipeline`, its processes wake each other by the `bell`.
-`session` has the settings of its connections. `pooler` says whether a pooler in between will do, `refusal` why a server
-lets nobody in.
+`database` keeps the contract: connections to the `place` that a URL names, each with the settings of a `session`.
+Transactions go through the `pipeline`, processes wake each other by the `bell`. `trouble` says what errors mean,
+`refusal` why a server lets nobody in, and `pooler` whether what stands in between will do.
 """
 
 from __future__ import annotations
