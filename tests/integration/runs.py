@@ -8,11 +8,10 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from paigeant import ActivityRegistry, Paigeant, RetryPolicy, Run, Settings, StepContext
-from paigeant.observer import Event
 from paigeant.slip import Phase
 from paigeant.testing import ManualClock
 
-__all__ = ["AT_ONCE", "PATIENCE", "Seen", "Shop", "attempts", "states", "working"]
+__all__ = ["AT_ONCE", "PATIENCE", "Shop", "attempts", "states", "working"]
 
 PATIENCE = 30.0
 AT_ONCE = RetryPolicy(attempts=3, base=0)
@@ -48,29 +47,6 @@ async def states(run: Run) -> list[tuple[str, str, str]]:
 async def attempts(run: Run) -> dict[str, int]:
     """The attempts that each step took."""
     return {row.step: row.attempt for row in (await run.detail()).steps if row.phase is Phase.DO}
-
-
-class Seen:
-    """An observer that keeps what it was told, and lets a test wait for it."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self._changed = asyncio.Event()
-
-    def observe(self, event: Event) -> None:
-        self.events.append(event)
-        self._changed.set()
-
-    def names(self, *wanted: str) -> list[str]:
-        """The names of the events, of those wanted."""
-        return [event.name for event in self.events if not wanted or event.name in wanted]
-
-    async def wait_for(self, name: str, count: int = 1) -> None:
-        """Wait until `name` was told `count` times."""
-        async with asyncio.timeout(PATIENCE):
-            while self.names(name).count(name) < count:
-                self._changed.clear()
-                await self._changed.wait()
 
 
 class Shop:

@@ -7,7 +7,8 @@ import contextlib
 import json
 
 import pytest
-from tests.integration.runs import AT_ONCE, PATIENCE, Seen, Shop, states, working
+from tests.integration.runs import AT_ONCE, PATIENCE, Shop, states, working
+from tests.observers import Seen
 
 from paigeant import ActivityRegistry, Paigeant, Settings, StepContext, Workflow
 from paigeant.errors import InputInvalid, InvalidTransition, RunNotFound, RunTimeout

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from tests.integration.runs import AT_ONCE, PATIENCE, Seen, attempts, states, working
+from tests.integration.runs import AT_ONCE, PATIENCE, attempts, states, working
+from tests.observers import Seen
 
 from paigeant import (
     ActivityRegistry,

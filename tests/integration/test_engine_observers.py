@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.integration.runs import PATIENCE, Seen, Shop, working
+from tests.integration.runs import PATIENCE, Shop, working
+from tests.observers import Seen
 
 from paigeant import ActivityRegistry, Settings, Workflow
 from paigeant.observer import Around, Event, Work

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.integration.runs import PATIENCE, Seen, states, working
+from tests.integration.runs import PATIENCE, states, working
+from tests.observers import Seen
 
 from paigeant import (
     ActivityRegistry,

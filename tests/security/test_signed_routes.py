@@ -8,17 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.security.test_signed_runs import (
-    PATIENCE,
-    TRUST,
-    Seen,
-    message,
-    put,
-    required,
-    sealing,
-    serving,
-    trusted,
-)
+from tests.observers import Seen
+from tests.security.test_signed_runs import PATIENCE, TRUST, message, put, required, sealing, serving, trusted
 
 from paigeant import ActivityRegistry, Paigeant, RoutingSlip, Settings, Step, Workflow
 from paigeant.errors import ConfigurationError
