@@ -13,8 +13,8 @@ from pydantic_core import PydanticSerializationError
 
 from paigeant.clock import LAST_INSTANT
 from paigeant.codec import MAX_DEPTH, parse_strict
+from paigeant.counts import LARGEST_COUNT, is_count
 from paigeant.errors import InvalidDefinition, MessageInvalid, MessageTooLarge, UnsupportedVersion
-from paigeant.policy import LARGEST_COUNT, is_count
 from paigeant.slip import Compensation, Phase, RoutingSlip, Step, is_text
 from paigeant.values import evolved
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from paigeant.counts import LARGEST_COUNT, is_count
 from paigeant.errors import InvalidDefinition, PolicyViolation, nearest
 
 if TYPE_CHECKING:
@@ -14,13 +15,10 @@ if TYPE_CHECKING:
 
     from paigeant.slip import RoutingSlip, Step
 
-__all__ = ["LARGEST_COUNT", "MAX_TOTAL_STEPS", "ItineraryPolicy", "is_count"]
+__all__ = ["MAX_TOTAL_STEPS", "ItineraryPolicy"]
 
 MAX_TOTAL_STEPS = 256
 """Steps that a run may have in all when its policy doesn't say otherwise."""
-
-LARGEST_COUNT = 2**31 - 1
-"""The largest count of anything: what other languages and databases can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +131,6 @@ class ItineraryPolicy:
                     f"this would make {there[step.activity]} steps of activity '{step.activity}', "
                     f"the policy allows {self.max_each}"
                 )
-
-
-def is_count(value: object, least: int, most: int = LARGEST_COUNT) -> bool:
-    """Whether `value` is a whole number from `least` to `most`."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _least(one: int | None, other: int | None) -> int | None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from tenacity import RetryCallState, wait_exponential
 
 from paigeant.clock import is_duration
+from paigeant.counts import LARGEST_COUNT, is_count
 from paigeant.errors import InvalidDefinition
-from paigeant.policy import LARGEST_COUNT, is_count
 
 if TYPE_CHECKING:
     from pydantic import ConfigDict

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -22,14 +21,13 @@ from pydantic_settings import (
 )
 
 from paigeant.codec import parse_strict
+from paigeant.definitions import check_keys, issuer_from, workflow_from
 from paigeant.errors import ConfigurationError, MessageInvalid, PaigeantError, nearest
 from paigeant.https import check_url
-from paigeant.identity import ALGORITHMS, Issuer
+from paigeant.identity import Issuer
 from paigeant.keys import KeyRing
 from paigeant.loops import EventLoop
-from paigeant.policy import ItineraryPolicy
 from paigeant.retry import RetryPolicy
-from paigeant.slip import Step
 from paigeant.urls import (
     begin_of,
     check_readable,
@@ -39,7 +37,6 @@ from paigeant.urls import (
     scrubbed,
     without_password,
 )
-from paigeant.waits import Sleep, WaitFor
 from paigeant.workflow import Workflow
 
 __all__ = ["CONFIG_FILE", "Settings", "is_in_environment"]
@@ -178,7 +175,7 @@ class Settings(BaseSettings):
     _file: ClassVar[Path | None] = None
 
     def __init__(self, **values: Any) -> None:
-        _check_keys(values, type(self).model_fields, "the settings have")
+        check_keys(values, type(self).model_fields, "the settings have")
         if isinstance(values.get("routes"), Mapping):
             # Else it would be mixed with those of environment and file, and theirs would come first.
             values["routes"] = tuple(values["routes"].items())
@@ -466,7 +463,7 @@ def check_file(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path} holds a {type(values).__name__}; expected `key: value` lines")
-    _check_keys(values, Settings.model_fields, f"{path} has")
+    check_keys(values, Settings.model_fields, f"{path} has")
     for name in _ONLY_ENVIRONMENT:
         if name in values:
             raise ConfigurationError(
@@ -474,90 +471,6 @@ def check_file(path: Path) -> dict[str, Any]:
                 f"{_PREFIX}{name.upper()}"
             )
     return values
-
-
-def issuer_from(name: str, fields: Any) -> Issuer:
-    """The issuer that a file describes: the URL of its keys, or the fields of `Issuer`. Raises ConfigurationError."""
-    if isinstance(fields, str):
-        fields = {"jwks_url": fields}
-    where = f"issuer '{name}'"
-    if not isinstance(fields, Mapping) or not isinstance(fields.get("jwks_url"), str):
-        raise ConfigurationError(f"{where} is the URL of its keys, or a mapping with `jwks_url`")
-    _check_keys(fields, ("jwks_url", "algorithms", "token_type"), f"{where} has")
-    values = dict(fields)
-    check_url(values["jwks_url"], f"jwks_url of {where}")
-    if "algorithms" in values:
-        listed = values["algorithms"]
-        unknown = [one for one in listed if one not in ALGORITHMS] if isinstance(listed, list) else [listed]
-        if unknown or not listed:
-            raise ConfigurationError(
-                f"algorithms of {where} are some of {', '.join(ALGORITHMS)}, found {listed!r}"
-            )
-        values["algorithms"] = tuple(listed)
-    if not isinstance(values.get("token_type", ""), (str, type(None))):
-        raise ConfigurationError(f"token_type of {where} is a text such as at+jwt, or null")
-    return Issuer(name, **values)
-
-
-def workflow_from(name: str, fields: Any) -> Workflow:
-    """The workflow that a file describes: a list of steps, or the fields of `Workflow`. Raises InvalidDefinition."""
-    if isinstance(fields, list):
-        fields = {"steps": fields}
-    if not isinstance(fields, Mapping):
-        raise ConfigurationError(
-            f"workflow '{name}' is a list of steps or a mapping with `steps`, found {fields!r}"
-        )
-    known = ("name", "steps", "deadline", "policy", "on_compensation_failure", "description")
-    _check_keys(fields, known, f"workflow '{name}' has")
-    values = dict(fields)
-    if values.pop("name", name) != name:
-        raise ConfigurationError(f"workflow '{name}' has the name {fields['name']!r}; expected one of them")
-    steps = values.get("steps") or ()
-    values["steps"] = [_step_from(name, step) for step in steps] if isinstance(steps, list) else steps
-    if values.get("policy") is not None:
-        if not isinstance(values["policy"], Mapping):
-            raise ConfigurationError(
-                f"the policy of workflow '{name}' is a mapping with fields such as `allowed` or `max_added`, "
-                f"found {values['policy']!r}"
-            )
-        limits = [limit.name for limit in dataclasses.fields(ItineraryPolicy)]
-        _check_keys(values["policy"], limits, f"the policy of workflow '{name}' has")
-        values["policy"] = ItineraryPolicy(**values["policy"])
-    return Workflow(name, **values)
-
-
-def _step_from(workflow: str, fields: Any) -> str | Step:
-    if isinstance(fields, str):
-        return fields
-    kinds = [kind for kind in _STEPS if isinstance(fields, Mapping) and kind in fields]
-    if len(kinds) != 1:
-        raise ConfigurationError(
-            f"a step of workflow '{workflow}' is an activity's name or a mapping with one of "
-            f"{', '.join(f'`{kind}`' for kind in _STEPS)}, found {fields!r}"
-        )
-    made, known = _STEPS[kinds[0]]
-    values = dict(fields)
-    first = values.pop(kinds[0])
-    _check_keys(values, (kinds[0], *known), f"a step of workflow '{workflow}' has")
-    if isinstance(values.get("retries"), Mapping):
-        policies = [field.name for field in dataclasses.fields(RetryPolicy)]
-        _check_keys(values["retries"], policies, f"the retries of a step of workflow '{workflow}' have")
-        values["retries"] = RetryPolicy(**values["retries"])
-    return made(first, **values)
-
-
-_STEPS: Mapping[str, tuple[Callable[..., Step], tuple[str, ...]]] = {
-    "activity": (Step, ("id", "args", "when", "retries", "timeout", "topic")),
-    "sleep": (Sleep, ("id", "when")),
-    "wait_for": (WaitFor, ("timeout", "default", "id", "when")),
-}
-"""What a step of a file is made by, and its other fields, for each key that says what it is."""
-
-
-def _check_keys(values: Mapping[str, Any], known: Any, where: str) -> None:
-    for key in values:
-        if key not in known:
-            raise ConfigurationError(f"{where} an unknown key '{key}'; {nearest(str(key), known)}")
 
 
 def _check_environment(known: Mapping[str, Any]) -> None:

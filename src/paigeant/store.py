@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+from paigeant.counts import LARGEST_COUNT
 from paigeant.envelope import HEAD_BYTES, without_token
 from paigeant.message import MessageId
-from paigeant.policy import LARGEST_COUNT
 from paigeant.secret import masked, masked_body
 from paigeant.slip import Phase, RunStatus, StepStatus
 from paigeant.transport import BODY_KEPT_BYTES, Posting, Transport

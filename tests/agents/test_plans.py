@@ -31,6 +31,7 @@ from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
 from pydantic_core import core_schema
 from tests.agents.steps import called, prompt_of, returned, scripted
+from tests.observers import Seen
 from tests.patience import PATIENCE
 from typing_extensions import TypeAliasType
 
@@ -48,7 +49,7 @@ from paigeant import (
 from paigeant.agents import Handoff
 from paigeant.agents.plans import MAX_ARGUMENT_BYTES, MAX_ARGUMENT_DEPTH, hands_over
 from paigeant.errors import InvalidDefinition
-from paigeant.observer import Event, Observer
+from paigeant.observer import Observer
 from paigeant.store import RunDetail
 
 
@@ -130,18 +131,6 @@ async def at_work(
             stack.push_async_callback(asyncio.wait_for, task, PATIENCE)
             stack.push_async_callback(worker.stop, PATIENCE)
         yield app
-
-
-class Watch:
-    """Tells when an event has happened."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.told = asyncio.Event()
-
-    def observe(self, event: Event) -> None:
-        if event.name == self.name:
-            self.told.set()
 
 
 async def carried_out(
@@ -532,10 +521,10 @@ async def test_a_step_that_waits_makes_its_plan_once(settings: Settings) -> None
 
     activity = helpers()
     activity.agent(agent, prompt="Plan", deps=deps, may_add=ItineraryPolicy(allowed=["shorten"]))
-    waiting = Watch("step.waiting")
-    async with at_work(settings, activity, activity, observers=[waiting]) as app:
+    seen = Seen()
+    async with at_work(settings, activity, activity, observers=[seen]) as app:
         run = await app.dispatch(Workflow("w", ["planner"]), {"text": "abcdef"})
-        await asyncio.wait_for(waiting.told.wait(), PATIENCE)
+        await seen.wait_for("step.waiting")
         await run.signal("answer", "yes")
         await run.wait(timeout=PATIENCE)
         detail = await run.detail()
@@ -613,13 +602,13 @@ async def test_a_further_attempt_makes_the_same_plan_once(settings: Settings) ->
 async def test_another_worker_makes_the_same_plan_once(settings: Settings) -> None:
     """The same when the worker is gone after the plan was made and before the step has ended."""
     looked: list[str] = []
-    retrying = Watch("step.retrying")
+    seen = Seen()
     model, requests = plans_and_fails([ConnectionError("the last request")])
-    async with Paigeant(settings, activities=with_a_look(model, looked), observers=[retrying]) as first:
+    async with Paigeant(settings, activities=with_a_look(model, looked), observers=[seen]) as first:
         worker = first.worker()
         task = asyncio.create_task(worker.run())
         run = await first.dispatch(Workflow("w", ["planner", "collect"]), {"text": "abcdef"})
-        await asyncio.wait_for(retrying.told.wait(), PATIENCE)
+        await seen.wait_for("step.retrying")
         await worker.stop(0)
         await asyncio.wait_for(task, PATIENCE)
     async with at_work(settings, with_a_look(model, looked)) as app:

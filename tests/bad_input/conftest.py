@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import structlog
 from tests.bad_input.bench import HANDLERS, INPUT, OTHER
+from tests.commands import as_the_process_was
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
 
@@ -51,21 +48,7 @@ async def _worked(path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _folder(before: bytes, _elsewhere: None) -> Iterator[None]:
-    modules, path, root = set(sys.modules), list(sys.path), logging.getLogger()
-    own, level = logging.getLogger("paigeant"), root.level
     Path("handlers.py").write_text(HANDLERS)
     Path("paigeant.db").write_bytes(before)
-    yield
-    # A command sets up logs and imports handlers for its process, which here is that of all tests.
-    lasting = tuple(f"{place}{os.sep}" for place in (sys.prefix, sys.base_prefix, Path(__file__).parents[2]))
-    for name in set(sys.modules) - modules:
-        file = getattr(sys.modules[name], "__file__", None)
-        if file and not file.startswith(lasting):
-            del sys.modules[name]
-    sys.path[:] = path
-    for logger in (root, own):
-        logger.handlers[:] = [handler for handler in logger.handlers if not hasattr(handler, "_is_paigeant")]
-    own.propagate = True
-    root.setLevel(level)
-    own.setLevel(logging.NOTSET)
-    structlog.reset_defaults()
+    with as_the_process_was():
+        yield

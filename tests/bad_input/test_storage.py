@@ -23,8 +23,8 @@ import sqlalchemy
 from tests.bad_input.bench import HANDLERS, INPUT, OTHER, PAIGEANT, call, check, done, put, works_on
 from tests.patience import PATIENCE
 
-import paigeant.databases.sqlite
 from paigeant import ActivityRegistry, Paigeant, Settings, Step, Workflow
+from paigeant.databases.sqlite import connection
 from paigeant.observer import Event
 
 SURFACE = "storage"
@@ -333,7 +333,7 @@ def test_where_only_the_folder_of_the_database_can_be_written_all_goes_on() -> N
 
 def test_a_file_that_others_lock_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who can't get at the file within the time for that is told so, and can try again later."""
-    monkeypatch.setattr(paigeant.databases.sqlite, "_BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(connection, "_BUSY_SECONDS", 0.1)
     other = sqlite3.connect(DATABASE, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     check(call(*DISPATCH), ("can't use paigeant.db", "database is locked"), 3)

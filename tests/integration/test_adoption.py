@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 from tests.integration.workers import working
+from tests.observers import Seen
 from tests.patience import PATIENCE
 
 from paigeant import (
@@ -21,32 +21,9 @@ from paigeant import (
 from paigeant.errors import KeysUnavailable
 from paigeant.forwarder import STORED_PAYLOAD
 from paigeant.message import PaigeantMessage
-from paigeant.observer import Event
 from paigeant.slip import Executed, RoutingSlip, RunStatus, Step, StepStatus
 
 BROKER, THEIRS, OURS = "sqlite:///broker.db", "sqlite:///theirs.db", "sqlite:///ours.db"
-
-
-@dataclass
-class Seen:
-    """What observers were told."""
-
-    events: list[Event] = field(default_factory=list)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def observe(self, event: Event) -> None:
-        self.events.append(event)
-        self.changed.set()
-
-    def named(self, name: str) -> list[Event]:
-        """Those of this name."""
-        return [event for event in self.events if event.name == name]
-
-    async def wait(self, name: str, count: int = 1) -> None:
-        """Until so many of this name were seen."""
-        while len(self.named(name)) < count:
-            self.changed.clear()
-            await asyncio.wait_for(self.changed.wait(), PATIENCE)
 
 
 def settings(store: str, **more: Any) -> Settings:
@@ -103,7 +80,7 @@ async def test_a_run_goes_on_in_the_store_that_adopts_it(activity: ActivityRegis
             flow, {"sku": "A-1"}, workflow_id="r", correlation_id="c", headers={"x": "y"}
         )
         async with asyncio.timeout(PATIENCE):
-            await seen.wait("run.completed")
+            await seen.wait_for("run.completed")
         result = await ours.run("r").wait(PATIENCE)
         assert result.outputs == {
             "order": {"sku": "A-1", "big": 12345678901234567890},
@@ -135,9 +112,9 @@ async def test_a_run_that_fails_after_adoption_undoes_what_was_done_before(
     ):
         await theirs.dispatch(flow, {"sku": "A-1", "fail": True}, workflow_id="r")
         async with working(theirs.worker(topics=["order"])):
-            await there.wait("step.completed")
+            await there.wait_for("step.completed")
         async with working(ours.worker()):
-            await seen.wait("run.compensated")
+            await seen.wait_for("run.compensated")
         assert await ours.run("r").status() is RunStatus.COMPENSATED
     assert done[-1] == ("unorder", {"sku": "A-1", "big": 12345678901234567890})
 
@@ -151,10 +128,10 @@ async def test_a_run_is_adopted_while_it_is_undone(activity: ActivityRegistry) -
     ):
         run = await theirs.dispatch(flow, {"sku": "A-1"}, workflow_id="r")
         async with working(theirs.worker(topics=["order"])):
-            await there.wait("step.completed")
+            await there.wait_for("step.completed")
         assert await run.cancel() is RunStatus.COMPENSATING
         async with working(ours.worker(topics=["order"])):
-            await seen.wait("run.cancelled")
+            await seen.wait_for("run.cancelled")
         assert await ours.run("r").status() is RunStatus.CANCELLED
     assert done == [("unorder", {"sku": "A-1", "big": 12345678901234567890})]
 
@@ -168,7 +145,7 @@ async def test_without_the_setting_an_unknown_run_is_dropped(activity: ActivityR
         working(ours.worker()),
     ):
         await theirs.dispatch(flow, {"sku": "A-1"}, workflow_id="r")
-        await seen.wait("delivery.duplicate")
+        await seen.wait_for("delivery.duplicate")
         assert seen.named("delivery.duplicate")[0].error == "unknown"
         assert await ours.store.list_runs() == []
         assert await ours.store.list_dead_letters() == []
@@ -190,7 +167,7 @@ async def test_a_message_that_comes_often_is_adopted_and_done_once(activity: Act
         for number in range(20):
             await ours.transport.publish("order", sent.evolve(message_id=f"again-{number}"))
         async with working(ours.worker()), working(also.worker()):
-            await seen.wait("delivery.duplicate", 20)
+            await seen.wait_for("delivery.duplicate", 20)
             assert (
                 await (await ours.dispatch(flow, {"sku": "A-1"}, workflow_id="r")).wait(PATIENCE)
             ).error is None
@@ -240,7 +217,7 @@ async def test_what_stayed_elsewhere_makes_a_dead_letter(
         working(ours.worker()),
     ):
         await ours.transport.publish("ship", message)
-        await seen.wait("delivery.rejected")
+        await seen.wait_for("delivery.rejected")
         [letter] = await ours.store.list_dead_letters()
         assert (letter.reason, letter.topic, letter.workflow_id) == ("not_adopted", "ship", "r")
         assert letter.detail.endswith(said)
@@ -266,6 +243,6 @@ async def test_a_run_is_adopted_later_where_its_sender_can_t_be_asked_about_now(
         monkeypatch.setattr(ours.forwarder.envelope, "may_start", may_start)
         async with working(ours.worker()):
             await ours.transport.publish("ship", message)
-            await seen.wait("run.adopted")
+            await seen.wait_for("run.adopted")
         assert [run.id for run in await ours.store.list_runs()] == ["r"]
     assert asked == ["r", "r"]

@@ -8,22 +8,20 @@ import logging
 import re
 import signal
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
+from tests.commands import as_the_process_was, paigeant, refused
 from tests.integration.collector import Collector
 from tests.integration.processes import Command, call
-from tests.integration.test_cli import _process_as_it_was, paigeant, refused
 from tests.integration.test_metrics import get, sample, scraped
 
 from paigeant import Paigeant, Settings
 from paigeant.observers.logs import configure
 from paigeant.redaction import Redactor
 from paigeant.store import DeadLetter
-
-__all__ = ["_process_as_it_was"]
 
 TOKEN = "eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJjYW5hcnkifQ.Y2FuYXJ5"
 CANARIES = (
@@ -65,6 +63,12 @@ async def charge(ctx: StepContext) -> None:
 
 pay = Workflow("pay", ["open_account", "charge"])
 """
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was() -> Iterator[None]:
+    with as_the_process_was():
+        yield
 
 
 def found(place: str, text: str, canaries: Iterable[str] = CANARIES) -> list[str]:

@@ -7,7 +7,6 @@ import base64
 import contextlib
 import importlib.util
 import json
-import logging
 import re
 import sqlite3
 import stat
@@ -20,10 +19,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import structlog
 import yaml
+from tests.commands import as_json, as_the_process_was, paigeant, refused
 from tests.services import RedisServer
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from paigeant import Paigeant, PaigeantMessage, RoutingSlip, Settings, Step
 from paigeant.cli import session
@@ -62,41 +61,10 @@ BAD = {"sku": "A-1", "card": "declined"}
 
 
 @pytest.fixture(autouse=True)
-def _process_as_it_was() -> Iterator[None]:
-    modules, path, root = set(sys.modules), list(sys.path), logging.getLogger()
-    own, level = logging.getLogger("paigeant"), root.level
+def _folder() -> Iterator[None]:
     Path("handlers.py").write_text(HANDLERS)
-    yield
-    for name in set(sys.modules) - modules:
-        if getattr(sys.modules[name], "__file__", None) == str(Path("handlers.py").resolve()):
-            del sys.modules[name]
-    sys.path[:] = path
-    for logger in (root, own):
-        logger.handlers[:] = [handler for handler in logger.handlers if not hasattr(handler, "_is_paigeant")]
-    own.propagate = True
-    root.setLevel(level)
-    own.setLevel(logging.NOTSET)
-    structlog.reset_defaults()
-
-
-def paigeant(*args: str, input: str | bytes | None = None, code: int = 0) -> Result:
-    """What a command gave, which ended with exit code `code` and without a traceback."""
-    result = CliRunner().invoke(app, list(args), input=input)
-    assert (result.exit_code, "\nTraceback" in result.output) == (code, False), result.output
-    return result
-
-
-def as_json(*args: str, **more: Any) -> Any:
-    """The JSON that a command wrote to standard output, and nothing else."""
-    return json.loads(paigeant(*args, "--json", **more).stdout)
-
-
-def refused(*args: str, input: str | bytes | None = None, code: int = 2) -> str:
-    """The one line on standard error with which a command was refused."""
-    result = paigeant(*args, input=input, code=code)
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.stdout == ""
-    return line.removeprefix("error: ")
+    with as_the_process_was():
+        yield
 
 
 def dispatched(workflow: str, payload: dict[str, Any], id: str) -> None:

@@ -8,13 +8,14 @@ import getpass
 import json
 import re
 import sqlite3
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from tests.integration.test_cli import _process_as_it_was, as_json, paigeant, refused
+from tests.commands import as_json, as_the_process_was, paigeant, refused
 from tests.integration.test_waits import parked
 from tests.integration.workers import working
 from tests.patience import PATIENCE
@@ -22,8 +23,6 @@ from tests.patience import PATIENCE
 from paigeant import Paigeant, Settings, Sleep, Workflow
 from paigeant.cli import console, session
 from paigeant.store import Request
-
-__all__ = ["_process_as_it_was"]
 
 HANDLERS = """
 from paigeant import ActivityRegistry, Sleep, StepContext, WaitFor, Workflow
@@ -46,8 +45,10 @@ rest = Workflow("rest", [Sleep(7200)])
 
 
 @pytest.fixture(autouse=True)
-def _handlers(_process_as_it_was: None) -> None:
+def _handlers() -> Iterator[None]:
     Path("handlers.py").write_text(HANDLERS)
+    with as_the_process_was():
+        yield
 
 
 def started(workflow: str, id: str, *args: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 from tests.integration.workers import working
+from tests.observers import Seen
 from tests.patience import PATIENCE
 
 from paigeant import (
@@ -31,7 +32,6 @@ from paigeant import (
     worker,
 )
 from paigeant.errors import ConfigurationError, RunTimeout, StoreUnavailable, TransportUnavailable
-from paigeant.observer import Event
 from paigeant.stores.memory import MemoryStore
 from paigeant.stores.sql import SqlStore
 from paigeant.testing import ManualClock, MemoryApp
@@ -230,16 +230,8 @@ async def test_a_message_that_can_t_be_handled_doesn_t_come_for_ever(
     async def work() -> str:
         return "done"
 
-    class Rejected:
-        def __init__(self) -> None:
-            self.seen = asyncio.Event()
-
-        def observe(self, event: Event) -> None:
-            if event.name == "delivery.rejected":
-                self.seen.set()
-
-    rejected = Rejected()
-    async with Paigeant(settings, activities=activity, observers=[rejected]) as app:
+    seen = Seen()
+    async with Paigeant(settings, activities=activity, observers=[seen]) as app:
         claim, tried = app.store.claim_step, 0
 
         async def claim_step(request: Any) -> Any:
@@ -257,7 +249,7 @@ async def test_a_message_that_can_t_be_handled_doesn_t_come_for_ever(
             if failures < 3:
                 assert (await odd.wait(PATIENCE)).output == "done"
             else:
-                await asyncio.wait_for(rejected.seen.wait(), PATIENCE)
+                await seen.wait_for("delivery.rejected")
         letters = await app.store.list_dead_letters()
     if failures < 3:
         assert letters == []

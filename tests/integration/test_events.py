@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from tests.observers import Seen
+
 from paigeant import ActivityRegistry, Paigeant, Settings, StepContext, WaitFor, Workflow
-from paigeant.observer import Event
 from paigeant.testing import MemoryApp
 
 activity = ActivityRegistry()
@@ -32,24 +33,9 @@ async def confirm(ctx: StepContext) -> bool:
     return await ctx.approve("Go on?")
 
 
-class Told:
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def observe(self, event: Event) -> None:
-        """Keep it."""
-        self.events.append(event)
-
-    def names(self, *beginnings: str) -> list[str]:
-        """The events whose names begin so."""
-        return [event.name for event in self.events if event.name.startswith(beginnings)]
-
-
 async def test_a_run_that_is_cancelled_with_nothing_to_undo_has_ended() -> None:
     """The operator's process tells it."""
-    told = Told()
+    told = Seen()
     async with MemoryApp(activity, observers=[told]) as app:
         run = await app.dispatch(Workflow("w", ["book"]))
         await run.cancel("not wanted")
@@ -60,7 +46,7 @@ async def test_a_run_that_is_cancelled_with_nothing_to_undo_has_ended() -> None:
 
 async def test_a_run_that_is_turned_round_is_told_before_it_has_ended() -> None:
     """First that it is being cancelled, and when all is undone that it is."""
-    told = Told()
+    told = Seen()
     async with MemoryApp(activity, observers=[told]) as app:
         run = await app.dispatch(Workflow("w", ["book", WaitFor("paid")]))
         await app.drain()
@@ -71,7 +57,7 @@ async def test_a_run_that_is_turned_round_is_told_before_it_has_ended() -> None:
 
 async def test_a_retry_is_told() -> None:
     """Between the two ends of the run."""
-    told = Told()
+    told = Seen()
     async with MemoryApp(activity, observers=[told]) as app:
         run = await app.dispatch(Workflow("w", ["break_down"]))
         await app.drain()
@@ -82,7 +68,7 @@ async def test_a_retry_is_told() -> None:
 
 async def test_a_run_that_a_sweep_ends_is_told_to_have_failed() -> None:
     """When there was nothing to undo; it has expired before."""
-    told = Told()
+    told = Seen()
     async with MemoryApp(activity, observers=[told]) as app:
         await app.dispatch(Workflow("w", [WaitFor("paid")], deadline=60.0))
         await app.drain()
@@ -93,7 +79,7 @@ async def test_a_run_that_a_sweep_ends_is_told_to_have_failed() -> None:
 
 async def test_signals_and_requests_are_told() -> None:
     """A signal that comes, a request that is made once however often its step goes on, and its answer, once."""
-    told = Told()
+    told = Seen()
     async with MemoryApp(activity, observers=[told]) as app:
         run = await app.dispatch(Workflow("w", [WaitFor("paid"), "confirm"]))
         await app.drain()
@@ -114,7 +100,7 @@ async def test_signals_and_requests_are_told() -> None:
 
 async def test_events_of_what_was_recorded_stand_in_its_order_by_their_instants() -> None:
     """Whatever process tells them: `at` never goes back from one to what follows from it."""
-    told = Told()
+    told = Seen()
     settings = Settings(retry_base=0.01)
     async with Paigeant(settings, activities=activity, observers=[told]) as app:
         await app.dispatch(Workflow("w", ["book", "break_down"]))

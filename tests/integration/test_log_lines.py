@@ -18,8 +18,8 @@ from typing import Any
 
 import psycopg
 import pytest
+from tests.commands import as_the_process_was, paigeant, refused
 from tests.integration.processes import Command, call
-from tests.integration.test_cli import _process_as_it_was, paigeant, refused
 from tests.patience import PATIENCE
 
 from paigeant import ActivityRegistry, Paigeant, Settings, StepContext, Workflow
@@ -76,12 +76,11 @@ mortal = Workflow("mortal", ["reserve", "die"])
 """
 
 
-__all__ = ["_process_as_it_was"]
-
-
 @pytest.fixture(autouse=True)
-def _handlers(_process_as_it_was: None) -> None:
+def _handlers() -> Iterator[None]:
     Path("handlers.py").write_text(HANDLERS)
+    with as_the_process_was():
+        yield
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

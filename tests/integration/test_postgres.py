@@ -38,10 +38,10 @@ from tests.services.server import temporary_folder
 
 from paigeant import ActivityRegistry, Paigeant, Settings, StepContext, Workflow, ledger
 from paigeant.database import ENDED
-from paigeant.databases import postgres
-from paigeant.databases.bell import PostgresBell
-from paigeant.databases.pipeline import Pipeline, ServerClock
-from paigeant.databases.postgres import PostgresDatabase
+from paigeant.databases.postgres import PostgresDatabase, session
+from paigeant.databases.postgres import database as postgres
+from paigeant.databases.postgres.bell import PostgresBell
+from paigeant.databases.postgres.pipeline import Pipeline, ServerClock
 from paigeant.errors import ConfigurationError, RunConflict, RunNotFound, SchemaMismatch, StoreUnavailable
 from paigeant.green import elsewhere
 from paigeant.heads import foreseen_heads
@@ -825,7 +825,7 @@ async def test_a_row_that_somebody_keeps_stops_only_who_needs_it(
     postgres_tables: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests that share a transaction with one that is blocked are done all the same."""
-    monkeypatch.setitem(postgres._SESSION, "lock_timeout", "200ms")
+    monkeypatch.setitem(session._SESSION, "lock_timeout", "200ms")
     async with opened(postgres_tables) as store:
         results = [await claimed(store, run_id) for run_id in ("kept", "free", "also")]
         with psycopg.connect(postgres_tables) as connection:
@@ -1055,12 +1055,12 @@ async def test_what_is_said_of_a_failed_transaction_has_no_values(postgres_table
 _STOPPED = """
 import asyncio, os, signal, sys, time
 from paigeant import heads, rows
-from paigeant.databases import postgres
+from paigeant.databases.postgres import PostgresDatabase, session
 from paigeant.stores.sql import SqlStore
 from paigeant.table_transport import _Fetch
 from paigeant.errors import StoreUnavailable
 
-postgres._SESSION["idle_in_transaction_session_timeout"] = "300ms"
+session._SESSION["idle_in_transaction_session_timeout"] = "300ms"
 
 def stop(tx, requests):
     heads.lock_runs(tx, ["r"])
@@ -1075,7 +1075,7 @@ def stop(tx, requests):
     return [None]
 
 async def main():
-    store = SqlStore(postgres.PostgresDatabase(sys.argv[1]))
+    store = SqlStore(PostgresDatabase(sys.argv[1]))
     await store.connect()
     what = {"stop": True}
     while what is not None:

@@ -48,6 +48,8 @@ from paigeant.transports.rabbitmq.queues import declare
 from paigeant.transports.rabbitmq.wire import Closed, Connection
 
 RECOVERY = 10.0
+HELD_UP = 65.0
+"""For so many seconds RabbitMQ reads nothing from a channel that brings a quorum queue a first message."""
 """Seconds after which all must go on, once the broker is there again, beside as many as it took to start: so there are
 more on a machine that is slow or busy. On an idle one it is one or two."""
 
@@ -900,7 +902,7 @@ async def test_a_queue_whose_publishers_give_up_early_holds_up_no_other(server: 
     ):
         for number in range(50):
             await give_up(transport.publish("stuck", message(str(number))), 0.1)
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(HELD_UP / 2):
             await transport.publish("work", message("m"))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.observers import Seen
 from tests.patience import PATIENCE
 
 from paigeant import (
@@ -28,7 +29,6 @@ from paigeant import (
 )
 from paigeant.database import ENDED
 from paigeant.errors import InputInvalid, MessageTooLarge, RunNotFound, StoreUnavailable
-from paigeant.observer import Event
 from paigeant.slip import RunStatus
 from paigeant.store import ClaimRequest, Grant, Refused
 from paigeant.testing import ManualClock
@@ -69,24 +69,6 @@ async def first_message(app: Paigeant, topic: str) -> PaigeantMessage:
     return message
 
 
-class Told:
-    """An observer that waits for the first event of a name."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.error: str | None = None
-        self._seen = asyncio.Event()
-
-    def observe(self, event: Event) -> None:
-        if event.name == self.name and not self._seen.is_set():
-            self.error = event.error
-            self._seen.set()
-
-    async def wait(self) -> None:
-        """Wait until it was told."""
-        await asyncio.wait_for(self._seen.wait(), PATIENCE)
-
-
 async def test_an_undo_is_left_to_workers_that_have_the_compensation(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,17 +93,17 @@ async def test_an_undo_is_left_to_workers_that_have_the_compensation(
     async def fail() -> None:
         raise NonRetryableError("no")
 
-    completed, returned = Told("step.completed"), Told("delivery.returned")
-    async with Paigeant(settings, observers=[completed, returned]) as app:
+    seen = Seen()
+    async with Paigeant(settings, observers=[seen]) as app:
         run = await app.dispatch(Workflow("w", ["charge", "fail"]), {})
         async with working(app, newer):
-            await completed.wait()
+            await seen.wait_for("step.completed")
         async with working(app, older):
-            await returned.wait()
+            await seen.wait_for("delivery.returned")
             async with working(app, newer):
                 result = await run.wait(PATIENCE)
     assert (result.status, calls) == ("compensated", ["charge", "refund 5"])
-    assert returned.error == "no compensation of activity 'charge' here"
+    assert seen.named("delivery.returned")[0].error == "no compensation of activity 'charge' here"
 
 
 async def test_a_message_from_before_does_no_other_step(settings: Settings) -> None:

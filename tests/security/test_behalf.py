@@ -16,6 +16,7 @@ from joserfc.jwk import ECKey
 from pydantic_ai import Agent, RunContext
 from pydantic_ai.models.test import TestModel
 from tests.integration.workers import working
+from tests.observers import Seen
 from tests.patience import PATIENCE
 from tests.security.authority import Authority
 
@@ -47,7 +48,6 @@ from paigeant.identity import GRANT_SIGNAL, MANDATE, check_claims, read_token
 from paigeant.jwks import REFRESH_SECONDS
 from paigeant.keyfiles import write_private
 from paigeant.keys import Key, KeyRing
-from paigeant.observer import Event
 from paigeant.secret import OBO_TOKEN
 from paigeant.slip import Phase, StepStatus
 from paigeant.store import StepKey
@@ -100,16 +100,6 @@ class Office:
         raise ValueError("no")
 
 
-class Watcher:
-    """Keeps the events."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-
-    def observe(self, event: Event) -> None:
-        self.events.append(event)
-
-
 @pytest.fixture
 def office() -> Office:
     """An office for a test."""
@@ -117,9 +107,9 @@ def office() -> Office:
 
 
 @pytest.fixture
-def watcher() -> Watcher:
+def watcher() -> Seen:
     """What is told."""
-    return Watcher()
+    return Seen()
 
 
 def settings_of(authority: Authority) -> dict[str, Any]:
@@ -137,7 +127,7 @@ def settings_of(authority: Authority) -> dict[str, Any]:
 
 @pytest.fixture
 async def app(
-    authority: Authority, office: Office, clock: ManualClock, watcher: Watcher
+    authority: Authority, office: Office, clock: ManualClock, watcher: Seen
 ) -> AsyncIterator[MemoryApp]:
     """A service of the authority with a worker."""
     observers = [watcher]
@@ -244,7 +234,7 @@ async def test_ways_to_exchange(
 
 
 async def test_a_long_run_outlives_its_token(
-    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock, watcher: Watcher
+    app: MemoryApp, authority: Authority, office: Office, clock: ManualClock, watcher: Seen
 ) -> None:
     """A step whose token has expired waits, with nothing called and no attempt counted, until a fresh one is sent."""
     token = authority.token("ann", "mail.read", lifetime=60)
@@ -504,7 +494,7 @@ async def test_a_key_that_is_newer_than_the_key_set(
     authority: Authority,
     office: Office,
     clock: ManualClock,
-    watcher: Watcher,
+    watcher: Seen,
     travels: bool,
 ) -> None:
     """Right after a rotation a step waits until the set may be asked for again, and loses no attempt."""
@@ -813,7 +803,7 @@ async def test_a_token_as_a_name_is_refused(authority: Authority, clock: ManualC
             assert not await run.requests(only_open=False)
 
 
-async def test_the_reason_of_a_cancel_is_kept_like_an_error(app: MemoryApp, watcher: Watcher) -> None:
+async def test_the_reason_of_a_cancel_is_kept_like_an_error(app: MemoryApp, watcher: Seen) -> None:
     """It is often the text of one, and becomes the run's."""
     run = await app.dispatch(Workflow("w", [WaitFor("word", id="wait")]), workflow_id="r")
     await app.drain()

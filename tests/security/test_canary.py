@@ -23,9 +23,10 @@ from tests.integration.collector import Collector
 from tests.integration.processes import call
 from tests.integration.test_waits import parked
 from tests.integration.workers import working
+from tests.observers import Seen
 from tests.patience import PATIENCE
 from tests.security.authority import Authority
-from tests.security.test_behalf import MAIL, Watcher, flow, settings_of
+from tests.security.test_behalf import MAIL, flow, settings_of
 
 from paigeant import (
     ActivityRegistry,
@@ -146,7 +147,7 @@ async def test_a_token_is_found_nowhere(
         log_sql="debug",
         **settings_of(authority),
     )
-    watcher = Watcher()
+    watcher = Seen()
     traces, send = sending
     metrics = MetricsObserver(activities=["leak"], workflows=["flow"], topics=["leak"])
     reader = InMemoryMetricReader()
@@ -320,7 +321,7 @@ async def test_what_a_name_says_is_secret_is_quoted_nowhere(
     lines: io.StringIO, step: str | Step, said: str
 ) -> None:
     """A value that is wrong, under the name of a secret, stands in its run's input, and in no line, event or error."""
-    watcher = Watcher()
+    watcher = Seen()
     urls = {"transport_url": "memory://", "store_url": "memory://"}
     payload = {"user": "ada", "password": CANARY, "login": {"user": "ada", "password": CANARY}}
     async with Paigeant(

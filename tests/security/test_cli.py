@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.integration.test_cli import _process_as_it_was, as_json, paigeant, refused
+from tests.commands import as_json, as_the_process_was, paigeant, refused
 from tests.security.authority import Authority
 from tests.security.test_behalf import flow, settings_of
 
@@ -18,9 +19,11 @@ from paigeant.cli import session
 from paigeant.cli.behalf import read_given
 from paigeant.errors import InputInvalid
 
-__all__ = ["_process_as_it_was"]
 
-pytestmark = pytest.mark.usefixtures("_process_as_it_was")
+@pytest.fixture(autouse=True)
+def _process_as_it_was() -> Iterator[None]:
+    with as_the_process_was():
+        yield
 
 
 def configure(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:

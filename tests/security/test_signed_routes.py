@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.observers import Seen
 from tests.patience import PATIENCE
 from tests.security.test_signed_runs import (
     TRUST,
-    Seen,
     message,
     put,
     required,

@@ -25,6 +25,7 @@ from urllib.parse import unquote
 import pytest
 from joserfc.jwk import OKPKey
 from tests.chaos.sizes import full, short
+from tests.observers import Seen
 from tests.patience import PATIENCE
 from tests.security.authority import Authority
 from tests.security.conftest import STORE
@@ -46,7 +47,6 @@ from paigeant.envelope import PlainEnvelope, framed
 from paigeant.errors import ConfigurationError, MessageInvalid
 from paigeant.keyfiles import FileKeys, write_private
 from paigeant.keys import Key, KeyRing, Roles
-from paigeant.observer import Event
 from paigeant.signing import SignedEnvelope
 from paigeant.slip import RunStatus
 from paigeant.testing import ManualClock
@@ -136,33 +136,6 @@ async def put(places: dict[str, str], wires: dict[str, bytes], topic: str = "pay
             await transport.publish(topic, message(message_id))
     finally:
         await transport.close()
-
-
-class Seen:
-    """An observer that lets a test wait for what it is told; it keeps the events unless they would be too many."""
-
-    def __init__(self, *, keeps: bool = True) -> None:
-        self.events: list[Event] = []
-        self._keeps = keeps
-        self._told: Counter[str] = Counter()
-        self._changed = asyncio.Event()
-
-    def observe(self, event: Event) -> None:
-        if self._keeps:
-            self.events.append(event)
-        self._told[event.name] += 1
-        self._changed.set()
-
-    def count(self, name: str) -> int:
-        """How often `name` was told."""
-        return self._told[name]
-
-    async def wait_for(self, name: str, count: int) -> None:
-        """Wait until `name` was told so often."""
-        async with asyncio.timeout(PATIENCE):
-            while self.count(name) < count:
-                self._changed.clear()
-                await self._changed.wait()
 
 
 @contextlib.asynccontextmanager

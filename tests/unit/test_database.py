@@ -23,8 +23,8 @@ import pytest_asyncio
 from sqlalchemy import text
 from tests.patience import PATIENCE
 
-from paigeant.databases import sqlite as module
 from paigeant.databases.sqlite import SqliteDatabase, database_path
+from paigeant.databases.sqlite import connection as module
 from paigeant.errors import (
     ConfigurationError,
     PaigeantError,
@@ -128,7 +128,7 @@ async def test_a_question_through_sqlalchemy_does_not_keep_the_event_loop(databa
 @pytest.mark.parametrize(("seconds", "stays"), [(0.0, True), (0.01, False)], ids=["quick", "slow"])
 async def test_a_commit_is_left_to_another_thread_while_the_disk_is_slow(seconds: float, stays: bool) -> None:
     """What the last ones took says where the next one is done."""
-    stayed = await commits(module._Synced(), *[False] * 20, seconds=seconds)
+    stayed = await commits(module.Synced(), *[False] * 20, seconds=seconds)
     assert not stayed[0], "nothing is known of the disk yet"
     assert stayed[-1] is stays
 
@@ -138,7 +138,7 @@ async def test_a_commit_that_somebody_goes_on_beside_is_left_to_another_thread_s
     took: float, stays: bool
 ) -> None:
     """What it takes is then won, and not what the hand-over takes lost."""
-    synced = module._Synced()
+    synced = module.Synced()
     synced._seconds = took
     assert await commits(synced, True, False) == [stays, True]
 
@@ -153,7 +153,7 @@ async def test_whoever_has_a_unit_recorded_goes_on_beside_its_commit(
         told.append(beside)
         driver.commit()
 
-    monkeypatch.setattr(module._Synced, "commit", commit)
+    monkeypatch.setattr(module.Synced, "commit", commit)
     store = open_store(f"sqlite:///{tmp_path / 'units.db'}")
     await store.connect()
     told.clear()
@@ -164,7 +164,7 @@ async def test_whoever_has_a_unit_recorded_goes_on_beside_its_commit(
     assert told == [True, False]
 
 
-async def commits(synced: module._Synced, *beside: bool, seconds: float = 0.0) -> list[bool]:
+async def commits(synced: module.Synced, *beside: bool, seconds: float = 0.0) -> list[bool]:
     """Whether each of some commits was done in this thread, where the disk takes so long."""
     done_in: list[int] = []
 
@@ -582,7 +582,7 @@ async def test_a_checkpoint_that_fails_leaves_nobody_waiting(database: SqliteDat
         resource.setrlimit(resource.RLIMIT_FSIZE, (database.path.stat().st_size, hard))
         try:
             with pytest.raises(sqlite3.OperationalError, match=r"full|I/O"):
-                module._checkpoint(driver)
+                module.checkpoint(driver)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         [found] = driver.execute("PRAGMA busy_timeout").fetchone()

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paigeant import ItineraryPolicy, PaigeantMessage, RoutingSlip, Step
+from paigeant.definitions import workflow_from
 from paigeant.errors import InvalidDefinition, PolicyViolation
 from paigeant.message import decode, encode
-from paigeant.settings import workflow_from
 from paigeant.slip import Executed, Revision, identify
 
 SLIP = RoutingSlip(itinerary=identify(["a", "b", "c"]), executed=(Executed("z", "z"),), added=2)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from paigeant.databases import pipeline
-from paigeant.databases.pipeline import ServerClock
+from paigeant.databases.postgres import pipeline
+from paigeant.databases.postgres.pipeline import ServerClock
 
 
 class Steady:

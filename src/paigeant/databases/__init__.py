@@ -1,4 +1,4 @@
-"""The kinds of databases, one file each. `open_database` gives the one that a URL names."""
+"""The kinds of databases, one package each. `open_database` gives the one that a URL names."""
 
 from __future__ import annotations
 

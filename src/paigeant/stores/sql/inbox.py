@@ -1,4 +1,4 @@
-"""The inbox of runs in SQL: signals from outside, the steps that wait for them, and the requests that some answer."""
+"""Rows of signals and requests, within a transaction: put, taken, kept, found. `outside.py` opens the transactions."""
 
 from __future__ import annotations
 

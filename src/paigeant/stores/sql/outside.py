@@ -1,4 +1,4 @@
-"""What comes to runs from outside, in SQL: signals, and the requests that some of them answer."""
+"""What comes to runs from outside, in SQL: signals, and the requests that some of them answer; rows by `inbox.py`."""
 
 from __future__ import annotations
 

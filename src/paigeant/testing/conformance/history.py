@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from paigeant.counts import LARGEST_COUNT
 from paigeant.errors import InputInvalid, RunNotFound
-from paigeant.policy import LARGEST_COUNT
 from paigeant.slip import RunStatus, StepStatus
 from paigeant.store import DeadLetter, OpenTopic, RunRecord, StepKey, Store
 from paigeant.testing.conformance.bench import StoreBench, due

@@ -11,7 +11,7 @@ from pamqp.commands import Basic
 from pamqp.commands import Channel as Channels
 from pamqp.header import ContentHeader
 
-from paigeant.policy import is_count
+from paigeant.counts import is_count
 
 __all__ = ["ATTEMPTS", "count", "instant", "last_death", "tolerate", "words"]
 

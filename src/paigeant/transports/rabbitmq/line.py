@@ -15,7 +15,7 @@ from pamqp.commands import Basic
 from pamqp.commands import Queue as Queues
 from pamqp.frame import marshal
 
-from paigeant.policy import LARGEST_COUNT
+from paigeant.counts import LARGEST_COUNT
 from paigeant.transports.rabbitmq import frames
 from paigeant.transports.rabbitmq.channel import Channel, Received, Told
 from paigeant.transports.rabbitmq.headers import ATTEMPTS, count

@@ -1,4 +1,4 @@
-"""A Postgres database: its connections, transactions in two round trips, and what its errors mean.
+"""A Postgres database: its connections, and transactions in two round trips.
 
 The driver is psycopg 3. It was chosen by measurement over asyncpg for its pipeline mode: a transaction sends what opens
 it along with its first question, and all that it writes along with its commit.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,32 +17,42 @@ from typing import Any
 
 import psycopg
 from psycopg import errors
-from psycopg.conninfo import conninfo_to_dict
-from psycopg.pq import Conninfo
 from psycopg.types.string import TextLoader
 from sqlalchemy import Connection, Engine, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from paigeant.clock import Clock
-from paigeant.database import ENDED, READER, WRITER, Database, current_version, no_unicode, not_open
-from paigeant.databases.bell import PostgresBell, limits
-from paigeant.databases.pipeline import GreenConnection, Pipeline, ServerClock, Transaction, driver_of
-from paigeant.databases.pooler import check_pooler, hands_on
-from paigeant.databases.refusal import understood
+from paigeant.database import ENDED, READER, WRITER, Database, current_version, not_open
+from paigeant.databases.postgres.bell import PostgresBell
+from paigeant.databases.postgres.pipeline import (
+    GreenConnection,
+    Pipeline,
+    ServerClock,
+    Transaction,
+    driver_of,
+)
+from paigeant.databases.postgres.place import read, shown
+from paigeant.databases.postgres.pooler import check_pooler
+from paigeant.databases.postgres.refusal import understood
+from paigeant.databases.postgres.session import settings_of
+from paigeant.databases.postgres.trouble import (
+    Guard,
+    meaning,
+    reason_of,
+    tellable,
+    unavailable,
+    writes_otherwise,
+)
 from paigeant.errors import (
     ConfigurationError,
-    InputInvalid,
-    PaigeantError,
     SchemaMismatch,
     StoreRefused,
     StoreUnavailable,
 )
 from paigeant.green import elsewhere
-from paigeant.heads import MISJUDGED
-from paigeant.lane import Blocked, Contended, Denied, Handler, Lane, Misjudged, Tx, transact
+from paigeant.lane import Contended, Denied, Handler, Lane, Tx, transact
 from paigeant.tables import SCHEMA_VERSION, VERSION_TABLE, metadata
-from paigeant.urls import check_parameters, check_readable
 
 __all__ = ["PostgresDatabase"]
 
@@ -51,32 +60,7 @@ _CONNECT_SECONDS = 5
 _STUCK_SECONDS = 15.0
 """How long a transaction may take before its connection is given up: a network can swallow everything in silence."""
 
-_UNUSABLE = re.compile(r"invalid \w+ value|invalid port number|certificate file \S+ does not exist")
-"""What libpq says, before or without asking a server, of a parameter's value."""
-
 _OLDEST_SERVER = 120000
-
-_SESSION = {
-    # A process that stops in the middle of a transaction must not keep others from its rows for longer.
-    "idle_in_transaction_session_timeout": "3s",
-    "lock_timeout": "4s",
-    "statement_timeout": "12s",
-    # Whoever has waited for a lock has to see what was done under it: a signal that its step didn't see wakes nobody.
-    "default_transaction_isolation": "read committed",
-    # All digits of a time: a listing goes on behind the last one it has shown.
-    "extra_float_digits": "1",
-    # Nor must a host that is gone. Between statements of a pipeline the server counts no time, it only reads.
-    "tcp_keepalives_idle": "10",
-    "tcp_keepalives_interval": "5",
-    "tcp_keepalives_count": "3",
-    # Every statement has an index to go by. Plans are made while tables are small, and kept when they no longer are.
-    "enable_seqscan": "off",
-    "enable_hashjoin": "off",
-    "enable_mergejoin": "off",
-    "jit": "off",
-}
-_UNHURRIED = ("statement_timeout", "idle_in_transaction_session_timeout")
-"""What may take as long as it needs where tables are made or changed: a migration, and an answer to its question."""
 
 # What a user may not do with the tables of these names, and with the sequences that give those numbers.
 _LACKING = text("""
@@ -104,7 +88,7 @@ class PostgresDatabase(Database):
     def __init__(self, url: str, *, clock: Clock | None = None) -> None:
         super().__init__(url)
         self.clock = clock
-        given = _read(url)
+        given = read(url)
         self._parameters: dict[str, Any] = {
             "connect_timeout": _CONNECT_SECONDS,
             "application_name": "paigeant",
@@ -116,7 +100,7 @@ class PostgresDatabase(Database):
             # The pipeline writes it, whatever the URL, the environment or the database would have clients speak.
             "client_encoding": "utf8",
         }
-        self._place = _shown(given)
+        self._place = shown(given)
         self._engine: Engine | None = None
         self._beater: Connection | None = None
         self._beside: Connection | None = None
@@ -124,7 +108,7 @@ class PostgresDatabase(Database):
         self._bell = PostgresBell(self._parameters, self._heard)
         self._clock = ServerClock()
         self._has_worked = False
-        self._guard = _Guard(self._place, self._ours)
+        self._guard = Guard(self._place, self._ours)
 
     @property
     def hears_others(self) -> bool:
@@ -272,7 +256,7 @@ class PostgresDatabase(Database):
         if current_version(connection) is None:
             encoding = connection.execute(text("SHOW server_encoding")).scalar_one()
             if encoding != "UTF8":
-                raise self._writes_otherwise(encoding)
+                raise writes_otherwise(self.place, encoding)
             foreign = sorted(set(inspect(connection).get_table_names()) & set(metadata.tables))
             if foreign:
                 raise SchemaMismatch(
@@ -304,9 +288,7 @@ class PostgresDatabase(Database):
             # What was recorded comes back byte for byte, and is parsed by whoever needs it.
             for kind in ("json", "jsonb"):
                 driver.adapters.register_loader(kind, TextLoader)
-            # The next commit would meet a closed connection, and couldn't tell that from one that is cut.
-            session = dict.fromkeys(limits(driver.info.server_version), "0")
-            session |= dict.fromkeys(_UNHURRIED, "0") if plain else _SESSION
+            session = settings_of(driver.info.server_version, plain=plain)
             driver.execute("; ".join(f"SET {name} = '{value}'" for name, value in session.items()))
             if plain:
                 driver.autocommit = False
@@ -352,7 +334,7 @@ class PostgresDatabase(Database):
                 f"{self.place} only lets itself be read; expected default_transaction_read_only = off"
             )
         if encoding != "UTF8":
-            raise self._writes_otherwise(encoding)
+            raise writes_otherwise(self.place, encoding)
         found = current_version(connection)
         if found is None:
             raise SchemaMismatch(
@@ -393,18 +375,18 @@ class PostgresDatabase(Database):
             elif isinstance(cause, errors.FeatureNotSupported):
                 # Somebody has changed the type of a column. What was prepared on this connection gives the old one.
                 driver.close()
-                raise Contended(_reason(exc), is_lost=True) from exc
+                raise Contended(reason_of(exc), is_lost=True) from exc
             elif _is_lost(connection):
                 # Out of patience with us, the server has done nothing of it, whatever we have sent meanwhile. Whoever
                 # only reads, reads again.
                 does_nothing = opening is _BEGIN_READING or not driver.committing
                 if does_nothing or isinstance(cause, errors.IdleInTransactionSessionTimeout):
-                    raise Contended(_reason(exc), is_lost=True) from exc
-                raise self._unavailable(_reason(exc)) from exc
+                    raise Contended(reason_of(exc), is_lost=True) from exc
+                raise unavailable(self.place, reason_of(exc)) from exc
             ours = self._ours(exc)
             if ours is exc:
                 raise
-            raise ours from _tellable(exc)
+            raise ours from tellable(exc)
         except BaseException:
             driver.abandon()
             raise
@@ -424,7 +406,7 @@ class PostgresDatabase(Database):
         What a setting or a migration has to mend before a database is opened, its administrator has changed since, and
         may change back: a password, a right, a table. No step may fail for it, and no result be lost.
         """
-        ours = self._meaning(exc)
+        ours = meaning(exc, self.place)
         if not self._has_worked or not isinstance(ours, (ConfigurationError, SchemaMismatch)):
             return ours
         cause = exc.orig if isinstance(exc, DBAPIError) else exc
@@ -432,118 +414,6 @@ class PostgresDatabase(Database):
             return ours
         was_connected = isinstance(cause, psycopg.Error) and cause.sqlstate is not None
         return (Denied if was_connected else StoreRefused)(str(ours))
-
-    def _meaning(self, exc: psycopg.Error | DBAPIError) -> Exception:
-        reason = _reason(exc)
-        match exc.orig if isinstance(exc, DBAPIError) else exc:
-            case errors.SerializationFailure() | errors.DeadlockDetected() | errors.UniqueViolation():
-                return Contended(reason)
-            case errors.InvalidTextRepresentation() if MISJUDGED in reason:  # see `heads.foreseen_heads`
-                return Misjudged(reason)
-            case errors.LockNotAvailable():
-                return Blocked(f"{self.place}: somebody keeps a row for too long: {reason}")
-            case errors.QueryCanceled():
-                return Blocked(f"{self.place} gave up a statement: {reason}")
-            case errors.DiskFull():
-                return Blocked(f"{self.place}: {reason}")
-            case errors.UndefinedTable() | errors.UndefinedColumn():
-                return SchemaMismatch(
-                    f"{self.place} doesn't have the tables of this version: {reason}; `paigeant db upgrade` makes them"
-                )
-            case errors.ReadOnlySqlTransaction():
-                return StoreUnavailable(
-                    f"{self.place} only lets itself be read: {reason}; expected the primary, with "
-                    "default_transaction_read_only = off"
-                )
-            case errors.InsufficientPrivilege() if "for schema" in reason:
-                return ConfigurationError(
-                    f"{self.place}: {reason}; GRANT the user USAGE on it, and CREATE for `paigeant db upgrade`: since "
-                    "version 15 not everybody may make tables in the schema public"
-                )
-            case errors.InsufficientPrivilege():
-                return ConfigurationError(f"{self.place}: {reason}; grant the user what it needs")
-            case errors.ForeignKeyViolation():  # our tables have none
-                return ConfigurationError(
-                    f"{self.place}: {reason}; let that constraint be ON DELETE CASCADE or SET NULL, or drop it"
-                )
-            case psycopg.IntegrityError():  # nor such a rule
-                return ConfigurationError(
-                    f"{self.place}: {reason}; let that constraint take all that runs are made of, or drop it"
-                )
-            case errors.TooManyConnections():
-                return self._has_no_room(reason)
-            case errors.InvalidPassword() | errors.InvalidAuthorizationSpecification():
-                return ConfigurationError(f"{self.place} doesn't let the user in: {reason}")
-            case errors.DuplicatePreparedStatement() | errors.InvalidSqlStatementName():
-                return hands_on(self.place)
-            case errors.InvalidCatalogName():
-                return ConfigurationError(f"{self.place}: {reason}; make it with `createdb`, or name another")
-            case errors.ProgramLimitExceeded() | psycopg.DataError():
-                return InputInvalid(f"{self.place} can't hold that: {reason}")
-            case errors.InvalidSchemaName():
-                return ConfigurationError(
-                    f"{self.place}: {reason}; make the schema of its search_path with CREATE SCHEMA"
-                )
-            # Internal errors are trouble of the server's as well: a session that was ended, a file that can't be read.
-            case psycopg.OperationalError() | psycopg.InterfaceError() | psycopg.InternalError():
-                return self._unavailable(reason)
-            case _:
-                return exc
-
-    def _has_no_room(self, reason: str) -> StoreUnavailable:
-        return StoreUnavailable(
-            f"{self.place} has no room for another connection: {reason}; each process takes four or five: "
-            "raise max_connections, or the CONNECTION LIMIT of the user or database, or start fewer"
-        )
-
-    def _writes_otherwise(self, encoding: str) -> ConfigurationError:
-        return ConfigurationError(
-            f"{self.place} keeps texts as {encoding}; expected a database made with ENCODING 'UTF8'"
-        )
-
-    def _unavailable(self, reason: str) -> PaigeantError:
-        # Before a connection stands, the server's answer is a text alone.
-        for sign in (
-            "password authentication failed",
-            "no password supplied",
-            "no pg_hba.conf entry",
-            "is not permitted to log in",
-        ):
-            if sign in reason:
-                return ConfigurationError(f"{self.place} doesn't let the user in: {reason}")
-        if _UNUSABLE.search(reason):
-            return ConfigurationError(f"the url of {self.place} has a parameter that can't be used: {reason}")
-        if "does not exist" in reason and "database" in reason:
-            return ConfigurationError(f"{self.place}: {reason}; make it with `createdb`, or name another")
-        for sign in ("too many connections", "too many clients", "connection slots are reserved"):
-            if sign in reason:
-                return self._has_no_room(reason)
-        if "role" in reason and "does not exist" in reason:
-            return ConfigurationError(f"{self.place}: {reason}; name another user, or make this one")
-        reason = re.sub(
-            r" Is the server running [^?]*\?", "", reason
-        )  # it asks so for each host; we do at the end
-        return StoreUnavailable(
-            f"can't use {self.place}: {reason}; is the server running, and reachable from here?"
-        )
-
-
-_ROW = re.compile(r" (?:DETAIL: Failing row contains|CONTEXT: ).*")
-"""Where the server quotes a row that it refuses, and so what runs are made of."""
-
-
-def _said(exc: psycopg.Error | DBAPIError) -> str:
-    return " ".join(str(exc.orig if isinstance(exc, DBAPIError) else exc).split())
-
-
-def _reason(exc: psycopg.Error | DBAPIError) -> str:
-    said = _ROW.sub("", _said(exc))
-    return re.sub(r" LINE \d+: .*? \^(?= |$)", "", said)  # the place in a statement of ours
-
-
-def _tellable(exc: psycopg.Error | DBAPIError) -> Exception | None:
-    """What an error of ours is raised from; None for one with a row in it, which a traceback would show."""
-    return None if _ROW.search(_said(exc)) else exc
 
 
 class _Opening(threading.local):
@@ -559,22 +429,6 @@ def _settle(connection: Connection, rings: set[str]) -> None:
 
 def _is_lost(connection: Connection) -> bool:
     return connection.closed or connection.invalidated or driver_of(connection).closed
-
-
-class _Guard:
-    """Turns the driver's errors into `ours`."""
-
-    def __init__(self, place: str, ours: Callable[[psycopg.Error | DBAPIError], Exception]) -> None:
-        self._place = place
-        self._ours = ours
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
-        if isinstance(exc, UnicodeEncodeError):
-            raise no_unicode(self._place) from exc
-        if isinstance(exc, (psycopg.Error, DBAPIError)) and (ours := self._ours(exc)) is not exc:
-            raise ours from _tellable(exc)
 
 
 def _watched(driver: psycopg.Connection[Any]) -> threading.Timer:
@@ -596,34 +450,3 @@ def _cut_driver(driver: psycopg.Connection[Any]) -> None:
         handle = socket.socket(fileno=os.dup(driver.fileno()))
         with handle:
             handle.shutdown(socket.SHUT_RDWR)
-
-
-def _read(url: str) -> dict[str, Any]:
-    """What a URL says, as libpq reads it. What that itself says of a wrong one quotes parts of a password."""
-    check_readable(url)
-    check_parameters(url, ("ssl", *(option.keyword.decode() for option in Conninfo.get_defaults())))
-    try:
-        given = conninfo_to_dict(url)
-        int(given.get("connect_timeout") or 0)
-    except ValueError:
-        raise ConfigurationError(
-            "the parameter connect_timeout in a URL of Postgres is a whole number of seconds"
-        ) from None
-    except psycopg.ProgrammingError:
-        raise ConfigurationError(
-            "store_url or transport_url is no URL of Postgres; expected "
-            "postgresql://user:password@host:5432/database?parameter=value&parameter=value"
-        ) from None
-    return given
-
-
-def _shown(given: dict[str, Any]) -> str:
-    defaults = {  # of the environment
-        option.keyword.decode(): option.val.decode(errors="replace")
-        for option in Conninfo.get_defaults()
-        if option.val
-    }
-    given = {**defaults, **given}
-    host = given.get("host") or given.get("hostaddr") or "the local socket"
-    port = f":{given['port']}" if given.get("port") else ""
-    return f"Postgres database '{given.get('dbname') or given.get('user') or 'postgres'}' at {host}{port}"

@@ -25,8 +25,9 @@ import psycopg
 from psycopg.pq.abc import PGconn
 
 from paigeant.database import ENDED, TOPIC
+from paigeant.databases.postgres.session import limits
 
-__all__ = ["PostgresBell", "limits"]
+__all__ = ["PostgresBell"]
 
 log = logging.getLogger("paigeant.bell")
 
@@ -38,19 +39,12 @@ _LONGEST_BYTES = 7000
 
 _LONGEST_PAUSE = 2.0
 
-_LIMITED_SINCE = {"idle_session_timeout": 140000, "transaction_timeout": 170000}
-
 # They write nothing that would have to be kept.
 _RING = "SELECT set_config('synchronous_commit', 'off', true), pg_notify($1, $2)"
 _RING_SEVERAL = (
     "SELECT set_config('synchronous_commit', 'off', true), count(pg_notify(ring ->> 0, ring ->> 1)) "
     "FROM json_array_elements(CAST($1 AS JSON)) AS ring"
 )
-
-
-def limits(server_version: int) -> list[str]:
-    """The settings by which a server of this version may end sessions and transactions that are as they should be."""
-    return [name for name, since in _LIMITED_SINCE.items() if server_version >= since]
 
 
 class PostgresBell:
