@@ -15,6 +15,7 @@ import re
 import secrets
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,10 +121,10 @@ class Place:
 
     def take(self, what: str) -> int:
         """Like `count`, for what may come to nothing: `give_back` makes the number the next one's."""
-        try:
-            return heapq.heappop(self._left[what])
-        except LookupError:
-            return self.count(what)
+        if left := self._left.get(what):
+            with suppress(IndexError):  # another thread has taken it
+                return heapq.heappop(left)
+        return self.count(what)
 
     def give_back(self, what: str, number: int) -> None:
         """See `take`."""

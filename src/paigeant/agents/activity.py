@@ -157,7 +157,7 @@ def agent_activity(
         # The parts of the conversation, not the whole: what a run that fails has used is wanted as well.
         so_far = Conversation() if earlier is None else earlier.conversation
         usage = copy.copy(so_far.usage)
-        with Part(usage) as run:
+        with Part(usage, so_far.usage) as run:
             try:
                 result = await agent.run(
                     text,

@@ -29,9 +29,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import copy
 from collections.abc import AsyncIterable, Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
@@ -124,6 +123,7 @@ from paigeant.failure import is_among
 from paigeant.parking import Parked
 from paigeant.place import Stages, Unit, current_place
 from paigeant.retry import RetryPolicy
+from paigeant.values import evolved
 
 __all__ = ["PaigeantDurability", "effect_key", "replay_scope"]
 
@@ -483,18 +483,13 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         if self._guards is None:
             guarded = super()._durable_run_context(ctx)
             self._guards = {name: vars(guarded)[name] for name in ("pending_messages", "_cancellation")}
-        same = copy.copy(ctx)
-        vars(same).update(self._guards)
-        return same
+        return evolved(ctx, **self._guards)
 
-    @contextmanager
-    def _request_policy_scope(self, ctx: RunContext[AgentDepsT]) -> Generator[None]:
+    def _request_policy_scope(  # type: ignore[override]  # the library's own is a generator
+        self, ctx: RunContext[AgentDepsT]
+    ) -> AbstractContextManager[None]:
         # The policy of a request is made for its span. Without one the library looks for it all the same.
-        if get_current_span().is_recording():
-            with super()._request_policy_scope(ctx):
-                yield
-        else:
-            yield
+        return super()._request_policy_scope(ctx) if get_current_span().is_recording() else nullcontext()
 
     # -- models
 

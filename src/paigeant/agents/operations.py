@@ -203,10 +203,16 @@ class _Namer(JournalOperationNamer):
     also where a model that had failed is well again, or new code asks another one.
     """
 
+    def __init__(self, agent_name: str, *, default_model_id: str) -> None:
+        super().__init__(agent_name, default_model_id=default_model_id)
+        self._request = super().operation_name(ModelRequestId(model_name=""))
+
     def operation_name(self, operation_id: DurableOperationId) -> str:
-        if isinstance(operation_id, ModelRequestId):
-            operation_id = replace(operation_id, model_id=None, streaming=False)
-        return super().operation_name(operation_id)
+        return (
+            self._request
+            if isinstance(operation_id, ModelRequestId)
+            else super().operation_name(operation_id)
+        )
 
     def invocation_name(self, operation_id: DurableOperationId, *, label: str | None) -> Any:
         invocation = super().invocation_name(operation_id, label=label)
@@ -400,9 +406,9 @@ async def _made(
         return _Told(used.stamp(b'{"value":%b}' % payload.json), payload.value, used)
     # The library gives each call of a tool a context of its own, and the parallel ones a usage in common.
     common = caller.usage
-    before, caller.usage = _copied(common), _copied(common)
+    before, caller.usage = copy.copy(common), copy.copy(common)
     try:
-        with Part(caller.usage) as within:
+        with Part(caller.usage, before) as within:
             payload = cast(Payload, await body())
         after = caller.usage
     finally:
@@ -443,12 +449,6 @@ def _is_pending(value: object) -> bool:
 def _is_return(value: object) -> bool:
     """Whether a tool's recorded result is that of a call that was done."""
     return isinstance(value, dict) and value.get("kind") in ("tool_return", "tool_content_result")
-
-
-def _copied(usage: RunUsage) -> RunUsage:
-    same = copy.copy(usage)
-    same.details = dict(usage.details)
-    return same
 
 
 def _context_in(cache_key: tuple[object, ...]) -> RunContext[Any] | None:

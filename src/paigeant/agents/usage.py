@@ -58,14 +58,15 @@ class Part:
     """A piece of a step that adds up what it uses in `usage`, and how much of that its units tell of.
 
     Use it as a context manager: the code inside is that piece, and agents that are handed `usage` there add to it.
+    `before` is what stood in `usage` before that.
     """
 
     __slots__ = ("_before", "_token", "told", "usage")
 
-    def __init__(self, usage: RunUsage) -> None:
+    def __init__(self, usage: RunUsage, before: RunUsage) -> None:
         self.usage = usage
         self.told: list[Usage] = []
-        self._before = of_run(usage)
+        self._before = before
 
     def __enter__(self) -> Self:
         self._token = _PART.set(self)
@@ -77,7 +78,7 @@ class Part:
 
     def rest(self) -> Usage:
         """What was used here that no unit tells of: by agents without an engine, in tools that aren't recorded."""
-        return of_run(self.usage).beyond(Usage.total((self._before, *self.told)))
+        return of_run(self.usage).beyond(Usage.total((of_run(self._before), *self.told)))
 
 
 _COUNTING: contextvars.ContextVar[Counting | None] = contextvars.ContextVar("paigeant.counting", default=None)
