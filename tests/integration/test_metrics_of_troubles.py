@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from tests.integration.processes import Command
 from tests.integration.test_metrics import is_ready, sample, scraped, until
-from tests.security.test_signed_runs import RING, forged, put
+from tests.security.forgeries import forged
+from tests.security.signed import RING, put
 
 from paigeant import Paigeant, Settings, Workflow
 from paigeant.keyfiles import write_private

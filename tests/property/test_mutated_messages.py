@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.patience import PATIENCE
-from tests.security.test_signed_runs import Raw
+from tests.security.signed import Raw
 
 from paigeant import ActivityRegistry, ItineraryPolicy, Paigeant, PaigeantMessage, RoutingSlip, Settings, Step
 from paigeant.errors import MessageInvalid

@@ -1,4 +1,4 @@
-"""An authorization server for a test, which tells the time by the test's clock; and places for messages and runs."""
+"""Places for messages and runs, a key ring, and an authorization server that tells the time by the test's clock."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 from tests.integration.postgres_tables import database_with_tables
 from tests.security.authority import Authority
+from tests.security.signed import RING, STORE
 
+from paigeant.keyfiles import write_private
+from paigeant.keys import Key, KeyRing
 from paigeant.testing import ManualClock
-
-STORE = "sqlite:///runs.db"
-"""A file in the folder of the test."""
 
 
 @pytest.fixture(params=["sqlite", "postgres", "redis", "rabbitmq"])
@@ -34,3 +34,11 @@ def authority(clock: ManualClock) -> Iterator[Authority]:
     """An authorization server of this test's own."""
     with Authority(now=clock.now) as server:
         yield server
+
+
+@pytest.fixture
+def ring() -> KeyRing:
+    """A key ring of one key, in the file that settings name by default."""
+    made = KeyRing((Key.generate(now=1.0),))
+    write_private(RING, made.as_dict())
+    return made

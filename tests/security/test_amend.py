@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.integration.processes import Command, call
 from tests.patience import PATIENCE
-from tests.security.test_signed_runs import TRUST, paying, required, ring, serving, trusted
+from tests.security.signed import TRUST, paying, required, serving, trusted
 
 from paigeant import ActivityRegistry, Paigeant, Settings, Workflow
 from paigeant.errors import ConfigurationError
@@ -20,8 +20,6 @@ from paigeant.keyfiles import write_private
 from paigeant.keys import Key, KeyRing
 from paigeant.slip import RunStatus
 from paigeant.store import DeadLetter
-
-__all__ = ["ring"]  # a fixture
 
 HANDLERS = """
 import pathlib

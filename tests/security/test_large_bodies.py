@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from tests.integration.processes import Command, call
 from tests.patience import PATIENCE
-from tests.security.conftest import STORE
-from tests.security.test_signed_runs import paying, put, serving
+from tests.security.signed import STORE, paying, put, serving
 from tests.services import RabbitServer
 
 from paigeant import RunStatus, Settings, Workflow

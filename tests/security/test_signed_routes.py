@@ -10,15 +10,7 @@ from typing import Any
 import pytest
 from tests.observers import Seen
 from tests.patience import PATIENCE
-from tests.security.test_signed_runs import (
-    TRUST,
-    message,
-    put,
-    required,
-    sealing,
-    serving,
-    trusted,
-)
+from tests.security.signed import TRUST, message, put, required, sealing, serving, trusted
 
 from paigeant import ActivityRegistry, Paigeant, RoutingSlip, Settings, Step, Workflow
 from paigeant.errors import ConfigurationError
