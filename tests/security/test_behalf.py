@@ -19,6 +19,7 @@ from tests.integration.workers import working
 from tests.observers import Seen
 from tests.patience import PATIENCE
 from tests.security.authority import Authority
+from tests.security.desk import MAIL, flow, settings_of
 
 from paigeant import (
     ActivityRegistry,
@@ -37,13 +38,7 @@ from paigeant import (
     Workflow,
 )
 from paigeant.behalf import Behalf
-from paigeant.errors import (
-    InputInvalid,
-    InvalidTransition,
-    MessageTooLarge,
-    TokenExpired,
-    TokenRejected,
-)
+from paigeant.errors import InputInvalid, InvalidTransition, MessageTooLarge, TokenExpired, TokenRejected
 from paigeant.identity import GRANT_SIGNAL, MANDATE, check_claims, read_token
 from paigeant.jwks import REFRESH_SECONDS
 from paigeant.keyfiles import write_private
@@ -52,9 +47,6 @@ from paigeant.secret import OBO_TOKEN
 from paigeant.slip import Phase, StepStatus
 from paigeant.store import StepKey
 from paigeant.testing import ManualClock, MemoryApp
-
-MAIL = "https://mail.example"
-SECRET = "client-secret-of-the-tests"
 
 
 class Office:
@@ -112,19 +104,6 @@ def watcher() -> Seen:
     return Seen()
 
 
-def settings_of(authority: Authority) -> dict[str, Any]:
-    """What a service is told of the authority."""
-    authority.clients["desk"] = SECRET
-    return {
-        "token_issuers": {authority.url: {"jwks_url": authority.jwks_url}},
-        "token_audience": authority.own_audience,
-        "token_url": authority.token_url,
-        "client_id": "desk",
-        "client_secret": SECRET,
-        "retry_base": 0.1,
-    }
-
-
 @pytest.fixture
 async def app(
     authority: Authority, office: Office, clock: ManualClock, watcher: Seen
@@ -133,11 +112,6 @@ async def app(
     observers = [watcher]
     async with MemoryApp(office.registry, clock=clock, observers=observers, **settings_of(authority)) as app:
         yield app
-
-
-def flow(*steps: str) -> Workflow:
-    """A workflow of these activities."""
-    return Workflow("flow", list(steps))
 
 
 def grant_of(authority: Authority, *scopes: str, workflow_id: str = "r") -> GrantHandle:

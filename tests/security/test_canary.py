@@ -26,7 +26,7 @@ from tests.integration.workers import working
 from tests.observers import Seen
 from tests.patience import PATIENCE
 from tests.security.authority import Authority
-from tests.security.test_behalf import MAIL, flow, settings_of
+from tests.security.desk import MAIL, flow, settings_of
 
 from paigeant import (
     ActivityRegistry,

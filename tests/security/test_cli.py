@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tests.commands import as_json, as_the_process_was, paigeant, refused
 from tests.security.authority import Authority
-from tests.security.test_behalf import flow, settings_of
+from tests.security.desk import flow, settings_of
 
 from paigeant import GrantHandle, Paigeant
 from paigeant.cli import session
