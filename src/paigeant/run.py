@@ -58,7 +58,12 @@ class Run:
         """The result, once the run has ended. Raises RunTimeout after `timeout` seconds, RunNotFound."""
         try:
             async with asyncio.timeout(timeout):
-                await self._store.wait_ended(self.id)
+                while True:
+                    await self._store.wait_ended(self.id)
+                    detail = await self.detail()
+                    if detail.run.status in RUN_ENDED:
+                        return result_of(detail)
+                    # It was taken up again, and only now was its end from before that heard of.
         except TimeoutError as exc:
             if await self.status() not in RUN_ENDED:
                 raise RunTimeout(

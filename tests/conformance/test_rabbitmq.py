@@ -29,7 +29,7 @@ class TestQuorumQueues(TransportConformance):
     tells_topics = False  # it doesn't know what others hold, nor since when anything waits
     merges_repeats = False
     hold = None
-    delay = 1.5
+    delay = 3.0
     queue_type: ClassVar[Literal["quorum", "classic"]] = "quorum"
 
     @pytest_asyncio.fixture(autouse=True)

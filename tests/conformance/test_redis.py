@@ -21,7 +21,7 @@ from paigeant.transports.redis import RedisStreamTransport
 class _OnRedis(TransportConformance):
     merges_repeats: ClassVar[bool] = False
     hold: ClassVar[float | None] = 3.0  # longer than a busy machine takes between two calls
-    delay: ClassVar[float] = 0.4
+    delay: ClassVar[float] = 1.5
 
     url: str
     namespace: str

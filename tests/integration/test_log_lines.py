@@ -362,8 +362,11 @@ async def test_no_step_waits_for_lines_that_cannot_be_written(url: str) -> None:
         assert len(done) == 20
 
 
-async def test_what_cannot_be_written_is_bounded_and_counted(url: str) -> None:
+async def test_what_cannot_be_written_is_bounded_and_counted(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The oldest lines are lost, and how many that were is a line of its own."""
+    monkeypatch.setattr(sql, "_CLOSE_SECONDS", PATIENCE)  # for 10,000 lines, one transaction after the other
     async with Paigeant(Settings(store_url=url, transport_url=url)):
         pass
     database = open_database(url)

@@ -222,9 +222,10 @@ def test_lines_and_spans_that_are_lost_are_seen() -> None:
         asyncio.run(start())
         until(lambda: scraped(port)[sample(lines, log="file")] > 0)
         until(lambda: scraped(port)[spans] > 0)
+        done = sample("paigeant_runs_ended_total", workflow="counted", status="completed")
+        until(lambda: scraped(port)[done] == 1)
         after = scraped(port)
         assert {after[sample(lines, log=log)] for log in ("stream", "store")} == {0}
-        assert after[sample("paigeant_runs_ended_total", workflow="counted", status="completed")] == 1
         Path("logs").mkdir()
         asyncio.run(start())
         until(lambda: Path("logs/worker.log").is_file())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import logging
 import sqlite3
 from collections.abc import AsyncIterator, Collection
@@ -31,6 +32,7 @@ from paigeant.database import ENDED
 from paigeant.errors import InputInvalid, MessageTooLarge, RunNotFound, StoreUnavailable
 from paigeant.slip import RunStatus
 from paigeant.store import ClaimRequest, Grant, Refused
+from paigeant.stores.sql import SqlStore
 from paigeant.testing import ManualClock
 from paigeant.waiters import Waiters, ended
 
@@ -419,6 +421,32 @@ async def test_tokens_are_not_recorded(tmp_path: Path) -> None:
     async with Paigeant(Settings(transport_url="memory://", store_url="memory://")) as app:
         with pytest.raises(InputInvalid, match="obo_token"):
             await app.dispatch(Workflow("empty"), headers={"obo_token": "secret"})
+
+
+async def test_an_end_that_is_told_after_a_retry_ends_no_wait(tmp_path: Path) -> None:
+    """Word of it comes from another process, and may be late: what was taken up again is waited for."""
+    url = f"sqlite:///{tmp_path}/paigeant.db"
+    activity, calls = ActivityRegistry(), itertools.count()
+
+    @activity.execute(retries=0)
+    async def charge() -> str:
+        if not next(calls):
+            raise ConnectionError("the bank is away")
+        return "paid"
+
+    async with Paigeant(Settings(transport_url=url, store_url=url), activities=activity) as app:
+        assert isinstance(app.store, SqlStore)
+        waiters = app.store.waiters
+        run = await app.dispatch(Workflow("w", ["charge"]))
+        async with working(app, activity):
+            assert (await run.wait(PATIENCE)).status == "failed"
+        await run.retry()
+        waiting = asyncio.create_task(run.wait(PATIENCE))
+        while not waiters._known:  # noqa: ASYNC110  # nothing else tells
+            await asyncio.sleep(0)
+        waiters.heard(frozenset({ended(run.id, RunStatus.FAILED)}))
+        async with working(app, activity):
+            assert (await waiting).output == "paid"
 
 
 async def test_waiting_for_no_time_finds_a_run_that_has_ended(tmp_path: Path) -> None:

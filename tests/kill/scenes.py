@@ -33,7 +33,7 @@ def stop_a_worker_for_longer_than_its_lease(nursery: Nursery, freeze: Callable[[
     runs = range(20, 30)
     nursery.start("dispatcher", begin=20, runs=30)
     nursery.until(lambda: "dispatcher" not in nursery.alive.values())
-    asleep = nursery.start("worker", slow=("s0", False, 4.0))
+    asleep = nursery.start("worker", slow=("s0", False, 12.0))
     nursery.until(lambda: sum(begun(nursery.folder).values()) == len(runs))
     freeze(asleep)
     nursery.start("worker")

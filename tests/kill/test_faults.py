@@ -68,7 +68,7 @@ def test_a_worker_killed_while_it_undoes(tmp_path: Path) -> None:
     """The second of three undos is cut off by a kill: another worker repeats it, each is recorded once, last first."""
     with Nursery(tmp_path) as nursery:
         nursery.start("dispatcher", runs=1, first=["work", "work", "work", "fail"])
-        doomed = nursery.start("worker", slow=("s1", True, 4.0))
+        doomed = nursery.start("worker", slow=("s1", True, 30.0))
         nursery.until(lambda: has(nursery, step=1, undo=1, what=BEGAN))
         nursery.kill(doomed)
         nursery.start("worker")

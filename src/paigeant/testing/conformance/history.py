@@ -20,7 +20,7 @@ from paigeant.testing.conformance.bench import StoreBench, due
 
 __all__ = ["HistoryConformance"]
 
-_PATIENCE = 20.0
+_PATIENCE = 120.0
 
 
 class HistoryConformance(StoreBench):

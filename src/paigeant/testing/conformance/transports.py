@@ -23,7 +23,7 @@ from paigeant.transport import BODY_KEPT_BYTES, Transport
 
 __all__ = ["TransportConformance"]
 
-_PATIENCE = 20.0
+_PATIENCE = 120.0
 
 
 def message(name: str, **payload: object) -> PaigeantMessage:
