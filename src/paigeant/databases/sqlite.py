@@ -182,37 +182,21 @@ class SqliteDatabase(Database):
 
     # -- inside
 
-    @contextlib.contextmanager
-    def _begin(self, connection: Connection, durable: bool) -> Iterator[Tx]:
+    def _begin(self, connection: Connection, durable: bool) -> _Transaction:
         if durable != self._durable:
             # A NORMAL commit is written but not synced; the next FULL one syncs it as well.
             driver_of(connection).execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._durable = durable
+        return _Transaction(connection, self.clock, _BUSY_SECONDS, self._synced if durable else None)
 
-        def commit(driver: sqlite3.Connection) -> None:
-            if durable:
-                self._synced.commit(driver, beside=tx.is_beside)
-            else:
-                driver.commit()
+    def _begin_reading(self, connection: Connection, _: bool) -> _Transaction:
+        return _Transaction(connection, self.clock)
 
-        with begun(connection, _BUSY_SECONDS, commit=commit):
-            tx = Tx(_Driver(connection, self.clock.now()))
-            yield tx
+    def _begin_beating(self, connection: Connection, _: bool) -> _Transaction:
+        return _Transaction(connection, self.clock, _BUSY_SECONDS)
 
-    @contextlib.contextmanager
-    def _begin_reading(self, connection: Connection, _: bool) -> Iterator[Tx]:
-        with begun(connection, reads_only=True):
-            yield Tx(_Driver(connection, self.clock.now()))
-
-    @contextlib.contextmanager
-    def _begin_beating(self, connection: Connection, _: bool) -> Iterator[Tx]:
-        with begun(connection, _BUSY_SECONDS):
-            yield Tx(_Driver(connection, self.clock.now()))
-
-    @contextlib.contextmanager
-    def _begin_beside(self, connection: Connection, _: bool) -> Iterator[Tx]:
-        with begun(connection, _BESIDE_SECONDS):
-            yield Tx(_Driver(connection, self.clock.now()))
+    def _begin_beside(self, connection: Connection, _: bool) -> _Transaction:
+        return _Transaction(connection, self.clock, _BESIDE_SECONDS)
 
     def _check_is_there(self) -> None:
         # A file that was deleted can still be written to, and nobody would ever see what is written.
@@ -319,10 +303,10 @@ class _Driver:
 
     __slots__ = ("_connection", "_driver", "_now", "dialect")
 
-    def __init__(self, connection: Connection, now: float) -> None:
+    def __init__(self, connection: Connection, driver: sqlite3.Connection, now: float) -> None:
         self.dialect: Dialect = connection.dialect
         self._connection = connection
-        self._driver = driver_of(connection)
+        self._driver = driver
         self._now = now
 
     def rows(self, text: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -333,8 +317,8 @@ class _Driver:
         rows = self.rows(text, values)
         return lambda: rows
 
-    def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        self._driver.executemany(text, rows)
+    def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> int | None:
+        return self._driver.executemany(text, rows).rowcount
 
     def plain(self) -> Connection:
         if is_green():  # a server looks through many rows by itself; here nothing else would go on meanwhile
@@ -427,34 +411,60 @@ def _patiently(driver: sqlite3.Connection, statement: str, seconds: float) -> No
         seconds_asleep = min(seconds_asleep * 1.5, 0.01)
 
 
-@contextlib.contextmanager
-def begun(
-    connection: Connection,
-    patience: float = 0.0,
-    *,
-    reads_only: bool = False,
-    commit: Callable[[sqlite3.Connection], object] = sqlite3.Connection.commit,
-) -> Iterator[None]:
-    """A transaction that is committed at the end, or rolled back by an error.
+class _Transaction:
+    """One that is committed at the end of the block, or rolled back by an error.
 
     One that writes takes its turn at once, within `patience` seconds: a deferred transaction that turns into a writing
-    one after another commit fails immediately, whatever the busy timeout is.
+    one after another commit fails immediately, whatever the busy timeout is. Without `patience` it only reads.
+    `synced`: its commit waits for the disk. (Generators would take a tenth of what a short one costs.)
     """
-    driver = driver_of(connection)
-    if reads_only:
-        driver.execute("BEGIN")
-    else:
-        _patiently(driver, "BEGIN IMMEDIATE", patience)
-    try:
-        yield
-        connection.commit()
-        if driver.in_transaction:  # nothing went through SQLAlchemy
-            commit(driver)
-    except BaseException:
-        connection.rollback()
-        if driver.in_transaction:
-            driver.rollback()
-        raise
+
+    __slots__ = ("_clock", "_connection", "_driver", "_patience", "_synced", "_tx")
+
+    def __init__(
+        self,
+        connection: Connection,
+        clock: Clock,
+        patience: float | None = None,
+        synced: _Synced | None = None,
+    ) -> None:
+        self._connection = connection
+        self._driver = driver_of(connection)
+        self._clock = clock
+        self._patience = patience
+        self._synced = synced
+
+    def __enter__(self) -> Tx:
+        if self._patience is None:
+            self._driver.execute("BEGIN")
+        else:
+            _patiently(self._driver, "BEGIN IMMEDIATE", self._patience)
+        self._tx = Tx(_Driver(self._connection, self._driver, self._clock.now()))
+        return self._tx
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is None:
+                self._commit()
+                return
+        except BaseException:
+            self._roll_back()
+            raise
+        self._roll_back()
+
+    def _commit(self) -> None:
+        self._connection.commit()
+        if not self._driver.in_transaction:
+            return  # all of it went through SQLAlchemy
+        if self._synced is not None:
+            self._synced.commit(self._driver, beside=self._tx.is_beside)
+        else:
+            self._driver.commit()
+
+    def _roll_back(self) -> None:
+        self._connection.rollback()
+        if self._driver.in_transaction:
+            self._driver.rollback()
 
 
 def _check_is_database(path: Path) -> None:
