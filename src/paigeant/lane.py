@@ -89,8 +89,8 @@ class Driver(Protocol):
         """Run a statement once; gives what gives its rows."""
         ...
 
-    def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Run a statement for each of the rows."""
+    def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> int | None:
+        """Run a statement for each of the rows; gives how many it changed, None where that isn't told so soon."""
         ...
 
     def plain(self) -> Connection:
@@ -460,10 +460,10 @@ def transact(
         sorted(kinds.items(), key=lambda kind: kind[0].__qualname__) if len(kinds) > 1 else kinds.items()
     )
     needs: dict[Callable[[Tx, set[str]], object], set[str]] = {}
-    for handler, request in requests:
+    for handler, places in in_order:
         if (need := getattr(handler, "needs", None)) is not None:
             take, of = need
-            needs.setdefault(take, set()).update(of(request))
+            needs.setdefault(take, set()).update(*(of(requests[place][1]) for place in places))
     reason = ""
     for attempt in range(_TRIES):
         results: list[Any] = [None] * len(requests)

@@ -92,9 +92,9 @@ class Done:
     executed: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen, which takes long, see `values.py`
 class Place:
-    """A place in a step: the step itself (`within` is empty), or inside the unit of that name.
+    """A place in a step: the step itself (`within` is empty), or inside the unit of that name. Nobody changes it.
 
     `again`: what is done here may have been tried before by this very attempt. `is_once`: that unit may be done at most
     once. `is_unit`: it is recorded, so that what is done here isn't done again; else it is a place only, see `part`.
@@ -159,7 +159,7 @@ class Place:
             written = what.encode(errors="replace")
             refuse_tokens("the name of a unit, a signal or a question", written, self.journal.secrets)
         # What ends like a counted one is counted from the first on: it would be the second of another.
-        is_plain = number == 1 and not _COUNTED.search(what)
+        is_plain = number == 1 and not ("#" in what and _COUNTED.search(what))
         name = what if is_plain else f"{what}#{number}"
         if self.within:
             name = f"{_digest(self.within)}/{name}"

@@ -63,13 +63,14 @@ class Prepared:
         text, places = self._for(tx.driver.dialect)
         return tx.driver.ask(text, values if places is None else [values[place] for place in places])
 
-    def each(self, tx: Tx, rows: list[tuple[Any, ...]]) -> None:
-        """Run it for each of `rows`; none at all is harmless."""
-        if rows:
-            text, places = self._for(tx.driver.dialect)
-            if places is not None:
-                rows = [tuple(row[place] for place in places) for row in rows]
-            tx.driver.each(text, rows)
+    def each(self, tx: Tx, rows: list[tuple[Any, ...]]) -> int | None:
+        """Run it for each of `rows`, or for none; gives how many it changed, None where that isn't told so soon."""
+        if not rows:
+            return 0
+        text, places = self._for(tx.driver.dialect)
+        if places is not None:
+            rows = [tuple(row[place] for place in places) for row in rows]
+        return tx.driver.each(text, rows)
 
     def _for(self, dialect: Dialect) -> tuple[str, list[int] | None]:
         """The statement for a dialect, and in which order that takes the parameters, where it isn't their own."""

@@ -240,11 +240,11 @@ _SAVE_UNIT = upsert(
 )
 
 
-def save_units(tx: Tx, units: Iterable[tuple[StepKey, str, bytes]]) -> None:
-    """Record values of units; of one name the first stays the first."""
+def save_units(tx: Tx, units: Iterable[tuple[StepKey, str, bytes]]) -> bool:
+    """Record values of units; of one name the first stays the first. Gives whether all are known to be the first."""
     # In one order, so that no two transactions wait for each other.
     rows = [(*key[:2], key.phase.value, name, value.decode()) for key, name, value in units]
-    _SAVE_UNIT.each(tx, sorted(rows, key=lambda row: row[:4]))
+    return _SAVE_UNIT.each(tx, sorted(rows, key=lambda row: row[:4])) == len(rows)
 
 
 def units_of(tx: Tx, key: StepKey) -> dict[str, bytes]:

@@ -134,7 +134,9 @@ class Usage:
 
 def tokens(count: object) -> int:
     """A count as a model or its server tells it, within what any database holds; 0 for what is none."""
-    return min(max(count, 0), _MOST_TOKENS) if isinstance(count, int) else 0
+    if not isinstance(count, int) or count < 0:
+        return 0
+    return count if count < _MOST_TOKENS else _MOST_TOKENS
 
 
 def money(cost: object) -> Decimal | None:

@@ -29,8 +29,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncIterable, Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+import operator
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, ClassVar, Literal, cast
@@ -196,6 +197,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         super().__init__(models=models, event_stream_handler=event_stream_handler, name=name)
         self._operations: Operations | None = None
         self._guards: dict[str, Any] | None = None
+        self._overriding: contextvars.ContextVar[Any] | None = None
         self._requests: dict[tuple[str | None, str], Any] = {}
         self._binding: tuple[tuple[object, ...], AbstractCapability[AgentDepsT]] | None = None
         # It has nothing but deferred calls to handle. They come here first, so that its request tells which they are.
@@ -273,12 +275,14 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         progress = Progress(stages, line=own)
         self.get_durable_operation_backend().begin(place, ctx, progress)
         token, call = PROGRESS.set(progress), CALL.set(None)
+        # An agent within a tool is as durable as any other, and may wait for somebody. The library has no other way to
+        # say so; it says the contrary around each unit.
+        unit = _IN_DURABLE_UNIT.set(False)
         try:
             with (
                 mode,
                 agent.using_sleep(sleep),
                 external_event_scope(Outside(self.name)),
-                _no_unit(),
                 stages.entered(),
             ):
                 result = await super().wrap_run(ctx, handler=handler)
@@ -297,6 +301,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         finally:
             PROGRESS.reset(token)
             CALL.reset(call)
+            _IN_DURABLE_UNIT.reset(unit)
             progress.error = None  # this frame is part of its traceback: a circle with all that a tool had
 
     async def wrap_tool_execute(
@@ -494,6 +499,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
     # -- models
 
     def _bind_models(self, agent: AbstractAgent[AgentDepsT, Any]) -> None:
+        self._overriding = _overriding(agent)
         if agent.model is None and self._override() is not None:
             self._models_by_id = dict(self._extra_models)
             return
@@ -540,12 +546,7 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
 
     def _override(self) -> Model | None:
         """The model that `agent.override(model=...)` puts in place of the agent's own, as tests do."""
-        agent = self.agent
-        while isinstance(agent, WrapperAgent):
-            agent = agent.wrapped
-        # The library has no other way to ask for it.
-        variable: contextvars.ContextVar[Any] | None = getattr(agent, "_override_model", None)
-        some = None if variable is None else variable.get()
+        some = None if self._overriding is None else self._overriding.get()
         return some.value if some is not None and isinstance(some.value, Model) else None
 
     def _stamp_response(self, response: ModelResponse, messages: list[ModelMessage]) -> None:
@@ -569,6 +570,13 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             EVENT_OF.reset(token)
 
 
+def _overriding(agent: AbstractAgent[Any, Any]) -> contextvars.ContextVar[Any] | None:
+    """What holds the model that `agent.override` puts in place of the agent's own. The library has no other way."""
+    while isinstance(agent, WrapperAgent):
+        agent = agent.wrapped
+    return getattr(agent, "_override_model", None)
+
+
 def _plain(model: Model) -> Model:
     """The model that the library asks: of one that tells spans itself, as Logfire makes it, that within.
 
@@ -587,17 +595,6 @@ def _no_exit(what: str, error: BaseException) -> RuntimeError:
     """
     code = repr(error.code) if isinstance(error, SystemExit) else ""
     return RuntimeError(f"{what} ended with {type(error).__name__}({code})")
-
-
-@contextmanager
-def _no_unit() -> Generator[None]:
-    """The code inside is no unit: an agent within a tool is as durable as any other, and may wait for somebody."""
-    # The library has no other way to say so; it says the contrary around each unit.
-    token = _IN_DURABLE_UNIT.set(False)
-    try:
-        yield
-    finally:
-        _IN_DURABLE_UNIT.reset(token)
 
 
 def _defined(name: str, tool: Tool[Any], toolset: FunctionToolset[Any]) -> ToolDefinition:
@@ -625,7 +622,7 @@ def _told_mode() -> str:
 
 
 def _are_same(these: tuple[object, ...], those: tuple[object, ...]) -> bool:
-    return len(these) == len(those) and all(one is other for one, other in zip(these, those, strict=True))
+    return len(these) == len(those) and all(map(operator.is_, these, those))
 
 
 def _failures(error: Exception) -> Iterator[Exception]:

@@ -206,13 +206,16 @@ class _Namer(JournalOperationNamer):
     def __init__(self, agent_name: str, *, default_model_id: str) -> None:
         super().__init__(agent_name, default_model_id=default_model_id)
         self._request = super().operation_name(ModelRequestId(model_name=""))
+        self._calls: dict[ToolsetCallToolId, str] = {}
 
     def operation_name(self, operation_id: DurableOperationId) -> str:
-        return (
-            self._request
-            if isinstance(operation_id, ModelRequestId)
-            else super().operation_name(operation_id)
-        )
+        if isinstance(operation_id, ModelRequestId):
+            return self._request
+        if not isinstance(operation_id, ToolsetCallToolId):
+            return super().operation_name(operation_id)
+        if (name := self._calls.get(operation_id)) is None:
+            name = self._calls[operation_id] = super().operation_name(operation_id)
+        return name
 
     def invocation_name(self, operation_id: DurableOperationId, *, label: str | None) -> Any:
         invocation = super().invocation_name(operation_id, label=label)
@@ -261,38 +264,34 @@ class Operations(CallableOperationBackend[Unit]):
             EVENT_OF.get() if isinstance(operation_id, EventStreamHandlerId) else None
         )
         progress = PROGRESS.get() or Progress()
-        is_answer = isinstance(operation_id, ModelRequestId)
+        is_answer, is_call = (
+            isinstance(operation_id, ModelRequestId),
+            isinstance(operation_id, ToolsetCallToolId),
+        )
         if isinstance(operation_id, ModelRequestId) and operation_id.streaming:
             # Whoever watches the stream has seen a part of it: the step's next attempt is told apart, a try isn't.
             config = Unit(config.label)
-        calls_tool = isinstance(operation_id, (ToolsetCallToolId, ToolsetValidateToolArgumentsId))
+        calls_tool = is_call or isinstance(operation_id, ToolsetValidateToolArgumentsId)
         caller = ctx if calls_tool else None
         usage = None if caller is None else caller.usage
-        if not place.is_unit and place.outer is not None and isinstance(operation_id, ToolsetCallToolId):
+        if is_call and not place.is_unit and place.outer is not None:
             place = place.outer  # a call that is recorded is a unit itself: it needs no place for its effects
-        if calls_tool and ctx is not None and (recorded := _called(ctx, progress)) is not None:
-            name = f"{name.removesuffix(ctx.tool_name or '')}{recorded}"
+        if caller is not None and (recorded := _called(caller, progress)) is not None:
+            name = f"{name.removesuffix(caller.tool_name or '')}{recorded}"
         identity = _identity(place, name, ctx, cache_key, progress.line)
         about = "" if ctx is None else str(ctx.run_step)
-        turn, number = 0, 1
+        turn = place.take(identity) if is_answer else place.count(identity)
+        unit, number = place.spelled(identity, turn), 1
         if is_answer:
-            turn = place.take(identity)
-            unit, number = await place.standing(place.spelled(identity, turn))
+            unit, number = await place.standing(unit)
             # The records are read by now, whatever else was asked for. Of an answer that was rejected, so that another
             # one was asked for in its place and is there, no call was made.
             if progress.about != about or not place.journal.is_left(unit):
                 progress.check(place)
-        else:
-            unit = place.name(identity)
-        tool = (
-            ctx.tool_name or "" if ctx is not None and isinstance(operation_id, ToolsetCallToolId) else None
-        )
-        if config.beside and (
-            progress.answer is None or progress.answer[0] is not place or unit != place.spelled(identity)
-        ):
-            config = replace(
-                config, beside=False
-            )  # code has called it, which may rely on what it called before
+        if config.beside and (progress.answer is None or progress.answer[0] is not place or turn > 1):
+            # Code has called it, which may rely on what it called before.
+            config = replace(config, beside=False)
+        tool = ctx.tool_name or "" if ctx is not None and is_call else None
         if tool is not None:
             progress.done[unit] = tool
         made = None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,26 @@ from typing import Any
 from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event
 from sqlalchemy.pool import NullPool
 
+from paigeant.clock import Clock
 from paigeant.databases.sqlite.schema import check_is_ours
 from paigeant.green import TooSlow, elsewhere, is_green, pause
+from paigeant.lane import Tx
 
-__all__ = ["Driver", "Synced", "begun", "checkpoint", "counting", "driver_of", "engine_of", "is_long"]
+__all__ = [
+    "BUSY_SECONDS",
+    "Synced",
+    "Transaction",
+    "checkpoint",
+    "counting",
+    "driver_of",
+    "engine_of",
+    "is_long",
+]
 
 _CHECKPOINT_BYTES = 16 * 1024 * 1024
-_BUSY_SECONDS = 15.0
+BUSY_SECONDS = 15.0
+"""How long a transaction waits for its turn to write."""
+
 _QUICK_SECONDS = 0.002
 """What a commit may take on average that the event loop waits for."""
 
@@ -35,7 +47,7 @@ def engine_of(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -
     engine = create_engine(
         URL.create("sqlite", database=str(path)),
         poolclass=NullPool,
-        connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False, "isolation_level": None},
+        connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False, "isolation_level": None},
         hide_parameters=True,  # what runs are made of stands in no error
     )
 
@@ -46,18 +58,18 @@ def engine_of(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -
             # Which stays with the file. Of two that switch a new one at the same moment SQLite turns one away, mostly
             # at once, without regard to the timeout, but sometimes only after all of it.
             connection.execute("PRAGMA busy_timeout=0")
-            _patiently(connection, "PRAGMA journal_mode=WAL", _BUSY_SECONDS)
+            _patiently(connection, "PRAGMA journal_mode=WAL", BUSY_SECONDS)
         for pragma in ("synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=OFF"):
             connection.execute(f"PRAGMA {pragma}")
         # Who writes waits for its turn by itself, see below.
-        connection.execute(f"PRAGMA busy_timeout={int(_BUSY_SECONDS * 1000) if reads_only else 0}")
+        connection.execute(f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000) if reads_only else 0}")
 
     return engine
 
 
 def counting(place: Path) -> sqlite3.Connection:
     """A connection that only counts: while it is open no other one is the last, for which SQLite tidies up."""
-    connection = sqlite3.connect(place, timeout=_BUSY_SECONDS, check_same_thread=False)
+    connection = sqlite3.connect(place, timeout=BUSY_SECONDS, check_same_thread=False)
     connection.execute("PRAGMA user_version").fetchall()  # with that it begins
     return connection
 
@@ -69,15 +81,15 @@ def driver_of(connection: Connection) -> sqlite3.Connection:
     return driver
 
 
-class Driver:
+class _Driver:
     """The driver's own connection."""
 
     __slots__ = ("_connection", "_driver", "_now", "dialect")
 
-    def __init__(self, connection: Connection, now: float) -> None:
+    def __init__(self, connection: Connection, driver: sqlite3.Connection, now: float) -> None:
         self.dialect: Dialect = connection.dialect
         self._connection = connection
-        self._driver = driver_of(connection)
+        self._driver = driver
         self._now = now
 
     def rows(self, text: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -88,8 +100,8 @@ class Driver:
         rows = self.rows(text, values)
         return lambda: rows
 
-    def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        self._driver.executemany(text, rows)
+    def each(self, text: str, rows: Sequence[tuple[Any, ...]]) -> int | None:
+        return self._driver.executemany(text, rows).rowcount
 
     def plain(self) -> Connection:
         if is_green():  # a server looks through many rows by itself; here nothing else would go on meanwhile
@@ -120,34 +132,60 @@ def _patiently(driver: sqlite3.Connection, statement: str, seconds: float) -> No
         seconds_asleep = min(seconds_asleep * 1.5, 0.01)
 
 
-@contextlib.contextmanager
-def begun(
-    connection: Connection,
-    patience: float | None = None,
-    *,
-    reads_only: bool = False,
-    commit: Callable[[sqlite3.Connection], object] = sqlite3.Connection.commit,
-) -> Iterator[None]:
-    """A transaction that is committed at the end, or rolled back by an error.
+class Transaction:
+    """One that is committed at the end of the block, or rolled back by an error.
 
-    One that writes takes its turn at once, within `patience` seconds, which are many unless told otherwise: a deferred
-    transaction that turns into a writing one after another commit fails immediately, whatever the busy timeout is.
+    One that writes takes its turn at once, within `patience` seconds: a deferred transaction that turns into a writing
+    one after another commit fails immediately, whatever the busy timeout is. Without `patience` it only reads.
+    `synced`: its commit waits for the disk. (Generators would take a tenth of what a short one costs.)
     """
-    driver = driver_of(connection)
-    if reads_only:
-        driver.execute("BEGIN")
-    else:
-        _patiently(driver, "BEGIN IMMEDIATE", _BUSY_SECONDS if patience is None else patience)
-    try:
-        yield
-        connection.commit()
-        if driver.in_transaction:  # nothing went through SQLAlchemy
-            commit(driver)
-    except BaseException:
-        connection.rollback()
-        if driver.in_transaction:
-            driver.rollback()
-        raise
+
+    __slots__ = ("_clock", "_connection", "_driver", "_patience", "_synced", "_tx")
+
+    def __init__(
+        self,
+        connection: Connection,
+        clock: Clock,
+        patience: float | None = None,
+        synced: Synced | None = None,
+    ) -> None:
+        self._connection = connection
+        self._driver = driver_of(connection)
+        self._clock = clock
+        self._patience = patience
+        self._synced = synced
+
+    def __enter__(self) -> Tx:
+        if self._patience is None:
+            self._driver.execute("BEGIN")
+        else:
+            _patiently(self._driver, "BEGIN IMMEDIATE", self._patience)
+        self._tx = Tx(_Driver(self._connection, self._driver, self._clock.now()))
+        return self._tx
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is None:
+                self._commit()
+                return
+        except BaseException:
+            self._roll_back()
+            raise
+        self._roll_back()
+
+    def _commit(self) -> None:
+        self._connection.commit()
+        if not self._driver.in_transaction:
+            return  # all of it went through SQLAlchemy
+        if self._synced is not None:
+            self._synced.commit(self._driver, beside=self._tx.is_beside)
+        else:
+            self._driver.commit()
+
+    def _roll_back(self) -> None:
+        self._connection.rollback()
+        if self._driver.in_transaction:
+            self._driver.rollback()
 
 
 class Synced:

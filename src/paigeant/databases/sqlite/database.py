@@ -13,9 +13,9 @@ from sqlalchemy import Connection, Engine, inspect
 from paigeant.clock import Clock, SystemClock
 from paigeant.database import READER, WRITER, Database, not_open
 from paigeant.databases.sqlite.connection import (
-    Driver,
+    BUSY_SECONDS,
     Synced,
-    begun,
+    Transaction,
     checkpoint,
     driver_of,
     engine_of,
@@ -152,37 +152,21 @@ class SqliteDatabase(Database):
 
     # -- inside
 
-    @contextlib.contextmanager
-    def _begin(self, connection: Connection, durable: bool) -> Iterator[Tx]:
+    def _begin(self, connection: Connection, durable: bool) -> Transaction:
         if durable != self._durable:
             # A NORMAL commit is written but not synced; the next FULL one syncs it as well.
             driver_of(connection).execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._durable = durable
+        return Transaction(connection, self.clock, BUSY_SECONDS, self._synced if durable else None)
 
-        def commit(driver: sqlite3.Connection) -> None:
-            if durable:
-                self._synced.commit(driver, beside=tx.is_beside)
-            else:
-                driver.commit()
+    def _begin_reading(self, connection: Connection, _: bool) -> Transaction:
+        return Transaction(connection, self.clock)
 
-        with begun(connection, commit=commit):
-            tx = Tx(Driver(connection, self.clock.now()))
-            yield tx
+    def _begin_beating(self, connection: Connection, _: bool) -> Transaction:
+        return Transaction(connection, self.clock, BUSY_SECONDS)
 
-    @contextlib.contextmanager
-    def _begin_reading(self, connection: Connection, _: bool) -> Iterator[Tx]:
-        with begun(connection, reads_only=True):
-            yield Tx(Driver(connection, self.clock.now()))
-
-    @contextlib.contextmanager
-    def _begin_beating(self, connection: Connection, _: bool) -> Iterator[Tx]:
-        with begun(connection):
-            yield Tx(Driver(connection, self.clock.now()))
-
-    @contextlib.contextmanager
-    def _begin_beside(self, connection: Connection, _: bool) -> Iterator[Tx]:
-        with begun(connection, _BESIDE_SECONDS):
-            yield Tx(Driver(connection, self.clock.now()))
+    def _begin_beside(self, connection: Connection, _: bool) -> Transaction:
+        return Transaction(connection, self.clock, _BESIDE_SECONDS)
 
     def _prepare(self, tx: Tx, requests: Sequence[None]) -> list[None]:
         prepare(tx.connection, self.path)

@@ -66,10 +66,13 @@ class SqlValues(SqlPart):
     async def save_unit(self, key: StepKey, name: str, value: bytes) -> bytes:
         return await self.database.write(self._save_unit, (key, name, value), size=len(value))
 
-    def _save_unit(self, tx: Tx, requests: Sequence[tuple[StepKey, str, bytes]]) -> list[Later[bytes]]:
-        save_units(tx, requests)
+    def _save_unit(
+        self, tx: Tx, requests: Sequence[tuple[StepKey, str, bytes]]
+    ) -> Sequence[bytes | Later[bytes]]:
         # An agent reads its model's answer meanwhile, or puts the results of its tools together.
         tx.is_beside = True
+        if save_units(tx, requests):
+            return [value for _, _, value in requests]
         return [Later(self._standing(tx, *request)) for request in requests]
 
     @staticmethod
