@@ -108,13 +108,13 @@ CASES = [
     Place(
         "half of a database",
         cut(lambda body: body[: len(body) // 2]),
-        ("can't use paigeant.db", "malformed"),
+        ("can't use paigeant.db", "malformed", "put a backup in its place"),
         3,
     ),
     Place(
         "a damaged database",
         cut(lambda body: body[:100] + b"\xff" * (len(body) - 100)),
-        ("can't use paigeant.db", "malformed"),
+        ("can't use paigeant.db", "malformed", "put a backup in its place"),
         3,
     ),
     Place("a folder", instead(DATABASE.mkdir), ("paigeant.db is a folder", "expected a database file")),

@@ -431,7 +431,9 @@ def test_a_damaged_database_is_out_of_reach() -> None:
     dispatched("order", GOOD, "o-1")
     body = Path("paigeant.db").read_bytes()
     Path("paigeant.db").write_bytes(body[:100] + b"\xff" * (len(body) - 100))
-    assert "can't use paigeant.db: database disk image is malformed" in refused("runs", "list", code=3)
+    said = refused("runs", "list", code=3)
+    assert "can't use paigeant.db: database disk image is malformed" in said
+    assert "put a backup in its place" in said
 
 
 def test_a_file_that_is_no_database_is_refused() -> None:

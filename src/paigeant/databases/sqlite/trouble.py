@@ -38,7 +38,10 @@ class Guard:
             return _no_database(self._path)
         # A damaged file is plainly a DatabaseError; the other kinds below it are mistakes in a statement.
         if type(cause) is sqlite3.DatabaseError:
-            return StoreDamaged(f"can't use {self._path}: {cause}")
+            return StoreDamaged(
+                f"can't use {self._path}: {cause}; its disk or something else has damaged it: stop what uses it, keep "
+                "a copy of it with its -wal, and put a backup in its place"
+            )
         if isinstance(cause, sqlite3.OperationalError):
             is_full = getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
             return (Blocked if is_full else StoreUnavailable)(f"can't use {self._path}: {cause}")
