@@ -138,9 +138,10 @@ async def test_a_commit_that_somebody_goes_on_beside_is_left_to_another_thread_s
     took: float, stays: bool
 ) -> None:
     """What it takes is then won, and not what the hand-over takes lost."""
-    synced = module.Synced()
-    synced._seconds = took
-    assert await commits(synced, True, False) == [stays, True]
+    for beside, expected in ((True, stays), (False, True)):
+        synced = module.Synced()
+        synced._seconds = took
+        assert await commits(synced, beside) == [expected]
 
 
 async def test_whoever_has_a_unit_recorded_goes_on_beside_its_commit(

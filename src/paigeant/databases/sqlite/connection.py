@@ -21,7 +21,6 @@ from paigeant.green import TooSlow, elsewhere, is_green, pause
 from paigeant.lane import Tx
 
 __all__ = [
-    "BUSY_SECONDS",
     "Synced",
     "Transaction",
     "checkpoint",
@@ -32,9 +31,7 @@ __all__ = [
 ]
 
 _CHECKPOINT_BYTES = 16 * 1024 * 1024
-BUSY_SECONDS = 15.0
-"""How long a transaction waits for its turn to write."""
-
+_BUSY_SECONDS = 15.0
 _QUICK_SECONDS = 0.002
 """What a commit may take on average that the event loop waits for."""
 
@@ -47,7 +44,7 @@ def engine_of(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -
     engine = create_engine(
         URL.create("sqlite", database=str(path)),
         poolclass=NullPool,
-        connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False, "isolation_level": None},
+        connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False, "isolation_level": None},
         hide_parameters=True,  # what runs are made of stands in no error
     )
 
@@ -58,18 +55,18 @@ def engine_of(path: Path, *, reads_only: bool = False, as_it_is: bool = False) -
             # Which stays with the file. Of two that switch a new one at the same moment SQLite turns one away, mostly
             # at once, without regard to the timeout, but sometimes only after all of it.
             connection.execute("PRAGMA busy_timeout=0")
-            _patiently(connection, "PRAGMA journal_mode=WAL", BUSY_SECONDS)
+            _patiently(connection, "PRAGMA journal_mode=WAL", _BUSY_SECONDS)
         for pragma in ("synchronous=FULL", "wal_autocheckpoint=0", "foreign_keys=OFF"):
             connection.execute(f"PRAGMA {pragma}")
         # Who writes waits for its turn by itself, see below.
-        connection.execute(f"PRAGMA busy_timeout={int(BUSY_SECONDS * 1000) if reads_only else 0}")
+        connection.execute(f"PRAGMA busy_timeout={int(_BUSY_SECONDS * 1000) if reads_only else 0}")
 
     return engine
 
 
 def counting(place: Path) -> sqlite3.Connection:
     """A connection that only counts: while it is open no other one is the last, for which SQLite tidies up."""
-    connection = sqlite3.connect(place, timeout=BUSY_SECONDS, check_same_thread=False)
+    connection = sqlite3.connect(place, timeout=_BUSY_SECONDS, check_same_thread=False)
     connection.execute("PRAGMA user_version").fetchall()  # with that it begins
     return connection
 
@@ -135,31 +132,35 @@ def _patiently(driver: sqlite3.Connection, statement: str, seconds: float) -> No
 class Transaction:
     """One that is committed at the end of the block, or rolled back by an error.
 
-    One that writes takes its turn at once, within `patience` seconds: a deferred transaction that turns into a writing
-    one after another commit fails immediately, whatever the busy timeout is. Without `patience` it only reads.
+    One that writes takes its turn at once, within `patience` seconds, which are many unless told otherwise: a deferred
+    transaction that turns into a writing one after another commit fails immediately, whatever the busy timeout is.
     `synced`: its commit waits for the disk. (Generators would take a tenth of what a short one costs.)
     """
 
-    __slots__ = ("_clock", "_connection", "_driver", "_patience", "_synced", "_tx")
+    __slots__ = ("_clock", "_connection", "_driver", "_patience", "_reads_only", "_synced", "_tx")
 
     def __init__(
         self,
         connection: Connection,
         clock: Clock,
+        *,
+        reads_only: bool = False,
         patience: float | None = None,
         synced: Synced | None = None,
     ) -> None:
         self._connection = connection
         self._driver = driver_of(connection)
         self._clock = clock
+        self._reads_only = reads_only
         self._patience = patience
         self._synced = synced
 
     def __enter__(self) -> Tx:
-        if self._patience is None:
+        if self._reads_only:
             self._driver.execute("BEGIN")
         else:
-            _patiently(self._driver, "BEGIN IMMEDIATE", self._patience)
+            seconds = _BUSY_SECONDS if self._patience is None else self._patience
+            _patiently(self._driver, "BEGIN IMMEDIATE", seconds)
         self._tx = Tx(_Driver(self._connection, self._driver, self._clock.now()))
         return self._tx
 

@@ -13,7 +13,6 @@ from sqlalchemy import Connection, Engine, inspect
 from paigeant.clock import Clock, SystemClock
 from paigeant.database import READER, WRITER, Database, not_open
 from paigeant.databases.sqlite.connection import (
-    BUSY_SECONDS,
     Synced,
     Transaction,
     checkpoint,
@@ -157,16 +156,16 @@ class SqliteDatabase(Database):
             # A NORMAL commit is written but not synced; the next FULL one syncs it as well.
             driver_of(connection).execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             self._durable = durable
-        return Transaction(connection, self.clock, BUSY_SECONDS, self._synced if durable else None)
+        return Transaction(connection, self.clock, synced=self._synced if durable else None)
 
     def _begin_reading(self, connection: Connection, _: bool) -> Transaction:
-        return Transaction(connection, self.clock)
+        return Transaction(connection, self.clock, reads_only=True)
 
     def _begin_beating(self, connection: Connection, _: bool) -> Transaction:
-        return Transaction(connection, self.clock, BUSY_SECONDS)
+        return Transaction(connection, self.clock)
 
     def _begin_beside(self, connection: Connection, _: bool) -> Transaction:
-        return Transaction(connection, self.clock, _BESIDE_SECONDS)
+        return Transaction(connection, self.clock, patience=_BESIDE_SECONDS)
 
     def _prepare(self, tx: Tx, requests: Sequence[None]) -> list[None]:
         prepare(tx.connection, self.path)
