@@ -58,6 +58,34 @@ async def test_a_fresh_step_reads_nothing_and_another_one_reads_once() -> None:
     assert step.read == 1
 
 
+async def test_who_gives_up_waiting_for_records_disturbs_neither_them_nor_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two who wait for a record that is being made one is cancelled; the other one has it all the same."""
+    step, may_end = Step(), asyncio.Event()
+    save_unit = step.save_unit
+
+    async def slowly(*unit: Any) -> bytes:
+        await may_end.wait()
+        return await save_unit(*unit)
+
+    monkeypatch.setattr(step, "save_unit", slowly)
+
+    async def work() -> list[str]:
+        here().journal.save_soon("u", b"1")
+        gives_up, waits = (asyncio.ensure_future(here().settled()) for _ in range(2))
+        await asyncio.sleep(0)
+        gives_up.cancel()
+        await asyncio.wait([gives_up])
+        assert gives_up.cancelled()
+        assert not waits.done()
+        may_end.set()
+        await waits
+        return step.units
+
+    assert await step.attempt(work, first=True) == ["u"]
+
+
 async def test_what_another_worker_recorded_first_stands() -> None:
     """Two attempts that run at the same time go on with the same value, whoever was later."""
     step = Step()
