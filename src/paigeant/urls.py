@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, unquote_plus, urlsplit
 
 from paigeant.errors import ConfigurationError, nearest
@@ -17,6 +18,7 @@ __all__ = [
     "is_encrypted",
     "is_local",
     "is_namespace",
+    "parts_of",
     "scrubbed",
     "secrets_of",
     "without_password",
@@ -155,10 +157,10 @@ def is_local(url: str, environment: Mapping[str, str] = _NOTHING) -> bool:
         told = _told_to_libpq(rest, environment)
         hosts = [host for name in ("host", "hostaddr") for host in told.get(name, "").split(",")]
         return not told.get("service") and all(map(_is_here, hosts))
-    authority, _, query = _parts(rest)
-    told = dict(parse_qsl(query, keep_blank_values=True))
+    parts = parts_of(url)
+    told = dict(parse_qsl(parts.query, keep_blank_values=True))
     leads_on = "sentinel" in told or told.get("cluster", "false").lower() != "false"
-    return not leads_on and all(_is_here(_host(place)) for place in authority.split(","))
+    return not leads_on and all(_is_here(_host(place)) for place in parts.servers.split(","))
 
 
 def is_encrypted(url: str, environment: Mapping[str, str] = _NOTHING) -> bool:
@@ -179,7 +181,9 @@ def _fault(scheme: str, rest: str) -> str | None:
         rest.encode()
         unquote(rest, errors="strict")
         if scheme != "postgresql":
-            urlsplit(f"{scheme}://{rest}")
+            parts = parts_of(f"{scheme}://{rest}")
+            for server in parts.servers.split(","):
+                urlsplit(f"{scheme}://{parts.login}@{server}/{parts.path}?{parts.query}")
     except ValueError:
         return "characters that can't be read"
     if scheme != "postgresql" and "#" in rest:
@@ -216,12 +220,25 @@ def _shown(parameter: str) -> str:
     return f"{name}=***" if equals and name in _SECRET else "***"
 
 
-def _parts(rest: str) -> tuple[str, str, str]:
-    """Servers, path and query of a broker's URL, by the rules of RFC 3986."""
-    rest, _, _ = rest.partition("#")
+class Parts(NamedTuple):
+    """Of a broker's URL, as they stand there; `servers` with commas in between."""
+
+    login: str
+    servers: str
+    path: str
+    query: str
+
+
+def parts_of(url: str) -> Parts:
+    """The parts of a broker's URL, by the rules of RFC 3986, but for several servers.
+
+    `urlsplit` takes them for one, and since 2025 it refuses the brackets of an address that doesn't come first.
+    """
+    rest, _, _ = url.partition("://")[2].partition("#")
     place, _, query = rest.partition("?")
     authority, _, path = place.partition("/")
-    return authority.rpartition("@")[2], path, query
+    login, _, servers = authority.rpartition("@")
+    return Parts(login, servers, path, query)
 
 
 def _told_to_libpq(rest: str, environment: Mapping[str, str]) -> dict[str, str]:

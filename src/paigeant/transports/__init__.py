@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from paigeant.errors import ConfigurationError
 from paigeant.extras import how_to_install
-from paigeant.urls import begin_of, check_readable
+from paigeant.urls import begin_of, check_readable, parts_of
 
 if TYPE_CHECKING:
     from paigeant.clock import Clock
@@ -64,7 +64,7 @@ def open_transport(
         case "redis" | "rediss":
             made = adapter(url, namespace=namespace, envelope=envelope)
         case _:
-            told = parse_qs(urlsplit(url).query)
+            told = parse_qs(parts_of(url).query)
             made = adapter(
                 url,
                 namespace=None if "namespace" in told else namespace,

@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 
 from paigeant.clock import is_duration
 from paigeant.errors import ConfigurationError
-from paigeant.urls import begin_of, check_parameters, check_readable
+from paigeant.urls import begin_of, check_parameters, check_readable, parts_of
 
 __all__ = ["Place", "one_line"]
 
@@ -65,19 +65,19 @@ class Place:
             raise ConfigurationError(f"expected a redis:// or rediss:// URL, found {begin_of(url) or 'none'}")
         check_readable(url)
         check_parameters(url, (*_OWN, *_of_library()))
-        parts = urlsplit(url)
+        parts = parts_of(url)
         own, others = _parameters(parts.query)
         service = own.get("sentinel")
         is_cluster = own.get("cluster", "false").lower() in ("1", "true", "yes")
-        login, at, hosts = parts.netloc.rpartition("@")
         default = 6379 if service is None else 26379
-        nodes = tuple(_address(each, default) for each in hosts.split(",") if each)
+        nodes = tuple(_address(each, default) for each in parts.servers.split(",") if each)
         nodes = nodes or (("localhost", default),)
         database = parts.path.strip("/")
         _check(nodes, database, service, is_cluster=is_cluster)
         name, port = nodes[0]
         others.pop("protocol", None)  # see Servers: it is chosen there
-        one = f"{parts.scheme}://{login}{at}{_bracketed(name)}:{port}/{database}?{urlencode(others)}"
+        login = f"{parts.login}@" if parts.login else ""
+        one = f"{url.partition('://')[0]}://{login}{_bracketed(name)}:{port}/{database}?{urlencode(others)}"
         options, is_tls = _options(one)
         begin = "sentinel_"
         of_sentinels = {name.removeprefix(begin): own[name] for name in own if name.startswith(begin)}
