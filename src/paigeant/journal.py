@@ -198,10 +198,12 @@ class Journal:
             raise self._trouble
 
     async def _wait_until_written(self, beside: bool) -> None:
-        # `asyncio.wait` does the same, and takes ten times as long.
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._awaited[written] = self._unsettled - self._beside if beside else set(self._unsettled)
-        await written
+        left = self._unsettled - self._beside if beside else set(self._unsettled)
+        if left:  # whoever asks in another thread comes here later, when they may all have been made
+            # `asyncio.wait` does the same, and takes ten times as long.
+            written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._awaited[written] = left
+            await written
 
     @property
     def saves_soon(self) -> bool:

@@ -86,6 +86,22 @@ async def test_who_gives_up_waiting_for_records_disturbs_neither_them_nor_others
     assert await step.attempt(work, first=True) == ["u"]
 
 
+async def test_who_asks_late_waits_for_nothing_that_has_been_made() -> None:
+    """As who asks in another thread may do: until the worker's event loop comes to that, all may be recorded."""
+    step = Step()
+
+    async def work() -> None:
+        journal = here().journal
+        journal.save_soon("u", b"1")
+        await here().settled()
+        async with asyncio.timeout(PATIENCE):
+            await journal._wait_until_written(beside=False)
+            await journal._wait_until_written(beside=True)
+
+    await step.attempt(work, first=True)
+    assert step.units == ["u"]
+
+
 async def test_what_another_worker_recorded_first_stands() -> None:
     """Two attempts that run at the same time go on with the same value, whoever was later."""
     step = Step()
