@@ -605,7 +605,7 @@ async def test_queues_that_are_deleted_while_somebody_looks_end_no_connection(
         for listener, topic in zip(listeners, topics, strict=True):
             await publish_until_taken(transport, "second", topic)
             await listener.until("second")
-        # A broker that has much to do may end it by a fault of its own, which it says; what we do wrong has other names.
+        # A broker that has much to do may end it by a fault of its own, and says so; what we do wrong has other names.
         assert transport._receiving._connection is connection or isinstance(
             connection.reason, aiormq.exceptions.ConnectionInternalError
         )
