@@ -402,6 +402,25 @@ async def test_a_consumer_that_the_broker_has_forgotten_is_noticed(rabbitmq_url:
                     await listener.until(f"m-{turn}")
 
 
+async def test_who_rests_while_the_transport_is_closed_opens_nothing_anew(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A subscription whose queue was deleted waits before it looks again; nobody would close what it opened then."""
+    monkeypatch.setattr(feed, "DELETED_SECONDS", PATIENCE)
+    async with opened(rabbitmq_url) as transport:
+        listener = Listener(transport)
+        await transport.publish("work", message("first"))
+        await listener.until("first")
+        (own,) = transport._feeds
+        await delete(rabbitmq_url, transport.queues.topic("work").name)
+        async with asyncio.timeout(PATIENCE):
+            while own._line is not None:  # noqa: ASYNC110  # nothing else tells
+                await asyncio.sleep(0.01)
+            await transport.close()
+            await listener.ended()
+        assert transport._receiving._connection is None
+
+
 async def test_what_was_fetched_stays_with_an_iteration_that_takes_its_time(
     rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

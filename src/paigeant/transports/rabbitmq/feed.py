@@ -158,6 +158,8 @@ class Feed:
                 if self._was_deleted:
                     self._was_deleted = False
                     await self._rest(DELETED_SECONDS, 2 * DELETED_SECONDS)
+                if self._is_over:  # nobody would close what it opens
+                    return
             trouble = await self._try_to_open()
             if trouble is None:
                 return
