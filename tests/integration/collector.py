@@ -25,6 +25,7 @@ class Received:
     is_error: bool
     attributes: Mapping[str, Any]
     service: str
+    scope: str
     began: int
     ended: int
 
@@ -78,6 +79,7 @@ def _spans(request: ExportTraceServiceRequest) -> Iterable[Received]:
                     span.status.code == 2,
                     _attributes(span.attributes),
                     service,
+                    scope.scope.name,
                     span.start_time_unix_nano,
                     span.end_time_unix_nano,
                 )

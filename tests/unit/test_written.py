@@ -118,10 +118,15 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 
 def test_what_is_sent_is_what_the_library_sends(collector: Collector) -> None:
     """Also of whom it comes, and with spans that the library writes in the same batch."""
-    spans = [ended(remote(CALLER), {"paigeant.step": f"{number}"}) for number in range(200)]
+    kept = Ended()
+    tracer = tracer_to(kept)
+    for number in range(200):
+        tracer.start_span("step pack", remote(CALLER), attributes={"paigeant.step": f"{number}"}).end()
+    spans = kept.spans
     OTLPSpanExporter().export(spans)
     as_library, collector.spans = collector.spans, []
-    Sender(RESOURCE).export([*spans[150:], *together(spans[:100]), *together(spans[100:150])])
+    ready = [each for part in (spans[:100], spans[100:150]) for each in together(part, lambda name: False)]
+    Sender(RESOURCE).export([*spans[150:], *ready])
     assert collector.spans == as_library
     assert {span.service for span in collector.spans} == {"shop"}
 
@@ -182,6 +187,18 @@ def test_batches_are_no_larger_than_the_environment_says(
     queue.shutdown()
     assert max(sizes) <= 50
     assert sum(sizes) == len(collector.spans) == 220
+
+
+def test_spans_of_two_scopes_are_sent_each_as_of_its_own(collector: Collector) -> None:
+    """Two applications of one process may send by one provider."""
+    queue = to_collector(RESOURCE)
+    provider = QuickProvider(TracerProvider(resource=RESOURCE), queue)
+    one, other = provider.get_tracer("one"), provider.get_tracer("other")
+    for _ in range(3):
+        for tracer in (one, other):
+            tracer.start_span("step pack", remote(CALLER), attributes={}).end()
+    queue.shutdown()
+    assert sorted(span.scope for span in collector.spans) == ["one"] * 3 + ["other"] * 3
 
 
 def test_a_name_with_a_secret_is_sent_with_stars(collector: Collector) -> None:

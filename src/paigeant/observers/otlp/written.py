@@ -39,13 +39,14 @@ class Written(NamedTuple):
     data: bytes
 
 
-def together(
-    spans: Sequence[QuickSpan], is_left: Callable[[str], bool] = lambda name: False
-) -> list[Written | QuickSpan]:
-    """These spans, with what can be written in one; those whose name `is_left` are not."""
+def together(spans: Sequence[QuickSpan], is_left: Callable[[str], bool]) -> list[Written | QuickSpan]:
+    """These spans, with what can be written in one; those whose name `is_left`, or of another scope, are not."""
     data, above, left = [], [], []
+    scope = spans[0]._instrumentation_scope
     for span in spans:
-        found = None if is_left(span._name) else written(span)
+        own = span._instrumentation_scope
+        is_one = (own is scope or own == scope) and not is_left(span._name)
+        found = written(span) if is_one else None
         if found is None:
             left.append(span)
         else:
@@ -54,7 +55,7 @@ def together(
                 above.append(span.id)
     if not data:
         return [*left]
-    return [Written(len(data), tuple(above), spans[0]._instrumentation_scope, b"".join(data)), *left]
+    return [Written(len(data), tuple(above), scope, b"".join(data)), *left]
 
 
 def written(span: QuickSpan) -> bytes | None:
