@@ -25,7 +25,10 @@ from paigeant.store import (
 )
 from paigeant.testing.clock import ManualClock
 
-__all__ = ["StoreBench", "due", "run"]
+__all__ = ["PATIENCE", "StoreBench", "due", "run"]
+
+PATIENCE = 120.0
+"""Seconds for what must come: a bound against a test that hangs, met on a slow and busy machine as well."""
 
 
 def run(run_id: str = "r", *steps: str, workflow: str = "w", **fields: Any) -> RunRecord:

@@ -16,11 +16,9 @@ from paigeant.counts import LARGEST_COUNT
 from paigeant.errors import InputInvalid, RunNotFound
 from paigeant.slip import RunStatus, StepStatus
 from paigeant.store import DeadLetter, OpenTopic, RunRecord, StepKey, Store
-from paigeant.testing.conformance.bench import StoreBench, due
+from paigeant.testing.conformance.bench import PATIENCE, StoreBench, due
 
 __all__ = ["HistoryConformance"]
-
-_PATIENCE = 120.0
 
 
 class HistoryConformance(StoreBench):
@@ -168,13 +166,13 @@ class HistoryConformance(StoreBench):
             await asyncio.sleep(0)
             grant = await self.claim(store, key)
             await self.record(store, self.ending(key, grant, run=RunStatus.COMPLETED))
-            ended = await asyncio.wait_for(asyncio.gather(*waiting), _PATIENCE)
+            ended = await asyncio.wait_for(asyncio.gather(*waiting), PATIENCE)
         assert set(ended) == {RunStatus.COMPLETED}
 
     async def test_waiting_ends_with_a_run_without_steps(self, store: Store) -> None:
         """Waiting for what has ended already gives its state at once."""
         await self.completed(store)
-        assert await asyncio.wait_for(store.wait_ended("r"), _PATIENCE) is RunStatus.COMPLETED
+        assert await asyncio.wait_for(store.wait_ended("r"), PATIENCE) is RunStatus.COMPLETED
 
     async def test_waiting_ends_with_a_cancel_and_with_a_deadline(self, store: Store) -> None:
         """Every way in which a run ends is heard."""
@@ -185,7 +183,7 @@ class HistoryConformance(StoreBench):
         await store.cancel_run("c", "stop")
         self.clock.advance(1)
         await store.sweep()
-        ended = await asyncio.wait_for(waiting, _PATIENCE)
+        ended = await asyncio.wait_for(waiting, PATIENCE)
         assert list(ended) == [RunStatus.CANCELLED, RunStatus.FAILED]
 
     async def test_waiting_for_no_run_is_an_error(self, store: Store) -> None:
@@ -209,7 +207,7 @@ class HistoryConformance(StoreBench):
         await asyncio.sleep(0)
         grant = await self.claim(store, key)
         await self.record(store, self.ending(key, grant, run=RunStatus.COMPLETED))
-        assert await asyncio.wait_for(waiting, _PATIENCE) is RunStatus.COMPLETED
+        assert await asyncio.wait_for(waiting, PATIENCE) is RunStatus.COMPLETED
 
     async def test_an_abandoned_wait_leaves_the_others(self, store: Store) -> None:
         """Who gives up waiting takes nobody along."""
@@ -220,7 +218,7 @@ class HistoryConformance(StoreBench):
         await asyncio.gather(given_up, return_exceptions=True)
         grant = await self.claim(store, key)
         await self.record(store, self.ending(key, grant, run=RunStatus.COMPLETED))
-        assert await asyncio.wait_for(kept, _PATIENCE) is RunStatus.COMPLETED
+        assert await asyncio.wait_for(kept, PATIENCE) is RunStatus.COMPLETED
 
     async def test_large_outputs_can_be_left_out(self, store: Store) -> None:
         """A reader that gives a limit gets outputs up to it; the others are told as stored."""

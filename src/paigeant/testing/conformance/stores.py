@@ -22,15 +22,13 @@ from paigeant.store import (
     StepRecord,
     Store,
 )
-from paigeant.testing.conformance.bench import due, run
+from paigeant.testing.conformance.bench import PATIENCE, due, run
 from paigeant.testing.conformance.history import HistoryConformance
 from paigeant.testing.conformance.leases import LeaseConformance
 from paigeant.testing.conformance.values import ValueConformance
 from paigeant.testing.conformance.waits import WaitConformance
 
 __all__ = ["StoreConformance"]
-
-_PATIENCE = 20.0
 
 
 class StoreConformance(LeaseConformance, WaitConformance, ValueConformance, HistoryConformance):
@@ -469,7 +467,7 @@ class StoreConformance(LeaseConformance, WaitConformance, ValueConformance, Hist
         await self.start(store)
         async with self.other(store) as other:
             await other.cancel_run("r", "stop")
-            await asyncio.wait_for(heard.wait(), _PATIENCE)
+            await asyncio.wait_for(heard.wait(), PATIENCE)
         heard.clear()
         forget()
         await self.start(store, run_id="s")

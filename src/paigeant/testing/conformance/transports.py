@@ -19,11 +19,10 @@ from paigeant.message import PaigeantMessage
 from paigeant.slip import RoutingSlip, Step
 from paigeant.store import DeadLetter
 from paigeant.testing.clock import ManualClock
+from paigeant.testing.conformance.bench import PATIENCE
 from paigeant.transport import BODY_KEPT_BYTES, Transport
 
 __all__ = ["TransportConformance"]
-
-_PATIENCE = 120.0
 
 
 def message(name: str, **payload: object) -> PaigeantMessage:
@@ -111,7 +110,7 @@ class TransportConformance:
     ) -> list[str]:
         """The ids of the next `count` messages, not yet acked."""
         async with (
-            asyncio.timeout(_PATIENCE),
+            asyncio.timeout(PATIENCE),
             contextlib.aclosing(transport.subscribe(topic, prefetch=prefetch)) as messages,  # type: ignore[type-var]  # an async generator in every adapter
         ):
             return [(await anext(messages)).message_id for _ in range(count)]
@@ -146,7 +145,7 @@ class TransportConformance:
         )
         await transport.publish("work", sent)
         async with contextlib.aclosing(transport.subscribe("work")) as messages:  # type: ignore[type-var]  # an async generator in every adapter
-            assert await asyncio.wait_for(anext(messages), _PATIENCE) == sent
+            assert await asyncio.wait_for(anext(messages), PATIENCE) == sent
 
     async def test_a_waiting_subscriber_is_woken(self, transport: Transport) -> None:
         """Who waits for a message gets it when it is published."""
@@ -337,7 +336,7 @@ class TransportConformance:
         await transport.publish("work", message("whole"))
         assert await self.take_and_ack(transport) == ["whole"]
         await self.pass_time((self.hold or 0) + 1)
-        async with asyncio.timeout(_PATIENCE):
+        async with asyncio.timeout(PATIENCE):
             while not self.letters:
                 assert await self.is_empty(transport)
         assert [letter.body for letter in self.letters] == [b"no message"]
@@ -348,7 +347,7 @@ class TransportConformance:
         for message_id in ids:
             await transport.publish("work", message(message_id))
         async with (
-            asyncio.timeout(_PATIENCE),
+            asyncio.timeout(PATIENCE),
             contextlib.aclosing(transport.subscribe("work", prefetch=2)) as messages,  # type: ignore[type-var]  # an async generator in every adapter
             self.other(transport) as other,
         ):
@@ -451,9 +450,9 @@ class TransportConformance:
                 began.set()
 
         consuming = asyncio.create_task(consume())
-        await asyncio.wait_for(began.wait(), _PATIENCE)
+        await asyncio.wait_for(began.wait(), PATIENCE)
         await transport.close()
-        await asyncio.wait_for(consuming, _PATIENCE)
+        await asyncio.wait_for(consuming, PATIENCE)
         assert seen == ["m"]
 
     async def test_messages_outlive_their_transport(self, transport: Transport) -> None:
@@ -485,7 +484,7 @@ class TransportConformance:
 
         async with self.other(transport) as other:
             consuming = [asyncio.create_task(consume(each)) for each in (transport, transport, other)]
-            await asyncio.wait_for(done.wait(), _PATIENCE)
+            await asyncio.wait_for(done.wait(), PATIENCE)
             for task in consuming:
                 task.cancel()
             await asyncio.gather(*consuming, return_exceptions=True)
