@@ -933,6 +933,7 @@ async def test_a_queue_that_confirms_nothing_holds_up_no_other_again_and_again(s
     """However often it is tried: RabbitMQ reads nothing more from the channel that brings it a first message."""
     async with opened(server.url, publish_timeout=6.0) as transport:
         outlets = transport._publisher._outlets
+        own = transport.queues.topic("stuck").name
         async with suspended(server, transport, "stuck"):
             outlets.retire(await outlets.common())
             for number in range(3):
@@ -946,8 +947,18 @@ async def test_a_queue_that_confirms_nothing_holds_up_no_other_again_and_again(s
                         await transport.publish("work", message("m"))
                         await asyncio.sleep(0.1)
                     assert isinstance(stuck.exception(), TopicUnavailable)
+            spoiled = await outlets.common()
+            assert await outlets.of(own) is not spoiled
+            # It was about to be sent when the queue was set apart.
+            outlets.watch()
+            late = asyncio.create_task(spoiled.publish(own, Outgoing("late", b"")))
+            async with asyncio.timeout(HELD_UP / 2):
+                while await outlets.common() is spoiled:  # noqa: ASYNC110  # nothing else tells
+                    await asyncio.sleep(0.05)
+                await transport.publish("work", message("last"))
+        await late
         await transport.publish("stuck", message("at last"))
-        assert await outlets.of(transport.queues.topic("stuck").name) is await outlets.common()
+        assert await outlets.of(own) is await outlets.common()
 
 
 async def test_a_queue_that_is_not_declared_holds_up_no_other(
