@@ -360,12 +360,18 @@ async def test_a_server_that_speaks_tls_is_verified() -> None:
             url = f"{server.url}?sslmode=verify-full&sslrootcert="
             async with opened(f"{url}{ours.pem}") as store:
                 assert await store.list_runs() == []
-            with pytest.raises(StoreUnavailable, match="certificate verify failed"):
+            with pytest.raises(StoreUnavailable, match=r"certificate verify failed; .*sslrootcert=/path"):
                 await SqlStore(PostgresDatabase(f"{url}{other.pem}")).connect()
             with pytest.raises(ConfigurationError, match="nosuch"):
                 await SqlStore(PostgresDatabase(f"{url}/nosuch.pem")).connect()
     finally:
         shutil.rmtree(folder)
+
+
+async def test_a_server_without_tls_is_told_from_one_that_is_away(postgres_tables: str) -> None:
+    """It runs and is reachable, and what to do is something else."""
+    with pytest.raises(StoreUnavailable, match=r"does not support SSL.*; have it speak TLS"):
+        await SqlStore(PostgresDatabase(f"{postgres_tables}?sslmode=require")).connect()
 
 
 async def test_a_server_that_can_only_be_read_is_refused(postgres_tables: str) -> None:
@@ -394,7 +400,7 @@ async def test_when_it_can_only_be_read_another_server_is_looked_for(postgres_ta
 
 
 async def test_accounts_that_are_not_let_in() -> None:
-    """A wrong password and an unknown user are mistakes in the settings, told without the password."""
+    """A wrong password and an unknown user are mistakes in the settings, told with what to do, without the password."""
     with PostgresServer(lines=["fsync = off"]) as server:
         with psycopg.connect(server.url, autocommit=True) as connection:
             connection.execute("CREATE USER someone PASSWORD 'right'")
@@ -404,7 +410,7 @@ async def test_accounts_that_are_not_let_in() -> None:
             connection.execute("SELECT pg_reload_conf()")
         place = f"{server.host}:{server.port}/postgres"
         for account in ("someone:wrong", "nobody:wrong", "someone"):
-            with pytest.raises(ConfigurationError, match="doesn't let the user in") as caught:
+            with pytest.raises(ConfigurationError, match=r"let the user in: .*; correct the user") as caught:
                 await SqlStore(PostgresDatabase(f"postgresql://{account}@{place}")).connect()
             assert "wrong" not in str(caught.value)
 

@@ -81,7 +81,7 @@ def meaning(exc: psycopg.Error | DBAPIError, place: str) -> Exception:
         case errors.TooManyConnections():
             return _no_room(place, reason)
         case errors.InvalidPassword() | errors.InvalidAuthorizationSpecification():
-            return ConfigurationError(f"{place} doesn't let the user in: {reason}")
+            return _not_let_in(place, reason)
         case errors.DuplicatePreparedStatement() | errors.InvalidSqlStatementName():
             return hands_on(place)
         case errors.InvalidCatalogName():
@@ -109,7 +109,7 @@ def unavailable(place: str, reason: str) -> PaigeantError:
         "is not permitted to log in",
     ):
         if sign in reason:
-            return ConfigurationError(f"{place} doesn't let the user in: {reason}")
+            return _not_let_in(place, reason)
     if _UNUSABLE.search(reason):
         return ConfigurationError(f"the url of {place} has a parameter that can't be used: {reason}")
     if "does not exist" in reason and "database" in reason:
@@ -121,7 +121,23 @@ def unavailable(place: str, reason: str) -> PaigeantError:
         return ConfigurationError(f"{place}: {reason}; name another user, or make this one")
     # It asks so for each host; we do at the end.
     reason = re.sub(r" Is the server running [^?]*\?", "", reason)
-    return StoreUnavailable(f"can't use {place}: {reason}; is the server running, and reachable from here?")
+    return StoreUnavailable(f"can't use {place}: {reason}; {_hint(reason)}")
+
+
+def _not_let_in(place: str, reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{place} doesn't let the user in: {reason}; correct the user and password in the URL (or PGPASSWORD, or "
+        "~/.pgpass), or what pg_hba.conf and the role allow"
+    )
+
+
+def _hint(reason: str) -> str:
+    """What to do about a server that can't be used."""
+    if "does not support SSL" in reason:
+        return "have it speak TLS (ssl = on in postgresql.conf), or ask for none where it is on this host (sslmode)"
+    if "certificate" in reason:
+        return "check its certificate, and name the authority that signed it with sslrootcert=/path"
+    return "is the server running, and reachable from here?"
 
 
 def _no_room(place: str, reason: str) -> StoreUnavailable:
