@@ -1644,8 +1644,8 @@ async def test_a_queue_of_another_type_is_told(rabbitmq_url: str) -> None:
 
 
 async def test_tls_is_verified(tmp_path: Path) -> None:
-    """amqps works with the authority that the URL names, and with no other; a file that is missing, or isn't what it
-    should be, is told."""
+    """amqps works with the authority that the URL names, and with no other, and amqp not on its port; a file that is
+    missing, or isn't what it should be, is told."""
     make_certificate(tmp_path)
     port = free_port()
     lines = [
@@ -1667,9 +1667,17 @@ async def test_tls_is_verified(tmp_path: Path) -> None:
         await listener.until("n")
         await transport.close()
         stranger = RabbitMQTransport(url)
-        with pytest.raises(TransportUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+        with pytest.raises(TransportUnavailable, match=r"CERTIFICATE_VERIFY_FAILED.*with cafile=/path"):
             await stranger.connect()
         await stranger.close()
+        for wrong, said in (
+            (url.replace("amqps:", "amqp:"), r"whether it speaks TLS \(amqp:// was asked for\)"),
+            (server.url.replace("amqp:", "amqps:"), "it seems not to speak TLS on this port"),
+        ):
+            mixed_up = RabbitMQTransport(wrong)
+            with pytest.raises(TransportUnavailable, match=said):
+                await mixed_up.connect()
+            await mixed_up.close()
         mistaken = RabbitMQTransport(f"{url}?cafile={tmp_path}/none.pem")
         with pytest.raises(ConfigurationError, match="cafile"):
             await mistaken.connect()

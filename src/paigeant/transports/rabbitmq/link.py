@@ -261,9 +261,19 @@ class Link:
             what = f"no answer within {_CONNECT_SECONDS:g} s"
         else:
             what = str(exc) or type(exc).__name__
-        return TransportUnavailable(
-            f"RabbitMQ at {where} can't be reached: {what}; start it, or correct transport_url"
-        )
+        return TransportUnavailable(f"RabbitMQ at {where} can't be reached: {what}; {self._hint(what)}")
+
+    def _hint(self, what: str) -> str:
+        """What to do about a broker that can't be reached."""
+        if "CERTIFICATE_VERIFY_FAILED" in what:
+            return "check its certificate, and name the authority that signed it with cafile=/path"
+        if "[SSL" in what:
+            return "it seems not to speak TLS on this port (5671 is usual): correct it, or write amqp://"
+        if "connection reset" in what or "unexpectedly closed" in what:
+            return (
+                f"check that it is RabbitMQ, and whether it speaks TLS ({self.url.scheme}:// was asked for)"
+            )
+        return "start it, or correct transport_url"
 
 
 @contextlib.contextmanager
