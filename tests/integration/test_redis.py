@@ -1215,7 +1215,9 @@ async def test_a_transport_that_is_not_open_says_so() -> None:
         await take(transport)
 
 
-async def test_databases_are_apart(server: RedisServer, opened: Open) -> None:
+async def test_databases_are_apart(
+    server: RedisServer, opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
     """The path of the URL is the number of the database."""
     first = await opened(server.url)
     second = await opened(f"redis://{server.host}:{server.port}/3")
@@ -1223,13 +1225,14 @@ async def test_databases_are_apart(server: RedisServer, opened: Open) -> None:
     assert await first.topics() == []
     with pytest.raises(ConfigurationError, match="no such database"):
         await opened(f"redis://{server.host}:{server.port}/99")
+    assert "maxmemory-policy" not in caplog.text, "that is something else"
 
 
 # --- TLS, sentinels, a cluster
 
 
 async def test_tls(tmp_path: Path, opened: Open) -> None:
-    """rediss:// works with a server whose certificate is trusted, and not with one that isn't."""
+    """rediss:// works with a server whose certificate is trusted, and not with one that isn't; files are looked at."""
     with redis_tls(tmp_path) as (server, certificate):
         address = f"rediss://{server.host}:{server.port}/0"
         transport = await opened(f"{address}?ssl_ca_certs={certificate}")
@@ -1239,6 +1242,10 @@ async def test_tls(tmp_path: Path, opened: Open) -> None:
             await opened(address)
         with pytest.raises(TransportUnavailable, match="rediss://"):
             await opened(f"redis://{server.host}:{server.port}/0")
+        (tmp_path / "words.pem").write_text("words")
+        for wrong in (f"ssl_ca_certs={tmp_path}/none.pem", f"ssl_certfile={tmp_path}/words.pem"):
+            with pytest.raises(ConfigurationError, match=r"can't be read: .*; correct ssl_ca_certs"):
+                await opened(f"{address}?{wrong}")
 
 
 async def test_a_subscription_follows_the_sentinels(opened: Open) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
-from redis.exceptions import ResponseError
+from redis.exceptions import NoPermissionError, ResponseError
 
 from paigeant.errors import ConfigurationError, TransportUnavailable
 from paigeant.transports.redis.line import Line
@@ -24,7 +25,12 @@ async def check(servers: Servers) -> None:
     for where, line in servers.lines():
         info = await _info(line)
         _check_kind(where, info, servers.place)
-        _check_policy(where, info.get("maxmemory_policy") or await _policy(line))
+        policy = info.get("maxmemory_policy") or await _policy(line)
+        if policy is None:
+            # Where not even this is answered, something else is wrong, and is told instead: no such database, say.
+            with contextlib.suppress(NoPermissionError):
+                await line.call(("TIME",))
+        _check_policy(where, policy)
 
 
 async def check_room(servers: Servers) -> None:

@@ -84,6 +84,8 @@ class Servers:
 
     async def open(self) -> None:
         """Raises ConfigurationError for a parameter that doesn't fit, and what redis-py raises."""
+        if self.place.is_tls:
+            self._check_certificates()
         if self.place.is_cluster:
             await self._open_cluster()
         elif self.place.service is not None:
@@ -92,6 +94,16 @@ class Servers:
             [(name, port)] = self.place.nodes
             kind = SSLConnection if self.place.is_tls else Connection
             self._pool = ConnectionPool(kind, host=name, port=port, **self._options)
+
+    def _check_certificates(self) -> None:
+        # Read at the first connection, a file that isn't there would be told as a server that can't be reached.
+        try:
+            SSLConnection(**self._options).ssl_context.get()
+        except OSError as exc:  # errors of ssl are among them
+            raise ConfigurationError(
+                f"a certificate that transport_url names can't be read: {exc}; "
+                "correct ssl_ca_certs, ssl_certfile and ssl_keyfile"
+            ) from exc
 
     async def _open_cluster(self) -> None:
         options = {**self._options, "socket_timeout": self.timeout, "ssl": self.place.is_tls}
