@@ -991,18 +991,21 @@ def test_config_check_looks_at_each_part_alone() -> None:
         "  partner.*: redis://:s3cret-pw@127.0.0.1:1/0\n"
         "  files: sqlite:///other.db\n"
         "  wrong: sqlite:///no/such/folder.db\n"
+        "  reports: amqp://ann:s3cret-pw@127.0.0.1:1/\n"
     )
     found = checked(2)
     assert [part for part, (ok, _) in found.items() if not ok] == [
         "transport",
         "route partner.*",
         "route wrong",
+        "route reports",
     ]
     assert "can't be reached" in found["transport"][1]
     assert "transport_url" in found["transport"][1]
     assert "amqp://ann:***@127.0.0.1:1/" in found["transport"][1]
     assert "can't be reached" in found["route partner.*"][1]
     assert "make it first" in found["route wrong"][1]
+    assert "start it, or correct routes" in found["route reports"][1]
     assert found["store"] == (True, "sqlite:///paigeant.db: it is made when it is first used")
     assert found["route files"] == (True, "sqlite:///other.db: it is made when it is first used")
     assert "s3cret" not in str(found) + paigeant("config", "check", code=2).output

@@ -233,7 +233,9 @@ def _connected(settings: Settings, part: str, setting: str, url: str, make: Call
             return Finding(part, f"{place}: it is made when it is first used")
         session.wait_for(_connect(make()))
     except PaigeantError as exc:
-        return Finding(part, f"{place}: {settings.scrubbed(str(exc))}", exc)
+        # No adapter knows that its URL is that of a route.
+        said = settings.scrubbed(str(exc)).replace("transport_url", setting)
+        return Finding(part, f"{place}: {said}", exc)
     except Exception as exc:  # an adapter's gap; the other parts are to be checked all the same
         said = settings.scrubbed(f"{type(exc).__name__}: {' '.join(str(exc).split())}")
         return Finding(part, f"{place}: {said}", ConfigurationError(said))
