@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 from tests.integration.postgres_tables import database_with_tables, empty
 from tests.patience import PATIENCE
@@ -85,6 +86,15 @@ class TestPostgresTransport(TransportConformance):
         await child.wait()
         self.clock.advance(3e9)  # the child has taken it by the server's clock, which is ahead of ours
         assert await self.take(transport) == ["m"]
+
+    async def test_a_message_that_somebody_keeps_locked_is_passed_over(self, transport: Transport) -> None:
+        """Whoever takes messages waits for no other transaction that is just taking some: it takes those behind."""
+        for message_id in ("first", "second"):
+            await transport.publish("work", message(message_id))
+        with psycopg.connect(self.url) as connection:
+            connection.execute("SELECT 1 FROM messages WHERE message_id = 'first' FOR UPDATE")
+            assert await self.take_and_ack(transport) == ["second"]
+        assert await self.take(transport) == ["first"]
 
     async def test_a_store_is_joined_by_its_database(self, transport: Transport) -> None:
         """Only a store on the same open database has its messages published in its own transactions."""

@@ -541,7 +541,7 @@ async def test_a_lost_host_gives_back_its_messages_after_the_hold(
     await client.xgroup_create(stream, GROUP, id="0")
     began = time.monotonic()
     assert await client.xreadgroup(GROUP, "elsewhere|1@1|x|0", {stream: ">"}, count=2)
-    assert await client.xreadgroup(GROUP, "silent|1@1|x|0", {stream: ">"}, count=2) == []
+    await client.xgroup_createconsumer(stream, GROUP, "silent|1@1|x|0")
     async with Listening(transport, prefetch=1) as listening:
         await listening.wait_for("m", "n")
         assert time.monotonic() - began > 0.1
@@ -564,6 +564,20 @@ async def test_a_consumer_that_holds_messages_is_not_deleted(
     assert not await transport._streams.forget("work", "elsewhere|1@1|x|0")
     assert await consumers(client, transport) == ["elsewhere|1@1|x|0"]
     assert [depth.taken for depth in await transport.topics()] == [1]
+
+
+async def test_a_consumer_that_was_heard_of_meanwhile_is_not_deleted(
+    server: RedisServer, client: Redis, opened: Open
+) -> None:
+    """Between the look that found it silent and the deletion it may have come back: the server looks again."""
+    transport = await opened(server.url)
+    stream = transport.stream_key("work")
+    await client.xgroup_create(stream, GROUP, id="0", mkstream=True)
+    await client.xgroup_createconsumer(stream, GROUP, "elsewhere|1@1|x|0")
+    assert not await transport._streams.forget("work", "elsewhere|1@1|x|0", 3600.0)
+    assert await consumers(client, transport) == ["elsewhere|1@1|x|0"]
+    assert await transport._streams.forget("work", "elsewhere|1@1|x|0")
+    assert await consumers(client, transport) == []
 
 
 async def test_a_deleted_consumer_that_lives_goes_on(
