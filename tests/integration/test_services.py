@@ -273,13 +273,26 @@ end_session()
         client.close()
 
 
-def ask_without_programs(**environment: str) -> subprocess.CompletedProcess[str]:
-    """Ask for the shared Redis where neither its program nor docker can be found."""
-    program = "from tests.services import shared_url; print(shared_url('redis'))"
+_ASK = """
+from tests.services import shared_url
+from tests.services.session import begin_session, end_session
+from tests.services.shared import stop_shared
+
+begin_session()
+try:
+    print(shared_url("redis"))
+finally:
+    stop_shared()
+    end_session()
+"""
+
+
+def ask_without_programs(*, path: str = "/nowhere", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Ask for the shared Redis where its program can't be found, nor docker but in `path`."""
     return subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", _ASK],
         cwd=ROOT,
-        env={"PATH": "/nowhere", **environment},
+        env={"PATH": path, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -292,6 +305,31 @@ def test_a_missing_server_fails_and_says_what_to_do() -> None:
     assert done.returncode != 0
     for way in ("make services", "redis-server", "docker compose", "TEST_REDIS_URL"):
         assert way in done.stderr
+
+
+_DOCKER = """#!/bin/sh
+echo "$*" >> "$0.log"
+case "$*" in *config*) echo '{"services": {"redis": {"ports": [{"target": 6379, "published": "16379"}]}}}';; esac
+"""
+
+
+def test_without_programs_docker_compose_starts_the_server(tmp_path: Path) -> None:
+    """It is waited for, asked where its port is, and stopped in the end; the environment isn't looked at.
+
+    The docker here only notes what it is told, as there is no daemon for it on most machines.
+    """
+    docker = tmp_path / "docker"
+    docker.write_text(_DOCKER)
+    docker.chmod(0o755)
+    done = ask_without_programs(path=str(tmp_path), TEST_REDIS_URL="redis://elsewhere:1234/5")
+    assert done.stdout.strip() == "redis://127.0.0.1:16379/0", done.stderr
+    told = (tmp_path / "docker.log").read_text().splitlines()
+    compose = f"compose --file {ROOT / 'docker-compose.yml'}"
+    assert told[-3:] == [
+        f"{compose} up --detach --wait redis",
+        f"{compose} config --format json",
+        f"{compose} stop redis",
+    ]
 
 
 def test_without_programs_the_environment_names_the_server() -> None:
