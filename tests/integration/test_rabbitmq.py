@@ -166,6 +166,32 @@ async def test_a_killed_broker_is_survived(server: RabbitServer) -> None:
         assert "never" not in listener.seen
 
 
+async def test_an_outage_is_told_once(server: RabbitServer, caplog: pytest.LogCaptureFixture) -> None:
+    """However often a queue can't be received from, each reason is one line, and its end is another."""
+    async with opened(server.url) as transport:
+        listener = Listener(transport)
+        await transport.publish("work", message("before"))
+        await listener.until("before")
+        await asyncio.to_thread(server.write_down)
+        queue = transport.queues.topic("work").name
+        with caplog.at_level(logging.DEBUG, "paigeant.transport"):
+            await asyncio.to_thread(server.kill)
+            await until_logged(caplog, f"can't receive from '{queue}'", 4)
+            await asyncio.to_thread(server.start)
+            await until_logged(caplog, f"receiving from '{queue}' again", 1)
+        told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        failures = [text for text in told if "can't receive" in text]
+        assert failures
+        assert len(set(failures)) == len(failures)
+
+
+async def until_logged(caplog: pytest.LogCaptureFixture, text: str, times: int) -> None:
+    """Wait until it was logged so often."""
+    async with asyncio.timeout(PATIENCE):
+        while caplog.text.count(text) < times:  # noqa: ASYNC110  # nothing else tells
+            await asyncio.sleep(0.02)
+
+
 async def test_a_broker_that_was_emptied_is_survived(server: RabbitServer) -> None:
     """With all queues gone the publisher and the iteration make them anew."""
     async with opened(server.url) as transport:
@@ -479,9 +505,10 @@ async def test_a_queue_without_a_leader_disturbs_no_other(caplog: pytest.LogCapt
             holding = Listener(transport, ack=False)
             await holding.until("held")
             listener = Listener(transport, "stuck")
-            async with asyncio.timeout(PATIENCE):
-                while caplog.text.count(f"can't receive from '{stuck}'") < 6:  # noqa: ASYNC110  # nothing else tells
-                    await asyncio.sleep(0.02)
+            with caplog.at_level(logging.DEBUG, "paigeant.transport"):  # where each attempt is told
+                async with asyncio.timeout(PATIENCE):
+                    while caplog.text.count(f"can't receive from '{stuck}'") < 6:  # noqa: ASYNC110  # nothing else tells
+                        await asyncio.sleep(0.02)
             # again for each of the first two: until then nobody knows whose fault it is
             assert holding.seen.count("held") <= 3
             await transport.ack("held")

@@ -61,6 +61,8 @@ def _logging_as_it_was() -> Iterator[None]:
     own.propagate = True
     root.setLevel(levels[0])
     own.setLevel(levels[1])
+    for library in ("aiormq", "aio_pika", "alembic"):
+        logging.getLogger(library).setLevel(logging.NOTSET)
     structlog.reset_defaults()
 
 
@@ -287,6 +289,18 @@ def test_configuring_again_replaces_what_was_there() -> None:
     configure(stream=second)
     logging.getLogger("shop").warning("once")
     assert (len(lines(first)), len(lines(second))) == (0, 1)
+
+
+@pytest.mark.parametrize(("level", "heard"), [("info", False), ("debug", True)])
+def test_what_paigeant_tells_itself_no_library_tells_again(level: str, heard: bool) -> None:
+    """But where everything is wanted. Other libraries are heard as ever."""
+    stream = io.StringIO()
+    logging.getLogger().handlers.clear()
+    configure(level=level, stream=stream)
+    logging.getLogger("aiormq.connection").error("error when creating transport")
+    logging.getLogger("another.library").warning("something else")
+    assert ("creating transport" in stream.getvalue()) is heard
+    assert "something else" in stream.getvalue()
 
 
 def test_handlers_of_the_application_stay() -> None:

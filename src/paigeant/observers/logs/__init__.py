@@ -39,6 +39,10 @@ __all__ = ["LEVELS", "LogFile", "LogHandler", "LogObserver", "configure", "with_
 
 _CLOCK = SystemClock()
 
+_TOLD_BY_US = {"aiormq": logging.CRITICAL, "aio_pika": logging.CRITICAL, "alembic": logging.WARNING}
+"""Libraries, and from which level on they are heard: aiormq tells each attempt to open a connection as an error, and of
+one that was lost a traceback, where a transport says it once with what to do."""
+
 log = logging.getLogger("paigeant.logs")
 
 
@@ -177,6 +181,9 @@ def configure(
     others = min(handler.level, max(wanted, logging.INFO))
     logger.setLevel(others)
     own.setLevel(wanted)
+    if logger is root:
+        for library, least in _TOLD_BY_US.items():
+            logging.getLogger(library).setLevel(logging.NOTSET if handler.level <= logging.DEBUG else least)
     for name in [name for name in root.manager.loggerDict if f"{name}.".startswith("paigeant.")]:
         # `logging.config` disables what is there already, by default: a handler module that calls it means others.
         logging.getLogger(name).disabled = False

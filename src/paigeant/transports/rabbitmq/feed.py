@@ -75,6 +75,8 @@ class Feed:
         self._was_deleted = False
         self._idle = IDLE_SECONDS
         self._pause = PAUSE_SECONDS
+        self._told: set[str] = set()
+        """What was said to be wrong since it last worked for a while."""
         self._apart_until = 0.0
         self._is_over = False
 
@@ -163,14 +165,16 @@ class Feed:
             trouble = await self._try_to_open()
             if trouble is None:
                 return
-            log.warning(
-                "can't receive from '%s', will try again: %s",
-                self._queue.name,
-                str(trouble) or type(trouble).__name__,
-            )
+            self._tell(str(trouble) or type(trouble).__name__)
             await self._choose_link(trouble)
             if not self._has_worked:
                 await self._rest(pause / 4, pause)
+
+    def _tell(self, trouble: str) -> None:
+        """Say what keeps this queue from being received from; of the same at each attempt only who debugs hears."""
+        level = logging.DEBUG if trouble in self._told else logging.WARNING
+        self._told.add(trouble)
+        log.log(level, "can't receive from '%s', will try again: %s", self._queue.name, trouble)
 
     async def _try_to_open(self) -> Exception | None:
         """Open a line; gives what has kept it from being opened. Raises ConfigurationError before it first works."""
@@ -268,6 +272,9 @@ class Feed:
             pause = LOOK_SECONDS * random.uniform(0.75, 1.25)
             await asyncio.sleep(pause)
             self._pause = PAUSE_SECONDS  # it has lasted: nothing that came has ended it
+            if self._told:
+                log.info("receiving from '%s' again", self._queue.name)
+                self._told.clear()
             if line.received != before or line.out or line.inbox:  # or nothing more was asked for
                 before, quiet = line.received, 0.0
                 continue
