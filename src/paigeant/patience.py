@@ -30,17 +30,21 @@ async def patiently(
 ) -> Answer:
     """What `ask` gives, asked again for `seconds` while the store can't answer; `what` names it in the log.
 
+    There each reason is told once: in an outage all steps of a worker ask, again and again.
+
     Raises StoreUnavailable when the time is up.
     """
     until = time.monotonic() + seconds
-    pause = 0.05
+    pause, told = 0.05, ""
     while True:
         try:
             return await ask()
         except StoreUnavailable as exc:
             if time.monotonic() > until:
                 raise
-            log.warning("%s has to wait: %s", what, exc)
+            why = str(exc)
+            log.log(logging.DEBUG if why == told else logging.WARNING, "%s has to wait: %s", what, why)
+            told = why
         await asyncio.sleep(pause * (0.5 + chance()))
         pause = min(pause * 2, _LONGEST_PAUSE)
 

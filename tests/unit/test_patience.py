@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -29,11 +30,17 @@ class Troubled:
         return "answer"
 
 
-async def test_it_asks_until_there_is_an_answer() -> None:
-    """What can't be answered is asked again."""
+async def test_it_asks_until_there_is_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """What can't be answered is asked again; why is told once, and at each attempt to who debugs."""
     troubled = Troubled(3)
-    assert await patiently(troubled, "it", seconds=30, chance=lambda: -0.5) == "answer"
+    with caplog.at_level(logging.DEBUG):
+        assert await patiently(troubled, "it", seconds=30, chance=lambda: -0.5) == "answer"
     assert troubled.asked == 4
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "it has to wait: away"),
+        ("DEBUG", "it has to wait: away"),
+        ("DEBUG", "it has to wait: away"),
+    ]
 
 
 async def test_it_gives_up_when_the_time_is_up() -> None:
