@@ -7,6 +7,7 @@ import contextlib
 import gc
 import itertools
 import logging
+import re
 import secrets
 import shutil
 import subprocess
@@ -1169,6 +1170,10 @@ async def test_an_alarm_stops_publishers_only(server: RabbitServer) -> None:
                 with pytest.raises(TransportUnavailable, match="memory or disk alarm"):
                     await transport.publish("work", message("refused as well"))
             await listener.until("m-2")
+            # It reads nothing more from who has published, no ack either. From who hasn't ("blocking") it does.
+            states = await asyncio.to_thread(server.ctl, "list_connections", "state", "client_properties")
+            for role, state in (("publishing", "blocked"), ("receiving", "blocking")):
+                assert re.search(rf"^{state}\t.*paigeant {role}", states, re.M), states
             async with opened(server.url) as other:
                 with pytest.raises(TransportUnavailable, match=r"memory or disk alarm .*; give it room"):
                     await other.check_room()
