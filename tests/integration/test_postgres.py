@@ -1555,6 +1555,25 @@ asyncio.run(main())
 """
 
 
+async def test_a_process_has_four_sessions_at_most(postgres_tables: str) -> None:
+    """However much it does at once: a pooler, and max_connections, can be reckoned with that."""
+    activity = ActivityRegistry()
+
+    @activity.execute()
+    async def save(n: int, context: StepContext) -> int:
+        await context.save_variable("n", n)
+        return await context.once("n", lambda: n)
+
+    settings = Settings(store_url=postgres_tables, transport_url=postgres_tables, local_steps=1)
+    query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'paigeant'"
+    async with Paigeant(settings, activities=activity) as app, working(app.worker()):
+        flow = Workflow("w", ["save", "save"])
+        runs = await asyncio.gather(*(app.dispatch(flow, {"n": n}) for n in range(200)))
+        await asyncio.gather(*(run.wait(timeout=PATIENCE) for run in runs))
+        [count] = asked(postgres_tables, query)
+    assert count == 4
+
+
 async def test_one_id_dispatched_by_many_is_one_run(postgres_tables: str) -> None:
     """Twenty applications in four processes that dispatch one id at the same time have one run, with one message."""
     children = [
