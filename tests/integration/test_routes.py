@@ -169,6 +169,14 @@ async def test_a_partner_out_of_reach_holds_nobody_up(caplog: pytest.LogCaptureF
                     assert (await waits.wait(PATIENCE)).outputs == {"theirs": "theirs", "mine": "mine"}
 
 
+async def test_what_is_to_be_corrected_is_the_route() -> None:
+    """A transport takes its URL for that of `transport_url`; of a route's another setting is wrong."""
+    there = Route("there", RabbitMQTransport("amqp://127.0.0.1:1/"))
+    with pytest.raises(TransportUnavailable, match=r"there is out of reach: .* or correct routes"):
+        await there.do(lambda transport: transport.topics())
+    await there.close()
+
+
 class Broken(MemoryTransport):
     """Counts how often it is asked, and can't be reached, or never answers."""
 

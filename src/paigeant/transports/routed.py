@@ -82,7 +82,7 @@ class Route:
             raise  # the broker is there, and what goes to its other topics must not wait
         except (PaigeantError, TimeoutError) as exc:
             self._close_for_a_while(began_at)
-            reason = str(exc) or f"no answer within {self._patience:g} s"
+            reason = _said(exc) or f"no answer within {self._patience:g} s"
             raise TransportUnavailable(f"{self.name} is out of reach: {reason}") from exc
         self._pause = 0.0
         return found
@@ -91,7 +91,7 @@ class Route:
         try:
             return await work(self.transport)
         except (TopicUnavailable, ConfigurationError) as exc:  # it has been opened: this is about one topic
-            raise TopicUnavailable(f"{self.name} refuses this: {exc}") from exc
+            raise TopicUnavailable(f"{self.name} refuses this: {_said(exc)}") from exc
 
     def _close_for_a_while(self, began_at: float) -> None:
         # What was under way when it failed last is a part of that failure, and no further one: a hundred publishes that
@@ -113,6 +113,11 @@ class Route:
         if self._was_tried:
             self._is_open = self._was_tried = False
             await self.transport.close()
+
+
+def _said(exc: BaseException) -> str:
+    # What a transport says to correct is `transport_url`: it doesn't know that it is a route's.
+    return str(exc).replace("transport_url", "routes")
 
 
 class RoutedTransport:
