@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from tests.integration.workers import working
@@ -96,3 +96,49 @@ async def test_runs_end_alike(settings: Settings) -> None:
     assert ended[1].error is not None
     assert done == {"little released 5": 1, "never released 7": 1}
     assert sum(depth.waiting for depth in left) == 0
+
+
+@pytest.mark.parametrize(("old", "new"), list(pairwise((*TRANSPORTS, TRANSPORTS[0]))))
+async def test_runs_in_flight_go_on_over_another_transport(
+    old: str, new: str, postgres_store_url: str, redis_url: str, rabbitmq_url: str
+) -> None:
+    """Only the URL is changed: what waits is sent there."""
+    activity = ActivityRegistry()
+    done: Counter[str] = Counter()
+
+    @activity.execute()
+    async def one(n: int) -> int:
+        done["one"] += 1
+        return n
+
+    @activity.execute()
+    async def two(one: int) -> int:
+        done["two"] += 1
+        return one * 2
+
+    urls = {
+        "sqlite": "sqlite:///p.db",
+        "postgres": postgres_store_url,
+        "redis": redis_url,
+        "rabbitmq": rabbitmq_url,
+    }
+
+    def over(transport: str) -> Settings:
+        return Settings(
+            transport_url=urls[transport],
+            store_url=postgres_store_url,
+            namespace=namespace,
+            grace=0.3,
+            sweep_interval=0.1,
+            signing="off",
+        )
+
+    namespace = f"pairs-{secrets.token_hex(6)}"
+    async with Paigeant(over(old), activities=activity) as app:
+        ids = [(await app.dispatch(Workflow("w", ["one", "two"]), {"n": n})).id for n in range(5)]
+        await app.worker(topics=["one"]).run(until_idle=True)
+        await app.dispatch(Workflow("w", ["one", "two"]), {"n": 5}, workflow_id="last")
+    async with Paigeant(over(new), activities=activity) as app, working(app.worker()):
+        ended = [await app.run(run_id).wait(PATIENCE) for run_id in (*ids, "last")]
+    assert [result.output for result in ended] == [0, 2, 4, 6, 8, 10]
+    assert done == {"one": 6, "two": 6}
