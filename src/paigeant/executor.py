@@ -105,6 +105,7 @@ class Executor:
         self.entitled: Callable[[], bool] = lambda: True
         """Whether the worker's lease holds. What it claims without one, the next sweep takes away again."""
         self._chance = chance
+        self._has_told_of_strangers = False
         self._lost: set[tuple[StepKey, int]] = set()
         self._recording: set[tuple[StepKey, int]] = set()
         self._slots: dict[str, asyncio.Semaphore] = {}
@@ -205,12 +206,16 @@ class Executor:
             await self.reject(message, str(exc))
             return None
         except PaigeantError as exc:
+            if isinstance(exc, RunNotFound):
+                self._tell_of_stranger(message)
             await self._drop(message, str(exc))
             return None
         if isinstance(answer, Refused):
             if answer.retry_in is not None:
                 await self.give_back(message, answer.reason, answer.retry_in)
             else:
+                if answer == Refused("unknown"):
+                    self._tell_of_stranger(message)
                 await self._drop(message, answer.reason)
             return None
         if answer.epoch == under_way or (key, answer.epoch) in self.running:
@@ -321,6 +326,17 @@ class Executor:
         if activity is None or limit is None:
             return None
         return self._slots.setdefault(activity.name, asyncio.Semaphore(limit))
+
+    def _tell_of_stranger(self, message: PaigeantMessage) -> None:
+        # Two stores on one broker take each other's messages, which come again only after a grace time: nothing else
+        # shows why that is slow. Of runs that were pruned, or are not in a restored copy, there may be some as well.
+        if not self._has_told_of_strangers:
+            self._has_told_of_strangers = True
+            log.warning(
+                "dropped a message of run '%s', which isn't in this store, and don't tell of others: if it is in "
+                "another one whose workers use this broker, give each store a `namespace` of its own, or set `adopt`",
+                message.workflow_id,
+            )
 
     async def _drop(self, message: PaigeantMessage, reason: str) -> None:
         """A duplicate, or a message for what is long done: ack, count, drop."""

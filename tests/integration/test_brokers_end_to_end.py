@@ -139,18 +139,23 @@ async def test_a_run_of_another_store_is_adopted(systems: Systems, fails: bool) 
         assert result.output == "A-1 shipped and billed"
 
 
-async def test_without_the_setting_it_stays_where_it_was(systems: Systems) -> None:
-    """As any message for nothing here, whatever brought it."""
+async def test_without_the_setting_it_stays_where_it_was(
+    systems: Systems, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As any message for nothing here, whatever brought it. Of the first one the log says what may be wrong."""
     work = Work()
     async with (
         Paigeant(systems.settings(systems.theirs, grace=1000), activities=work.registry()) as there,
         Paigeant(systems.settings(systems.ours), activities=work.registry(), observers=[work]) as here,
     ):
-        await there.dispatch(flow, {"sku": "A-1"}, workflow_id="r")
+        for run_id in ("r", "s"):
+            await there.dispatch(flow, {"sku": "A-1"}, workflow_id=run_id)
         async with working(here.worker()):
-            await work.until("delivery.duplicate")
+            await work.until("delivery.duplicate", 2)
         assert await here.store.list_runs() == []
     assert not work.done
+    assert caplog.text.count("isn't in this store") == 1
+    assert "give each store a `namespace` of its own, or set `adopt`" in caplog.text
 
 
 async def test_a_dead_letter_that_is_requeued_has_one_effect(systems: Systems) -> None:
