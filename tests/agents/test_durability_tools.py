@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterable, AsyncIterator
+from datetime import date
 from typing import Any
 
 import pytest
@@ -271,14 +272,14 @@ async def test_rule_12_a_crash_before_the_record_repeats_the_call_under_the_same
 
 @pytest.mark.parametrize("more", [{}, {"retries": RetryPolicy(attempts=1), "timeout": 9.0}])
 async def test_rule_12_a_tool_that_is_called_once_at_most(more: dict[str, Any]) -> None:
-    """Marked so in its metadata, it isn't called again when its outcome was lost: a person is asked."""
-    model, _ = scripted(called("pay", "c1"), "done")
+    """Marked so in its metadata, it isn't called again when its outcome was lost: a person is asked about that call."""
+    model, _ = scripted(called("pay", "c1", euros=9, on=date(2026, 1, 2).isoformat()), "done")
     agent = durable(model)
-    paid: list[int] = []
+    paid: list[str] = []
 
     @agent.tool_plain(metadata={"paigeant": {"at_most_once": True, **more}})
-    async def pay() -> int:
-        paid.append(1)
+    async def pay(euros: int, on: date) -> int:
+        paid.append(effect_key())
         raise Crash
 
     step = Step()
@@ -286,7 +287,10 @@ async def test_rule_12_a_tool_that_is_called_once_at_most(more: dict[str, Any]) 
         await step.attempt(lambda: agent.run("go"))
     with pytest.raises(Parked):
         await step.attempt(lambda: agent.run("go"))
-    assert "Do tool 'pay' of agent 'agent' again?" in from_json((await step.asked()).asked)["question"]
+    asked = from_json((await step.asked()).asked)
+    assert "Do tool 'pay' of agent 'agent' again?" in asked.pop("question")
+    call = {"agent": "agent", "tool": "pay", "arguments": {"euros": 9, "on": "2026-01-02"}}
+    assert asked == {**call, "effect_key": paid[0]}
     await step.answer(b'{"approved":false}')
     with pytest.raises(OutcomeUnknown, match="tool 'pay' of agent 'agent' may be done at most once"):
         await step.attempt(lambda: agent.run("go"))

@@ -580,10 +580,12 @@ async def test_a_lost_outcome_goes_to_a_person_when_all_attempts_are_used_up() -
     async with Paigeant(settings, activities=activity) as app:
         run = await app.dispatch(Workflow("w", ["banker"]), workflow_id="r")
         await app.store.claim_step(ClaimRequest(key, "lost", 1))
-        await app.store.save_unit(key, f"{unit}!begun", to_json({"by": "lost", "unit": "the transfer"}))
+        begun = {"by": "lost", "unit": "the transfer", "about": {"arguments": {"euros": 900}}}
+        await app.store.save_unit(key, f"{unit}!begun", to_json(begun))
         async with working(app.worker()):
             [request] = await asked(app, run)
             assert request.name == "the transfer again"
+            assert from_json(request.asked)["arguments"] == {"euros": 900}
             assert keys == []
             await app.approve(request.id)
             result = await run.wait(PATIENCE)

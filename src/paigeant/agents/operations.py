@@ -294,6 +294,8 @@ class Operations(CallableOperationBackend[Unit]):
         tool = ctx.tool_name or "" if ctx is not None and is_call else None
         if tool is not None:
             progress.done[unit] = tool
+            if config.at_most_once:
+                config = replace(config, about=self._call(tool, cache_key))
         made = None
 
         async def produce() -> bytes:
@@ -329,6 +331,12 @@ class Operations(CallableOperationBackend[Unit]):
             added += of_run(told.usage)
         count(unit, told.used, added, to=None if ctx is None else ctx.usage)
         return told.value
+
+    def _call(self, tool: str, cache_key: tuple[object, ...]) -> dict[str, Any]:
+        """What tells a person which call of a tool it is, as it is made: a hook may have changed its arguments."""
+        arguments = next((part for part in cache_key if isinstance(part, Mapping)), {})
+        written = to_json(dict(arguments), inf_nan_mode="strings", fallback=str)
+        return {"agent": self.agent, "tool": tool, "arguments": from_json(written)}
 
     def begin(self, place: Place, ctx: RunContext[Any], progress: Progress) -> None:
         """Have the calls that a run's history leaves open go on like those of a recorded answer.
