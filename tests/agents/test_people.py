@@ -308,7 +308,7 @@ async def test_what_a_tool_tells_of_a_call_has_to_be_json(inline: bool) -> None:
         run = await app.dispatch(Workflow("w", ["banker"]))
         result = await run.wait(PATIENCE)
         [step] = (await run.detail()).steps
-    assert "OutputInvalid: what a model or a tool gave can't be recorded as JSON" in (result.error or "")
+    assert "can't be recorded as JSON: Unable to serialize" in (result.error or "")
     assert (step.attempt, requests) == (1, [0])
 
 

@@ -106,7 +106,12 @@ def _mended(value: Any) -> Any:
 def not_json(error: Exception) -> OutputInvalid:
     """The error for a value that JSON can't hold, whatever it met: no further attempt can record it."""
     said = " ".join(redacted(str(error)).split())
-    return OutputInvalid(f"what a model or a tool gave can't be recorded as JSON: {said[:500]}")
+    call = CALL.get()
+    what = "what a model or a tool gave" if call is None else f"what tool '{call.tool_name}' gave"
+    return OutputInvalid(
+        f"{what} can't be recorded as JSON: {said[:500]}; expected what JSON can hold, such as texts, numbers, lists, "
+        "dicts, dataclasses and pydantic models"
+    )
 
 
 @dataclass(slots=True)
