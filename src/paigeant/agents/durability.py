@@ -327,6 +327,14 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
                 return await handler(args)
         except _EXITS as exc:
             raise _no_exit(f"tool '{call.tool_name}'", exc) from exc
+        except UserError as exc:
+            if "wait_for_external_event" not in str(exc) or ToolOptions.of(call.tool_name, tool_def).inline:
+                raise
+            # The library's own words name other ways out, which aren't there, and another engine.
+            raise InvalidDefinition(
+                f"tool '{call.tool_name}' calls wait_for_external_event(), and its calls are recorded, within which "
+                'nothing can wait so; mark it with metadata={"paigeant": {"inline": True}}'
+            ) from exc
         except (CallDeferred, ApprovalRequired) as exc:
             if not ctx.tool_call_approved or asks_itself(self.agent, ctx):
                 raise
