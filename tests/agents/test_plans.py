@@ -24,8 +24,10 @@ from pydantic_ai import (
     TextOutput,
     TextPart,
     ToolCallPart,
+    ToolDefinition,
     ToolOutput,
 )
+from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.messages import ModelResponsePart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
@@ -583,6 +585,28 @@ def with_a_look(model: FunctionModel, looked: list[str]) -> ActivityRegistry:
 
 
 PLANNED = {"planner.2": '"ab"'}
+
+
+async def test_plans_come_in_the_order_of_the_answer(settings: Settings) -> None:
+    """Whichever of them a hook holds up: the ids of steps follow from the order, and a replay is held up otherwise."""
+
+    class Hook(AbstractCapability[Any]):
+        async def before_tool_execute(
+            self, ctx: RunContext[Any], *, call: Any, tool_def: ToolDefinition, args: dict[str, Any]
+        ) -> dict[str, Any]:
+            for _ in range(5 if call.tool_call_id == "c1" else 0):
+                await asyncio.sleep(0)
+            return args
+
+    model, _ = scripted([adds("c1", "shorten", place="end"), adds("c2", "collect", place="end")], told)
+    activity = helpers()
+    may_add = ItineraryPolicy(allowed=["shorten", "collect"])
+    activity.agent(Agent(model, name="planner", capabilities=[Hook()]), prompt="Plan", may_add=may_add)
+    detail = await carried_out(settings, activity, "planner", text="abc")
+    assert [(step.key.step, step.activity) for step in detail.steps[1:]] == [
+        ("planner.1", "shorten"),
+        ("planner.2", "collect"),
+    ]
 
 
 async def test_a_further_attempt_makes_the_same_plan_once(settings: Settings) -> None:
