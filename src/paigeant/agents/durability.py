@@ -126,7 +126,7 @@ from paigeant.place import Stages, Unit, current_place
 from paigeant.retry import RetryPolicy
 from paigeant.values import evolved
 
-__all__ = ["PaigeantDurability", "effect_key", "replay_scope"]
+__all__ = ["PaigeantDurability", "effect_key", "replay_scope", "stays"]
 
 
 def effect_key() -> str:
@@ -143,6 +143,7 @@ def effect_key() -> str:
 
 _PLAIN = Unit("a unit of an agent")
 _TRANSIENT = (ModelRateLimitError, ModelUnavailableError, ModelServerError, ModelConnectionError)
+_REFUSED = (ModelQuotaExceededError, ModelRequestRejectedError)
 _FINAL = (NonRetryableError, InvalidDefinition, UsageLimitExceeded, UserError)
 
 _MODELS = 100
@@ -642,9 +643,16 @@ def _failures(error: Exception) -> Iterator[Exception]:
         yield error
 
 
+def stays(error: Exception) -> bool:
+    """Whether each model that was asked would refuse the same request again, and none of them says until when."""
+    return all(
+        isinstance(each, _REFUSED) and getattr(each, "retry_after", None) is None for each in _failures(error)
+    )
+
+
 def _may_pass(error: Exception) -> bool:
     """Whether a model that failed so may answer when it is asked again."""
-    if isinstance(error, (ModelQuotaExceededError, ModelRequestRejectedError)):
+    if isinstance(error, _REFUSED):
         return False
     if isinstance(error, ModelHTTPError) and (
         error.status_code in (408, 425, 429) or error.status_code >= 500
