@@ -401,6 +401,35 @@ async def test_what_can_t_be_done_is_refused_with_the_reason(
     ]
 
 
+async def test_what_is_refused_is_an_event_of_the_step(settings: Settings) -> None:
+    """Steps and handoffs alike, for whoever counts them or looks at the logs of a run."""
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        turn = sum(isinstance(message, ModelResponse) for message in messages)
+        parts: list[ModelResponsePart] = [
+            adds("c1", "shortn"),
+            called(info.output_tools[0].name, "c2", activity="nobody", message="Go on."),
+            TextPart("done"),
+        ]
+        return ModelResponse(parts=parts[turn : turn + 1])
+
+    activity = helpers()
+    activity.agent(
+        Agent(FunctionModel(respond), name="planner", output_type=[str, Handoff]),
+        prompt="Plan",
+        may_add=ItineraryPolicy(allowed=["shorten", "collect"]),
+    )
+    seen = Seen()
+    async with at_work(settings, activity, observers=[seen]) as app:
+        run = await app.dispatch(Workflow("w", ["planner"]))
+        await run.wait(timeout=PATIENCE)
+    known = "known: collect, shorten"
+    assert [(event.workflow_id, event.step, event.error) for event in seen.named("plan.refused")] == [
+        (run.id, "planner", f"activity 'shortn' may not be added; did you mean 'shorten'? {known}"),
+        (run.id, "planner", f"activity 'nobody' may not be added; {known}"),
+    ]
+
+
 @pytest.mark.parametrize("levels", [1, MAX_ARGUMENT_DEPTH])
 async def test_arguments_up_to_the_bound_travel(settings: Settings, levels: int) -> None:
     """What isn't refused arrives at another worker, whatever it is."""
