@@ -9,7 +9,7 @@ from datetime import date
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import Base64Bytes, BaseModel, Field
 from pydantic_ai import (
     ApprovalRequired,
     CallDeferred,
@@ -295,6 +295,24 @@ async def test_rule_12_a_tool_that_is_called_once_at_most(more: dict[str, Any]) 
     with pytest.raises(OutcomeUnknown, match="tool 'pay' of agent 'agent' may be done at most once"):
         await step.attempt(lambda: agent.run("go"))
     assert len(paid) == 1
+
+
+async def test_any_arguments_are_told_to_whoever_decides() -> None:
+    """What JSON can't hold as it is, such as bytes that are no text, is told in Python's words."""
+    model, _ = scripted(called("send", "c1", raw="/w=="), "done")
+    agent = durable(model)
+
+    @agent.tool_plain(metadata={"paigeant": {"at_most_once": True}})
+    async def send(raw: Base64Bytes) -> int:
+        assert raw == b"\xff"
+        raise Crash
+
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: agent.run("go"))
+    with pytest.raises(Parked):
+        await step.attempt(lambda: agent.run("go"))
+    assert from_json((await step.asked()).asked)["arguments"] == r"{'raw': b'\xff'}"
 
 
 # -- calls that aren't recorded

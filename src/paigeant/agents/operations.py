@@ -29,6 +29,7 @@ from pydantic_ai.messages import ModelResponse, ToolCallPart
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.agents.usage import Part, count, of_request, of_run
+from paigeant.codec import storable
 from paigeant.errors import OutputInvalid, UnitUnreadable
 from paigeant.place import Place, Stages, Unit, current_place
 from paigeant.redaction import redacted
@@ -340,8 +341,11 @@ class Operations(CallableOperationBackend[Unit]):
     def _call(self, tool: str, cache_key: tuple[object, ...]) -> dict[str, Any]:
         """What tells a person which call of a tool it is, as it is made: a hook may have changed its arguments."""
         arguments = next((part for part in cache_key if isinstance(part, Mapping)), {})
-        written = to_json(dict(arguments), inf_nan_mode="strings", fallback=str)
-        return {"agent": self.agent, "tool": tool, "arguments": from_json(written)}
+        try:
+            shown = from_json(to_json(dict(arguments), inf_nan_mode="strings", fallback=str))
+        except ValueError:  # bytes that are no text, or what a hook has put in
+            shown = storable(str(arguments))
+        return {"agent": self.agent, "tool": tool, "arguments": shown}
 
     def begin(self, place: Place, ctx: RunContext[Any], progress: Progress) -> None:
         """Have the calls that a run's history leaves open go on like those of a recorded answer.
