@@ -285,8 +285,9 @@ async def test_rule_12_a_tool_that_is_called_once_at_most(more: dict[str, Any]) 
     step = Step()
     with pytest.raises(Crash):
         await step.attempt(lambda: agent.run("go"))
-    with pytest.raises(Parked):
+    with pytest.raises(Parked) as left:
         await step.attempt(lambda: agent.run("go"))
+    assert RunCancelled.from_cancellation(left.value) is not None, "to the library it is a cancelled run"
     asked = from_json((await step.asked()).asked)
     assert "Do tool 'pay' of agent 'agent' again?" in asked.pop("question")
     call = {"agent": "agent", "tool": "pay", "arguments": {"euros": 9, "on": "2026-01-02"}}

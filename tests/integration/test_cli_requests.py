@@ -176,7 +176,7 @@ def test_the_same_answer_twice_is_one_and_another_is_refused() -> None:
     paigeant("requests", "answer", request, '"red"', "--by", "ada")
     assert "answered by ada" in paigeant("requests", "answer", request, '"red"', "--by", "bob").stdout
     said = refused("requests", "answer", request, '"blue"')
-    assert "answered by ada already" in said
+    assert 'answered by ada already: "red"' in said
 
 
 def test_wrong_answers_are_refused() -> None:
