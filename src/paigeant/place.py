@@ -330,10 +330,11 @@ class Place:
             await self.journal.save(f"{unit}!held", b"true")
         await self.journal.save(f"{unit}!refused", b"true")
 
-    def give_up(self, unit: str, error: BaseException, *, held: str = "") -> None:
+    def give_up(self, unit: str | None, error: BaseException, *, held: str = "") -> None:
         """Refuse this unit if the attempt ends with `error`, and not if somebody catches it and goes on.
 
-        `held` says why it isn't to be done anew without an operator who wants that.
+        `held` says why it isn't to be done anew without an operator who wants that. None: there is no such record, and
+        the attempt is the last one all the same.
         """
         self.journal.given_up(self, unit, error, held)
 

@@ -335,7 +335,10 @@ def refusal(category: Any, status: int, **more: Any) -> ModelHTTPError:
     ],
     ids=["quota", "rejected", "both", "quota until then", "one may answer"],
 )
-async def test_rule_13_what_a_provider_refuses_is_final(errors: list[ModelHTTPError], attempts: int) -> None:
+@pytest.mark.parametrize("where", ["step", "plain activity", "tool of another agent"])
+async def test_rule_13_what_a_provider_refuses_is_final(
+    errors: list[ModelHTTPError], attempts: int, where: str
+) -> None:
     """No further attempt sends the same request again, but where one of the models that were asked may answer it."""
     asked: list[int] = []
 
@@ -351,14 +354,53 @@ async def test_rule_13_what_a_provider_refuses_is_final(errors: list[ModelHTTPEr
     agent = Agent(
         models[0] if len(models) == 1 else FallbackModel(*models), name="one", capabilities=[engine]
     )
+    outer = Agent(TestModel(), name="outer")
+
+    @outer.tool_plain
+    async def ask() -> str:
+        return (await agent.run("go")).output
+
     activity = ActivityRegistry()
-    activity.agent(agent, prompt="go", retries=2)
+    activity.agent(agent, prompt="go", name="step", retries=2)
+    activity.agent(outer, prompt="go", name="tool of another agent", retries=2)
+
+    @activity.execute(name="plain activity", retries=2)
+    async def plain() -> str:
+        return (await agent.run("go")).output
+
     async with MemoryApp(activity) as app:
-        run = await app.dispatch(Workflow("w", ["one"]))
+        run = await app.dispatch(Workflow("w", [where]))
         await app.drain()
-        assert (await run.wait()).status is RunStatus.FAILED
+        result = await run.wait()
+        assert result.status is RunStatus.FAILED
+        assert ("would refuse the same request again" in str(result.error)) == (attempts == 1)
         assert (await run.detail()).steps[0].attempt == attempts
-    assert len(asked) == attempts * len(errors)
+        assert len(asked) == attempts * len(errors)
+        await run.retry()
+        await app.drain()
+    assert len(asked) == 2 * attempts * len(errors)
+
+
+async def test_a_refusal_that_somebody_made_do_without_is_none() -> None:
+    """Code that catches it may ask another model; what fails after that is tried again like anything else."""
+
+    def refuse(*_: Any) -> ModelResponse:
+        raise refusal(ModelRequestRejectedError, 400)
+
+    agent = Agent(FunctionModel(refuse), name="one", capabilities=[PaigeantDurability()])
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=1)
+    async def review(ctx: StepContext) -> str:
+        try:
+            return (await agent.run("go")).output
+        except ModelRequestRejectedError:
+            if ctx.attempt == 1:
+                raise ConnectionError("reset by peer") from None
+            return "made do"
+
+    detail, _ = await carried_out(activity, "review")
+    assert (detail.run.status, detail.steps[0].output) == ("completed", b'"made do"')
 
 
 @pytest.mark.parametrize(

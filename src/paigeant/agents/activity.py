@@ -1,8 +1,8 @@
 """An agent as an activity: its prompt and deps come from the payload, its output is the step's.
 
 **Failures.** What a model or a tool raises is the failure of an attempt, and retried by the step's policy. A usage
-limit that was reached, a wrong use of pydantic-ai, and what a provider rejects or has no more quota for, stay what they
-are however often they are tried: NonRetryableError.
+limit that was reached, and a wrong use of pydantic-ai, stay what they are however often they are tried:
+NonRetryableError. What a provider refuses is final wherever an agent runs, see `durability.py`.
 
 **Usage** of the step is counted by its units; here only what none of them tells of is added.
 
@@ -29,20 +29,14 @@ from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.capabilities.abstract import leaf_capabilities
 from pydantic_ai.conversation import Conversation
 from pydantic_ai.durable_exec import BaseDurabilityCapability
-from pydantic_ai.exceptions import (
-    FallbackExceptionGroup,
-    ModelAPIError,
-    UnexpectedModelBehavior,
-    UsageLimitExceeded,
-    UserError,
-)
+from pydantic_ai.exceptions import UnexpectedModelBehavior, UsageLimitExceeded, UserError
 from pydantic_ai.messages import ToolReturnContent
 from pydantic_ai.tools import DeferredToolCallResult
 
 from paigeant import codec
 from paigeant.activity import Activity, ActivityRegistry, Parameter, read_parameters
 from paigeant.agents.conversation import answers, continued, keep
-from paigeant.agents.durability import PaigeantDurability, stays
+from paigeant.agents.durability import PaigeantDurability
 from paigeant.agents.plans import Handoff, Planner, check_may_add, hands_over
 from paigeant.agents.prompt import Prompt
 from paigeant.agents.usage import Part, count
@@ -177,10 +171,6 @@ def agent_activity(
                     capabilities=engines if plan is None else [*engines, plan],
                 )
             except (UsageLimitExceeded, UserError) as exc:
-                raise NonRetryableError(f"{type(exc).__name__}: {exc}") from exc
-            except (ModelAPIError, FallbackExceptionGroup) as exc:
-                if not stays(exc):
-                    raise
                 raise NonRetryableError(f"{type(exc).__name__}: {exc}") from exc
             except UnexpectedModelBehavior as exc:
                 if plan is None or not plan.refused:

@@ -126,7 +126,7 @@ from paigeant.place import Stages, Unit, current_place
 from paigeant.retry import RetryPolicy
 from paigeant.values import evolved
 
-__all__ = ["PaigeantDurability", "effect_key", "replay_scope", "stays"]
+__all__ = ["PaigeantDurability", "effect_key", "replay_scope"]
 
 
 def effect_key() -> str:
@@ -143,6 +143,10 @@ def effect_key() -> str:
 
 _PLAIN = Unit("a unit of an agent")
 _TRANSIENT = (ModelRateLimitError, ModelUnavailableError, ModelServerError, ModelConnectionError)
+_REFUSAL = (
+    "the provider would refuse the same request again; retrying the run has it sent once more, when what is "
+    "wrong is mended"
+)
 _REFUSED = (ModelQuotaExceededError, ModelRequestRejectedError)
 _FINAL = (NonRetryableError, InvalidDefinition, UsageLimitExceeded, UserError)
 
@@ -293,6 +297,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         except Exception as exc:
             if isinstance(exc, UnexpectedModelBehavior):
                 progress.failed(exc)
+            elif _stays(exc):
+                place.give_up(None, exc, held=_REFUSAL)
             with suppress(Exception):  # the error that there is says more
                 await place.settled()
             raise
@@ -643,7 +649,7 @@ def _failures(error: Exception) -> Iterator[Exception]:
         yield error
 
 
-def stays(error: Exception) -> bool:
+def _stays(error: Exception) -> bool:
     """Whether each model that was asked would refuse the same request again, and none of them says until when."""
     return all(
         isinstance(each, _REFUSED) and getattr(each, "retry_after", None) is None for each in _failures(error)
