@@ -10,9 +10,9 @@ tool call and, where all that is the same, by how often it has occurred. Neither
 nor nesting can give one call what another was answered. These names are stored: a test pins them.
 
 **What is data.** What a tool tells the run by raising (ModelRetry, approval, deferral, failure) is recorded like a
-result. Any other error is not: the attempt fails, and the next one tries that unit again. When an attempt ends because
-an agent gave up on what its model said, the next one asks for the last answer again, unless a tool call of that answer
-was done.
+result. Any other error is not: the attempt fails, and the next one tries that unit again. There is no next one where
+the provider would refuse the same request again. When an attempt ends because an agent gave up on what its model said,
+the next one asks for the last answer again, unless a tool call of that answer was done.
 
 **At least once.** A crash after an effect and before its record repeats the unit. `effect_key()` is the same then, for
 whoever has the effect; a tool marked `at_most_once` isn't repeated before a person has said so. An answer is recorded
