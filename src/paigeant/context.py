@@ -98,6 +98,13 @@ class StepContext:
         between the call and its record repeats the call: hand `effect_key()` to what it calls.
         """
         check_name("the name of what is done once", name)
+        if not callable(function):
+            if inspect.iscoroutine(function):
+                function.close()  # it is never awaited: that is said here
+            raise InvalidDefinition(
+                f"what is done once is a function, with its arguments behind it: once({name!r}, send, order), "
+                f"found {function!r}"
+            )
 
         async def produce() -> bytes:
             value = function(*args)

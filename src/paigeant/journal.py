@@ -121,7 +121,7 @@ class Journal:
         """Whether there is a record of this unit from an earlier attempt that nobody has asked for in this one."""
         return self._recorded is not None and unit in self._recorded
 
-    def given_up(self, place: Place, unit: str, error: BaseException, held: str) -> None:
+    def given_up(self, place: Place, unit: str | None, error: BaseException, held: str) -> None:
         """See `Place.give_up`."""
         self._given_up.append(_GivenUp(place, unit, error, held))
 
@@ -136,7 +136,8 @@ class Journal:
         reached = set(_causes(error))
         for given_up in self._given_up:
             if id(given_up.error) in reached:
-                await given_up.place.refuse(given_up.unit, held=bool(given_up.held))
+                if given_up.unit is not None:
+                    await given_up.place.refuse(given_up.unit, held=bool(given_up.held))
                 if given_up.held:
                     return given_up.held
         return ""
@@ -259,10 +260,10 @@ class Journal:
 
 @dataclass(frozen=True, slots=True)
 class _GivenUp:
-    """A unit whose record made whoever asked for it give up with `error`."""
+    """A unit whose record made whoever asked for it give up with `error`; None where there is no record to blame."""
 
     place: Place
-    unit: str
+    unit: str | None
     error: BaseException
     held: str
 

@@ -14,7 +14,7 @@ import itertools
 import re
 import secrets
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -78,6 +78,8 @@ class Unit:
     at_most_once: bool = False
     beside: bool = False
     """It goes on beside others like it, none of which relies on what another one has done."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """What else tells a person which unit it is, in JSON; of one that may be done at most once."""
 
     def late(self) -> TimeoutError:
         """The error of a try that took longer than `timeout`."""
@@ -328,10 +330,11 @@ class Place:
             await self.journal.save(f"{unit}!held", b"true")
         await self.journal.save(f"{unit}!refused", b"true")
 
-    def give_up(self, unit: str, error: BaseException, *, held: str = "") -> None:
+    def give_up(self, unit: str | None, error: BaseException, *, held: str = "") -> None:
         """Refuse this unit if the attempt ends with `error`, and not if somebody catches it and goes on.
 
-        `held` says why it isn't to be done anew without an operator who wants that.
+        `held` says why it isn't to be done anew without an operator who wants that. None: there is no such record, and
+        the attempt is the last one all the same.
         """
         self.journal.given_up(self, unit, error, held)
 
@@ -339,7 +342,7 @@ class Place:
         # That it begins is recorded first. What began and left no result is for a person to look at.
         for number in itertools.count(1):
             begun = f"{name}!begun" if number == 1 else f"{name}!begun#{number}"
-            mine = codec.dump({"by": uuid.uuid4().hex, "unit": unit.label})
+            mine = codec.dump({"by": uuid.uuid4().hex, "unit": unit.label, "about": unit.about})
             trouble = None
             with self.journal.parking.working(name):
                 if await self.journal.save(begun, mine) == mine:
@@ -353,7 +356,7 @@ class Place:
                         await self.journal.save(f"{begun}!failed", codec.dump(trouble))
                     else:
                         return Done(await self.journal.save(name, value), executed=True)
-            await self._decide(name, unit.label, begun, trouble)
+            await self._decide(name, unit.label, unit.about, begun, trouble)
         raise AssertionError("unreachable")
 
     async def decide_lost(self) -> None:
@@ -365,14 +368,16 @@ class Place:
         units = await self.journal.all()
         for begun, value in units.items():
             found = _BEGUN.fullmatch(begun)
-            label = None if found is None else _label(value)
-            if found is None or label is None:
+            told = None if found is None else _told(value)
+            if found is None or told is None:
                 continue
             name, number = found[1], int(found[2] or 1)
             if not units.keys() & {name, f"{name}!begun#{number + 1}", f"{begun}!decision"}:
-                await self._decide(name, label, begun, None)
+                await self._decide(name, *told, begun, None)
 
-    async def _decide(self, name: str, label: str, begun: str, trouble: str | None) -> None:
+    async def _decide(
+        self, name: str, label: str, about: Mapping[str, Any], begun: str, trouble: str | None
+    ) -> None:
         """Have a person decide whether a unit is begun once more. Raises OutcomeUnknown when it isn't."""
         if trouble is None:
             failed = await self.journal.find(f"{begun}!failed", again=self.again)
@@ -380,6 +385,7 @@ class Place:
             trouble = lost if failed is None else from_json(failed)
         key = self._inner(name, again=False).effect_key
         asked = {
+            **about,
             "question": f"Do {label} again? It may be done at most once; {trouble}",
             "effect_key": key,
         }
@@ -439,14 +445,16 @@ class Place:
 _BEGUN = re.compile(r"(.*)!begun(?:#([1-9][0-9]{0,8}))?", re.DOTALL)
 
 
-def _label(value: bytes) -> str | None:
-    """What people call the unit of which this is recorded to have begun; None where it records something else.
+def _told(value: bytes) -> tuple[str, Mapping[str, Any]] | None:
+    """What people call the unit of which this is recorded to have begun, and what else tells it.
 
-    A name may look like that of such a record: there are call ids and questions of models in names.
+    None where it records something else: a name may look like that of such a record, for there are call ids and
+    questions of models in names.
     """
-    found = from_json(value)
-    is_ours = isinstance(found, dict) and found.keys() == {"by", "unit"} and isinstance(found["unit"], str)
-    return found["unit"] if is_ours else None
+    match from_json(value):
+        case {"by": _, "unit": str(label), "about": dict(about), **rest} if not rest:
+            return label, about
+    return None
 
 
 class Stages:

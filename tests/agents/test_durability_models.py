@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from pydantic_ai import Agent, ModelMessage, ModelResponse, ModelRetry, RunContext, TextPart
-from pydantic_ai.capabilities import AbstractCapability, ModelFallback, SelectModel
+from pydantic_ai.capabilities import AbstractCapability, ModelFallback, ResolveModelId, SelectModel
 from pydantic_ai.exceptions import ModelHTTPError, UnexpectedModelBehavior, UserError
 from pydantic_ai.messages import AgentStreamEvent
-from pydantic_ai.models import ModelRequestContext
+from pydantic_ai.models import Model, ModelRequestContext
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
 from tests.agents.durable import both_answers, durable
@@ -81,6 +81,33 @@ async def test_rule_8_models_of_a_run_are_refused_unless_they_are_known() -> Non
     assert (await step.attempt(lambda: agent.run("go", model="other"))).output == "other"
     assert (await step.attempt(lambda: agent.run("go", model=other))).output == "other"
     assert step.units == ["agent__model.request(agent:1,1)"]
+
+
+async def test_rule_8_a_model_may_be_made_of_its_id_and_the_deps() -> None:
+    """As for a tenant with a key of its own: by the agent's own id or that of a run, in each attempt anew."""
+    model, requests = scripted(called("add", "c1"), both_answers)
+    made: list[tuple[str, str]] = []
+
+    def resolve(ctx: Any, model_id: str) -> Model | None:
+        made.append((model_id, ctx.deps))
+        return model if model_id.startswith("tenant:") else None
+
+    agent = durable("tenant:own", deps_type=str, capabilities=[ResolveModelId[Any](resolve)])
+
+    @agent.tool_plain
+    def add() -> int:
+        return 1
+
+    for options in ({}, {"model": "tenant:other"}):
+        step = Step()
+        made.clear()
+        requests.clear()
+        run = partial(agent.run, "go", deps="ada", **options)
+        result, crashes = await step.resumed(run)
+        assert (result.output, crashes, requests) == ("c1=1", 3, [0, 1])
+        assert set(made) == {(options.get("model", "tenant:own"), "ada")}
+        assert (await step.attempt(run)).output == "c1=1"
+        assert requests == [0, 1]
 
 
 async def test_rule_8_a_model_that_overrides_the_agent_s_own_is_taken() -> None:

@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 from pydantic_ai import ModelMessage, ModelResponse, RunContext, TextPart
-from pydantic_ai.exceptions import FallbackExceptionGroup, ModelHTTPError
+from pydantic_ai.exceptions import (
+    FallbackExceptionGroup,
+    ModelContextWindowExceededError,
+    ModelHTTPError,
+    ModelQuotaExceededError,
+)
 from pydantic_ai.messages import AgentStreamEvent
 from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.function import AgentInfo, FunctionModel
@@ -177,6 +182,19 @@ async def test_rule_13_a_model_is_not_asked_again_for_what_stays(status: int) ->
     model, asked = failing(lambda: ModelHTTPError(status, "m"), 3)
     agent = durable(model, engine={"model_retries": QUICK})
     with pytest.raises(ModelHTTPError):
+        await Step().attempt(lambda: agent.run("go"))
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("category", [ModelQuotaExceededError, ModelContextWindowExceededError])
+async def test_rule_13_what_a_provider_says_counts_for_more_than_its_status(category: Any) -> None:
+    """An exhausted quota comes as 429 as well, and a history that is too long as 500: neither passes by waiting."""
+    status = 429 if category is ModelQuotaExceededError else 500
+    model, asked = failing(
+        lambda: ModelHTTPError.for_category(category, status_code=status, model_name="m"), 3
+    )
+    agent = durable(model, engine={"model_retries": QUICK})
+    with pytest.raises(category):
         await Step().attempt(lambda: agent.run("go"))
     assert len(asked) == 1
 

@@ -97,7 +97,7 @@ def test_any_crashes_leave_the_outcome_of_none(crashes: list[int], sequential: b
 
 
 async def test_rule_4_agents_that_run_together_don_t_mix() -> None:
-    """Two agents at once, and one agent twice at once, keep their answers over crashes behind every unit."""
+    """Two agents at once, and one twice at once, keep their ids and their answers over crashes behind every unit."""
     requests: list[str] = []
 
     def respond(messages: list[ModelMessage], _: AgentInfo) -> ModelResponse:
@@ -108,13 +108,17 @@ async def test_rule_4_agents_that_run_together_don_t_mix() -> None:
 
     async def work() -> list[str]:
         runs = await asyncio.gather(one.run("a"), other.run("b"), one.run("c"))
+        ids.append([run.run_id for run in runs])
+        assert len({run.conversation_id for run in runs}) == 3
         return [str(run.output) for run in runs]
 
     step = Step()
+    ids: list[list[str]] = []
     outputs, _ = await step.resumed(work)
     assert outputs == ["said a", "said b", "said c"]
     assert len(step.units) == 3
     assert await step.attempt(work) == outputs
+    assert ids == [["run:step:one:1", "run:step:other:1", "run:step:one:2"]] * len(ids)
 
 
 async def test_a_run_isn_t_given_the_answer_to_another_one_of_its_id() -> None:

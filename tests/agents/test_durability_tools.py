@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterable, AsyncIterator
+from datetime import date
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import Base64Bytes, BaseModel, Field
 from pydantic_ai import (
     ApprovalRequired,
     CallDeferred,
@@ -271,14 +272,40 @@ async def test_rule_12_a_crash_before_the_record_repeats_the_call_under_the_same
 
 @pytest.mark.parametrize("more", [{}, {"retries": RetryPolicy(attempts=1), "timeout": 9.0}])
 async def test_rule_12_a_tool_that_is_called_once_at_most(more: dict[str, Any]) -> None:
-    """Marked so in its metadata, it isn't called again when its outcome was lost: a person is asked."""
-    model, _ = scripted(called("pay", "c1"), "done")
+    """Marked so in its metadata, it isn't called again when its outcome was lost: a person is asked about that call."""
+    model, _ = scripted(called("pay", "c1", euros=9, on=date(2026, 1, 2).isoformat()), "done")
     agent = durable(model)
-    paid: list[int] = []
+    paid: list[str] = []
 
     @agent.tool_plain(metadata={"paigeant": {"at_most_once": True, **more}})
-    async def pay() -> int:
-        paid.append(1)
+    async def pay(euros: int, on: date) -> int:
+        paid.append(effect_key())
+        raise Crash
+
+    step = Step()
+    with pytest.raises(Crash):
+        await step.attempt(lambda: agent.run("go"))
+    with pytest.raises(Parked) as left:
+        await step.attempt(lambda: agent.run("go"))
+    assert RunCancelled.from_cancellation(left.value) is not None, "to the library it is a cancelled run"
+    asked = from_json((await step.asked()).asked)
+    assert "Do tool 'pay' of agent 'agent' again?" in asked.pop("question")
+    call = {"agent": "agent", "tool": "pay", "arguments": {"euros": 9, "on": "2026-01-02"}}
+    assert asked == {**call, "effect_key": paid[0]}
+    await step.answer(b'{"approved":false}')
+    with pytest.raises(OutcomeUnknown, match="tool 'pay' of agent 'agent' may be done at most once"):
+        await step.attempt(lambda: agent.run("go"))
+    assert len(paid) == 1
+
+
+async def test_any_arguments_are_told_to_whoever_decides() -> None:
+    """What JSON can't hold as it is, such as bytes that are no text, is told in Python's words."""
+    model, _ = scripted(called("send", "c1", raw="/w=="), "done")
+    agent = durable(model)
+
+    @agent.tool_plain(metadata={"paigeant": {"at_most_once": True}})
+    async def send(raw: Base64Bytes) -> int:
+        assert raw == b"\xff"
         raise Crash
 
     step = Step()
@@ -286,11 +313,7 @@ async def test_rule_12_a_tool_that_is_called_once_at_most(more: dict[str, Any]) 
         await step.attempt(lambda: agent.run("go"))
     with pytest.raises(Parked):
         await step.attempt(lambda: agent.run("go"))
-    assert "Do tool 'pay' of agent 'agent' again?" in from_json((await step.asked()).asked)["question"]
-    await step.answer(b'{"approved":false}')
-    with pytest.raises(OutcomeUnknown, match="tool 'pay' of agent 'agent' may be done at most once"):
-        await step.attempt(lambda: agent.run("go"))
-    assert len(paid) == 1
+    assert from_json((await step.asked()).asked)["arguments"] == r"{'raw': b'\xff'}"
 
 
 # -- calls that aren't recorded

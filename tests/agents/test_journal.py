@@ -745,7 +745,7 @@ async def test_people_can_read_what_a_unit_is_within() -> None:
 
 def begun(label: str) -> bytes:
     """The record that a unit which may be done at most once has begun."""
-    return codec.dump({"by": "lost", "unit": label})
+    return codec.dump({"by": "lost", "unit": label, "about": {}})
 
 
 async def test_a_unit_that_is_lost_again_and_again_is_decided_on_each_time() -> None:

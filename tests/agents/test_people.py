@@ -308,7 +308,7 @@ async def test_what_a_tool_tells_of_a_call_has_to_be_json(inline: bool) -> None:
         run = await app.dispatch(Workflow("w", ["banker"]))
         result = await run.wait(PATIENCE)
         [step] = (await run.detail()).steps
-    assert "OutputInvalid: what a model or a tool gave can't be recorded as JSON" in (result.error or "")
+    assert "can't be recorded as JSON: Unable to serialize" in (result.error or "")
     assert (step.attempt, requests) == (1, [0])
 
 
@@ -518,6 +518,33 @@ async def test_a_tool_waits_for_an_event_outside() -> None:
     assert tokens == [request.id]
 
 
+async def test_a_recorded_tool_that_waits_outside_is_told_how_to() -> None:
+    """Nothing has been asked of anybody by then. Within an agent that a tool runs, the inner tool is named."""
+    waits, _ = scripted(called("deliver", "c1"), tell)
+    inner = Agent(waits, name="inner", capabilities=[PaigeantDurability()])
+    asking, _ = scripted(called("ask", "c1"), tell)
+    outer = Agent(asking, name="outer")
+
+    @inner.tool_plain
+    async def deliver() -> JsonValue:
+        return await wait_for_external_event("delivered", ask=lambda token: None)
+
+    @outer.tool_plain
+    async def ask() -> str:
+        return str((await inner.run("go")).output)
+
+    activity = ActivityRegistry()
+    activity.agent(outer, prompt="Go.", retries=9)
+    async with opened(activity) as app, working(app.worker()):
+        run = await app.dispatch(Workflow("w", ["outer"]))
+        result = await run.wait(PATIENCE)
+        [step] = (await run.detail()).steps
+        assert await run.requests() == []
+    assert "tool 'deliver' calls wait_for_external_event()" in str(result.error)
+    assert 'metadata={"paigeant": {"inline": True}}' in str(result.error)
+    assert step.attempt == 1
+
+
 def cut_off() -> tuple[ActivityRegistry, list[str], list[int]]:
     """An agent whose tool may be done at most once and is cut off the first time, the effect keys with which it was
     tried, and the requests of its model."""
@@ -580,10 +607,12 @@ async def test_a_lost_outcome_goes_to_a_person_when_all_attempts_are_used_up() -
     async with Paigeant(settings, activities=activity) as app:
         run = await app.dispatch(Workflow("w", ["banker"]), workflow_id="r")
         await app.store.claim_step(ClaimRequest(key, "lost", 1))
-        await app.store.save_unit(key, f"{unit}!begun", to_json({"by": "lost", "unit": "the transfer"}))
+        begun = {"by": "lost", "unit": "the transfer", "about": {"arguments": {"euros": 900}}}
+        await app.store.save_unit(key, f"{unit}!begun", to_json(begun))
         async with working(app.worker()):
             [request] = await asked(app, run)
             assert request.name == "the transfer again"
+            assert from_json(request.asked)["arguments"] == {"euros": 900}
             assert keys == []
             await app.approve(request.id)
             result = await run.wait(PATIENCE)

@@ -24,8 +24,10 @@ from pydantic_ai import (
     TextOutput,
     TextPart,
     ToolCallPart,
+    ToolDefinition,
     ToolOutput,
 )
+from pydantic_ai.capabilities import AbstractCapability
 from pydantic_ai.messages import ModelResponsePart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.test import TestModel
@@ -399,6 +401,35 @@ async def test_what_can_t_be_done_is_refused_with_the_reason(
     ]
 
 
+async def test_what_is_refused_is_an_event_of_the_step(settings: Settings) -> None:
+    """Steps and handoffs alike, for whoever counts them or looks at the logs of a run."""
+
+    def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
+        turn = sum(isinstance(message, ModelResponse) for message in messages)
+        parts: list[ModelResponsePart] = [
+            adds("c1", "shortn"),
+            called(info.output_tools[0].name, "c2", activity="nobody", message="Go on."),
+            TextPart("done"),
+        ]
+        return ModelResponse(parts=parts[turn : turn + 1])
+
+    activity = helpers()
+    activity.agent(
+        Agent(FunctionModel(respond), name="planner", output_type=[str, Handoff]),
+        prompt="Plan",
+        may_add=ItineraryPolicy(allowed=["shorten", "collect"]),
+    )
+    seen = Seen()
+    async with at_work(settings, activity, observers=[seen]) as app:
+        run = await app.dispatch(Workflow("w", ["planner"]))
+        await run.wait(timeout=PATIENCE)
+    known = "known: collect, shorten"
+    assert [(event.workflow_id, event.step, event.error) for event in seen.named("plan.refused")] == [
+        (run.id, "planner", f"activity 'shortn' may not be added; did you mean 'shorten'? {known}"),
+        (run.id, "planner", f"activity 'nobody' may not be added; {known}"),
+    ]
+
+
 @pytest.mark.parametrize("levels", [1, MAX_ARGUMENT_DEPTH])
 async def test_arguments_up_to_the_bound_travel(settings: Settings, levels: int) -> None:
     """What isn't refused arrives at another worker, whatever it is."""
@@ -583,6 +614,28 @@ def with_a_look(model: FunctionModel, looked: list[str]) -> ActivityRegistry:
 
 
 PLANNED = {"planner.2": '"ab"'}
+
+
+async def test_plans_come_in_the_order_of_the_answer(settings: Settings) -> None:
+    """Whichever of them a hook holds up: the ids of steps follow from the order, and a replay is held up otherwise."""
+
+    class Hook(AbstractCapability[Any]):
+        async def before_tool_execute(
+            self, ctx: RunContext[Any], *, call: Any, tool_def: ToolDefinition, args: dict[str, Any]
+        ) -> dict[str, Any]:
+            for _ in range(5 if call.tool_call_id == "c1" else 0):
+                await asyncio.sleep(0)
+            return args
+
+    model, _ = scripted([adds("c1", "shorten", place="end"), adds("c2", "collect", place="end")], told)
+    activity = helpers()
+    may_add = ItineraryPolicy(allowed=["shorten", "collect"])
+    activity.agent(Agent(model, name="planner", capabilities=[Hook()]), prompt="Plan", may_add=may_add)
+    detail = await carried_out(settings, activity, "planner", text="abc")
+    assert [(step.key.step, step.activity) for step in detail.steps[1:]] == [
+        ("planner.1", "shorten"),
+        ("planner.2", "collect"),
+    ]
 
 
 async def test_a_further_attempt_makes_the_same_plan_once(settings: Settings) -> None:

@@ -20,7 +20,13 @@ from opentelemetry.trace import (
 )
 from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart, ToolCallPart
 from pydantic_ai.capabilities import AbstractCapability, Hooks, Instrumentation
-from pydantic_ai.exceptions import ModelHTTPError
+from pydantic_ai.exceptions import (
+    ModelHTTPError,
+    ModelQuotaExceededError,
+    ModelRequestRejectedError,
+    ModelUnavailableError,
+)
+from pydantic_ai.models.fallback import FallbackModel
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.models.instrumented import InstrumentationSettings, InstrumentedModel
 from pydantic_ai.models.test import TestModel
@@ -311,6 +317,90 @@ async def test_rule_13_a_step_waits_as_long_as_the_provider_asks(asked_for: str,
         await app.drain()
         assert (await run.wait()).status is RunStatus.COMPLETED
     assert len(asked) == 2
+
+
+def refusal(category: Any, status: int, **more: Any) -> ModelHTTPError:
+    """The error of a provider that says what is wrong, as the library's models raise it."""
+    return ModelHTTPError.for_category(category, status_code=status, model_name="m", **more)
+
+
+@pytest.mark.parametrize(
+    ("errors", "attempts"),
+    [
+        ([refusal(ModelQuotaExceededError, 429)], 1),
+        ([refusal(ModelRequestRejectedError, 400)], 1),
+        ([refusal(ModelQuotaExceededError, 429), refusal(ModelRequestRejectedError, 400)], 1),
+        ([refusal(ModelQuotaExceededError, 429, retry_after=3600.0)], 3),
+        ([refusal(ModelQuotaExceededError, 429), refusal(ModelUnavailableError, 503)], 3),
+    ],
+    ids=["quota", "rejected", "both", "quota until then", "one may answer"],
+)
+@pytest.mark.parametrize("where", ["step", "plain activity", "tool of another agent"])
+async def test_rule_13_what_a_provider_refuses_is_final(
+    errors: list[ModelHTTPError], attempts: int, where: str
+) -> None:
+    """No further attempt sends the same request again, but where one of the models that were asked may answer it."""
+    asked: list[int] = []
+
+    def refusing(error: ModelHTTPError) -> FunctionModel:
+        def respond(*_: Any) -> ModelResponse:
+            asked.append(1)
+            raise error
+
+        return FunctionModel(respond)
+
+    models = [refusing(error) for error in errors]
+    engine: PaigeantDurability[Any] = PaigeantDurability(model_retries=0)
+    agent = Agent(
+        models[0] if len(models) == 1 else FallbackModel(*models), name="one", capabilities=[engine]
+    )
+    outer = Agent(TestModel(), name="outer")
+
+    @outer.tool_plain
+    async def ask() -> str:
+        return (await agent.run("go")).output
+
+    activity = ActivityRegistry()
+    activity.agent(agent, prompt="go", name="step", retries=2)
+    activity.agent(outer, prompt="go", name="tool of another agent", retries=2)
+
+    @activity.execute(name="plain activity", retries=2)
+    async def plain() -> str:
+        return (await agent.run("go")).output
+
+    async with MemoryApp(activity) as app:
+        run = await app.dispatch(Workflow("w", [where]))
+        await app.drain()
+        result = await run.wait()
+        assert result.status is RunStatus.FAILED
+        assert ("would refuse the same request again" in str(result.error)) == (attempts == 1)
+        assert (await run.detail()).steps[0].attempt == attempts
+        assert len(asked) == attempts * len(errors)
+        await run.retry()
+        await app.drain()
+    assert len(asked) == 2 * attempts * len(errors)
+
+
+async def test_a_refusal_that_somebody_made_do_without_is_none() -> None:
+    """Code that catches it may ask another model; what fails after that is tried again like anything else."""
+
+    def refuse(*_: Any) -> ModelResponse:
+        raise refusal(ModelRequestRejectedError, 400)
+
+    agent = Agent(FunctionModel(refuse), name="one", capabilities=[PaigeantDurability()])
+    activity = ActivityRegistry()
+
+    @activity.execute(retries=1)
+    async def review(ctx: StepContext) -> str:
+        try:
+            return (await agent.run("go")).output
+        except ModelRequestRejectedError:
+            if ctx.attempt == 1:
+                raise ConnectionError("reset by peer") from None
+            return "made do"
+
+    detail, _ = await carried_out(activity, "review")
+    assert (detail.run.status, detail.steps[0].output) == ("completed", b'"made do"')
 
 
 @pytest.mark.parametrize(

@@ -126,13 +126,16 @@ def test_an_approval_is_given_by_somebody() -> None:
 
 
 def test_a_denial_has_a_reason() -> None:
-    """Which is kept with it."""
+    """Which is kept with it, and with who said so and when."""
     started("send", "o-1")
     request = asked("o-1")
     answered = as_json("requests", "deny", request, "--reason", "no tea left", "--by", "Ada L.")
     assert answered["answer"] == {"approved": False, "reason": "no tea left"}
     assert answered["answered_by"] == "Ada L."
-    assert "denied by Ada L." in paigeant("requests", "show", request).stdout
+    said = paigeant("requests", "show", request).stdout
+    assert re.search(
+        r"state +denied by Ada L\.\nanswered +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\nanswer +\{", said
+    ), said
     assert worked("o-1")["output"] == "kept"
 
 
@@ -173,7 +176,7 @@ def test_the_same_answer_twice_is_one_and_another_is_refused() -> None:
     paigeant("requests", "answer", request, '"red"', "--by", "ada")
     assert "answered by ada" in paigeant("requests", "answer", request, '"red"', "--by", "bob").stdout
     said = refused("requests", "answer", request, '"blue"')
-    assert "answered by ada already" in said
+    assert 'answered by ada already: "red"' in said
 
 
 def test_wrong_answers_are_refused() -> None:

@@ -152,6 +152,17 @@ async def test_a_variable_needs_a_name_and_a_json_value(key: str, value: Any, er
         await context().save_variable(key, value)
 
 
+async def test_once_takes_a_function_and_its_arguments() -> None:
+    """What was called already isn't done once: it is said what to write, and nothing is left that nobody awaits."""
+
+    async def charge() -> int:
+        return 5
+
+    for given in (charge(), 5):
+        with pytest.raises(InvalidDefinition, match="its arguments behind it"):
+            await context().once("charge", given)  # type: ignore[arg-type]
+
+
 async def test_once_is_done_once() -> None:
     """The record of a unit is given instead of doing it again, for every later attempt of the step."""
     store = MemoryStore()

@@ -2,7 +2,7 @@
 
 **Failures.** What a model or a tool raises is the failure of an attempt, and retried by the step's policy. A usage
 limit that was reached, and a wrong use of pydantic-ai, stay what they are however often they are tried:
-NonRetryableError.
+NonRetryableError. What a provider refuses is final wherever an agent runs, see `durability.py`.
 
 **Usage** of the step is counted by its units; here only what none of them tells of is added.
 

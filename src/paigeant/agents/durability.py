@@ -10,9 +10,9 @@ tool call and, where all that is the same, by how often it has occurred. Neither
 nor nesting can give one call what another was answered. These names are stored: a test pins them.
 
 **What is data.** What a tool tells the run by raising (ModelRetry, approval, deferral, failure) is recorded like a
-result. Any other error is not: the attempt fails, and the next one tries that unit again. When an attempt ends because
-an agent gave up on what its model said, the next one asks for the last answer again, unless a tool call of that answer
-was done.
+result. Any other error is not: the attempt fails, and the next one tries that unit again. There is no next one where
+the provider would refuse the same request again. When an attempt ends because an agent gave up on what its model said,
+the next one asks for the last answer again, unless a tool call of that answer was done.
 
 **At least once.** A crash after an effect and before its record repeats the unit. `effect_key()` is the same then, for
 whoever has the effect; a tool marked `at_most_once` isn't repeated before a person has said so. An answer is recorded
@@ -143,6 +143,11 @@ def effect_key() -> str:
 
 _PLAIN = Unit("a unit of an agent")
 _TRANSIENT = (ModelRateLimitError, ModelUnavailableError, ModelServerError, ModelConnectionError)
+_REFUSAL = (
+    "the provider would refuse the same request again; retrying the run has it sent once more, when what is "
+    "wrong is mended"
+)
+_REFUSED = (ModelQuotaExceededError, ModelRequestRejectedError)
 _FINAL = (NonRetryableError, InvalidDefinition, UsageLimitExceeded, UserError)
 
 _MODELS = 100
@@ -292,6 +297,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
         except Exception as exc:
             if isinstance(exc, UnexpectedModelBehavior):
                 progress.failed(exc)
+            elif _stays(exc):
+                place.give_up(None, exc, held=_REFUSAL)
             with suppress(Exception):  # the error that there is says more
                 await place.settled()
             raise
@@ -327,6 +334,14 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
                 return await handler(args)
         except _EXITS as exc:
             raise _no_exit(f"tool '{call.tool_name}'", exc) from exc
+        except UserError as exc:
+            if "wait_for_external_event" not in str(exc) or ToolOptions.of(call.tool_name, tool_def).inline:
+                raise
+            # The library's own words name other ways out, which aren't there, and another engine.
+            raise InvalidDefinition(
+                f"tool '{call.tool_name}' calls wait_for_external_event(), and its calls are recorded, within which "
+                'nothing can wait so; mark it with metadata={"paigeant": {"inline": True}}'
+            ) from exc
         except (CallDeferred, ApprovalRequired) as exc:
             if not ctx.tool_call_approved or asks_itself(self.agent, ctx):
                 raise
@@ -634,9 +649,16 @@ def _failures(error: Exception) -> Iterator[Exception]:
         yield error
 
 
+def _stays(error: Exception) -> bool:
+    """Whether each model that was asked would refuse the same request again, and none of them says until when."""
+    return all(
+        isinstance(each, _REFUSED) and getattr(each, "retry_after", None) is None for each in _failures(error)
+    )
+
+
 def _may_pass(error: Exception) -> bool:
     """Whether a model that failed so may answer when it is asked again."""
-    if isinstance(error, (ModelQuotaExceededError, ModelRequestRejectedError)):
+    if isinstance(error, _REFUSED):
         return False
     if isinstance(error, ModelHTTPError) and (
         error.status_code in (408, 425, 429) or error.status_code >= 500

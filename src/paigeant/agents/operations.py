@@ -29,6 +29,7 @@ from pydantic_ai.messages import ModelResponse, ToolCallPart
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.agents.usage import Part, count, of_request, of_run
+from paigeant.codec import storable
 from paigeant.errors import OutputInvalid, UnitUnreadable
 from paigeant.place import Place, Stages, Unit, current_place
 from paigeant.redaction import redacted
@@ -106,7 +107,12 @@ def _mended(value: Any) -> Any:
 def not_json(error: Exception) -> OutputInvalid:
     """The error for a value that JSON can't hold, whatever it met: no further attempt can record it."""
     said = " ".join(redacted(str(error)).split())
-    return OutputInvalid(f"what a model or a tool gave can't be recorded as JSON: {said[:500]}")
+    call = CALL.get()
+    what = "what a model or a tool gave" if call is None else f"what tool '{call.tool_name}' gave"
+    return OutputInvalid(
+        f"{what} can't be recorded as JSON: {said[:500]}; expected what JSON can hold, such as texts, numbers, lists, "
+        "dicts, dataclasses and pydantic models"
+    )
 
 
 @dataclass(slots=True)
@@ -294,6 +300,8 @@ class Operations(CallableOperationBackend[Unit]):
         tool = ctx.tool_name or "" if ctx is not None and is_call else None
         if tool is not None:
             progress.done[unit] = tool
+            if config.at_most_once:
+                config = replace(config, about=self._call(tool, cache_key))
         made = None
 
         async def produce() -> bytes:
@@ -329,6 +337,15 @@ class Operations(CallableOperationBackend[Unit]):
             added += of_run(told.usage)
         count(unit, told.used, added, to=None if ctx is None else ctx.usage)
         return told.value
+
+    def _call(self, tool: str, cache_key: tuple[object, ...]) -> dict[str, Any]:
+        """What tells a person which call of a tool it is, as it is made: a hook may have changed its arguments."""
+        arguments = next((part for part in cache_key if isinstance(part, Mapping)), {})
+        try:
+            shown = from_json(to_json(dict(arguments), inf_nan_mode="strings", fallback=str))
+        except ValueError:  # bytes that are no text, or what a hook has put in
+            shown = storable(str(arguments))
+        return {"agent": self.agent, "tool": tool, "arguments": shown}
 
     def begin(self, place: Place, ctx: RunContext[Any], progress: Progress) -> None:
         """Have the calls that a run's history leaves open go on like those of a recorded answer.

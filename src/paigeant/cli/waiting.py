@@ -96,6 +96,8 @@ def facts_of(request: Request) -> dict[str, Text | str]:
     if request.expires_at is not None:
         found["until"] = console.local(request.expires_at)
     found["state"] = console.plain(outcome(request))
+    if request.answered_at is not None:
+        found["answered"] = console.local(request.answered_at)
     if request.answer is not None:
         found["answer"] = console.plain(console.shown(from_json(request.answer), 100_000))
     return found
