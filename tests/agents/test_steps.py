@@ -342,9 +342,10 @@ async def test_what_is_no_time_is_not_waited_for(odd: object) -> None:
 
 
 class Spans(TracerProvider, Tracer):
-    """Notes the names of spans when they end, which is when they would be exported."""
+    """Notes the names of spans when they end, which is when they would be exported, and when they begin."""
 
     def __init__(self) -> None:
+        self.began: list[str] = []
         self.ended: list[str] = []
 
     def get_tracer(self, *_: Any, **__: Any) -> Tracer:
@@ -352,6 +353,7 @@ class Spans(TracerProvider, Tracer):
 
     def start_span(self, name: str, *_: Any, **__: Any) -> Span:
         ended = self.ended
+        self.began.append(name.partition(" ")[0])
 
         class Noted(NonRecordingSpan):
             def is_recording(self) -> bool:
@@ -384,7 +386,7 @@ def traced(model: Any) -> tuple[Any, Spans]:
 
 
 async def test_rule_6_a_replay_tells_no_trace_of_what_was_told() -> None:
-    """A full replay ends no span; one that goes on ends those of what it did, and of the run around it."""
+    """A full replay has no span; one that goes on has those of what it did, and of the run around it."""
     model, _ = scripted(called("look", "c1"), lambda _: "done")
     agent, spans = traced(model)
 
@@ -395,12 +397,15 @@ async def test_rule_6_a_replay_tells_no_trace_of_what_was_told() -> None:
     step = Step()
     with pytest.raises(Crash):
         await step.attempt(lambda: agent.run("go"), crash_after=2)
+    spans.began.clear()
     spans.ended.clear()
     await step.attempt(lambda: agent.run("go"))
     assert spans.ended == ["chat", "invoke_agent"]
+    assert sorted(spans.began) == spans.ended
+    spans.began.clear()
     spans.ended.clear()
     await step.attempt(lambda: agent.run("go"))
-    assert spans.ended == []
+    assert spans.began == spans.ended == []
 
 
 @pytest.mark.parametrize("where", ["the agent's own", "by id", "for a run", "override"])
@@ -419,6 +424,7 @@ async def test_rule_6_a_model_that_tells_spans_itself_tells_each_once(where: str
             assert (await step.attempt(lambda: agent.run("go", model=chosen))).output == "said go"
     assert asked == ["go"]
     assert spans.ended == ["chat", "invoke_agent"]
+    assert spans.began == ["invoke_agent", "chat"]
 
 
 async def test_rule_6_a_worker_tells_each_span_once() -> None:
@@ -435,6 +441,7 @@ async def test_rule_6_a_worker_tells_each_span_once() -> None:
     detail, _ = await carried_out(activity, "one")
     assert detail.steps[0].attempt == 2
     assert spans.ended == ["chat", "invoke_agent"]
+    assert spans.began == ["invoke_agent", "chat"]
 
 
 @pytest.mark.parametrize("change", ["insert", "terminate", "save_variable"])
