@@ -112,6 +112,31 @@ def test_dispatch_prints_the_id_alone() -> None:
     assert result.stdout == "o-1\n"
 
 
+def test_what_handlers_print_is_no_result() -> None:
+    """Neither when they are loaded nor while the run is dispatched: a script reads JSON, and nothing else."""
+    Path("handlers.py").write_text(
+        f"""{HANDLERS}
+from pydantic import BaseModel, model_validator
+print("loaded")
+
+class Order(BaseModel):
+    sku: str
+
+    @model_validator(mode="before")
+    def check(data):
+        print("checked")
+        return data
+
+checked = Workflow("checked", ["reserve"], input_model=Order)
+"""
+    )
+    Path("paigeant.yaml").write_text("handlers: handlers.py\n")
+    result = paigeant("dispatch", "checked", "-", "--id", "o-1", "--json", input='{"sku": "A-1"}')
+    assert json.loads(result.stdout) == {"id": "o-1"}
+    assert {"loaded", "checked"} <= set(result.stderr.splitlines())
+    assert json.loads(paigeant("config", "check", "--json").stdout)
+
+
 def test_dispatch_as_json_is_the_id() -> None:
     """--json without --wait is an object with the id."""
     given = json.dumps(GOOD)
