@@ -566,6 +566,21 @@ def test_a_run_is_cancelled() -> None:
     assert as_json("runs", "show", "o-1")["error"] == "ordered twice"
 
 
+def test_a_run_is_cancelled_whether_or_not_its_handlers_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are loaded for where they would have traces go, and not where there are none."""
+    for id in ("o-1", "o-2"):
+        paigeant("dispatch", "order", "-", "--handlers", "handlers.py", "--id", id, input=json.dumps(GOOD))
+    Path("broken.py").write_text("raise RuntimeError('not on this machine')")
+    monkeypatch.setenv("PAIGEANT_HANDLERS", "broken.py")
+    result = paigeant("runs", "cancel", "o-1", "--json")
+    assert (json.loads(result.stdout)["status"], result.stderr) == ("cancelled", "")
+    monkeypatch.setenv("PAIGEANT_TRACES", "true")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    result = paigeant("runs", "cancel", "o-2", "--json")
+    assert json.loads(result.stdout)["status"] == "cancelled"
+    assert "not on this machine; where handlers would have traces go isn't known" in result.stderr
+
+
 def test_an_ended_run_cannot_be_cancelled() -> None:
     """What has ended stays ended."""
     dispatched("order", GOOD, "o-1")
