@@ -10,10 +10,8 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace import Span as SdkSpan
-from pydantic_ai._durable_replay import start_as_current_span
-from pydantic_ai.durable_exec import record_durable_unit, replay_scope
 
-from paigeant.agents.spans import LateTracer
+from paigeant.agents.spans import LateTracer, tell_unit
 
 
 class Noted(SpanProcessor):
@@ -114,41 +112,73 @@ def test_a_span_under_it_has_it_begin(noted: Noted, tracer: trace.Tracer, late: 
         assert noted.began[span].parent == noted.began[above].get_span_context()
 
 
+def test_what_is_done_behind_what_was_replayed_is_under_the_same_span(
+    noted: Noted, tracer: trace.Tracer
+) -> None:
+    """Which begins with it, although nothing was done in there until then."""
+    left = ["a record"]
+    late = LateTracer(tracer, lambda: bool(left))
+    with trace.use_span(late.start_span("around")):
+        left.clear()
+        tell_unit(executed=False)
+        late.start_span("done").end()
+    around, done = noted.began
+    assert done.parent == around.get_span_context()
+
+
 def test_of_what_is_only_replayed_nobody_is_told(
     noted: Noted, tracer: trace.Tracer, late: LateTracer
 ) -> None:
     """What is made in there belongs to the span above. As soon as something is done, it belongs where it is made."""
-    with replay_scope(), tracer.start_as_current_span("step") as step:
-        with start_as_current_span(late, "replayed") as replayed:
-            record_durable_unit(executed=False)
+    step = tracer.start_span("step")
+    with trace.use_span(step), trace.use_span(late.start_span("goes on"), end_on_exit=True):
+        with trace.use_span(late.start_span("replayed")) as replayed:
+            tell_unit(executed=False)
             assert replayed.get_span_context() == step.get_span_context()
             tracer.start_span("hook").end()
-        with start_as_current_span(late, "goes on"):
-            record_durable_unit(executed=False)
-            with start_as_current_span(late, "done"):
-                record_durable_unit(executed=True)
-            tracer.start_span("another hook").end()
+        tracer.start_span("another hook").end()
+        with trace.use_span(late.start_span("done"), end_on_exit=True):
+            tell_unit(executed=True)
+            tracer.start_span("hook of what is done").end()
+        tracer.start_span("last hook").end()
     names = {span.get_span_context().span_id: span.name for span in noted.began}
     told = {span.name: names.get(span.parent.span_id) for span in noted.ended if span.parent is not None}
-    assert told == {"hook": "step", "goes on": "step", "done": "goes on", "another hook": "goes on"}
+    assert told == {
+        "hook": "step",
+        "another hook": "step",
+        "goes on": "step",
+        "done": "goes on",
+        "hook of what is done": "done",
+        "last hook": "goes on",
+    }
     assert sorted(names.values()) == sorted([*told, "step"])
+
+
+def test_a_span_begins_when_something_is_done_in_it(noted: Noted, late: LateTracer) -> None:
+    """Although something was replayed in it before."""
+    outer = late.start_span("outer")
+    with trace.use_span(outer), trace.use_span(late.start_span("inner")):
+        tell_unit(executed=False)
+        assert noted.began == []
+        tell_unit(executed=True)
+    assert [span.name for span in noted.began] == ["outer", "inner"]
 
 
 def test_threads_under_it_have_it_begin_once(noted: Noted, tracer: trace.Tracer, late: LateTracer) -> None:
     """Tools are called at once."""
     span = late.start_span("around")
-    ready = threading.Barrier(4)
+    tool = threading.Thread(target=lambda: tracer.start_span("tool", trace.set_span_in_context(span)).end())
 
-    def call() -> None:
-        ready.wait()
-        tracer.start_span("tool", trace.set_span_in_context(span)).end()
+    def heard(begun: SdkSpan, parent_context: Any = None) -> None:
+        noted.began.append(begun)
+        if not tool.ident:
+            tool.start()
+            tool.join(0.1)  # it can't end before this has: if it could, it would have by then
 
-    threads = [threading.Thread(target=call) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [each.name for each in noted.began].count("around") == 1
+    noted.on_start = heard  # type: ignore[assignment]
+    span.end()
+    tool.join()
+    assert [each.name for each in noted.began] == ["around", "tool"]
 
 
 def test_it_is_of_the_class_of_what_it_has_become(late: LateTracer) -> None:

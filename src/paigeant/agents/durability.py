@@ -117,7 +117,7 @@ from paigeant.agents.operations import (
 )
 from paigeant.agents.options import METADATA, InlineToolset, ToolOptions, renamed
 from paigeant.agents.people import Outside, asks_itself, decisions, outcome
-from paigeant.agents.spans import tell_late
+from paigeant.agents.spans import LateSpans, may_replay
 from paigeant.agents.usage import put_price
 from paigeant.clock import as_datetime
 from paigeant.errors import InvalidDefinition, NonRetryableError
@@ -251,13 +251,6 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             return None
         began = await place.instant(place.name(f"{self.name}__run_start_time({run_in_name(place, run_id)})"))
         return as_datetime(began)
-
-    def _prepare_run_context(self, ctx: RunContext[AgentDepsT]) -> None:
-        super()._prepare_run_context(ctx)
-        place = current_place()
-        if place is not None and place.journal.may_replay() and ctx.root_capability is not None:
-            # Here, for the span of the run itself comes before `wrap_run`.
-            tell_late(ctx.root_capability, place.journal.may_replay)
 
     async def wrap_run(self, ctx: RunContext[AgentDepsT], *, handler: WrapRunHandler) -> AgentRunResult[Any]:
         if not self.in_durable_context:
@@ -438,7 +431,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             own = {id(leaf): made[owner] for owner, leaf in _owned([toolset]).items() if owner in made}
             if any(id(leaf) != known for known, leaf in own.items()):
                 toolset = toolset.visit_and_replace(lambda leaf: own.get(id(leaf), leaf))
-        return super().get_wrapper_toolset(toolset)
+        wrapper = super().get_wrapper_toolset(toolset)
+        return LateSpans(wrapper or toolset) if may_replay() else wrapper
 
     def _reject_runtime_toolsets(self, toolset: AbstractToolset[AgentDepsT]) -> None:
         if self.in_durable_context:

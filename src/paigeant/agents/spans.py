@@ -15,21 +15,52 @@ from typing import Any
 from opentelemetry.context import get_current
 from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, Tracer, get_current_span
 from opentelemetry.util.types import Attributes
-from pydantic_ai._durable_replay import snapshot
+from pydantic_ai import RunContext
 from pydantic_ai.capabilities import AbstractCapability, Instrumentation, WrapperCapability
-from pydantic_ai.capabilities.abstract import leaf_capabilities
+from pydantic_ai.durable_exec import record_durable_unit
+from pydantic_ai.toolsets import AbstractToolset, WrapperToolset
 
-__all__ = ["LateSpan", "LateTracer", "tell_late"]
+from paigeant.place import current_place
+
+__all__ = ["LateSpan", "LateSpans", "LateTracer", "may_replay", "tell_unit"]
 
 
-def tell_late(run: AbstractCapability[Any], may_replay: Callable[[], bool]) -> None:
-    """Have the run of an agent with these capabilities, which are its own, make late spans while it `may_replay`."""
-    for part in leaf_capabilities(run):
-        while isinstance(part, WrapperCapability):
-            part = part.wrapped
-        if isinstance(part, Instrumentation):
-            part.settings = copy.copy(part.settings)  # which all runs of the agent share
-            part.settings.tracer = LateTracer(part.settings.tracer, may_replay)
+def may_replay() -> bool:
+    """Whether what an agent does here may be there from an earlier attempt."""
+    place = current_place()
+    return place is not None and place.journal.may_replay()
+
+
+class LateSpans(WrapperToolset[Any]):
+    """A toolset whose run makes late spans.
+
+    Toolsets are the last to be told of a run before its own span is made, and the first who can see which capabilities
+    it has: with the one that makes spans, wherever that comes from.
+    """
+
+    async def for_run(self, ctx: RunContext[Any]) -> AbstractToolset[Any]:
+        if ctx.root_capability is not None:
+            ctx.root_capability.apply(_tell_late)
+        return await super().for_run(ctx)
+
+
+def _tell_late(part: AbstractCapability[Any]) -> None:
+    while isinstance(part, WrapperCapability):
+        part = part.wrapped
+    if isinstance(part, Instrumentation) and not isinstance(part.settings.tracer, LateTracer):
+        part.settings = copy.copy(part.settings)  # which all runs of the agent share
+        part.settings.tracer = LateTracer(part.settings.tracer, may_replay)
+
+
+def tell_unit(*, executed: bool) -> None:
+    """Tell the spans around that a unit is done: it was `executed`, or else replayed."""
+    record_durable_unit(executed=executed)
+    around = get_current_span()
+    if executed:
+        _begin(around)
+    else:
+        while type(around) is LateSpan:
+            around = around.replayed()
 
 
 class LateTracer(Tracer):
@@ -51,12 +82,7 @@ class LateTracer(Tracer):
         set_status_on_exception: bool = True,
     ) -> Span:
         """A span that has begun, or will have begun now."""
-        if not self._may_replay():
-            _begin_above(context)
-            return self._tracer.start_span(
-                name, context, kind, attributes, links, start_time, record_exception, set_status_on_exception
-            )
-        return LateSpan(
+        late = LateSpan(
             self._tracer,
             name=name,
             context=get_current() if context is None else context,
@@ -67,32 +93,32 @@ class LateTracer(Tracer):
             record_exception=record_exception,
             set_status_on_exception=set_status_on_exception,
         )
+        return late if self._may_replay() else late.get_begun()
 
-    def _as_current(self, *args: Any, **more: Any) -> Any:
-        return self._tracer.start_as_current_span(*args, **more)  # nobody asks for it in what may be replayed
+    def start_as_current_span(self, *args: Any, **more: Any) -> Any:
+        """As it is: nobody asks for it in what may be replayed."""
+        return self._tracer.start_as_current_span(*args, **more)
 
-    start_as_current_span: Any = _as_current
 
-
-def _begin_above(context: Any) -> None:
-    above = get_current_span(context)
-    if type(above) is LateSpan:
-        _ = above.begun
+def _begin(span: Span) -> None:
+    if type(span) is LateSpan:
+        span.get_begun()
 
 
 class LateSpan(Span):
-    """A span that begins when it ends, or one under it begins, or somebody wants to know which it is.
+    """A span that begins when it ends, a unit was executed or another span begins in it, or somebody asks which it is.
 
     Until then it keeps what is said of it; from then on it is that span, also to those who ask for its class. As long
     as all that was done in it was replayed, so that it may never begin, whoever asks is told of the one above.
     """
 
+    _begun: Span | None = None
+    _is_replayed = False
+
     def __init__(self, tracer: Tracer, **asked: Any) -> None:
         self._tracer = tracer
         self._asked = asked
         self._later: list[Callable[[Span], None]] = []
-        self._begun: Span | None = None
-        self._replay = snapshot()
         self._lock = threading.Lock()
 
     @property  # type: ignore[misc]  # nobody sets it
@@ -101,18 +127,25 @@ class LateSpan(Span):
         return LateSpan if self._begun is None else type(self._begun)
 
     def __getattr__(self, name: str) -> Any:
-        if self._begun is None:
-            if name == "attributes":
-                return self._asked["attributes"]
-            raise AttributeError(name)
+        if self._begun is None and name == "attributes":
+            return self._asked["attributes"]
         return getattr(self._begun, name)
 
     @property
-    def begun(self) -> Span:
+    def above(self) -> Span:
+        """The span that it was made in."""
+        return get_current_span(self._asked["context"])
+
+    def replayed(self) -> Span:
+        """Something was replayed in it, and so in the one above, which it gives."""
+        self._is_replayed = True
+        return self.above
+
+    def get_begun(self) -> Span:
         """The span itself."""
         with self._lock:  # two threads may begin one under it at once
             if self._begun is None:
-                _begin_above(self._asked["context"])
+                _begin(self.above)
                 span = self._tracer.start_span(**self._asked)
                 for say in self._later:
                     say(span)
@@ -122,13 +155,12 @@ class LateSpan(Span):
 
     def get_span_context(self) -> SpanContext:
         """What others are told of it."""
-        if self._begun is None and self._replay is not None and self._replay.replayed():
-            return get_current_span(self._asked["context"]).get_span_context()
-        return self.begun.get_span_context()
+        told = self.above if self._begun is None and self._is_replayed else self.get_begun()
+        return told.get_span_context()
 
     def end(self, end_time: int | None = None) -> None:
         """End it."""
-        self.begun.end(end_time)
+        self.get_begun().end(end_time)
 
     def is_recording(self) -> bool:
         """Whether there is a point in saying more of it."""
@@ -147,10 +179,7 @@ class LateSpan(Span):
 
     def update_name(self, name: str) -> None:
         """Give it another name."""
-        if self._begun is None:
-            self._asked["name"] = name
-        else:
-            self._begun.update_name(name)
+        self._say(lambda span: span.update_name(name))
 
     def add_event(self, name: str, attributes: Attributes = None, timestamp: int | None = None) -> None:
         """Add a moment within it."""
