@@ -20,9 +20,11 @@ class Noted(SpanProcessor):
     def __init__(self) -> None:
         self.began: list[SdkSpan] = []
         self.ended: list[ReadableSpan] = []
+        self.current: list[trace.SpanContext] = []
 
     def on_start(self, span: SdkSpan, parent_context: Any = None) -> None:
         self.began.append(span)
+        self.current.append(trace.get_current_span().get_span_context())
 
     def on_end(self, span: ReadableSpan) -> None:
         self.ended.append(span)
@@ -162,6 +164,14 @@ def test_a_span_begins_when_something_is_done_in_it(noted: Noted, late: LateTrac
         assert noted.began == []
         tell_unit(executed=True)
     assert [span.name for span in noted.began] == ["outer", "inner"]
+
+
+def test_it_begins_where_it_was_made(noted: Noted, tracer: trace.Tracer, late: LateTracer) -> None:
+    """Not as the current span, which it mostly is by then: whoever hears of it would ask for what isn't there yet."""
+    for maker in (tracer, late):
+        with tracer.start_as_current_span("step") as step, trace.use_span(maker.start_span("one")):
+            tell_unit(executed=True)
+        assert noted.current[-1] == step.get_span_context()
 
 
 def test_threads_under_it_have_it_begin_once(noted: Noted, tracer: trace.Tracer, late: LateTracer) -> None:

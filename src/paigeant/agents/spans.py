@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opentelemetry.context import get_current
+from opentelemetry.context import attach, detach, get_current
 from opentelemetry.trace import Span, SpanContext, SpanKind, Status, StatusCode, Tracer, get_current_span
 from opentelemetry.util.types import Attributes
 from pydantic_ai import RunContext
@@ -145,8 +145,13 @@ class LateSpan(Span):
         """The span itself."""
         with self._lock:  # two threads may begin one under it at once
             if self._begun is None:
-                _begin(self.above)
-                span = self._tracer.start_span(**self._asked)
+                # Whoever hears of it mustn't find it as the current one, and ask for what isn't there yet.
+                token = attach(self._asked["context"])
+                try:
+                    _begin(self.above)
+                    span = self._tracer.start_span(**self._asked)
+                finally:
+                    detach(token)
                 for say in self._later:
                     say(span)
                 self._later.clear()
