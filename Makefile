@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VENV_REMEDY := "$(PYTHON) cannot make a virtual environment; on Debian or Ubuntu: apt-get install python3-venv"
 PYTHON_REMEDY := "$(PYTHON) is older than 3.11, or missing; choose another: make PYTHON=python3.11"
 
-# The two lock files must name the same versions: both are installed into the one .venv.
+# The first two lock files must name the same versions: both are installed into the one .venv.
 LOCK := .lock/bin/uv pip compile --quiet --no-config --universal --generate-hashes --python-version 3.11 \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(LOCK_ARGS)
 
@@ -31,7 +31,7 @@ demo: .venv/.installed  ## Run the demonstration; needs no server
 services: .venv/.installed-dev  ## Show the servers the tests will use; as root on Debian, install what is missing
 	$(BIN)/python -m tests.services
 
-test: services  ## Run all tests
+test: services .venv-logfire/.installed  ## Run all tests
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 chaos: services  ## Kill, cut, wipe and freeze everything for some hours (CHAOS_ARGS="-k redis")
@@ -52,15 +52,17 @@ format: .venv/.installed-dev  ## Format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: .lock/bin/uv  ## Renew both lock files (LOCK_ARGS=--upgrade for newer versions)
+lock: .lock/bin/uv  ## Renew the lock files (LOCK_ARGS=--upgrade for newer versions)
 	env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(LOCK) --extra all pyproject.toml requirements-dev.in -o requirements-dev.txt
 	env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(LOCK) --constraint requirements-dev.txt --no-annotate \
 		pyproject.toml requirements.in -o requirements.txt
+	env -u PIP_FIND_LINKS -u UV_FIND_LINKS $(LOCK) --extra otel --no-annotate \
+		pyproject.toml tests/requirements-logfire.in -o tests/requirements-logfire.txt
 
 venv: .venv/.installed-dev  ## Make .venv with all that development needs
 
 clean:  ## Remove what make and the tools have made
-	rm -rf .venv .lock .demo .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-logfire .lock .demo .bench dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 .venv/bin/python:
@@ -84,6 +86,15 @@ clean:  ## Remove what make and the tools have made
 .bench/venv/.installed: benchmarks/requirements-peer.txt | .venv/bin/python
 	$(BIN)/python -m venv .bench/venv
 	.bench/venv/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peer.txt
+	@touch $@
+
+# Logfire, for the tests of traces that go there. It adds itself to pytest and to pydantic wherever it is installed, and asks
+# for other versions than the rest may have.
+.venv-logfire/.installed: private export PIP_PYTHON := .venv-logfire/bin/python
+.venv-logfire/.installed: tests/requirements-logfire.txt pyproject.toml | .venv/bin/python
+	$(BIN)/python -m venv --clear --without-pip .venv-logfire
+	$(PIP_INSTALL) --no-deps --require-hashes -r tests/requirements-logfire.txt
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 .lock/bin/uv:

@@ -121,6 +121,10 @@ class Journal:
         """Whether there is a record of this unit from an earlier attempt that nobody has asked for in this one."""
         return self._recorded is not None and unit in self._recorded
 
+    def may_replay(self) -> bool:
+        """Whether there are records from an earlier attempt that nobody has asked for in this one, or may be some."""
+        return self._recorded is None or bool(self._recorded)
+
     def given_up(self, place: Place, unit: str | None, error: BaseException, held: str) -> None:
         """See `Place.give_up`."""
         self._given_up.append(_GivenUp(place, unit, error, held))

@@ -19,7 +19,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 from pydantic_ai import Agent, ModelMessage, ModelResponse, RunContext, TextPart, ToolCallPart
-from pydantic_ai.capabilities import AbstractCapability, Hooks, Instrumentation
+from pydantic_ai.capabilities import AbstractCapability, DynamicCapability, Hooks, Instrumentation
 from pydantic_ai.exceptions import (
     ModelHTTPError,
     ModelQuotaExceededError,
@@ -432,9 +432,10 @@ async def test_what_is_no_time_is_not_waited_for(odd: object) -> None:
 
 
 class Spans(TracerProvider, Tracer):
-    """Notes the names of spans when they end, which is when they would be exported."""
+    """Notes the names of spans when they end, which is when they would be exported, and when they begin."""
 
     def __init__(self) -> None:
+        self.began: list[str] = []
         self.ended: list[str] = []
 
     def get_tracer(self, *_: Any, **__: Any) -> Tracer:
@@ -442,6 +443,7 @@ class Spans(TracerProvider, Tracer):
 
     def start_span(self, name: str, *_: Any, **__: Any) -> Span:
         ended = self.ended
+        self.began.append(name.partition(" ")[0])
 
         class Noted(NonRecordingSpan):
             def is_recording(self) -> bool:
@@ -474,7 +476,7 @@ def traced(model: Any) -> tuple[Any, Spans]:
 
 
 async def test_rule_6_a_replay_tells_no_trace_of_what_was_told() -> None:
-    """A full replay ends no span; one that goes on ends those of what it did, and of the run around it."""
+    """A full replay has no span; one that goes on has those of what it did, and of the run around it."""
     model, _ = scripted(called("look", "c1"), lambda _: "done")
     agent, spans = traced(model)
 
@@ -485,12 +487,15 @@ async def test_rule_6_a_replay_tells_no_trace_of_what_was_told() -> None:
     step = Step()
     with pytest.raises(Crash):
         await step.attempt(lambda: agent.run("go"), crash_after=2)
+    spans.began.clear()
     spans.ended.clear()
     await step.attempt(lambda: agent.run("go"))
     assert spans.ended == ["chat", "invoke_agent"]
+    assert sorted(spans.began) == spans.ended
+    spans.began.clear()
     spans.ended.clear()
     await step.attempt(lambda: agent.run("go"))
-    assert spans.ended == []
+    assert spans.began == spans.ended == []
 
 
 @pytest.mark.parametrize("where", ["the agent's own", "by id", "for a run", "override"])
@@ -509,6 +514,50 @@ async def test_rule_6_a_model_that_tells_spans_itself_tells_each_once(where: str
             assert (await step.attempt(lambda: agent.run("go", model=chosen))).output == "said go"
     assert asked == ["go"]
     assert spans.ended == ["chat", "invoke_agent"]
+    assert spans.began == ["invoke_agent", "chat"]
+
+
+@pytest.mark.parametrize("whence", ["the agent's", "the run's", "a function's", "all agents'"])
+async def test_rule_6_wherever_spans_come_from_a_replay_begins_none(whence: str) -> None:
+    """What makes them comes with the agent or the run, as it is or by a function, or is the same for all agents."""
+    spans = Spans()
+    settings = InstrumentationSettings(tracer_provider=spans)
+    given: list[Any] = [Instrumentation(settings=settings)]
+    if whence == "a function's":
+        given = [DynamicCapability(lambda _: Instrumentation(settings=settings), id="spans")]
+    elif whence == "all agents'":
+        given = []
+        Agent.instrument_all(settings)
+    before = settings.tracer
+    own, of_run = ([], given) if whence == "the run's" else (given, [])
+    agent: Agent[Any, str] = Agent(echo()[0], name="one", capabilities=[*own, PaigeantDurability()])
+    step = Step()
+    try:
+        for _ in range(3):
+            assert (await step.attempt(lambda: agent.run("go", capabilities=of_run))).output == "said go"
+    finally:
+        Agent.instrument_all(False)
+    assert spans.began == ["invoke_agent", "chat"]
+    assert spans.ended == ["chat", "invoke_agent"]
+    assert settings.tracer is before, "the settings are those of other runs, too"
+
+
+async def test_rule_6_what_makes_spans_for_all_runs_is_changed_once() -> None:
+    """One that is the same for each run of its agent; and not at all while there is nothing to replay."""
+
+    class Shared(Instrumentation):
+        async def for_run(self, ctx: RunContext[Any]) -> Instrumentation:
+            return self
+
+    shared = Shared(settings=InstrumentationSettings(tracer_provider=Spans()))
+    agent: Agent[Any, str] = Agent(echo()[0], name="one", capabilities=[shared, PaigeantDurability()])
+    step, tracers = Step(), [shared.settings.tracer]
+    for number in range(3):
+        await step.attempt(lambda: agent.run("go"), first=number == 0)
+        tracers.append(shared.settings.tracer)
+    plain, first, second, third = tracers
+    assert first is plain
+    assert second is third is not plain
 
 
 async def test_rule_6_a_worker_tells_each_span_once() -> None:
@@ -525,6 +574,7 @@ async def test_rule_6_a_worker_tells_each_span_once() -> None:
     detail, _ = await carried_out(activity, "one")
     assert detail.steps[0].attempt == 2
     assert spans.ended == ["chat", "invoke_agent"]
+    assert spans.began == ["invoke_agent", "chat"]
 
 
 @pytest.mark.parametrize("change", ["insert", "terminate", "save_variable"])

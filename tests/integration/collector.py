@@ -90,6 +90,6 @@ def _attributes(pairs: Iterable[Any]) -> dict[str, Any]:
 
 
 def _value(point: Any) -> float:
-    if hasattr(point, "bucket_counts"):
+    if hasattr(point, "count"):  # of a histogram, of whichever kind
         return float(point.count)
     return float(getattr(point, point.WhichOneof("value")))

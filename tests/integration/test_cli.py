@@ -112,6 +112,31 @@ def test_dispatch_prints_the_id_alone() -> None:
     assert result.stdout == "o-1\n"
 
 
+def test_what_handlers_print_is_no_result() -> None:
+    """Neither when they are loaded nor while the run is dispatched: a script reads JSON, and nothing else."""
+    Path("handlers.py").write_text(
+        f"""{HANDLERS}
+from pydantic import BaseModel, model_validator
+print("loaded")
+
+class Order(BaseModel):
+    sku: str
+
+    @model_validator(mode="before")
+    def check(data):
+        print("checked")
+        return data
+
+checked = Workflow("checked", ["reserve"], input_model=Order)
+"""
+    )
+    Path("paigeant.yaml").write_text("handlers: handlers.py\n")
+    result = paigeant("dispatch", "checked", "-", "--id", "o-1", "--json", input='{"sku": "A-1"}')
+    assert json.loads(result.stdout) == {"id": "o-1"}
+    assert {"loaded", "checked"} <= set(result.stderr.splitlines())
+    assert json.loads(paigeant("config", "check", "--json").stdout)
+
+
 def test_dispatch_as_json_is_the_id() -> None:
     """--json without --wait is an object with the id."""
     given = json.dumps(GOOD)
@@ -539,6 +564,21 @@ def test_a_run_is_cancelled() -> None:
         "status": "cancelled",
     }
     assert as_json("runs", "show", "o-1")["error"] == "ordered twice"
+
+
+def test_a_run_is_cancelled_whether_or_not_its_handlers_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are loaded for where they would have traces go, and not where there are none."""
+    for id in ("o-1", "o-2"):
+        paigeant("dispatch", "order", "-", "--handlers", "handlers.py", "--id", id, input=json.dumps(GOOD))
+    Path("broken.py").write_text("raise RuntimeError('not on this machine')")
+    monkeypatch.setenv("PAIGEANT_HANDLERS", "broken.py")
+    result = paigeant("runs", "cancel", "o-1", "--json")
+    assert (json.loads(result.stdout)["status"], result.stderr) == ("cancelled", "")
+    monkeypatch.setenv("PAIGEANT_TRACES", "true")
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    result = paigeant("runs", "cancel", "o-2", "--json")
+    assert json.loads(result.stdout)["status"] == "cancelled"
+    assert "not on this machine; where handlers would have traces go isn't known" in result.stderr
 
 
 def test_an_ended_run_cannot_be_cancelled() -> None:

@@ -117,6 +117,7 @@ from paigeant.agents.operations import (
 )
 from paigeant.agents.options import METADATA, InlineToolset, ToolOptions, renamed
 from paigeant.agents.people import Outside, asks_itself, decisions, outcome
+from paigeant.agents.spans import LateSpans, may_replay
 from paigeant.agents.usage import put_price
 from paigeant.clock import as_datetime
 from paigeant.errors import InvalidDefinition, NonRetryableError
@@ -445,7 +446,8 @@ class PaigeantDurability(BaseDurabilityCapability[AgentDepsT]):
             own = {id(leaf): made[owner] for owner, leaf in _owned([toolset]).items() if owner in made}
             if any(id(leaf) != known for known, leaf in own.items()):
                 toolset = toolset.visit_and_replace(lambda leaf: own.get(id(leaf), leaf))
-        return super().get_wrapper_toolset(toolset)
+        wrapper = super().get_wrapper_toolset(toolset)
+        return LateSpans(wrapper or toolset) if may_replay() else wrapper
 
     def _reject_runtime_toolsets(self, toolset: AbstractToolset[AgentDepsT]) -> None:
         if self.in_durable_context:

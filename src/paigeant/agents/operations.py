@@ -23,11 +23,11 @@ from pydantic_ai.durable_exec import (
     RoleBasedOperationConfig,
     ToolsetCallToolId,
     ToolsetValidateToolArgumentsId,
-    record_durable_unit,
 )
 from pydantic_ai.messages import ModelResponse, ToolCallPart
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
+from paigeant.agents.spans import tell_unit
 from paigeant.agents.usage import Part, count, of_request, of_run
 from paigeant.codec import storable
 from paigeant.errors import OutputInvalid, UnitUnreadable
@@ -318,7 +318,7 @@ class Operations(CallableOperationBackend[Unit]):
             if isinstance(exc, Exception):
                 progress.error = exc
             raise
-        record_durable_unit(executed=done.executed)
+        tell_unit(executed=done.executed)
         # Another worker may have been the first to record it.
         told = made if made is not None and made.record == done.value else _read(unit, done.value)
         if is_answer:

@@ -22,7 +22,6 @@ from pydantic_ai._run_context import get_current_run_context
 from pydantic_ai.agent import AbstractAgent
 from pydantic_ai.capabilities import RequestInput
 from pydantic_ai.capabilities.abstract import leaf_capabilities
-from pydantic_ai.durable_exec import record_durable_unit
 from pydantic_ai.exceptions import ToolFailed
 from pydantic_ai.external_events import ExternalEventError, ExternalEventWaiter
 from pydantic_ai.messages import ToolCallPart
@@ -37,6 +36,7 @@ from paigeant.agents.operations import (
     recorded_name,
     run_in_name,
 )
+from paigeant.agents.spans import tell_unit
 from paigeant.codec import storable
 from paigeant.errors import InputInvalid, OutsideStep, RequestDenied, WaitTimeout
 from paigeant.place import Place, Unit
@@ -220,7 +220,7 @@ class Outside(ExternalEventWaiter):
             return _json(await ask(request.id))
 
         done = await place.do(f"{unit}!ask", Unit(f"the question '{name}' of agent '{self.agent}'"), produce)
-        record_durable_unit(executed=done.executed)
+        tell_unit(executed=done.executed)
         answered: JsonValue = from_json(done.value)
         if answered is not None:
             return answered

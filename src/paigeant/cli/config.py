@@ -110,7 +110,8 @@ def _handlers(settings: Settings) -> Finding:
     if not settings.handlers:
         return Finding("handlers", "none are named")
     try:
-        loaded = session.handlers_of(settings, ())
+        with console.only_results():
+            loaded = session.handlers_of(settings, ())
     except PaigeantError as exc:
         return Finding("handlers", settings.scrubbed(str(exc)), exc)
     workflows = (

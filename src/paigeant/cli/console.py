@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -28,6 +29,7 @@ __all__ = [
     "instant",
     "local",
     "note",
+    "only_results",
     "out",
     "plain",
     "result",
@@ -41,6 +43,27 @@ __all__ = [
 ]
 
 _WIDE = 1_000_000
+_results: TextIO | None = None
+"""Where results go while `sys.stdout` leads elsewhere."""
+
+
+@contextlib.contextmanager
+def only_results() -> Iterator[None]:
+    """Have nothing but results on standard output: what handlers print, or a library of theirs, counts as a message.
+
+    Logfire prints spans, by default. Who reads JSON, or the id of a run, reads that alone.
+    """
+    global _results
+    before = sys.stdout
+    _results, sys.stdout = before, sys.stderr
+    try:
+        yield
+    finally:
+        sys.stdout, _results = before, None
+
+
+def _output() -> TextIO:
+    return sys.stdout if _results is None else _results
 
 
 def _console(stream: TextIO) -> Console:
@@ -57,14 +80,14 @@ def _console(stream: TextIO) -> Console:
 
 def _reader_gone(stream: TextIO) -> None:
     """Without a reader of the results there is no more to do; messages that nobody reads stop nothing."""
-    if stream is sys.stdout:
+    if stream is _output():
         raise BrokenPipeError
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def out() -> Console:
     """The console for results."""
-    return _console(sys.stdout)
+    return _console(_output())
 
 
 def errors() -> Console:
@@ -74,13 +97,14 @@ def errors() -> Console:
 
 def result(text: str) -> None:
     """Write a line of the result as it is."""
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    output = _output()
+    output.write(f"{text}\n")
+    output.flush()
 
 
 def value(found: Any) -> None:
     """Write the result as JSON. What a terminal would obey in it is written out, which means the same."""
-    plain = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    plain = (_output().encoding or "").lower().replace("-", "") == "utf8"
     result(harmless(json.dumps(found, indent=2, ensure_ascii=not plain)))
 
 

@@ -116,8 +116,6 @@ def dispatch(
     given = None if on_behalf_of is None else read_given(on_behalf_of)
     settings = session.read_settings(strict=strict or None)
     payload = {} if input is None else read_input(input, settings.max_message_bytes)
-    loaded = session.handlers_of(settings, handlers or ())
-    _check_known(workflow, settings, loaded)
 
     async def start(app: Paigeant) -> Run:
         now = await app.store.now()
@@ -126,7 +124,10 @@ def dispatch(
             workflow, payload, workflow_id=id, start_at=begin, deadline=limit, on_behalf_of=given
         )
 
-    code = session.wait_for(_dispatch(settings, loaded, start, wait, timeout, json))
+    with console.only_results():
+        loaded = session.handlers_of(settings, handlers or ())
+        _check_known(workflow, settings, loaded)
+        code = session.wait_for(_dispatch(settings, loaded, start, wait, timeout, json))
     if code:
         raise typer.Exit(code)
 

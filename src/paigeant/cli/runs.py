@@ -10,9 +10,10 @@ import typer
 from paigeant.cli import console, session
 from paigeant.cli.behalf import read_given, refuse_token
 from paigeant.cli.sight import observing
-from paigeant.errors import ConfigurationError, nearest
+from paigeant.errors import ConfigurationError, PaigeantError, nearest
 
 if TYPE_CHECKING:
+    from paigeant.settings import Settings
     from paigeant.slip import RunStatus
 
 __all__ = ["app"]
@@ -121,14 +122,26 @@ def cancel(
     json: AsJson = False,
 ) -> None:
     """Do nothing more of a run, and undo what was done."""
+    settings = session.read_settings()
 
     async def command() -> Any:
-        settings = session.read_settings()
         with observing(settings, None, works=False) as sight:  # the run's trace has its end, if this is it
             async with session.opened(settings, observers=sight.observers) as paigeant:
                 return await paigeant.run(id).cancel(reason)
 
-    _tell(id, session.wait_for(command()), json)
+    with console.only_results():
+        _find_provider(settings)
+        cancelled = session.wait_for(command())
+    _tell(id, cancelled, json)
+
+
+def _find_provider(settings: Settings) -> None:
+    """Load the handlers, which may have traces go elsewhere. A run can be cancelled whether or not they load."""
+    if settings.traces and settings.handlers:
+        try:
+            session.handlers_of(settings, ())
+        except PaigeantError as exc:
+            console.warn(f"{exc}; where handlers would have traces go isn't known")
 
 
 @app.command(epilog=session.examples("paigeant runs retry order-42"))
