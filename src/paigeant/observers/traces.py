@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from opentelemetry import context, trace
 from opentelemetry.trace import (
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from paigeant.observer import Around, Event, EventName, Work
 
-__all__ = ["TraceObserver"]
+__all__ = ["Described", "Start", "Tell", "TraceObserver"]
 
 log = logging.getLogger("paigeant.traces")
 
@@ -63,53 +63,34 @@ class TraceObserver:
     def __init__(self, tracer_provider: TracerProvider | None = None) -> None:
         self.wants = frozenset(_ENDS)
         self.tracer: Tracer = trace.get_tracer("paigeant", tracer_provider=tracer_provider)
+        self._start: Start = getattr(self.tracer, "start_told", self._start_described)
 
     def around(self, work: Work) -> Around:
         """The span of `work` as the current one; gives the traceparent of that for a run which is dispatched."""
         above = _above(work)
-        if work.kind != "dispatch":
-            return _Current(self._attempt(work, above))
-        name = f"dispatch {work.workflow}"
-        return _NewRun(self.tracer.start_span(name, above, SpanKind.PRODUCER, _of_dispatch(work)))
+        if work.kind == "dispatch":
+            return _NewRun(self._start(_dispatched, work, above))
+        if not work.message_id:
+            return _Current(self._start(_continued, work, above))
+        now = time.time_ns()
+        due = now - int(work.queued * 1e9)
+        self._start(_received, work, above, due).end(now)
+        return _Current(self._start(_processed, work, above, now))
 
     def observe(self, event: Event) -> None:
         """The end of a run as a moment in its trace; all else is told by the spans."""
         status = _ENDS.get(event.name)
         if status is None or not event.traceparent:
             return
-        span = self.tracer.start_span(
-            event.name,
-            _above(event),
-            attributes={
-                "paigeant.workflow_id": event.workflow_id[:_LONGEST],
-                "paigeant.run.status": event.name.removeprefix("run."),
-            },
-        )
+        span = self._start(_ended, event, _above(event))
         span.set_status(status)
         span.end()
 
-    def _attempt(self, work: Work, above: Context | None) -> Span:
-        name = f"step {work.activity}" if work.kind == "do" else f"undo {work.activity}"
-        # What the dispatch tells of the run isn't told again.
-        attributes: dict[str, Any] = {
-            "paigeant.workflow_id": work.workflow_id[:_LONGEST],
-            "paigeant.step": work.step,
-            "paigeant.attempt": work.attempt,
-            "paigeant.worker": work.worker,
-        }
-        if not work.message_id:
-            return self.tracer.start_span(name, above, SpanKind.INTERNAL, attributes)
-        now = time.time_ns()
-        attributes["messaging.system"] = "paigeant"
-        attributes["messaging.destination.name"] = work.topic
-        attributes["messaging.message.id"] = work.message_id[:_LONGEST]
-        received = {**attributes, _OPERATION: "receive", _TYPE: "receive"}
-        due = now - int(work.queued * 1e9)
-        self.tracer.start_span(
-            f"receive {work.topic}", above, SpanKind.CONSUMER, received, start_time=due
-        ).end(now)
-        attributes[_OPERATION] = attributes[_TYPE] = "process"
-        return self.tracer.start_span(name, above, SpanKind.CONSUMER, attributes, start_time=now)
+    def _start_described(
+        self, tell: Tell, what: Any, above: Context | None = None, start_time: int | None = None
+    ) -> Span:
+        name, kind, attributes = tell(what)
+        return self.tracer.start_span(name, above, kind, attributes, start_time=start_time)
 
 
 class _Current(Harmless):
@@ -123,10 +104,10 @@ class _Current(Harmless):
     def __enter__(self) -> str | None:
         # Whom the library's functions ask, in a call more each. Another library may put its own there at any time.
         keeper = self._keeper = getattr(context, "_RUNTIME_CONTEXT", context)
-        # As `trace.set_span_in_context` does it, with one copy instead of two, and none of nothing.
-        around = keeper.get_current()
-        within = {**around, _CURRENT_SPAN: self._span} if around else {_CURRENT_SPAN: self._span}
-        self._token = keeper.attach(context.Context(within))
+        # As `trace.set_span_in_context` does it, with one copy instead of three.
+        within = context.Context(keeper.get_current())
+        dict.__setitem__(within, _CURRENT_SPAN, self._span)
+        self._token = keeper.attach(within)
         return None
 
     def __exit__(
@@ -161,12 +142,29 @@ class _NewRun(_Current):
         return f"{written(found)} {state.to_header()}" if state else written(found)
 
 
+Described = tuple[str, SpanKind, dict[str, Any]]
+"""The name, kind and attributes of a span."""
+
+Tell = Callable[[Any], Described]
+"""Describes the span of something. What that is doesn't change: it may be asked long after the span has ended."""
+
+
+class Start(Protocol):
+    """Begins the span of `what`, as `tell` describes it: at once, or when somebody wants to know."""
+
+    def __call__(
+        self, tell: Tell, what: Any, above: Context | None = None, start_time: int | None = None, /
+    ) -> Span:
+        """It has begun at `start_time`, nanoseconds since 1970, by default now."""
+        ...
+
+
 _OPERATION = "messaging.operation.name"
 _TYPE = "messaging.operation.type"
 
 
-def _of_dispatch(work: Work) -> dict[str, Any]:
-    return {
+def _dispatched(work: Work) -> Described:
+    attributes = {
         "paigeant.workflow_id": work.workflow_id[:_LONGEST],
         "gen_ai.operation.name": "invoke_workflow",
         "gen_ai.workflow.name": work.workflow,
@@ -176,6 +174,42 @@ def _of_dispatch(work: Work) -> dict[str, Any]:
         "messaging.destination.name": work.topic,
         "messaging.message.conversation_id": work.correlation_id[:_LONGEST],
     }
+    return f"dispatch {work.workflow}", SpanKind.PRODUCER, attributes
+
+
+def _continued(work: Work) -> Described:
+    # What the dispatch tells of the run isn't told again.
+    attributes: dict[str, Any] = {
+        "paigeant.workflow_id": work.workflow_id[:_LONGEST],
+        "paigeant.step": work.step,
+        "paigeant.attempt": work.attempt,
+        "paigeant.worker": work.worker,
+    }
+    name = f"step {work.activity}" if work.kind == "do" else f"undo {work.activity}"
+    return name, SpanKind.INTERNAL, attributes
+
+
+def _processed(work: Work) -> Described:
+    name, _, attributes = _continued(work)
+    attributes["messaging.system"] = "paigeant"
+    attributes["messaging.destination.name"] = work.topic
+    attributes["messaging.message.id"] = work.message_id[:_LONGEST]
+    attributes[_OPERATION] = attributes[_TYPE] = "process"
+    return name, SpanKind.CONSUMER, attributes
+
+
+def _received(work: Work) -> Described:
+    _, kind, attributes = _processed(work)
+    attributes[_OPERATION] = attributes[_TYPE] = "receive"
+    return f"receive {work.topic}", kind, attributes
+
+
+def _ended(event: Event) -> Described:
+    attributes = {
+        "paigeant.workflow_id": event.workflow_id[:_LONGEST],
+        "paigeant.run.status": event.name.removeprefix("run."),
+    }
+    return event.name, SpanKind.INTERNAL, attributes
 
 
 (_CURRENT_SPAN,) = trace.set_span_in_context(trace.INVALID_SPAN, context.Context())

@@ -45,7 +45,7 @@ def together(spans: Sequence[QuickSpan], is_left: Callable[[str], bool]) -> list
     scope = spans[0]._instrumentation_scope
     for span in spans:
         own = span._instrumentation_scope
-        is_one = (own is scope or own == scope) and not is_left(span._name)
+        is_one = (own is scope or own == scope) and not is_left(span.told[0])
         found = written(span) if is_one else None
         if found is None:
             left.append(span)
@@ -65,13 +65,13 @@ def written(span: QuickSpan) -> bytes | None:
         return None
     own = span.get_span_context() if above is None else above
     # Not by its properties: each is a call.
-    attributes, status = span._attributes, span._status
+    (name, kind, attributes), status = span.told, span._status
     try:
         parts = (
             _new(own.trace_id) if above is None else _under(own.trace_id, own.span_id),
             span.id.to_bytes(8),
-            _name(span._name),
-            _KINDS[span._kind._value_],
+            _name(name),
+            _KINDS[kind._value_],
             _TIMES(b"\x39", span._start_time, b"\x41", span._end_time),
             _UNSET if status.is_unset else _STATUS[status.status_code],
             _state(own.trace_state) if own.trace_state else b"",
