@@ -163,6 +163,10 @@ _OPERATION = "messaging.operation.name"
 _TYPE = "messaging.operation.type"
 
 
+OF_ONE = frozenset({"paigeant.workflow_id", "messaging.message.id", "messaging.message.conversation_id"})
+"""Attributes of one run alone, or of one message. Of the others there are few values, which come again and again."""
+
+
 def _dispatched(work: Work) -> Described:
     attributes = {
         "paigeant.workflow_id": work.workflow_id[:_LONGEST],

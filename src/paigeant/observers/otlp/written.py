@@ -23,6 +23,7 @@ from opentelemetry.trace import SpanContext, StatusCode, TraceState
 from opentelemetry.util.types import AnyValue
 
 from paigeant.observers.otlp.spans import QuickSpan
+from paigeant.observers.traces import OF_ONE
 
 __all__ = ["Sender", "Written", "together", "written"]
 
@@ -65,17 +66,20 @@ def written(span: QuickSpan) -> bytes | None:
         return None
     own = span.get_span_context() if above is None else above
     # Not by its properties: each is a call.
-    (name, kind, attributes), status = span.told, span._status
+    (called, kind, attributes), status = span.told, span._status
     try:
         parts = (
             _new(own.trace_id) if above is None else _under(own.trace_id, own.span_id),
             span.id.to_bytes(8),
-            _name(name),
+            _name(called),
             _KINDS[kind._value_],
             _TIMES(b"\x39", span._start_time, b"\x41", span._end_time),
             _UNSET if status.is_unset else _STATUS[status.status_code],
             _state(own.trace_state) if own.trace_state else b"",
-            *map(_attribute, attributes, attributes.values()),
+            *[
+                _of_one(name, value) if name in OF_ONE else _attribute(name, value)
+                for name, value in attributes.items()
+            ],
         )
         return _field(b"\x12", b"".join(parts))
     # Half of a surrogate pair, a value of another kind; or an activity gave its span a name or an end that is none.
@@ -142,12 +146,10 @@ _OF_NONE, _OF_ANOTHER = _FLAGS(b"\x85\x01", 0x100), _FLAGS(b"\x85\x01", 0x300)
 
 
 # Each ends with the beginning of the span's own id.
-@lru_cache(maxsize=1024)
 def _new(trace: int) -> bytes:
     return b"%b\x0a\x10%b\x12\x08" % (_OF_NONE, trace.to_bytes(16))
 
 
-@lru_cache(maxsize=1024)
 def _under(trace: int, above: int) -> bytes:
     return b"%b\x0a\x10%b\x22\x08%b\x12\x08" % (_OF_ANOTHER, trace.to_bytes(16), above.to_bytes(8))
 
@@ -157,7 +159,21 @@ def _name(name: str) -> bytes:
     return _field(b"\x2a", name.encode())
 
 
-@lru_cache(maxsize=4096, typed=True)
+def _of_one(name: str, text: str) -> bytes:
+    """An attribute that has another text in each run: kept, it would only push others out."""
+    data = text.encode()
+    return _before(name, len(data)) + data
+
+
+@lru_cache(maxsize=1024)
+def _before(name: str, size: int) -> bytes:
+    """An attribute up to the text of this size that it has."""
+    told = b"\x0a" + _number(size)
+    key = _field(b"\x0a", name.encode()) + b"\x12" + _number(len(told) + size) + told
+    return b"\x4a" + _number(len(key) + size) + key
+
+
+@lru_cache(maxsize=1024, typed=True)
 def _attribute(name: str, value: AnyValue) -> bytes:
     """Raises TypeError for a value that is neither text nor a number of an attempt, a lone surrogate ValueError."""
     if type(value) is str:
