@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
@@ -182,10 +183,13 @@ class Observers:
         self._telling: dict[EventName, tuple[Observer, ...]] = {
             name: tuple(each for each in observers if name in getattr(each, "wants", _ALL)) for name in _ALL
         }
-        self._around = tuple(each.around for each in observers if isinstance(each, Surrounding))
-        self._only = self._around[0] if len(self._around) == 1 else None
-        self.surrounds = bool(self._around)
+        makers = [each.around for each in observers if isinstance(each, Surrounding)]
+        self.surrounds = bool(makers)
         """Whether one of them wants to be around a work. Otherwise none need be described."""
+        self.around: Callable[[Work], Around] = (
+            partial(_guarded, makers[0]) if len(makers) == 1 else partial(_all_around, makers)
+        )
+        """What all of them want a work to be done in."""
 
     def __bool__(self) -> bool:
         return bool(self._observers)
@@ -201,14 +205,6 @@ class Observers:
                 observer.observe(event)
             except _TROUBLE:
                 logging.getLogger("paigeant").exception("observer failed at %s", event.name)
-
-    def around(self, work: Work) -> Around:
-        """What all of them want `work` to be done in."""
-        if self._only is not None:
-            return _guarded(self._only, work)
-        if not self._around:
-            return NOTHING_AROUND
-        return _Surroundings([_guarded(make, work) for make in self._around])
 
 
 NOTHING_AROUND: Around = nullcontext()
@@ -256,6 +252,10 @@ def _guarded(make: Callable[[Work], Around], work: Work) -> Around:
         _log_failure(work.kind)
         return NOTHING_AROUND
     return around if isinstance(around, Harmless) else _Guarded(around, work.kind)
+
+
+def _all_around(makers: Sequence[Callable[[Work], Around]], work: Work) -> Around:
+    return _Surroundings([_guarded(make, work) for make in makers]) if makers else NOTHING_AROUND
 
 
 def _log_failure(kind: str) -> None:

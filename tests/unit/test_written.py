@@ -21,7 +21,7 @@ from tests.integration.collector import Collector
 from paigeant.observers.otlp import QuickProvider, to_collector
 from paigeant.observers.otlp.spans import QuickSpan
 from paigeant.observers.otlp.written import Sender, Written, together, written
-from paigeant.observers.traces import Remote, remote
+from paigeant.observers.traces import OF_ONE, Described, Remote, remote
 
 RESOURCE = Resource({"service.name": "shop", "service.instance.id": "ä"})
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -61,7 +61,11 @@ def ended(
     TEXTS,
     st.sampled_from(SpanKind),
     st.sampled_from(STATUSES),
-    st.dictionaries(TEXTS, TEXTS | st.integers(0, 2**63 - 1)),
+    st.builds(
+        dict.__or__,
+        st.dictionaries(TEXTS, TEXTS | st.integers(0, 2**63 - 1)),
+        st.dictionaries(st.sampled_from(sorted(OF_ONE)), TEXTS),
+    ),
     st.integers(0, 2**64 - 1),
 )
 def test_a_span_is_written_as_the_library_writes_it(
@@ -76,6 +80,29 @@ def test_a_span_is_written_as_the_library_writes_it(
     assert found is not None
     [as_library] = encode_spans(spans.spans).resource_spans[0].scope_spans[0].spans
     assert list(ScopeSpans.FromString(found).spans) == [as_library]
+
+
+def test_a_span_is_described_when_somebody_wants_to_know() -> None:
+    """Which is when it is written, and then once."""
+    asked: list[str] = []
+
+    def tell(step: str) -> Described:
+        asked.append(step)
+        return f"step {step}", SpanKind.CONSUMER, {"paigeant.step": step}
+
+    spans = Ended()
+    tracer: Any = tracer_to(spans)
+    with trace.use_span(tracer.start_told(tell, "pack", remote(CALLER)), end_on_exit=True):
+        assert trace.get_current_span().is_recording()
+    assert asked == []
+    [span] = spans.spans
+    assert (span.name, span.kind, dict(span.attributes or {})) == (
+        "step pack",
+        SpanKind.CONSUMER,
+        {"paigeant.step": "pack"},
+    )
+    assert written(span) is not None
+    assert asked == ["pack"]
 
 
 def test_a_span_of_which_more_is_said_is_left_to_the_library() -> None:

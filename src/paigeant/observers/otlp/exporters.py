@@ -269,21 +269,17 @@ class SpanQueue(SpanProcessor):
 
     def on_end(self, span: ReadableSpan) -> None:
         """Take a span; never waits."""
-        is_ours = isinstance(span, QuickSpan)
-        if not is_ours and not (span.context and span.context.trace_flags.sampled):
-            return
-        waiting = len(self._spans) + len(self._unwritten) + self._together * len(self._written)
-        if waiting >= self._most or self._closed:
+        if self._closed:
             self.lost += 1
-            return
-        if is_ours and self._write is not None:
-            self._unwritten.append(cast(QuickSpan, span))
+        elif not isinstance(span, QuickSpan):
+            if span.context and span.context.trace_flags.sampled:
+                self._keep(span, 1)
+        elif self._write is None:
+            self._keep(span, 1)
+        else:
+            self._unwritten.append(span)
             if len(self._unwritten) >= self._together:
                 self._write_all(self._write)
-        else:
-            self._spans.append(span)
-        if waiting + 1 >= self._many and not self._enough.is_set():
-            self._enough.set()
 
     def _write_all(self, write: Callable[[Sequence[QuickSpan]], Sequence[Ended]]) -> None:
         while self._unwritten:
@@ -292,10 +288,19 @@ class SpanQueue(SpanProcessor):
                 while len(spans) < self._together:
                     spans.append(self._unwritten.popleft())
             for each in write(spans) if spans else ():
-                if isinstance(each, Written):
-                    self._written.append(each)
-                else:
-                    self._spans.append(each)
+                self._keep(each, each.many if isinstance(each, Written) else 1)
+
+    def _keep(self, ended: Ended, many: int) -> None:
+        waiting = len(self._spans) + self._together * len(self._written) + many
+        if waiting > self._most:
+            self.lost += many
+            return
+        if isinstance(ended, Written):
+            self._written.append(ended)
+        else:
+            self._spans.append(ended)
+        if waiting >= self._many and not self._enough.is_set():
+            self._enough.set()
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Export all that has ended; whether the exporter has handed on what it keeps."""
