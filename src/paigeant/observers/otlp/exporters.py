@@ -247,7 +247,7 @@ class SpanQueue(SpanProcessor):
         self._together = min(_TOGETHER, self._batch)
         # Each time it is woken this thread may drive the one that works from its processor, and so from what that has
         # at hand: seldom, then, and to several batches.
-        self._many = max(self._batch, self._most // 4)
+        self._many = max(self._batch, self._most // 2)
         self._delay = _setting("OTEL_BSP_SCHEDULE_DELAY", 5000) / 1000
         self._written: deque[Written] = deque()
         self._spans: deque[ReadableSpan] = deque()
