@@ -19,9 +19,9 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
 from tests.integration.collector import Collector
 
 from paigeant.observers.otlp import QuickProvider, to_collector
-from paigeant.observers.otlp.spans import QuickSpan
-from paigeant.observers.otlp.written import Sender, Written, together, written
-from paigeant.observers.traces import OF_ONE, Described, Remote, remote
+from paigeant.observers.otlp.spans import Described, QuickSpan
+from paigeant.observers.otlp.written import OF_ONE, Sender, Written, together, written
+from paigeant.observers.traces import Remote, remote
 
 RESOURCE = Resource({"service.name": "shop", "service.instance.id": "ä"})
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

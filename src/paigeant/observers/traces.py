@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from paigeant.observer import Around, Event, EventName, Work
 
-__all__ = ["Described", "Start", "Tell", "TraceObserver"]
+__all__ = ["TraceObserver"]
 
 log = logging.getLogger("paigeant.traces")
 
@@ -87,7 +87,11 @@ class TraceObserver:
         span.end()
 
     def _start_described(
-        self, tell: Tell, what: Any, above: Context | None = None, start_time: int | None = None
+        self,
+        tell: Callable[[Any], Described],
+        what: Any,
+        above: Context | None = None,
+        start_time: int | None = None,
     ) -> Span:
         name, kind, attributes = tell(what)
         return self.tracer.start_span(name, above, kind, attributes, start_time=start_time)
@@ -145,15 +149,20 @@ class _NewRun(_Current):
 Described = tuple[str, SpanKind, dict[str, Any]]
 """The name, kind and attributes of a span."""
 
-Tell = Callable[[Any], Described]
-"""Describes the span of something. What that is doesn't change: it may be asked long after the span has ended."""
-
 
 class Start(Protocol):
-    """Begins the span of `what`, as `tell` describes it: at once, or when somebody wants to know."""
+    """Begins the span of `what`, as `tell` describes it: at once, or when somebody wants to know.
+
+    What it is of doesn't change: `tell` may be asked long after the span has ended.
+    """
 
     def __call__(
-        self, tell: Tell, what: Any, above: Context | None = None, start_time: int | None = None, /
+        self,
+        tell: Callable[[Any], Described],
+        what: Any,
+        above: Context | None = None,
+        start_time: int | None = None,
+        /,
     ) -> Span:
         """It has begun at `start_time`, nanoseconds since 1970, by default now."""
         ...
@@ -161,10 +170,6 @@ class Start(Protocol):
 
 _OPERATION = "messaging.operation.name"
 _TYPE = "messaging.operation.type"
-
-
-OF_ONE = frozenset({"paigeant.workflow_id", "messaging.message.id", "messaging.message.conversation_id"})
-"""Attributes of one run alone, or of one message. Of the others there are few values, which come again and again."""
 
 
 def _dispatched(work: Work) -> Described:

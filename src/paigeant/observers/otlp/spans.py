@@ -21,9 +21,13 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.util.types import AnyValue, Attributes
 
-from paigeant.observers.traces import Described, Tell
+__all__ = ["Described", "OwnIds", "QuickProvider", "QuickSpan", "Tell"]
 
-__all__ = ["OwnIds", "QuickProvider", "QuickSpan"]
+Described = tuple[str, SpanKind, dict[str, AnyValue]]
+"""The name, kind and attributes of a span."""
+
+Tell = Callable[[Any], Described]
+"""Describes the span of something that doesn't change: it may be asked long after the span has ended."""
 
 
 _RANDOM = random.Random()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -23,9 +23,8 @@ from opentelemetry.trace import SpanContext, StatusCode, TraceState
 from opentelemetry.util.types import AnyValue
 
 from paigeant.observers.otlp.spans import QuickSpan
-from paigeant.observers.traces import OF_ONE
 
-__all__ = ["Sender", "Written", "together", "written"]
+__all__ = ["OF_ONE", "Sender", "Written", "together", "written"]
 
 
 class Written(NamedTuple):
@@ -159,8 +158,15 @@ def _name(name: str) -> bytes:
     return _field(b"\x2a", name.encode())
 
 
-def _of_one(name: str, text: str) -> bytes:
-    """An attribute that has another text in each run: kept, it would only push others out."""
+OF_ONE = frozenset({"paigeant.workflow_id", "messaging.message.id", "messaging.message.conversation_id"})
+"""Attributes of one run, or of one message. Of the others there are few values, which come again and again."""
+
+
+def _of_one(name: str, text: Any) -> bytes:
+    """An attribute that has another text in each run: kept, it would only push others out.
+
+    Raises AttributeError for what is no text.
+    """
     data = text.encode()
     return _before(name, len(data)) + data
 
