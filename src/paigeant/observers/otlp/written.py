@@ -167,7 +167,7 @@ def _of_one(name: str, text: Any) -> bytes:
 
     Raises AttributeError for what is no text.
     """
-    data = text.encode()
+    data: bytes = text.encode()
     return _before(name, len(data)) + data
 
 
