@@ -45,10 +45,10 @@ def test_a_transport_forgets_everything(
                 nursery.start("worker", concurrency=50)
             amount = records_of(number * RUNS) + 100  # some are under way
             nursery.until(lambda amount=amount: length(tmp_path) > amount)  # type: ignore[misc]
+            in_flight = open_runs(nursery.store)
             forget()
             forgot = time.time()
             pace.look()
-            in_flight = open_runs(nursery.store)
             nursery.until_ended()
             seconds.append(time.time() - forgot)
             assert in_flight >= 500
