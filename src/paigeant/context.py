@@ -103,7 +103,7 @@ class StepContext:
                 function.close()  # it is never awaited: that is said here
             raise InvalidDefinition(
                 f"what is done once is a function, with its arguments behind it: once({name!r}, send, order), "
-                f"found {function!r}"
+                f"found what is a {type(function).__name__}"
             )
 
         async def produce() -> bytes:

@@ -333,8 +333,9 @@ class Executor:
         if not self._has_told_of_strangers:
             self._has_told_of_strangers = True
             log.warning(
-                "dropped a message of run '%s', which isn't in this store, and don't tell of others: if it is in "
-                "another one whose workers use this broker, give each store a `namespace` of its own, or set `adopt`",
+                "dropped a message of run '%s', which isn't in this store; this is told once. Unless runs were "
+                "pruned, or the store restored, workers of another store use this broker: give each store a "
+                "`namespace` of its own, or set `adopt`",
                 message.workflow_id,
             )
 

@@ -35,7 +35,7 @@ async def patiently(
     Raises StoreUnavailable when the time is up.
     """
     until = time.monotonic() + seconds
-    pause, told = 0.05, ""
+    pause, told = 0.05, set[str]()
     while True:
         try:
             return await ask()
@@ -43,8 +43,8 @@ async def patiently(
             if time.monotonic() > until:
                 raise
             why = str(exc)
-            log.log(logging.DEBUG if why == told else logging.WARNING, "%s has to wait: %s", what, why)
-            told = why
+            log.log(logging.DEBUG if why in told else logging.WARNING, "%s has to wait: %s", what, why)
+            told.add(why)
         await asyncio.sleep(pause * (0.5 + chance()))
         pause = min(pause * 2, _LONGEST_PAUSE)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import Base64Bytes, BaseModel, Field
 from pydantic_ai import (
+    Agent,
     ApprovalRequired,
     CallDeferred,
     DeferredToolRequests,
@@ -30,7 +31,7 @@ from tests.agents.durable import both_answers, durable, nesting
 from tests.agents.steps import Crash, Step, asks, called, returned, scripted
 
 from paigeant import RetryPolicy
-from paigeant.agents import effect_key, operations
+from paigeant.agents import PaigeantDurability, effect_key, operations
 from paigeant.errors import OutcomeUnknown
 from paigeant.parking import Parked
 
@@ -298,14 +299,19 @@ async def test_rule_12_a_tool_that_is_called_once_at_most(more: dict[str, Any]) 
     assert len(paid) == 1
 
 
-async def test_any_arguments_are_told_to_whoever_decides() -> None:
-    """What JSON can't hold as it is, such as bytes that are no text, is told in Python's words."""
+async def test_whoever_decides_is_told_what_the_model_asked() -> None:
+    """And not what a hook has put in besides, such as a password; that is in no record either."""
+
+    class Enriched(AbstractCapability[Any]):
+        async def before_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any) -> Any:
+            return {**args, "password": "hunter2"}
+
     model, _ = scripted(called("send", "c1", raw="/w=="), "done")
-    agent = durable(model)
+    agent = Agent(model, name="agent", capabilities=[PaigeantDurability(), Enriched()])
 
     @agent.tool_plain(metadata={"paigeant": {"at_most_once": True}})
-    async def send(raw: Base64Bytes) -> int:
-        assert raw == b"\xff"
+    async def send(raw: Base64Bytes, password: str = "") -> int:
+        assert (raw, password) == (b"\xff", "hunter2")
         raise Crash
 
     step = Step()
@@ -313,7 +319,10 @@ async def test_any_arguments_are_told_to_whoever_decides() -> None:
         await step.attempt(lambda: agent.run("go"))
     with pytest.raises(Parked):
         await step.attempt(lambda: agent.run("go"))
-    assert from_json((await step.asked()).asked)["arguments"] == r"{'raw': b'\xff'}"
+    assert from_json((await step.asked()).asked)["arguments"] == {"raw": "/w=="}
+    units = await step.store.load_units(step.key)
+    assert [unit for unit in units if unit.endswith("!begun")]
+    assert b"hunter2" not in b"".join(units.values())
 
 
 # -- calls that aren't recorded

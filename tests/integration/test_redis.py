@@ -1258,7 +1258,7 @@ async def test_tls(tmp_path: Path, opened: Open) -> None:
             await opened(f"redis://{server.host}:{server.port}/0")
         (tmp_path / "words.pem").write_text("words")
         for wrong in (f"ssl_ca_certs={tmp_path}/none.pem", f"ssl_certfile={tmp_path}/words.pem"):
-            with pytest.raises(ConfigurationError, match=r"can't be read: .*; correct ssl_ca_certs"):
+            with pytest.raises(ConfigurationError, match=r"TLS can't be set up .*; correct ssl_ca_certs"):
                 await opened(f"{address}?{wrong}")
 
 

@@ -32,6 +32,7 @@ from paigeant import ActivityRegistry, StepContext, WaitFor, Workflow
 from paigeant.observer import Event, Observers, Work
 from paigeant.observers.otlp import QuickProvider, RedactedSpans, SpanQueue, WholeTraces
 from paigeant.observers.otlp.spans import OwnIds
+from paigeant.observers.otlp.written import together
 from paigeant.observers.traces import TraceObserver, remote
 from paigeant.redaction import Redactor
 from paigeant.testing import MemoryApp
@@ -682,6 +683,33 @@ def test_spans_beyond_the_bound_are_lost_and_counted(
     assert exporter.names == ["first", "0", "1", "2", "3", "4"]
     assert caplog.text.count("3 spans were lost") == 1
     assert spans.lost == 3  # a counter never falls
+
+
+@pytest.mark.parametrize("most", [65, 100, 500, 8192])
+def test_no_span_is_lost_to_an_exporter_that_keeps_up(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """However many may wait: it is asked before what is written together finds no room."""
+    exported = threading.Condition()
+    written: list[int] = []
+
+    class KeepsUp(InMemorySpanExporter):
+        def export(self, spans: Sequence[Any]) -> SpanExportResult:
+            with exported:
+                written.append(sum(each.many for each in spans))
+                exported.notify()
+            return SpanExportResult.SUCCESS
+
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", f"{most}")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "3600000")
+    spans = SpanQueue(KeepsUp(), lambda spans: together(spans, lambda name: False))
+    tracer = QuickProvider(TracerProvider(), spans).get_tracer("paigeant")
+    pieces = -(-spans._many // 64)
+    for turn in range(1, 6):
+        for _ in range(64 * pieces):
+            tracer.start_span("step").end()
+        with exported:
+            assert exported.wait_for(lambda turn=turn: sum(written) == 64 * pieces * turn, PATIENCE)  # type: ignore[misc]
+    assert spans.lost == 0
+    spans.shutdown()
 
 
 def test_an_exporter_that_fails_is_told_of_and_tried_again(

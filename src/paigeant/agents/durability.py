@@ -144,10 +144,7 @@ def effect_key() -> str:
 
 _PLAIN = Unit("a unit of an agent")
 _TRANSIENT = (ModelRateLimitError, ModelUnavailableError, ModelServerError, ModelConnectionError)
-_REFUSAL = (
-    "the provider would refuse the same request again; retrying the run has it sent once more, when what is "
-    "wrong is mended"
-)
+_REFUSAL = "the provider would refuse the same request again: mend what is wrong first"
 _REFUSED = (ModelQuotaExceededError, ModelRequestRejectedError)
 _FINAL = (NonRetryableError, InvalidDefinition, UsageLimitExceeded, UserError)
 

@@ -29,7 +29,6 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from paigeant.agents.spans import tell_unit
 from paigeant.agents.usage import Part, count, of_request, of_run
-from paigeant.codec import storable
 from paigeant.errors import OutputInvalid, UnitUnreadable
 from paigeant.place import Place, Stages, Unit, current_place
 from paigeant.redaction import redacted
@@ -301,7 +300,7 @@ class Operations(CallableOperationBackend[Unit]):
         if tool is not None:
             progress.done[unit] = tool
             if config.at_most_once:
-                config = replace(config, about=self._call(tool, cache_key))
+                config = replace(config, about=self._call(tool))
         made = None
 
         async def produce() -> bytes:
@@ -338,14 +337,10 @@ class Operations(CallableOperationBackend[Unit]):
         count(unit, told.used, added, to=None if ctx is None else ctx.usage)
         return told.value
 
-    def _call(self, tool: str, cache_key: tuple[object, ...]) -> dict[str, Any]:
-        """What tells a person which call of a tool it is, as it is made: a hook may have changed its arguments."""
-        arguments = next((part for part in cache_key if isinstance(part, Mapping)), {})
-        try:
-            shown = from_json(to_json(dict(arguments), inf_nan_mode="strings", fallback=str))
-        except ValueError:  # bytes that are no text, or what a hook has put in
-            shown = storable(str(arguments))
-        return {"agent": self.agent, "tool": tool, "arguments": shown}
+    def _call(self, tool: str) -> dict[str, Any]:
+        """What tells a person which call of a tool it is: as the model asked, for a hook may have put a secret in."""
+        call = CALL.get()
+        return {"agent": self.agent, "tool": tool, "arguments": {} if call is None else call.args_as_dict()}
 
     def begin(self, place: Place, ctx: RunContext[Any], progress: Progress) -> None:
         """Have the calls that a run's history leaves open go on like those of a recorded answer.

@@ -27,7 +27,7 @@ def read(url: str) -> dict[str, Any]:
         ) from None
     except psycopg.ProgrammingError:
         raise ConfigurationError(
-            "store_url or transport_url is no URL of Postgres; expected "
+            "this is no URL of Postgres; expected "
             "postgresql://user:password@host:5432/database?parameter=value&parameter=value"
         ) from None
     return given

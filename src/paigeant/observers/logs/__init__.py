@@ -183,7 +183,9 @@ def configure(
     own.setLevel(wanted)
     if logger is root:
         for library, least in _TOLD_BY_US.items():
-            logging.getLogger(library).setLevel(logging.NOTSET if handler.level <= logging.DEBUG else least)
+            theirs = logging.getLogger(library)
+            if theirs.level in (logging.NOTSET, least):  # and not what a handler module wants
+                theirs.setLevel(logging.NOTSET if handler.level <= logging.DEBUG else least)
     for name in [name for name in root.manager.loggerDict if f"{name}.".startswith("paigeant.")]:
         # `logging.config` disables what is there already, by default: a handler module that calls it means others.
         logging.getLogger(name).disabled = False

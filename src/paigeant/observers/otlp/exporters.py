@@ -247,7 +247,8 @@ class SpanQueue(SpanProcessor):
         self._together = min(_TOGETHER, self._batch)
         # Each time it is woken this thread may drive the one that works from its processor, and so from what that has
         # at hand: seldom, then, and to several batches.
-        self._many = max(self._batch, self._most // 2)
+        # Before what is written together finds no room.
+        self._many = min(max(self._batch, self._most // 2), self._most - self._together + 1)
         self._delay = _setting("OTEL_BSP_SCHEDULE_DELAY", 5000) / 1000
         self._written: deque[Written] = deque()
         self._spans: deque[ReadableSpan] = deque()
@@ -291,16 +292,18 @@ class SpanQueue(SpanProcessor):
                 self._keep(each, each.many if isinstance(each, Written) else 1)
 
     def _keep(self, ended: Ended, many: int) -> None:
-        waiting = len(self._spans) + self._together * len(self._written) + many
+        waiting = self._waiting() + many
         if waiting > self._most:
             self.lost += many
-            return
-        if isinstance(ended, Written):
+        elif isinstance(ended, Written):
             self._written.append(ended)
         else:
             self._spans.append(ended)
         if waiting >= self._many and not self._enough.is_set():
             self._enough.set()
+
+    def _waiting(self) -> int:
+        return len(self._spans) + sum(each.many for each in tuple(self._written))
 
     def force_flush(self, timeout_millis: int = 30_000) -> bool:
         """Export all that has ended; whether the exporter has handed on what it keeps."""
@@ -319,7 +322,10 @@ class SpanQueue(SpanProcessor):
         while not self._closed:
             is_enough = self._enough.wait(self._delay)
             self._enough.clear()
-            self._export(least=self._batch if is_enough and not self._closed else 1)
+            try:
+                self._export(least=min(self._batch, self._many) if is_enough and not self._closed else 1)
+            except Exception:  # whatever a span is, others come
+                log.exception("spans can't be written")
         self._export(least=1)
 
     def _export(self, *, least: int) -> None:
@@ -346,7 +352,7 @@ class SpanQueue(SpanProcessor):
     def _taken(self, least: int) -> tuple[int, list[Ended]]:
         """A batch, and how many spans that is; an empty one where there are fewer than `least`."""
         count, batch = 0, list[Ended]()
-        if len(self._spans) + sum(each.many for each in tuple(self._written)) >= least:
+        if self._waiting() >= least:
             while self._written and count + self._written[0].many <= self._batch:
                 batch.append(self._written.popleft())
                 count += cast(Written, batch[-1]).many

@@ -277,7 +277,7 @@ class QuickSpan(trace.Span, ReadableSpan):
     def update_name(self, name: str) -> None:
         """Give it another name."""
         if self.is_recording():
-            self._told = (name, *self.told[1:])
+            self._told = (str(name), *self.told[1:])
 
     def set_status(self, status: Status | StatusCode, description: str | None = None) -> None:
         """Say how it went; once it is said to have gone well, that stands."""

@@ -99,9 +99,9 @@ class Servers:
         # Read at the first connection, a file that isn't there would be told as a server that can't be reached.
         try:
             SSLConnection(**self._options).ssl_context.get()
-        except OSError as exc:  # errors of ssl are among them
+        except (OSError, TypeError, ValueError) as exc:  # errors of ssl are among them
             raise ConfigurationError(
-                f"a certificate that transport_url names can't be read: {exc}; "
+                f"TLS can't be set up as transport_url says: {exc}; "
                 "correct ssl_ca_certs, ssl_certfile and ssl_keyfile"
             ) from exc
 
