@@ -452,8 +452,8 @@ def _told(value: bytes) -> tuple[str, Mapping[str, Any]] | None:
     questions of models in names.
     """
     match from_json(value):
-        case {"by": _, "unit": str(label), **rest} if rest.keys() <= {"about"}:
-            return label, rest.get("about", {})
+        case {"by": _, "unit": str(label), "about": dict(about), **rest} if not rest:
+            return label, about
     return None
 
 
