@@ -246,8 +246,7 @@ class SpanQueue(SpanProcessor):
         self._batch = min(_setting("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512), self._most)
         self._together = min(_TOGETHER, self._batch)
         # Each time it is woken this thread may drive the one that works from its processor, and so from what that has
-        # at hand: seldom, then, and to several batches.
-        # Before what is written together finds no room.
+        # at hand: seldom, then, and to several batches; but before the next piece of written ones finds no room.
         self._many = min(max(self._batch, self._most // 2), self._most - self._together + 1)
         self._delay = _setting("OTEL_BSP_SCHEDULE_DELAY", 5000) / 1000
         self._written: deque[Written] = deque()
